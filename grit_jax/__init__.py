@@ -1,0 +1,1 @@
+"""GRIT in JAX: one transformer that embeds and generates."""

@@ -1,0 +1,72 @@
+"""One training step's input: packed rows of many texts each.
+
+A row is a fixed number of tokens holding several texts one after the other.
+`segment_ids` number the texts of a row from 1; 0 is padding. `positions`
+restart at 0 with every text. The classes are named tuples, so they are pytrees
+of NumPy or JAX arrays and importing them does not import JAX.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+Array = Any  # numpy.ndarray on the host, jax.Array on the mesh
+
+
+class EmbeddingBatch(NamedTuple):
+    """Queries and passages of one contrastive step, packed into shared rows.
+
+    A *slot* is `row * segments_per_row + segment_id - 1`, the place of a text's vector
+    after pooling. Passage `i * group_size` is the positive of query `i`; the rest of the
+    group are its hard negatives.
+
+    Attributes:
+      tokens: int32 [rows, length].
+      segment_ids: int32 [rows, length]; 0 is padding.
+      positions: int32 [rows, length]; position of a token in its text.
+      pool_weights: float32 [rows, length]; weights of a text sum to 1, only pooled tokens are non-zero.
+      query_slots: int32 [queries].
+      passage_slots: int32 [queries * group_size].
+      query_weights: float32 [queries]; weight of each query's loss (0 for a filler that completes a batch).
+      passage_ids: int32 [queries * group_size]; passages with equal ids are never each other's negatives,
+        -1 is nobody's negative (a filler).
+    """
+
+    tokens: Array
+    segment_ids: Array
+    positions: Array
+    pool_weights: Array
+    query_slots: Array
+    passage_slots: Array
+    query_weights: Array
+    passage_ids: Array
+
+
+class GenerativeBatch(NamedTuple):
+    """Conversations of one language-modelling step, packed into rows.
+
+    Attributes:
+      tokens: int32 [rows, length].
+      segment_ids: int32 [rows, length]; 0 is padding.
+      positions: int32 [rows, length]; position of a token in its text.
+      targets: int32 [rows, length]; the token that follows, 0 where none does.
+      loss_weights: float32 [rows, length]; L_gen = sum(loss_weights * nll). Zero where the target is not scored.
+    """
+
+    tokens: Array
+    segment_ids: Array
+    positions: Array
+    targets: Array
+    loss_weights: Array
+
+
+class GritBatch(NamedTuple):
+    """Both streams of one step; a stream that is not trained is None."""
+
+    embedding: EmbeddingBatch | None
+    generative: GenerativeBatch | None
+
+
+def max_segments(row_length: int) -> int:
+    """Most texts a packed row may hold: the number of pooling slots that a row has."""
+    return max(1, row_length // 16)

@@ -1,0 +1,433 @@
+"""Every setting of a run: frozen dataclasses read from YAML and `--section.key=value`.
+
+A config file holds one mapping per section of `Config`. Values given on the
+command line win over the file, the file wins over the defaults below.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+Attention = Literal["bidirectional", "causal"]
+Pooling = Literal["mean", "weighted_mean", "cls", "last_token"]
+
+
+class InputError(ValueError):
+    """Something the user gave is wrong; the message names it and the remedy (exit code 2)."""
+
+
+@dataclass(frozen=True)
+class TransformerConfig:
+    """Architecture of a Mistral/Llama-style decoder.
+
+    Attributes:
+      vocab_size: Rows of the embedding table; null takes the tokenizer's size.
+      embed_dim: Width of the residual stream.
+      mlp_dim: Width of the gated MLP.
+      num_layers: Transformer blocks.
+      num_heads: Query heads.
+      num_kv_heads: Key and value heads; divides `num_heads`.
+      head_dim: Width of one head; null means `embed_dim / num_heads`.
+      max_length: Longest sequence the model was made for, in tokens.
+      rope_theta: Base of the rotary embedding's wavelengths.
+      norm_epsilon: Epsilon of every RMSNorm.
+      sliding_window: Keys a causal query sees, itself included; null for all of them.
+      tie_embeddings: Whether the output head is the embedding table.
+    """
+
+    vocab_size: int | None = None
+    embed_dim: int = 256
+    mlp_dim: int = 768
+    num_layers: int = 4
+    num_heads: int = 4
+    num_kv_heads: int = 2
+    head_dim: int | None = None
+    max_length: int = 2048
+    rope_theta: float = 10000.0
+    norm_epsilon: float = 1e-5
+    sliding_window: int | None = None
+    tie_embeddings: bool = True
+
+    def __post_init__(self):
+        for name in ("embed_dim", "mlp_dim", "num_layers", "num_heads", "num_kv_heads", "max_length"):
+            _require_positive(f"model.architecture.{name}", getattr(self, name))
+        if self.num_heads % self.num_kv_heads:
+            raise InputError(
+                f"model.architecture.num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}; "
+                "every key/value head serves the same number of query heads"
+            )
+        if self.head_dim is None and self.embed_dim % self.num_heads:
+            raise InputError(
+                f"model.architecture.embed_dim={self.embed_dim} is not a multiple of num_heads={self.num_heads}; "
+                "set model.architecture.head_dim"
+            )
+
+    def resolve(self, vocab_size: int) -> TransformerConfig:
+        """The same architecture with no null left: `vocab_size` and `head_dim` filled in where they are missing.
+
+        Raises:
+          InputError: The embedding table has fewer rows than the tokenizer has tokens, or heads of odd width.
+        """
+        if self.vocab_size is not None and self.vocab_size < vocab_size:
+            raise InputError(
+                f"model.architecture.vocab_size={self.vocab_size} is smaller than the tokenizer's {vocab_size} tokens; "
+                "remove it or use the model's own tokenizer"
+            )
+        head_dim = self.head_dim or self.embed_dim // self.num_heads
+        if head_dim % 2:
+            raise InputError(f"model.architecture.head_dim={head_dim} is odd; rotary embeddings pair its values")
+        return dataclasses.replace(self, vocab_size=self.vocab_size or vocab_size, head_dim=head_dim)
+
+
+@dataclass(frozen=True)
+class EmbeddingConfig:
+    """How hidden states become a vector; travels with the weights.
+
+    Attributes:
+      attention: Attention of the embedding pass.
+      pooling: `mean`, `weighted_mean` (later tokens weigh more) or `last_token` of the text, or `cls` (first token).
+      normalized: Whether vectors have unit length.
+      projection_dim: Width of a linear head after pooling's hidden states; null for none.
+    """
+
+    attention: Attention = "bidirectional"
+    pooling: Pooling = "mean"
+    normalized: bool = True
+    projection_dim: int | None = None
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """What is trained and in which precision.
+
+    Attributes:
+      init: Run folder, checkpoint or Hugging Face folder to start from; null trains from scratch.
+      tokenizer: Folder, `tokenizer.json` or `bytes`; null takes the tokenizer of `init`, or bytes from scratch.
+      architecture: Shape of a model trained from scratch; with `init` the shape comes from there.
+      embedding: Embedding pass and pooling.
+      generative_attention: Attention of the generative pass.
+      compute_dtype: Type of activations; `auto` is float32 on CPU and bfloat16 elsewhere. Weights stay float32.
+      remat: What a layer recomputes in the backward pass: `none`, `full` or `dots` (keep matrix products).
+    """
+
+    init: str | None = None
+    tokenizer: str | None = None
+    architecture: TransformerConfig = field(default_factory=TransformerConfig)
+    embedding: EmbeddingConfig = field(default_factory=EmbeddingConfig)
+    generative_attention: Attention = "causal"
+    compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    remat: Literal["none", "full", "dots"] = "full"
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Training data and how it is cut into batches.
+
+    Attributes:
+      train: File or folder, or a list of them; folders are searched for .jsonl and .jsonl.gz.
+      validation: The same, for evaluation losses.
+      num_samples: Samples an epoch takes from a file, by file name; files not named are used whole.
+      query_max_length: Limit of a query with its instruction, in tokens.
+      passage_max_length: Limit of a passage with its instruction, in tokens.
+      generative_max_length: Limit of a conversation, in tokens.
+      group_size: Passages per query: one positive and `group_size - 1` hard negatives.
+      embedding_batch: Queries per step, over all devices.
+      generative_batch: Conversations per step, over all devices.
+      packing: Whether a row holds many texts (true) or one.
+      row_buckets: Most row counts per stream that steps are rounded up to; each one is a compile.
+      exclude_duplicates: Whether a passage equal to the query's own positive is left out of its negatives.
+      workers: Processes that fill batches; 0 fills them in a thread of the training process.
+    """
+
+    train: str | list[str] = field(default_factory=list)
+    validation: str | list[str] = field(default_factory=list)
+    num_samples: dict[str, int] = field(default_factory=dict)
+    query_max_length: int = 256
+    passage_max_length: int = 2048
+    generative_max_length: int = 2048
+    group_size: int = 2
+    embedding_batch: int = 32
+    generative_batch: int = 32
+    packing: bool = True
+    row_buckets: int = 4
+    exclude_duplicates: bool = False
+    workers: int = 0
+
+    def __post_init__(self):
+        for name in (
+            "query_max_length", "passage_max_length", "generative_max_length",
+            "group_size", "embedding_batch", "generative_batch", "row_buckets",
+        ):  # fmt: skip
+            _require_positive(f"data.{name}", getattr(self, name))
+        if self.workers < 0:
+            raise InputError(f"data.workers={self.workers} is negative; use 0 to fill batches in the training process")
+
+    @property
+    def embedding_row_length(self) -> int:
+        """Tokens of a packed embedding row: queries and passages share rows."""
+        return max(self.query_max_length, self.passage_max_length)
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """The joint objective: embedding_weight * L_rep + generative_weight * L_gen.
+
+    Attributes:
+      type: Normalisation of the LM loss: `mixed` (mean over the tokens of each sub-batch of samples, then over
+        sub-batches), `token` (sum over tokens / samples) or `token_mean` (mean over the batch's tokens).
+      sub_batch_samples: Samples of one sub-batch of `mixed`; null takes the whole batch as one.
+      temperature: Temperature of the contrastive softmax.
+      embedding_weight: Factor of the contrastive loss.
+      generative_weight: Factor of the LM loss.
+    """
+
+    type: Literal["mixed", "token", "token_mean"] = "mixed"
+    sub_batch_samples: int | None = 32
+    temperature: float = 0.02
+    embedding_weight: float = 1.0
+    generative_weight: float = 1.0
+
+    def __post_init__(self):
+        _require_positive("loss.temperature", self.temperature)
+        if self.sub_batch_samples is not None:
+            _require_positive("loss.sub_batch_samples", self.sub_batch_samples)
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """Optimizer and learning-rate schedule.
+
+    Attributes:
+      name: `adamw` or plain `sgd`.
+      learning_rate: Peak rate.
+      schedule: Decay after warm-up: `linear` or `cosine`, to zero at the last step; or `constant`.
+      warmup_ratio: Share of the steps spent warming up from 0, rounded up.
+      warmup_steps: The same as a number of steps; wins over `warmup_ratio`.
+      b1: Adam's first decay rate.
+      b2: Adam's second decay rate.
+      epsilon: Adam's epsilon.
+      weight_decay: Decoupled decay of matrices (norm scales are never decayed).
+      clip_norm: Largest global gradient norm; null for no clipping.
+    """
+
+    name: Literal["adamw", "sgd"] = "adamw"
+    learning_rate: float = 2e-5
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    warmup_ratio: float = 0.03
+    warmup_steps: int | None = None
+    b1: float = 0.9
+    b2: float = 0.999
+    epsilon: float = 1e-8
+    weight_decay: float = 0.0
+    clip_norm: float | None = 1.0
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The loop.
+
+    Attributes:
+      output: Run folder.
+      steps: Optimizer steps.
+      seed: Seed of weights and data order.
+      mode: Streams that are trained: `unified`, `embedding` or `generative`.
+      embedding_chunks: Pieces the embedding rows are processed in; the numbers do not depend on it, memory does.
+      generative_chunks: The same for the generative rows.
+      eval_every: Steps between evaluation losses on `data.validation`; null evaluates after the last step only.
+    """
+
+    output: str = "run"
+    steps: int = 1000
+    seed: int = 0
+    mode: Literal["unified", "embedding", "generative"] = "unified"
+    embedding_chunks: int = 1
+    generative_chunks: int = 1
+    eval_every: int | None = None
+
+    def __post_init__(self):
+        for name in ("steps", "embedding_chunks", "generative_chunks"):
+            _require_positive(f"train.{name}", getattr(self, name))
+        if self.eval_every is not None:
+            _require_positive("train.eval_every", self.eval_every)
+
+    @property
+    def embeds(self) -> bool:
+        """Whether the contrastive loss is trained."""
+        return self.mode in ("unified", "embedding")
+
+    @property
+    def generates(self) -> bool:
+        """Whether the LM loss is trained."""
+        return self.mode in ("unified", "generative")
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """Saving.
+
+    Attributes:
+      every: Steps between checkpoints; the last step is always saved.
+      keep: Checkpoints kept, the newest ones.
+    """
+
+    every: int = 500
+    keep: int = 2
+
+    def __post_init__(self):
+        _require_positive("checkpoint.every", self.every)
+        _require_positive("checkpoint.keep", self.keep)
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each mesh axis; one of them may be -1 to take what is left.
+
+    Attributes:
+      data: Replicas of the weights.
+      fsdp: Shards of every weight, batch split too.
+      tensor: Shards of heads, MLP and vocabulary.
+    """
+
+    data: int = 1
+    fsdp: int = -1
+    tensor: int = 1
+
+
+@dataclass(frozen=True)
+class LoggingConfig:
+    """Where metrics go beside metrics.jsonl.
+
+    Attributes:
+      tensorboard: Write TensorBoard events into the run folder (needs the `tensorboard` extra).
+      wandb: Weights & Biases project; null for none (needs the `wandb` extra).
+      every: Steps between lines on a plain (not terminal) output.
+    """
+
+    tensorboard: bool = False
+    wandb: str | None = None
+    every: int = 10
+
+    def __post_init__(self):
+        _require_positive("logging.every", self.every)
+
+
+@dataclass(frozen=True)
+class Config:
+    """One run."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+
+
+def load_config(path: str | os.PathLike[str], overrides: list[str] | None = None) -> Config:
+    """Reads a YAML config and applies `--section.key=value` overrides.
+
+    Raises:
+      InputError: Missing file, malformed YAML, unknown key (with a suggestion), or a value of the wrong type.
+    """
+    try:
+        text = Path(path).read_text()
+    except OSError as error:
+        raise InputError(f"config file {path}: {error.strerror}") from error
+    return parse_config(text, overrides, source=str(path))
+
+
+def parse_config(text: str, overrides: list[str] | None = None, *, source: str = "config") -> Config:
+    """Builds a `Config` from YAML text; see `load_config`."""
+    import yaml
+
+    overrides = overrides or []
+    try:
+        mapping = yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{source}:{mark.line + 1}" if mark else source
+        raise InputError(f"{where}: not valid YAML: {getattr(error, 'problem', error)}") from error
+    if not isinstance(mapping, dict):
+        raise InputError(f"{source}: expected a mapping of sections, found {type(mapping).__name__}")
+    _check_keys(mapping, Config, source)
+    for override in overrides:
+        _check_override(override)
+
+    import jsonargparse
+
+    parser = jsonargparse.ArgumentParser(exit_on_error=False, allow_abbrev=False)
+    parser.add_argument("--config", action="config")
+    parser.add_class_arguments(Config, None)
+    try:
+        namespace = parser.parse_args([f"--config={text}", *overrides] if mapping else overrides)
+        sections = parser.instantiate(namespace)
+        return Config(**{section.name: sections[section.name] for section in dataclasses.fields(Config)})
+    except InputError:
+        raise
+    except (jsonargparse.ArgumentError, ValueError) as error:
+        raise InputError(f"{source}: {' '.join(str(error).split())}") from error
+
+
+def dump_config(config: Config) -> str:
+    """The config as YAML text that `parse_config` reads back to an equal `Config`."""
+    import yaml
+
+    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
+
+
+def config_differences(old: Config, new: Config, *, ignore: tuple[str, ...] = ()) -> list[str]:
+    """Lines `key: old -> new` for every value that differs, leaving out keys that start with one of `ignore`."""
+    old_values, new_values = _flatten(dataclasses.asdict(old)), _flatten(dataclasses.asdict(new))
+    return [
+        f"{key}: {old_values.get(key)!r} -> {new_values.get(key)!r}"
+        for key in sorted(old_values | new_values)
+        if old_values.get(key) != new_values.get(key) and not key.startswith(ignore)
+    ]
+
+
+def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in values.items():
+        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _check_keys(mapping: dict[str, Any], section: type, source: str, prefix: str = "") -> None:
+    for key, value in mapping.items():
+        nested = _field_type(section, str(key), source, prefix)
+        if dataclasses.is_dataclass(nested) and isinstance(value, dict):
+            _check_keys(value, nested, source, f"{prefix}{key}.")
+
+
+def _check_override(override: str) -> None:
+    name, separator, _ = override.partition("=")
+    if not name.startswith("--") or not separator:
+        raise InputError(f"cannot read {override!r}; write overrides as --section.key=value")
+    section, prefix = Config, ""
+    for key in name[2:].split("."):
+        if not dataclasses.is_dataclass(section):
+            return  # an entry of a mapping, such as data.num_samples
+        section = _field_type(section, key, "command line", prefix)
+        prefix += f"{key}."
+
+
+def _field_type(section: type, key: str, source: str, prefix: str) -> Any:
+    types = typing.get_type_hints(section)
+    if key not in types:
+        close = difflib.get_close_matches(key, types, n=1)
+        hint = f"did you mean {prefix + close[0]!r}?" if close else f"known here: {', '.join(types)}"
+        raise InputError(f"{source}: unknown key {prefix + key!r}; {hint}")
+    return types[key]
+
+
+def _require_positive(key: str, value: float) -> None:
+    if value <= 0:
+        raise InputError(f"{key}={value} must be positive")
