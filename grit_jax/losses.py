@@ -1,0 +1,64 @@
+"""The two losses of GRIT. Weights come with the batch, so nothing is averaged here."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from grit_jax.sharding import constrain
+
+
+def contrastive_loss(
+    query: Float[Array, "queries embed"],
+    passage: Float[Array, "passages embed"],
+    *,
+    temperature: float,
+    query_weights: Float[Array, "queries"],
+    passage_ids: Int[Array, "passages"],
+) -> Float[Array, ""]:
+    """InfoNCE over the global batch: sum_i weight_i * -log softmax_j(query_i . passage_j / temperature)[positive_i].
+
+    The positive of query i is passage i * (passages / queries). Passages that carry the positive's id, and
+    fillers (id -1), are left out of a query's negatives. Float32 throughout.
+    """
+    num_queries, num_passages = query.shape[0], passage.shape[0]
+    positive = jnp.arange(num_queries) * (num_passages // num_queries)
+    scores = jnp.einsum("id,jd->ij", query, passage, precision=jax.lax.Precision.HIGHEST) / temperature
+    scores = constrain(scores, "batch", "passages")
+    not_negative = (passage_ids == passage_ids[positive][:, None]) | (passage_ids == -1)
+    scores = jnp.where(not_negative & (jnp.arange(num_passages) != positive[:, None]), -jnp.inf, scores)
+    target = jnp.take_along_axis(scores, positive[:, None], axis=1)[:, 0]
+    nll = jax.nn.logsumexp(scores, axis=1) - target
+    return jnp.sum(query_weights * nll)
+
+
+def next_token_loss(
+    hidden: Float[Array, "batch length embed"],
+    output_table: Float[Array, "vocab embed"],
+    *,
+    targets: Int[Array, "batch length"],
+    loss_weights: Float[Array, "batch length"],
+    block: int = 256,
+) -> Float[Array, ""]:
+    """sum(loss_weights * -log p(target)), with logits made for `block` positions of each row at a time.
+
+    Logits are float32; the backward pass makes them again, so that no more than one block of them exists.
+    """
+    batch, length, embed_dim = hidden.shape
+    block = next(size for size in range(min(block, length), 0, -1) if length % size == 0)
+    table = output_table.astype(hidden.dtype)
+
+    def blocks(x):
+        return x.reshape(batch, length // block, block, *x.shape[2:]).swapaxes(0, 1)
+
+    @jax.checkpoint
+    def block_loss(total, block_inputs):
+        x, target, weight = block_inputs
+        logits = jnp.einsum("td,vd->tv", x.reshape(-1, embed_dim), table, preferred_element_type=jnp.float32)
+        logits = constrain(logits.reshape(*target.shape, -1), "batch", "length", "activation_vocab")
+        picked = jnp.take_along_axis(logits, target[..., None], axis=-1)[..., 0]
+        return total + jnp.sum(weight * (jax.nn.logsumexp(logits, axis=-1) - picked)), None
+
+    zero = jnp.zeros((), jnp.float32)
+    return jax.lax.scan(block_loss, zero, (blocks(hidden), blocks(targets), blocks(loss_weights)))[0]

@@ -1,0 +1,1 @@
+"""The transformer: attention, layers, pooling and decoding."""

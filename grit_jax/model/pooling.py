@@ -1,0 +1,47 @@
+"""From hidden states to one vector per text."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from grit_jax.model.transformer import Transformer
+
+
+def pool(
+    hidden: Float[Array, "batch length embed"],
+    pool_weights: Float[Array, "batch length"],
+    segment_ids: Int[Array, "batch length"],
+    *,
+    num_segments: int,
+) -> Float[Array, "batch num_segments embed"]:
+    """Weighted sums of each text's hidden states, float32; vector `i` of a row is that of segment `i + 1`."""
+    segments = jnp.arange(1, num_segments + 1)
+    weights = jnp.where(segment_ids[:, None, :] == segments[:, None], pool_weights[:, None, :], 0.0)
+    return jnp.einsum("bst,btd->bsd", weights, hidden.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
+
+
+def normalize(x: Float[Array, "... embed"]) -> Float[Array, "... embed"]:
+    """Unit length over the last dim; a zero vector stays zero."""
+    return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(jnp.square(x), axis=-1, keepdims=True), 1e-24))
+
+
+def embed(
+    model: Transformer,
+    hidden: Float[Array, "batch length embed"],
+    pool_weights: Float[Array, "batch length"],
+    segment_ids: Int[Array, "batch length"],
+    *,
+    num_segments: int,
+    normalized: bool,
+) -> Float[Array, "batch num_segments out"]:
+    """Vectors of a packed row's texts: pooled, projected where the model has a head, and of unit length if asked.
+
+    The head is linear and pool weights sum to 1, so projecting after pooling equals projecting every token.
+    """
+    vectors = pool(hidden, pool_weights, segment_ids, num_segments=num_segments)
+    if hasattr(model, "projection"):
+        with jax.default_matmul_precision("highest"):
+            vectors = model.projection(vectors)
+    return normalize(vectors) if normalized else vectors

@@ -1,0 +1,29 @@
+"""A model that can be loaded, wherever it is stored."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from grit_jax.config import EmbeddingConfig, TransformerConfig
+from grit_jax.model.transformer import Params
+from grit_jax.tokenizer import Tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Pretrained:
+    """What a model folder holds; weights are read only when `load` is called.
+
+    Attributes:
+      architecture: Resolved shape of the transformer.
+      embedding: How its vectors are made.
+      tokenizer: Its tokenizer.
+      load: Reads the parameters: `load(shardings)` gives the nested dict of `abstract_params`, float32, each array
+        placed by the sharding at the same path.
+    """
+
+    architecture: TransformerConfig
+    embedding: EmbeddingConfig
+    tokenizer: Tokenizer
+    load: Callable[[Any], Params]

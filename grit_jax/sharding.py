@@ -1,0 +1,140 @@
+"""The mesh, the one table from logical axes to mesh axes, and the shardings that follow from it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from grit_jax.batch import EmbeddingBatch, GenerativeBatch, GritBatch
+from grit_jax.config import InputError, MeshConfig
+
+MESH_AXES = ("data", "fsdp", "tensor")
+
+# Logical axis of an array dim -> mesh axes it is split over; None keeps the dim whole on every device.
+LOGICAL_AXES: Mapping[str, str | tuple[str, ...] | None] = {
+    # parameters
+    "layers": None,
+    "embed": "fsdp",
+    "mlp": "tensor",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "head_dim": None,
+    "vocab": "tensor",
+    "projection": None,
+    # activations
+    "batch": ("data", "fsdp"),
+    "length": None,
+    "passages": None,
+    "activation_embed": None,
+    "activation_mlp": "tensor",
+    "activation_heads": "tensor",
+    "activation_vocab": "tensor",
+}
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Builds the device mesh; one axis of `config` may be -1 to take the devices that are left.
+
+    Raises:
+      InputError: The axes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = [getattr(config, axis) for axis in MESH_AXES]
+    described = ", ".join(f"mesh.{axis}={size}" for axis, size in zip(MESH_AXES, sizes, strict=True))
+    if sizes.count(-1) > 1 or any(size != -1 and size < 1 for size in sizes):
+        raise InputError(f"{described}: sizes must be positive, and at most one of them -1")
+    if -1 in sizes:
+        known = int(np.prod([size for size in sizes if size != -1]))
+        sizes[sizes.index(-1)] = max(1, len(devices) // known)
+    if int(np.prod(sizes)) != len(devices):
+        raise InputError(f"{described} do not multiply to the {len(devices)} devices found; set one of them to -1")
+    return jax.make_mesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices)
+
+
+def partition_spec(axes: Sequence[str]) -> PartitionSpec:
+    """The PartitionSpec of an array whose dims are named by `axes`; an unknown name raises KeyError."""
+    return PartitionSpec(*(LOGICAL_AXES[axis] for axis in axes))
+
+
+def axis_size(mesh: Mesh, axis: str) -> int:
+    """Number of pieces that a dim called `axis` is split into."""
+    names = LOGICAL_AXES[axis]
+    return int(np.prod([mesh.shape[name] for name in ((names,) if isinstance(names, str) else names or ())]))
+
+
+def shardings(mesh: Mesh, shapes: Any, axes: Any) -> Any:
+    """Shardings of a tree of arrays.
+
+    Args:
+      mesh: The device mesh.
+      shapes: Tree of arrays or ShapeDtypeStructs.
+      axes: The same tree with a tuple of logical axes at each leaf.
+
+    Raises:
+      InputError: A dim is not divisible by the mesh axes it is split over.
+    """
+
+    def sharding(path, shape, names):
+        for size, name in zip(shape.shape, names, strict=True):
+            pieces = axis_size(mesh, name)
+            if size % pieces:
+                raise InputError(
+                    f"{jax.tree_util.keystr(path, simple=True, separator='.')}: {name}={size} is not divisible by "
+                    f"mesh.{'*'.join(np.atleast_1d(LOGICAL_AXES[name]))}={pieces}; choose mesh sizes that divide it"
+                )
+        return NamedSharding(mesh, partition_spec(names))
+
+    return jax.tree_util.tree_map_with_path(sharding, shapes, axes)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The sharding of a value that every device holds whole."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def constrain(x: jax.Array, *axes: str) -> jax.Array:
+    """Fixes how `x` is split over the mesh set by `jax.set_mesh`; without a mesh it is `x` itself."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, partition_spec(axes))
+
+
+def _row_sharding(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, partition_spec(("batch",)))
+
+
+def host_rows(mesh: Mesh, num_rows: int) -> slice:
+    """The rows of a batch that this process's devices hold."""
+    pieces = _row_sharding(mesh).addressable_devices_indices_map((num_rows,)).values()
+    spans = {index[0].indices(num_rows)[:2] for index in pieces}
+    return slice(min(start for start, _ in spans), max(stop for _, stop in spans))
+
+
+def place_batch(mesh: Mesh, batch: GritBatch) -> GritBatch:
+    """Puts this host's rows of a batch on the mesh: rows split over the devices, slots and weights everywhere."""
+    split, whole = _row_sharding(mesh), replicated(mesh)
+    shards = split.num_devices // mesh.shape["tensor"]
+    hosts = jax.process_count()
+
+    def place(stream, per_row: tuple[str, ...]):
+        if stream is None:
+            return None
+        values = {}
+        for name, value in stream._asdict().items():
+            if name not in per_row:
+                values[name] = jax.make_array_from_process_local_data(whole, value, value.shape)
+                continue
+            local = host_rows(mesh, shards)
+            rows = value.shape[0] * shards // (local.stop - local.start) if hosts > 1 else value.shape[0]
+            values[name] = jax.make_array_from_process_local_data(split, value, (rows, *value.shape[1:]))
+        return type(stream)(**values)
+
+    rows_of = {
+        EmbeddingBatch: ("tokens", "segment_ids", "positions", "pool_weights"),
+        GenerativeBatch: GenerativeBatch._fields,
+    }
+    return GritBatch(place(batch.embedding, rows_of[EmbeddingBatch]), place(batch.generative, rows_of[GenerativeBatch]))
