@@ -29,6 +29,7 @@ LOGICAL_AXES: Mapping[str, str | tuple[str, ...] | None] = {
     "batch": ("data", "fsdp"),
     "length": None,
     "passages": None,
+    "chunks": None,
     "activation_embed": None,
     "activation_mlp": "tensor",
     "activation_heads": "tensor",

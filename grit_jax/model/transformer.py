@@ -147,6 +147,13 @@ class Transformer(nnx.Module):
         return x, rotation(mask.query_positions, head_dim=self.config.head_dim, theta=self.config.rope_theta)
 
 
+def compute_dtype(name: Literal["auto", "float32", "bfloat16"]) -> jnp.dtype:
+    """The type of activations: `auto` is float32 on CPU, where bfloat16 is slow, and bfloat16 elsewhere."""
+    if name == "auto":
+        name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return jnp.dtype(name)
+
+
 def _rematerialized(function, remat: Remat):
     policies = {
         "full": jax.checkpoint_policies.nothing_saveable,

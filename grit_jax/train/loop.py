@@ -1,0 +1,286 @@
+"""A training run, from config to last checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import signal
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from grit_jax import sharding
+from grit_jax.checkpoint import CheckpointMetadata, Checkpoints
+from grit_jax.config import Config, InputError, config_differences, dump_config, load_config
+from grit_jax.data.pipeline import Pipeline
+from grit_jax.loading import open_model
+from grit_jax.model.pretrained import Pretrained
+from grit_jax.model.transformer import abstract_model, compute_dtype, init_params, param_axes
+from grit_jax.tokenizer import Tokenizer
+from grit_jax.train.metrics import Display, Tracker, make_trackers, model_flops, peak_flops
+from grit_jax.train.optimizer import learning_rate, make_optimizer
+from grit_jax.train.state import TrainState, abstract_state, new_state, shardings_of
+from grit_jax.train.step import Metrics, Objective, make_eval_step, make_train_step
+
+# What may differ between a run folder's config and the one that resumes it.
+_MAY_DIFFER = ("train.steps", "train.output", "mesh.", "logging.")
+
+
+class Trainer:
+    """One run: the constructor sets everything up, restoring the run folder's newest checkpoint if there is one.
+
+    Attributes:
+      config: The resolved config.
+      tokenizer: The model's tokenizer.
+      mesh: The device mesh.
+      data: The batches.
+      state: Parameters and optimizer state; `fit` replaces it with every step.
+
+    Raises:
+      InputError: The config, the data or the run folder is not usable; nothing has been written then.
+    """
+
+    def __init__(self, config: Config):
+        pretrained = open_model(config.model.init) if config.model.init else None
+        self.tokenizer = _tokenizer(config, pretrained)
+        architecture = (pretrained or config.model).architecture.resolve(self.tokenizer.vocab_size)
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, architecture=architecture))
+        self.config = config
+        self.mesh = sharding.make_mesh(config.mesh)
+        self.folder = Path(config.train.output)
+        _check_lengths(config)
+        _check_batch(config, self.mesh)
+        _check_folder(config, self.folder)
+
+        model = abstract_model(architecture, config.model.embedding.projection_dim)
+        optimizer = make_optimizer(config.optimizer, config.train.steps, param_axes(model))
+        abstract = abstract_state(model, optimizer, self.mesh)
+        objective = Objective(model, config, compute_dtype(config.model.compute_dtype))
+        rate = learning_rate(config.optimizer, config.train.steps)
+        self._train_step = make_train_step(objective, optimizer, rate, shardings_of(abstract))
+        self._eval_step = make_eval_step(objective)
+        shards = sharding.axis_size(self.mesh, "batch")
+        self.data = Pipeline(
+            config,
+            self.tokenizer,
+            row_multiples=(config.train.embedding_chunks * shards, config.train.generative_chunks * shards),
+            host_rows=lambda num_rows: sharding.host_rows(self.mesh, num_rows),
+        )
+        self._checkpoints = Checkpoints(self.folder / "checkpoints", keep=config.checkpoint.keep)
+        with jax.set_mesh(self.mesh):
+            self.state = self._restored(abstract) or self._initial(abstract, optimizer, pretrained)
+
+    def _restored(self, abstract: TrainState) -> TrainState | None:
+        steps = self._checkpoints.steps()
+        if not steps:
+            return None
+        if self._checkpoints.metadata(steps[-1]).data["fingerprint"] != self.data.fingerprint:
+            raise InputError(
+                f"{self.folder}: data.train is not what this run was trained on (its files changed); "
+                "put the files back, or start again in another train.output"
+            )
+        params, opt_state = self._checkpoints.restore(steps[-1], abstract.params, abstract.opt_state)
+        return TrainState(jax.device_put(np.int32(steps[-1]), abstract.step.sharding), params, opt_state)
+
+    def _initial(
+        self, abstract: TrainState, optimizer: optax.GradientTransformation, pretrained: Pretrained | None
+    ) -> TrainState:
+        placed, config = shardings_of(abstract), self.config
+        init = jax.jit(init_params, static_argnums=(0, 2), out_shardings=placed.params)
+        key = jax.random.key(config.train.seed)
+        if pretrained is None:
+            params = init(config.model.architecture, key, config.model.embedding.projection_dim)
+        else:
+            params = pretrained.load(placed.params)
+        return jax.jit(new_state, static_argnums=1, out_shardings=placed)(params, optimizer)
+
+    @property
+    def step(self) -> int:
+        """Updates done."""
+        return int(self.state.step)
+
+    def fit(self) -> bool:
+        """Trains up to `train.steps`, saving on the way.
+
+        Returns:
+          True when all steps are done, False when SIGTERM or SIGINT ended the run after a last checkpoint.
+
+        Raises:
+          FloatingPointError: The loss is not finite; the newest checkpoint is from before that.
+        """
+        config, start = self.config, self.step
+        if start >= config.train.steps:
+            return True
+        self.folder.mkdir(parents=True, exist_ok=True)
+        resolved = dump_config(config)
+        (self.folder / "config.yaml").write_text(resolved)
+        trackers = make_trackers(config.logging, self.folder, resume_step=start, resolved=resolved)
+        with jax.set_mesh(self.mesh), _stop_signals() as stop, Display(config, start=start) as display:
+            for line in self.data.report():
+                display.say(line)
+            if start:
+                display.say(f"resumed from step {start}")
+            recorder = _Recorder(config, self.mesh, trackers, display)
+            batches = self.data.batches(start)
+            unread: tuple[int, Metrics, float] | None = None  # read one step late, so that devices never wait
+            for step in range(start + 1, config.train.steps + 1):
+                asked = time.monotonic()
+                batch = next(batches)
+                waited = time.monotonic() - asked
+                self.state, metrics = self._train_step(self.state, sharding.place_batch(self.mesh, batch))
+                if unread:
+                    recorder.record(*unread)
+                unread = (step, metrics, waited)
+                last = step == config.train.steps or stop.is_set()
+                evaluate = last or (config.train.eval_every and step % config.train.eval_every == 0)
+                save = last or step % config.checkpoint.every == 0
+                if evaluate or save:
+                    recorder.record(*unread, self.evaluate() if evaluate and not stop.is_set() else {})
+                    unread = None
+                if save:
+                    self._save(step)
+                if evaluate or save:
+                    recorder.restart_clock()
+                if last:
+                    break
+            self._checkpoints.wait()
+        for tracker in trackers:
+            tracker.close()
+        return self.step == config.train.steps
+
+    def evaluate(self) -> dict[str, float]:
+        """Losses on `data.validation`: mean per query and mean per scored token; empty without validation data."""
+        totals: dict[str, float] = {}
+        with jax.set_mesh(self.mesh):
+            for batch in self.data.validation_batches():
+                sums = self._eval_step(self.state.params, sharding.place_batch(self.mesh, batch))
+                for name, value in jax.device_get(sums).items():
+                    totals[name] = totals.get(name, 0.0) + float(value)
+        return {
+            f"validation/{name}": total / totals[f"weight/{name.removeprefix('loss/')}"]
+            for name, total in totals.items()
+            if name.startswith("loss/")
+        }
+
+    def _save(self, step: int) -> None:
+        metadata = CheckpointMetadata(
+            architecture=self.config.model.architecture,
+            embedding=self.config.model.embedding,
+            tokenizer_files=self.tokenizer.files(),
+            config=dump_config(self.config),
+            data={"step": step, "fingerprint": self.data.fingerprint},
+        )
+        self._checkpoints.save(step, self.state.params, self.state.opt_state, metadata)
+
+
+class _Recorder:
+    """Turns a step's metrics into numbers for the trackers and the display."""
+
+    def __init__(self, config: Config, mesh: jax.sharding.Mesh, trackers: list[Tracker], display: Display):
+        self._architecture, self._trackers, self._display = config.model.architecture, trackers, display
+        peak = peak_flops(mesh.devices.flat[0])
+        self._peak = peak and peak * mesh.size
+        self.restart_clock()
+
+    def restart_clock(self) -> None:
+        """Leaves the time since the last step out of the next one's."""
+        self._read = time.monotonic()
+
+    def record(self, step: int, metrics: Metrics, waited: float, extra: Mapping[str, float] | None = None) -> None:
+        """Waits for a step's metrics and hands them on, with its speed."""
+        values = {name: value.item() for name, value in jax.device_get(metrics).items()}
+        seconds = time.monotonic() - self._read
+        self.restart_clock()
+        if not math.isfinite(values["loss"]):
+            raise FloatingPointError(
+                f"loss is {values['loss']} at step {step}; checkpoints before this step are good: "
+                "look at the data or lower optimizer.learning_rate"
+            )
+        pairs, generative = values.pop("attention_pairs"), values.pop("tokens/generative")
+        values |= {
+            "tokens_per_second": values["tokens"] / seconds,
+            "step_seconds": seconds,
+            "data_wait_seconds": waited,
+        }
+        if self._peak:
+            flops = model_flops(
+                self._architecture, tokens=values["tokens"], generative_tokens=generative, attention_pairs=pairs
+            )
+            values["mfu"] = flops / seconds / self._peak
+        values |= extra or {}
+        for tracker in self._trackers:
+            tracker.log(step, values)
+        self._display.step(step, values)
+
+
+@contextmanager
+def _stop_signals() -> Iterator[threading.Event]:
+    """An event that SIGTERM and SIGINT set; a second signal acts as usual."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    old = {}
+
+    def handle(number, frame):
+        stop.set()
+        signal.signal(number, old[number])
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        old[number] = signal.signal(number, handle)
+    try:
+        yield stop
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
+def _tokenizer(config: Config, pretrained: Pretrained | None) -> Tokenizer:
+    if pretrained is None:
+        return Tokenizer.load(config.model.tokenizer or "bytes")
+    if config.model.tokenizer:
+        named = Tokenizer.load(config.model.tokenizer)
+        if named.fingerprint != pretrained.tokenizer.fingerprint:
+            raise InputError(
+                f"model.tokenizer={config.model.tokenizer!r} is not the tokenizer of model.init={config.model.init!r}; "
+                "remove model.tokenizer, the model's own is used then"
+            )
+    return pretrained.tokenizer
+
+
+def _check_lengths(config: Config) -> None:
+    limit = config.model.architecture.max_length
+    streams = {"query": config.train.embeds, "passage": config.train.embeds, "generative": config.train.generates}
+    for name in (name for name, trained in streams.items() if trained):
+        length = getattr(config.data, f"{name}_max_length")
+        if length > limit:
+            raise InputError(f"data.{name}_max_length={length} is over the model's {limit} tokens; lower it")
+
+
+def _check_batch(config: Config, mesh: jax.sharding.Mesh) -> None:
+    shards = sharding.axis_size(mesh, "batch")
+    if config.train.embeds and config.data.embedding_batch % shards:
+        raise InputError(
+            f"data.embedding_batch={config.data.embedding_batch} is not divisible by the mesh's {shards} batch shards "
+            f"(mesh.data={mesh.shape['data']} * mesh.fsdp={mesh.shape['fsdp']}); use a multiple of {shards}"
+        )
+
+
+def _check_folder(config: Config, folder: Path) -> None:
+    saved = folder / "config.yaml"
+    if not saved.exists() or not (folder / "checkpoints").exists():
+        return
+    changed = config_differences(load_config(saved), config, ignore=_MAY_DIFFER)
+    if changed:
+        raise InputError(
+            f"{folder} holds a run with another config ({'; '.join(changed)}); "
+            "put these values back to resume it, or choose another train.output"
+        )

@@ -1,0 +1,174 @@
+"""Where a run's numbers go: metrics.jsonl, trackers and the display; and model FLOPs for MFU."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Protocol, Self
+
+import jax
+import rich.console
+import rich.progress
+
+from grit_jax.config import Config, InputError, LoggingConfig, TransformerConfig
+
+Values = Mapping[str, float]
+
+# Peak dense bfloat16 FLOP/s of one device, by the start of its `device_kind`; longer names first.
+PEAK_FLOPS = {
+    "TPU v6 lite": 918e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5": 459e12,
+    "TPU v4": 275e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12,
+}
+
+
+def peak_flops(device: jax.Device) -> float | None:
+    """Peak FLOP/s of a device, or None when it is not known."""
+    return next((peak for kind, peak in PEAK_FLOPS.items() if device.device_kind.startswith(kind)), None)
+
+
+def model_flops(
+    architecture: TransformerConfig, *, tokens: float, generative_tokens: float, attention_pairs: float
+) -> float:
+    """FLOPs of one step's matrix products, forward and backward, without recomputation or padding.
+
+    Args:
+      architecture: Resolved architecture.
+      tokens: Tokens of both streams.
+      generative_tokens: Tokens of the generative stream, which also pass through the output head.
+      attention_pairs: Visible (query, key) pairs.
+    """
+    heads = architecture.num_heads * architecture.head_dim
+    kv_heads = architecture.num_kv_heads * architecture.head_dim
+    projections = architecture.embed_dim * (2 * heads + 2 * kv_heads + 3 * architecture.mlp_dim)
+    layers = architecture.num_layers * (projections * tokens + 2 * heads * attention_pairs)
+    return 6 * (layers + architecture.vocab_size * architecture.embed_dim * generative_tokens)
+
+
+class Tracker(Protocol):
+    """Takes the metrics of each step."""
+
+    def log(self, step: int, values: Values) -> None:
+        """Records one step."""
+
+    def close(self) -> None:
+        """Flushes what is buffered."""
+
+
+class JsonlTracker:
+    """metrics.jsonl: one object per step; on resume, steps after `resume_step` are cut off first."""
+
+    def __init__(self, path: Path, *, resume_step: int):
+        kept = [line for line in read_metrics(path) if line["step"] <= resume_step] if path.exists() else []
+        self._file = path.open("w")
+        for line in kept:
+            self._write(line)
+
+    def log(self, step: int, values: Values) -> None:
+        self._write({"step": step, **values})
+
+    def _write(self, line: Mapping[str, float]) -> None:
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """The objects of a metrics.jsonl; a last line cut short by a crash is left out."""
+    lines = path.read_text().split("\n")
+    return [json.loads(line) for line in lines[:-1] if line]
+
+
+class TensorBoardTracker:
+    """Event files in the run folder."""
+
+    def __init__(self, folder: Path):
+        try:
+            import tensorboardX
+        except ImportError as error:
+            raise InputError(
+                "logging.tensorboard=true needs tensorboardX; pip install 'grit-jax[tensorboard]'"
+            ) from error
+        self._writer = tensorboardX.SummaryWriter(str(folder))
+
+    def log(self, step: int, values: Values) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class WandbTracker:
+    """A Weights & Biases run, resumed under the run folder's name."""
+
+    def __init__(self, project: str, folder: Path, config: str):
+        try:
+            import wandb
+        except ImportError as error:
+            raise InputError(f"logging.wandb={project!r} needs wandb; pip install 'grit-jax[wandb]'") from error
+        self._run = wandb.init(
+            project=project, name=folder.name, id=folder.name, resume="allow", dir=str(folder), config={"yaml": config}
+        )
+
+    def log(self, step: int, values: Values) -> None:
+        self._run.log(dict(values), step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def make_trackers(config: LoggingConfig, folder: Path, *, resume_step: int, resolved: str) -> list[Tracker]:
+    """The trackers that a config asks for, metrics.jsonl always among them."""
+    trackers: list[Tracker] = [JsonlTracker(folder / "metrics.jsonl", resume_step=resume_step)]
+    if config.tensorboard:
+        trackers.append(TensorBoardTracker(folder / "tensorboard"))
+    if config.wandb:
+        trackers.append(WandbTracker(config.wandb, folder, resolved))
+    return trackers
+
+
+class Display:
+    """A live line on a terminal, a plain line every `logging.every` steps elsewhere, nothing on other hosts."""
+
+    def __init__(self, config: Config, *, start: int):
+        self._every, self._steps = config.logging.every, config.train.steps
+        self._started, self._start = time.monotonic(), start
+        self._console = rich.console.Console(quiet=jax.process_index() != 0, highlight=False, soft_wrap=True)
+        self._live = None
+        if self._console.is_terminal:
+            columns = ("{task.fields[losses]}", rich.progress.BarColumn(), rich.progress.MofNCompleteColumn())
+            self._live = rich.progress.Progress(*columns, "{task.fields[speed]}", console=self._console)
+            self._task = self._live.add_task("", total=self._steps, completed=start, losses="compiling", speed="")
+
+    def __enter__(self) -> Self:
+        if self._live:
+            self._live.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._live:
+            self._live.stop()
+
+    def say(self, text: str) -> None:
+        """Prints a line above the live one."""
+        self._console.print(text)
+
+    def step(self, step: int, values: Values) -> None:
+        """Shows the metrics of a step."""
+        elapsed = time.monotonic() - self._started
+        left = elapsed / max(1, step - self._start) * (self._steps - step)
+        names = {"loss/embedding": "embedding", "loss/generative": "generative"}
+        losses = "  ".join(f"{short} {values[name]:.3f}" for name, short in names.items() if name in values)
+        speed = f"{values['tokens_per_second']:,.0f} tokens/s  {left // 60:.0f}:{left % 60:02.0f} left"
+        if self._live:
+            self._live.update(self._task, completed=step, losses=losses, speed=speed)
+        elif step % self._every == 0 or step in (self._start + 1, self._steps):
+            self._console.print(f"step {step}/{self._steps}  {losses}  {speed}")

@@ -1,0 +1,53 @@
+"""The learning-rate schedule and the optimizer."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from grit_jax.config import OptimizerConfig
+
+
+def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
+    """Rate of update `count`, counted from 0: linear warm-up from 0, then decay to 0 at `steps`.
+
+    The linear schedule is that of transformers' `get_linear_schedule_with_warmup`: the first update has rate 0
+    when there is a warm-up.
+    """
+    warmup = math.ceil(config.warmup_ratio * steps) if config.warmup_steps is None else config.warmup_steps
+
+    def rate(count):
+        decayed = jnp.clip((count - warmup) / max(1, steps - warmup), 0.0, 1.0)
+        factor = {
+            "linear": 1.0 - decayed,
+            "cosine": 0.5 * (1.0 + jnp.cos(jnp.pi * decayed)),
+            "constant": 1.0,
+        }[config.schedule]
+        return config.learning_rate * jnp.where(count < warmup, count / max(1, warmup), factor)
+
+    return rate
+
+
+def make_optimizer(config: OptimizerConfig, steps: int, axes: Any) -> optax.GradientTransformation:
+    """The optimizer of a run.
+
+    Args:
+      config: Its settings.
+      steps: Length of the schedule.
+      axes: Tree of each parameter's logical axes: weight decay applies to matrices, those with two axes or more
+        besides `layers`.
+    """
+    decayed = jax.tree.map(
+        lambda names: len(set(names) - {"layers"}) >= 2, axes, is_leaf=lambda names: isinstance(names, tuple)
+    )
+    rate = learning_rate(config, steps)
+    if config.name == "sgd":
+        update = optax.sgd(rate)
+    else:
+        update = optax.adamw(rate, config.b1, config.b2, config.epsilon, weight_decay=config.weight_decay, mask=decayed)
+    clip = optax.identity() if config.clip_norm is None else optax.clip_by_global_norm(config.clip_norm)
+    return optax.chain(clip, update)

@@ -1,0 +1,167 @@
+"""One update: both losses, their gradient and the optimizer, in one compiled function."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from grit_jax.batch import EmbeddingBatch, GenerativeBatch, GritBatch, max_segments
+from grit_jax.config import Config
+from grit_jax.losses import contrastive_loss, next_token_loss
+from grit_jax.model.pooling import embed
+from grit_jax.model.transformer import Params, Transformer, bind
+from grit_jax.sharding import constrain
+from grit_jax.train.state import TrainState
+
+Metrics = dict[str, jax.Array]
+
+
+def map_chunks(function: Callable[[Any], Any], rows: Any, num_chunks: int) -> Any:
+    """Applies `function` to `num_chunks` pieces of a batch's rows, one after the other, and stacks the results.
+
+    Row r goes to piece `r % num_chunks`, so that every device keeps its own rows. Each piece is computed again in
+    the backward pass: memory follows the piece, the gradient is the whole batch's. With one piece nothing is
+    recomputed here.
+    """
+    if num_chunks == 1:
+        return jax.tree.map(lambda x: x[None], function(rows))
+
+    def split(x):
+        pieces = x.reshape(x.shape[0] // num_chunks, num_chunks, *x.shape[1:]).swapaxes(0, 1)
+        return constrain(pieces, "chunks", "batch", *["length"] * (x.ndim - 1))
+
+    return jax.lax.map(jax.checkpoint(function), jax.tree.map(split, rows))
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """The joint loss of a model as a function of its parameters and a batch.
+
+    Attributes:
+      model: Abstract model; parameters are bound to it in every call.
+      config: The run's settings.
+      dtype: Type of the activations.
+    """
+
+    model: Transformer
+    config: Config
+    dtype: jnp.dtype
+
+    def embedding_loss(self, params: Params, batch: EmbeddingBatch) -> jax.Array:
+        """L_rep of the batch, float32 scalar."""
+        settings = self.config.model.embedding
+        num_segments = max_segments(batch.tokens.shape[1])
+
+        def vectors(rows):
+            tokens, segment_ids, positions, pool_weights = rows
+            model = bind(self.model, params)
+            mask = model.mask(segment_ids, positions, causal=settings.attention == "causal")
+            hidden = model(tokens, mask, dtype=self.dtype, remat=self.config.model.remat)
+            return embed(
+                model, hidden, pool_weights, segment_ids, num_segments=num_segments, normalized=settings.normalized
+            )
+
+        rows = (batch.tokens, batch.segment_ids, batch.positions, batch.pool_weights)
+        pooled = map_chunks(vectors, rows, self.config.train.embedding_chunks)  # [chunks, rows, segments, embed]
+        slots = pooled.swapaxes(0, 1).reshape(-1, pooled.shape[-1])
+        return contrastive_loss(
+            constrain(slots[batch.query_slots], "batch", "activation_embed"),
+            constrain(slots[batch.passage_slots], "passages", "activation_embed"),
+            temperature=self.config.loss.temperature,
+            query_weights=batch.query_weights,
+            passage_ids=batch.passage_ids,
+        )
+
+    def generative_loss(self, params: Params, batch: GenerativeBatch) -> jax.Array:
+        """L_gen of the batch, float32 scalar."""
+
+        def loss(rows: GenerativeBatch):
+            model = bind(self.model, params)
+            causal = self.config.model.generative_attention == "causal"
+            mask = model.mask(rows.segment_ids, rows.positions, causal=causal)
+            hidden = model(rows.tokens, mask, dtype=self.dtype, remat=self.config.model.remat)
+            return next_token_loss(hidden, model.output_table, targets=rows.targets, loss_weights=rows.loss_weights)
+
+        return jnp.sum(map_chunks(loss, batch, self.config.train.generative_chunks))
+
+    def losses(self, params: Params, batch: GritBatch) -> Metrics:
+        """The losses of the streams that the batch holds, under `loss/embedding` and `loss/generative`."""
+        losses = {}
+        if batch.embedding is not None:
+            losses["loss/embedding"] = self.embedding_loss(params, batch.embedding)
+        if batch.generative is not None:
+            losses["loss/generative"] = self.generative_loss(params, batch.generative)
+        return losses
+
+    def work(self, batch: GritBatch) -> Metrics:
+        """What a batch asks for, padding left out: `tokens`, those of the generative stream, and visible pairs."""
+        causal = {
+            "embedding": self.config.model.embedding.attention == "causal",
+            "generative": self.config.model.generative_attention == "causal",
+        }
+        tokens, pairs = {}, {}
+        for name, stream in batch._asdict().items():
+            real = stream.segment_ids > 0 if stream is not None else jnp.zeros((), bool)
+            earlier = jnp.sum(jnp.where(real, stream.positions, 0.0)) if stream is not None else 0.0
+            tokens[name] = jnp.count_nonzero(real)
+            pairs[name] = (1 if causal[name] else 2) * earlier + tokens[name]
+        return {
+            "tokens": sum(tokens.values()),
+            "tokens/generative": tokens["generative"],
+            "attention_pairs": sum(pairs.values()),
+        }
+
+    def __call__(self, params: Params, batch: GritBatch) -> tuple[jax.Array, Metrics]:
+        """The weighted sum that is minimised, and its parts."""
+        losses = self.losses(params, batch)
+        weights = {
+            "loss/embedding": self.config.loss.embedding_weight,
+            "loss/generative": self.config.loss.generative_weight,
+        }
+        return sum(weights[name] * value for name, value in losses.items()), losses
+
+
+def make_train_step(
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    state_shardings: TrainState,
+) -> Callable[[TrainState, GritBatch], tuple[TrainState, Metrics]]:
+    """Compiles `train_step(state, batch) -> (state, metrics)`; the old state's memory is reused.
+
+    Metrics are scalars: `loss`, the parts that are trained and their ratio, `grad_norm` (before clipping),
+    `learning_rate` of this update, and the counts of `Objective.work`.
+    """
+
+    def train_step(state: TrainState, batch: GritBatch) -> tuple[TrainState, Metrics]:
+        (loss, losses), gradient = jax.value_and_grad(objective, has_aux=True)(state.params, batch)
+        updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        metrics = {"loss": loss, **losses}
+        if len(losses) == 2:
+            metrics["loss/ratio"] = losses["loss/embedding"] / losses["loss/generative"]
+        metrics["grad_norm"] = optax.global_norm(gradient)
+        metrics["learning_rate"] = schedule(state.step)
+        metrics |= objective.work(batch)
+        return TrainState(state.step + 1, params, opt_state), metrics
+
+    return jax.jit(train_step, donate_argnums=0, out_shardings=(state_shardings, None))
+
+
+def make_eval_step(objective: Objective) -> Callable[[Params, GritBatch], Metrics]:
+    """Compiles the losses of a batch as sums over its weights, with those weights' sums under `weight/...`."""
+
+    def eval_step(params: Params, batch: GritBatch) -> Metrics:
+        sums = objective.losses(params, batch)
+        if batch.embedding is not None:
+            sums["weight/embedding"] = jnp.sum(batch.embedding.query_weights)
+        if batch.generative is not None:
+            sums["weight/generative"] = jnp.sum(batch.generative.loss_weights)
+        return sums
+
+    return jax.jit(eval_step)
