@@ -36,7 +36,7 @@ class Linear(nnx.Module):
         self.kernel = nnx.Param(std * jax.random.normal(key, shape, jnp.float32), axes=(*in_dims, *out_dims))
         self.bias = nnx.Param(jnp.zeros(tuple(out_dims.values()), jnp.float32), axes=tuple(out_dims)) if bias else None
 
-    def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+    def __call__(self, x: Float[Array, "*in_dims"]) -> Float[Array, "*out_dims"]:
         kernel = self.kernel[...].astype(x.dtype)
         out_shape = (*x.shape[: x.ndim - self.num_in_dims], *kernel.shape[self.num_in_dims :])
         fan_in = math.prod(kernel.shape[: self.num_in_dims])

@@ -10,10 +10,8 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -100,7 +98,7 @@ class Trainer:
             params = init(config.model.architecture, key, config.model.embedding.projection_dim)
         else:
             params = pretrained.load(placed.params)
-        return jax.jit(new_state, static_argnums=1, out_shardings=placed)(params, optimizer)
+        return jax.jit(new_state, static_argnums=1, donate_argnums=0, out_shardings=placed)(params, optimizer)
 
     @property
     def step(self) -> int:

@@ -145,7 +145,7 @@ def make_train_step(
         metrics = {"loss": loss, **losses}
         if len(losses) == 2:
             metrics["loss/ratio"] = losses["loss/embedding"] / losses["loss/generative"]
-        metrics["grad_norm"] = optax.global_norm(gradient)
+        metrics["grad_norm"] = optax.tree.norm(gradient)
         metrics["learning_rate"] = schedule(state.step)
         metrics |= objective.work(batch)
         return TrainState(state.step + 1, params, opt_state), metrics

@@ -1,0 +1,103 @@
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from grit_jax.config import TransformerConfig
+from grit_jax.model.transformer import abstract_model, abstract_params, bind, init_params, param_axes
+from tests.packing import layout, random_texts, relative_error
+
+CONFIG = TransformerConfig(embed_dim=32, mlp_dim=48, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8).resolve(64)
+WINDOW = TransformerConfig(
+    embed_dim=32, mlp_dim=48, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, sliding_window=3
+).resolve(64)
+
+
+@pytest.fixture(scope="module")
+def params():
+    return init_params(CONFIG, jax.random.key(0))
+
+
+def hidden_states(config, params, tokens, segment_ids, positions, *, causal, remat="none"):
+    model = bind(abstract_model(config), params)
+    mask = model.mask(jnp.asarray(segment_ids), jnp.asarray(positions), causal=causal)
+    return model(jnp.asarray(tokens), mask, dtype=jnp.float32, remat=remat)
+
+
+def influence(config, params, *, causal, length=10):
+    """[query, key]: how much the hidden state at `query` moves with the input at `key`."""
+    tokens = np.arange(1, length + 1)[None]  # each token occurs once: its table row is that position's input
+    positions = np.arange(length)[None]
+
+    def hidden(table):
+        weights = params | {"embedding": table}
+        return hidden_states(config, weights, tokens, np.ones_like(tokens), positions, causal=causal)[0]
+
+    jacobian = jax.jit(jax.jacrev(hidden))(params["embedding"])[:, :, 1 : length + 1]
+    return np.abs(np.asarray(jacobian)).max(axis=(1, 3))
+
+
+@pytest.mark.parametrize("config", [CONFIG, WINDOW], ids=["full", "window"])
+def test_causal_states_ignore_later_tokens(params, config):
+    assert np.all(np.triu(influence(config, params, causal=True), 1) == 0)
+
+
+def test_a_causal_window_hides_earlier_tokens(params):
+    reach = 2 * (WINDOW.sliding_window - 1)  # each of two layers looks back window - 1 tokens
+    seen = influence(WINDOW, params, causal=True)
+    assert np.all(np.tril(seen, -reach - 1) == 0)
+    assert np.all(np.diag(seen, -reach) > 0)
+
+
+@pytest.mark.parametrize("config", [CONFIG, WINDOW], ids=["full", "window"])
+def test_bidirectional_states_see_every_token_sliding_window_or_not(params, config):
+    assert np.all(influence(config, params, causal=False) > 0)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_packing_order_and_row_mates_do_not_change_hidden_states(params, causal):
+    texts = random_texts(np.random.default_rng(0), 6)
+    states = {}
+    for rows in ([[0, 1], [2, 3], [4, 5]], [[5, 2], [4, 0], [3, 1]], [[0, 3], [2], [1]]):
+        tokens, segment_ids, positions, places = layout(texts, rows, 32)
+        hidden = hidden_states(CONFIG, params, tokens, segment_ids, positions, causal=causal)
+        for number, (row, offset, _) in places.items():
+            state = hidden[row, offset : offset + len(texts[number])]
+            assert relative_error(state, states.setdefault(number, state)) < 1e-5
+
+
+@pytest.mark.parametrize("remat", ["full", "dots"])
+def test_rematerialisation_changes_nothing(params, remat):
+    tokens, segment_ids, positions, _ = layout(random_texts(np.random.default_rng(1), 2), [[0, 1]], 32)
+
+    def gradient(remat):
+        def loss(params):
+            states = hidden_states(CONFIG, params, tokens, segment_ids, positions, causal=True, remat=remat)
+            return jnp.sum(jnp.sin(states))
+
+        return jax.jit(jax.grad(loss))
+
+    plain, again = gradient("none"), gradient(remat)
+    # The policies must really differ, or this test compares a program with itself.
+    assert plain.lower(params).as_text() != again.lower(params).as_text()
+    errors = jax.tree.map(relative_error, again(params), plain(params))
+    assert max(jax.tree.leaves(errors)) < 1e-5
+
+
+def test_seven_billion_abstract_parameters_build_in_under_a_second_without_memory():
+    config = TransformerConfig(
+        embed_dim=4096, mlp_dim=14336, num_layers=32, num_heads=32, num_kv_heads=8, tie_embeddings=False
+    ).resolve(32000)
+    started = time.process_time()
+    shapes = jax.tree.leaves(abstract_params(abstract_model(config)))
+    assert time.process_time() - started < 1
+    assert sum(np.prod(shape.shape) for shape in shapes) == 7_241_732_096
+    assert all(isinstance(shape, jax.ShapeDtypeStruct) for shape in shapes)
+
+
+def test_every_parameter_has_one_logical_axis_per_dim():
+    model = abstract_model(CONFIG, projection_dim=8)
+    matches = jax.tree.map(lambda shape, axes: len(shape.shape) == len(axes), abstract_params(model), param_axes(model))
+    assert all(jax.tree.leaves(matches))

@@ -1,0 +1,164 @@
+"""The laws of the train step, on 8 virtual devices."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from grit_jax import sharding
+from grit_jax.batch import GritBatch
+from grit_jax.config import (
+    Config,
+    DataConfig,
+    EmbeddingConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimizerConfig,
+    TrainConfig,
+    TransformerConfig,
+)
+from grit_jax.model.transformer import abstract_model, init_params, param_axes
+from grit_jax.train.optimizer import make_optimizer
+from grit_jax.train.state import abstract_state, new_state, shardings_of
+from grit_jax.train.step import Objective, make_train_step
+from tests.packing import embedding_batch, generative_batch, random_texts, relative_error
+
+LENGTH = 32
+TOLERANCE = 1e-5
+ARCHITECTURE = TransformerConfig(
+    embed_dim=32, mlp_dim=48, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, tie_embeddings=False
+).resolve(64)
+BASE = Config(
+    model=ModelConfig(architecture=ARCHITECTURE, remat="none", embedding=EmbeddingConfig(projection_dim=16)),
+    data=DataConfig(train="unused", embedding_batch=8, generative_batch=16),
+    optimizer=OptimizerConfig(name="sgd", learning_rate=0.1, schedule="constant", warmup_steps=0, clip_norm=None),
+    train=TrainConfig(embedding_chunks=1, generative_chunks=1),
+)
+EMBEDDING_TEXTS = random_texts(np.random.default_rng(0), 24)
+GENERATIVE_TEXTS = random_texts(np.random.default_rng(1), 16)
+
+
+def rows_of(count, num_rows, order=None):
+    """Deals texts to rows in turn, so that short rows hold two or three and the rest is padding."""
+    order = list(range(count)) if order is None else order
+    return [order[row::num_rows] for row in range(num_rows)]
+
+
+def make_batch(embedding_rows=16, generative_rows=16, order=None, length=LENGTH):
+    return GritBatch(
+        embedding_batch(EMBEDDING_TEXTS, rows_of(24, embedding_rows, order), length, num_queries=8),
+        generative_batch(GENERATIVE_TEXTS, rows_of(16, generative_rows), length),
+    )
+
+
+def with_train(config, **changes):
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, **changes))
+
+
+def with_model(config, **changes):
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, **changes))
+
+
+def one_update(config, batch, *, mesh=MeshConfig(1, 1, 1), num_devices=1):
+    """Loss, gradients and updated parameters of one step, on the host."""
+    mesh = sharding.make_mesh(mesh, jax.devices()[:num_devices])
+    model = abstract_model(config.model.architecture, config.model.embedding.projection_dim)
+    optimizer = make_optimizer(config.optimizer, 10, param_axes(model))
+    objective = Objective(model, config, jnp.dtype("float32"))
+    with jax.set_mesh(mesh):
+        abstract = abstract_state(model, optimizer, mesh)
+        placed = shardings_of(abstract)
+        init = jax.jit(init_params, static_argnums=(0, 2), out_shardings=placed.params)
+        params = init(config.model.architecture, jax.random.key(0), config.model.embedding.projection_dim)
+        state = jax.jit(lambda params: new_state(params, optimizer), out_shardings=placed)(params)
+        step = make_train_step(objective, optimizer, optax.constant_schedule(0.1), placed)
+        before = jax.device_get(state.params)
+        state, metrics = step(state, sharding.place_batch(mesh, batch))
+        after, metrics = jax.device_get((state.params, metrics))
+    # With SGD at rate 0.1 and no clipping the gradient is the step itself.
+    gradient = jax.tree.map(lambda new, old: (old - new) / np.float32(0.1), after, before)
+    return metrics, gradient, after
+
+
+def assert_same_update(actual, expected):
+    for name in ("loss", "loss/embedding", "loss/generative", "grad_norm"):
+        assert relative_error(actual[0][name], expected[0][name]) < TOLERANCE, name
+    for tree, reference in zip(actual[1:], expected[1:], strict=True):
+        errors = jax.tree.leaves(jax.tree.map(relative_error, tree, reference))
+        assert max(errors) < TOLERANCE
+
+
+@pytest.fixture(scope="module")
+def plain():
+    return one_update(BASE, make_batch())
+
+
+def test_chunked_gradients_equal_full_batch_gradients(plain):
+    assert_same_update(one_update(with_train(BASE, embedding_chunks=4, generative_chunks=2), make_batch()), plain)
+
+
+def test_layer_rematerialisation_inside_chunks_changes_nothing(plain):
+    config = with_model(with_train(BASE, embedding_chunks=2, generative_chunks=4), remat="full")
+    assert_same_update(one_update(config, make_batch()), plain)
+
+
+@pytest.mark.parametrize("mesh", [(8, 1, 1), (1, 8, 1), (2, 2, 2)])
+def test_every_mesh_gives_the_numbers_of_one_device(plain, mesh):
+    config = with_train(BASE, embedding_chunks=2, generative_chunks=1)
+    assert_same_update(one_update(config, make_batch(), mesh=MeshConfig(*mesh), num_devices=8), plain)
+
+
+def test_packing_and_order_change_nothing(plain):
+    shuffled = list(np.random.default_rng(2).permutation(24))
+    assert_same_update(one_update(BASE, make_batch(16, 8, order=shuffled, length=48)), plain)
+
+
+def test_one_text_per_row_gives_the_numbers_of_packed_rows(plain):
+    assert_same_update(one_update(BASE, make_batch(24, 16)), plain)
+
+
+def test_padding_rows_change_nothing(plain):
+    assert_same_update(one_update(BASE, make_batch(32, 24)), plain)
+
+
+def test_no_gradient_flows_between_streams_texts():
+    """A token that occurs in one text only, in the generative batch, gets no gradient from the embedding loss."""
+    config = with_train(BASE, mode="embedding")
+    batch = make_batch()._replace(generative=None)
+    _, gradient, _ = one_update(config, batch)
+    assert np.all(gradient["head"] == 0)
+    assert np.any(gradient["embedding"] != 0)
+
+
+def test_loss_weights_multiply_their_streams(plain):
+    config = dataclasses.replace(BASE, loss=dataclasses.replace(BASE.loss, embedding_weight=0.5, generative_weight=3.0))
+    metrics, _, _ = one_update(config, make_batch())
+    expected = 0.5 * plain[0]["loss/embedding"] + 3 * plain[0]["loss/generative"]
+    assert relative_error(metrics["loss"], expected) < TOLERANCE
+    assert relative_error(metrics["loss/ratio"], plain[0]["loss/ratio"]) < TOLERANCE
+
+
+def test_tokens_count_what_is_not_padding(plain):
+    assert plain[0]["tokens"] == sum(len(text) for text in EMBEDDING_TEXTS + GENERATIVE_TEXTS)
+    pairs = sum(len(text) ** 2 for text in EMBEDDING_TEXTS) + sum(
+        len(text) * (len(text) + 1) // 2 for text in GENERATIVE_TEXTS
+    )
+    assert plain[0]["attention_pairs"] == pairs
+
+
+def test_the_step_compiles_once_per_row_count():
+    mesh = sharding.make_mesh(MeshConfig(2, 1, 1), jax.devices()[:2])
+    model = abstract_model(ARCHITECTURE, 16)
+    optimizer = make_optimizer(BASE.optimizer, 10, param_axes(model))
+    with jax.set_mesh(mesh):
+        placed = shardings_of(abstract_state(model, optimizer, mesh))
+        params = jax.jit(lambda: init_params(ARCHITECTURE, jax.random.key(0), 16), out_shardings=placed.params)()
+        state = jax.jit(lambda params: new_state(params, optimizer), out_shardings=placed)(params)
+        objective = Objective(model, BASE, jnp.dtype("float32"))
+        step = make_train_step(objective, optimizer, optax.constant_schedule(0.1), placed)
+        for rows in (16, 16, 24, 16, 24):
+            state, _ = step(state, sharding.place_batch(mesh, make_batch(rows, 16)))
+    assert step._cache_size() == 2
