@@ -1,0 +1,27 @@
+"""Records as tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from grit_jax import prompts
+from grit_jax.data.records import EmbeddingRecord, Record
+from grit_jax.prompts import Prompt, TokenizedPrompt
+from grit_jax.tokenizer import Tokenizer
+
+
+def record_prompts(record: Record, tokenizer: Tokenizer) -> list[Prompt]:
+    """The texts of a record: query, positives, negatives; or the one conversation."""
+    if isinstance(record, EmbeddingRecord):
+        texts = (record.query, *record.positives, *record.negatives)
+        return [prompts.embedding(text, instruction, bos=tokenizer.bos) for instruction, text in texts]
+    if isinstance(record.turns, str):
+        return [prompts.plain(record.turns, bos=tokenizer.bos)]
+    return [prompts.conversation(record.turns, bos=tokenizer.bos, eos=tokenizer.eos)]
+
+
+def tokenize_records(records: Sequence[Record], tokenizer: Tokenizer) -> list[list[TokenizedPrompt]]:
+    """The tokenized texts of each record, untruncated."""
+    texts = [record_prompts(record, tokenizer) for record in records]
+    tokenized = iter(prompts.tokenize([prompt for record in texts for prompt in record], tokenizer))
+    return [[next(tokenized) for _ in record] for record in texts]

@@ -1,0 +1,174 @@
+"""Text to token ids with character offsets, and back."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from grit_jax.config import InputError
+
+_TOKENIZER, _SETTINGS, _SPECIAL = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"
+
+# BOS and EOS of tokenizer files that come without settings, tried in this order.
+_WELL_KNOWN = (
+    ("<s>", "</s>"),
+    ("<|begin_of_text|>", "<|end_of_text|>"),
+    ("<bos>", "<eos>"),
+    ("", "<|endoftext|>"),
+)
+
+
+class Encoding(NamedTuple):
+    """Tokens of one text.
+
+    Attributes:
+      ids: int32 [tokens].
+      starts: int32 [tokens]; index of the character where each token starts.
+    """
+
+    ids: np.ndarray
+    starts: np.ndarray
+
+
+class Tokenizer:
+    """A `tokenizers` tokenizer and its special strings.
+
+    `encode` adds no special token: prompts hold the BOS and EOS strings, which are tokens of their own.
+
+    Attributes:
+      bos: Text of the first token of every sequence; empty when the model has none.
+      eos: Text of the token that ends an answer.
+    """
+
+    def __init__(self, backend: tokenizers.Tokenizer, *, bos: str, eos: str):
+        backend.no_truncation()
+        backend.no_padding()
+        self._backend, self.bos, self.eos = backend, bos, eos
+
+    @classmethod
+    def load(cls, source: str | Path) -> Self:
+        """Loads a folder, a `tokenizer.json`, or the built-in byte tokenizer, called `bytes`.
+
+        Raises:
+          InputError: Nothing usable is there.
+        """
+        if str(source) == "bytes":
+            return _byte_tokenizer()
+        path = Path(source)
+        folder = path if path.is_dir() else path.parent
+        file = path / _TOKENIZER if path.is_dir() else path
+        if not file.is_file():
+            if (folder / "tokenizer.model").is_file():
+                raise InputError(f"{folder} has a tokenizer.model but no {_TOKENIZER}; convert it with transformers' AutoTokenizer")
+            raise InputError(f"tokenizer {source}: no {file} there; name a folder that has one, the file itself, or `bytes`")
+        names = (_SETTINGS, _SPECIAL)
+        files = {name: (folder / name).read_text() for name in names if (folder / name).is_file()}
+        return cls.from_files({_TOKENIZER: file.read_text(), **files}, source=str(file))
+
+    @classmethod
+    def from_files(cls, files: dict[str, str], *, source: str = _TOKENIZER) -> Self:
+        """The tokenizer that these file contents, by file name, describe; see `files`."""
+        try:
+            backend = tokenizers.Tokenizer.from_str(files[_TOKENIZER])
+        except Exception as error:  # the library raises plain Exception
+            raise InputError(f"{source} is not a tokenizer file of the tokenizers library: {error}") from error
+        settings: dict[str, Any] = {}
+        for name in (_SPECIAL, _SETTINGS):
+            settings |= json.loads(files.get(name, "{}"))
+        bos, eos = (_text(settings.get(key)) for key in ("bos_token", "eos_token"))
+        if not eos:
+            known = [pair for pair in _WELL_KNOWN if all(backend.token_to_id(token) is not None for token in pair if token)]
+            if not known:
+                raise InputError(f"{source}: no end-of-sequence token found; put a {_SETTINGS} with eos_token beside it")
+            bos, eos = known[0]
+        for token in filter(None, (bos, eos)):
+            if backend.token_to_id(token) is None:
+                raise InputError(f"{source}: special token {token!r} is not in the vocabulary; correct {_SETTINGS}")
+        return cls(backend, bos=bos, eos=eos)
+
+    def files(self) -> dict[str, str]:
+        """File names and contents that `from_files` and transformers read."""
+        settings = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": self.bos or None,
+            "eos_token": self.eos,
+            "clean_up_tokenization_spaces": False,
+            "model_input_names": ["input_ids", "attention_mask"],
+        }
+        return {_TOKENIZER: self._backend.to_str(), _SETTINGS: json.dumps(settings, indent=2)}
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Names the tokenizer: equal for equal behaviour."""
+        return hashlib.sha256(json.dumps(self.files()).encode()).hexdigest()[:16]
+
+    @functools.cached_property
+    def vocab_size(self) -> int:
+        """Largest id plus one."""
+        return max(self._backend.get_vocab(with_added_tokens=True).values()) + 1
+
+    @property
+    def bos_id(self) -> int | None:
+        """Id of `bos`, None when there is none."""
+        return self._backend.token_to_id(self.bos) if self.bos else None
+
+    @property
+    def eos_id(self) -> int:
+        """Id of `eos`."""
+        return self._backend.token_to_id(self.eos)
+
+    def encode(self, text: str) -> Encoding:
+        """Tokens of a text; special strings in it become their tokens."""
+        return _encoding(self._backend.encode(text, add_special_tokens=False))
+
+    def encode_batch(self, texts: Sequence[str]) -> list[Encoding]:
+        """`encode` of many texts, on all cores."""
+        return [_encoding(encoded) for encoded in self._backend.encode_batch(list(texts), add_special_tokens=False)]
+
+    def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
+        """Text of token ids."""
+        return self._backend.decode([int(token) for token in ids], skip_special_tokens=skip_special_tokens)
+
+
+def _encoding(encoded: tokenizers.Encoding) -> Encoding:
+    starts = np.array([start for start, _ in encoded.offsets], np.int32)
+    return Encoding(np.array(encoded.ids, np.int32), starts)
+
+
+def _text(token: str | dict[str, Any] | None) -> str:
+    return token["content"] if isinstance(token, dict) else token or ""
+
+
+def _byte_level(model: models.Model) -> tokenizers.Tokenizer:
+    backend = tokenizers.Tokenizer(model)
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    return backend
+
+
+def _byte_tokenizer() -> Tokenizer:
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = _byte_level(models.BPE({character: i for i, character in enumerate(alphabet)}, []))
+    backend.add_special_tokens(["<s>", "</s>"])
+    return Tokenizer(backend, bos="<s>", eos="</s>")
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """Trains a byte-level BPE tokenizer of `vocab_size` tokens, `<s>` and `</s>` among them."""
+    backend = _byte_level(models.BPE())
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer)
+    return Tokenizer(backend, bos="<s>", eos="</s>")
