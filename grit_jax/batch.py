@@ -67,6 +67,22 @@ class GritBatch(NamedTuple):
     generative: GenerativeBatch | None
 
 
+class HostShare(NamedTuple):
+    """Which of a batch's rows one host holds: shards `first` to `last`, exclusive, of `shards` equal ones."""
+
+    first: int
+    last: int
+    shards: int
+
+    def rows(self, num_rows: int) -> slice:
+        """The rows of a batch of `num_rows`, a multiple of `shards`."""
+        return slice(num_rows * self.first // self.shards, num_rows * self.last // self.shards)
+
+    def num_rows(self, num_host_rows: int) -> int:
+        """The rows of the whole batch, given this host's."""
+        return num_host_rows * self.shards // (self.last - self.first)
+
+
 def max_segments(row_length: int) -> int:
     """Most texts a packed row may hold: the number of pooling slots that a row has."""
     return max(1, row_length // 16)

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from grit_jax.batch import EmbeddingBatch, GenerativeBatch, GritBatch
+from grit_jax.batch import GritBatch, HostShare
 from grit_jax.config import InputError, MeshConfig
 
 MESH_AXES = ("data", "fsdp", "tensor")
@@ -104,38 +104,26 @@ def constrain(x: jax.Array, *axes: str) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, partition_spec(axes))
 
 
-def _row_sharding(mesh: Mesh) -> NamedSharding:
-    return NamedSharding(mesh, partition_spec(("batch",)))
+def host_share(mesh: Mesh) -> HostShare:
+    """The rows that this process's devices hold."""
+    shards = axis_size(mesh, "batch")
+    held = NamedSharding(mesh, partition_spec(("batch",))).addressable_devices_indices_map((shards,)).values()
+    spans = [index[0].indices(shards)[:2] for index in held]
+    return HostShare(min(first for first, _ in spans), max(last for _, last in spans), shards)
 
 
-def host_rows(mesh: Mesh, num_rows: int) -> slice:
-    """The rows of a batch that this process's devices hold."""
-    pieces = _row_sharding(mesh).addressable_devices_indices_map((num_rows,)).values()
-    spans = {index[0].indices(num_rows)[:2] for index in pieces}
-    return slice(min(start for start, _ in spans), max(stop for _, stop in spans))
+# Fields of the batches with one entry per row; the others are the same on every host.
+_PER_ROW = {"tokens", "segment_ids", "positions", "pool_weights", "targets", "loss_weights"}
 
 
 def place_batch(mesh: Mesh, batch: GritBatch) -> GritBatch:
     """Puts this host's rows of a batch on the mesh: rows split over the devices, slots and weights everywhere."""
-    split, whole = _row_sharding(mesh), replicated(mesh)
-    shards = split.num_devices // mesh.shape["tensor"]
-    hosts = jax.process_count()
+    share, split = host_share(mesh), NamedSharding(mesh, partition_spec(("batch",)))
 
-    def place(stream, per_row: tuple[str, ...]):
-        if stream is None:
-            return None
-        values = {}
-        for name, value in stream._asdict().items():
-            if name not in per_row:
-                values[name] = jax.make_array_from_process_local_data(whole, value, value.shape)
-                continue
-            local = host_rows(mesh, shards)
-            rows = value.shape[0] * shards // (local.stop - local.start) if hosts > 1 else value.shape[0]
-            values[name] = jax.make_array_from_process_local_data(split, value, (rows, *value.shape[1:]))
-        return type(stream)(**values)
+    def place(name, value):
+        if name in _PER_ROW:
+            shape = (share.num_rows(len(value)), *value.shape[1:])
+            return jax.make_array_from_process_local_data(split, value, shape)
+        return jax.make_array_from_process_local_data(replicated(mesh), value, value.shape)
 
-    rows_of = {
-        EmbeddingBatch: ("tokens", "segment_ids", "positions", "pool_weights"),
-        GenerativeBatch: GenerativeBatch._fields,
-    }
-    return GritBatch(place(batch.embedding, rows_of[EmbeddingBatch]), place(batch.generative, rows_of[GenerativeBatch]))
+    return GritBatch(*(stream and type(stream)(*map(place, stream._fields, stream)) for stream in batch))

@@ -67,8 +67,12 @@ class Tokenizer:
         file = path / _TOKENIZER if path.is_dir() else path
         if not file.is_file():
             if (folder / "tokenizer.model").is_file():
-                raise InputError(f"{folder} has a tokenizer.model but no {_TOKENIZER}; convert it with transformers' AutoTokenizer")
-            raise InputError(f"tokenizer {source}: no {file} there; name a folder that has one, the file itself, or `bytes`")
+                raise InputError(
+                    f"{folder} has a tokenizer.model but no {_TOKENIZER}; convert it with transformers' AutoTokenizer"
+                )
+            raise InputError(
+                f"tokenizer {source}: no {file} there; name a folder that has one, the file itself, or `bytes`"
+            )
         names = (_SETTINGS, _SPECIAL)
         files = {name: (folder / name).read_text() for name in names if (folder / name).is_file()}
         return cls.from_files({_TOKENIZER: file.read_text(), **files}, source=str(file))
@@ -85,9 +89,13 @@ class Tokenizer:
             settings |= json.loads(files.get(name, "{}"))
         bos, eos = (_text(settings.get(key)) for key in ("bos_token", "eos_token"))
         if not eos:
-            known = [pair for pair in _WELL_KNOWN if all(backend.token_to_id(token) is not None for token in pair if token)]
+            known = [
+                pair for pair in _WELL_KNOWN if all(backend.token_to_id(token) is not None for token in pair if token)
+            ]
             if not known:
-                raise InputError(f"{source}: no end-of-sequence token found; put a {_SETTINGS} with eos_token beside it")
+                raise InputError(
+                    f"{source}: no end-of-sequence token found; put a {_SETTINGS} with eos_token beside it"
+                )
             bos, eos = known[0]
         for token in filter(None, (bos, eos)):
             if backend.token_to_id(token) is None:

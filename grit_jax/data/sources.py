@@ -98,5 +98,7 @@ def _line_starts(data: bytes | mmap.mmap) -> tuple[np.ndarray, np.ndarray]:
     ends = np.flatnonzero(np.frombuffer(data, np.uint8) == ord("\n"))
     starts = np.concatenate([[0], ends + 1])
     ends = np.append(ends, len(data))
-    filled = [bool(data[start:end].strip()) if end - start < 64 else True for start, end in zip(starts, ends, strict=True)]
+    filled = [
+        bool(data[start:end].strip()) if end - start < 64 else True for start, end in zip(starts, ends, strict=True)
+    ]
     return starts[filled], np.flatnonzero(filled) + 1

@@ -70,7 +70,7 @@ class Trainer:
             config,
             self.tokenizer,
             row_multiples=(config.train.embedding_chunks * shards, config.train.generative_chunks * shards),
-            host_rows=lambda num_rows: sharding.host_rows(self.mesh, num_rows),
+            host_share=sharding.host_share(self.mesh),
         )
         self._checkpoints = Checkpoints(self.folder / "checkpoints", keep=config.checkpoint.keep)
         with jax.set_mesh(self.mesh):

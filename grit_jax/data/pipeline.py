@@ -1,0 +1,191 @@
+"""From the schedule's plans to batches of tokens, for the rows of this host."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import grain
+import numpy as np
+
+from grit_jax.batch import EmbeddingBatch, GenerativeBatch, GritBatch, HostShare
+from grit_jax.config import Config, DataConfig, InputError, Pooling
+from grit_jax.data.examples import tokenize_records
+from grit_jax.data.index import FileIndex, build_index
+from grit_jax.data.schedule import RowPlan, Schedule, StepPlan, validation_steps
+from grit_jax.data.sources import JsonlSource, find_files
+from grit_jax.prompts import TokenizedPrompt
+from grit_jax.tokenizer import Tokenizer
+
+
+def pool_weights(spans: np.ndarray, length: int, pooling: Pooling) -> np.ndarray:
+    """float32 [length], summing to 1: what each token's hidden state weighs in the vector of its text.
+
+    Args:
+      spans: int [1, 2]; token range of the text, after BOS, instruction and markers.
+      length: Tokens of the whole prompt after truncation; more than where the span starts.
+      pooling: `mean` of the text, `weighted_mean` with weights 1, 2, 3 ..., `last_token`, or `cls`, the first token
+        of the prompt.
+    """
+    weights = np.zeros(length, np.float32)
+    start, end = spans[0, 0], min(spans[0, 1], length)
+    match pooling:
+        case "mean":
+            weights[start:end] = 1 / (end - start)
+        case "weighted_mean":
+            weights[start:end] = np.arange(1, end - start + 1) / ((end - start) * (end - start + 1) / 2)
+        case "last_token":
+            weights[end - 1] = 1
+        case "cls":
+            weights[0] = 1
+    return weights
+
+
+class _Rows(NamedTuple):
+    """This host's rows of a packed batch, and where each of its texts lies in them."""
+
+    tokens: np.ndarray
+    segment_ids: np.ndarray
+    positions: np.ndarray
+    texts: list[tuple[int, int, slice, TokenizedPrompt]]  # number in the plan, row, columns, tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class _Filler:
+    """Turns plans into batches; may be sent to worker processes."""
+
+    sources: Sequence[JsonlSource]
+    tokenizer: Tokenizer
+    data: DataConfig
+    pooling: Pooling
+    host_share: HostShare
+
+    def fill(self, plan: StepPlan) -> GritBatch:
+        embedding, generative = plan
+        return GritBatch(
+            embedding and self._embedding(embedding),
+            generative and self._generative(generative),
+        )
+
+    def _embedding(self, plan) -> EmbeddingBatch:
+        rows = self._rows(plan.rows, self.data.embedding_row_length)
+        weights = np.zeros(rows.tokens.shape, np.float32)
+        for _, row, columns, text in rows.texts:
+            weights[row, columns] = pool_weights(text.spans, columns.stop - columns.start, self.pooling)
+        return EmbeddingBatch(
+            *rows[:3], weights, plan.query_slots, plan.passage_slots, plan.query_weights, plan.passage_ids
+        )
+
+    def _generative(self, plan) -> GenerativeBatch:
+        rows = self._rows(plan.rows, self.data.generative_max_length)
+        targets, weights = np.zeros_like(rows.tokens), np.zeros(rows.tokens.shape, np.float32)
+        for number, row, columns, text in rows.texts:
+            length = columns.stop - columns.start
+            targets[row, columns.start : columns.stop - 1] = text.tokens[1:length]
+            for start, end in np.clip(text.spans, 1, length):
+                weights[row, columns.start + start - 1 : columns.start + end - 1] = plan.token_weights[number]
+        return GenerativeBatch(*rows[:3], targets, weights)
+
+    def _rows(self, plan: RowPlan, row_length: int) -> _Rows:
+        here = self.host_share.rows(plan.num_rows)
+        tokens, segment_ids, positions = (np.zeros((here.stop - here.start, row_length), np.int32) for _ in range(3))
+        mine = np.flatnonzero((plan.row >= here.start) & (plan.row < here.stop))
+        keys = list(dict.fromkeys(zip(plan.file[mine].tolist(), plan.record[mine].tolist(), strict=True)))
+        records = [self.sources[file][record] for file, record in keys]
+        tokenized = dict(zip(keys, tokenize_records(records, self.tokenizer), strict=True))
+        texts = []
+        for number in mine.tolist():
+            file, record, length = int(plan.file[number]), int(plan.record[number]), int(plan.length[number])
+            row, offset = int(plan.row[number]) - here.start, int(plan.offset[number])
+            of_record, which = tokenized[file, record], int(plan.text[number])
+            if which >= len(of_record) or len(of_record[which].tokens) < length:
+                raise InputError(
+                    f"{self.sources[file].path}: record {record} has changed since the file was indexed; "
+                    "start again, so that it is indexed anew"
+                )
+            columns = slice(offset, offset + length)
+            tokens[row, columns] = of_record[which].tokens[:length]
+            segment_ids[row, columns] = plan.segment[number]
+            positions[row, columns] = np.arange(length)
+            texts.append((number, row, columns, of_record[which]))
+        return _Rows(tokens, segment_ids, positions, texts)
+
+
+class Pipeline:
+    """The batches of a run.
+
+    Args:
+      config: The run's settings.
+      tokenizer: The model's tokenizer.
+      row_multiples: Row counts of the embedding and generative batch are multiples of these.
+      host_rows: Which of a batch's rows this host fills.
+
+    Attributes:
+      fingerprint: Names the training data; a resumed run must have the same.
+
+    Raises:
+      InputError: Files are missing, malformed or without usable records.
+    """
+
+    def __init__(self, config: Config, tokenizer: Tokenizer, *, row_multiples: tuple[int, int], host_share: HostShare):
+        self._config, self._tokenizer = config, tokenizer
+        self._host_share = host_share
+        if not config.data.train:
+            raise InputError("data.train is missing; name the files or folders to train on")
+        self._sources, indexes = self._open(config.data.train)
+        self._schedule = Schedule(
+            indexes, data=config.data, loss=config.loss, train=config.train, row_multiples=row_multiples
+        )
+        self.fingerprint = self._schedule.fingerprint
+        self._validation: tuple[list[JsonlSource], list[StepPlan]] = ([], [])
+        if config.data.validation:
+            sources, indexes = self._open(config.data.validation)
+            plans = validation_steps(indexes, data=config.data, train=config.train, row_multiples=row_multiples)
+            self._validation = (sources, plans)
+
+    def report(self) -> list[str]:
+        """Lines for people about the training data."""
+        return self._schedule.report()
+
+    def batches(self, start: int) -> Iterator[GritBatch]:
+        """Batches of steps `start`, `start + 1`, ..., counted from 0, to the last one, filled ahead of their use."""
+        steps = grain.MapDataset.range(start, self._config.train.steps)
+        batches = steps.map(_StepFiller(self._schedule, self._filler(self._sources)))
+        read = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)  # tokenizing is slower with more threads
+        dataset = batches.to_iter_dataset(read_options=read)
+        workers = self._config.data.workers
+        if workers:
+            _parse_absl_flags()
+            dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2))
+        return iter(dataset)
+
+    def validation_batches(self) -> Iterator[GritBatch]:
+        """Batches that hold every validation record once; none without validation data."""
+        sources, plans = self._validation
+        return map(self._filler(sources).fill, plans)
+
+    def _open(self, paths: str | list[str]) -> tuple[list[JsonlSource], list[FileIndex]]:
+        sources = [JsonlSource(path) for path in find_files(paths)]
+        return sources, [build_index(source, self._tokenizer) for source in sources]
+
+    def _filler(self, sources: list[JsonlSource]) -> _Filler:
+        config = self._config
+        return _Filler(sources, self._tokenizer, config.data, config.model.embedding.pooling, self._host_share)
+
+
+@dataclasses.dataclass(frozen=True)
+class _StepFiller:
+    schedule: Schedule
+    filler: _Filler
+
+    def __call__(self, step: int) -> GritBatch:
+        return self.filler.fill(self.schedule.step(int(step)))
+
+
+def _parse_absl_flags() -> None:
+    """Grain's workers read absl flags, which nobody parses in a program that is not absl's."""
+    from absl import flags
+
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()
