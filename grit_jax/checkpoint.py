@@ -1,0 +1,202 @@
+"""Checkpoints on disk: Orbax folders, one per step, each complete in itself."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+from orbax.checkpoint import v1 as ocp
+
+from grit_jax.config import EmbeddingConfig, InputError, TransformerConfig
+from grit_jax.model.pretrained import Pretrained
+from grit_jax.model.transformer import Params, abstract_model, abstract_params
+from grit_jax.tokenizer import Tokenizer
+
+# The parts of a checkpoint; each can be read without the others.
+_PARAMS, _OPTIMIZER, _METADATA = "params", "optimizer", "metadata"
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointMetadata:
+    """What a checkpoint says about its arrays.
+
+    Attributes:
+      architecture: Resolved shape of the model.
+      embedding: How its vectors are made.
+      tokenizer_files: `Tokenizer.files` of its tokenizer.
+      config: Resolved config of the run as YAML, None for an imported model.
+      data: Position in the training data.
+    """
+
+    architecture: TransformerConfig
+    embedding: EmbeddingConfig
+    tokenizer_files: dict[str, str]
+    config: str | None = None
+    data: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def to_json(self) -> str:
+        """As text that `from_json` reads."""
+        return json.dumps(dataclasses.asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> CheckpointMetadata:
+        """Reads `to_json`."""
+        values = json.loads(text)
+        values["architecture"] = TransformerConfig(**values["architecture"])
+        values["embedding"] = EmbeddingConfig(**values["embedding"])
+        return cls(**values)
+
+
+class Checkpoints:
+    """The checkpoints of a folder.
+
+    Args:
+      folder: Holds one sub-folder per step; made by the first save.
+      keep: Newest checkpoints that are kept; None keeps all.
+    """
+
+    def __init__(self, folder: str | Path, *, keep: int | None = None):
+        self.folder = Path(folder).absolute()
+        policy = ocp.training.preservation_policies.LatestN(keep) if keep else None
+        self._checkpointer = ocp.training.Checkpointer(
+            str(self.folder), preservation_policy=policy, cleanup_tmp_directories=True
+        )
+        self._saving: tuple[int, Any] | None = None
+
+    def steps(self) -> list[int]:
+        """Steps with a complete checkpoint, ascending."""
+        return sorted(checkpoint.step for checkpoint in self._checkpointer.checkpoints)
+
+    def save(self, step: int, params: Params, opt_state: Any | None, metadata: CheckpointMetadata) -> None:
+        """Starts saving; the arrays may be overwritten when this returns, `wait` returns when the save is on disk.
+
+        Raises:
+          OSError: The save before this one failed, for example because the disk is full.
+        """
+        self.wait()
+        parts: dict[str, Any] = {_PARAMS: params, _METADATA: {"json": metadata.to_json()}}
+        if opt_state is not None:
+            parts[_OPTIMIZER] = opt_state
+        self._saving = step, self._guarded(
+            step, lambda: self._checkpointer.save_checkpointables_async(step, parts, overwrite=True)
+        )
+
+    def wait(self) -> None:
+        """Waits for the save in progress.
+
+        Raises:
+          OSError: It failed; earlier checkpoints are untouched.
+        """
+        if self._saving:
+            (step, response), self._saving = self._saving, None
+            self._guarded(step, response.result)
+
+    def close(self) -> None:
+        """Waits, then lets go of the folder."""
+        self.wait()
+        self._checkpointer.close()
+
+    def _guarded(self, step: int, save):
+        try:
+            return save()
+        except Exception as error:  # orbax and tensorstore raise many kinds
+            reason = " ".join(str(error).split())
+            kept = f"the last good checkpoint is step {self.steps()[-1]}" if self.steps() else "no checkpoint is kept yet"
+            raise OSError(
+                f"{self.folder}: saving step {step} failed ({reason[:300]}); {kept}: make room and run again"
+            ) from error
+
+    def metadata(self, step: int) -> CheckpointMetadata:
+        """What the checkpoint of `step` says about itself."""
+        return CheckpointMetadata.from_json(self._load(step, {_METADATA: None})[_METADATA]["json"])
+
+    def restore(self, step: int, params: Params, opt_state: Any) -> tuple[Params, Any]:
+        """Parameters and optimizer state, placed as asked.
+
+        Args:
+          step: Which checkpoint.
+          params: Tree of ShapeDtypeStructs with shardings.
+          opt_state: The same for the optimizer; None leaves it unread.
+
+        Raises:
+          InputError: The checkpoint has other keys or shapes; the message lists them.
+        """
+        wanted = {_PARAMS: params} | ({} if opt_state is None else {_OPTIMIZER: opt_state})
+        stored = self._checkpointer.checkpointables_metadata(step).metadata
+        for part, tree in wanted.items():
+            _check_matches(f"{self.folder / str(step)}: {part}", stored.get(part, {}), tree)
+        loaded = self._load(step, wanted)
+        return loaded[_PARAMS], loaded.get(_OPTIMIZER)
+
+    def _load(self, step: int, wanted: dict[str, Any]) -> dict[str, Any]:
+        return self._checkpointer.load_checkpointables(step, wanted)
+
+
+def _check_matches(where: str, stored: Any, wanted: Any) -> None:
+    def shapes(tree):
+        leaves = jax.tree_util.tree_leaves_with_path(tree)
+        # Tuples come back from disk as lists, named tuples as dicts: compare by the names alone.
+        return {jax.tree_util.keystr(path, simple=True, separator="."): tuple(leaf.shape) for path, leaf in leaves}
+
+    there, asked = shapes(stored), shapes(wanted)
+    problems = [f"{name} is missing" for name in asked if name not in there]
+    problems += [f"{name} is not expected" for name in there if name not in asked]
+    problems += [f"{name} is {there[name]}, not {asked[name]}" for name in asked if there.get(name, asked[name]) != asked[name]]
+    if problems:
+        shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
+        raise InputError(f"{where}: not a checkpoint of this model ({shown}); use the config it was made with")
+
+
+def _locate(path: Path) -> tuple[Path, int | None] | None:
+    """The folder of checkpoints that `path` means, and the step when it names one; None when it is no checkpoint."""
+    if (path / "checkpoints").is_dir():
+        return path / "checkpoints", None
+    if (path / _PARAMS).is_dir() and path.name.isdigit():
+        return path.parent, int(path.name)
+    if path.is_dir() and any((child / _PARAMS).is_dir() and child.name.isdigit() for child in path.iterdir()):
+        return path, None
+    return None
+
+
+def is_checkpoint(path: str | Path) -> bool:
+    """Whether `path` is a run folder, a folder of checkpoints or one checkpoint."""
+    return _locate(Path(path)) is not None
+
+
+def open_checkpoint(path: str | Path, step: int | None = None) -> Pretrained:
+    """The model of a run folder, a folder of checkpoints or one checkpoint: the newest step unless one is named.
+
+    Raises:
+      InputError: There is no such checkpoint.
+    """
+    folder, named = _locate(Path(path))
+    checkpoints = Checkpoints(folder)
+    steps, step = checkpoints.steps(), named if step is None else step
+    if not steps:
+        raise InputError(f"{path}: no complete checkpoint there")
+    if step is not None and step not in steps:
+        raise InputError(f"{path}: no checkpoint of step {step}; there are steps {', '.join(map(str, steps))}")
+    step = steps[-1] if step is None else step
+    metadata = checkpoints.metadata(step)
+    model = abstract_model(metadata.architecture, metadata.embedding.projection_dim)
+
+    def load(shardings: Any) -> Params:
+        shapes = jax.tree.map(
+            lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding),
+            abstract_params(model),
+            shardings,
+        )
+        return checkpoints.restore(step, shapes, None)[0]
+
+    tokenizer = Tokenizer.from_files(metadata.tokenizer_files)
+    return Pretrained(metadata.architecture, metadata.embedding, tokenizer, load)
+
+
+def save_params(folder: str | Path, params: Params, metadata: CheckpointMetadata) -> None:
+    """Writes a checkpoint folder with parameters alone, as step 0, and waits for it."""
+    checkpoints = Checkpoints(folder)
+    checkpoints.save(0, params, None, metadata)
+    checkpoints.close()
