@@ -1,1 +1,19 @@
 """GRIT in JAX: one transformer that embeds and generates."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from grit_jax.inference import GritModel
+
+__all__ = ["GritModel"]
+
+
+def __getattr__(name: str) -> Any:
+    # Imported when it is asked for: the command line must start without JAX.
+    if name == "GritModel":
+        from grit_jax.inference import GritModel
+
+        return GritModel
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

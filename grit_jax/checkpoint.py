@@ -80,8 +80,9 @@ class Checkpoints:
         parts: dict[str, Any] = {_PARAMS: params, _METADATA: {"json": metadata.to_json()}}
         if opt_state is not None:
             parts[_OPTIMIZER] = opt_state
-        self._saving = step, self._guarded(
-            step, lambda: self._checkpointer.save_checkpointables_async(step, parts, overwrite=True)
+        self._saving = (
+            step,
+            self._guarded(step, lambda: self._checkpointer.save_checkpointables_async(step, parts, overwrite=True)),
         )
 
     def wait(self) -> None:
@@ -104,7 +105,9 @@ class Checkpoints:
             return save()
         except Exception as error:  # orbax and tensorstore raise many kinds
             reason = " ".join(str(error).split())
-            kept = f"the last good checkpoint is step {self.steps()[-1]}" if self.steps() else "no checkpoint is kept yet"
+            kept = (
+                f"the last good checkpoint is step {self.steps()[-1]}" if self.steps() else "no checkpoint is kept yet"
+            )
             raise OSError(
                 f"{self.folder}: saving step {step} failed ({reason[:300]}); {kept}: make room and run again"
             ) from error
@@ -144,7 +147,9 @@ def _check_matches(where: str, stored: Any, wanted: Any) -> None:
     there, asked = shapes(stored), shapes(wanted)
     problems = [f"{name} is missing" for name in asked if name not in there]
     problems += [f"{name} is not expected" for name in there if name not in asked]
-    problems += [f"{name} is {there[name]}, not {asked[name]}" for name in asked if there.get(name, asked[name]) != asked[name]]
+    problems += [
+        f"{name} is {there[name]}, not {asked[name]}" for name in asked if there.get(name, asked[name]) != asked[name]
+    ]
     if problems:
         shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
         raise InputError(f"{where}: not a checkpoint of this model ({shown}); use the config it was made with")

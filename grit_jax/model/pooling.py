@@ -6,7 +6,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from grit_jax.model.transformer import Transformer
+from grit_jax.batch import max_segments
+from grit_jax.config import EmbeddingConfig
+from grit_jax.model.transformer import Remat, Transformer
 
 
 def pool(
@@ -27,21 +29,26 @@ def normalize(x: Float[Array, "... embed"]) -> Float[Array, "... embed"]:
     return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(jnp.square(x), axis=-1, keepdims=True), 1e-24))
 
 
-def embed(
+def embed_rows(
     model: Transformer,
-    hidden: Float[Array, "batch length embed"],
-    pool_weights: Float[Array, "batch length"],
+    tokens: Int[Array, "batch length"],
     segment_ids: Int[Array, "batch length"],
+    positions: Int[Array, "batch length"],
+    pool_weights: Float[Array, "batch length"],
     *,
-    num_segments: int,
-    normalized: bool,
-) -> Float[Array, "batch num_segments out"]:
-    """Vectors of a packed row's texts: pooled, projected where the model has a head, and of unit length if asked.
+    settings: EmbeddingConfig,
+    dtype: jnp.dtype,
+    remat: Remat = "none",
+) -> Float[Array, "batch segments out"]:
+    """Float32 vectors of the texts of packed rows, in the slots of `EmbeddingBatch`.
 
-    The head is linear and pool weights sum to 1, so projecting after pooling equals projecting every token.
+    Hidden states are pooled, projected where the model has a head, and of unit length if the settings ask for it. The
+    head is linear and pool weights sum to 1, so projecting after pooling equals projecting every token.
     """
-    vectors = pool(hidden, pool_weights, segment_ids, num_segments=num_segments)
-    if hasattr(model, "projection"):
+    mask = model.mask(segment_ids, positions, causal=settings.attention == "causal")
+    hidden = model(tokens, mask, dtype=dtype, remat=remat)
+    vectors = pool(hidden, pool_weights, segment_ids, num_segments=max_segments(tokens.shape[1]))
+    if settings.projection_dim is not None:
         with jax.default_matmul_precision("highest"):
             vectors = model.projection(vectors)
-    return normalize(vectors) if normalized else vectors
+    return normalize(vectors) if settings.normalized else vectors

@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from grit_jax.batch import EmbeddingBatch, GenerativeBatch, GritBatch, max_segments
+from grit_jax.batch import EmbeddingBatch, GenerativeBatch, GritBatch
 from grit_jax.config import Config
 from grit_jax.losses import contrastive_loss, next_token_loss
-from grit_jax.model.pooling import embed
+from grit_jax.model.pooling import embed_rows
 from grit_jax.model.transformer import Params, Transformer, bind
 from grit_jax.sharding import constrain
 from grit_jax.train.state import TrainState
@@ -54,17 +54,11 @@ class Objective:
 
     def embedding_loss(self, params: Params, batch: EmbeddingBatch) -> jax.Array:
         """L_rep of the batch, float32 scalar."""
-        settings = self.config.model.embedding
-        num_segments = max_segments(batch.tokens.shape[1])
+        config = self.config.model
 
         def vectors(rows):
-            tokens, segment_ids, positions, pool_weights = rows
             model = bind(self.model, params)
-            mask = model.mask(segment_ids, positions, causal=settings.attention == "causal")
-            hidden = model(tokens, mask, dtype=self.dtype, remat=self.config.model.remat)
-            return embed(
-                model, hidden, pool_weights, segment_ids, num_segments=num_segments, normalized=settings.normalized
-            )
+            return embed_rows(model, *rows, settings=config.embedding, dtype=self.dtype, remat=config.remat)
 
         rows = (batch.tokens, batch.segment_ids, batch.positions, batch.pool_weights)
         pooled = map_chunks(vectors, rows, self.config.train.embedding_chunks)  # [chunks, rows, segments, embed]

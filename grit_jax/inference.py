@@ -1,0 +1,337 @@
+"""One model for both skills: embeds and generates."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Literal, NamedTuple, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from grit_jax import prompts, sharding
+from grit_jax.batch import max_segments
+from grit_jax.config import EmbeddingConfig, InputError, MeshConfig, TransformerConfig
+from grit_jax.data.packing import pack
+from grit_jax.data.pipeline import pool_weights
+from grit_jax.loading import open_model
+from grit_jax.model.decode import decode, prefill
+from grit_jax.model.pooling import embed_rows
+from grit_jax.model.transformer import Params, abstract_model, abstract_params, bind, compute_dtype, param_axes
+from grit_jax.tokenizer import Tokenizer
+
+Messages = str | Sequence[Mapping[str, str]]
+
+_DECODE_STEPS = 8  # tokens sampled in one call of the device
+
+
+class Encoded(NamedTuple):
+    """Embeddings of some texts.
+
+    Attributes:
+      vectors: float32 [texts, embed].
+      num_tokens: Tokens that were read.
+      num_truncated: Texts that were cut to the maximum length.
+    """
+
+    vectors: np.ndarray
+    num_tokens: int
+    num_truncated: int
+
+
+class GritModel:
+    """A model with its tokenizer on a mesh.
+
+    Args:
+      params: Parameters, placed on `mesh`.
+      architecture: Resolved shape.
+      embedding: How vectors are made.
+      tokenizer: The model's tokenizer.
+      mesh: Where it runs.
+      dtype: Type of the activations.
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        architecture: TransformerConfig,
+        embedding: EmbeddingConfig,
+        tokenizer: Tokenizer,
+        *,
+        mesh: Mesh,
+        dtype: jnp.dtype,
+    ):
+        self.params, self.architecture, self.embedding, self.tokenizer = params, architecture, embedding, tokenizer
+        self._mesh, self._dtype = mesh, dtype
+        self._model = abstract_model(architecture, embedding.projection_dim)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        *,
+        step: int | None = None,
+        mesh: MeshConfig | None = None,
+        dtype: Literal["auto", "float32", "bfloat16"] = "auto",
+    ) -> Self:
+        """Loads a run folder, a checkpoint or a Hugging Face folder.
+
+        Args:
+          path: Where the model is.
+          step: Checkpoint to take; None takes the newest.
+          mesh: How it is spread over the devices; None puts a copy on each.
+          dtype: Type of weights and activations; `auto` is float32 on CPU and bfloat16 elsewhere.
+
+        Raises:
+          InputError: There is no model, or it does not fit the mesh.
+        """
+        pretrained = open_model(path, step)
+        placed_on = sharding.make_mesh(mesh or MeshConfig(data=-1, fsdp=1, tensor=1))
+        model = abstract_model(pretrained.architecture, pretrained.embedding.projection_dim)
+        params = pretrained.load(sharding.shardings(placed_on, abstract_params(model), param_axes(model)))
+        kind = compute_dtype(dtype)
+        if kind != jnp.float32:
+            params = jax.jit(lambda tree: jax.tree.map(lambda x: x.astype(kind), tree), donate_argnums=0)(params)
+        return cls(
+            params, pretrained.architecture, pretrained.embedding, pretrained.tokenizer, mesh=placed_on, dtype=kind
+        )
+
+    def encode(
+        self,
+        texts: Sequence[str],
+        *,
+        instruction: str = "",
+        max_length: int | None = None,
+        batch_tokens: int = 16384,
+    ) -> np.ndarray:
+        """Embeds texts; see `encode_with_counts`.
+
+        Returns:
+          float32 [texts, embed], of unit length if the model is normalised.
+        """
+        return self.encode_with_counts(
+            texts, instruction=instruction, max_length=max_length, batch_tokens=batch_tokens
+        ).vectors
+
+    def encode_with_counts(
+        self,
+        texts: Sequence[str],
+        *,
+        instruction: str = "",
+        max_length: int | None = None,
+        batch_tokens: int = 16384,
+        progress: Callable[[int], None] = lambda _: None,
+    ) -> Encoded:
+        """Embeds texts, many to a row, and counts what was read.
+
+        Args:
+          texts: What is embedded.
+          instruction: What the model is told about all of them; it is read but not pooled.
+          max_length: Tokens kept of each formatted text; None is the model's limit.
+          batch_tokens: Tokens that go through the model at a time, padding included.
+          progress: Called with the number of texts that each batch finished.
+
+        Raises:
+          InputError: A text is empty, or the instruction leaves no room for it; the message names its place.
+        """
+        limit = min(max_length or self.architecture.max_length, self.architecture.max_length)
+        formatted = [prompts.embedding(text, instruction, bos=self.tokenizer.bos) for text in texts]
+        tokenized = prompts.tokenize(formatted, self.tokenizer)
+        for place, prompt in enumerate(tokenized):
+            if not len(prompt.spans):
+                raise InputError(f"text {place} is empty; leave it out")
+            if prompt.spans[0, 0] >= limit:
+                raise InputError(
+                    f"text {place}: its instruction takes {prompt.spans[0, 0]} of {limit} tokens and leaves no room for "
+                    "the text; shorten it or raise the maximum length"
+                )
+        lengths = np.array([min(len(prompt.tokens), limit) for prompt in tokenized], np.int64)
+        vectors = np.zeros((len(texts), self.embedding.projection_dim or self.architecture.embed_dim), np.float32)
+        if len(texts):
+            for members, rows in self._packed(tokenized, lengths, batch_tokens):
+                with jax.set_mesh(self._mesh):
+                    slots = _embed(self._model, self.params, *rows, settings=self.embedding, dtype=self._dtype)
+                vectors[list(members.values())] = np.asarray(slots).reshape(-1, vectors.shape[1])[list(members)]
+                progress(len(members))
+        truncated = sum(len(prompt.tokens) > limit for prompt in tokenized)
+        return Encoded(vectors, int(lengths.sum()), truncated)
+
+    def _packed(
+        self, tokenized: list[prompts.TokenizedPrompt], lengths: np.ndarray, batch_tokens: int
+    ) -> Iterator[tuple[dict[int, int], tuple[np.ndarray, ...]]]:
+        """Batches of packed rows: which text is in which slot, and the arrays that `embed_rows` takes."""
+        row_length = _bucket(int(lengths.max()), at_least=64)
+        most = max_segments(row_length)
+        packing = pack(lengths, row_length=row_length, max_segments=most)
+        shards = sharding.axis_size(self._mesh, "batch")
+        full = max(1, batch_tokens // (row_length * shards)) * shards
+        for first in range(0, packing.num_rows, full):
+            num_rows = min(full, _bucket(min(full, packing.num_rows - first), at_least=shards))
+            tokens, segment_ids, positions = (np.zeros((num_rows, row_length), np.int32) for _ in range(3))
+            weights = np.zeros((num_rows, row_length), np.float32)
+            members = {}
+            for text in np.flatnonzero((packing.row >= first) & (packing.row < first + num_rows)).tolist():
+                row, length = int(packing.row[text]) - first, int(lengths[text])
+                columns = slice(packing.offset[text], packing.offset[text] + length)
+                tokens[row, columns] = tokenized[text].tokens[:length]
+                segment_ids[row, columns] = packing.segment[text]
+                positions[row, columns] = np.arange(length)
+                weights[row, columns] = pool_weights(tokenized[text].spans, length, self.embedding.pooling)
+                members[row * most + int(packing.segment[text]) - 1] = text
+            yield members, (tokens, segment_ids, positions, weights)
+
+    def generate(
+        self,
+        messages: Messages | Sequence[Messages],
+        *,
+        max_new_tokens: int = 128,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        stop: Sequence[str] = (),
+        raw: bool = False,
+    ) -> str | list[str]:
+        """Answers one conversation, or each of a list of them in one batch.
+
+        Args:
+          messages: A user's message, a list of `{"role", "content"}`, or a list of either.
+          max_new_tokens: Most tokens of an answer.
+          temperature: 0 takes the likeliest token each time.
+          top_p: Probability of the nucleus that is drawn from.
+          seed: Seed of the draws; an answer does not depend on the others of its batch.
+          stop: The answer ends before the first of these strings.
+          raw: Whether a string is continued as it is, after BOS, and not taken for a user's message.
+
+        Returns:
+          The answer without its end-of-sequence token, or a list of answers.
+
+        Raises:
+          InputError: Prompt and answer do not fit the model.
+        """
+        many = not isinstance(messages, str) and (not messages or not isinstance(messages[0], Mapping))
+        batch = list(messages) if many else [messages]
+        options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
+        answers = [""] * len(batch)
+        for pieces in self._answers(batch, stop=stop, raw=raw, **options) if batch else ():
+            answers = [answer + piece for answer, piece in zip(answers, pieces, strict=True)]
+        return answers if many else answers[0]
+
+    def stream(
+        self,
+        messages: Messages,
+        *,
+        max_new_tokens: int = 128,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        stop: Sequence[str] = (),
+        raw: bool = False,
+    ) -> Iterator[str]:
+        """The pieces of `generate`'s answer as they come; arguments as there."""
+        options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
+        for (piece,) in self._answers([messages], stop=stop, raw=raw, **options):
+            if piece:
+                yield piece
+
+    def _answers(self, batch: list[Messages], *, stop: Sequence[str], raw: bool, **options) -> Iterator[list[str]]:
+        """New text of every answer, after each block of tokens."""
+        special = {"bos": self.tokenizer.bos, "eos": self.tokenizer.eos}
+        texts = [
+            self.tokenizer.bos + messages if raw else prompts.generation(messages, **special) for messages in batch
+        ]
+        prompt_ids = [encoding.ids for encoding in self.tokenizer.encode_batch(texts)]
+        answers = [_Answer(self.tokenizer, ids, stop) for ids in prompt_ids]
+        for block in self._tokens(prompt_ids, **options):
+            yield [answer.extend(tokens) for answer, tokens in zip(answers, block, strict=True)]
+            if all(answer.done for answer in answers):
+                break
+        yield [answer.finish() for answer in answers]
+
+    def _tokens(
+        self, prompt_ids: list[np.ndarray], *, max_new_tokens: int, temperature: float, top_p: float, seed: int
+    ) -> Iterator[np.ndarray]:
+        """Blocks of sampled tokens, int32 [batch, up to 8]."""
+        lengths = np.array([len(ids) for ids in prompt_ids], np.int32)
+        longest = int(lengths.max()) + max_new_tokens
+        if longest > self.architecture.max_length:
+            raise InputError(
+                f"a prompt of {lengths.max()} tokens and {max_new_tokens} new ones are over the model's "
+                f"{self.architecture.max_length}; shorten the prompt or ask for fewer"
+            )
+        # Rows are filled up with one-token prompts to a size that the mesh divides and that is compiled for.
+        num_rows = _bucket(len(prompt_ids), at_least=sharding.axis_size(self._mesh, "batch"))
+        lengths = np.concatenate([lengths, np.ones(num_rows - len(lengths), np.int32)])
+        tokens = np.zeros((num_rows, _bucket(int(lengths.max()), at_least=32)), np.int32)
+        for row, ids in enumerate(prompt_ids):
+            tokens[row, : len(ids)] = ids
+        with jax.set_mesh(self._mesh):
+            logits, cache = prefill(
+                self._model, self.params, tokens, lengths,
+                slots=_bucket(max(longest + _DECODE_STEPS, tokens.shape[1]), at_least=64), dtype=self._dtype,
+            )  # fmt: skip
+            keys = jnp.broadcast_to(jax.random.key(seed), num_rows)
+            for done in range(0, max_new_tokens, _DECODE_STEPS):
+                block, logits, cache = decode(
+                    self._model, self.params, logits, cache, lengths + done, keys,
+                    temperature=np.float32(temperature), top_p=np.float32(top_p), steps=_DECODE_STEPS,
+                )  # fmt: skip
+                yield np.asarray(block)[: len(prompt_ids), : max_new_tokens - done]
+
+
+class _Answer:
+    """Text of one answer, released piece by piece once later tokens cannot change it."""
+
+    def __init__(self, tokenizer: Tokenizer, prompt_ids: np.ndarray, stop: Sequence[str]):
+        self._tokenizer, self._stop = tokenizer, [text for text in stop if text]
+        # A few tokens of the prompt give the decoder what it needs to place spaces.
+        self._ids = prompt_ids[-8:].tolist()
+        self._skip = len(tokenizer.decode(self._ids))
+        self._text, self._released, self.done = "", 0, False
+
+    def extend(self, tokens: np.ndarray) -> str:
+        """Adds tokens and returns the text that is certain by now."""
+        if self.done:
+            return ""
+        ids = tokens.tolist()
+        if self._tokenizer.eos_id in ids:
+            ids, self.done = ids[: ids.index(self._tokenizer.eos_id)], True
+        self._ids += ids
+        self._text = self._tokenizer.decode(self._ids)[self._skip :]
+        ends = [place for place in map(self._text.find, self._stop) if place >= 0]
+        if ends:
+            self._text, self.done = self._text[: min(ends)], True
+        return self._release(len(self._text) if self.done else self._certain())
+
+    def finish(self) -> str:
+        """What was held back."""
+        return self._release(len(self._text))
+
+    def _certain(self) -> int:
+        """Length of the text before an unfinished character or what may become a stop string."""
+        end = len(self._text.rstrip("\N{REPLACEMENT CHARACTER}"))
+        for stop in self._stop:
+            for length in range(min(len(stop) - 1, end), 0, -1):
+                if self._text.endswith(stop[:length], 0, end):
+                    end -= length
+                    break
+        return end
+
+    def _release(self, end: int) -> str:
+        piece = self._text[self._released : end]
+        self._released = max(self._released, end)
+        return piece
+
+
+def _bucket(size: int, *, at_least: int) -> int:
+    """The next power of two times `at_least`, so that few shapes are compiled."""
+    while at_least < size:
+        at_least *= 2
+    return at_least
+
+
+@functools.partial(jax.jit, static_argnums=0, static_argnames=("settings", "dtype"))
+def _embed(model, params, *rows, settings: EmbeddingConfig, dtype):
+    return embed_rows(bind(model, params), *rows, settings=settings, dtype=dtype)
