@@ -17,10 +17,10 @@ from grit_jax.batch import max_segments
 from grit_jax.config import EmbeddingConfig, InputError, MeshConfig, TransformerConfig
 from grit_jax.data.packing import pack
 from grit_jax.data.pipeline import pool_weights
-from grit_jax.loading import open_model
+from grit_jax.loading import load_params, open_model
 from grit_jax.model.decode import decode, prefill
 from grit_jax.model.pooling import embed_rows
-from grit_jax.model.transformer import Params, abstract_model, abstract_params, bind, compute_dtype, param_axes
+from grit_jax.model.transformer import Params, abstract_model, bind, compute_dtype
 from grit_jax.tokenizer import Tokenizer
 
 Messages = str | Sequence[Mapping[str, str]]
@@ -90,8 +90,7 @@ class GritModel:
         """
         pretrained = open_model(path, step)
         placed_on = sharding.make_mesh(mesh or MeshConfig(data=-1, fsdp=1, tensor=1))
-        model = abstract_model(pretrained.architecture, pretrained.embedding.projection_dim)
-        params = pretrained.load(sharding.shardings(placed_on, abstract_params(model), param_axes(model)))
+        params = load_params(pretrained, placed_on)
         kind = compute_dtype(dtype)
         if kind != jnp.float32:
             params = jax.jit(lambda tree: jax.tree.map(lambda x: x.astype(kind), tree), donate_argnums=0)(params)
@@ -145,8 +144,8 @@ class GritModel:
                 raise InputError(f"text {place} is empty; leave it out")
             if prompt.spans[0, 0] >= limit:
                 raise InputError(
-                    f"text {place}: its instruction takes {prompt.spans[0, 0]} of {limit} tokens and leaves no room for "
-                    "the text; shorten it or raise the maximum length"
+                    f"text {place}: its instruction takes {prompt.spans[0, 0]} of {limit} tokens and leaves no room "
+                    "for the text; shorten it or raise the maximum length"
                 )
         lengths = np.array([min(len(prompt.tokens), limit) for prompt in tokenized], np.int64)
         vectors = np.zeros((len(texts), self.embedding.projection_dim or self.architecture.embed_dim), np.float32)

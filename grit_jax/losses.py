@@ -14,8 +14,8 @@ def contrastive_loss(
     passage: Float[Array, "passages embed"],
     *,
     temperature: float,
-    query_weights: Float[Array, "queries"],
-    passage_ids: Int[Array, "passages"],
+    query_weights: Float[Array, " queries"],
+    passage_ids: Int[Array, " passages"],
 ) -> Float[Array, ""]:
     """InfoNCE over the global batch: sum_i weight_i * -log softmax_j(query_i . passage_j / temperature)[positive_i].
 

@@ -41,7 +41,7 @@ class TokenizedPrompt(NamedTuple):
 
 
 def embedding(text: str, instruction: str = "", *, bos: str) -> Prompt:
-    """`<s><|user|>\\n{instruction}\\n<|embed|>\\n{text}`, or `<s><|embed|>\\n{text}`; the text is pooled."""
+    r"""`<s><|user|>\n{instruction}\n<|embed|>\n{text}`, or `<s><|embed|>\n{text}`; the text is pooled."""
     head = f"{bos}{_USER}{instruction}\n{_EMBED}" if instruction else f"{bos}{_EMBED}"
     return Prompt(head + text, ((len(head), len(head) + len(text)),))
 

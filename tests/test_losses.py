@@ -13,7 +13,9 @@ def reference_contrastive(query, passage, temperature, weights, ids):
         positive = i * group
         kept = [j for j in range(len(passage)) if j == positive or (ids[j] not in (-1, ids[positive]))]
         scores = passage[kept] @ vector / temperature
-        total += weights[i] * (np.log(np.exp(scores - scores.max()).sum()) + scores.max() - scores[kept.index(positive)])
+        total += weights[i] * (
+            np.log(np.exp(scores - scores.max()).sum()) + scores.max() - scores[kept.index(positive)]
+        )
     return total
 
 

@@ -1,4 +1,4 @@
-"""grit-jax train"""
+"""The command `grit-jax train`."""
 
 from __future__ import annotations
 

@@ -60,7 +60,7 @@ def parse_record(line: str | bytes, *, path: str | Path, line_number: int) -> Re
     if "text" in row:
         return _generative_record(row, where)
     raise InputError(
-        f'{where}: keys {sorted(row)} are of neither stream; use "query", "pos", "neg" (embedding) or "text" (generative)'
+        f'{where}: keys {sorted(row)} are of neither stream; use "query", "pos", "neg" or "text" (generative)'
     )
 
 

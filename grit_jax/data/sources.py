@@ -68,8 +68,8 @@ class JsonlSource:
         record = self._parse(number)
         if stream_of(record) != self.stream:
             raise InputError(
-                f"{self.path}:{self._line_numbers[number]}: {stream_of(record)} record in a file of {self.stream} records; "
-                "keep the streams in separate files"
+                f"{self.path}:{self._line_numbers[number]}: {stream_of(record)} record in a file of {self.stream} "
+                "records; keep the streams in separate files"
             )
         return record
 

@@ -42,7 +42,7 @@ def sample(
     *,
     temperature: Float[Array, ""],
     top_p: Float[Array, ""],
-) -> Int[Array, "batch"]:
+) -> Int[Array, " batch"]:
     """One token per row: the likeliest at temperature 0, else a draw from the nucleus.
 
     The nucleus is the smallest set of likeliest tokens with probability `top_p` (Holtzman et al., arXiv 1904.09751).
@@ -66,7 +66,7 @@ def prefill(
     model: Transformer,
     params: Params,
     tokens: Int[Array, "batch length"],
-    lengths: Int[Array, "batch"],
+    lengths: Int[Array, " batch"],
     *,
     slots: int,
     dtype: jnp.dtype,
@@ -89,7 +89,7 @@ def decode(
     params: Params,
     logits: Float[Array, "batch vocab"],
     cache: KVCache,
-    lengths: Int[Array, "batch"],
+    lengths: Int[Array, " batch"],
     keys: PRNGKeyArray,
     *,
     temperature: Float[Array, ""],

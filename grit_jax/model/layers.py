@@ -37,6 +37,7 @@ class Linear(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(tuple(out_dims.values()), jnp.float32), axes=tuple(out_dims)) if bias else None
 
     def __call__(self, x: Float[Array, "*in_dims"]) -> Float[Array, "*out_dims"]:
+        """Replaces the last dims of `x` by the output dims."""
         kernel = self.kernel[...].astype(x.dtype)
         out_shape = (*x.shape[: x.ndim - self.num_in_dims], *kernel.shape[self.num_in_dims :])
         fan_in = math.prod(kernel.shape[: self.num_in_dims])
@@ -53,6 +54,7 @@ class RMSNorm(nnx.Module):
         self.scale = nnx.Param(jnp.ones(dim, jnp.float32), axes=("embed",))
 
     def __call__(self, x: Float[Array, "... embed"]) -> Float[Array, "... embed"]:
+        """Normalises and scales; the result has the type of `x`."""
         wide = x.astype(jnp.float32)
         wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.epsilon)
         return (wide * self.scale[...]).astype(x.dtype)
@@ -69,6 +71,7 @@ class GatedMLP(nnx.Module):
         self.down = Linear(mlp, embed, key=down_key, scale=out_scale)
 
     def __call__(self, x: Float[Array, "batch length embed"]) -> Float[Array, "batch length embed"]:
+        """What the MLP adds to the residual stream."""
         hidden = constrain(jax.nn.silu(self.gate(x)) * self.up(x), "batch", "length", "activation_mlp")
         return self.down(hidden)
 
@@ -84,7 +87,7 @@ def rotation(positions: Int[Array, "batch length"], *, head_dim: int, theta: flo
 
 
 def rotate(x: Float[Array, "batch length heads head_dim"], by: Rotation) -> Float[Array, "batch length heads head_dim"]:
-    """Rotates each pair (i, i + head_dim/2) of every head, in float32: the half-split layout of Hugging Face weights."""
+    """Rotates each pair (i, i + head_dim/2) of every head, in float32: the layout of Hugging Face weights."""
     cos, sin = (part[:, :, None, :] for part in by)
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)

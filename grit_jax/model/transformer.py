@@ -46,6 +46,7 @@ class SelfAttention(nnx.Module):
     def __call__(
         self, x: Float[Array, "batch length embed"], by: Rotation, mask: AttentionMask, cache: KVCache | None
     ) -> tuple[Float[Array, "batch length embed"], KVCache | None]:
+        """What attention adds to the residual stream; with a cache, after writing the new keys and values into it."""
         dims = ("batch", "length", "activation_heads", "head_dim")
         query = constrain(rotate(self.query(x), by), *dims)
         key = constrain(rotate(self.key(x), by), *dims)
@@ -72,6 +73,7 @@ class Block(nnx.Module):
     def __call__(
         self, x: Float[Array, "batch length embed"], by: Rotation, mask: AttentionMask, cache: KVCache | None = None
     ) -> tuple[Float[Array, "batch length embed"], KVCache | None]:
+        """The residual stream after the block, and the cache."""
         attended, cache = self.attention(self.attention_norm(x), by, mask, cache)
         x = constrain(x + attended, "batch", "length", "activation_embed")
         x = constrain(x + self.mlp(self.mlp_norm(x)), "batch", "length", "activation_embed")

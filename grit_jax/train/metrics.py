@@ -70,6 +70,7 @@ class JsonlTracker:
             self._write(line)
 
     def log(self, step: int, values: Values) -> None:
+        """Records one step."""
         self._write({"step": step, **values})
 
     def _write(self, line: Mapping[str, float]) -> None:
@@ -77,6 +78,7 @@ class JsonlTracker:
         self._file.flush()
 
     def close(self) -> None:
+        """Flushes what is buffered."""
         self._file.close()
 
 
@@ -99,10 +101,12 @@ class TensorBoardTracker:
         self._writer = tensorboardX.SummaryWriter(str(folder))
 
     def log(self, step: int, values: Values) -> None:
+        """Records one step."""
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
 
     def close(self) -> None:
+        """Flushes what is buffered."""
         self._writer.close()
 
 
@@ -119,9 +123,11 @@ class WandbTracker:
         )
 
     def log(self, step: int, values: Values) -> None:
+        """Records one step."""
         self._run.log(dict(values), step=step)
 
     def close(self) -> None:
+        """Flushes what is buffered."""
         self._run.finish()
 
 

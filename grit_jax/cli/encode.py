@@ -1,0 +1,107 @@
+"""The command `grit-jax encode`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from pathlib import Path
+
+from grit_jax.config import InputError
+
+HELP = "embed the texts of a file"
+EXAMPLES = """\
+  grit-jax encode runs/quickstart --input docs.txt --output docs.npy
+  grit-jax encode runs/quickstart --input queries.jsonl --output queries.npy \\
+      --instruction "Given a question, retrieve passages that answer it"
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `encode`."""
+    parser.add_argument("model", metavar="MODEL", help="run folder, checkpoint or Hugging Face folder")
+    parser.add_argument("--input", required=True, help='.jsonl with {"text": ...} a line, or .txt with one text a line')
+    parser.add_argument("--output", required=True, help="float32 .npy, one row per text")
+    parser.add_argument("--instruction", default="", help="what the model is told about the texts; not pooled")
+    parser.add_argument("--batch-tokens", type=int, default=16384, metavar="N", help="tokens per batch (%(default)s)")
+    parser.add_argument(
+        "--max-length", type=int, metavar="N", help="tokens kept of a text (default: the model's limit)"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Embeds a file."""
+    for name in ("batch_tokens", "max_length"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise InputError(f"--{name.replace('_', '-')}={getattr(args, name)} must be positive")
+    output = Path(args.output)
+    if output.suffix != ".npy":
+        raise InputError(f"--output {output}: must end in .npy")
+    texts = read_texts(Path(args.input))
+
+    import numpy as np
+    import rich.console
+    import rich.progress
+
+    from grit_jax.inference import GritModel
+
+    model = GritModel.load(args.model)
+    columns = (rich.progress.TextColumn("encoding"), rich.progress.BarColumn(), rich.progress.MofNCompleteColumn())
+    console = rich.console.Console(stderr=True)
+    started = time.monotonic()
+    with rich.progress.Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task("", total=len(texts))
+        encoded = model.encode_with_counts(
+            texts,
+            instruction=args.instruction,
+            max_length=args.max_length,
+            batch_tokens=args.batch_tokens,
+            progress=lambda count: bar.advance(task, count),
+        )
+    seconds = time.monotonic() - started
+    output.parent.mkdir(parents=True, exist_ok=True)
+    partial = output.with_suffix(".partial.npy")
+    np.save(partial, encoded.vectors)
+    os.replace(partial, output)
+    print(
+        f"{len(texts):,} texts, {encoded.num_tokens:,} tokens in {seconds:.1f} s "
+        f"({encoded.num_tokens / seconds:,.0f} tokens/s); {encoded.num_truncated:,} truncated; "
+        f"{output}: {encoded.vectors.shape[0]} x {encoded.vectors.shape[1]} float32"
+    )
+    return 0
+
+
+def read_texts(path: Path) -> list[str]:
+    """The texts of a .jsonl or .txt file.
+
+    Raises:
+      InputError: The file is missing, of another kind, empty, or a line is malformed or empty.
+    """
+    if path.suffix not in (".jsonl", ".txt"):
+        raise InputError(f"--input {path}: must end in .jsonl or .txt")
+    try:
+        lines = path.read_text().splitlines() if path.suffix == ".txt" else path.read_text().split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"--input {path}: cannot be read: {error}") from error
+    while lines and not lines[-1].strip():
+        lines.pop()
+    if not lines:
+        raise InputError(f"--input {path}: the file is empty")
+    texts = []
+    for number, line in enumerate(lines, start=1):
+        text = _jsonl_text(line, f"{path}:{number}") if path.suffix == ".jsonl" else line
+        if not text:
+            raise InputError(f"{path}:{number}: empty text; remove the line or put a text there")
+        texts.append(text)
+    return texts
+
+
+def _jsonl_text(line: str, where: str) -> str:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise InputError(f'{where}: not valid JSON ({error}); each line must be {{"text": ...}}') from error
+    if not isinstance(row, dict) or not isinstance(row.get("text"), str):
+        raise InputError(f'{where}: no string under "text"; each line must be {{"text": ...}}')
+    return row["text"]

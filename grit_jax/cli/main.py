@@ -1,0 +1,62 @@
+"""Entry point of `grit-jax`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+
+from grit_jax.cli import encode, export_hf, generate, import_hf, quickstart, train
+from grit_jax.config import InputError
+
+COMMANDS = {
+    "train": train,
+    "encode": encode,
+    "generate": generate,
+    "export-hf": export_hf,
+    "import-hf": import_hf,
+    "quickstart": quickstart,
+}
+
+_EXIT_CODES = """\
+exit codes: 0 done, 2 bad input (do not retry), 75 saved after a signal (run the same command again), 1 anything else
+"""
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of all commands; importing them imports nothing heavy."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        prog="grit-jax",
+        description="Train and use language models that both embed and generate.",
+        epilog=_EXIT_CODES,
+        formatter_class=raw,
+    )
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, module in COMMANDS.items():
+        command = commands.add_parser(
+            name,
+            help=module.HELP,
+            description=module.HELP,
+            epilog=f"examples:\n{module.EXAMPLES}",
+            formatter_class=raw,
+            allow_abbrev=False,
+        )
+        module.add_arguments(command)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command and returns its exit code."""
+    args = make_parser().parse_args(argv)
+    # Libraries log at import; a TPU runtime installed on another machine looks for a TPU.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    if not os.path.exists("/dev/accel0") and not os.path.exists("/dev/vfio"):
+        os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    try:
+        return COMMANDS[args.command].run(args)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130

@@ -1,0 +1,224 @@
+"""Training and held-out data from the docstrings that every machine with this package has.
+
+Sources are the Python standard library and the run-time numeric packages, parsed and never imported. Each documented
+module, class or function is an object; objects, not texts, are split into train and held-out.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import importlib.util
+import inspect
+import json
+import re
+import sysconfig
+import warnings
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+# Run-time requirements and what they bring along, so that every installation sees the same texts.
+PACKAGES = ("numpy", "scipy", "jax", "flax", "optax", "orbax", "grain", "tensorstore", "ml_dtypes", "matplotlib")
+_SKIPPED_FOLDERS = {"test", "tests", "testing", "_test", "idlelib", "lib2to3", "site-packages", "pydoc_data", "vendor"}
+
+DESCRIBE = "Given a description, find the documentation of the Python object that it describes"
+NAME = "Given the name of a Python object, find its documentation"
+EXCERPT = "Given a sentence, find the documentation that it is taken from"
+
+_DOCUMENT_WORDS = 64
+_ANSWER_WORDS = 48
+_HELD_OUT = 0.1
+
+
+class DocumentedObject(NamedTuple):
+    """One documented thing.
+
+    Attributes:
+      name: Dotted name.
+      signature: `name(arguments)` of a function, the bare name of anything else.
+      summary: First paragraph of its docstring, on one line.
+      body: The rest, on one line.
+    """
+
+    name: str
+    signature: str
+    summary: str
+    body: str
+
+    @property
+    def document(self) -> str:
+        """What is searched for: signature and body, without the summary that queries are made of."""
+        return f"{self.signature}\n{_clip(self.body, _DOCUMENT_WORDS)}"
+
+    @property
+    def scope(self) -> str:
+        """The module or class that the object is defined in."""
+        return self.name.rpartition(".")[0]
+
+    @property
+    def held_out(self) -> bool:
+        """Whether the object is kept from training; decided by its name alone."""
+        digest = hashlib.sha256(self.name.encode()).digest()
+        return int.from_bytes(digest[:4]) < _HELD_OUT * 2**32
+
+
+def write_corpus(folder: Path) -> dict[str, int]:
+    """Writes GRIT data and a retrieval task, and counts what it wrote.
+
+    `train/` and `validation/` hold embedding and generative JSONL; `retrieval/` is in BEIR layout: held-out
+    descriptions over the documentation of held-out objects.
+    """
+    objects = collect_objects()
+    train = [thing for thing in objects if not thing.held_out]
+    held_out = [thing for thing in objects if thing.held_out]
+    counts = {"objects": len(objects), "held_out_objects": len(held_out)}
+    for split, things in (("train", train), ("validation", held_out)):
+        for stream, files in (("embedding", _embedding_files(things)), ("generative", _generative_files(things))):
+            for name, rows in files.items():
+                counts[f"{split}_{stream}_samples"] = counts.get(f"{split}_{stream}_samples", 0) + len(rows)
+                if split == "train" or name in ("describe", "answers"):
+                    _write_jsonl(folder / split / stream / f"{name}.jsonl", rows)
+    searched = [thing for thing in held_out if thing.body]
+    _write_jsonl(
+        folder / "retrieval/corpus.jsonl", ({"_id": t.name, "title": "", "text": t.document} for t in searched)
+    )
+    _write_jsonl(folder / "retrieval/queries.jsonl", ({"_id": t.name, "text": t.summary} for t in searched))
+    qrels = folder / "retrieval/qrels/test.tsv"
+    qrels.parent.mkdir(parents=True, exist_ok=True)
+    qrels.write_text("query-id\tcorpus-id\tscore\n" + "".join(f"{t.name}\t{t.name}\t1\n" for t in searched))
+    return counts | {"held_out_queries": len(searched)}
+
+
+def collect_objects(roots: Iterable[tuple[str, Path]] | None = None) -> list[DocumentedObject]:
+    """Every documented object below the roots, each text once.
+
+    Args:
+      roots: Pairs of dotted prefix and source folder; None is the standard library and `PACKAGES`.
+    """
+    seen: set[str] = set()
+    objects = []
+    for prefix, root in _installed_roots() if roots is None else roots:
+        for path in sorted(root.rglob("*.py")):
+            parts = path.relative_to(root).with_suffix("").parts
+            if _SKIPPED_FOLDERS.isdisjoint(part.lower() for part in parts) and not parts[-1].startswith("test_"):
+                module = ".".join([*([prefix] if prefix else []), *(part for part in parts if part != "__init__")])
+                objects += [thing for thing in _parse(path, module or prefix) if _is_new(thing, seen)]
+    return objects
+
+
+def _installed_roots() -> Iterator[tuple[str, Path]]:
+    yield "", Path(sysconfig.get_paths()["stdlib"])
+    for package in PACKAGES:
+        spec = importlib.util.find_spec(package)
+        for location in (spec.submodule_search_locations or ()) if spec else ():
+            yield package, Path(location)
+
+
+def _is_new(thing: DocumentedObject, seen: set[str]) -> bool:
+    """Packages copy each other's docstrings, with small edits below a summary and an argument list that stay."""
+    keys = {_normalized(thing.summary), _normalized(thing.body)} - {""}
+    if not keys or keys & seen:
+        return False
+    seen |= keys
+    return True
+
+
+def _normalized(text: str) -> str:
+    return re.sub(r"\W+", " ", text).strip().lower()
+
+
+def _parse(path: Path, module: str) -> Iterator[DocumentedObject]:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # invalid escapes in other people's strings
+            tree = ast.parse(path.read_bytes())
+    except (SyntaxError, ValueError):
+        return  # files for other Python versions
+    yield from _walk(tree, module)
+
+
+def _walk(node: ast.AST, name: str) -> Iterator[DocumentedObject]:
+    docstring = ast.get_docstring(node)  # type: ignore[arg-type]  # only modules, classes and functions come here
+    if docstring:
+        paragraphs = re.split(r"\n\s*\n", inspect.cleandoc(docstring).strip())
+        summary, body = (" ".join(part.split()) for part in (paragraphs[0], "\n".join(paragraphs[1:])))
+        if 3 <= len(summary.split()) <= 40:
+            yield DocumentedObject(name, _signature(node, name), summary, body if len(body.split()) >= 5 else "")
+    for child in ast.iter_child_nodes(node):
+        public = isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+        if public and not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield from _walk(child, f"{name}.{child.name}")
+
+
+def _signature(node: ast.AST, name: str) -> str:
+    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+        arguments = [a.arg for a in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
+        return f"{name}({', '.join(a for a in arguments if a not in ('self', 'cls'))})"
+    return name
+
+
+def _clip(text: str, words: int) -> str:
+    return " ".join(text.split()[:words])
+
+
+def _embedding_files(things: list[DocumentedObject]) -> dict[str, list[dict[str, Any]]]:
+    """One file per kind of query, since the queries of a batch come from one file."""
+    documented = [thing for thing in things if thing.body]
+    siblings = _siblings(documented)
+    files: dict[str, list[dict[str, Any]]] = {"describe": [], "name": [], "excerpt": []}
+    for number, thing in enumerate(documented):
+        negatives = [["", documented[other].document] for other in siblings[number]]
+
+        def row(instruction: str, query: str, document: str, negatives=negatives) -> dict[str, Any]:
+            return {"query": [instruction, query], "pos": [["", document]], "neg": negatives}
+
+        files["describe"].append(row(DESCRIBE, thing.summary, thing.document))
+        words = " ".join(re.findall(r"[A-Za-z][a-z]*|\d+", thing.name))
+        files["name"].append(row(NAME, words, f"{thing.summary}\n{_clip(thing.body, _DOCUMENT_WORDS)}"))
+        sentences = [part for part in re.split(r"(?<=[.:;])\s+", thing.body) if len(part.split()) >= 5]
+        if len(sentences) >= 2:
+            chosen = sentences[_stable(thing.name) % len(sentences)]
+            rest = thing.body.replace(chosen, " ", 1)
+            document = f"{thing.signature}\n{thing.summary} {_clip(rest, _DOCUMENT_WORDS)}"
+            files["excerpt"].append(row(EXCERPT, _clip(chosen, 32), document))
+    return files
+
+
+def _siblings(things: list[DocumentedObject], count: int = 3) -> list[list[int]]:
+    """For each object a few others of its module or class, else of its neighbourhood: the hard negatives."""
+    scopes: dict[str, list[int]] = defaultdict(list)
+    for number, thing in enumerate(things):
+        scopes[thing.scope].append(number)
+    result = []
+    for number, thing in enumerate(things):
+        others = [other for other in scopes[thing.scope] if other != number]
+        nearby = [other for other in range(max(0, number - count), number + count + 1) if 0 <= other < len(things)]
+        others += [other for other in nearby if other != number and other not in others]
+        generator = np.random.default_rng(_stable(thing.name))
+        pool = others if len(others) <= count else generator.choice(others, count, replace=False).tolist()
+        result.append(pool[:count])
+    return result
+
+
+def _generative_files(things: list[DocumentedObject]) -> dict[str, list[dict[str, Any]]]:
+    answers = []
+    for thing in things:
+        answers.append({"text": [f"What does `{thing.name}` do?", thing.summary]})
+        if thing.body:
+            question = f"Describe `{thing.signature}` in detail."
+            answers.append({"text": [question, _clip(f"{thing.summary} {thing.body}", _ANSWER_WORDS)]})
+    return {"answers": answers}
+
+
+def _stable(text: str) -> int:
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[4:8])
+
+
+def _write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

@@ -1,0 +1,84 @@
+"""The quickstart's report: on the terminal, and its plot."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import rich.console
+import rich.table
+
+from grit_jax.train.metrics import read_metrics
+
+
+def show_report(report: dict[str, Any]) -> None:
+    """Prints a report.json for people."""
+    console = rich.console.Console(highlight=False)
+    console.rule("quickstart")
+    corpus = report["corpus"]
+    console.print(
+        f"{report['parameters']:,} parameters trained from scratch on {corpus['train_embedding_samples']:,} embedding "
+        f"and {corpus['train_generative_samples']:,} generative samples from the docstrings of "
+        f"{corpus['objects']:,} objects; "
+        f"{report['steps']} steps, {report['tokens']:,} tokens, {report['tokens_per_second']:,.0f} tokens/s, "
+        f"{report['wall_seconds'] / 60:.1f} minutes in all"
+    )
+    table = rich.table.Table("held-out", "untrained", "trained", "baseline")
+    retrieval, generation = report["retrieval"], report["generation"]
+    for name, label in (("ndcg_at_10", "nDCG@10"), ("recall_at_10", "recall@10")):
+        figures = retrieval[name]
+        table.add_row(
+            label, *(f"{figures[key]:.3f}" for key in ("untrained", "trained")), f"{figures['bm25']:.3f} BM25"
+        )
+    loss = generation["loss_per_token"]
+    table.add_row(
+        "loss per token", *(f"{loss[key]:.3f}" for key in ("untrained", "trained")), f"{loss['unigram']:.3f} unigram"
+    )
+    console.print(table)
+    console.print(
+        f"{corpus['held_out_queries']:,} queries over {corpus['held_out_queries']:,} documents of held-out objects"
+    )
+    for search in report["searches"]:
+        console.print(f"\n[bold]search[/bold] {search['query']}", soft_wrap=True)
+        for hit in search["hits"]:
+            mark = "*" if hit["relevant"] else " "
+            console.print(
+                f"  {mark} {hit['score']:.3f}  {hit['document'].splitlines()[0]}", soft_wrap=True, markup=False
+            )
+    for answer in report["answers"]:
+        console.print(f"\n[bold]prompt[/bold] {answer['prompt']}", soft_wrap=True)
+        console.print(f"  {answer['answer']}", soft_wrap=True, markup=False)
+    console.print()
+    for name, path in report["paths"].items():
+        console.print(f"{name:>10}  {path}", soft_wrap=True)
+
+
+def plot_losses(metrics: Path, out: Path) -> None:
+    """Draws both losses of a metrics.jsonl against the step, as PNG: every step faintly, a running mean on top."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    import numpy as np
+
+    lines = read_metrics(metrics)
+    steps = np.array([line["step"] for line in lines])
+    figure, panels = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    for panel, name, title in zip(
+        panels, ("loss/embedding", "loss/generative"), ("contrastive loss", "language-modelling loss"), strict=True
+    ):
+        values = np.array([line[name] for line in lines])
+        width = max(1, len(values) // 20)
+        sums = np.cumsum(np.concatenate([[0.0], values]))
+        starts = np.maximum(np.arange(len(values)) + 1 - width, 0)
+        ends = np.arange(len(values)) + 1
+        panel.plot(steps, values, color="tab:blue", alpha=0.25, linewidth=0.8)
+        panel.plot(steps, (sums[ends] - sums[starts]) / (ends - starts), color="tab:blue", label="training")
+        held_out = [(line["step"], line[f"validation/{name}"]) for line in lines if f"validation/{name}" in line]
+        if held_out:
+            panel.plot(*zip(*held_out, strict=True), "o-", color="tab:orange", label="held-out")
+        panel.set(title=title, xlabel="step", ylim=(0, None))
+        panel.grid(alpha=0.3)
+        panel.legend(frameon=False)
+    figure.savefig(out, dpi=120)
+    plt.close(figure)

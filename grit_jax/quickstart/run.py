@@ -1,0 +1,219 @@
+"""Corpus, tokenizer, training, measurements and report, in one folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import rich.console
+
+from grit_jax.config import InputError, load_config
+from grit_jax.hf.folder import save_folder
+from grit_jax.inference import GritModel
+from grit_jax.loading import open_model
+from grit_jax.model.transformer import compute_dtype
+from grit_jax.quickstart.corpus import DESCRIBE, write_corpus
+from grit_jax.quickstart.figures import (
+    RetrievalTask,
+    bm25_scores,
+    model_scores,
+    ranks_of,
+    read_task,
+    retrieval_figures,
+    unigram_loss,
+)
+from grit_jax.quickstart.report import plot_losses, show_report
+from grit_jax.tokenizer import train_bpe
+from grit_jax.train.loop import Trainer
+from grit_jax.train.metrics import read_metrics
+
+_VOCAB_SIZE = 8192
+_SEARCHES, _HITS = 3, 3
+_PROMPTS = ("What does `collections.OrderedDict.move_to_end` do?", "What does `numpy.linalg.inverse` do?")
+
+
+def run_quickstart(output: Path, *, fresh: bool = False, overrides: list[str] | None = None) -> bool:
+    """Does the whole job in `output`, or shows the report that is there.
+
+    Args:
+      output: Run folder.
+      fresh: Whether to remove an earlier quickstart in it and start again.
+      overrides: `--section.key=value` on top of configs/quickstart.yaml.
+
+    Returns:
+      False when a signal stopped training after a checkpoint: the next call goes on.
+
+    Raises:
+      InputError: `output` holds something else.
+    """
+    console = rich.console.Console(highlight=False, soft_wrap=True)
+    report_file = output / "report.json"
+    if fresh and output.exists():
+        _remove(output)
+    if report_file.exists():
+        show_report(json.loads(report_file.read_text()))
+        console.print(f"finished earlier; --fresh trains again in {output}")
+        return True
+
+    started = time.monotonic()
+    counts = _corpus(output, console)
+    tokenizer_folder = output / "tokenizer"
+    config = load_config(
+        config_file("quickstart.yaml"),
+        [
+            f"--model.tokenizer={tokenizer_folder}",
+            f"--data.train={output / 'data/train'}",
+            f"--data.validation={output / 'data/validation'}",
+            f"--train.output={output}",
+            *(overrides or []),
+        ],
+    )
+    trainer = Trainer(config)
+    task = read_task(output / "data/retrieval")
+    bm25 = retrieval_figures(ranks_of(bm25_scores(task), task.relevant))
+    untrained_file = output / "untrained.json"
+    if trainer.step == 0:
+        console.print("measuring the untrained model")
+        _write_json(untrained_file, _measure(trainer, task)[0] | {"seconds_before": 0.0})
+    untrained = json.loads(untrained_file.read_text())
+    if not trainer.fit():
+        return False
+
+    console.print("measuring the trained model")
+    trained, scores = _measure(trainer, task)
+    plot_losses(output / "metrics.jsonl", output / "losses.png")
+    model = _model(trainer)
+    save_folder(output / "hf", open_model(output), jax.device_get(trainer.state.params))
+    lines = read_metrics(output / "metrics.jsonl")
+    tokens = sum(line["tokens"] for line in lines)
+    generative = config.data.generative_max_length
+    unigram = unigram_loss(
+        output / "data/train/generative",
+        output / "data/validation/generative",
+        trainer.tokenizer,
+        max_length=generative,
+    )
+    report = {
+        "retrieval": {
+            name: {"untrained": untrained[name], "trained": trained[name], "bm25": bm25[name]}
+            for name in ("ndcg_at_10", "recall_at_10")
+        },
+        "generation": {
+            "loss_per_token": {
+                "untrained": untrained["loss_per_token"],
+                "trained": trained["loss_per_token"],
+                "unigram": unigram,
+            }
+        },
+        "wall_seconds": time.monotonic() - started,
+        "tokens_per_second": tokens / sum(line["step_seconds"] for line in lines),
+        "tokens": tokens,
+        "steps": trainer.step,
+        "parameters": sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(trainer.state.params)),
+        "corpus": counts,
+        "searches": list(_searches(task, scores)),
+        "answers": [{"prompt": prompt, "answer": model.generate(prompt, max_new_tokens=48)} for prompt in _PROMPTS],
+        "paths": {
+            "checkpoint": str(output / "checkpoints" / str(trainer.step)),
+            "export": str(output / "hf"),
+            "plot": str(output / "losses.png"),
+            "metrics": str(output / "metrics.jsonl"),
+            "report": str(report_file),
+        },
+    }
+    _write_json(report_file, report)
+    show_report(report)
+    return True
+
+
+def config_file(name: str) -> Path:
+    """A file of `configs/`: in a checkout beside the package, in an installed wheel inside it."""
+    package = Path(str(resources.files("grit_jax")))
+    inside = package / "configs" / name
+    return inside if inside.exists() else package.parent / "configs" / name
+
+
+def _remove(output: Path) -> None:
+    if not (output / "data/retrieval").exists() and any(output.iterdir()):
+        raise InputError(f"{output} is not a quickstart folder; remove it yourself or choose another --output")
+    shutil.rmtree(output)
+
+
+def _corpus(output: Path, console: rich.console.Console) -> dict[str, int]:
+    """Writes data and tokenizer, unless an interrupted run has done so."""
+    counts_file = output / "data/counts.json"
+    if not counts_file.exists():
+        console.print("reading docstrings of the standard library and the numeric packages")
+        counts = write_corpus(output / "data")
+        console.print("training the tokenizer")
+        tokenizer = train_bpe(_texts(output / "data/train"), _VOCAB_SIZE)
+        (output / "tokenizer").mkdir(exist_ok=True)
+        for name, content in tokenizer.files().items():
+            (output / "tokenizer" / name).write_text(content)
+        _write_json(counts_file, counts)
+    return json.loads(counts_file.read_text())
+
+
+def _texts(folder: Path) -> Iterator[str]:
+    def strings(value: Any) -> Iterator[str]:
+        if isinstance(value, str):
+            yield value
+        else:
+            for part in value.values() if isinstance(value, dict) else value:
+                yield from strings(part)
+
+    for path in sorted(folder.rglob("*.jsonl")):
+        for line in path.open():
+            row = json.loads(line)
+            row.pop("neg", None)  # every negative is somebody's positive
+            yield from strings(row)
+
+
+def _model(trainer: Trainer) -> GritModel:
+    config = trainer.config.model
+    return GritModel(
+        trainer.state.params,
+        config.architecture,
+        config.embedding,
+        trainer.tokenizer,
+        mesh=trainer.mesh,
+        dtype=compute_dtype(config.compute_dtype),
+    )
+
+
+def _measure(trainer: Trainer, task: RetrievalTask) -> tuple[dict[str, float], np.ndarray]:
+    """Held-out figures of the model as it is now, and its retrieval scores."""
+    data = trainer.config.data
+    lengths = (data.query_max_length, data.passage_max_length)
+    scores = model_scores(_model(trainer), task, instruction=DESCRIBE, max_lengths=lengths)
+    figures = retrieval_figures(ranks_of(scores, task.relevant))
+    return figures | {"loss_per_token": trainer.evaluate()["validation/loss/generative"]}, scores
+
+
+def _searches(task: RetrievalTask, scores: np.ndarray) -> Iterator[dict[str, Any]]:
+    """A few queries, evenly spread, with their best documents."""
+    for query in np.linspace(0, len(task.queries) - 1, _SEARCHES + 2)[1:-1].astype(int).tolist():
+        best = np.argsort(-scores[query])[:_HITS].tolist()
+        hits = [
+            {
+                "document": task.documents[place],
+                "score": float(scores[query, place]),
+                "relevant": place == int(task.relevant[query]),
+            }
+            for place in best
+        ]
+        yield {"query": task.queries[query], "hits": hits}
+
+
+def _write_json(path: Path, value: Any) -> None:
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    os.replace(partial, path)
