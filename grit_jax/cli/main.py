@@ -48,7 +48,12 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
-    args = make_parser().parse_args(argv)
+    parser = make_parser()
+    args, overrides = parser.parse_known_args(argv)
+    if hasattr(COMMANDS[args.command], "TAKES_OVERRIDES"):
+        args.overrides = overrides
+    elif overrides:
+        parser.error(f"{args.command} does not know {' '.join(overrides)}; see grit-jax {args.command} --help")
     # Libraries log at import; a TPU runtime installed on another machine looks for a TPU.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     if not os.path.exists("/dev/accel0") and not os.path.exists("/dev/vfio"):

@@ -7,17 +7,15 @@ import argparse
 HELP = "from the docstrings on this machine to a model that searches and writes, in minutes"
 EXAMPLES = """\
   grit-jax quickstart
-  grit-jax quickstart --output runs/again --fresh
+  grit-jax quickstart --output runs/again --fresh --train.steps=50
 """
+TAKES_OVERRIDES = True  # --section.key=value, on top of configs/quickstart.yaml
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `quickstart`."""
     parser.add_argument("--output", default="runs/quickstart", metavar="DIR", help="run folder (%(default)s)")
     parser.add_argument("--fresh", action="store_true", help="remove an earlier quickstart there and train again")
-    parser.add_argument(
-        "overrides", nargs="*", metavar="--section.key=value", help="values that win over configs/quickstart.yaml"
-    )
 
 
 def run(args: argparse.Namespace) -> int:

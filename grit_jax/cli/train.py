@@ -9,14 +9,12 @@ EXAMPLES = """\
   grit-jax train configs/tiny.yaml --data.train=data/ --train.output=runs/first
   grit-jax train configs/tiny.yaml --model.init=runs/first --train.steps=200 --train.output=runs/second
 """
+TAKES_OVERRIDES = True  # --section.key=value, on top of the file
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of `train`; everything after the config is an override."""
+    """Arguments of `train`."""
     parser.add_argument("config", metavar="CONFIG.yaml", help="config file")
-    parser.add_argument(
-        "overrides", nargs=argparse.REMAINDER, metavar="--section.key=value", help="values that win over the file"
-    )
 
 
 def run(args: argparse.Namespace) -> int:
