@@ -60,7 +60,8 @@ class Checkpoints:
 
     def __init__(self, folder: str | Path, *, keep: int | None = None):
         self.folder = Path(folder).absolute()
-        policy = ocp.training.preservation_policies.LatestN(keep) if keep else None
+        policies = ocp.training.preservation_policies
+        policy: Any = policies.LatestN(keep) if keep else policies.PreserveAll()
         self._checkpointer = ocp.training.Checkpointer(
             str(self.folder), preservation_policy=policy, cleanup_tmp_directories=True
         )
@@ -177,11 +178,14 @@ def open_checkpoint(path: str | Path, step: int | None = None) -> Pretrained:
     Raises:
       InputError: There is no such checkpoint.
     """
-    folder, named = _locate(Path(path))
+    located = _locate(Path(path))
+    if located is None:
+        raise InputError(f"{path}: no checkpoint there; name a run folder, a folder of checkpoints or one checkpoint")
+    folder, named = located
     checkpoints = Checkpoints(folder)
     steps, step = checkpoints.steps(), named if step is None else step
     if not steps:
-        raise InputError(f"{path}: no complete checkpoint there")
+        raise InputError(f"{path}: no complete checkpoint there; the run has not saved one yet")
     if step is not None and step not in steps:
         raise InputError(f"{path}: no checkpoint of step {step}; there are steps {', '.join(map(str, steps))}")
     step = steps[-1] if step is None else step

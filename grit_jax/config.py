@@ -27,13 +27,13 @@ class TransformerConfig:
     """Architecture of a Mistral/Llama-style decoder.
 
     Attributes:
-      vocab_size: Rows of the embedding table; null takes the tokenizer's size.
+      vocab_size: Rows of the embedding table; 0 takes the tokenizer's size.
       embed_dim: Width of the residual stream.
       mlp_dim: Width of the gated MLP.
       num_layers: Transformer blocks.
       num_heads: Query heads.
       num_kv_heads: Key and value heads; divides `num_heads`.
-      head_dim: Width of one head; null means `embed_dim / num_heads`.
+      head_dim: Width of one head; 0 means `embed_dim / num_heads`.
       max_length: Longest sequence the model was made for, in tokens.
       rope_theta: Base of the rotary embedding's wavelengths.
       norm_epsilon: Epsilon of every RMSNorm.
@@ -41,13 +41,13 @@ class TransformerConfig:
       tie_embeddings: Whether the output head is the embedding table.
     """
 
-    vocab_size: int | None = None
+    vocab_size: int = 0
     embed_dim: int = 256
     mlp_dim: int = 768
     num_layers: int = 4
     num_heads: int = 4
     num_kv_heads: int = 2
-    head_dim: int | None = None
+    head_dim: int = 0
     max_length: int = 2048
     rope_theta: float = 10000.0
     norm_epsilon: float = 1e-5
@@ -62,19 +62,19 @@ class TransformerConfig:
                 f"model.architecture.num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}; "
                 "every key/value head serves the same number of query heads"
             )
-        if self.head_dim is None and self.embed_dim % self.num_heads:
+        if not self.head_dim and self.embed_dim % self.num_heads:
             raise InputError(
                 f"model.architecture.embed_dim={self.embed_dim} is not a multiple of num_heads={self.num_heads}; "
                 "set model.architecture.head_dim"
             )
 
     def resolve(self, vocab_size: int) -> TransformerConfig:
-        """The same architecture with no null left: `vocab_size` and `head_dim` filled in where they are missing.
+        """The same architecture with no 0 left: `vocab_size` and `head_dim` filled in where they are missing.
 
         Raises:
           InputError: The embedding table has fewer rows than the tokenizer has tokens, or heads of odd width.
         """
-        if self.vocab_size is not None and self.vocab_size < vocab_size:
+        if 0 < self.vocab_size < vocab_size:
             raise InputError(
                 f"model.architecture.vocab_size={self.vocab_size} is smaller than the tokenizer's {vocab_size} tokens; "
                 "remove it or use the model's own tokenizer"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple, Self
+from typing import Any, Literal, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -211,7 +211,7 @@ class GritModel:
           InputError: Prompt and answer do not fit the model.
         """
         many = not isinstance(messages, str) and (not messages or not isinstance(messages[0], Mapping))
-        batch = list(messages) if many else [messages]
+        batch: Any = list(messages) if many else [messages]
         options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
         answers = [""] * len(batch)
         for pieces in self._answers(batch, stop=stop, raw=raw, **options) if batch else ():
@@ -239,7 +239,10 @@ class GritModel:
         """New text of every answer, after each block of tokens."""
         special = {"bos": self.tokenizer.bos, "eos": self.tokenizer.eos}
         texts = [
-            self.tokenizer.bos + messages if raw else prompts.generation(messages, **special) for messages in batch
+            self.tokenizer.bos + messages
+            if raw and isinstance(messages, str)
+            else prompts.generation(messages, **special)
+            for messages in batch
         ]
         prompt_ids = [encoding.ids for encoding in self.tokenizer.encode_batch(texts)]
         answers = [_Answer(self.tokenizer, ids, stop) for ids in prompt_ids]

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from grit_jax.batch import GritBatch, HostShare
@@ -49,9 +49,9 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     if sizes.count(-1) > 1 or any(size != -1 and size < 1 for size in sizes):
         raise InputError(f"{described}: sizes must be positive, and at most one of them -1")
     if -1 in sizes:
-        known = int(np.prod([size for size in sizes if size != -1]))
+        known = -math.prod(sizes)
         sizes[sizes.index(-1)] = max(1, len(devices) // known)
-    if int(np.prod(sizes)) != len(devices):
+    if math.prod(sizes) != len(devices):
         raise InputError(f"{described} do not multiply to the {len(devices)} devices found; set one of them to -1")
     return jax.make_mesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices)
 
@@ -63,8 +63,12 @@ def partition_spec(axes: Sequence[str]) -> PartitionSpec:
 
 def axis_size(mesh: Mesh, axis: str) -> int:
     """Number of pieces that a dim called `axis` is split into."""
+    return math.prod(mesh.shape[name] for name in _mesh_axes(axis))
+
+
+def _mesh_axes(axis: str) -> tuple[str, ...]:
     names = LOGICAL_AXES[axis]
-    return int(np.prod([mesh.shape[name] for name in ((names,) if isinstance(names, str) else names or ())]))
+    return (names,) if isinstance(names, str) else names or ()
 
 
 def shardings(mesh: Mesh, shapes: Any, axes: Any) -> Any:
@@ -85,7 +89,7 @@ def shardings(mesh: Mesh, shapes: Any, axes: Any) -> Any:
             if size % pieces:
                 raise InputError(
                     f"{jax.tree_util.keystr(path, simple=True, separator='.')}: {name}={size} is not divisible by "
-                    f"mesh.{'*'.join(np.atleast_1d(LOGICAL_AXES[name]))}={pieces}; choose mesh sizes that divide it"
+                    f"mesh.{'*'.join(_mesh_axes(name))}={pieces}; choose mesh sizes that divide it"
                 )
         return NamedSharding(mesh, partition_spec(names))
 
@@ -108,7 +112,7 @@ def host_share(mesh: Mesh) -> HostShare:
     """The rows that this process's devices hold."""
     shards = axis_size(mesh, "batch")
     held = NamedSharding(mesh, partition_spec(("batch",))).addressable_devices_indices_map((shards,)).values()
-    spans = [index[0].indices(shards)[:2] for index in held]
+    spans = [index[0].indices(shards)[:2] for index in held if index is not None]
     return HostShare(min(first for first, _ in spans), max(last for _, last in spans), shards)
 
 
@@ -126,4 +130,7 @@ def place_batch(mesh: Mesh, batch: GritBatch) -> GritBatch:
             return jax.make_array_from_process_local_data(split, value, shape)
         return jax.make_array_from_process_local_data(replicated(mesh), value, value.shape)
 
-    return GritBatch(*(stream and type(stream)(*map(place, stream._fields, stream)) for stream in batch))
+    def place_all(stream):
+        return stream and type(stream)(*map(place, stream._fields, stream))
+
+    return GritBatch(place_all(batch.embedding), place_all(batch.generative))

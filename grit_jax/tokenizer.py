@@ -7,7 +7,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import numpy as np
 import tokenizers
@@ -53,8 +53,8 @@ class Tokenizer:
         backend.no_padding()
         self._backend, self.bos, self.eos = backend, bos, eos
 
-    @classmethod
-    def load(cls, source: str | Path) -> Self:
+    @staticmethod
+    def load(source: str | Path) -> Tokenizer:
         """Loads a folder, a `tokenizer.json`, or the built-in byte tokenizer, called `bytes`.
 
         Raises:
@@ -75,10 +75,10 @@ class Tokenizer:
             )
         names = (_SETTINGS, _SPECIAL)
         files = {name: (folder / name).read_text() for name in names if (folder / name).is_file()}
-        return cls.from_files({_TOKENIZER: file.read_text(), **files}, source=str(file))
+        return Tokenizer.from_files({_TOKENIZER: file.read_text(), **files}, source=str(file))
 
-    @classmethod
-    def from_files(cls, files: dict[str, str], *, source: str = _TOKENIZER) -> Self:
+    @staticmethod
+    def from_files(files: dict[str, str], *, source: str = _TOKENIZER) -> Tokenizer:
         """The tokenizer that these file contents, by file name, describe; see `files`."""
         try:
             backend = tokenizers.Tokenizer.from_str(files[_TOKENIZER])
@@ -100,7 +100,7 @@ class Tokenizer:
         for token in filter(None, (bos, eos)):
             if backend.token_to_id(token) is None:
                 raise InputError(f"{source}: special token {token!r} is not in the vocabulary; correct {_SETTINGS}")
-        return cls(backend, bos=bos, eos=eos)
+        return Tokenizer(backend, bos=bos, eos=eos)
 
     def files(self) -> dict[str, str]:
         """File names and contents that `from_files` and transformers read."""
@@ -129,7 +129,7 @@ class Tokenizer:
         return self._backend.token_to_id(self.bos) if self.bos else None
 
     @property
-    def eos_id(self) -> int:
+    def eos_id(self) -> int | None:
         """Id of `eos`."""
         return self._backend.token_to_id(self.eos)
 

@@ -127,5 +127,5 @@ def _load(path: Path) -> dict[str, np.ndarray] | None:
 def _save(path: Path, arrays: dict[str, np.ndarray]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-        np.savez(file, **arrays)
+        np.savez(file, allow_pickle=False, **arrays)
     os.replace(file.name, path)

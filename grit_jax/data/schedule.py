@@ -142,7 +142,8 @@ class _File:
         """Numbers, within the record, of the positives and negatives with something left to pool."""
         start, end = self.index.text_starts[record : record + 2]
         texts = 1 + np.flatnonzero(self.targets[start + 1 : end] > 0)
-        return np.split(texts, [np.searchsorted(texts, 1 + self.index.num_positives[record])])
+        first_negative = np.searchsorted(texts, 1 + self.index.num_positives[record])
+        return texts[:first_negative], texts[first_negative:]
 
     def samples(self, epoch: int, seed: int) -> Samples:
         """The samples of an epoch: the next `epoch_size` of the file's endless stream of permutations."""

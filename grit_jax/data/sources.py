@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import mmap
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -63,6 +64,9 @@ class JsonlSource:
 
     def __len__(self) -> int:
         return len(self._line_numbers)
+
+    def __iter__(self) -> Iterator[Record]:
+        return (self[number] for number in range(len(self)))
 
     def __getitem__(self, number: int) -> Record:
         record = self._parse(number)

@@ -66,8 +66,8 @@ def open_folder(path: str | Path) -> Pretrained:
     return Pretrained(architecture, embedding, tokenizer, load)
 
 
-def _table(path: Path, architecture: TransformerConfig, embedding: EmbeddingConfig) -> list[tuple[Tensor, str]]:
-    """Each parameter's row, and the kind of file that holds it."""
+def _table(path: Path, architecture: TransformerConfig, embedding: EmbeddingConfig) -> list[Tensor]:
+    """The row of every parameter."""
     family = _read_json(path / _CONFIG)["model_type"]
     rows = [row for row in TENSORS[family] if row.path != ("head",) or not architecture.tie_embeddings]
     return rows + (list(PROJECTION) if embedding.projection_dim else [])
@@ -124,7 +124,8 @@ def _load(path: Path, architecture: TransformerConfig, embedding: EmbeddingConfi
 def _place(tensors: _Tensors, row: Tensor, shape: tuple[int, ...], sharding: jax.sharding.Sharding) -> jax.Array:
     """One parameter, every device reading the slices of the stored tensors that it holds."""
 
-    def piece(index: tuple[slice, ...]) -> np.ndarray:
+    def piece(index: tuple[slice, ...] | None) -> np.ndarray:
+        index = index or (slice(None),) * len(shape)
         if not row.stacked:
             return _read_piece(tensors, row, row.name, shape, index)
         layers = range(*index[0].indices(shape[0]))

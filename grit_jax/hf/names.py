@@ -113,7 +113,9 @@ def read_config(config: Mapping[str, Any], *, source: str) -> TransformerConfig:
     )
 
 
-def write_config(architecture: TransformerConfig, *, dtype: str, bos_id: int | None, eos_id: int) -> dict[str, Any]:
+def write_config(
+    architecture: TransformerConfig, *, dtype: str, bos_id: int | None, eos_id: int | None
+) -> dict[str, Any]:
     """The config.json of an architecture: a Mistral if it has a sliding window, else a Llama.
 
     `is_causal` states transformers' default; a key that is present can be overridden to load the bidirectional pass.

@@ -59,7 +59,7 @@ class AttentionMask:
         """The dense mask: True where a key is visible. Padding sees padding, so no row is empty."""
         query, key = self.query_positions[:, :, None], self.key_positions[:, None, :]
         visible = jnp.ones((), bool)
-        if self.query_segments is not None:
+        if self.query_segments is not None and self.key_segments is not None:
             visible = self.query_segments[:, :, None] == self.key_segments[:, None, :]
         if self.causal:
             visible &= key <= query

@@ -64,7 +64,9 @@ class Block(nnx.Module):
 
     def __init__(self, config: TransformerConfig, *, key: PRNGKeyArray):
         attention_key, mlp_key = jax.random.split(key)
-        out_scale = (2 * config.num_layers) ** -0.5  # keeps the residual stream's variance independent of depth
+        # Branches start small against the residual stream: a new model is close to a bag of words, which already
+        # ranks texts by their common words, and learns from there.
+        out_scale = 0.1 * (2 * config.num_layers) ** -0.5
         self.attention_norm = RMSNorm(config.embed_dim, epsilon=config.norm_epsilon)
         self.attention = SelfAttention(config, key=attention_key, out_scale=out_scale)
         self.mlp_norm = RMSNorm(config.embed_dim, epsilon=config.norm_epsilon)
@@ -93,8 +95,11 @@ class Transformer(nnx.Module):
         self.config = config
         embedding_key, layers_key, head_key, projection_key = jax.random.split(key, 4)
         table = (config.vocab_size, config.embed_dim)
-        std = config.embed_dim**-0.5
-        self.embedding = nnx.Param(std * jax.random.normal(embedding_key, table, jnp.float32), axes=("vocab", "embed"))
+        std = config.embed_dim**-0.5  # logits of unit variance
+        embedding_std = std if config.tie_embeddings else 1.0
+        self.embedding = nnx.Param(
+            embedding_std * jax.random.normal(embedding_key, table, jnp.float32), axes=("vocab", "embed")
+        )
         layer_keys = jax.random.split(layers_key, config.num_layers)
         self.layers = jax.vmap(lambda layer_key: Block(config, key=layer_key))(layer_keys)
         self.final_norm = RMSNorm(config.embed_dim, epsilon=config.norm_epsilon)

@@ -34,6 +34,9 @@ _ANSWER_WORDS = 48
 _HELD_OUT = 0.1
 
 
+_Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+
+
 class DocumentedObject(NamedTuple):
     """One documented thing.
 
@@ -141,16 +144,16 @@ def _parse(path: Path, module: str) -> Iterator[DocumentedObject]:
     yield from _walk(tree, module)
 
 
-def _walk(node: ast.AST, name: str) -> Iterator[DocumentedObject]:
-    docstring = ast.get_docstring(node)  # type: ignore[arg-type]  # only modules, classes and functions come here
+def _walk(node: _Documented, name: str) -> Iterator[DocumentedObject]:
+    docstring = ast.get_docstring(node)
     if docstring:
         paragraphs = re.split(r"\n\s*\n", inspect.cleandoc(docstring).strip())
         summary, body = (" ".join(part.split()) for part in (paragraphs[0], "\n".join(paragraphs[1:])))
         if 3 <= len(summary.split()) <= 40:
             yield DocumentedObject(name, _signature(node, name), summary, body if len(body.split()) >= 5 else "")
     for child in ast.iter_child_nodes(node):
-        public = isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
-        if public and not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+        in_function = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and not in_function:
             yield from _walk(child, f"{name}.{child.name}")
 
 

@@ -6,7 +6,7 @@ import csv
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -77,8 +77,8 @@ def bm25_scores(task: RetrievalTask) -> np.ndarray:
 
     retriever = bm25s.BM25()
     retriever.index(bm25s.tokenize(task.documents, show_progress=False), show_progress=False)
-    tokens = bm25s.tokenize(task.queries, show_progress=False, return_ids=False)
-    return np.stack([retriever.get_scores(query) if query else np.zeros(len(task.documents)) for query in tokens])
+    queries: Any = bm25s.tokenize(task.queries, show_progress=False, return_ids=False)
+    return np.stack([retriever.get_scores(query) if query else np.zeros(len(task.documents)) for query in queries])
 
 
 def unigram_loss(train: Path, held_out: Path, tokenizer: Tokenizer, *, max_length: int) -> float:
@@ -92,7 +92,7 @@ def unigram_loss(train: Path, held_out: Path, tokenizer: Tokenizer, *, max_lengt
 
 
 def _scored_tokens(folder: Path, tokenizer: Tokenizer, max_length: int) -> Iterator[np.ndarray]:
-    for path in find_files(str(folder)):
-        for (conversation,) in tokenize_records(list(JsonlSource(path)), tokenizer):
+    for source in map(JsonlSource, find_files(str(folder))):
+        for (conversation,) in tokenize_records(list(source), tokenizer):
             for start, end in np.clip(conversation.spans, 1, max_length):
                 yield conversation.tokens[start:end]

@@ -7,7 +7,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -220,7 +220,7 @@ class _Recorder:
 
 
 @contextmanager
-def _stop_signals() -> Iterator[threading.Event]:
+def _stop_signals() -> Generator[threading.Event]:
     """An event that SIGTERM and SIGINT set; a second signal acts as usual."""
     stop = threading.Event()
     if threading.current_thread() is not threading.main_thread():

@@ -22,8 +22,8 @@ class TrainState(NamedTuple):
       opt_state: The optimizer's state, its moments sharded like the parameters.
     """
 
-    step: jax.Array
-    params: Params
+    step: Any
+    params: Any
     opt_state: Any
 
 

@@ -117,7 +117,8 @@ class Objective:
             "loss/embedding": self.config.loss.embedding_weight,
             "loss/generative": self.config.loss.generative_weight,
         }
-        return sum(weights[name] * value for name, value in losses.items()), losses
+        weighted = [weights[name] * value for name, value in losses.items()]
+        return jnp.sum(jnp.stack(weighted)), losses
 
 
 def make_train_step(
@@ -136,11 +137,11 @@ def make_train_step(
         (loss, losses), gradient = jax.value_and_grad(objective, has_aux=True)(state.params, batch)
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        metrics = {"loss": loss, **losses}
+        metrics: Metrics = {"loss": loss, **losses}
         if len(losses) == 2:
             metrics["loss/ratio"] = losses["loss/embedding"] / losses["loss/generative"]
-        metrics["grad_norm"] = optax.tree.norm(gradient)
-        metrics["learning_rate"] = schedule(state.step)
+        metrics["grad_norm"] = jnp.asarray(optax.tree.norm(gradient))
+        metrics["learning_rate"] = jnp.asarray(schedule(state.step))
         metrics |= objective.work(batch)
         return TrainState(state.step + 1, params, opt_state), metrics
 
