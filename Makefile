@@ -41,7 +41,7 @@ imports: install-dev  ## check that imports point down
 
 constraints: install-dev  ## resolve constraints.txt anew
 	@echo "# Versions that the tests run with, for Python 3.11 to 3.13; made by \`make constraints\`." > constraints.txt
-	@$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --all-extras --no-emit-index-url \
+	@$(BIN)/uv pip compile --quiet --universal --fork-strategy fewest --python-version 3.11 --all-extras --no-emit-index-url \
 		--no-header --no-annotate pyproject.toml >> constraints.txt
 
 clean:  ## remove .venv
