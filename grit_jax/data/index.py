@@ -118,7 +118,7 @@ def _count(source: JsonlSource, tokenizer: Tokenizer) -> dict[str, np.ndarray]:
 
 def _load(path: Path) -> dict[str, np.ndarray] | None:
     try:
-        with np.load(path) as stored:
+        with path.open("rb") as file, np.load(file) as stored:
             return {name: stored[name] for name in _ARRAYS}
     except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile):
         return None  # missing or damaged: counted again

@@ -33,7 +33,7 @@ class RetrievalTask(NamedTuple):
 def read_task(folder: Path) -> RetrievalTask:
     """Reads a folder in BEIR layout whose queries have one relevant document each."""
     queries, documents = (
-        {row["_id"]: row["text"] for row in map(json.loads, (folder / f"{name}.jsonl").open())}
+        {row["_id"]: row["text"] for row in map(json.loads, (folder / f"{name}.jsonl").read_text().split("\n")[:-1])}
         for name in ("queries", "corpus")
     )
     with (folder / "qrels/test.tsv").open() as file:

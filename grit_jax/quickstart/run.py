@@ -171,7 +171,7 @@ def _texts(folder: Path) -> Iterator[str]:
                 yield from strings(part)
 
     for path in sorted(folder.rglob("*.jsonl")):
-        for line in path.open():
+        for line in path.read_text().split("\n")[:-1]:
             row = json.loads(line)
             row.pop("neg", None)  # every negative is somebody's positive
             yield from strings(row)

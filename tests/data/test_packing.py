@@ -1,0 +1,53 @@
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from grit_jax.data.packing import choose_buckets, pack, round_up
+
+LENGTHS = st.lists(st.integers(1, 32), min_size=1, max_size=60).map(np.array)
+
+
+@given(LENGTHS, st.integers(1, 8))
+def test_texts_fit_their_rows_side_by_side(lengths, most):
+    packing = pack(lengths, row_length=32, max_segments=most)
+    for row in range(packing.num_rows):
+        members = np.flatnonzero(packing.row == row)
+        order = members[np.argsort(packing.offset[members])]
+        assert 1 <= len(order) <= most
+        assert packing.offset[order].tolist() == [0, *np.cumsum(lengths[order])[:-1].tolist()]
+        assert lengths[order].sum() <= 32
+        assert packing.segment[order].tolist() == list(range(1, len(order) + 1))
+
+
+@given(LENGTHS)
+def test_packing_needs_at_most_a_quarter_more_rows_than_tokens_do(lengths):
+    # Best-fit decreasing is within 11/9 of the optimum, which the tokens bound from below.
+    packing = pack(lengths, row_length=32, max_segments=32)
+    big = int(np.sum(lengths > 16))
+    assert packing.num_rows <= 11 / 9 * max(big, np.ceil(lengths.sum() / 32) * 1.5) + 1
+
+
+def test_one_text_per_row_is_the_special_case():
+    packing = pack(np.array([3, 9, 1]), row_length=16, max_segments=1)
+    assert sorted(packing.row.tolist()) == [0, 1, 2]
+    assert packing.offset.tolist() == [0, 0, 0]
+
+
+@given(st.lists(st.integers(1, 100), min_size=1, max_size=40).map(np.array), st.integers(1, 8), st.integers(1, 5))
+def test_buckets_hold_every_sampled_step_and_are_few_multiples(needed, multiple, limit):
+    buckets = choose_buckets(needed, multiple=multiple, limit=limit)
+    assert 1 <= len(buckets) <= limit
+    assert list(buckets) == sorted(buckets)
+    assert all(bucket % multiple == 0 for bucket in buckets)
+    assert needed.max() <= buckets[-1]
+
+
+def test_no_bucket_is_spent_on_less_than_five_percent_of_padding():
+    assert len(choose_buckets(np.array([98, 99, 100] * 9), multiple=1, limit=4)) == 1
+    assert len(choose_buckets(np.array([50, 100] * 9), multiple=1, limit=4)) == 2
+
+
+@pytest.mark.parametrize(("rows", "expected"), [(1, 8), (8, 8), (9, 24), (24, 24), (25, 48), (49, 72)])
+def test_rounding_takes_the_next_bucket_and_beyond_the_last_a_multiple_of_it(rows, expected):
+    assert round_up(rows, (8, 24)) == expected

@@ -1,0 +1,156 @@
+import json
+
+import numpy as np
+import pytest
+
+from grit_jax.batch import HostShare, max_segments
+from grit_jax.config import Config, DataConfig, EmbeddingConfig, InputError, LossConfig, ModelConfig, TrainConfig
+from grit_jax.data.pipeline import Pipeline, pool_weights
+from grit_jax.tokenizer import Tokenizer
+
+BYTES = Tokenizer.load("bytes")
+WHOLE = HostShare(0, 1, 1)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    rng = np.random.default_rng(0)
+
+    def words():
+        return " ".join("".join(rng.choice(list("abcdé"), rng.integers(1, 9))) for _ in range(rng.integers(1, 6)))
+
+    for name in ("a", "b"):
+        rows = [{"query": ["find", words()], "pos": [["", words()]], "neg": [["", words()]]} for _ in range(13)]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rows = [{"text": [words(), words(), words(), words()]} for _ in range(17)]
+    (folder / "g.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def rows_of(path):
+    return map(json.loads, path.read_text().splitlines())
+
+
+def make(folder, *, share=WHOLE, multiples=(4, 4), pooling="mean", **data):
+    limits = {"query_max_length": 64, "passage_max_length": 64, "generative_max_length": 128}
+    config = Config(
+        model=ModelConfig(embedding=EmbeddingConfig(pooling=pooling)),
+        data=DataConfig(train=str(folder), embedding_batch=4, generative_batch=3, **limits | data),
+        loss=LossConfig("token_mean"),
+        train=TrainConfig(steps=6),
+    )
+    return Pipeline(config, BYTES, row_multiples=multiples, host_share=share)
+
+
+def same(left, right):
+    return all(np.array_equal(a, b) for x, y in zip(left, right, strict=True) for a, b in zip(x, y, strict=True))
+
+
+def texts(stream):
+    """Decoded texts of a batch by slot."""
+    found = {}
+    for row in range(len(stream.tokens)):
+        for segment in range(1, stream.segment_ids[row].max() + 1):
+            where = stream.segment_ids[row] == segment
+            assert stream.positions[row][where].tolist() == list(range(where.sum()))
+            slot = row * max_segments(stream.tokens.shape[1]) + segment - 1
+            found[slot] = BYTES.decode(stream.tokens[row][where], skip_special_tokens=False)
+    return found
+
+
+def test_slots_hold_the_formatted_queries_and_passages(folder):
+    lines = {row["query"][1]: row for name in "ab" for row in rows_of(folder / f"{name}.jsonl")}
+    for batch in make(folder).batches(0):
+        found = texts(batch.embedding)
+        for query, passages in zip(
+            batch.embedding.query_slots, batch.embedding.passage_slots.reshape(-1, 2), strict=True
+        ):
+            text = found[query].removeprefix("<s><|user|>\nfind\n<|embed|>\n")
+            assert found[passages[0]] == "<s><|embed|>\n" + lines[text]["pos"][0][1]
+            assert found[passages[1]] == "<s><|embed|>\n" + lines[text]["neg"][0][1]
+
+
+def test_pooled_tokens_are_the_texts_and_nothing_else(folder):
+    batch = next(make(folder).batches(0)).embedding
+    for row in range(len(batch.tokens)):
+        for segment in range(1, batch.segment_ids[row].max() + 1):
+            where = batch.segment_ids[row] == segment
+            weights = batch.pool_weights[row][where]
+            text = BYTES.decode(batch.tokens[row][where], skip_special_tokens=False)
+            pooled = BYTES.decode(batch.tokens[row][where][weights > 0])
+            assert text.rpartition("<|embed|>\n")[2] == pooled
+            assert np.isclose(weights.sum(), 1)
+
+
+def test_targets_follow_and_exactly_the_answers_are_scored(folder):
+    answers = {turn for row in rows_of(folder / "g.jsonl") for turn in row["text"][1::2]}
+    for batch in make(folder).batches(0):
+        rows = batch.generative
+        assert np.isclose(rows.loss_weights.sum(), 1)
+        for row in range(len(rows.tokens)):
+            inside = np.flatnonzero(
+                (rows.segment_ids[row][1:] == rows.segment_ids[row][:-1]) & (rows.segment_ids[row][1:] > 0)
+            )
+            assert np.array_equal(rows.targets[row][inside], rows.tokens[row][inside + 1])
+            scored = BYTES.decode(rows.targets[row][rows.loss_weights[row] > 0], skip_special_tokens=False)
+            assert all(answer in answers for answer in scored.split("</s>")[:-1])
+
+
+def test_packed_and_single_rows_hold_the_same_texts_and_weights(folder):
+    for packed, single in zip(make(folder).batches(0), make(folder, packing=False).batches(0), strict=True):
+        assert single.generative.segment_ids.max() == 1
+        assert sorted(texts(packed.embedding).values()) == sorted(texts(single.embedding).values())
+        for left, right in (
+            (packed.embedding.pool_weights, single.embedding.pool_weights),
+            (packed.generative.loss_weights, single.generative.loss_weights),
+        ):
+            assert np.allclose(np.sort(left[left > 0]), np.sort(right[right > 0]))
+
+
+@pytest.mark.parametrize("hosts", [2, 4])
+def test_hosts_together_hold_the_batch_of_one_host(folder, hosts):
+    whole = list(make(folder).batches(0))
+    parts = [list(make(folder, share=HostShare(host, host + 1, hosts)).batches(0)) for host in range(hosts)]
+    for step, batch in enumerate(whole):
+        for stream in ("embedding", "generative"):
+            for field in ("tokens", "segment_ids", "positions"):
+                joined = np.concatenate([getattr(getattr(part[step], stream), field) for part in parts])
+                assert np.array_equal(joined, getattr(getattr(batch, stream), field))
+        assert np.array_equal(parts[0][step].embedding.query_slots, batch.embedding.query_slots)
+
+
+def test_workers_and_a_later_start_change_nothing(folder):
+    plain = list(make(folder).batches(0))
+    assert len(plain) == 6
+    assert all(same(a, b) for a, b in zip(make(folder).batches(4), plain[4:], strict=True))
+    assert all(same(a, b) for a, b in zip(make(folder, workers=2).batches(1), plain[1:], strict=True))
+
+
+@pytest.mark.parametrize(
+    ("pooling", "expected"),
+    [
+        ("mean", [0, 0, 1 / 3, 1 / 3, 1 / 3]),
+        ("weighted_mean", [0, 0, 1 / 6, 2 / 6, 3 / 6]),
+        ("last_token", [0, 0, 0, 0, 1]),
+        ("cls", [1, 0, 0, 0, 0]),
+    ],
+)
+def test_pool_weights_of_a_text_cut_at_five_tokens(pooling, expected):
+    assert np.allclose(pool_weights(np.array([[2, 9]]), 5, pooling), expected)
+
+
+def test_a_file_that_changed_under_its_index_is_noticed(tmp_path):
+    path = tmp_path / "e.jsonl"
+    path.write_text(8 * (json.dumps({"query": "q" * 40, "pos": ["p" * 40]}) + "\n"))
+    config = Config(data=DataConfig(train=str(path), embedding_batch=4), train=TrainConfig(mode="embedding", steps=2))
+    pipeline = Pipeline(config, BYTES, row_multiples=(1, 1), host_share=WHOLE)
+    with path.open("r+b") as file:  # the memory map sees what is written in place
+        file.write(path.read_bytes().replace(b"q" * 40, b"q" * 10 + b" \\n" * 10))
+    with pytest.raises(InputError, match="has changed since the file was indexed"):
+        list(pipeline.batches(0))
+
+
+def test_missing_training_data_is_refused():
+    with pytest.raises(InputError, match=r"data.train is missing"):
+        Pipeline(Config(), BYTES, row_multiples=(1, 1), host_share=WHOLE)

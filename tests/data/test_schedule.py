@@ -1,0 +1,208 @@
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from grit_jax.batch import max_segments
+from grit_jax.config import DataConfig, InputError, LossConfig, TrainConfig
+from grit_jax.data.index import FileIndex
+from grit_jax.data.schedule import Schedule, token_weights, validation_steps
+
+
+def embedding_index(records, name="e.jsonl", negatives=2, seed=0, **changes):
+    """A file of `records` records with one positive each; every text has 4 tokens of prefix."""
+    rng = np.random.default_rng(seed)
+    texts = 2 + negatives
+    lengths = rng.integers(5, 30, records * texts)
+    fields = {
+        "text_starts": np.arange(records + 1) * texts,
+        "num_positives": np.ones(records, np.int32),
+        "lengths": lengths.astype(np.int32),
+        "hashes": rng.integers(0, 2**60, records * texts),
+        "span_starts": np.arange(records * texts + 1),
+        "spans": np.stack([np.full(records * texts, 4), lengths], 1).astype(np.int32),
+    }
+    return FileIndex(Path(name), "embedding", **fields | changes)
+
+
+def generative_index(records, name="g.jsonl", seed=0):
+    lengths = np.random.default_rng(seed).integers(6, 30, records)
+    spans = np.stack([np.full(records, 4), lengths], 1)
+    return FileIndex(
+        Path(name), "generative", np.arange(records + 1), np.zeros(records, np.int32), lengths.astype(np.int32),
+        np.arange(records), np.arange(records + 1), spans.astype(np.int32),
+    )  # fmt: skip
+
+
+def schedule(*indexes, mode="embedding", loss=LossConfig(), seed=0, multiples=(1, 1), **data):
+    defaults = {"query_max_length": 32, "passage_max_length": 32, "generative_max_length": 32}
+    return Schedule(
+        indexes, data=DataConfig(**defaults | data), loss=loss, train=TrainConfig(mode=mode, seed=seed),
+        row_multiples=multiples,
+    )  # fmt: skip
+
+
+def queries(plan):
+    """(file, record) of every query of a step."""
+    rows = plan.embedding.rows
+    return [(int(f), int(r)) for f, r, t in zip(rows.file, rows.record, rows.text, strict=True) if t == 0]
+
+
+def same(left, right):
+    if isinstance(left, tuple):
+        return all(same(a, b) for a, b in zip(left, right, strict=True))
+    return np.array_equal(left, right)
+
+
+def test_a_step_is_a_pure_function_of_its_number():
+    def make():
+        return schedule(
+            embedding_index(50), generative_index(40), mode="unified", embedding_batch=8, generative_batch=6
+        )
+
+    one, other = make(), make()
+    later = [other.step(k) for k in (25, 3, 11, 0)]
+    assert same(tuple(later), tuple(one.step(k) for k in (25, 3, 11, 0)))
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=4), st.integers(1, 9), st.integers(0, 5))
+def test_every_sample_is_used_once_before_any_is_used_twice(sizes, batch, seed):
+    files = [embedding_index(size, f"{number}.jsonl") for number, size in enumerate(sizes)]
+    plans = schedule(*files, embedding_batch=batch, seed=seed)
+    total, epochs = sum(sizes), 3
+    drawn = [query for k in range(-(-epochs * total // batch)) for query in queries(plans.step(k))]
+    for epoch in range(epochs):
+        used = Counter(drawn[: (epoch + 1) * total])
+        # Inside a batch order is free, so an epoch may end up to one batch early or late.
+        assert (
+            max(used.values())
+            - min(Counter({(f, r): used[f, r] for f, s in enumerate(sizes) for r in range(s)}).values())
+            <= 1
+        )
+
+
+def test_full_batches_come_from_one_file_and_only_leftovers_are_mixed():
+    files = [embedding_index(size, f"{size}.jsonl") for size in (40, 19, 13)]
+    plans = schedule(*files, embedding_batch=8)
+    mixed = sum(len({file for file, _ in queries(plans.step(k))}) > 1 for k in range(9))
+    assert mixed == 9 - (40 // 8 + 19 // 8 + 13 // 8)
+
+
+def test_epochs_are_shuffled_differently():
+    plans = schedule(embedding_index(32), embedding_batch=8)
+    assert [queries(plans.step(k)) for k in range(4)] != [queries(plans.step(k)) for k in range(4, 8)]
+
+
+def test_num_samples_limits_a_file_and_walks_through_all_of_it():
+    files = [embedding_index(20, "big.jsonl"), embedding_index(8, "small.jsonl")]
+    plans = schedule(*files, embedding_batch=4, num_samples={"big.jsonl": 8})
+    first_epochs = [query for k in range(10) for query in queries(plans.step(k))]
+    assert Counter(file for file, _ in first_epochs[:16]) == {0: 8, 1: 8}
+    assert max(Counter(query for query in first_epochs if query[0] == 0).values()) == 1
+
+
+def test_num_samples_of_an_unknown_file_is_refused_with_a_suggestion():
+    with pytest.raises(InputError, match=r"names 'smal.jsonl'.*did you mean 'small.jsonl'"):
+        schedule(embedding_index(8, "small.jsonl"), num_samples={"smal.jsonl": 3})
+
+
+@pytest.mark.parametrize("group", [1, 2, 3, 6])
+def test_groups_hold_a_positive_then_distinct_negatives_until_they_run_out(group):
+    plan = schedule(embedding_index(12, negatives=3), embedding_batch=4, group_size=group).step(0).embedding
+    texts = {slot: (rec, text) for slot, rec, text in zip(
+        plan.rows.row * max_segments(32) + plan.rows.segment - 1, plan.rows.record, plan.rows.text, strict=True
+    )}  # fmt: skip
+    for query, passages in zip(plan.query_slots, plan.passage_slots.reshape(4, group), strict=True):
+        record = texts[query][0]
+        assert texts[passages[0]] == (record, 1)
+        negatives = [texts[slot] for slot in passages[1:]]
+        assert all(owner == record and text >= 2 for owner, text in negatives)
+        assert len({text for _, text in negatives}) == min(3, group - 1)
+
+
+def test_a_record_without_negatives_leaves_filler_passages():
+    plan = schedule(embedding_index(6, negatives=0), embedding_batch=4, group_size=3).step(0).embedding
+    assert (plan.passage_ids.reshape(4, 3)[:, 1:] == -1).all()
+    assert len(set(plan.passage_ids.reshape(4, 3)[:, 0].tolist())) == 4
+
+
+def test_equal_passages_share_an_id_only_when_duplicates_are_excluded():
+    index = embedding_index(4, negatives=0, hashes=np.array([0, 9, 1, 9, 2, 9, 3, 8]))
+    kept = schedule(index, embedding_batch=4, group_size=1).step(0).embedding
+    excluded = schedule(index, embedding_batch=4, group_size=1, exclude_duplicates=True).step(0).embedding
+    assert len(set(kept.passage_ids.tolist())) == 4
+    assert sorted(Counter(excluded.passage_ids.tolist()).values()) == [1, 3]
+
+
+@pytest.mark.parametrize(
+    ("loss", "expected"),
+    [
+        (LossConfig("mixed", sub_batch_samples=2), [1 / 30, 1 / 30, 1 / 18]),
+        (LossConfig("mixed", sub_batch_samples=None), [1 / 24] * 3),
+        (LossConfig("token"), [1 / 3] * 3),
+        (LossConfig("token_mean"), [1 / 24] * 3),
+    ],
+)
+def test_token_weights_follow_the_loss_type(loss, expected):
+    # The sub-batches of two samples score 15 and 9 tokens.
+    assert np.allclose(token_weights(np.array([5, 10, 9]), loss), expected)
+
+
+def test_row_counts_are_multiples_from_the_buckets():
+    plans = schedule(
+        embedding_index(90),
+        generative_index(70),
+        mode="unified",
+        embedding_batch=8,
+        generative_batch=6,
+        multiples=(4, 2),
+    )
+    for k in range(30):
+        plan = plans.step(k)
+        assert plan.embedding.rows.num_rows in plans.embedding_buckets
+        assert plan.generative.rows.num_rows in plans.generative_buckets
+        assert plan.embedding.rows.num_rows % 4 == plan.generative.rows.num_rows % 2 == 0
+    assert len(plans.embedding_buckets) <= 4
+
+
+def test_unusable_records_are_dropped_and_counted():
+    index = embedding_index(6, negatives=0)
+    index.spans[0] = [5, 5]  # query of record 0 is empty
+    index.spans[2] = [40, 45]  # instruction of record 1 fills the limit
+    index.lengths[2] = 45
+    index.spans[5] = [4, 4]  # the only positive of record 2 is empty
+    plans = schedule(index, embedding_batch=3)
+    assert {record for k in range(2) for _, record in queries(plans.step(k))} == {3, 4, 5}
+    report = "\n".join(plans.report())
+    assert "dropped 2 of 6 records: empty text" in report
+    assert "dropped 1 of 6 records: instruction leaves no room" in report
+
+
+def test_a_missing_stream_is_refused():
+    with pytest.raises(InputError, match=r"no usable generative record .*train.mode=unified"):
+        schedule(embedding_index(8), mode="unified")
+
+
+def test_a_batch_over_an_epoch_repeats_samples_and_says_so():
+    plans = schedule(embedding_index(3), embedding_batch=7)
+    assert len(queries(plans.step(0))) == 7
+    assert "a batch repeats samples" in "\n".join(plans.report())
+
+
+def test_validation_holds_everything_once_with_unit_weights():
+    data = DataConfig(
+        query_max_length=32, passage_max_length=32, generative_max_length=32, embedding_batch=4, generative_batch=3
+    )
+    files = [embedding_index(10), generative_index(7)]
+    plans = validation_steps(files, data=data, train=TrainConfig(), row_multiples=(2, 2))
+    embedding = [plan for plan in plans if plan.embedding]
+    assert [record for plan in embedding for _, record in queries(plan)] == list(range(10))
+    assert [float(plan.embedding.query_weights.sum()) for plan in embedding] == [4, 4, 2]
+    assert (embedding[-1].embedding.passage_ids[4:] == -1).all()
+    generative = [plan.generative for plan in plans if plan.generative]
+    assert [int(record) for plan in generative for record in np.sort(plan.rows.record)] == list(range(7))
+    assert all((plan.token_weights == 1).all() for plan in generative)

@@ -1,0 +1,64 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from grit_jax.config import Config, InputError, TransformerConfig, config_differences, dump_config, parse_config
+
+CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_file_loads_and_survives_a_round_trip(path):
+    config = parse_config(path.read_text(), source=str(path))
+    assert parse_config(dump_config(config)) == config
+
+
+def test_command_line_wins_over_file_wins_over_defaults():
+    config = parse_config("train: {steps: 5, seed: 3}\noptimizer: {learning_rate: 1e-4}", ["--train.steps=7"])
+    assert (config.train.steps, config.train.seed, config.optimizer.learning_rate) == (7, 3, 1e-4)
+    assert config.data == Config().data
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "message"),
+    [
+        ("optimizer: {b: 1}", [], "f.yaml: unknown key 'optimizer.b'; did you mean 'optimizer.b2'|'optimizer.b1'"),
+        ("model: {architecture: {embed: 1}}", [], r"'model.architecture.embed'; did you mean '.*embed_dim'\?"),
+        ("nothing: 1", [], "unknown key 'nothing'; known here: model, data, loss"),
+        ("", ["--train.step=5"], r"command line: unknown key 'train.step'; did you mean 'train.steps'\?"),
+        ("", ["train.steps=5"], "write overrides as --section.key=value"),
+        ("train: {steps: many}", [], "f.yaml: Parser key \"train.steps\": .*int.*many"),
+        ("train: {steps: 1.5}", [], "train.steps.*1.5"),
+        ("loss: {type: sum}", [], "loss.type.*sum"),
+        ("data: {train: 5}", [], "data.train"),
+        ("train: [1, 2", [], "f.yaml:1: not valid YAML"),
+        ("- train", [], "f.yaml: expected a mapping of sections, found list"),
+        ("train: {steps: 0}", [], "train.steps=0 must be positive"),
+        ("model: {architecture: {num_heads: 3}}", [], "num_heads=3 is not a multiple of num_kv_heads=2"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_refused_with_key_value_and_remedy(text, overrides, message):
+    with pytest.raises(InputError, match=message):
+        parse_config(text, overrides, source="f.yaml")
+
+
+def test_differences_name_key_old_and_new_value():
+    old, new = Config(), parse_config("train: {steps: 9, seed: 1}\nmesh: {data: 2}")
+    assert config_differences(old, new, ignore=("train.steps", "mesh.")) == ["train.seed: 0 -> 1"]
+
+
+def test_a_vocabulary_smaller_than_the_tokenizer_is_refused():
+    with pytest.raises(InputError, match="vocab_size=10 is smaller than the tokenizer's 258 tokens"):
+        TransformerConfig(vocab_size=10).resolve(258)
+
+
+def test_light_modules_import_without_jax():
+    modules = (
+        "config, tokenizer, prompts, batch, data.records, data.sources, data.examples, data.index, data.packing, "
+        "data.schedule, cli.main"
+    )
+    names = ", ".join(f"grit_jax.{name}" for name in modules.split(", "))
+    code = f"import sys, {names}; sys.exit('jax' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

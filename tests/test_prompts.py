@@ -1,0 +1,58 @@
+import pytest
+
+from grit_jax import prompts
+from grit_jax.config import InputError
+from grit_jax.tokenizer import Tokenizer
+
+SPECIAL = {"bos": "<s>", "eos": "</s>"}
+
+
+def spans(prompt):
+    return [prompt.text[start:end] for start, end in prompt.spans]
+
+
+def test_embedding_format():
+    prompt = prompts.embedding("text", "do this", bos="<s>")
+    assert prompt.text == "<s><|user|>\ndo this\n<|embed|>\ntext"
+    assert spans(prompt) == ["text"]
+    assert prompts.embedding("text", bos="<s>").text == "<s><|embed|>\ntext"
+
+
+def test_conversation_format_scores_stripped_answers_with_their_eos():
+    prompt = prompts.conversation(["u1 ", " a1 ", "u2", "a2"], **SPECIAL)
+    assert prompt.text == "<s><|user|>\nu1 \n<|assistant|>\na1</s>\n<|user|>\nu2\n<|assistant|>\na2</s>"
+    assert spans(prompt) == ["a1</s>", "a2</s>"]
+
+
+def test_plain_text_is_scored_whole():
+    prompt = prompts.plain("words", bos="<s>")
+    assert (prompt.text, spans(prompt)) == ("<s>words", ["words"])
+
+
+def test_a_generation_prompt_is_the_training_text_up_to_the_answer():
+    messages = [{"role": role, "content": text} for role, text in [("user", "u1"), ("assistant", "a1"), ("user", "u2")]]
+    training = prompts.conversation(["u1", "a1", "u2", "a2"], **SPECIAL)
+    assert prompts.generation(messages, **SPECIAL) + "a2</s>" == training.text
+    assert prompts.generation("u1", **SPECIAL) == prompts.generation(messages[:1], **SPECIAL)
+
+
+@pytest.mark.parametrize("roles", [["assistant"], ["user", "user"], ["user", "assistant"], ["system", "user"]])
+def test_roles_out_of_turn_are_refused(roles):
+    with pytest.raises(InputError, match="must be user and assistant in turn"):
+        prompts.generation([{"role": role, "content": "x"} for role in roles], **SPECIAL)
+
+
+@pytest.mark.parametrize("source", ["bytes", "golden/tokenizer", "data/models/stories260K"])
+def test_token_spans_hold_exactly_the_answers(source, request):
+    path = source if source == "bytes" else request.getfixturevalue("shared") / source
+    tokenizer = Tokenizer.load(path)
+    turns = ["héllo 你好 😀", " 😀你 ok é ", "again\n", "fine."]
+    prompt = prompts.conversation(turns, bos=tokenizer.bos, eos=tokenizer.eos)
+    (tokenized,) = prompts.tokenize([prompt], tokenizer)
+    answers = [tokenizer.decode(tokenized.tokens[a:b], skip_special_tokens=False) for a, b in tokenized.spans]
+    assert answers == ["😀你 ok é</s>", "fine.</s>"]
+
+
+def test_an_empty_text_has_no_span():
+    (tokenized,) = prompts.tokenize([prompts.embedding("", "do this", bos="<s>")], Tokenizer.load("bytes"))
+    assert len(tokenized.spans) == 0
