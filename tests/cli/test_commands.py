@@ -1,0 +1,131 @@
+"""The command line from outside: exit codes, messages and what is written."""
+
+import json
+
+import numpy as np
+import pytest
+
+from grit_jax.cli.encode import read_texts
+from grit_jax.cli.main import COMMANDS, main
+from grit_jax.config import InputError
+from tests.runs import ROOT, grit_jax, train_arguments, write_data
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A trained run folder."""
+    folder = tmp_path_factory.mktemp("cli")
+    result = grit_jax(*train_arguments(write_data(folder / "data"), folder / "run", "--train.steps=2"))
+    assert result.returncode == 0, result.stderr
+    return folder / "run"
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_explains_itself_with_examples(name, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main([name, "--help"])
+    assert stopped.value.code == 0
+    assert f"grit-jax {name}" in capsys.readouterr().out.split("examples:")[1]
+
+
+def test_a_run_folder_holds_config_metrics_and_checkpoints(run):
+    assert {path.name for path in run.iterdir()} == {"config.yaml", "metrics.jsonl", "checkpoints"}
+    assert len((run / "metrics.jsonl").read_text().splitlines()) == 2
+
+
+def test_encode_writes_one_unit_vector_per_text_in_order(run, tmp_path):
+    texts = ["one", "a second text", "three " * 300]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    (tmp_path / "in.txt").write_text("".join(text.strip() + "\n" for text in texts))
+    for name in ("in.jsonl", "in.txt"):
+        out = tmp_path / f"{name}.npy"
+        result = grit_jax("encode", run, "--input", tmp_path / name, "--output", out, "--max-length", 128)
+        assert result.returncode == 0, result.stderr
+        assert "3 texts" in result.stdout
+        assert "1 truncated" in result.stdout
+        vectors = np.load(out)
+        assert (vectors.dtype, vectors.shape) == (np.float32, (3, 32))
+        assert np.allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
+
+
+def test_generate_prints_the_same_answer_for_the_same_seed(run):
+    arguments = ("generate", run, "--prompt", "say red", "--max-new-tokens", 8, "--temperature", 1, "--seed", 4)
+    first, second = grit_jax(*arguments), grit_jax(*arguments)
+    assert first.returncode == 0, first.stderr
+    assert first.stdout == second.stdout
+
+
+def test_a_model_survives_export_and_import(run, tmp_path):
+    assert grit_jax("export-hf", run, tmp_path / "hf", "--step", 2).returncode == 0
+    assert grit_jax("import-hf", tmp_path / "hf", tmp_path / "checkpoint").returncode == 0
+    (tmp_path / "in.txt").write_text("one\n")
+    for number, model in enumerate((run, tmp_path / "hf", tmp_path / "checkpoint")):
+        result = grit_jax("encode", model, "--input", tmp_path / "in.txt", "--output", tmp_path / f"{number}.npy")
+        assert result.returncode == 0, result.stderr
+    vectors = [np.load(tmp_path / f"{number}.npy") for number in range(3)]
+    assert np.array_equal(vectors[0], vectors[1])
+    assert np.array_equal(vectors[0], vectors[2])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "nowhere.yaml"], "error: config file nowhere.yaml: No such file or directory"),
+        (["train", str(ROOT / "configs/tiny.yaml")], "error: data.train is missing"),
+        (["train", str(ROOT / "configs/tiny.yaml"), "--train.step=3"], "did you mean 'train.steps'?"),
+        (["encode", "nowhere", "--input", "x.csv", "--output", "x.npy"], "x.csv: must end in .jsonl or .txt"),
+        (["encode", "nowhere", "--input", "x.txt", "--output", "x"], "--output x: must end in .npy"),
+        (["generate", "nowhere", "--prompt", "x"], "error: nowhere: nothing there"),
+        (["generate", "nowhere", "--prompt", "x", "--top-p", "0"], "--top-p=0.0 must be over 0"),
+        (["export-hf", "nowhere", "out"], "error: nowhere: nothing there"),
+        (["quickstart", "--train.stps=3"], "did you mean 'train.steps'?"),
+    ],
+)
+def test_bad_input_is_one_clear_line_and_exit_code_2(arguments, message, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert len(captured.err.splitlines()) == 1
+
+
+def test_unknown_arguments_exit_with_2(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["generate", "x", "--prompt", "y", "--beams=3"])
+    assert stopped.value.code == 2
+    assert "generate does not know --beams=3" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("x.jsonl", '{"text": "a"}\n{"text": \n', r"x.jsonl:2: not valid JSON"),
+        ("x.jsonl", '{"text": "a"}\n{"txt": "b"}\n', r'x.jsonl:2: no string under "text"'),
+        ("x.jsonl", '{"text": ""}\n', r"x.jsonl:1: empty text"),
+        ("x.txt", "a\n\nb\n", r"x.txt:2: empty text"),
+        ("x.txt", "\n", r"x.txt: the file is empty"),
+    ],
+)
+def test_malformed_input_lines_are_named(tmp_path, name, content, message):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(InputError, match=message):
+        read_texts(tmp_path / name)
+
+
+@pytest.mark.long
+def test_an_epoch_of_the_tiny_set_and_fifty_steps_of_the_real_one(shared, tmp_path):
+    config = ROOT / "configs/tiny.yaml"
+    for name, data, steps in (("tiny", "data/tiny", 18), ("train", "data/train", 50)):
+        arguments = [f"--data.train={shared / data}/{stream}" for stream in ("",)]
+        if name == "train":
+            folders = [str(shared / data / stream) for stream in ("embedding", "generative")]
+            arguments = [f"--data.train={json.dumps(folders)}"]
+        result = grit_jax(
+            "train", config, *arguments, f"--train.steps={steps}", f"--train.output={tmp_path / name}", timeout=1800
+        )
+        assert result.returncode == 0, result.stderr
+        lines = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        assert len(lines) == steps
+        early, late = lines[:5], lines[-5:]
+        for loss in ("loss/embedding", "loss/generative"):
+            assert np.mean([line[loss] for line in late]) < np.mean([line[loss] for line in early])

@@ -1,0 +1,66 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from grit_jax.config import TransformerConfig
+from grit_jax.model.decode import decode, prefill, sample
+from grit_jax.model.transformer import abstract_model, bind, init_params
+
+SHAPE = {"embed_dim": 32, "mlp_dim": 48, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2}
+PROMPTS = [np.arange(1, 12), np.array([5, 3]), np.array([60, 2, 9, 9, 1])]
+
+
+def random_params(config):
+    """Weights large enough that attention decides the answer."""
+    return jax.tree.map(lambda x: 3 * x, init_params(config, jax.random.key(0)))
+
+
+def full_forward_greedy(model, params, prompt, steps):
+    bound = bind(model, params)
+    ids = list(prompt)
+    for _ in range(steps):
+        tokens = jnp.array([ids + [0] * (24 - len(ids))])
+        mask = bound.mask(jnp.ones_like(tokens), jnp.arange(24)[None], causal=True)
+        hidden = bound(tokens, mask, dtype=jnp.float32)[0, len(ids) - 1]
+        ids.append(int(jnp.argmax(bound.output_table @ hidden)))
+    return ids[len(prompt) :]
+
+
+@pytest.mark.parametrize("window", [None, 4])
+def test_cached_decoding_of_a_ragged_batch_equals_full_forward_passes(window):
+    config = TransformerConfig(**SHAPE, sliding_window=window).resolve(64)
+    model, params = abstract_model(config), random_params(config)
+    lengths = np.array([len(prompt) for prompt in PROMPTS], np.int32)
+    tokens = np.zeros((3, 16), np.int32)
+    for row, prompt in enumerate(PROMPTS):
+        tokens[row, : len(prompt)] = prompt
+    logits, cache = prefill(model, params, tokens, lengths, slots=32, dtype=jnp.float32)
+    keys = jnp.broadcast_to(jax.random.key(0), 3)
+    options = {"temperature": np.float32(0), "top_p": np.float32(1), "steps": 4}
+    first, logits, cache = decode(model, params, logits, cache, lengths, keys, **options)
+    second, _, _ = decode(model, params, logits, cache, lengths + 4, keys, **options)
+    for row, prompt in enumerate(PROMPTS):
+        expected = full_forward_greedy(model, params, prompt, 8)
+        assert [*first[row].tolist(), *second[row].tolist()] == expected
+
+
+def draws(top_p, temperature=1.0, count=400):
+    logits = jnp.log(jnp.array([[0.5, 0.3, 0.15, 0.05]]))
+    keys = jax.random.split(jax.random.key(0), count)
+    return np.asarray(
+        sample(jnp.repeat(logits, count, 0), keys, temperature=jnp.float32(temperature), top_p=jnp.float32(top_p))
+    )
+
+
+def test_top_p_draws_from_the_smallest_set_that_holds_it():
+    assert set(draws(1.0)) == {0, 1, 2, 3}
+    assert set(draws(0.9)) == {0, 1, 2}
+    assert set(draws(0.6)) == {0, 1}
+    assert set(draws(0.1)) == {0}
+
+
+def test_draws_follow_the_probabilities_and_temperature_sharpens_them():
+    assert abs(np.mean(draws(1.0, count=4000) == 0) - 0.5) < 0.03
+    assert np.mean(draws(1.0, temperature=0.1) == 0) > 0.98
+    assert set(draws(1.0, temperature=0.0)) == {0}

@@ -1,0 +1,73 @@
+"""Small real data and runs for tests of whole commands."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+# One layer and short rows: a step takes milliseconds, compiling it a few seconds.
+TINY = [
+    "--model.architecture.embed_dim=32", "--model.architecture.mlp_dim=48", "--model.architecture.num_layers=1",
+    "--model.architecture.num_heads=2", "--model.architecture.num_kv_heads=2", "--data.query_max_length=64",
+    "--data.passage_max_length=64", "--data.generative_max_length=64", "--data.embedding_batch=4",
+    "--data.generative_batch=4", "--data.row_buckets=1", "--checkpoint.every=2",
+]  # fmt: skip
+
+
+def write_data(folder):
+    """Twelve embedding and twelve generative records."""
+    folder.mkdir(parents=True, exist_ok=True)
+    words = ["red", "green", "blue", "one", "two", "three", "four", "dog", "cat", "bird", "fish", "tree"]
+    embedding = [
+        {"query": ["find", f"what is {word}"], "pos": [["", f"{word} is a word"]], "neg": [["", f"not {word[::-1]}"]]}
+        for word in words
+    ]
+    generative = [{"text": [f"say {word}", f"{word}!"]} for word in words]
+    for name, rows in (("embedding", embedding), ("generative", generative)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def environment(devices=1):
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    return os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+
+
+def command(*arguments):
+    return [
+        sys.executable,
+        "-c",
+        "import sys; from grit_jax.cli.main import main; sys.exit(main())",
+        *map(str, arguments),
+    ]
+
+
+def grit_jax(*arguments, devices=1, timeout=300):
+    """Runs a command of the command line in a process of its own."""
+    return subprocess.run(
+        command(*arguments), capture_output=True, text=True, env=environment(devices), timeout=timeout
+    )
+
+
+def start(*arguments, devices=1):
+    """Starts a command and leaves it running; its output can be read line by line."""
+    return subprocess.Popen(
+        command(*arguments), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment(devices)
+    )
+
+
+def train_arguments(data, output, *more):
+    return [
+        "train", ROOT / "configs/tiny.yaml", *TINY, f"--data.train={data}", f"--train.output={output}", *more
+    ]  # fmt: skip
+
+
+def losses(output):
+    """(step, loss, embedding, generative, gradient norm) of every line of metrics.jsonl, at full precision."""
+    lines = [json.loads(line) for line in (Path(output) / "metrics.jsonl").read_text().splitlines()]
+    return [
+        tuple(line[key] for key in ("step", "loss", "loss/embedding", "loss/generative", "grad_norm")) for line in lines
+    ]

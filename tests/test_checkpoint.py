@@ -1,0 +1,136 @@
+import os
+import subprocess
+import sys
+import textwrap
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+from grit_jax import sharding
+from grit_jax.checkpoint import CheckpointMetadata, Checkpoints, is_checkpoint, open_checkpoint, save_params
+from grit_jax.config import EmbeddingConfig, InputError, MeshConfig, TransformerConfig
+from grit_jax.model.transformer import abstract_model, init_params
+from grit_jax.tokenizer import Tokenizer
+from grit_jax.train.state import abstract_state, new_state
+
+ARCHITECTURE = TransformerConfig(embed_dim=16, mlp_dim=32, num_layers=2, num_heads=2, num_kv_heads=2).resolve(258)
+METADATA = CheckpointMetadata(
+    ARCHITECTURE, EmbeddingConfig(pooling="cls"), Tokenizer.load("bytes").files(), "config", {"step": 3}
+)
+OPTIMIZER = optax.adamw(0.1)
+
+
+def state_on(mesh_config, architecture=ARCHITECTURE):
+    """A new state's shapes and shardings on 8 devices, and the state."""
+    mesh = sharding.make_mesh(mesh_config, jax.devices())
+    abstract = abstract_state(abstract_model(architecture), OPTIMIZER, mesh)
+    state = new_state(init_params(architecture, jax.random.key(0)), OPTIMIZER)
+    return abstract, jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), state, abstract)
+
+
+def same(left, right):
+    return jax.tree.all(jax.tree.map(np.array_equal, left, right))
+
+
+def test_a_state_restores_bit_by_bit_onto_another_mesh(tmp_path):
+    _, state = state_on(MeshConfig(1, 8, 1))
+    checkpoints = Checkpoints(tmp_path / "c")
+    checkpoints.save(3, state.params, state.opt_state, METADATA)
+    checkpoints.close()
+    abstract, _ = state_on(MeshConfig(2, 2, 2))
+    again = Checkpoints(tmp_path / "c")
+    params, opt_state = again.restore(3, abstract.params, abstract.opt_state)
+    assert same(params, state.params)
+    assert same(opt_state, state.opt_state)
+    assert jax.tree.all(jax.tree.map(lambda x, like: x.sharding == like.sharding, params, abstract.params))
+    assert again.metadata(3) == METADATA
+
+
+def test_the_saved_arrays_are_those_of_the_call_even_when_their_memory_is_reused(tmp_path):
+    _, state = state_on(MeshConfig(1, 1, 8))
+    expected = jax.device_get(state.params)
+    checkpoints = Checkpoints(tmp_path / "c")
+    checkpoints.save(1, state.params, None, METADATA)
+    overwrite = jax.jit(lambda params: jax.tree.map(lambda x: x * 0 + 7, params), donate_argnums=0)
+    jax.block_until_ready(overwrite(state.params))
+    checkpoints.close()
+    assert same(jax.device_get(load_whole(open_checkpoint(tmp_path / "c"))), expected)
+
+
+def load_whole(pretrained):
+    mesh = sharding.make_mesh(MeshConfig(8, 1, 1))
+    return pretrained.load(
+        jax.tree.map(lambda _: sharding.replicated(mesh), init_params(ARCHITECTURE, jax.random.key(0)))
+    )
+
+
+def test_the_newest_checkpoints_are_kept(tmp_path):
+    _, state = state_on(MeshConfig(8, 1, 1))
+    checkpoints = Checkpoints(tmp_path / "c", keep=2)
+    for step in (1, 2, 3):
+        checkpoints.save(step, state.params, None, METADATA)
+    checkpoints.close()
+    assert Checkpoints(tmp_path / "c").steps() == [2, 3]
+
+
+def test_runs_folders_and_single_checkpoints_open(tmp_path):
+    params = init_params(ARCHITECTURE, jax.random.key(1))
+    save_params(tmp_path / "run/checkpoints", params, METADATA)
+    for path in ("run", "run/checkpoints", "run/checkpoints/0"):
+        assert is_checkpoint(tmp_path / path)
+        pretrained = open_checkpoint(tmp_path / path)
+        assert pretrained.embedding.pooling == "cls"
+        assert same(load_whole(pretrained), params)
+    assert not is_checkpoint(tmp_path)
+    with pytest.raises(InputError, match="no checkpoint of step 5; there are steps 0"):
+        open_checkpoint(tmp_path / "run", 5)
+
+
+def test_a_checkpoint_of_another_model_is_refused_with_the_differences(tmp_path):
+    _, state = state_on(MeshConfig(8, 1, 1))
+    checkpoints = Checkpoints(tmp_path / "c")
+    checkpoints.save(1, state.params, state.opt_state, METADATA)
+    checkpoints.wait()
+    other = TransformerConfig(
+        embed_dim=24, mlp_dim=32, num_layers=2, num_heads=2, num_kv_heads=2, tie_embeddings=False
+    ).resolve(258)
+    abstract, _ = state_on(MeshConfig(8, 1, 1), other)
+    with pytest.raises(
+        InputError, match=r"not a checkpoint of this model \(head is missing; embedding is \(258, 16\), not"
+    ):
+        checkpoints.restore(1, abstract.params, abstract.opt_state)
+
+
+SAVER = """
+    import resource, sys
+    import jax
+    from tests.test_checkpoint import METADATA, state_on
+    from grit_jax.checkpoint import Checkpoints
+    from grit_jax.config import MeshConfig
+
+    _, state = state_on(MeshConfig(8, 1, 1))
+    checkpoints = Checkpoints(sys.argv[1])
+    checkpoints.save(1, state.params, state.opt_state, METADATA)
+    checkpoints.wait()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))  # every larger write fails, as on a full disk
+    try:
+        checkpoints.save(2, state.params, state.opt_state, METADATA)
+        checkpoints.wait()
+    except OSError as error:
+        print("FAILED", error)
+"""
+
+
+def test_a_disk_that_is_full_while_saving_leaves_the_last_good_checkpoint(tmp_path):
+    command = [sys.executable, "-c", textwrap.dedent(SAVER), str(tmp_path / "c")]
+    environment = os.environ | {"PYTHONPATH": os.getcwd()}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert "FAILED" in result.stdout, result.stderr
+    assert "saving step 2 failed" in result.stdout
+    assert "the last good checkpoint is step 1" in result.stdout
+    abstract, state = state_on(MeshConfig(8, 1, 1))
+    again = Checkpoints(tmp_path / "c")
+    assert again.steps() == [1]
+    assert same(again.restore(1, abstract.params, abstract.opt_state)[0], state.params)

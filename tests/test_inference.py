@@ -1,0 +1,122 @@
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from grit_jax import GritModel, prompts, sharding
+from grit_jax.config import EmbeddingConfig, InputError, MeshConfig, TransformerConfig
+from grit_jax.model.transformer import abstract_model, bind, init_params
+from grit_jax.tokenizer import Tokenizer
+
+TEXTS = [
+    "short",
+    "a longer text with more words in it",
+    "héllo 你好 😀",
+    "x",
+    "the same length as none of the others",
+] * 2
+
+
+def make(devices=1, embedding=EmbeddingConfig(), **changes):
+    shape = {"embed_dim": 32, "mlp_dim": 48, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "max_length": 256}
+    config = TransformerConfig(**shape | changes).resolve(258)
+    params = jax.tree.map(lambda x: 3 * x, init_params(config, jax.random.key(0), embedding.projection_dim))
+    mesh = sharding.make_mesh(MeshConfig(devices, 1, 1), jax.devices()[:devices])
+    params = jax.device_put(params, sharding.replicated(mesh))
+    return GritModel(params, config, embedding, Tokenizer.load("bytes"), mesh=mesh, dtype=jnp.dtype("float32"))
+
+
+@pytest.fixture(scope="module")
+def model():
+    return make()
+
+
+def test_vectors_are_float32_unit_and_in_order(model):
+    vectors = model.encode(TEXTS)
+    assert (vectors.dtype, vectors.shape) == (np.float32, (10, 32))
+    assert np.allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-6)
+    assert np.allclose(vectors[:5], vectors[5:], atol=1e-5)
+
+
+def test_batch_mates_batch_size_and_devices_change_nothing(model):
+    vectors = model.encode(TEXTS)
+    assert np.allclose(model.encode(TEXTS[::-1], batch_tokens=64)[::-1], vectors, atol=1e-5)
+    assert np.allclose(np.concatenate([model.encode([text]) for text in TEXTS[:3]]), vectors[:3], atol=1e-5)
+    assert np.allclose(make(devices=4).encode(TEXTS), vectors, atol=1e-5)
+
+
+def test_a_vector_is_the_mean_of_the_texts_bidirectional_hidden_states(model):
+    prompt = prompts.embedding(TEXTS[1], "find", bos="<s>")
+    (tokenized,) = prompts.tokenize([prompt], model.tokenizer)
+    bound = bind(abstract_model(model.architecture), model.params)
+    tokens = jnp.asarray(tokenized.tokens)[None]
+    positions = jnp.arange(tokens.shape[1])[None]
+    hidden = bound(tokens, bound.mask(jnp.ones_like(tokens), positions, causal=False), dtype=jnp.float32)[0]
+    mean = hidden[tokenized.spans[0, 0] :].mean(axis=0)
+    assert np.allclose(model.encode([TEXTS[1]], instruction="find")[0], mean / jnp.linalg.norm(mean), atol=1e-5)
+
+
+def test_the_instruction_changes_the_vector(model):
+    assert not np.allclose(model.encode(TEXTS[:1]), model.encode(TEXTS[:1], instruction="find"), atol=1e-3)
+
+
+def test_long_texts_are_cut_and_counted(model):
+    encoded = model.encode_with_counts(["abc" * 100, "short"], max_length=40)
+    assert (encoded.num_truncated, encoded.num_tokens) == (1, 40 + len("|<|embed|>\nshort"))
+    assert np.allclose(encoded.vectors[0], model.encode(["abc" * 100 + "d"], max_length=40)[0], atol=1e-5)
+
+
+def test_unpoolable_texts_are_refused_by_place(model):
+    with pytest.raises(InputError, match="text 1 is empty"):
+        model.encode(["a", ""])
+    with pytest.raises(InputError, match=r"text 0: its instruction takes \d+ of 20 tokens and leaves no room"):
+        model.encode(["a"], instruction="a long instruction", max_length=20)
+    assert model.encode([]).shape == (0, 32)
+
+
+def test_projection_and_raw_vectors():
+    projected = make(embedding=EmbeddingConfig(projection_dim=8, normalized=False))
+    vectors = projected.encode(TEXTS[:2])
+    assert vectors.shape == (2, 8)
+    assert not np.allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-2)
+
+
+def test_streamed_pieces_join_to_the_answer_and_split_no_character(model):
+    options = {"max_new_tokens": 60, "temperature": 1.5, "seed": 3}
+    pieces = list(model.stream("hi", **options))
+    assert "".join(pieces) == model.generate("hi", **options)
+    assert len(pieces) > 1
+
+
+def test_batch_mates_do_not_change_an_answer_and_seeds_do(model):
+    options = {"max_new_tokens": 24, "temperature": 1.0, "top_p": 0.9}
+    alone = model.generate("one", seed=1, **options)
+    assert model.generate(["something else", "one", "two"], seed=1, **options)[1] == alone
+    assert model.generate("one", seed=1, **options) == alone
+    assert model.generate("one", seed=2, **options) != alone
+    assert make(devices=4).generate("one", seed=1, **options) == alone
+
+
+def test_an_answer_ends_before_a_stop_string_wherever_blocks_split_it(model):
+    whole = model.generate("hi", max_new_tokens=60, temperature=1.0, seed=5)
+    for start in (4, 7, 15):
+        stop = whole[start : start + 3]
+        expected = whole[: whole.index(stop)]
+        assert model.generate("hi", max_new_tokens=60, temperature=1.0, seed=5, stop=[stop]) == expected
+        assert "".join(model.stream("hi", max_new_tokens=60, temperature=1.0, seed=5, stop=[stop])) == expected
+
+
+def test_max_new_tokens_is_kept_and_too_long_a_prompt_refused(model):
+    assert len(model.tokenizer.encode(model.generate("hi", max_new_tokens=5, raw=True)).ids) <= 15
+    with pytest.raises(InputError, match=r"over the model's 256; shorten the prompt"):
+        model.generate("hi", max_new_tokens=250)
+
+
+def test_a_real_llama_writes_its_recorded_text(shared):
+    folder = shared / "data/models/stories260K"
+    recorded = json.loads((folder / "reference_output.json").read_text())
+    model = GritModel.load(folder)
+    assert model.generate("", raw=True, max_new_tokens=200) == recorded["greedy_text"]
+    assert model.encode(["Once upon a time"]).shape == (1, 64)

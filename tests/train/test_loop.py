@@ -1,0 +1,171 @@
+"""Whole runs: resuming, stopping, evaluating and refusing."""
+
+import random
+import shutil
+import signal
+
+import jax
+import numpy as np
+import pytest
+
+from grit_jax.config import InputError, load_config
+from grit_jax.train.loop import Trainer
+from tests.runs import ROOT, TINY, grit_jax, losses, start, train_arguments, write_data
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def finished(data, tmp_path_factory):
+    """A run of eight steps without interruption."""
+    output = tmp_path_factory.mktemp("runs") / "whole"
+    result = grit_jax(*train_arguments(data, output, "--train.steps=8", f"--data.validation={data}"))
+    assert result.returncode == 0, result.stderr
+    return output
+
+
+def config(data, output, *more):
+    return load_config(ROOT / "configs/tiny.yaml", [*TINY, f"--data.train={data}", f"--train.output={output}", *more])
+
+
+def test_a_run_killed_at_any_step_resumes_bit_for_bit(data, finished, tmp_path):
+    output = tmp_path / "killed"
+    arguments = train_arguments(data, output, "--train.steps=8", f"--data.validation={data}")
+    fatal = random.randrange(3, 8)
+    process = start(*arguments)
+    for line in process.stdout:
+        if line.startswith(f"step {fatal}/"):
+            process.send_signal(signal.SIGKILL)
+    process.wait()
+    resumed = grit_jax(*arguments)
+    assert resumed.returncode == 0, resumed.stderr
+    assert "resumed from step" in resumed.stdout
+    assert losses(output) == losses(finished), f"killed at step {fatal}"
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("fatal", range(1, 8))
+def test_a_run_killed_at_every_step_resumes_bit_for_bit(data, finished, tmp_path, fatal, monkeypatch):
+    monkeypatch.setattr(random, "randrange", lambda *_: fatal)
+    test_a_run_killed_at_any_step_resumes_bit_for_bit(data, finished, tmp_path)
+
+
+def test_sigterm_saves_and_exits_75_and_the_same_command_goes_on(data, finished, tmp_path):
+    output = tmp_path / "stopped"
+    arguments = train_arguments(data, output, "--train.steps=8", f"--data.validation={data}", "--checkpoint.every=2")
+    process = start(*arguments)
+    for line in process.stdout:
+        if line.startswith("step 3/"):
+            process.send_signal(signal.SIGTERM)
+    assert process.wait() == 75
+    assert grit_jax(*arguments).returncode == 0
+    assert losses(output) == losses(finished)
+
+
+def test_a_finished_run_is_left_alone_and_more_steps_go_on(data, finished, tmp_path):
+    output = tmp_path / "again"
+    shutil.copytree(finished, output)
+    config_of = [f"--data.validation={data}"]
+    assert Trainer(config(data, output, "--train.steps=8", *config_of)).fit()
+    assert losses(output) == losses(finished)
+    trainer = Trainer(config(data, output, "--train.steps=9", "--mesh.data=2", "--mesh.fsdp=4", *config_of))
+    assert trainer.step == 8
+    assert trainer.fit()
+    assert [line[0] for line in losses(output)] == list(range(1, 10))
+
+
+def test_a_changed_config_is_refused_with_a_diff(data, finished):
+    changed = config(data, finished, "--train.steps=8", f"--data.validation={data}", "--loss.temperature=0.5")
+    with pytest.raises(InputError, match=r"another config \(loss.temperature: 0.05 -> 0.5\); put these values back"):
+        Trainer(changed)
+
+
+def test_changed_data_is_refused(data, finished, tmp_path):
+    other = write_data(tmp_path / "data")
+    copy = tmp_path / "run"
+    shutil.copytree(finished, copy)
+    text = (copy / "config.yaml").read_text().replace(str(data), str(other))
+    (copy / "config.yaml").write_text(text)
+    (other / "generative.jsonl").write_text((other / "generative.jsonl").read_text().replace("dog", "god"))
+    with pytest.raises(InputError, match=r"data.train is not what this run was trained on"):
+        Trainer(config(other, copy, "--train.steps=8", f"--data.validation={other}"))
+
+
+def test_metrics_hold_what_users_read(finished):
+    import json
+
+    last = json.loads((finished / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last.keys() >= {
+        "step", "loss", "loss/embedding", "loss/generative", "loss/ratio", "grad_norm", "learning_rate", "tokens",
+        "tokens_per_second", "data_wait_seconds", "validation/loss/embedding", "validation/loss/generative",
+    }  # fmt: skip
+    assert np.isclose(last["loss"], last["loss/embedding"] + last["loss/generative"], rtol=1e-5)
+
+
+def test_validation_losses_do_not_depend_on_the_batch(data, tmp_path):
+    def evaluated(batch):
+        options = [f"--data.validation={data}", f"--data.generative_batch={batch}", "--mesh.data=1", "--mesh.fsdp=-1"]
+        options.append("--data.embedding_batch=8")
+        return Trainer(config(data, tmp_path / "unused", *options)).evaluate()["validation/loss/generative"]
+
+    assert abs(evaluated(5) - evaluated(12)) < 1e-5
+
+
+@pytest.mark.parametrize("mode", ["embedding", "generative"])
+def test_each_stream_trains_alone(data, tmp_path, mode):
+    trainer = Trainer(
+        config(
+            data / f"{mode}.jsonl",
+            tmp_path / mode,
+            f"--train.mode={mode}",
+            "--train.steps=2",
+            "--data.embedding_batch=8",
+        )
+    )
+    assert trainer.fit()
+
+
+def test_a_run_starts_from_a_checkpoint_and_from_an_export(data, finished, tmp_path):
+    assert grit_jax("export-hf", finished, tmp_path / "hf").returncode == 0
+    started = [
+        Trainer(config(data, tmp_path / "unused", f"--model.init={path}", "--data.embedding_batch=8"))
+        for path in (finished, tmp_path / "hf")
+    ]
+    equal = jax.tree.map(np.array_equal, started[0].state.params, started[1].state.params)
+    assert jax.tree.all(equal)
+    with pytest.raises(InputError, match=r"is not the tokenizer of model.init"):
+        other = tmp_path / "tokenizer"
+        other.mkdir()
+        from grit_jax.tokenizer import train_bpe
+
+        for name, text in train_bpe(["a b"], 260).files().items():
+            (other / name).write_text(text)
+        Trainer(config(data, tmp_path / "unused", f"--model.init={finished}", f"--model.tokenizer={other}"))
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--data.embedding_batch=6"], r"data.embedding_batch=6 is not divisible by the mesh's 8 batch shards"),
+        (["--mesh.fsdp=4", "--mesh.tensor=4"], r"mesh.data=1, mesh.fsdp=4, mesh.tensor=4 do not multiply to the 8"),
+        (["--mesh.fsdp=2", "--mesh.tensor=4"], r"kv_heads=2 is not divisible by mesh.tensor=4"),
+        (["--data.passage_max_length=4096"], r"data.passage_max_length=4096 is over the model's 1024 tokens"),
+        (["--data.train=nowhere"], r"nowhere: no such file or folder"),
+        (["--model.init=nowhere"], r"nowhere: nothing there; name a run folder"),
+        (["--model.tokenizer=nowhere"], r"tokenizer nowhere: no nowhere there"),
+    ],
+)
+def test_bad_input_is_refused_before_anything_is_written(data, tmp_path, more, message):
+    with pytest.raises(InputError, match=message):
+        Trainer(config(data, tmp_path / "run", "--data.embedding_batch=8", *more))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(data, tmp_path):
+    trainer = Trainer(config(data, tmp_path / "run", "--data.embedding_batch=8", "--train.steps=3"))
+    trainer.state = trainer.state._replace(params=jax.tree.map(lambda x: x * np.nan, trainer.state.params))
+    with pytest.raises(FloatingPointError, match="loss is nan at step 1; checkpoints before this step are good"):
+        trainer.fit()
