@@ -36,6 +36,7 @@ from grit_jax.train.loop import Trainer
 from grit_jax.train.metrics import read_metrics
 
 _VOCAB_SIZE = 8192
+_HELD_OUT_LOSS = "validation/loss/generative"
 _SEARCHES, _HITS = 3, 3
 _PROMPTS = ("What does `collections.OrderedDict.move_to_end` do?", "What does `numpy.linalg.inverse` do?")
 
@@ -82,17 +83,19 @@ def run_quickstart(output: Path, *, fresh: bool = False, overrides: list[str] | 
     untrained_file = output / "untrained.json"
     if trainer.step == 0:
         console.print("measuring the untrained model")
-        _write_json(untrained_file, _measure(trainer, task)[0] | {"seconds_before": 0.0})
+        figures = retrieval_figures(ranks_of(_scores(trainer, task), task.relevant))
+        _write_json(untrained_file, figures | {"loss_per_token": trainer.evaluate()[_HELD_OUT_LOSS]})
     untrained = json.loads(untrained_file.read_text())
     if not trainer.fit():
         return False
 
     console.print("measuring the trained model")
-    trained, scores = _measure(trainer, task)
+    scores = _scores(trainer, task)
+    lines = read_metrics(output / "metrics.jsonl")
+    trained = retrieval_figures(ranks_of(scores, task.relevant)) | {"loss_per_token": lines[-1][_HELD_OUT_LOSS]}
     plot_losses(output / "metrics.jsonl", output / "losses.png")
     model = _model(trainer)
     save_folder(output / "hf", open_model(output), jax.device_get(trainer.state.params))
-    lines = read_metrics(output / "metrics.jsonl")
     tokens = sum(line["tokens"] for line in lines)
     generative = config.data.generative_max_length
     unigram = unigram_loss(
@@ -189,13 +192,10 @@ def _model(trainer: Trainer) -> GritModel:
     )
 
 
-def _measure(trainer: Trainer, task: RetrievalTask) -> tuple[dict[str, float], np.ndarray]:
-    """Held-out figures of the model as it is now, and its retrieval scores."""
+def _scores(trainer: Trainer, task: RetrievalTask) -> np.ndarray:
     data = trainer.config.data
     lengths = (data.query_max_length, data.passage_max_length)
-    scores = model_scores(_model(trainer), task, instruction=DESCRIBE, max_lengths=lengths)
-    figures = retrieval_figures(ranks_of(scores, task.relevant))
-    return figures | {"loss_per_token": trainer.evaluate()["validation/loss/generative"]}, scores
+    return model_scores(_model(trainer), task, instruction=DESCRIBE, max_lengths=lengths)
 
 
 def _searches(task: RetrievalTask, scores: np.ndarray) -> Iterator[dict[str, Any]]:
