@@ -49,7 +49,7 @@ def test_a_state_restores_bit_by_bit_onto_another_mesh(tmp_path):
 
 
 def test_the_saved_arrays_are_those_of_the_call_even_when_their_memory_is_reused(tmp_path):
-    _, state = state_on(MeshConfig(1, 1, 8))
+    _, state = state_on(MeshConfig(1, 4, 2))
     expected = jax.device_get(state.params)
     checkpoints = Checkpoints(tmp_path / "c")
     checkpoints.save(1, state.params, None, METADATA)

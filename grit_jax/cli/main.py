@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import glob
 import os
 import sys
 
@@ -17,6 +18,9 @@ COMMANDS = {
     "import-hf": import_hf,
     "quickstart": quickstart,
 }
+
+# Device files of TPUs and of NVIDIA, AMD and Windows-subsystem GPUs.
+_ACCELERATORS = ("/dev/accel*", "/dev/vfio/*", "/dev/nvidia*", "/dev/kfd", "/dev/dxg")
 
 _EXIT_CODES = """\
 exit codes: 0 done, 2 bad input (do not retry), 75 saved after a signal (run the same command again), 1 anything else
@@ -54,10 +58,8 @@ def main(argv: list[str] | None = None) -> int:
         args.overrides = overrides
     elif overrides:
         parser.error(f"{args.command} does not know {' '.join(overrides)}; see grit-jax {args.command} --help")
-    # Libraries log at import; a TPU runtime installed on another machine looks for a TPU.
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    if not os.path.exists("/dev/accel0") and not os.path.exists("/dev/vfio"):
-        os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    if not any(map(glob.glob, _ACCELERATORS)):
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")  # an installed TPU library would search and complain
     try:
         return COMMANDS[args.command].run(args)
     except InputError as error:

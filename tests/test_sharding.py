@@ -1,0 +1,50 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from grit_jax import sharding
+from grit_jax.batch import HostShare
+from grit_jax.config import InputError, MeshConfig
+
+
+def test_a_mesh_axis_of_minus_one_takes_the_devices_left():
+    assert dict(sharding.make_mesh(MeshConfig(2, -1, 2)).shape) == {"data": 2, "fsdp": 2, "tensor": 2}
+
+
+@pytest.mark.parametrize(
+    ("mesh", "message"),
+    [
+        (MeshConfig(3, 1, 1), "mesh.data=3, mesh.fsdp=1, mesh.tensor=1 do not multiply to the 8 devices"),
+        (MeshConfig(-1, 3, 1), "do not multiply to the 8 devices"),
+        (MeshConfig(-1, -1, 1), "at most one of them -1"),
+        (MeshConfig(0, 8, 1), "sizes must be positive"),
+    ],
+)
+def test_a_mesh_that_does_not_fit_the_devices_is_refused(mesh, message):
+    with pytest.raises(InputError, match=message):
+        sharding.make_mesh(mesh)
+
+
+def test_an_unknown_axis_raises_and_an_indivisible_dim_is_named():
+    mesh = sharding.make_mesh(MeshConfig(2, 2, 2))
+    shape = {"mlp": {"kernel": jax.ShapeDtypeStruct((3, 4), jnp.float32)}}
+    with pytest.raises(InputError, match=r"mlp.kernel: embed=3 is not divisible by mesh.fsdp=2"):
+        sharding.shardings(mesh, shape, {"mlp": {"kernel": ("embed", "mlp")}})
+    with pytest.raises(KeyError):
+        sharding.partition_spec(("unheard_of",))
+
+
+def test_constraints_are_real_on_cpu():
+    mesh = sharding.make_mesh(MeshConfig(2, 2, 2))
+    with jax.set_mesh(mesh):
+        x = jax.jit(lambda x: sharding.constrain(x, "batch", "length", "activation_mlp"))(np.zeros((8, 4, 6)))
+    assert x.sharding.spec == PartitionSpec(("data", "fsdp"), None, "tensor")
+    assert sharding.constrain(x, "batch") is x
+
+
+def test_one_host_holds_all_rows_and_shares_split_them():
+    assert sharding.host_share(sharding.make_mesh(MeshConfig(2, 2, 2))) == HostShare(0, 4, 4)
+    assert HostShare(1, 2, 4).rows(12) == slice(3, 6)
+    assert HostShare(1, 3, 4).num_rows(6) == 12
