@@ -58,6 +58,11 @@ class DocumentedObject(NamedTuple):
         return f"{self.signature}\n{_clip(self.body, _DOCUMENT_WORDS)}"
 
     @property
+    def searchable(self) -> bool:
+        """Whether the summary describes the document without standing in it word for word."""
+        return bool(self.body) and _normalized(self.summary) not in _normalized(self.document)
+
+    @property
     def scope(self) -> str:
         """The module or class that the object is defined in."""
         return self.name.rpartition(".")[0]
@@ -82,10 +87,10 @@ def write_corpus(folder: Path) -> dict[str, int]:
     for split, things in (("train", train), ("validation", held_out)):
         for stream, files in (("embedding", _embedding_files(things)), ("generative", _generative_files(things))):
             for name, rows in files.items():
-                counts[f"{split}_{stream}_samples"] = counts.get(f"{split}_{stream}_samples", 0) + len(rows)
                 if split == "train" or name in ("describe", "answers"):
+                    counts[f"{split}_{stream}_samples"] = counts.get(f"{split}_{stream}_samples", 0) + len(rows)
                     _write_jsonl(folder / split / stream / f"{name}.jsonl", rows)
-    searched = [thing for thing in held_out if thing.body]
+    searched = [thing for thing in held_out if thing.searchable]
     _write_jsonl(
         folder / "retrieval/corpus.jsonl", ({"_id": t.name, "title": "", "text": t.document} for t in searched)
     )
@@ -97,7 +102,7 @@ def write_corpus(folder: Path) -> dict[str, int]:
 
 
 def collect_objects(roots: Iterable[tuple[str, Path]] | None = None) -> list[DocumentedObject]:
-    """Every documented object below the roots, each text once.
+    """Every documented object below the roots, each name and each text once.
 
     Args:
       roots: Pairs of dotted prefix and source folder; None is the standard library and `PACKAGES`.
@@ -123,8 +128,9 @@ def _installed_roots() -> Iterator[tuple[str, Path]]:
 
 def _is_new(thing: DocumentedObject, seen: set[str]) -> bool:
     """Packages copy each other's docstrings, with small edits below a summary and an argument list that stay."""
-    keys = {_normalized(thing.summary), _normalized(thing.body)} - {""}
-    if not keys or keys & seen:
+    summary = _normalized(thing.summary)
+    keys = {thing.name, summary, _normalized(thing.body)} - {""}  # a property's setter has the name of its getter
+    if not summary or keys & seen:
         return False
     seen |= keys
     return True
@@ -160,7 +166,9 @@ def _walk(node: _Documented, name: str) -> Iterator[DocumentedObject]:
 def _signature(node: ast.AST, name: str) -> str:
     if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
         arguments = [a.arg for a in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
-        return f"{name}({', '.join(a for a in arguments if a not in ('self', 'cls'))})"
+        if arguments[:1] in (["self"], ["cls"]):
+            arguments = arguments[1:]
+        return f"{name}({', '.join(arguments)})"
     return name
 
 
@@ -170,25 +178,33 @@ def _clip(text: str, words: int) -> str:
 
 def _embedding_files(things: list[DocumentedObject]) -> dict[str, list[dict[str, Any]]]:
     """One file per kind of query, since the queries of a batch come from one file."""
-    documented = [thing for thing in things if thing.body]
-    siblings = _siblings(documented)
-    files: dict[str, list[dict[str, Any]]] = {"describe": [], "name": [], "excerpt": []}
-    for number, thing in enumerate(documented):
-        negatives = [["", documented[other].document] for other in siblings[number]]
-
-        def row(instruction: str, query: str, document: str, negatives=negatives) -> dict[str, Any]:
-            return {"query": [instruction, query], "pos": [["", document]], "neg": negatives}
-
-        files["describe"].append(row(DESCRIBE, thing.summary, thing.document))
-        words = " ".join(re.findall(r"[A-Za-z][a-z]*|\d+", thing.name))
-        files["name"].append(row(NAME, words, f"{thing.summary}\n{_clip(thing.body, _DOCUMENT_WORDS)}"))
+    describe, name, excerpt = [], [], []
+    for thing in things:
+        if thing.searchable:
+            describe.append((thing, thing.summary, thing.document))
+        if thing.body:
+            words = " ".join(re.findall(r"[A-Za-z][a-z]*|\d+", thing.name))
+            name.append((thing, words, f"{thing.summary}\n{_clip(thing.body, _DOCUMENT_WORDS)}"))
         sentences = [part for part in re.split(r"(?<=[.:;])\s+", thing.body) if len(part.split()) >= 5]
         if len(sentences) >= 2:
             chosen = sentences[_stable(thing.name) % len(sentences)]
             rest = thing.body.replace(chosen, " ", 1)
             document = f"{thing.signature}\n{thing.summary} {_clip(rest, _DOCUMENT_WORDS)}"
-            files["excerpt"].append(row(EXCERPT, _clip(chosen, 32), document))
-    return files
+            excerpt.append((thing, _clip(chosen, 32), document))
+    return {
+        "describe": _embedding_rows(DESCRIBE, describe),
+        "name": _embedding_rows(NAME, name),
+        "excerpt": _embedding_rows(EXCERPT, excerpt),
+    }
+
+
+def _embedding_rows(instruction: str, pairs: list[tuple[DocumentedObject, str, str]]) -> list[dict[str, Any]]:
+    """Records of (object, query, document); negatives are documents of the same kind, so form alone tells nothing."""
+    siblings = _siblings([thing for thing, _, _ in pairs])
+    return [
+        {"query": [instruction, query], "pos": [["", document]], "neg": [["", pairs[other][2]] for other in others]}
+        for (_, query, document), others in zip(pairs, siblings, strict=True)
+    ]
 
 
 def _siblings(things: list[DocumentedObject], count: int = 3) -> list[list[int]]:

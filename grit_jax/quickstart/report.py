@@ -7,6 +7,7 @@ from typing import Any
 
 import rich.console
 import rich.table
+from rich.markup import escape
 
 from grit_jax.train.metrics import read_metrics
 
@@ -39,14 +40,14 @@ def show_report(report: dict[str, Any]) -> None:
         f"{corpus['held_out_queries']:,} queries over {corpus['held_out_queries']:,} documents of held-out objects"
     )
     for search in report["searches"]:
-        console.print(f"\n[bold]search[/bold] {search['query']}", soft_wrap=True)
+        console.print(f"\n[bold]search[/bold] {escape(search['query'])}", soft_wrap=True)
         for hit in search["hits"]:
             mark = "*" if hit["relevant"] else " "
             console.print(
                 f"  {mark} {hit['score']:.3f}  {hit['document'].splitlines()[0]}", soft_wrap=True, markup=False
             )
     for answer in report["answers"]:
-        console.print(f"\n[bold]prompt[/bold] {answer['prompt']}", soft_wrap=True)
+        console.print(f"\n[bold]prompt[/bold] {escape(answer['prompt'])}", soft_wrap=True)
         console.print(f"  {answer['answer']}", soft_wrap=True, markup=False)
     console.print()
     for name, path in report["paths"].items():
