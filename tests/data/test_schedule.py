@@ -68,21 +68,40 @@ def test_a_step_is_a_pure_function_of_its_number():
     assert same(tuple(later), tuple(one.step(k) for k in (25, 3, 11, 0)))
 
 
-@settings(max_examples=40, deadline=None)
-@given(st.lists(st.integers(1, 30), min_size=1, max_size=4), st.integers(1, 9), st.integers(0, 5))
-def test_every_sample_is_used_once_before_any_is_used_twice(sizes, batch, seed):
-    files = [embedding_index(size, f"{number}.jsonl") for number, size in enumerate(sizes)]
-    plans = schedule(*files, embedding_batch=batch, seed=seed)
+# Sizes of files and, for each, the samples that an epoch takes (None: the whole file).
+FILES = st.lists(st.tuples(st.integers(1, 30), st.none() | st.integers(1, 60)), min_size=1, max_size=4)
+
+
+@settings(max_examples=60, deadline=None)
+@given(FILES, st.integers(1, 40), st.integers(0, 1000))
+def test_every_epoch_holds_each_file_evenly_whatever_the_batch(files, batch, seed):
+    indexes = [embedding_index(size, f"{number}.jsonl") for number, (size, _) in enumerate(files)]
+    taken = {f"{number}.jsonl": wanted for number, (_, wanted) in enumerate(files) if wanted}
+    plans = schedule(*indexes, embedding_batch=batch, seed=seed, num_samples=taken)
+    epoch_sizes = [wanted or size for size, wanted in files]
+    total, epochs = sum(epoch_sizes), 4
+    batches = [queries(plans.step(k)) for k in range(-(-epochs * total // batch))]
+    assert {len(drawn) for drawn in batches} == {batch}
+    drawn = [query for queries_of_batch in batches for query in queries_of_batch]
+    for epoch in range(1, epochs + 1):
+        used = Counter(drawn[: epoch * total])
+        for number, (size, _) in enumerate(files):
+            times = [used[number, record] for record in range(size)]
+            assert sum(times) == epoch * epoch_sizes[number]
+            assert max(times) - min(times) <= 1
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=3), st.integers(1, 40), st.integers(0, 1000))
+def test_every_conversation_is_used_once_in_each_epoch(sizes, batch, seed):
+    indexes = [generative_index(size, f"{number}.jsonl") for number, size in enumerate(sizes)]
+    plans = schedule(*indexes, mode="generative", generative_batch=batch, seed=seed)
     total, epochs = sum(sizes), 3
-    drawn = [query for k in range(-(-epochs * total // batch)) for query in queries(plans.step(k))]
-    for epoch in range(epochs):
-        used = Counter(drawn[: (epoch + 1) * total])
-        # Inside a batch order is free, so an epoch may end up to one batch early or late.
-        assert (
-            max(used.values())
-            - min(Counter({(f, r): used[f, r] for f, s in enumerate(sizes) for r in range(s)}).values())
-            <= 1
-        )
+    drawn = []
+    for k in range(-(-epochs * total // batch)):
+        rows = plans.step(k).generative.rows
+        drawn += zip(rows.file.tolist(), rows.record.tolist(), strict=True)
+    assert all(len(set(drawn[epoch * total : (epoch + 1) * total])) == total for epoch in range(epochs))
 
 
 def test_full_batches_come_from_one_file_and_only_leftovers_are_mixed():
@@ -94,7 +113,8 @@ def test_full_batches_come_from_one_file_and_only_leftovers_are_mixed():
 
 def test_epochs_are_shuffled_differently():
     plans = schedule(embedding_index(32), embedding_batch=8)
-    assert [queries(plans.step(k)) for k in range(4)] != [queries(plans.step(k)) for k in range(4, 8)]
+    first, second = ({frozenset(queries(plans.step(k))) for k in steps} for steps in (range(4), range(4, 8)))
+    assert first.isdisjoint(second)
 
 
 def test_num_samples_limits_a_file_and_walks_through_all_of_it():
@@ -122,6 +142,35 @@ def test_groups_hold_a_positive_then_distinct_negatives_until_they_run_out(group
         negatives = [texts[slot] for slot in passages[1:]]
         assert all(owner == record and text >= 2 for owner, text in negatives)
         assert len({text for _, text in negatives}) == min(3, group - 1)
+
+
+def test_positives_and_negatives_are_drawn_at_random():
+    index = embedding_index(4, negatives=4, num_positives=np.full(4, 2, np.int32))  # texts 1 and 2; 3, 4 and 5
+    plans = schedule(index, embedding_batch=4, group_size=2)
+    drawn = Counter(text for k in range(40) for text in plans.step(k).embedding.rows.text.tolist())
+    assert set(drawn) == {0, 1, 2, 3, 4, 5}
+    assert drawn[1] + drawn[2] == drawn[3] + drawn[4] + drawn[5] == 40 * 4
+
+
+def test_passages_with_nothing_to_pool_are_never_drawn():
+    index = embedding_index(4, negatives=4, num_positives=np.full(4, 2, np.int32))
+    starts = index.text_starts[:-1]
+    index.spans[starts + 1] = index.spans[starts + 4] = [4, 4]  # one positive and one negative of each record
+    plans = schedule(index, embedding_batch=4, group_size=3)
+    assert {text for k in range(20) for text in plans.step(k).embedding.rows.text.tolist()} == {0, 2, 3, 5}
+
+
+def test_queries_and_passages_are_cut_at_their_own_limits():
+    index = embedding_index(12, negatives=3)
+    rows = schedule(index, embedding_batch=12, group_size=4, query_max_length=9, passage_max_length=17).step(0)[0].rows
+    whole = index.lengths[index.text_starts[rows.record] + rows.text]
+    assert whole.max() > 17
+    assert np.array_equal(rows.length, np.minimum(whole, np.where(rows.text == 0, 9, 17)))
+
+
+def test_query_weights_of_a_step_are_a_mean():
+    plan = schedule(embedding_index(12), embedding_batch=8).step(0).embedding
+    assert np.allclose(plan.query_weights, 1 / 8)
 
 
 def test_a_record_without_negatives_leaves_filler_passages():
@@ -191,6 +240,13 @@ def test_a_batch_over_an_epoch_repeats_samples_and_says_so():
     plans = schedule(embedding_index(3), embedding_batch=7)
     assert len(queries(plans.step(0))) == 7
     assert "a batch repeats samples" in "\n".join(plans.report())
+
+
+def test_validation_takes_the_first_positive_and_the_first_negatives():
+    data = DataConfig(query_max_length=32, passage_max_length=32, embedding_batch=3, group_size=3)
+    index = embedding_index(6, negatives=4, num_positives=np.full(6, 2, np.int32))
+    for plan in validation_steps([index], data=data, train=TrainConfig(mode="embedding"), row_multiples=(1, 1)):
+        assert plan.embedding.rows.text.tolist() == [0, 1, 3, 4] * 3
 
 
 def test_validation_holds_everything_once_with_unit_weights():
