@@ -56,6 +56,7 @@ class _Filler:
     """Turns plans into batches; may be sent to worker processes."""
 
     sources: Sequence[JsonlSource]
+    indexes: Sequence[FileIndex]
     tokenizer: Tokenizer
     data: DataConfig
     pooling: Pooling
@@ -99,7 +100,7 @@ class _Filler:
             file, record, length = int(plan.file[number]), int(plan.record[number]), int(plan.length[number])
             row, offset = int(plan.row[number]) - here.start, int(plan.offset[number])
             of_record, which = tokenized[file, record], int(plan.text[number])
-            if which >= len(of_record) or len(of_record[which].tokens) < length:
+            if which >= len(of_record) or not _as_indexed(of_record[which], self.indexes[file], record, which):
                 raise InputError(
                     f"{self.sources[file].path}: record {record} has changed since the file was indexed; "
                     "start again, so that it is indexed anew"
@@ -110,6 +111,13 @@ class _Filler:
             positions[row, columns] = np.arange(length)
             texts.append((number, row, columns, of_record[which]))
         return _Rows(tokens, segment_ids, positions, texts)
+
+
+def _as_indexed(text: TokenizedPrompt, index: FileIndex, record: int, which: int) -> bool:
+    """Whether a text still has the spans that it was planned with; the last one ends where the text does."""
+    number = index.text_starts[record] + which
+    spans = index.spans[index.span_starts[number] : index.span_starts[number + 1]]
+    return np.array_equal(text.spans, spans)
 
 
 class Pipeline:
@@ -133,16 +141,15 @@ class Pipeline:
         self._host_share = host_share
         if not config.data.train:
             raise InputError("data.train is missing; name the files or folders to train on")
-        self._sources, indexes = self._open(config.data.train)
+        self._training = self._open(config.data.train)
         self._schedule = Schedule(
-            indexes, data=config.data, loss=config.loss, train=config.train, row_multiples=row_multiples
+            self._training[1], data=config.data, loss=config.loss, train=config.train, row_multiples=row_multiples
         )
         self.fingerprint = self._schedule.fingerprint
-        self._validation: tuple[list[JsonlSource], list[StepPlan]] = ([], [])
-        if config.data.validation:
-            sources, indexes = self._open(config.data.validation)
-            plans = validation_steps(indexes, data=config.data, train=config.train, row_multiples=row_multiples)
-            self._validation = (sources, plans)
+        self._validation = self._open(config.data.validation) if config.data.validation else ([], [])
+        self._validation_plans = validation_steps(
+            self._validation[1], data=config.data, train=config.train, row_multiples=row_multiples
+        )
 
     def report(self) -> list[str]:
         """Lines for people about the training data."""
@@ -151,7 +158,7 @@ class Pipeline:
     def batches(self, start: int) -> Iterator[GritBatch]:
         """Batches of steps `start`, `start + 1`, ..., counted from 0, to the last one, filled ahead of their use."""
         steps = grain.MapDataset.range(start, self._config.train.steps)
-        batches = steps.map(_StepFiller(self._schedule, self._filler(self._sources)))
+        batches = steps.map(_StepFiller(self._schedule, self._filler(*self._training)))
         read = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)  # tokenizing is slower with more threads
         dataset = batches.to_iter_dataset(read_options=read)
         workers = self._config.data.workers
@@ -162,16 +169,15 @@ class Pipeline:
 
     def validation_batches(self) -> Iterator[GritBatch]:
         """Batches that hold every validation record once; none without validation data."""
-        sources, plans = self._validation
-        return map(self._filler(sources).fill, plans)
+        return map(self._filler(*self._validation).fill, self._validation_plans)
 
     def _open(self, paths: str | list[str]) -> tuple[list[JsonlSource], list[FileIndex]]:
         sources = [JsonlSource(path) for path in find_files(paths)]
         return sources, [build_index(source, self._tokenizer) for source in sources]
 
-    def _filler(self, sources: list[JsonlSource]) -> _Filler:
+    def _filler(self, sources: list[JsonlSource], indexes: list[FileIndex]) -> _Filler:
         config = self._config
-        return _Filler(sources, self._tokenizer, config.data, config.model.embedding.pooling, self._host_share)
+        return _Filler(sources, indexes, self._tokenizer, config.data, config.model.embedding.pooling, self._host_share)
 
 
 @dataclasses.dataclass(frozen=True)

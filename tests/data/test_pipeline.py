@@ -32,12 +32,12 @@ def rows_of(path):
     return map(json.loads, path.read_text().splitlines())
 
 
-def make(folder, *, share=WHOLE, multiples=(4, 4), pooling="mean", **data):
+def make(folder, *, share=WHOLE, multiples=(4, 4), pooling="mean", loss=LossConfig("token_mean"), **data):
     limits = {"query_max_length": 64, "passage_max_length": 64, "generative_max_length": 128}
     config = Config(
         model=ModelConfig(embedding=EmbeddingConfig(pooling=pooling)),
         data=DataConfig(train=str(folder), embedding_batch=4, generative_batch=3, **limits | data),
-        loss=LossConfig("token_mean"),
+        loss=loss,
         train=TrainConfig(steps=6),
     )
     return Pipeline(config, BYTES, row_multiples=multiples, host_share=share)
@@ -93,8 +93,22 @@ def test_targets_follow_and_exactly_the_answers_are_scored(folder):
                 (rows.segment_ids[row][1:] == rows.segment_ids[row][:-1]) & (rows.segment_ids[row][1:] > 0)
             )
             assert np.array_equal(rows.targets[row][inside], rows.tokens[row][inside + 1])
+            assert not np.delete(rows.targets[row], inside).any()
             scored = BYTES.decode(rows.targets[row][rows.loss_weights[row] > 0], skip_special_tokens=False)
             assert all(answer in answers for answer in scored.split("</s>")[:-1])
+
+
+def test_each_conversation_carries_its_own_weight(folder):
+    # With sub-batches of one sample, the scored tokens of each of the three weigh a third in all.
+    for batch in make(folder, loss=LossConfig("mixed", sub_batch_samples=1)).batches(0):
+        rows = batch.generative
+        sums = [
+            rows.loss_weights[row][rows.segment_ids[row] == segment].sum()
+            for row in range(len(rows.tokens))
+            for segment in range(1, rows.segment_ids[row].max() + 1)
+        ]
+        assert np.allclose(sums, 1 / 3)
+        assert len(sums) == 3
 
 
 def test_packed_and_single_rows_hold_the_same_texts_and_weights(folder):
@@ -113,11 +127,13 @@ def test_hosts_together_hold_the_batch_of_one_host(folder, hosts):
     whole = list(make(folder).batches(0))
     parts = [list(make(folder, share=HostShare(host, host + 1, hosts)).batches(0)) for host in range(hosts)]
     for step, batch in enumerate(whole):
-        for stream in ("embedding", "generative"):
-            for field in ("tokens", "segment_ids", "positions"):
-                joined = np.concatenate([getattr(getattr(part[step], stream), field) for part in parts])
-                assert np.array_equal(joined, getattr(getattr(batch, stream), field))
-        assert np.array_equal(parts[0][step].embedding.query_slots, batch.embedding.query_slots)
+        for stream, arrays in batch._asdict().items():
+            for field, expected in arrays._asdict().items():
+                held = [getattr(getattr(part[step], stream), field) for part in parts]
+                if expected.ndim == 2:  # rows are split, slots, weights and ids of texts are everyone's
+                    assert np.array_equal(np.concatenate(held), expected)
+                else:
+                    assert all(np.array_equal(array, expected) for array in held)
 
 
 def test_workers_and_a_later_start_change_nothing(folder):
@@ -140,13 +156,31 @@ def test_pool_weights_of_a_text_cut_at_five_tokens(pooling, expected):
     assert np.allclose(pool_weights(np.array([[2, 9]]), 5, pooling), expected)
 
 
-def test_a_file_that_changed_under_its_index_is_noticed(tmp_path):
+@pytest.mark.parametrize(
+    ("mode", "row", "before", "after"),
+    [
+        pytest.param("embedding", {"query": "q" * 40, "pos": ["p"]}, "q" * 40, "q" * 10 + " \\n" * 10, id="shorter"),
+        pytest.param("embedding", {"query": "\n" * 20, "pos": ["p"]}, "\\n" * 20, "q" * 40, id="longer"),
+        pytest.param(
+            "embedding", {"query": ["find", "a" * 40], "pos": ["p"]},
+            '"find", "' + "a" * 40, '"find' + "i" * 39 + '", "a', id="text became instruction",
+        ),
+        pytest.param(
+            "generative", {"text": ["u", "a" * 40]},
+            '"u", "' + "a" * 40, '"u' + "u" * 39 + '", "a', id="answer became user",
+        ),
+    ],
+)  # fmt: skip
+def test_a_file_that_changed_under_its_index_is_noticed(tmp_path, mode, row, before, after):
     path = tmp_path / "e.jsonl"
-    path.write_text(8 * (json.dumps({"query": "q" * 40, "pos": ["p" * 40]}) + "\n"))
-    config = Config(data=DataConfig(train=str(path), embedding_batch=4), train=TrainConfig(mode="embedding", steps=2))
+    path.write_text(8 * (json.dumps(row) + "\n"))
+    config = Config(data=DataConfig(train=str(path), embedding_batch=4), train=TrainConfig(mode=mode, steps=2))
     pipeline = Pipeline(config, BYTES, row_multiples=(1, 1), host_share=WHOLE)
-    with path.open("r+b") as file:  # the memory map sees what is written in place
-        file.write(path.read_bytes().replace(b"q" * 40, b"q" * 10 + b" \\n" * 10))
+    changed = path.read_text().replace(before, after)
+    assert len(changed) == path.stat().st_size
+    assert changed != path.read_text()
+    with path.open("r+") as file:  # the memory map sees what is written in place
+        file.write(changed)
     with pytest.raises(InputError, match="has changed since the file was indexed"):
         list(pipeline.batches(0))
 
