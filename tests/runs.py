@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 TINY = [
     "--model.architecture.embed_dim=32", "--model.architecture.mlp_dim=48", "--model.architecture.num_layers=1",
     "--model.architecture.num_heads=2", "--model.architecture.num_kv_heads=2", "--data.query_max_length=64",
-    "--data.passage_max_length=64", "--data.generative_max_length=64", "--data.embedding_batch=4",
+    "--data.passage_max_length=64", "--data.generative_max_length=64", "--data.embedding_batch=8",
     "--data.generative_batch=4", "--data.row_buckets=1", "--checkpoint.every=2",
 ]  # fmt: skip
 

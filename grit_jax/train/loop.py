@@ -120,8 +120,12 @@ class Trainer:
         self.folder.mkdir(parents=True, exist_ok=True)
         resolved = dump_config(config)
         (self.folder / "config.yaml").write_text(resolved)
-        trackers = make_trackers(config.logging, self.folder, resume_step=start, resolved=resolved)
-        with jax.set_mesh(self.mesh), _stop_signals() as stop, Display(config, start=start) as display:
+        with (
+            make_trackers(config.logging, self.folder, resume_step=start, resolved=resolved) as trackers,
+            Display(config, start=start) as display,
+            _stop_signals() as stop,
+            jax.set_mesh(self.mesh),
+        ):
             for line in self.data.report():
                 display.say(line)
             if start:
@@ -150,8 +154,6 @@ class Trainer:
                 if last:
                     break
             self._checkpoints.wait()
-        for tracker in trackers:
-            tracker.close()
         return self.step == config.train.steps
 
     def evaluate(self) -> dict[str, float]:

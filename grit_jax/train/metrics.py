@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol, Self
 
@@ -131,14 +132,19 @@ class WandbTracker:
         self._run.finish()
 
 
-def make_trackers(config: LoggingConfig, folder: Path, *, resume_step: int, resolved: str) -> list[Tracker]:
-    """The trackers that a config asks for, metrics.jsonl always among them."""
+@contextmanager
+def make_trackers(config: LoggingConfig, folder: Path, *, resume_step: int, resolved: str) -> Generator[list[Tracker]]:
+    """The trackers that a config asks for, metrics.jsonl always among them; closed at the end."""
     trackers: list[Tracker] = [JsonlTracker(folder / "metrics.jsonl", resume_step=resume_step)]
     if config.tensorboard:
         trackers.append(TensorBoardTracker(folder / "tensorboard"))
     if config.wandb:
         trackers.append(WandbTracker(config.wandb, folder, resolved))
-    return trackers
+    try:
+        yield trackers
+    finally:
+        for tracker in trackers:
+            tracker.close()
 
 
 class Display:

@@ -1,0 +1,36 @@
+import json
+
+import numpy as np
+
+from grit_jax.quickstart.figures import RetrievalTask, bm25_scores, ranks_of, retrieval_figures, unigram_loss
+from grit_jax.tokenizer import Tokenizer
+
+
+def test_figures_of_known_ranks():
+    figures = retrieval_figures(np.array([1, 3, 10, 11]))
+    assert np.isclose(figures["ndcg_at_10"], (1 + 1 / 2 + 1 / np.log2(11)) / 4)
+    assert figures["recall_at_10"] == 0.75
+
+
+def test_ties_count_against_the_relevant_document():
+    scores = np.array([[0.1, 0.5, 0.5], [0.9, 0.1, 0.2]])
+    assert ranks_of(scores, np.array([1, 0])).tolist() == [2, 1]
+
+
+def test_bm25_finds_shared_words():
+    documents = ["the cat sat on the mat", "a dog barked", "fish swim in water"]
+    task = RetrievalTask(["dog barked loudly", "where do fish swim", "of"], documents, np.array([1, 2, 0]))
+    assert ranks_of(bm25_scores(task), task.relevant).tolist() == [1, 1, 3]
+
+
+def test_unigram_loss_is_the_cross_entropy_of_smoothed_counts(tmp_path):
+    tokenizer = Tokenizer.load("bytes")
+    for split, answers in (("train", ["aab"]), ("held_out", ["ac"])):
+        (tmp_path / split).mkdir()
+        rows = "".join(json.dumps({"text": ["x", answer]}) + "\n" for answer in answers)
+        (tmp_path / split / "f.jsonl").write_text(rows)
+    # Counts are a 2, b 1, </s> 1, plus one for each of 258 tokens.
+    total = 4 + 258
+    expected = -np.mean(np.log([3 / total, 1 / total, 2 / total]))
+    actual = unigram_loss(tmp_path / "train", tmp_path / "held_out", tokenizer, max_length=64)
+    assert np.isclose(actual, expected)
