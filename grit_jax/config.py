@@ -253,6 +253,8 @@ class TrainConfig:
     def __post_init__(self):
         for name in ("steps", "embedding_chunks", "generative_chunks"):
             _require_positive(f"train.{name}", getattr(self, name))
+        if self.seed < 0:
+            raise InputError(f"train.seed={self.seed} is negative; use 0 or more")
         if self.eval_every is not None:
             _require_positive("train.eval_every", self.eval_every)
 

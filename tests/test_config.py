@@ -36,6 +36,7 @@ def test_command_line_wins_over_file_wins_over_defaults():
         ("train: [1, 2", [], "f.yaml:1: not valid YAML"),
         ("- train", [], "f.yaml: expected a mapping of sections, found list"),
         ("train: {steps: 0}", [], "train.steps=0 must be positive"),
+        ("train: {seed: -1}", [], "train.seed=-1 is negative; use 0 or more"),
         ("model: {architecture: {num_heads: 3}}", [], "num_heads=3 is not a multiple of num_kv_heads=2"),
     ],
 )  # fmt: skip

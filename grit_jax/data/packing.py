@@ -69,8 +69,10 @@ def choose_buckets(needed: np.ndarray, *, multiple: int, limit: int, slack: floa
         padded, chosen = _best_buckets(sizes, counts, number)
         if padded * multiple <= total * (1 + slack):
             break
-    headroom = -(-chosen[-1] * 105 // 100)  # later steps may need a little more than the sampled ones
-    return tuple(size * multiple for size in [*chosen[:-1], headroom])
+    largest = int(needed.max())
+    if len(set(needed.tolist())) > 1:
+        largest = -(-largest * 105 // 100)  # later steps may need a little more than the sampled ones
+    return tuple(size * multiple for size in [*chosen[:-1], -(-largest // multiple)])
 
 
 def _best_buckets(sizes: np.ndarray, counts: np.ndarray, number: int) -> tuple[int, list[int]]:

@@ -127,7 +127,7 @@ class Pipeline:
       config: The run's settings.
       tokenizer: The model's tokenizer.
       row_multiples: Row counts of the embedding and generative batch are multiples of these.
-      host_rows: Which of a batch's rows this host fills.
+      host_share: Which of a batch's rows this host fills.
 
     Attributes:
       fingerprint: Names the training data; a resumed run must have the same.

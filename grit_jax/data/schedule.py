@@ -313,8 +313,8 @@ class Schedule:
     ) -> tuple[int, ...]:
         if not files:
             return ()
-        epoch = -(-_epoch_size(files) // batch)
-        sampled = np.unique(np.linspace(0, epoch - 1, _SAMPLED_STEPS).astype(int))
+        steps = max(_SAMPLED_STEPS, -(-_epoch_size(files) // batch))  # an epoch, or more when that is short
+        sampled = np.linspace(0, steps - 1, _SAMPLED_STEPS).astype(int)
         needed = np.array([rows(int(k)).num_rows for k in sampled])
         return choose_buckets(needed, multiple=multiple, limit=self._data.row_buckets)
 

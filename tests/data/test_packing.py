@@ -21,11 +21,17 @@ def test_texts_fit_their_rows_side_by_side(lengths, most):
 
 
 @given(LENGTHS)
-def test_packing_needs_at_most_a_quarter_more_rows_than_tokens_do(lengths):
-    # Best-fit decreasing is within 11/9 of the optimum, which the tokens bound from below.
+def test_each_text_goes_into_the_fullest_row_that_holds_it_the_longest_first(lengths):
     packing = pack(lengths, row_length=32, max_segments=32)
-    big = int(np.sum(lengths > 16))
-    assert packing.num_rows <= 11 / 9 * max(big, np.ceil(lengths.sum() / 32) * 1.5) + 1
+    left = []
+    for text in np.argsort(-lengths, kind="stable"):
+        fits = [space for space in left if space >= lengths[text]]
+        space = min(fits, default=32)
+        assert 32 - packing.offset[text] == space
+        if fits:
+            left.remove(space)
+        left.append(space - lengths[text])
+    assert packing.num_rows == len(left)
 
 
 def test_one_text_per_row_is_the_special_case():

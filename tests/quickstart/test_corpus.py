@@ -69,11 +69,12 @@ def test_the_written_corpus_is_grit_data_with_nothing_held_out_in_training(tmp_p
     words = [f"word{number}" for number in range(400)]
     objects = [
         DocumentedObject(
-            f"m{number % 7}.f{number}", f"m{number % 7}.f{number}(a)", f"Summary {word} of it.", f"Body {word} is here. More {word} follows it now."
+            f"m{number % 7}.f{number}", f"m{number % 7}.f{number}(a)", f"Summary {word} of it.",
+            f"Body {word} is here. More {word} follows it now.",
         )
         for number, word in enumerate(words)
     ]  # fmt: skip
-    monkeypatch.setattr(corpus, "collect_objects", lambda: objects)
+    monkeypatch.setattr(corpus, "collect_objects", lambda _: objects)
     counts = write_corpus(tmp_path)
     held_out = {f"word{number}" for number, thing in enumerate(objects) if thing.held_out}
     assert counts["held_out_objects"] == counts["held_out_queries"] == len(held_out) > 10

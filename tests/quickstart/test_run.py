@@ -28,7 +28,7 @@ def output(tmp_path_factory):
         for number in range(300)
     ]  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(corpus, "collect_objects", lambda: objects)
+        patch.setattr(corpus, "collect_objects", lambda _: objects)
         assert run_quickstart(output, overrides=SMALL)
     return output
 
