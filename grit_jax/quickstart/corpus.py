@@ -74,13 +74,17 @@ class DocumentedObject(NamedTuple):
         return int.from_bytes(digest[:4]) < _HELD_OUT * 2**32
 
 
-def write_corpus(folder: Path) -> dict[str, int]:
+def write_corpus(folder: Path, roots: Iterable[tuple[str, Path]] | None = None) -> dict[str, int]:
     """Writes GRIT data and a retrieval task, and counts what it wrote.
 
     `train/` and `validation/` hold embedding and generative JSONL; `retrieval/` is in BEIR layout: held-out
     descriptions over the documentation of held-out objects.
+
+    Args:
+      folder: Where to write.
+      roots: What to read; see `collect_objects`.
     """
-    objects = collect_objects()
+    objects = collect_objects(roots)
     train = [thing for thing in objects if not thing.held_out]
     held_out = [thing for thing in objects if thing.held_out]
     counts = {"objects": len(objects), "held_out_objects": len(held_out)}

@@ -1,9 +1,11 @@
 import json
 import textwrap
+from pathlib import Path
 
 import pytest
 
 from grit_jax.data.records import parse_record
+from grit_jax.quickstart import corpus
 from grit_jax.quickstart.corpus import DocumentedObject, collect_objects, write_corpus
 
 
@@ -64,8 +66,6 @@ def test_the_split_follows_the_name_alone():
 
 
 def test_the_written_corpus_is_grit_data_with_nothing_held_out_in_training(tmp_path, monkeypatch):
-    from grit_jax.quickstart import corpus
-
     words = [f"word{number}" for number in range(400)]
     objects = [
         DocumentedObject(
@@ -92,3 +92,88 @@ def test_the_written_corpus_is_grit_data_with_nothing_held_out_in_training(tmp_p
     qrels = (tmp_path / "retrieval/qrels/test.tsv").read_text().splitlines()
     assert qrels[0] == "query-id\tcorpus-id\tscore"
     assert len(qrels) == len(lines("retrieval")) / 2 + 1
+
+
+def function(name: str, summary: str, body: str, arguments: str = "value") -> str:
+    return f'def {name}({arguments}):\n    """{summary}\n\n    {body}\n    """\n\n'
+
+
+def write_module(folder: Path, text: str) -> list[tuple[str, Path]]:
+    (folder / "orchard.py").write_text(text)
+    return [("", folder)]
+
+
+@pytest.fixture(scope="module")
+def orchard(tmp_path_factory):
+    """A folder with the corpus of 120 functions, written twice."""
+    functions = "".join(
+        function(
+            f"chore_{number}",
+            f"Does chore number {number} today.",
+            f"Needs {number} ladders before noon. The shed lends out {number} more of them afterwards.",
+        )
+        for number in range(120)
+    )
+    folder = tmp_path_factory.mktemp("orchard")
+    roots = write_module(folder, functions)
+    for copy in ("data", "again"):
+        write_corpus(folder / copy, roots)
+    return folder
+
+
+def read_rows(path: Path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_source_is_parsed_and_never_run(tmp_path):
+    roots = write_module(tmp_path, '"""A module that must stay asleep."""\nraise SystemExit("it ran")\n')
+    assert [thing.name for thing in collect_objects(roots)] == ["orchard"]
+
+
+def test_a_property_and_its_setter_are_one_object(tmp_path):
+    getter = '    @property\n    def weight(self):\n        """Weight of the whole basket."""\n'
+    setter = '    @weight.setter\n    def weight(self, value):\n        """Sets another weight by hand."""\n'
+    objects = collect_objects(write_module(tmp_path, f"class Basket:\n{getter}{setter}"))
+    assert [(thing.name, thing.summary) for thing in objects] == [
+        ("orchard.Basket.weight", "Weight of the whole basket.")
+    ]
+
+
+def test_only_the_first_argument_can_be_the_instance_or_class(tmp_path):
+    text = function("load", "Reads one basket from text.", "Takes a class of baskets too.", "self, text, *, cls=None")
+    assert collect_objects(write_module(tmp_path, text))[0].signature == "orchard.load(text, cls)"
+
+
+def test_a_description_that_stands_in_its_document_is_not_searched_for(tmp_path):
+    echo = function("echo", "Counts the apples twice.", "Then: counts  the apples twice, and the pears once.")
+    assert not collect_objects(write_module(tmp_path, echo))[0].searchable
+
+
+def test_an_excerpt_is_cut_out_of_the_document_it_is_taken_from(orchard):
+    rows = read_rows(orchard / "data/train/embedding/excerpt.jsonl")
+    assert rows and all(row["query"][1] not in row["pos"][0][1] for row in rows)
+
+
+@pytest.mark.parametrize("view", ["describe", "name", "excerpt"])
+def test_hard_negatives_are_other_objects_in_the_form_of_the_positive(orchard, view):
+    rows = read_rows(orchard / f"data/train/embedding/{view}.jsonl")
+    positives = {row["pos"][0][1] for row in rows}
+    for row in rows:
+        negatives = {text for _, text in row["neg"]}
+        assert len(negatives) == 3 and negatives <= positives - {row["pos"][0][1]}
+
+
+def test_writing_again_gives_the_same_bytes(orchard):
+    data, again = (
+        {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        for folder in (orchard / "data", orchard / "again")
+    )
+    assert data == again and len(data) == 9
+
+
+def test_the_standard_library_and_the_run_time_packages_are_read():
+    roots = dict(corpus._installed_roots())
+    assert {"", "numpy", "jax", "flax", "optax"} <= roots.keys() <= {"", *corpus.PACKAGES}
+    objects = {thing.name: thing for thing in collect_objects([("json", roots[""] / "json")])}
+    assert objects["json.loads"].signature.startswith("json.loads(s, cls, object_hook")
+    assert "Python object" in objects["json.loads"].summary and "object_hook" in objects["json.loads"].body
