@@ -8,6 +8,10 @@ os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # an installed libtpu otherwise looks fo
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
 
 import pytest
+from jaxtyping import install_import_hook
+
+# Shapes and types in signatures are checked whenever a test calls the function.
+install_import_hook(["grit_jax.model", "grit_jax.losses"], "beartype.beartype")
 
 
 @pytest.fixture(scope="session")

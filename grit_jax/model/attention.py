@@ -29,7 +29,7 @@ class AttentionMask:
 
     Attributes:
       query_positions: int32 [batch, length]; position of each query in its text.
-      key_positions: int32 [batch, keys]; position of each key in its text.
+      key_positions: int32 [batch or 1, keys]; position of each key in its text.
       query_segments: int32 [batch, length], or None when a row is one text.
       key_segments: int32 [batch, keys], or None.
       causal: Whether later keys are hidden.
@@ -37,7 +37,7 @@ class AttentionMask:
     """
 
     query_positions: Int[Array, "batch length"]
-    key_positions: Int[Array, "batch keys"]
+    key_positions: Int[Array, "#batch keys"]
     query_segments: Int[Array, "batch length"] | None
     key_segments: Int[Array, "batch keys"] | None
     causal: bool = dataclasses.field(metadata={"static": True})

@@ -39,7 +39,7 @@ def logits(architecture, params, tokens):
     model = bind(abstract_model(architecture), params)
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     mask = model.mask(jnp.ones_like(tokens), positions, causal=True)
-    return model(jnp.asarray(tokens), mask, dtype=jnp.float32) @ model.output_table.T
+    return model(jnp.asarray(tokens), mask, dtype=jnp.dtype("float32")) @ model.output_table.T
 
 
 def same(left, right):

@@ -22,7 +22,7 @@ def full_forward_greedy(model, params, prompt, steps):
     for _ in range(steps):
         tokens = jnp.array([ids + [0] * (24 - len(ids))])
         mask = bound.mask(jnp.ones_like(tokens), jnp.arange(24)[None], causal=True)
-        hidden = bound(tokens, mask, dtype=jnp.float32)[0, len(ids) - 1]
+        hidden = bound(tokens, mask, dtype=jnp.dtype("float32"))[0, len(ids) - 1]
         ids.append(int(jnp.argmax(bound.output_table @ hidden)))
     return ids[len(prompt) :]
 
@@ -35,7 +35,7 @@ def test_cached_decoding_of_a_ragged_batch_equals_full_forward_passes(window):
     tokens = np.zeros((3, 16), np.int32)
     for row, prompt in enumerate(PROMPTS):
         tokens[row, : len(prompt)] = prompt
-    logits, cache = prefill(model, params, tokens, lengths, slots=32, dtype=jnp.float32)
+    logits, cache = prefill(model, params, tokens, lengths, slots=32, dtype=jnp.dtype("float32"))
     keys = jnp.broadcast_to(jax.random.key(0), 3)
     options = {"temperature": np.float32(0), "top_p": np.float32(1), "steps": 4}
     first, logits, cache = decode(model, params, logits, cache, lengths, keys, **options)
