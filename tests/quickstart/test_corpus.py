@@ -144,9 +144,27 @@ def test_only_the_first_argument_can_be_the_instance_or_class(tmp_path):
     assert collect_objects(write_module(tmp_path, text))[0].signature == "orchard.load(text, cls)"
 
 
+def test_copies_of_a_summary_or_a_body_are_left_out(tmp_path):
+    text = function("first", "Counts the apples twice.", "Starts with the largest one, and goes down.")
+    text += function("second", "counts   the APPLES, twice!", "Says something of quite another kind.")
+    text += function("third", "Sums up the fruit of a day.", "Starts with the: largest\n    one and goes down.")
+    assert [thing.name for thing in collect_objects(write_module(tmp_path, text))] == ["orchard.first"]
+
+
+def test_a_document_is_cut_to_its_words_and_leaves_out_the_summary(tmp_path):
+    words = [f"word{number}" for number in range(200)]
+    text = function("load", "Reads one basket from text.", " ".join(words))
+    document = collect_objects(write_module(tmp_path, text))[0].document
+    assert document == "orchard.load(value)\n" + " ".join(words[: corpus._DOCUMENT_WORDS])
+
+
 def test_a_description_that_stands_in_its_document_is_not_searched_for(tmp_path):
-    echo = function("echo", "Counts the apples twice.", "Then: counts  the apples twice, and the pears once.")
-    assert not collect_objects(write_module(tmp_path, echo))[0].searchable
+    echoes = (
+        function(f"echo_{number}", f"Counts apples of tree {number}.", f"Then: counts  apples of TREE {number}, twice.")
+        for number in range(60)
+    )
+    counts = write_corpus(tmp_path / "data", write_module(tmp_path, "".join(echoes)))
+    assert counts["held_out_objects"] > 0 == counts["held_out_queries"]
 
 
 def test_an_excerpt_is_cut_out_of_the_document_it_is_taken_from(orchard):

@@ -2,7 +2,7 @@ import json
 
 import numpy as np
 
-from grit_jax.quickstart.figures import RetrievalTask, bm25_scores, ranks_of, retrieval_figures, unigram_loss
+from grit_jax.quickstart.figures import RetrievalTask, bm25_scores, ranks_of, read_task, retrieval_figures, unigram_loss
 from grit_jax.tokenizer import Tokenizer
 
 
@@ -34,3 +34,12 @@ def test_unigram_loss_is_the_cross_entropy_of_smoothed_counts(tmp_path):
     expected = -np.mean(np.log([3 / total, 1 / total, 2 / total]))
     actual = unigram_loss(tmp_path / "train", tmp_path / "held_out", tokenizer, max_length=64)
     assert np.isclose(actual, expected)
+
+
+def test_a_task_is_read_whatever_the_order_of_its_documents(tmp_path):
+    (tmp_path / "qrels").mkdir()
+    (tmp_path / "corpus.jsonl").write_text('{"_id": "x", "text": "pears"}\n{"_id": "y", "text": "apples"}\n')
+    (tmp_path / "queries.jsonl").write_text('{"_id": "1", "text": "apple"}\n{"_id": "2", "text": "pear"}\n')
+    (tmp_path / "qrels/test.tsv").write_text("query-id\tcorpus-id\tscore\n2\tx\t1\n1\ty\t1\n")
+    task = read_task(tmp_path)
+    assert [task.documents[place] for place in task.relevant] == ["apples", "pears"]

@@ -25,7 +25,7 @@ REPORT = {
     "searches": [
         {
             "query": "Split on [/] and [bold], not on [/x].",
-            "hits": [{"document": "os.split(p)\nMore of it.", "score": 0.75, "relevant": True}],
+            "hits": [{"document": "os.split[/](p)\nMore of it.", "score": 0.75, "relevant": True}],
         }
     ],
     "answers": [{"prompt": "What does `[/a]` do?", "answer": "It [/b] does."}],
@@ -39,7 +39,7 @@ def test_the_report_shows_every_figure_and_path(capsys):
     figures = [f"{value:.3f}" for part in (*REPORT["retrieval"].values(),) for value in part.values()]
     figures += ["9.111", "4.222", "6.333", "4,321", "987,654", "3,456,789", "5.0 minutes", "123", "0.750"]
     assert [figure for figure in figures if figure not in shown] == []
-    assert "os.split(p)" in shown and "runs/quickstart/losses.png" in shown
+    assert "os.split[/](p)" in shown and "runs/quickstart/losses.png" in shown
 
 
 def test_brackets_in_a_docstring_are_shown_and_not_read_as_markup(capsys):
@@ -49,10 +49,12 @@ def test_brackets_in_a_docstring_are_shown_and_not_read_as_markup(capsys):
         assert text in shown
 
 
+@pytest.mark.parametrize("evaluated", [True, False])
 @pytest.mark.parametrize("steps", [1, 60])
-def test_both_losses_are_drawn_to_a_png(tmp_path, steps):
+def test_both_losses_are_drawn_to_a_png(tmp_path, steps, evaluated):
     lines = [{"step": step, "loss/embedding": 4 / step, "loss/generative": 9 / step} for step in range(1, steps + 1)]
-    lines[-1] |= {"validation/loss/embedding": 1.0, "validation/loss/generative": 2.0}
+    if evaluated:
+        lines[-1] |= {"validation/loss/embedding": 1.0, "validation/loss/generative": 2.0}
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     plot_losses(tmp_path / "metrics.jsonl", tmp_path / "losses.png")
     assert (tmp_path / "losses.png").read_bytes().startswith(b"\x89PNG")
