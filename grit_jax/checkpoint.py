@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import json
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from grit_jax.model.transformer import Params, abstract_model, abstract_params
 from grit_jax.tokenizer import Tokenizer
 
 # The parts of a checkpoint; each can be read without the others.
-_PARAMS, _OPTIMIZER, _METADATA = "params", "optimizer", "metadata"
+_PARAMS, _OPTIMIZER = "params", "optimizer"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,18 +36,6 @@ class CheckpointMetadata:
     tokenizer_files: dict[str, str]
     config: str | None = None
     data: dict[str, Any] = dataclasses.field(default_factory=dict)
-
-    def to_json(self) -> str:
-        """As text that `from_json` reads."""
-        return json.dumps(dataclasses.asdict(self))
-
-    @classmethod
-    def from_json(cls, text: str) -> CheckpointMetadata:
-        """Reads `to_json`."""
-        values = json.loads(text)
-        values["architecture"] = TransformerConfig(**values["architecture"])
-        values["embedding"] = EmbeddingConfig(**values["embedding"])
-        return cls(**values)
 
 
 class Checkpoints:
@@ -78,13 +66,10 @@ class Checkpoints:
           OSError: The save before this one failed, for example because the disk is full.
         """
         self.wait()
-        parts: dict[str, Any] = {_PARAMS: params, _METADATA: {"json": metadata.to_json()}}
-        if opt_state is not None:
-            parts[_OPTIMIZER] = opt_state
-        self._saving = (
-            step,
-            self._guarded(step, lambda: self._checkpointer.save_checkpointables_async(step, parts, overwrite=True)),
-        )
+        parts = {_PARAMS: params} | ({} if opt_state is None else {_OPTIMIZER: opt_state})
+        about = dataclasses.asdict(metadata)
+        save = functools.partial(self._checkpointer.save_checkpointables_async, custom_metadata=about, overwrite=True)
+        self._saving = step, self._guarded(step, lambda: save(step, parts))
 
     def wait(self) -> None:
         """Waits for the save in progress.
@@ -115,7 +100,12 @@ class Checkpoints:
 
     def metadata(self, step: int) -> CheckpointMetadata:
         """What the checkpoint of `step` says about itself."""
-        return CheckpointMetadata.from_json(self._load(step, {_METADATA: None})[_METADATA]["json"])
+        stored: Any = self._checkpointer.checkpointables_metadata(step).custom_metadata
+        nested = {
+            "architecture": TransformerConfig(**stored["architecture"]),
+            "embedding": EmbeddingConfig(**stored["embedding"]),
+        }
+        return CheckpointMetadata(**stored | nested)
 
     def restore(self, step: int, params: Params, opt_state: Any) -> tuple[Params, Any]:
         """Parameters and optimizer state, placed as asked.
@@ -132,11 +122,8 @@ class Checkpoints:
         stored = self._checkpointer.checkpointables_metadata(step).metadata
         for part, tree in wanted.items():
             _check_matches(f"{self.folder / str(step)}: {part}", stored.get(part, {}), tree)
-        loaded = self._load(step, wanted)
+        loaded = self._checkpointer.load_checkpointables(step, wanted)
         return loaded[_PARAMS], loaded.get(_OPTIMIZER)
-
-    def _load(self, step: int, wanted: dict[str, Any]) -> dict[str, Any]:
-        return self._checkpointer.load_checkpointables(step, wanted)
 
 
 def _check_matches(where: str, stored: Any, wanted: Any) -> None:

@@ -6,7 +6,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int, Key
 
 from grit_jax.model.attention import AttentionMask
 from grit_jax.model.transformer import KVCache, Params, Transformer, bind
@@ -38,7 +38,7 @@ def _logits(model: Transformer, hidden: Float[Array, "batch embed"]) -> Float[Ar
 
 def sample(
     logits: Float[Array, "batch vocab"],
-    keys: PRNGKeyArray,
+    keys: Key[Array, " batch"],
     *,
     temperature: Float[Array, ""],
     top_p: Float[Array, ""],
@@ -90,7 +90,7 @@ def decode(
     logits: Float[Array, "batch vocab"],
     cache: KVCache,
     lengths: Int[Array, " batch"],
-    keys: PRNGKeyArray,
+    keys: Key[Array, " batch"],
     *,
     temperature: Float[Array, ""],
     top_p: Float[Array, ""],

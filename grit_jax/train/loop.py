@@ -7,7 +7,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Generator, Mapping
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -139,17 +139,18 @@ class Trainer:
                 waited = time.monotonic() - asked
                 self.state, metrics = self._train_step(self.state, sharding.place_batch(self.mesh, batch))
                 if unread:
-                    recorder.record(*unread)
+                    recorder.log(unread[0], recorder.read(*unread))
                 unread = (step, metrics, waited)
                 last = step == config.train.steps or stop.is_set()
                 evaluate = last or (config.train.eval_every and step % config.train.eval_every == 0)
                 save = last or step % config.checkpoint.every == 0
                 if evaluate or save:
-                    recorder.record(*unread, self.evaluate() if evaluate and not stop.is_set() else {})
-                    unread = None
-                if save:
-                    self._save(step)
-                if evaluate or save:
+                    values, unread = recorder.read(*unread), None
+                    if evaluate and not stop.is_set():
+                        values |= self.evaluate()
+                    recorder.log(step, values)
+                    if save:
+                        self._save(step)
                     recorder.restart_clock()
                 if last:
                     break
@@ -194,8 +195,8 @@ class _Recorder:
         """Leaves the time since the last step out of the next one's."""
         self._read = time.monotonic()
 
-    def record(self, step: int, metrics: Metrics, waited: float, extra: Mapping[str, float] | None = None) -> None:
-        """Waits for a step's metrics and hands them on, with its speed."""
+    def read(self, step: int, metrics: Metrics, waited: float) -> dict[str, float]:
+        """Waits for a step's metrics and adds its speed."""
         values = {name: value.item() for name, value in jax.device_get(metrics).items()}
         seconds = time.monotonic() - self._read
         self.restart_clock()
@@ -215,7 +216,10 @@ class _Recorder:
                 self._architecture, tokens=values["tokens"], generative_tokens=generative, attention_pairs=pairs
             )
             values["mfu"] = flops / seconds / self._peak
-        values |= extra or {}
+        return values
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        """Hands a step's numbers to the trackers and the display."""
         for tracker in self._trackers:
             tracker.log(step, values)
         self._display.step(step, values)
