@@ -40,9 +40,10 @@ imports: install-dev  ## check that imports point down
 	@$(BIN)/lint-imports
 
 constraints: install-dev  ## resolve constraints.txt anew
-	@echo "# Versions that the tests run with, for Python 3.11 to 3.13; made by \`make constraints\`." > constraints.txt
+	@echo "# Versions that the tests run with, for Python 3.11 to 3.13; made by \`make constraints\`." > constraints.new
 	@$(BIN)/uv pip compile --quiet --universal --fork-strategy fewest --python-version 3.11 --all-extras --no-emit-index-url \
-		--no-header --no-annotate pyproject.toml >> constraints.txt
+		--no-header --no-annotate pyproject.toml >> constraints.new
+	@mv constraints.new constraints.txt
 
 clean:  ## remove .venv
 	rm -rf $(VENV)
