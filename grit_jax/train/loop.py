@@ -119,7 +119,8 @@ class Trainer:
             return True
         self.folder.mkdir(parents=True, exist_ok=True)
         resolved = dump_config(config)
-        (self.folder / "config.yaml").write_text(resolved)
+        if jax.process_index() == 0:
+            (self.folder / "config.yaml").write_text(resolved)
         with (
             make_trackers(config.logging, self.folder, resume_step=start, resolved=resolved) as trackers,
             Display(config, start=start) as display,

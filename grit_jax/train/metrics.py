@@ -134,7 +134,10 @@ class WandbTracker:
 
 @contextmanager
 def make_trackers(config: LoggingConfig, folder: Path, *, resume_step: int, resolved: str) -> Generator[list[Tracker]]:
-    """The trackers that a config asks for, metrics.jsonl always among them; closed at the end."""
+    """The trackers that a config asks for, metrics.jsonl always among them; closed at the end. Host 0 alone has any."""
+    if jax.process_index() != 0:
+        yield []
+        return
     trackers: list[Tracker] = [JsonlTracker(folder / "metrics.jsonl", resume_step=resume_step)]
     if config.tensorboard:
         trackers.append(TensorBoardTracker(folder / "tensorboard"))
