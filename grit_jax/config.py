@@ -23,24 +23,64 @@ class InputError(ValueError):
 
 
 @dataclass(frozen=True)
-class TransformerConfig:
-    """Architecture of a Mistral/Llama-style decoder.
+class RopeScaling:
+    """Stretches rotary positions beyond the length a model was first trained on.
 
     Attributes:
+      kind: `linear` divides every frequency by `factor`; `llama3` divides the slow ones only, with a ramp between.
+      factor: By how much.
+      low_frequency_factor: `llama3`: waves longer than `original_length / low_frequency_factor` are divided.
+      high_frequency_factor: `llama3`: waves shorter than `original_length / high_frequency_factor` are kept.
+      original_length: `llama3`: the length of the first training, in tokens.
+    """
+
+    kind: Literal["linear", "llama3"] = "linear"
+    factor: float = 1.0
+    low_frequency_factor: float = 1.0
+    high_frequency_factor: float = 4.0
+    original_length: int = 8192
+
+
+Family = Literal["llama", "mistral", "mixtral", "qwen2", "qwen3", "gemma2", "gemma3_text"]
+
+
+@dataclass(frozen=True)
+class TransformerConfig:
+    """Architecture of a decoder of one of the supported families.
+
+    Attributes:
+      family: Hugging Face `model_type` that the model is exported as.
       vocab_size: Rows of the embedding table; 0 takes the tokenizer's size.
       embed_dim: Width of the residual stream.
-      mlp_dim: Width of the gated MLP.
+      mlp_dim: Width of the gated MLP, of one expert where there are experts.
       num_layers: Transformer blocks.
       num_heads: Query heads.
       num_kv_heads: Key and value heads; divides `num_heads`.
       head_dim: Width of one head; 0 means `embed_dim / num_heads`.
       max_length: Longest sequence the model was made for, in tokens.
       rope_theta: Base of the rotary embedding's wavelengths.
+      rope_scaling: How they are stretched; null for not at all.
+      local_rope_theta: Base in layers with a window, never stretched; null for the same as everywhere.
       norm_epsilon: Epsilon of every RMSNorm.
+      norm_offset: Added to every stored norm scale: 1 for Gemma, whose scales are stored around 0.
+      activation: Of the gated MLP.
+      qkv_bias: Whether query, key and value have biases.
+      qk_norm: Whether each head's queries and keys are normalised before the rotation.
+      post_norms: Whether what attention and MLP add to the residual stream is normalised.
+      scale_embedding: Whether token embeddings are multiplied by `sqrt(embed_dim)`.
+      attention_scale: Factor of query-key products; null means `head_dim ** -0.5`.
+      attention_soft_cap: Bound of attention scores, by tanh; null for none.
+      logit_soft_cap: Bound of logits, by tanh; null for none.
       sliding_window: Keys a causal query sees, itself included; null for all of them.
+      windowed_layers: For each layer whether it has the window; empty for every layer.
+      window_bidirectional: Whether a bidirectional query is held to keys at most `sliding_window` away; without, it
+        sees all keys.
       tie_embeddings: Whether the output head is the embedding table.
+      num_experts: Experts of every MLP; 0 for a dense MLP.
+      experts_per_token: Experts that a token is sent to.
     """
 
+    family: Family = "llama"
     vocab_size: int = 0
     embed_dim: int = 256
     mlp_dim: int = 768
@@ -50,9 +90,24 @@ class TransformerConfig:
     head_dim: int = 0
     max_length: int = 2048
     rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    local_rope_theta: float | None = None
     norm_epsilon: float = 1e-5
+    norm_offset: float = 0.0
+    activation: Literal["silu", "gelu_tanh"] = "silu"
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    post_norms: bool = False
+    scale_embedding: bool = False
+    attention_scale: float | None = None
+    attention_soft_cap: float | None = None
+    logit_soft_cap: float | None = None
     sliding_window: int | None = None
+    windowed_layers: tuple[bool, ...] = ()
+    window_bidirectional: bool = False
     tie_embeddings: bool = True
+    num_experts: int = 0
+    experts_per_token: int = 2
 
     def __post_init__(self):
         for name in ("embed_dim", "mlp_dim", "num_layers", "num_heads", "num_kv_heads", "max_length"):
@@ -67,6 +122,27 @@ class TransformerConfig:
                 f"model.architecture.embed_dim={self.embed_dim} is not a multiple of num_heads={self.num_heads}; "
                 "set model.architecture.head_dim"
             )
+        if self.num_experts and not 1 <= self.experts_per_token <= self.num_experts:
+            raise InputError(
+                f"model.architecture.experts_per_token={self.experts_per_token} is not between 1 and "
+                f"num_experts={self.num_experts}"
+            )
+        # Stored as JSON and YAML, lists and mappings come back.
+        object.__setattr__(self, "windowed_layers", tuple(self.windowed_layers))
+        if isinstance(self.rope_scaling, dict):
+            object.__setattr__(self, "rope_scaling", RopeScaling(**self.rope_scaling))
+        if self.windowed_layers and len(self.windowed_layers) != self.num_layers:
+            raise InputError(
+                f"model.architecture.windowed_layers has {len(self.windowed_layers)} entries for "
+                f"num_layers={self.num_layers}; give one per layer, or none"
+            )
+        if any(self.windowed_layers) and not self.sliding_window:
+            raise InputError("model.architecture.windowed_layers needs model.architecture.sliding_window")
+
+    @property
+    def layer_windows(self) -> tuple[bool, ...]:
+        """For each layer whether it has the sliding window."""
+        return self.windowed_layers or (self.sliding_window is not None,) * self.num_layers
 
     def resolve(self, vocab_size: int) -> TransformerConfig:
         """The same architecture with no 0 left: `vocab_size` and `head_dim` filled in where they are missing.
@@ -176,7 +252,7 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class LossConfig:
-    """The joint objective: embedding_weight * L_rep + generative_weight * L_gen.
+    """The joint objective: embedding_weight * L_rep + generative_weight * L_gen, plus the balance losses of experts.
 
     Attributes:
       type: Normalisation of the LM loss: `mixed` (mean over the tokens of each sub-batch of samples, then over
@@ -185,6 +261,8 @@ class LossConfig:
       temperature: Temperature of the contrastive softmax.
       embedding_weight: Factor of the contrastive loss.
       generative_weight: Factor of the LM loss.
+      router_weight: Factor of the experts' balance loss in the generative pass.
+      embedding_router_weight: The same in the embedding pass; 0 reports it only.
     """
 
     type: Literal["mixed", "token", "token_mean"] = "mixed"
@@ -192,6 +270,8 @@ class LossConfig:
     temperature: float = 0.02
     embedding_weight: float = 1.0
     generative_weight: float = 1.0
+    router_weight: float = 0.02
+    embedding_router_weight: float = 0.0
 
     def __post_init__(self):
         _require_positive("loss.temperature", self.temperature)
@@ -294,11 +374,13 @@ class MeshConfig:
       data: Replicas of the weights.
       fsdp: Shards of every weight, batch split too.
       tensor: Shards of heads, MLP and vocabulary.
+      expert: Groups that share out the experts of each layer, batch split too.
     """
 
     data: int = 1
     fsdp: int = -1
     tensor: int = 1
+    expert: int = 1
 
 
 @dataclass(frozen=True)

@@ -336,4 +336,4 @@ def _bucket(size: int, *, at_least: int) -> int:
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames=("settings", "dtype"))
 def _embed(model, params, *rows, settings: EmbeddingConfig, dtype):
-    return embed_rows(bind(model, params), *rows, settings=settings, dtype=dtype)
+    return embed_rows(bind(model, params), *rows, settings=settings, dtype=dtype)[0]

@@ -1,6 +1,8 @@
-"""The two losses of GRIT. Weights come with the batch, so nothing is averaged here."""
+"""The losses of GRIT. Weights come with the batch, so nothing is averaged here."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +37,7 @@ def contrastive_loss(
 
 def next_token_loss(
     hidden: Float[Array, "batch length embed"],
-    output_table: Float[Array, "vocab embed"],
+    output_layer: Callable[[Float[Array, "batch block embed"]], Float[Array, "batch block vocab"]],
     *,
     targets: Int[Array, "batch length"],
     loss_weights: Float[Array, "batch length"],
@@ -43,11 +45,10 @@ def next_token_loss(
 ) -> Float[Array, ""]:
     """sum(loss_weights * -log p(target)), with logits made for `block` positions of each row at a time.
 
-    Logits are float32; the backward pass makes them again, so that no more than one block of them exists.
+    `output_layer` gives float32 logits; the backward pass makes them again, so that no more than one block of them exists.
     """
-    batch, length, embed_dim = hidden.shape
+    batch, length, _ = hidden.shape
     block = next(size for size in range(min(block, length), 0, -1) if length % size == 0)
-    table = output_table.astype(hidden.dtype)
 
     def blocks(x):
         return x.reshape(batch, length // block, block, *x.shape[2:]).swapaxes(0, 1)
@@ -55,10 +56,21 @@ def next_token_loss(
     @jax.checkpoint
     def block_loss(total, block_inputs):
         x, target, weight = block_inputs
-        logits = jnp.einsum("td,vd->tv", x.reshape(-1, embed_dim), table, preferred_element_type=jnp.float32)
-        logits = constrain(logits.reshape(*target.shape, -1), "batch", "length", "activation_vocab")
+        logits = constrain(output_layer(x), "batch", "length", "activation_vocab")
         picked = jnp.take_along_axis(logits, target[..., None], axis=-1)[..., 0]
         return total + jnp.sum(weight * (jax.nn.logsumexp(logits, axis=-1) - picked)), None
 
     zero = jnp.zeros((), jnp.float32)
     return jax.lax.scan(block_loss, zero, (blocks(hidden), blocks(targets), blocks(loss_weights)))[0]
+
+
+def balance_loss(
+    choices: Float[Array, "per_token experts"], probabilities: Float[Array, " experts"], tokens: Float[Array, ""]
+) -> Float[Array, ""]:
+    """experts * sum_{k,e} f[k,e] * P[e]: smallest when tokens are spread evenly (Fedus et al., arXiv 2101.03961).
+
+    f[k,e] is the share of tokens whose k-th choice is expert e and P[e] the mean probability, from the sums of
+    `RouterStats`.
+    """
+    tokens = jnp.maximum(tokens, 1.0)
+    return choices.shape[1] * jnp.sum((choices / tokens) @ (probabilities / tokens))

@@ -12,21 +12,25 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from grit_jax.batch import GritBatch, HostShare
 from grit_jax.config import InputError, MeshConfig
 
-MESH_AXES = ("data", "fsdp", "tensor")
+MESH_AXES = ("data", "fsdp", "tensor", "expert")
 
 # Logical axis of an array dim -> mesh axes it is split over; None keeps the dim whole on every device.
 LOGICAL_AXES: Mapping[str, str | tuple[str, ...] | None] = {
     # parameters
     "layers": None,
-    "embed": "fsdp",
+    "embed": ("fsdp", "expert"),
     "mlp": "tensor",
     "heads": "tensor",
     "kv_heads": "tensor",
     "head_dim": None,
     "vocab": "tensor",
     "projection": None,
+    "experts": "expert",
+    "expert_embed": "fsdp",
+    "router": None,
+    "whole": None,  # a dim that a kernel takes unsplit
     # activations
-    "batch": ("data", "fsdp"),
+    "batch": ("data", "fsdp", "expert"),
     "length": None,
     "passages": None,
     "chunks": None,
@@ -63,10 +67,11 @@ def partition_spec(axes: Sequence[str]) -> PartitionSpec:
 
 def axis_size(mesh: Mesh, axis: str) -> int:
     """Number of pieces that a dim called `axis` is split into."""
-    return math.prod(mesh.shape[name] for name in _mesh_axes(axis))
+    return math.prod(mesh.shape[name] for name in mesh_axes(axis))
 
 
-def _mesh_axes(axis: str) -> tuple[str, ...]:
+def mesh_axes(axis: str) -> tuple[str, ...]:
+    """The mesh axes that a dim called `axis` is split over."""
     names = LOGICAL_AXES[axis]
     return (names,) if isinstance(names, str) else names or ()
 
@@ -89,7 +94,7 @@ def shardings(mesh: Mesh, shapes: Any, axes: Any) -> Any:
             if size % pieces:
                 raise InputError(
                     f"{jax.tree_util.keystr(path, simple=True, separator='.')}: {name}={size} is not divisible by "
-                    f"mesh.{'*'.join(_mesh_axes(name))}={pieces}; choose mesh sizes that divide it"
+                    f"mesh.{'*'.join(mesh_axes(name))}={pieces}; choose mesh sizes that divide it"
                 )
         return NamedSharding(mesh, partition_spec(names))
 

@@ -15,8 +15,8 @@ class AttentionMask:
     """Which keys a query sees, as data; nothing is inferred from token ids.
 
     A key is visible when it belongs to the query's segment and, under `causal`, does not
-    come later and is less than `window` positions back. A bidirectional mask ignores
-    `window`: a sliding window is a causal model's, and would hide text on both sides.
+    come later and is less than `window` positions back. A bidirectional query sees keys up
+    to `window` positions away on both sides.
 
     For one row with segments 1 1 1 2 2 0 (0 is padding), `x` marks visible keys:
 
@@ -33,7 +33,7 @@ class AttentionMask:
       query_segments: int32 [batch, length], or None when a row is one text.
       key_segments: int32 [batch, keys], or None.
       causal: Whether later keys are hidden.
-      window: Keys a causal query sees, itself included; None for all.
+      window: Keys a causal query sees, itself included, or farthest key of a bidirectional one; None for all.
     """
 
     query_positions: Int[Array, "batch length"]
@@ -63,8 +63,8 @@ class AttentionMask:
             visible = self.query_segments[:, :, None] == self.key_segments[:, None, :]
         if self.causal:
             visible &= key <= query
-            if self.window is not None:
-                visible &= query - key < self.window
+        if self.window is not None:
+            visible &= (query - key < self.window) if self.causal else (abs(query - key) <= self.window)
         return jnp.broadcast_to(visible, jnp.broadcast_shapes(query.shape, key.shape))
 
 
@@ -73,18 +73,24 @@ def attention(
     key: Float[Array, "batch keys kv_heads head_dim"],
     value: Float[Array, "batch keys kv_heads head_dim"],
     mask: AttentionMask,
+    *,
+    scale: float,
+    soft_cap: float | None,
 ) -> Float[Array, "batch length heads head_dim"]:
     """Grouped-query attention; query head `n` reads key/value head `n // (heads // kv_heads)`.
 
-    Softmax is float32. The heads of a group are folded into the query dim, so that each
+    Scores are `scale` times the products of queries and keys, bounded to `soft_cap` by tanh (Gemma 2) where it is
+    given. Softmax is float32. The heads of a group are folded into the query dim, so that each
     key/value head is one batched matrix product.
     """
     batch, length, num_heads, head_dim = query.shape
     num_kv_heads, num_keys = key.shape[2], key.shape[1]
     group = num_heads // num_kv_heads
     query = query.reshape(batch, length, num_kv_heads, group, head_dim).transpose(0, 2, 3, 1, 4)
-    query = (query * head_dim**-0.5).reshape(batch, num_kv_heads, group * length, head_dim)
+    query = (query * scale).reshape(batch, num_kv_heads, group * length, head_dim)
     scores = jnp.einsum("bkth,bskh->bkts", query, key, preferred_element_type=jnp.float32)
+    if soft_cap is not None:
+        scores = soft_cap * jnp.tanh(scores / soft_cap)
     scores = scores.reshape(batch, num_kv_heads, group, length, num_keys)
     scores = jnp.where(mask.materialize()[:, None, None], scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)

@@ -31,11 +31,6 @@ def _advance(
     return model.with_cache(tokens, mask, cache, dtype=cache.keys.dtype)
 
 
-def _logits(model: Transformer, hidden: Float[Array, "batch embed"]) -> Float[Array, "batch vocab"]:
-    table = model.output_table.astype(hidden.dtype)
-    return jnp.einsum("bd,vd->bv", hidden, table, preferred_element_type=jnp.float32)
-
-
 def sample(
     logits: Float[Array, "batch vocab"],
     keys: Key[Array, " batch"],
@@ -80,7 +75,7 @@ def prefill(
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     hidden, cache = _advance(model, tokens, positions, empty_cache(model, tokens.shape[0], slots, dtype))
     last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
-    return _logits(model, last), cache
+    return model.output_layer(dtype)(last), cache
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames="steps", donate_argnames="cache")
@@ -113,6 +108,7 @@ def decode(
       The tokens, logits of the one after them, and the cache.
     """
     bound = bind(model, params)
+    output_layer = bound.output_layer(cache.keys.dtype)
 
     def step(carry, position_offset):
         logits, cache = carry
@@ -120,7 +116,7 @@ def decode(
         draw_keys = jax.vmap(jax.random.fold_in)(keys, positions)
         tokens = sample(logits, draw_keys, temperature=temperature, top_p=top_p)
         hidden, cache = _advance(bound, tokens[:, None], positions[:, None], cache)
-        return (_logits(bound, hidden[:, 0]), cache), tokens
+        return (output_layer(hidden[:, 0]), cache), tokens
 
     (logits, cache), tokens = jax.lax.scan(step, (logits, cache), jnp.arange(steps))
     return tokens.T, logits, cache

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from grit_jax.config import TransformerConfig
+from grit_jax.config import RopeScaling, TransformerConfig
 from grit_jax.sharding import constrain
 
 
@@ -47,41 +48,61 @@ class Linear(nnx.Module):
 
 
 class RMSNorm(nnx.Module):
-    """Root-mean-square normalisation over the last dim, in float32."""
+    """Root-mean-square normalisation over the last dim, in float32, with a learned scale.
 
-    def __init__(self, dim: int, *, epsilon: float):
-        self.epsilon = epsilon
-        self.scale = nnx.Param(jnp.ones(dim, jnp.float32), axes=("embed",))
+    `axis` and `dim` are the logical axis and size of that dim. The scale is stored less `config.norm_offset`.
+    """
+
+    def __init__(self, config: TransformerConfig, axis: str = "embed", dim: int | None = None):
+        self.epsilon, self.offset = config.norm_epsilon, config.norm_offset
+        initial = jnp.full(dim or config.embed_dim, 1.0 - self.offset, jnp.float32)
+        self.scale = nnx.Param(initial, axes=(axis,))
 
     def __call__(self, x: Float[Array, "... embed"]) -> Float[Array, "... embed"]:
         """Normalises and scales; the result has the type of `x`."""
         wide = x.astype(jnp.float32)
         wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.epsilon)
-        return (wide * self.scale[...]).astype(x.dtype)
+        return (wide * (self.offset + self.scale[...])).astype(x.dtype)
+
+
+def activation(config: TransformerConfig) -> Callable[[Array], Array]:
+    """The nonlinearity of the gated MLP."""
+    return {"silu": jax.nn.silu, "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True)}[config.activation]
 
 
 class GatedMLP(nnx.Module):
-    """down(silu(gate(x)) * up(x))."""
+    """down(activation(gate(x)) * up(x))."""
 
     def __init__(self, config: TransformerConfig, *, key: PRNGKeyArray, out_scale: float):
         gate_key, up_key, down_key = jax.random.split(key, 3)
         embed, mlp = {"embed": config.embed_dim}, {"mlp": config.mlp_dim}
+        self.activation = activation(config)
         self.gate = Linear(embed, mlp, key=gate_key)
         self.up = Linear(embed, mlp, key=up_key)
         self.down = Linear(mlp, embed, key=down_key, scale=out_scale)
 
     def __call__(self, x: Float[Array, "batch length embed"]) -> Float[Array, "batch length embed"]:
         """What the MLP adds to the residual stream."""
-        hidden = constrain(jax.nn.silu(self.gate(x)) * self.up(x), "batch", "length", "activation_mlp")
+        hidden = constrain(self.activation(self.gate(x)) * self.up(x), "batch", "length", "activation_mlp")
         return self.down(hidden)
 
 
 Rotation = tuple[Float[Array, "batch length half"], Float[Array, "batch length half"]]
 
 
-def rotation(positions: Int[Array, "batch length"], *, head_dim: int, theta: float) -> Rotation:
+def rotation(
+    positions: Int[Array, "batch length"], *, head_dim: int, theta: float, scaling: RopeScaling | None
+) -> Rotation:
     """Cosines and sines of the rotary embedding (Su et al., arXiv 2104.09864), float32."""
     frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    if scaling is not None:
+        # Share of the unscaled frequency: none under `linear`; under `llama3` all for fast waves, with a ramp.
+        kept: Array | float = 0.0
+        if scaling.kind == "llama3":
+            low, high = scaling.low_frequency_factor, scaling.high_frequency_factor
+            turns = scaling.original_length * frequencies / (2 * math.pi)
+            kept = jnp.clip((turns - low) / (high - low), 0.0, 1.0)
+        frequencies = kept * frequencies + (1 - kept) * frequencies / scaling.factor
     angles = positions[:, :, None].astype(jnp.float32) * frequencies
     return jnp.cos(angles), jnp.sin(angles)
 

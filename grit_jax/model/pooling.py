@@ -8,6 +8,7 @@ from jaxtyping import Array, Float, Int
 
 from grit_jax.batch import max_segments
 from grit_jax.config import EmbeddingConfig
+from grit_jax.model.moe import RouterStats
 from grit_jax.model.transformer import Remat, Transformer
 
 
@@ -39,16 +40,16 @@ def embed_rows(
     settings: EmbeddingConfig,
     dtype: jnp.dtype,
     remat: Remat = "none",
-) -> Float[Array, "batch segments out"]:
-    """Float32 vectors of the texts of packed rows, in the slots of `EmbeddingBatch`.
+) -> tuple[Float[Array, "batch segments out"], RouterStats | None]:
+    """Float32 vectors of the texts of packed rows, in the slots of `EmbeddingBatch`, and the routers' sums.
 
     Hidden states are pooled, projected where the model has a head, and of unit length if the settings ask for it. The
     head is linear and pool weights sum to 1, so projecting after pooling equals projecting every token.
     """
     mask = model.mask(segment_ids, positions, causal=settings.attention == "causal")
-    hidden = model(tokens, mask, dtype=dtype, remat=remat)
+    hidden, stats = model(tokens, mask, dtype=dtype, remat=remat)
     vectors = pool(hidden, pool_weights, segment_ids, num_segments=max_segments(tokens.shape[1]))
     if settings.projection_dim is not None:
         with jax.default_matmul_precision("highest"):
             vectors = model.projection(vectors)
-    return normalize(vectors) if settings.normalized else vectors
+    return normalize(vectors) if settings.normalized else vectors, stats

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from grit_jax.config import TransformerConfig
 from grit_jax.model.attention import AttentionMask, attention
 from grit_jax.model.layers import GatedMLP, Linear, RMSNorm, Rotation, rotate, rotation
+from grit_jax.model.moe import ExpertMLP, RouterStats
 from grit_jax.sharding import constrain
 
 Remat = Literal["none", "full", "dots"]
@@ -30,6 +34,34 @@ class KVCache(NamedTuple):
     values: Array
 
 
+# Whether a layer has the sliding window: known when all layers are alike, else a scalar of the scan over layers.
+Windowed = bool | Bool[Array, ""]
+
+
+class Context(NamedTuple):
+    """What all layers of one call share.
+
+    Attributes:
+      mask: Who sees whom in layers with the sliding window.
+      real: Which tokens are not padding.
+      full: Rotation of layers that see everything.
+      local: Rotation of layers with the window; None where it is the same.
+    """
+
+    mask: AttentionMask
+    real: Bool[Array, "batch length"]
+    full: Rotation
+    local: Rotation | None
+
+    def rotation(self, windowed: Windowed) -> Rotation:
+        """The rotation of one layer."""
+        if self.local is None:
+            return self.full
+        if isinstance(windowed, bool):
+            return self.local if windowed else self.full
+        return jax.tree.map(functools.partial(jnp.where, windowed), self.local, self.full)
+
+
 class SelfAttention(nnx.Module):
     """Grouped-query self-attention with rotary positions."""
 
@@ -38,52 +70,87 @@ class SelfAttention(nnx.Module):
         embed = {"embed": config.embed_dim}
         heads = {"heads": config.num_heads, "head_dim": config.head_dim}
         kv_heads = {"kv_heads": config.num_kv_heads, "head_dim": config.head_dim}
-        self.query = Linear(embed, heads, key=query_key)
-        self.key = Linear(embed, kv_heads, key=key_key)
-        self.value = Linear(embed, kv_heads, key=value_key)
+        self.config = config
+        self.query = Linear(embed, heads, key=query_key, bias=config.qkv_bias)
+        self.key = Linear(embed, kv_heads, key=key_key, bias=config.qkv_bias)
+        self.value = Linear(embed, kv_heads, key=value_key, bias=config.qkv_bias)
         self.out = Linear(heads, embed, key=out_key, scale=out_scale)
+        if config.qk_norm:
+            self.query_norm = RMSNorm(config, "head_dim", config.head_dim)
+            self.key_norm = RMSNorm(config, "head_dim", config.head_dim)
 
     def __call__(
-        self, x: Float[Array, "batch length embed"], by: Rotation, mask: AttentionMask, cache: KVCache | None
+        self, x: Float[Array, "batch length embed"], context: Context, windowed: Windowed, cache: KVCache | None
     ) -> tuple[Float[Array, "batch length embed"], KVCache | None]:
         """What attention adds to the residual stream; with a cache, after writing the new keys and values into it."""
+        mask, by = context.mask, context.rotation(windowed)
         dims = ("batch", "length", "activation_heads", "head_dim")
-        query = constrain(rotate(self.query(x), by), *dims)
-        key = constrain(rotate(self.key(x), by), *dims)
+        query, key = self.query(x), self.key(x)
+        if self.config.qk_norm:
+            query, key = self.query_norm(query), self.key_norm(key)
+        query, key = constrain(rotate(query, by), *dims), constrain(rotate(key, by), *dims)
         value = constrain(self.value(x), *dims)
         if cache is not None:
             rows = jnp.arange(x.shape[0])[:, None]
             key = cache.keys.at[rows, mask.query_positions].set(key)
             value = cache.values.at[rows, mask.query_positions].set(value)
             cache = KVCache(key, value)
-        return self.out(attention(query, key, value, mask)), cache
+        return self.out(self._attend(query, key, value, mask, windowed)), cache
+
+    def _attend(self, query: Array, key: Array, value: Array, mask: AttentionMask, windowed: Windowed) -> Array:
+        scale = self.config.attention_scale or self.config.head_dim**-0.5
+        settings = {"scale": scale, "soft_cap": self.config.attention_soft_cap}
+
+        def attend(mask: AttentionMask) -> Array:
+            return attention(query, key, value, mask, **settings)
+
+        everywhere = dataclasses.replace(mask, window=None)
+        if isinstance(windowed, bool):
+            return attend(mask if windowed else everywhere)
+        return jax.lax.cond(windowed, lambda: attend(mask), lambda: attend(everywhere))
 
 
 class Block(nnx.Module):
-    """Pre-norm attention and MLP, each added to the residual stream."""
+    """Attention and MLP, each on a normalised input and added to the residual stream."""
 
     def __init__(self, config: TransformerConfig, *, key: PRNGKeyArray):
         attention_key, mlp_key = jax.random.split(key)
         # Branches start small against the residual stream: a new model is close to a bag of words, which already
         # ranks texts by their common words, and learns from there.
         out_scale = 0.1 * (2 * config.num_layers) ** -0.5
-        self.attention_norm = RMSNorm(config.embed_dim, epsilon=config.norm_epsilon)
+        self.config = config
+        self.attention_norm = RMSNorm(config)
         self.attention = SelfAttention(config, key=attention_key, out_scale=out_scale)
-        self.mlp_norm = RMSNorm(config.embed_dim, epsilon=config.norm_epsilon)
-        self.mlp = GatedMLP(config, key=mlp_key, out_scale=out_scale)
+        self.mlp_norm = RMSNorm(config)
+        self.mlp = (ExpertMLP if config.num_experts else GatedMLP)(config, key=mlp_key, out_scale=out_scale)
+        if config.post_norms:
+            self.attention_post_norm = RMSNorm(config)
+            self.mlp_post_norm = RMSNorm(config)
 
     def __call__(
-        self, x: Float[Array, "batch length embed"], by: Rotation, mask: AttentionMask, cache: KVCache | None = None
-    ) -> tuple[Float[Array, "batch length embed"], KVCache | None]:
-        """The residual stream after the block, and the cache."""
-        attended, cache = self.attention(self.attention_norm(x), by, mask, cache)
-        x = constrain(x + attended, "batch", "length", "activation_embed")
-        x = constrain(x + self.mlp(self.mlp_norm(x)), "batch", "length", "activation_embed")
-        return x, cache
+        self,
+        x: Float[Array, "batch length embed"],
+        context: Context,
+        windowed: Windowed,
+        cache: KVCache | None = None,
+    ) -> tuple[Float[Array, "batch length embed"], KVCache | None, RouterStats | None]:
+        """The residual stream after the block, the cache, and the router's sums where there are experts."""
+        added, cache = self.attention(self.attention_norm(x), context, windowed, cache)
+        if self.config.post_norms:
+            added = self.attention_post_norm(added)
+        x = constrain(x + added, "batch", "length", "activation_embed")
+        stats = None
+        if self.config.num_experts:
+            added, stats = self.mlp(self.mlp_norm(x), context.real)
+        else:
+            added = self.mlp(self.mlp_norm(x))
+        if self.config.post_norms:
+            added = self.mlp_post_norm(added)
+        return constrain(x + added, "batch", "length", "activation_embed"), cache, stats
 
 
 class Transformer(nnx.Module):
-    """A Mistral/Llama-style decoder with an optional projection head for embeddings.
+    """A decoder with an optional projection head for embeddings.
 
     Args:
       config: Resolved architecture (`TransformerConfig.resolve`).
@@ -96,13 +163,13 @@ class Transformer(nnx.Module):
         embedding_key, layers_key, head_key, projection_key = jax.random.split(key, 4)
         table = (config.vocab_size, config.embed_dim)
         std = config.embed_dim**-0.5  # logits of unit variance
-        embedding_std = std if config.tie_embeddings else 1.0
+        embedding_std = std if config.tie_embeddings or config.scale_embedding else 1.0
         self.embedding = nnx.Param(
             embedding_std * jax.random.normal(embedding_key, table, jnp.float32), axes=("vocab", "embed")
         )
         layer_keys = jax.random.split(layers_key, config.num_layers)
         self.layers = jax.vmap(lambda layer_key: Block(config, key=layer_key))(layer_keys)
-        self.final_norm = RMSNorm(config.embed_dim, epsilon=config.norm_epsilon)
+        self.final_norm = RMSNorm(config)
         if not config.tie_embeddings:
             self.head = nnx.Param(std * jax.random.normal(head_key, table, jnp.float32), axes=("vocab", "embed"))
         if projection_dim is not None:
@@ -117,13 +184,26 @@ class Transformer(nnx.Module):
     def mask(
         self, segment_ids: Int[Array, "batch length"], positions: Int[Array, "batch length"], *, causal: bool
     ) -> AttentionMask:
-        """The mask of packed rows, with this model's sliding window."""
-        return AttentionMask.packed(segment_ids, positions, causal=causal, window=self.config.sliding_window)
+        """The mask of packed rows, with this model's sliding window where the pass has one."""
+        window = self.config.sliding_window if causal or self.config.window_bidirectional else None
+        return AttentionMask.packed(segment_ids, positions, causal=causal, window=window)
+
+    def output_layer(self, dtype: jnp.dtype) -> Callable[[Float[Array, "... embed"]], Float[Array, "... vocab"]]:
+        """The function from hidden states to float32 logits, its table cast to `dtype` once."""
+        table, cap = self.output_table.astype(dtype), self.config.logit_soft_cap
+
+        def logits(hidden):
+            flat = hidden.reshape(-1, hidden.shape[-1])
+            out = jnp.einsum("td,vd->tv", flat, table, preferred_element_type=jnp.float32)
+            out = out.reshape(*hidden.shape[:-1], -1)
+            return out if cap is None else cap * jnp.tanh(out / cap)
+
+        return logits
 
     def __call__(
         self, tokens: Int[Array, "batch length"], mask: AttentionMask, *, dtype: jnp.dtype, remat: Remat = "none"
-    ) -> Float[Array, "batch length embed"]:
-        """Final-norm hidden states.
+    ) -> tuple[Float[Array, "batch length embed"], RouterStats | None]:
+        """Final-norm hidden states, and the routers' sums over layers and tokens where there are experts.
 
         Args:
           tokens: Token ids.
@@ -131,27 +211,47 @@ class Transformer(nnx.Module):
           dtype: Type of the activations.
           remat: What a layer recomputes in the backward pass.
         """
-        block = _rematerialized(Block.__call__, remat)
-        x, by = self._start(tokens, mask, dtype)
-        x, _ = jax.lax.scan(lambda x, layer: (block(layer, x, by, mask)[0], None), x, self.layers)
-        return self.final_norm(x)
+
+        def step(x, layer, context, windowed):
+            x, _, stats = layer(x, context, windowed)
+            return x, stats
+
+        x, stats = self._scan(_rematerialized(step, remat), self._embed(tokens, dtype), self.layers, mask)
+        return self.final_norm(x), jax.tree.map(lambda per_layer: jnp.sum(per_layer, axis=0), stats)
 
     def with_cache(
         self, tokens: Int[Array, "batch length"], mask: AttentionMask, cache: KVCache, *, dtype: jnp.dtype
     ) -> tuple[Float[Array, "batch length embed"], KVCache]:
         """Final-norm hidden states of tokens that attend to `cache`, and the cache with them written in."""
 
-        def step(x, layer_and_cache):
-            layer, (keys, values) = layer_and_cache
-            return layer(x, by, mask, KVCache(keys, values))
+        def step(x, layer_and_cache, context, windowed):
+            layer, cache = layer_and_cache
+            x, cache, _ = layer(x, context, windowed, cache)
+            return x, cache
 
-        x, by = self._start(tokens, mask, dtype)
-        x, cache = jax.lax.scan(step, x, (self.layers, cache))
+        x, cache = self._scan(step, self._embed(tokens, dtype), (self.layers, cache), mask)
         return self.final_norm(x), cache
 
-    def _start(self, tokens, mask: AttentionMask, dtype) -> tuple[Array, Rotation]:
-        x = constrain(self.embedding[...].astype(dtype)[tokens], "batch", "length", "activation_embed")
-        return x, rotation(mask.query_positions, head_dim=self.config.head_dim, theta=self.config.rope_theta)
+    def _embed(self, tokens: Array, dtype: jnp.dtype) -> Array:
+        x = self.embedding[...].astype(dtype)[tokens]
+        if self.config.scale_embedding:
+            x = x * jnp.asarray(self.config.embed_dim**0.5, dtype)
+        return constrain(x, "batch", "length", "activation_embed")
+
+    def _scan(self, step, x: Array, layers: Any, mask: AttentionMask) -> tuple[Array, Any]:
+        """Carries `x` through `step(x, layer, context, windowed)` of every layer; stacks what the steps give."""
+        config = self.config
+        rotate_by = functools.partial(rotation, mask.query_positions, head_dim=config.head_dim)
+        full = rotate_by(theta=config.rope_theta, scaling=config.rope_scaling)
+        local = config.local_rope_theta and rotate_by(theta=config.local_rope_theta, scaling=None)
+        segments = mask.query_segments
+        real = jnp.ones(x.shape[:2], bool) if segments is None else segments > 0
+        context = Context(mask, real, full, local or None)
+        windows = config.layer_windows
+        if len(set(windows)) == 1:
+            return jax.lax.scan(lambda x, layer: step(x, layer, context, windows[0]), x, layers)
+        flags = jnp.array(windows)
+        return jax.lax.scan(lambda x, each: step(x, each[0], context, each[1]), x, (layers, flags))
 
 
 def compute_dtype(name: Literal["auto", "float32", "bfloat16"]) -> jnp.dtype:
@@ -166,7 +266,11 @@ def _rematerialized(function, remat: Remat):
         "full": jax.checkpoint_policies.nothing_saveable,
         "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     }
-    return function if remat == "none" else jax.checkpoint(function, policy=policies[remat])
+    # Whether a layer has a window stays known to Python where it is.
+    static = lambda *args: tuple(i for i, arg in enumerate(args) if isinstance(arg, bool))  # noqa: E731
+    if remat == "none":
+        return function
+    return lambda *args: jax.checkpoint(function, policy=policies[remat], static_argnums=static(*args))(*args)
 
 
 def abstract_model(config: TransformerConfig, projection_dim: int | None = None) -> Transformer:

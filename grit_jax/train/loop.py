@@ -275,7 +275,8 @@ def _check_batch(config: Config, mesh: jax.sharding.Mesh) -> None:
     if config.train.embeds and config.data.embedding_batch % shards:
         raise InputError(
             f"data.embedding_batch={config.data.embedding_batch} is not divisible by the mesh's {shards} batch shards "
-            f"(mesh.data={mesh.shape['data']} * mesh.fsdp={mesh.shape['fsdp']}); use a multiple of {shards}"
+            f"({' * '.join(f'mesh.{axis}={mesh.shape[axis]}' for axis in sharding.mesh_axes('batch'))}); "
+            f"use a multiple of {shards}"
         )
 
 

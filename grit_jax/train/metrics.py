@@ -46,7 +46,10 @@ def model_flops(
     """
     heads = architecture.num_heads * architecture.head_dim
     kv_heads = architecture.num_kv_heads * architecture.head_dim
-    projections = architecture.embed_dim * (2 * heads + 2 * kv_heads + 3 * architecture.mlp_dim)
+    # With experts: the router, and the MLPs that a token is sent to.
+    mlps = architecture.experts_per_token if architecture.num_experts else 1
+    widths = 2 * heads + 2 * kv_heads + 3 * mlps * architecture.mlp_dim + architecture.num_experts
+    projections = architecture.embed_dim * widths
     layers = architecture.num_layers * (projections * tokens + 2 * heads * attention_pairs)
     return 6 * (layers + architecture.vocab_size * architecture.embed_dim * generative_tokens)
 

@@ -12,7 +12,8 @@ import optax
 
 from grit_jax.batch import EmbeddingBatch, GenerativeBatch, GritBatch
 from grit_jax.config import Config
-from grit_jax.losses import contrastive_loss, next_token_loss
+from grit_jax.losses import balance_loss, contrastive_loss, next_token_loss
+from grit_jax.model.moe import RouterStats
 from grit_jax.model.pooling import embed_rows
 from grit_jax.model.transformer import Params, Transformer, bind
 from grit_jax.sharding import constrain
@@ -38,6 +39,11 @@ def map_chunks(function: Callable[[Any], Any], rows: Any, num_chunks: int) -> An
     return jax.lax.map(jax.checkpoint(function), jax.tree.map(split, rows))
 
 
+def _balance(name: str, stats: RouterStats | None) -> Metrics:
+    """The balance loss of stats that are stacked by chunk; nothing without experts."""
+    return {} if stats is None else {name: balance_loss(*(jnp.sum(chunks, axis=0) for chunks in stats))}
+
+
 @dataclasses.dataclass(frozen=True)
 class Objective:
     """The joint loss of a model as a function of its parameters and a batch.
@@ -52,8 +58,8 @@ class Objective:
     config: Config
     dtype: jnp.dtype
 
-    def embedding_loss(self, params: Params, batch: EmbeddingBatch) -> jax.Array:
-        """L_rep of the batch, float32 scalar."""
+    def embedding_losses(self, params: Params, batch: EmbeddingBatch) -> Metrics:
+        """L_rep of the batch, and the balance loss of its experts; float32 scalars."""
         config = self.config.model
 
         def vectors(rows):
@@ -61,35 +67,43 @@ class Objective:
             return embed_rows(model, *rows, settings=config.embedding, dtype=self.dtype, remat=config.remat)
 
         rows = (batch.tokens, batch.segment_ids, batch.positions, batch.pool_weights)
-        pooled = map_chunks(vectors, rows, self.config.train.embedding_chunks)  # [chunks, rows, segments, embed]
+        # [chunks, rows, segments, embed]
+        pooled, stats = map_chunks(vectors, rows, self.config.train.embedding_chunks)
         slots = pooled.swapaxes(0, 1).reshape(-1, pooled.shape[-1])
-        return contrastive_loss(
+        loss = contrastive_loss(
             constrain(slots[batch.query_slots], "batch", "activation_embed"),
             constrain(slots[batch.passage_slots], "passages", "activation_embed"),
             temperature=self.config.loss.temperature,
             query_weights=batch.query_weights,
             passage_ids=batch.passage_ids,
         )
+        return {"loss/embedding": loss} | _balance("loss/router_embedding", stats)
 
-    def generative_loss(self, params: Params, batch: GenerativeBatch) -> jax.Array:
-        """L_gen of the batch, float32 scalar."""
+    def generative_losses(self, params: Params, batch: GenerativeBatch) -> Metrics:
+        """L_gen of the batch, and the balance loss of its experts; float32 scalars."""
 
         def loss(rows: GenerativeBatch):
             model = bind(self.model, params)
             causal = self.config.model.generative_attention == "causal"
             mask = model.mask(rows.segment_ids, rows.positions, causal=causal)
-            hidden = model(rows.tokens, mask, dtype=self.dtype, remat=self.config.model.remat)
-            return next_token_loss(hidden, model.output_table, targets=rows.targets, loss_weights=rows.loss_weights)
+            hidden, stats = model(rows.tokens, mask, dtype=self.dtype, remat=self.config.model.remat)
+            logits = model.output_layer(self.dtype)
+            return next_token_loss(hidden, logits, targets=rows.targets, loss_weights=rows.loss_weights), stats
 
-        return jnp.sum(map_chunks(loss, batch, self.config.train.generative_chunks))
+        losses, stats = map_chunks(loss, batch, self.config.train.generative_chunks)
+        return {"loss/generative": jnp.sum(losses)} | _balance("loss/router", stats)
 
     def losses(self, params: Params, batch: GritBatch) -> Metrics:
-        """The losses of the streams that the batch holds, under `loss/embedding` and `loss/generative`."""
+        """The losses of the streams that the batch holds.
+
+        `loss/embedding` and `loss/generative`; with experts also `loss/router` and `loss/router_embedding`, the
+        balance losses of the generative and of the embedding pass.
+        """
         losses = {}
         if batch.embedding is not None:
-            losses["loss/embedding"] = self.embedding_loss(params, batch.embedding)
+            losses |= self.embedding_losses(params, batch.embedding)
         if batch.generative is not None:
-            losses["loss/generative"] = self.generative_loss(params, batch.generative)
+            losses |= self.generative_losses(params, batch.generative)
         return losses
 
     def work(self, batch: GritBatch) -> Metrics:
@@ -116,6 +130,8 @@ class Objective:
         weights = {
             "loss/embedding": self.config.loss.embedding_weight,
             "loss/generative": self.config.loss.generative_weight,
+            "loss/router": self.config.loss.router_weight,
+            "loss/router_embedding": self.config.loss.embedding_router_weight,
         }
         weighted = [weights[name] * value for name, value in losses.items()]
         return jnp.sum(jnp.stack(weighted)), losses
@@ -138,7 +154,7 @@ def make_train_step(
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         metrics: Metrics = {"loss": loss, **losses}
-        if len(losses) == 2:
+        if batch.embedding is not None and batch.generative is not None:
             metrics["loss/ratio"] = losses["loss/embedding"] / losses["loss/generative"]
         metrics["grad_norm"] = jnp.asarray(optax.tree.norm(gradient))
         metrics["learning_rate"] = jnp.asarray(schedule(state.step))
@@ -157,6 +173,9 @@ def make_eval_step(objective: Objective) -> Callable[[Params, GritBatch], Metric
             sums["weight/embedding"] = jnp.sum(batch.embedding.query_weights)
         if batch.generative is not None:
             sums["weight/generative"] = jnp.sum(batch.generative.loss_weights)
+        # A balance loss is one number per batch.
+        routers = [name for name in sums if name.startswith("loss/router")]
+        sums |= {name.replace("loss/", "weight/"): jnp.ones(()) for name in routers}
         return sums
 
     return jax.jit(eval_step)
