@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from orbax.checkpoint import v1 as ocp
 
 from grit_jax.config import EmbeddingConfig, InputError, TransformerConfig
@@ -179,9 +180,9 @@ def open_checkpoint(path: str | Path, step: int | None = None) -> Pretrained:
     metadata = checkpoints.metadata(step)
     model = abstract_model(metadata.architecture, metadata.embedding.projection_dim)
 
-    def load(shardings: Any) -> Params:
+    def load(shardings: Any, dtype: Any = jnp.float32) -> Params:
         shapes = jax.tree.map(
-            lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding),
+            lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, dtype, sharding=sharding),
             abstract_params(model),
             shardings,
         )

@@ -68,7 +68,7 @@ class TransformerConfig:
       qk_norm: Whether each head's queries and keys are normalised before the rotation.
       post_norms: Whether what attention and MLP add to the residual stream is normalised.
       scale_embedding: Whether token embeddings are multiplied by `sqrt(embed_dim)`.
-      attention_scale: Factor of query-key products; null means `head_dim ** -0.5`.
+      attention_scale_dim: Query-key products are divided by its square root; null means `head_dim`.
       attention_soft_cap: Bound of attention scores, by tanh; null for none.
       logit_soft_cap: Bound of logits, by tanh; null for none.
       sliding_window: Keys a causal query sees, itself included; null for all of them.
@@ -99,7 +99,7 @@ class TransformerConfig:
     qk_norm: bool = False
     post_norms: bool = False
     scale_embedding: bool = False
-    attention_scale: float | None = None
+    attention_scale_dim: float | None = None
     attention_soft_cap: float | None = None
     logit_soft_cap: float | None = None
     sliding_window: int | None = None

@@ -90,10 +90,8 @@ class GritModel:
         """
         pretrained = open_model(path, step)
         placed_on = sharding.make_mesh(mesh or MeshConfig(data=-1, fsdp=1, tensor=1))
-        params = load_params(pretrained, placed_on)
         kind = compute_dtype(dtype)
-        if kind != jnp.float32:
-            params = jax.jit(lambda tree: jax.tree.map(lambda x: x.astype(kind), tree), donate_argnums=0)(params)
+        params = load_params(pretrained, placed_on, kind)
         return cls(
             params, pretrained.architecture, pretrained.embedding, pretrained.tokenizer, mesh=placed_on, dtype=kind
         )

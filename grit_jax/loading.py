@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import jax.numpy as jnp
 from jax.sharding import Mesh
+from jax.typing import DTypeLike
 
 from grit_jax import checkpoint, sharding
 from grit_jax.config import InputError, MeshConfig
@@ -34,17 +36,21 @@ def open_model(path: str | Path, step: int | None = None) -> Pretrained:
     raise InputError(f"{path}: {what}; name a run folder, a checkpoint or a Hugging Face folder")
 
 
-def load_params(pretrained: Pretrained, mesh: Mesh) -> Params:
-    """Reads a model's parameters onto a mesh, float32.
+def load_params(pretrained: Pretrained, mesh: Mesh, dtype: DTypeLike = jnp.float32) -> Params:
+    """Reads a model's parameters onto a mesh, as training and inference split them.
 
     Raises:
       InputError: The stored weights are not of this model, or the mesh does not divide them.
     """
     model = abstract_model(pretrained.architecture, pretrained.embedding.projection_dim)
-    return pretrained.load(sharding.shardings(mesh, abstract_params(model), param_axes(model)))
+    return pretrained.load(sharding.shardings(mesh, abstract_params(model), param_axes(model)), dtype)
 
 
-def load_on_devices(path: str | Path, step: int | None = None) -> tuple[Pretrained, Params]:
-    """Opens a model and reads its parameters, a copy on every device; for conversion."""
+def load_for_conversion(
+    path: str | Path, step: int | None = None, dtype: DTypeLike = jnp.float32
+) -> tuple[Pretrained, Params]:
+    """Opens a model and reads its parameters, one copy over all devices."""
     pretrained = open_model(path, step)
-    return pretrained, load_params(pretrained, sharding.make_mesh(MeshConfig(data=-1, fsdp=1, tensor=1)))
+    model = abstract_model(pretrained.architecture, pretrained.embedding.projection_dim)
+    mesh = sharding.make_mesh(MeshConfig())
+    return pretrained, pretrained.load(sharding.spread(mesh, abstract_params(model)), dtype)

@@ -45,7 +45,8 @@ def next_token_loss(
 ) -> Float[Array, ""]:
     """sum(loss_weights * -log p(target)), with logits made for `block` positions of each row at a time.
 
-    `output_layer` gives float32 logits; the backward pass makes them again, so that no more than one block of them exists.
+    `output_layer` gives float32 logits; the backward pass makes them again, so that no more than one block of them
+    exists.
     """
     batch, length, _ = hidden.shape
     block = next(size for size in range(min(block, length), 0, -1) if length % size == 0)
@@ -67,7 +68,7 @@ def next_token_loss(
 def balance_loss(
     choices: Float[Array, "per_token experts"], probabilities: Float[Array, " experts"], tokens: Float[Array, ""]
 ) -> Float[Array, ""]:
-    """experts * sum_{k,e} f[k,e] * P[e]: smallest when tokens are spread evenly (Fedus et al., arXiv 2101.03961).
+    """Experts * sum_{k,e} f[k,e] * P[e]: smallest when tokens are spread evenly (Fedus et al., arXiv 2101.03961).
 
     f[k,e] is the share of tokens whose k-th choice is expert e and P[e] the mean probability, from the sums of
     `RouterStats`.

@@ -106,6 +106,24 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+def flat(mesh: Mesh) -> NamedSharding:
+    """The sharding of a dim that is split evenly over all devices."""
+    return NamedSharding(mesh, PartitionSpec(MESH_AXES))
+
+
+def spread(mesh: Mesh, shapes: Any) -> Any:
+    """Shardings that hold one copy of a tree of arrays over all devices, for conversion and not for computing.
+
+    The first dim that all devices divide is split; an array without one is held by every device.
+    """
+
+    def sharding(shape):
+        dim = next((i for i, size in enumerate(shape.shape) if size % mesh.size == 0), None)
+        return replicated(mesh) if dim is None else NamedSharding(mesh, PartitionSpec(*[None] * dim, MESH_AXES))
+
+    return jax.tree.map(sharding, shapes)
+
+
 def constrain(x: jax.Array, *axes: str) -> jax.Array:
     """Fixes how `x` is split over the mesh set by `jax.set_mesh`; without a mesh it is `x` itself."""
     if jax.sharding.get_abstract_mesh().empty:

@@ -21,10 +21,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Exports a model."""
-    from grit_jax.hf.folder import save_folder
-    from grit_jax.loading import load_on_devices
+    import jax.numpy as jnp
 
-    pretrained, params = load_on_devices(args.source, args.step)
+    from grit_jax.hf.export import save_folder
+    from grit_jax.loading import load_for_conversion
+
+    pretrained, params = load_for_conversion(args.source, args.step, jnp.dtype(args.dtype))
     save_folder(args.out, pretrained, params, dtype=args.dtype)
     print(f"{args.out}: a Hugging Face folder in {args.dtype}; AutoModelForCausalLM.from_pretrained opens it")
     return 0

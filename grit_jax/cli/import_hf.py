@@ -23,12 +23,12 @@ def run(args: argparse.Namespace) -> int:
 
     from grit_jax.checkpoint import CheckpointMetadata, save_params
     from grit_jax.config import InputError
-    from grit_jax.loading import load_on_devices
+    from grit_jax.loading import load_for_conversion
 
     out = Path(args.out)
     if out.exists() and any(out.iterdir()):
         raise InputError(f"{out} exists and is not empty; choose another folder")
-    pretrained, params = load_on_devices(args.source)
+    pretrained, params = load_for_conversion(args.source)
     metadata = CheckpointMetadata(pretrained.architecture, pretrained.embedding, pretrained.tokenizer.files())
     save_params(out, params, metadata)
     print(f"{out}: a checkpoint of {args.source}; name it as model.init, or to encode and generate")

@@ -1,142 +1,123 @@
-"""Hugging Face names of each family: tensors and config.json.
-
-A family is one table of tensors and one mapping of its config. Adding one means adding both, and an option in
-`model/` only where its mathematics is new.
-"""
+"""Hugging Face names of tensors, one table per family."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any, Literal
+import itertools
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
 
-from grit_jax.config import InputError, TransformerConfig
-
-# How a stored tensor relates to the parameter: as it is, or torch's [out, in] against our [in, out].
-Transform = Literal["same", "transpose"]
+from grit_jax.config import EmbeddingConfig, TransformerConfig
 
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """One row of a family's table.
+    """One row of a family's table: a parameter and the stored tensors that it is made of.
 
     Attributes:
-      name: Name in the safetensors file; `{layer}` stands for the layer's number.
+      name: Name in the safetensors file; `{layer}` and `{expert}` stand for the indices of the parameter's first dims.
       path: Path of the parameter.
-      transform: Relation of the two arrays, once heads are flattened.
+      in_dims: Input dims of a matrix product, before the output dims: torch stores [out, in], flattened, where the
+        parameter is [in..., out...]. None for a tensor that is stored as it is.
     """
 
     name: str
     path: tuple[str, ...]
-    transform: Transform = "same"
+    in_dims: int | None = None
 
-    @property
-    def stacked(self) -> bool:
-        """Whether there is one tensor per layer."""
-        return "{layer}" in self.name
+    def places(self, shape: tuple[int, ...]) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """The name of each stored tensor and its index in a parameter of `shape`."""
+        keys = [key for key in ("layer", "expert") if f"{{{key}}}" in self.name]
+        for index in itertools.product(*map(range, shape[: len(keys)])):
+            yield self.name.format(**dict(zip(keys, index, strict=True))), index
+
+    def stored_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Shape of each stored tensor of a parameter of `shape`."""
+        shape = shape[self.name.count("{") :]
+        if self.in_dims is None:
+            return shape
+        fan_out = math.prod(shape[self.in_dims :])
+        return (fan_out, math.prod(shape[: self.in_dims])) if self.in_dims else (fan_out,)
+
+    def to_stored(self, value: Any) -> Any:
+        """One stored tensor from its part of the parameter; numpy or JAX."""
+        if self.in_dims is None:
+            return value
+        return value.reshape(math.prod(value.shape[: self.in_dims]), -1).T if self.in_dims else value.reshape(-1)
+
+    def from_stored(self, stored: Any, shape: tuple[int, ...]) -> Any:
+        """The inverse of `to_stored`, for a parameter of `shape`."""
+        return (stored.T if self.in_dims else stored).reshape(shape[self.name.count("{") :])
 
 
 _LAYER = "model.layers.{layer}."
-_DECODER = (
+_BASE = (
     Tensor("model.embed_tokens.weight", ("embedding",)),
     Tensor(_LAYER + "input_layernorm.weight", ("layers", "attention_norm", "scale")),
-    Tensor(_LAYER + "self_attn.q_proj.weight", ("layers", "attention", "query", "kernel"), "transpose"),
-    Tensor(_LAYER + "self_attn.k_proj.weight", ("layers", "attention", "key", "kernel"), "transpose"),
-    Tensor(_LAYER + "self_attn.v_proj.weight", ("layers", "attention", "value", "kernel"), "transpose"),
-    Tensor(_LAYER + "self_attn.o_proj.weight", ("layers", "attention", "out", "kernel"), "transpose"),
-    Tensor(_LAYER + "post_attention_layernorm.weight", ("layers", "mlp_norm", "scale")),
-    Tensor(_LAYER + "mlp.gate_proj.weight", ("layers", "mlp", "gate", "kernel"), "transpose"),
-    Tensor(_LAYER + "mlp.up_proj.weight", ("layers", "mlp", "up", "kernel"), "transpose"),
-    Tensor(_LAYER + "mlp.down_proj.weight", ("layers", "mlp", "down", "kernel"), "transpose"),
+    Tensor(_LAYER + "self_attn.q_proj.weight", ("layers", "attention", "query", "kernel"), 1),
+    Tensor(_LAYER + "self_attn.k_proj.weight", ("layers", "attention", "key", "kernel"), 1),
+    Tensor(_LAYER + "self_attn.v_proj.weight", ("layers", "attention", "value", "kernel"), 1),
+    Tensor(_LAYER + "self_attn.o_proj.weight", ("layers", "attention", "out", "kernel"), 2),
     Tensor("model.norm.weight", ("final_norm", "scale")),
     Tensor("lm_head.weight", ("head",)),
 )
+_MLP = (
+    Tensor(_LAYER + "mlp.gate_proj.weight", ("layers", "mlp", "gate", "kernel"), 1),
+    Tensor(_LAYER + "mlp.up_proj.weight", ("layers", "mlp", "up", "kernel"), 1),
+    Tensor(_LAYER + "mlp.down_proj.weight", ("layers", "mlp", "down", "kernel"), 1),
+)
+_EXPERT = _LAYER + "block_sparse_moe.experts.{expert}."
+_EXPERTS = (
+    Tensor(_LAYER + "block_sparse_moe.gate.weight", ("layers", "mlp", "router", "kernel"), 1),
+    Tensor(_EXPERT + "w1.weight", ("layers", "mlp", "gate"), 1),
+    Tensor(_EXPERT + "w3.weight", ("layers", "mlp", "up"), 1),
+    Tensor(_EXPERT + "w2.weight", ("layers", "mlp", "down"), 1),
+)
+_BIASES = (
+    Tensor(_LAYER + "self_attn.q_proj.bias", ("layers", "attention", "query", "bias"), 0),
+    Tensor(_LAYER + "self_attn.k_proj.bias", ("layers", "attention", "key", "bias"), 0),
+    Tensor(_LAYER + "self_attn.v_proj.bias", ("layers", "attention", "value", "bias"), 0),
+)
+_HEAD_NORMS = (
+    Tensor(_LAYER + "self_attn.q_norm.weight", ("layers", "attention", "query_norm", "scale")),
+    Tensor(_LAYER + "self_attn.k_norm.weight", ("layers", "attention", "key_norm", "scale")),
+)
+_MLP_NORM = (Tensor(_LAYER + "post_attention_layernorm.weight", ("layers", "mlp_norm", "scale")),)
+_GEMMA_NORMS = (
+    Tensor(_LAYER + "post_attention_layernorm.weight", ("layers", "attention_post_norm", "scale")),
+    Tensor(_LAYER + "pre_feedforward_layernorm.weight", ("layers", "mlp_norm", "scale")),
+    Tensor(_LAYER + "post_feedforward_layernorm.weight", ("layers", "mlp_post_norm", "scale")),
+)
 
-TENSORS: Mapping[str, tuple[Tensor, ...]] = {"llama": _DECODER, "mistral": _DECODER}
+TENSORS: Mapping[str, tuple[Tensor, ...]] = {
+    "llama": _BASE + _MLP_NORM + _MLP,
+    "mistral": _BASE + _MLP_NORM + _MLP,
+    "mixtral": _BASE + _MLP_NORM + _EXPERTS,
+    "qwen2": _BASE + _BIASES + _MLP_NORM + _MLP,
+    "qwen3": _BASE + _HEAD_NORMS + _MLP_NORM + _MLP,
+    "gemma2": _BASE + _GEMMA_NORMS + _MLP,
+    "gemma3_text": _BASE + _HEAD_NORMS + _GEMMA_NORMS + _MLP,
+}
 
 # The linear embedding head is ours alone and lives in a file of its own.
 PROJECTION = (
-    Tensor("projection.weight", ("projection", "kernel"), "transpose"),
-    Tensor("projection.bias", ("projection", "bias")),
+    Tensor("projection.weight", ("projection", "kernel"), 1),
+    Tensor("projection.bias", ("projection", "bias"), 0),
 )
 
 # Buffers that older folders carry and that follow from the config.
 IGNORED_SUFFIXES = ("rotary_emb.inv_freq",)
 
-_FIELDS = {
-    "vocab_size": "vocab_size",
-    "embed_dim": "hidden_size",
-    "mlp_dim": "intermediate_size",
-    "num_layers": "num_hidden_layers",
-    "num_heads": "num_attention_heads",
-    "max_length": "max_position_embeddings",
-    "norm_epsilon": "rms_norm_eps",
-}
 
-# Keys that change the mathematics, with the only values that these families may have here.
-_REQUIRED = {
-    "hidden_act": ("silu",),
-    "attention_bias": (False, None),
-    "mlp_bias": (False, None),
-    "quantization_config": (None,),
-    "pretraining_tp": (1, None),
-}
+def table(architecture: TransformerConfig, embedding: EmbeddingConfig) -> list[Tensor]:
+    """The rows of every parameter of a model."""
+    rows = [row for row in TENSORS[architecture.family] if row.path != ("head",) or not architecture.tie_embeddings]
+    return rows + (list(PROJECTION) if embedding.projection_dim else [])
 
 
-def read_config(config: Mapping[str, Any], *, source: str) -> TransformerConfig:
-    """The architecture that a config.json describes.
-
-    Raises:
-      InputError: It names a family or a feature that is not supported, or lacks a key.
-    """
-    family = config.get("model_type")
-    if family not in TENSORS:
-        raise InputError(f"{source}: model_type={family!r} is not supported; supported are {', '.join(TENSORS)}")
-    for key, allowed in _REQUIRED.items():
-        if config.get(key, allowed[0]) not in allowed:
-            raise InputError(f"{source}: {key}={config[key]!r} is not supported for {family}; only {allowed[0]!r} is")
-    rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-    if (kind := rope.get("rope_type", rope.get("type", "default"))) != "default":
-        raise InputError(f"{source}: rope scaling of type {kind!r} is not supported")
-    missing = [key for key in _FIELDS.values() if key not in config]
-    if missing:
-        raise InputError(f"{source}: {', '.join(missing)} missing; the file does not describe a {family} model")
-    num_heads = config["num_attention_heads"]
-    window = config.get("sliding_window") if family == "mistral" else None
-    return TransformerConfig(
-        **{ours: config[theirs] for ours, theirs in _FIELDS.items()},
-        num_kv_heads=config.get("num_key_value_heads") or num_heads,
-        head_dim=config.get("head_dim") or config["hidden_size"] // num_heads,
-        rope_theta=float(config.get("rope_theta") or rope.get("rope_theta") or 10000.0),
-        sliding_window=window,
-        tie_embeddings=bool(config.get("tie_word_embeddings", False)),
-    )
-
-
-def write_config(
-    architecture: TransformerConfig, *, dtype: str, bos_id: int | None, eos_id: int | None
-) -> dict[str, Any]:
-    """The config.json of an architecture: a Mistral if it has a sliding window, else a Llama.
-
-    `is_causal` states transformers' default; a key that is present can be overridden to load the bidirectional pass.
-    """
-    family = "mistral" if architecture.sliding_window else "llama"
-    config: dict[str, Any] = {
-        "architectures": ["MistralForCausalLM" if family == "mistral" else "LlamaForCausalLM"],
-        "model_type": family,
-        **{theirs: getattr(architecture, ours) for ours, theirs in _FIELDS.items()},
-        "num_key_value_heads": architecture.num_kv_heads,
-        "head_dim": architecture.head_dim,
-        "rope_theta": architecture.rope_theta,
-        "tie_word_embeddings": architecture.tie_embeddings,
-        "hidden_act": "silu",
-        "attention_dropout": 0.0,
-        "bos_token_id": bos_id,
-        "eos_token_id": eos_id,
-        "is_causal": True,
-        "torch_dtype": dtype,
-        "use_cache": True,
-    }
-    if family == "mistral":
-        return config | {"sliding_window": architecture.sliding_window}
-    return config | {"attention_bias": False, "mlp_bias": False}
+def get(tree: Any, path: tuple[str, ...]) -> Any:
+    """The entry of a nested dict at a row's path."""
+    for key in path:
+        tree = tree[key]
+    return tree

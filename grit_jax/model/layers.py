@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from grit_jax.config import RopeScaling, TransformerConfig
 from grit_jax.sharding import constrain
@@ -81,10 +81,12 @@ class GatedMLP(nnx.Module):
         self.up = Linear(embed, mlp, key=up_key)
         self.down = Linear(mlp, embed, key=down_key, scale=out_scale)
 
-    def __call__(self, x: Float[Array, "batch length embed"]) -> Float[Array, "batch length embed"]:
-        """What the MLP adds to the residual stream."""
+    def __call__(
+        self, x: Float[Array, "batch length embed"], real: Bool[Array, "batch length"]
+    ) -> tuple[Float[Array, "batch length embed"], None]:
+        """What the MLP adds to the residual stream; padding is not treated apart, and there are no router's sums."""
         hidden = constrain(self.activation(self.gate(x)) * self.up(x), "batch", "length", "activation_mlp")
-        return self.down(hidden)
+        return self.down(hidden), None
 
 
 Rotation = tuple[Float[Array, "batch length half"], Float[Array, "batch length half"]]

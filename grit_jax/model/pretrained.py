@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 from grit_jax.config import EmbeddingConfig, TransformerConfig
 from grit_jax.model.transformer import Params
@@ -19,11 +18,11 @@ class Pretrained:
       architecture: Resolved shape of the transformer.
       embedding: How its vectors are made.
       tokenizer: Its tokenizer.
-      load: Reads the parameters: `load(shardings)` gives the nested dict of `abstract_params`, float32, each array
-        placed by the sharding at the same path.
+      load: Reads the parameters: `load(shardings, dtype)` gives the nested dict of `abstract_params`, each array of
+        that type, float32 by default, and placed by the sharding at the same path.
     """
 
     architecture: TransformerConfig
     embedding: EmbeddingConfig
     tokenizer: Tokenizer
-    load: Callable[[Any], Params]
+    load: Callable[..., Params]

@@ -98,8 +98,8 @@ class SelfAttention(nnx.Module):
         return self.out(self._attend(query, key, value, mask, windowed)), cache
 
     def _attend(self, query: Array, key: Array, value: Array, mask: AttentionMask, windowed: Windowed) -> Array:
-        scale = self.config.attention_scale or self.config.head_dim**-0.5
-        settings = {"scale": scale, "soft_cap": self.config.attention_soft_cap}
+        scale_dim = self.config.attention_scale_dim or self.config.head_dim
+        settings = {"scale": scale_dim**-0.5, "soft_cap": self.config.attention_soft_cap}
 
         def attend(mask: AttentionMask) -> Array:
             return attention(query, key, value, mask, **settings)
@@ -122,7 +122,8 @@ class Block(nnx.Module):
         self.attention_norm = RMSNorm(config)
         self.attention = SelfAttention(config, key=attention_key, out_scale=out_scale)
         self.mlp_norm = RMSNorm(config)
-        self.mlp = (ExpertMLP if config.num_experts else GatedMLP)(config, key=mlp_key, out_scale=out_scale)
+        mlp: type[GatedMLP | ExpertMLP] = ExpertMLP if config.num_experts else GatedMLP
+        self.mlp = mlp(config, key=mlp_key, out_scale=out_scale)
         if config.post_norms:
             self.attention_post_norm = RMSNorm(config)
             self.mlp_post_norm = RMSNorm(config)
@@ -139,11 +140,7 @@ class Block(nnx.Module):
         if self.config.post_norms:
             added = self.attention_post_norm(added)
         x = constrain(x + added, "batch", "length", "activation_embed")
-        stats = None
-        if self.config.num_experts:
-            added, stats = self.mlp(self.mlp_norm(x), context.real)
-        else:
-            added = self.mlp(self.mlp_norm(x))
+        added, stats = self.mlp(self.mlp_norm(x), context.real)
         if self.config.post_norms:
             added = self.mlp_post_norm(added)
         return constrain(x + added, "batch", "length", "activation_embed"), cache, stats
@@ -243,10 +240,10 @@ class Transformer(nnx.Module):
         config = self.config
         rotate_by = functools.partial(rotation, mask.query_positions, head_dim=config.head_dim)
         full = rotate_by(theta=config.rope_theta, scaling=config.rope_scaling)
-        local = config.local_rope_theta and rotate_by(theta=config.local_rope_theta, scaling=None)
+        local = rotate_by(theta=config.local_rope_theta, scaling=None) if config.local_rope_theta else None
         segments = mask.query_segments
         real = jnp.ones(x.shape[:2], bool) if segments is None else segments > 0
-        context = Context(mask, real, full, local or None)
+        context = Context(mask, real, full, local)
         windows = config.layer_windows
         if len(set(windows)) == 1:
             return jax.lax.scan(lambda x, layer: step(x, layer, context, windows[0]), x, layers)

@@ -16,7 +16,7 @@ import numpy as np
 import rich.console
 
 from grit_jax.config import InputError, load_config
-from grit_jax.hf.folder import save_folder
+from grit_jax.hf.export import save_folder
 from grit_jax.inference import GritModel
 from grit_jax.loading import open_model
 from grit_jax.model.transformer import compute_dtype

@@ -8,7 +8,8 @@ import safetensors.numpy
 
 from grit_jax import prompts, sharding
 from grit_jax.config import EmbeddingConfig, InputError, MeshConfig, TransformerConfig
-from grit_jax.hf.folder import open_folder, save_folder
+from grit_jax.hf.export import save_folder
+from grit_jax.hf.folder import open_folder
 from grit_jax.model.pretrained import Pretrained
 from grit_jax.model.transformer import abstract_model, abstract_params, bind, init_params, param_axes
 from grit_jax.tokenizer import Tokenizer
@@ -17,7 +18,7 @@ SHAPE = {"embed_dim": 32, "mlp_dim": 48, "num_layers": 2, "num_heads": 4, "num_k
 KINDS = {
     "tied llama": {},
     "untied llama": {"tie_embeddings": False},
-    "mistral with a window": {"tie_embeddings": False, "sliding_window": 4},
+    "mistral with a window": {"family": "mistral", "tie_embeddings": False, "sliding_window": 4},
 }
 TOKENS = np.random.default_rng(0).integers(0, 258, (2, 12)).astype(np.int32)
 
@@ -32,14 +33,14 @@ def whole(architecture, embedding=EmbeddingConfig(), mesh=MeshConfig(1, 1, 1)):
 def random_model(embedding=EmbeddingConfig(), **changes):
     architecture = TransformerConfig(**SHAPE | changes).resolve(258)
     params = init_params(architecture, jax.random.key(1), embedding.projection_dim)
-    return Pretrained(architecture, embedding, Tokenizer.load("bytes"), lambda _: params), params
+    return Pretrained(architecture, embedding, Tokenizer.load("bytes"), lambda *_: params), params
 
 
 def logits(architecture, params, tokens):
     model = bind(abstract_model(architecture), params)
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     mask = model.mask(jnp.ones_like(tokens), positions, causal=True)
-    return model(jnp.asarray(tokens), mask, dtype=jnp.dtype("float32")) @ model.output_table.T
+    return model.output_layer(jnp.dtype("float32"))(model(jnp.asarray(tokens), mask, dtype=jnp.dtype("float32"))[0])
 
 
 def same(left, right):

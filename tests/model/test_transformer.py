@@ -23,7 +23,7 @@ def params():
 def hidden_states(config, params, tokens, segment_ids, positions, *, causal, remat="none"):
     model = bind(abstract_model(config), params)
     mask = model.mask(jnp.asarray(segment_ids), jnp.asarray(positions), causal=causal)
-    return model(jnp.asarray(tokens), mask, dtype=jnp.dtype("float32"), remat=remat)
+    return model(jnp.asarray(tokens), mask, dtype=jnp.dtype("float32"), remat=remat)[0]
 
 
 def influence(config, params, *, causal, length=10):
