@@ -115,7 +115,7 @@ def read_config(config: Mapping[str, Any], *, source: str) -> TransformerConfig:
     Raises:
       InputError: It names a family or a feature that is not supported, or lacks a key.
     """
-    name = config.get("model_type")
+    name: Any = config.get("model_type")
     if name not in _FAMILIES:
         raise InputError(f"{source}: model_type={name!r} is not supported; supported are {', '.join(_FAMILIES)}")
     family = _FAMILIES[name]

@@ -10,6 +10,7 @@ import functools
 import json
 import math
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -52,7 +53,7 @@ class StoredTensor(NamedTuple):
     def read(self, start: int, stop: int) -> np.ndarray:
         """Values `start` to `stop` of the flattened tensor; nothing else is read."""
         values = np.empty(stop - start, self.dtype)
-        wanted = memoryview(values.view(np.uint8))
+        wanted: Any = values.view(np.uint8).data
         with self.file.open("rb") as stream:
             stream.seek(self.offset + start * self.dtype.itemsize)
             while len(wanted):
@@ -176,7 +177,7 @@ def load_param(
         size = math.prod(stored.shape)
         split = flat if size % target.mesh.size == 0 else sharding.replicated(target.mesh)
 
-        def read(part: tuple[slice, ...], stored=stored, size=size) -> np.ndarray:
+        def read(part: Any, stored: StoredTensor = stored, size: int = size) -> np.ndarray:
             start, stop, _ = part[0].indices(size)
             return stored.read(start, stop)
 
@@ -207,9 +208,7 @@ def _some(items: list[str]) -> str:
     return "; ".join(items[:8]) + (f"; and {len(items) - 8} more" if len(items) > 8 else "")
 
 
-def write_tensors(
-    folder: epath.Path, stem: str, tensors: Iterator[tuple[str, np.ndarray]], *, max_shard_bytes: int
-) -> None:
+def write_tensors(folder: Path, stem: str, tensors: Iterator[tuple[str, np.ndarray]], *, max_shard_bytes: int) -> None:
     """Writes `stem.safetensors`, or several files with an index; no more than one file's tensors are in memory."""
     shards: list[list[str]] = []
     pending: dict[str, np.ndarray] = {}

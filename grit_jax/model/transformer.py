@@ -99,10 +99,9 @@ class SelfAttention(nnx.Module):
 
     def _attend(self, query: Array, key: Array, value: Array, mask: AttentionMask, windowed: Windowed) -> Array:
         scale_dim = self.config.attention_scale_dim or self.config.head_dim
-        settings = {"scale": scale_dim**-0.5, "soft_cap": self.config.attention_soft_cap}
 
         def attend(mask: AttentionMask) -> Array:
-            return attention(query, key, value, mask, **settings)
+            return attention(query, key, value, mask, scale=scale_dim**-0.5, soft_cap=self.config.attention_soft_cap)
 
         everywhere = dataclasses.replace(mask, window=None)
         if isinstance(windowed, bool):
