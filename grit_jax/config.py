@@ -99,7 +99,7 @@ class TransformerConfig:
     qk_norm: bool = False
     post_norms: bool = False
     scale_embedding: bool = False
-    attention_scale_dim: float | None = None
+    attention_scale_dim: int | None = None
     attention_soft_cap: float | None = None
     logit_soft_cap: float | None = None
     sliding_window: int | None = None

@@ -16,7 +16,10 @@ def test_a_mesh_axis_of_minus_one_takes_the_devices_left():
 @pytest.mark.parametrize(
     ("mesh", "message"),
     [
-        (MeshConfig(3, 1, 1), "mesh.data=3, mesh.fsdp=1, mesh.tensor=1, mesh.expert=1 do not multiply to the 8 devices"),
+        (
+            MeshConfig(3, 1, 1),
+            "mesh.data=3, mesh.fsdp=1, mesh.tensor=1, mesh.expert=1 do not multiply to the 8",
+        ),
         (MeshConfig(-1, 3, 1), "do not multiply to the 8 devices"),
         (MeshConfig(-1, -1, 1), "at most one of them -1"),
         (MeshConfig(0, 8, 1), "sizes must be positive"),

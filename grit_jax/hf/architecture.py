@@ -255,6 +255,8 @@ def _write(architecture: TransformerConfig) -> dict[str, Any]:
         config["rope_local_base_freq"] = architecture.local_rope_theta
     if family.windows in ("all", "optional", "layers"):
         config["sliding_window"] = architecture.sliding_window
+    if family.windows == "layers" and not architecture.sliding_window:
+        config["sliding_window"] = architecture.max_length  # transformers wants one, also where no layer has it
     if family.windows == "optional":
         full = architecture.layer_windows.index(True) if any(architecture.layer_windows) else architecture.num_layers
         config |= {"use_sliding_window": architecture.sliding_window is not None, "max_window_layers": full}

@@ -14,6 +14,7 @@ LLAMA3 = {
     "rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }  # fmt: skip
+_LINEAR = {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}
 _GEMMA3_ROPE = {
     "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
     "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e6},
@@ -22,7 +23,7 @@ _GEMMA3_ROPE = {
 CASES = {
     "llama 2": ("Llama", {"rms_norm_eps": 1e-5}),
     "llama 3": ("Llama", {"rope_parameters": LLAMA3, "tie_word_embeddings": True}),
-    "llama, linear positions": ("Llama", {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}),
+    "llama, linear positions": ("Llama", {"rope_parameters": _LINEAR}),
     "mistral": ("Mistral", {"sliding_window": None}),
     "mistral, window": ("Mistral", {"sliding_window": 5}),
     "mixtral": ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),

@@ -2,20 +2,17 @@
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
 
-from grit_jax.config import EmbeddingConfig, InputError
 from grit_jax.hf.export import save_folder
 from grit_jax.hf.folder import open_folder
 from grit_jax.inference import GritModel
-from grit_jax.model.pretrained import Pretrained
-from grit_jax.model.transformer import abstract_model, bind, init_params
+from grit_jax.model.transformer import abstract_model, bind
 from tests.hf import families
-from tests.hf.test_folder import same, whole
+from tests.hf.test_folder import whole
 
 pytest.importorskip("torch")
 pytest.importorskip("transformers")

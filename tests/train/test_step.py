@@ -14,6 +14,7 @@ from grit_jax.config import (
     Config,
     DataConfig,
     EmbeddingConfig,
+    LossConfig,
     MeshConfig,
     ModelConfig,
     OptimizerConfig,
@@ -94,6 +95,43 @@ def assert_same_update(actual, expected):
 @pytest.fixture(scope="module")
 def plain():
     return one_update(BASE, make_batch())
+
+
+EXPERTS = dataclasses.replace(ARCHITECTURE, family="mixtral", num_experts=4)
+MIXED = dataclasses.replace(
+    with_model(BASE, architecture=EXPERTS), loss=LossConfig(router_weight=0.5, embedding_router_weight=0.25)
+)
+
+
+@pytest.fixture(scope="module")
+def mixed():
+    return one_update(MIXED, make_batch())
+
+
+@pytest.mark.parametrize("mesh", [(1, 1, 1, 4), (1, 2, 2, 2), (2, 1, 2, 2)])
+def test_experts_on_any_mesh_give_the_numbers_of_one_device(mixed, mesh):
+    num_devices = int(np.prod(mesh))
+    update = one_update(MIXED, make_batch(), mesh=MeshConfig(*mesh), num_devices=num_devices)
+    assert_same_update(update, mixed)
+    for name in ("loss/router", "loss/router_embedding"):
+        assert relative_error(update[0][name], mixed[0][name]) < TOLERANCE
+
+
+def test_the_balance_loss_is_the_whole_batchs_whatever_the_chunks_and_padding(mixed):
+    config = with_train(MIXED, embedding_chunks=4, generative_chunks=2)
+    for update in (one_update(config, make_batch()), one_update(MIXED, make_batch(32, 24))):
+        assert_same_update(update, mixed)
+        for name in ("loss/router", "loss/router_embedding"):
+            assert relative_error(update[0][name], mixed[0][name]) < TOLERANCE
+
+
+def test_router_weights_multiply_the_balance_losses_alone(mixed):
+    metrics = mixed[0]
+    parts = metrics["loss/embedding"] + metrics["loss/generative"]
+    balance = 0.5 * metrics["loss/router"] + 0.25 * metrics["loss/router_embedding"]
+    assert relative_error(metrics["loss"], parts + balance) < TOLERANCE
+    _, gradient, _ = one_update(dataclasses.replace(MIXED, loss=LossConfig(router_weight=0)), make_batch())
+    assert np.any(gradient["layers"]["mlp"]["router"]["kernel"] != mixed[1]["layers"]["mlp"]["router"]["kernel"])
 
 
 def test_chunked_gradients_equal_full_batch_gradients(plain):
