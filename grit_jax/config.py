@@ -122,6 +122,8 @@ class TransformerConfig:
                 f"model.architecture.embed_dim={self.embed_dim} is not a multiple of num_heads={self.num_heads}; "
                 "set model.architecture.head_dim"
             )
+        if self.family == "mixtral" and not self.num_experts:
+            raise InputError("model.architecture.family=mixtral needs model.architecture.num_experts")
         if self.num_experts and not 1 <= self.experts_per_token <= self.num_experts:
             raise InputError(
                 f"model.architecture.experts_per_token={self.experts_per_token} is not between 1 and "

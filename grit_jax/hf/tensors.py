@@ -51,7 +51,7 @@ class StoredTensor(NamedTuple):
     shape: tuple[int, ...]
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """Values `start` to `stop` of the flattened tensor; nothing else is read."""
+        """Values `start` to `stop` of the flattened tensor, float64 as float32; nothing else is read."""
         values = np.empty(stop - start, self.dtype)
         wanted: Any = values.view(np.uint8).data
         with self.file.open("rb") as stream:
@@ -61,7 +61,7 @@ class StoredTensor(NamedTuple):
                 if not count:
                     raise InputError(f"{self.file}: ends early; copy it again")
                 wanted = wanted[count:]
-        return values
+        return values.astype(np.float32) if values.dtype == np.float64 else values
 
 
 def read_json(path: epath.Path) -> dict[str, Any]:

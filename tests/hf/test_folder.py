@@ -48,39 +48,6 @@ def same(left, right):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_transformers_opens_an_export_and_gives_our_logits(tmp_path, kind):
-    transformers, torch = pytest.importorskip("transformers"), pytest.importorskip("torch")
-    pretrained, params = random_model(**KINDS[kind])
-    save_folder(tmp_path / "hf", pretrained, params)
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32)
-    with torch.no_grad():
-        expected = theirs(torch.tensor(TOKENS, dtype=torch.long)).logits.numpy()
-    assert np.max(np.abs(logits(pretrained.architecture, params, TOKENS) - expected)) < 1e-4
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_transformers_folder_imports_with_its_logits(tmp_path, kind):
-    transformers, torch = pytest.importorskip("transformers"), pytest.importorskip("torch")
-    family = "Mistral" if "sliding_window" in KINDS[kind] else "Llama"
-    config = getattr(transformers, f"{family}Config")(
-        vocab_size=258, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=8, rope_theta=5e4, tie_word_embeddings="tie_embeddings" not in KINDS[kind],
-        **({"sliding_window": 4} if family == "Mistral" else {}),
-    )  # fmt: skip
-    torch.manual_seed(0)
-    theirs = getattr(transformers, f"{family}ForCausalLM")(config).float().eval()
-    theirs.save_pretrained(tmp_path, max_shard_size="20KB")
-    assert len(list(tmp_path.glob("*.safetensors"))) > 1
-    for name, text in Tokenizer.load("bytes").files().items():
-        (tmp_path / name).write_text(text)
-    pretrained = open_folder(tmp_path)
-    params = pretrained.load(whole(pretrained.architecture))
-    with torch.no_grad():
-        expected = theirs(torch.tensor(TOKENS, dtype=torch.long)).logits.numpy()
-    assert np.max(np.abs(logits(pretrained.architecture, params, TOKENS) - expected)) < 1e-4
-
-
-@pytest.mark.parametrize("kind", KINDS)
 def test_import_of_an_export_is_bit_identical_on_any_mesh(tmp_path, kind):
     embedding = EmbeddingConfig(pooling="last_token", projection_dim=16)
     pretrained, params = random_model(embedding, **KINDS[kind])
@@ -133,10 +100,16 @@ def exported(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "gpt2"}, "model_type='gpt2' is not supported; supported are llama, mistral"),
+        ({"model_type": "gpt2"}, "model_type='gpt2' is not supported; supported are llama, mistral, mixtral"),
         ({"attention_bias": True}, "attention_bias=True is not supported"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu' is not supported"),
-        ({"rope_scaling": {"rope_type": "llama3", "factor": 8}}, "rope scaling of type 'llama3'"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8}}, "rope scaling of type 'llama3' lacks low_freq_factor"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 8}}, "rope scaling of type 'yarn' is not supported"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 8}}, "rope scaling of type 'dynamic' is not supported"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5 is not supported"),
+        ({"attention_dropout": 0.1}, "attention_dropout=0.1 is not supported"),
+        ({"use_bidirectional_attention": True}, "use_bidirectional_attention=True is not supported"),
+        ({"model_type": "gemma2", "layer_types": ["chunked_attention"] * 2}, "layer_types has chunked_attention"),
         ({"quantization_config": {"bits": 4}}, "quantization_config="),
     ],
 )
@@ -172,6 +145,76 @@ def test_a_truncated_file_is_refused_by_name(exported):
     pretrained = open_folder(exported)
     with pytest.raises(InputError, match=r"model.safetensors: not a complete safetensors file"):
         pretrained.load(whole(pretrained.architecture))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_values_that_are_not_finite_are_refused_by_name(exported, value):
+    tensors = safetensors.numpy.load_file(exported / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = value
+    safetensors.numpy.save_file(tensors, exported / "model.safetensors")
+    pretrained = open_folder(exported)
+    with pytest.raises(InputError, match=r"NaN or infinite values in model.layers.1.mlp.up_proj.weight; the folder"):
+        pretrained.load(whole(pretrained.architecture))
+
+
+@pytest.mark.parametrize("size", [0, 4, 40])
+def test_a_file_that_is_hardly_there_is_refused_by_name(exported, size):
+    file = exported / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:size])
+    pretrained = open_folder(exported)
+    with pytest.raises(InputError, match=r"model.safetensors: not a complete safetensors file"):
+        pretrained.load(whole(pretrained.architecture))
+
+
+def test_a_file_that_the_index_names_must_be_there(tmp_path):
+    pretrained, params = random_model()
+    save_folder(tmp_path / "hf", pretrained, params, max_shard_bytes=20_000)
+    shard = sorted((tmp_path / "hf").glob("model-00002-of-*.safetensors"))[0]
+    shard.unlink()
+    with pytest.raises(InputError, match=rf"names files that are not there: {shard.name}"):
+        open_folder(tmp_path / "hf").load(whole(pretrained.architecture))
+
+
+def test_the_references_own_layout_imports_without_running_its_code(exported):
+    """A wrapper's prefix on every name, and custom modelling code that must not be touched."""
+    pretrained = open_folder(exported)
+    expected = pretrained.load(whole(pretrained.architecture))
+    tensors = safetensors.numpy.load_file(exported / "model.safetensors")
+    tensors = {f"model.{name}": value for name, value in tensors.items()}
+    safetensors.numpy.save_file(tensors, exported / "model.safetensors")
+    auto_map = {name: f"modeling_gritlm7b.Mistral{name}" for name in ("AutoModel", "AutoModelForCausalLM")}
+    edit_config(exported, auto_map=auto_map)
+    (exported / "modeling_gritlm7b.py").write_text("raise SystemExit('this code must not run')")
+    (exported / "pytorch_model.bin").write_bytes(b"a pickle that must not be opened")
+    pretrained = open_folder(exported)
+    assert same(pretrained.load(whole(pretrained.architecture)), expected)
+
+
+def test_weights_of_any_stored_type_become_the_type_asked_for(exported):
+    pretrained = open_folder(exported)
+    params = pretrained.load(whole(pretrained.architecture))
+    tensors = safetensors.numpy.load_file(exported / "model.safetensors")
+    for kind in ("float64", "float16", "bfloat16"):
+        stored = {name: value.astype(kind) for name, value in tensors.items()}
+        safetensors.numpy.save_file(stored, exported / "model.safetensors")
+        rounded = jax.tree.map(lambda x, kind=kind: np.asarray(x).astype(kind).astype(np.float32), params)
+        assert same(open_folder(exported).load(whole(pretrained.architecture)), rounded)
+    loaded = open_folder(exported).load(whole(pretrained.architecture), jnp.bfloat16)
+    assert all(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves(loaded))
+
+
+def test_a_weight_too_large_for_float16_is_refused_by_name(tmp_path):
+    pretrained, params = random_model()
+    params["final_norm"]["scale"] = params["final_norm"]["scale"].at[3].set(1e5)
+    with pytest.raises(InputError, match=r"model.norm.weight has values over float16's 65504"):
+        save_folder(tmp_path / "hf", pretrained, params, dtype="float16")
+
+
+@pytest.mark.parametrize("changes", [{"sliding_window": 4}, {"qk_norm": True}, {"family": "qwen2"}])
+def test_an_architecture_that_its_family_cannot_express_is_refused(tmp_path, changes):
+    pretrained, params = random_model(**changes)
+    with pytest.raises(InputError, match=rf"family='{pretrained.architecture.family}' has no model.architecture."):
+        save_folder(tmp_path / "hf", pretrained, params)
 
 
 def test_an_export_replaces_an_export_and_nothing_else(exported, tmp_path):
