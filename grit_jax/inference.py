@@ -20,7 +20,8 @@ from grit_jax.data.pipeline import pool_weights
 from grit_jax.loading import load_params, open_model
 from grit_jax.model.decode import decode, prefill
 from grit_jax.model.pooling import embed_rows
-from grit_jax.model.transformer import Params, abstract_model, bind, compute_dtype
+from grit_jax.model.transformer import Params, abstract_model, bind
+from grit_jax.precision import compute_dtype
 from grit_jax.tokenizer import Tokenizer
 
 Messages = str | Sequence[Mapping[str, str]]

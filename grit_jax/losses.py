@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from grit_jax.precision import wide
 from grit_jax.sharding import constrain
 
 
@@ -61,7 +62,7 @@ def next_token_loss(
         picked = jnp.take_along_axis(logits, target[..., None], axis=-1)[..., 0]
         return total + jnp.sum(weight * (jax.nn.logsumexp(logits, axis=-1) - picked)), None
 
-    zero = jnp.zeros((), jnp.float32)
+    zero = jnp.zeros((), wide(hidden))
     return jax.lax.scan(block_loss, zero, (blocks(hidden), blocks(targets), blocks(loss_weights)))[0]
 
 

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from grit_jax.precision import wide
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -88,11 +90,11 @@ def attention(
     group = num_heads // num_kv_heads
     query = query.reshape(batch, length, num_kv_heads, group, head_dim).transpose(0, 2, 3, 1, 4)
     query = (query * scale).reshape(batch, num_kv_heads, group * length, head_dim)
-    scores = jnp.einsum("bkth,bskh->bkts", query, key, preferred_element_type=jnp.float32)
+    scores = jnp.einsum("bkth,bskh->bkts", query, key, preferred_element_type=wide(query))
     if soft_cap is not None:
         scores = soft_cap * jnp.tanh(scores / soft_cap)
     scores = scores.reshape(batch, num_kv_heads, group, length, num_keys)
-    scores = jnp.where(mask.materialize()[:, None, None], scores, jnp.finfo(jnp.float32).min)
+    scores = jnp.where(mask.materialize()[:, None, None], scores, jnp.finfo(scores.dtype).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
     weights = weights.reshape(batch, num_kv_heads, group * length, num_keys)
     out = jnp.einsum("bkts,bskh->bkth", weights, value)

@@ -8,10 +8,12 @@ from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from grit_jax.config import RopeScaling, TransformerConfig
+from grit_jax.precision import wide
 from grit_jax.sharding import constrain
 
 
@@ -60,9 +62,9 @@ class RMSNorm(nnx.Module):
 
     def __call__(self, x: Float[Array, "... embed"]) -> Float[Array, "... embed"]:
         """Normalises and scales; the result has the type of `x`."""
-        wide = x.astype(jnp.float32)
-        wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.epsilon)
-        return (wide * (self.offset + self.scale[...])).astype(x.dtype)
+        full = x.astype(wide(x))
+        full = full * jax.lax.rsqrt(jnp.mean(jnp.square(full), axis=-1, keepdims=True) + self.epsilon)
+        return (full * (self.offset + self.scale[...])).astype(x.dtype)
 
 
 def activation(config: TransformerConfig) -> Callable[[Array], Array]:
@@ -96,21 +98,21 @@ def rotation(
     positions: Int[Array, "batch length"], *, head_dim: int, theta: float, scaling: RopeScaling | None
 ) -> Rotation:
     """Cosines and sines of the rotary embedding (Su et al., arXiv 2104.09864), float32."""
-    frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    frequencies = theta ** (-np.arange(0, head_dim, 2) / head_dim)
     if scaling is not None:
         # Share of the unscaled frequency: none under `linear`; under `llama3` all for fast waves, with a ramp.
-        kept: Array | float = 0.0
+        kept: np.ndarray | float = 0.0
         if scaling.kind == "llama3":
             low, high = scaling.low_frequency_factor, scaling.high_frequency_factor
             turns = scaling.original_length * frequencies / (2 * math.pi)
-            kept = jnp.clip((turns - low) / (high - low), 0.0, 1.0)
+            kept = np.clip((turns - low) / (high - low), 0.0, 1.0)
         frequencies = kept * frequencies + (1 - kept) * frequencies / scaling.factor
-    angles = positions[:, :, None].astype(jnp.float32) * frequencies
+    angles = positions[:, :, None].astype(jnp.float32) * jnp.asarray(frequencies, jnp.float32)
     return jnp.cos(angles), jnp.sin(angles)
 
 
 def rotate(x: Float[Array, "batch length heads head_dim"], by: Rotation) -> Float[Array, "batch length heads head_dim"]:
     """Rotates each pair (i, i + head_dim/2) of every head, in float32: the layout of Hugging Face weights."""
     cos, sin = (part[:, :, None, :] for part in by)
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    first, second = jnp.split(x.astype(wide(x)), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)

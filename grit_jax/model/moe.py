@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from grit_jax.config import TransformerConfig
 from grit_jax.model.layers import Linear, activation
+from grit_jax.precision import wide
 from grit_jax.sharding import mesh_axes, partition_spec
 
 
@@ -55,7 +56,7 @@ class ExpertMLP(nnx.Module):
         Padding is sent to no expert. The router computes in float32, like its softmax.
         """
         with jax.default_matmul_precision("highest"):
-            probabilities = jax.nn.softmax(self.router(x.astype(jnp.float32)))
+            probabilities = jax.nn.softmax(self.router(x.astype(wide(x))))
         weights, chosen = jax.lax.top_k(probabilities, self.experts_per_token)
         weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
         num_experts = probabilities.shape[-1]

@@ -10,6 +10,7 @@ from grit_jax.batch import max_segments
 from grit_jax.config import EmbeddingConfig
 from grit_jax.model.moe import RouterStats
 from grit_jax.model.transformer import Remat, Transformer
+from grit_jax.precision import wide
 
 
 def pool(
@@ -22,7 +23,7 @@ def pool(
     """Weighted sums of each text's hidden states, float32; vector `i` of a row is that of segment `i + 1`."""
     segments = jnp.arange(1, num_segments + 1)
     weights = jnp.where(segment_ids[:, None, :] == segments[:, None], pool_weights[:, None, :], 0.0)
-    return jnp.einsum("bst,btd->bsd", weights, hidden.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
+    return jnp.einsum("bst,btd->bsd", weights, hidden.astype(wide(hidden)), precision=jax.lax.Precision.HIGHEST)
 
 
 def normalize(x: Float[Array, "... embed"]) -> Float[Array, "... embed"]:

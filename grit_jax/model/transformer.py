@@ -16,6 +16,7 @@ from grit_jax.config import TransformerConfig
 from grit_jax.model.attention import AttentionMask, attention
 from grit_jax.model.layers import GatedMLP, Linear, RMSNorm, Rotation, rotate, rotation
 from grit_jax.model.moe import ExpertMLP, RouterStats
+from grit_jax.precision import wide
 from grit_jax.sharding import constrain
 
 Remat = Literal["none", "full", "dots"]
@@ -190,7 +191,7 @@ class Transformer(nnx.Module):
 
         def logits(hidden):
             flat = hidden.reshape(-1, hidden.shape[-1])
-            out = jnp.einsum("td,vd->tv", flat, table, preferred_element_type=jnp.float32)
+            out = jnp.einsum("td,vd->tv", flat, table, preferred_element_type=wide(flat))
             out = out.reshape(*hidden.shape[:-1], -1)
             return out if cap is None else cap * jnp.tanh(out / cap)
 
@@ -248,13 +249,6 @@ class Transformer(nnx.Module):
             return jax.lax.scan(lambda x, layer: step(x, layer, context, windows[0]), x, layers)
         flags = jnp.array(windows)
         return jax.lax.scan(lambda x, each: step(x, each[0], context, each[1]), x, (layers, flags))
-
-
-def compute_dtype(name: Literal["auto", "float32", "bfloat16"]) -> jnp.dtype:
-    """The type of activations: `auto` is float32 on CPU, where bfloat16 is slow, and bfloat16 elsewhere."""
-    if name == "auto":
-        name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    return jnp.dtype(name)
 
 
 def _rematerialized(function, remat: Remat):

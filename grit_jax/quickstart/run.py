@@ -19,7 +19,7 @@ from grit_jax.config import InputError, load_config
 from grit_jax.hf.export import save_folder
 from grit_jax.inference import GritModel
 from grit_jax.loading import open_model
-from grit_jax.model.transformer import compute_dtype
+from grit_jax.precision import compute_dtype
 from grit_jax.quickstart.corpus import DESCRIBE, write_corpus
 from grit_jax.quickstart.figures import (
     RetrievalTask,

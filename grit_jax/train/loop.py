@@ -21,7 +21,8 @@ from grit_jax.config import Config, InputError, config_differences, dump_config,
 from grit_jax.data.pipeline import Pipeline
 from grit_jax.loading import open_model
 from grit_jax.model.pretrained import Pretrained
-from grit_jax.model.transformer import abstract_model, compute_dtype, init_params, param_axes
+from grit_jax.model.transformer import abstract_model, init_params, param_axes
+from grit_jax.precision import compute_dtype
 from grit_jax.tokenizer import Tokenizer
 from grit_jax.train.metrics import Display, Tracker, make_trackers, model_flops, peak_flops
 from grit_jax.train.optimizer import learning_rate, make_optimizer
