@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from pathlib import Path
+from os import PathLike
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from etils import epath
 from orbax.checkpoint import v1 as ocp
 
 from grit_jax.config import EmbeddingConfig, InputError, TransformerConfig
@@ -47,8 +48,8 @@ class Checkpoints:
       keep: Newest checkpoints that are kept; None keeps all.
     """
 
-    def __init__(self, folder: str | Path, *, keep: int | None = None):
-        self.folder = Path(folder).absolute()
+    def __init__(self, folder: str | PathLike[str], *, keep: int | None = None):
+        self.folder = epath.Path(folder).resolve()
         policies = ocp.training.preservation_policies
         policy: Any = policies.LatestN(keep) if keep else policies.PreserveAll()
         self._checkpointer = ocp.training.Checkpointer(
@@ -144,7 +145,7 @@ def _check_matches(where: str, stored: Any, wanted: Any) -> None:
         raise InputError(f"{where}: not a checkpoint of this model ({shown}); use the config it was made with")
 
 
-def _locate(path: Path) -> tuple[Path, int | None] | None:
+def _locate(path: epath.Path) -> tuple[epath.Path, int | None] | None:
     """The folder of checkpoints that `path` means, and the step when it names one; None when it is no checkpoint."""
     if (path / "checkpoints").is_dir():
         return path / "checkpoints", None
@@ -155,18 +156,18 @@ def _locate(path: Path) -> tuple[Path, int | None] | None:
     return None
 
 
-def is_checkpoint(path: str | Path) -> bool:
+def is_checkpoint(path: str | PathLike[str]) -> bool:
     """Whether `path` is a run folder, a folder of checkpoints or one checkpoint."""
-    return _locate(Path(path)) is not None
+    return _locate(epath.Path(path)) is not None
 
 
-def open_checkpoint(path: str | Path, step: int | None = None) -> Pretrained:
+def open_checkpoint(path: str | PathLike[str], step: int | None = None) -> Pretrained:
     """The model of a run folder, a folder of checkpoints or one checkpoint: the newest step unless one is named.
 
     Raises:
       InputError: There is no such checkpoint.
     """
-    located = _locate(Path(path))
+    located = _locate(epath.Path(path))
     if located is None:
         raise InputError(f"{path}: no checkpoint there; name a run folder, a folder of checkpoints or one checkpoint")
     folder, named = located
@@ -192,7 +193,7 @@ def open_checkpoint(path: str | Path, step: int | None = None) -> Pretrained:
     return Pretrained(metadata.architecture, metadata.embedding, tokenizer, load)
 
 
-def save_params(folder: str | Path, params: Params, metadata: CheckpointMetadata) -> None:
+def save_params(folder: str | PathLike[str], params: Params, metadata: CheckpointMetadata) -> None:
     """Writes a checkpoint folder with parameters alone, as step 0, and waits for it.
 
     No more than the largest parameter is copied at a time: on a host that the parameters nearly fill, that counts

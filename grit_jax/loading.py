@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import os
 
 import jax.numpy as jnp
+from etils import epath
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
@@ -15,7 +16,7 @@ from grit_jax.model.pretrained import Pretrained
 from grit_jax.model.transformer import Params, abstract_model, abstract_params, param_axes
 
 
-def open_model(path: str | Path, step: int | None = None) -> Pretrained:
+def open_model(path: str | os.PathLike[str], step: int | None = None) -> Pretrained:
     """The model of a run folder, a checkpoint or a Hugging Face folder.
 
     Args:
@@ -25,7 +26,7 @@ def open_model(path: str | Path, step: int | None = None) -> Pretrained:
     Raises:
       InputError: Nothing there can be read as a model.
     """
-    path = Path(path)
+    path = epath.Path(path)
     if checkpoint.is_checkpoint(path):
         return checkpoint.open_checkpoint(path, step)
     if folder.is_folder(path):
@@ -47,7 +48,7 @@ def load_params(pretrained: Pretrained, mesh: Mesh, dtype: DTypeLike = jnp.float
 
 
 def load_for_conversion(
-    path: str | Path, step: int | None = None, dtype: DTypeLike = jnp.float32
+    path: str | os.PathLike[str], step: int | None = None, dtype: DTypeLike = jnp.float32
 ) -> tuple[Pretrained, Params]:
     """Opens a model and reads its parameters, one copy over all devices."""
     pretrained = open_model(path, step)

@@ -5,17 +5,20 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, trainers
+from etils import epath
+from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from grit_jax.config import InputError
+from grit_jax.sentencepiece_bpe import convert
 
-_TOKENIZER, _SETTINGS, _SPECIAL = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"
+_TOKENIZER, _MODEL = "tokenizer.json", "tokenizer.model"
+_SETTINGS, _SPECIAL = "tokenizer_config.json", "special_tokens_map.json"
 
 # BOS and EOS of tokenizer files that come without settings, tried in this order.
 _WELL_KNOWN = (
@@ -51,30 +54,38 @@ class Tokenizer:
     def __init__(self, backend: tokenizers.Tokenizer, *, bos: str, eos: str):
         backend.no_truncation()
         backend.no_padding()
+        if bos:  # other users of the files get the BOS that our prompts spell out
+            template = {"single": [bos, "$A"], "pair": [bos, "$A", bos, "$B"]}
+            special = [(bos, backend.token_to_id(bos))]
+            backend.post_processor = processors.TemplateProcessing(**template, special_tokens=special)
         self._backend, self.bos, self.eos = backend, bos, eos
 
     @staticmethod
-    def load(source: str | Path) -> Tokenizer:
-        """Loads a folder, a `tokenizer.json`, or the built-in byte tokenizer, called `bytes`.
+    def load(source: str | os.PathLike[str]) -> Tokenizer:
+        """Loads a folder, a `tokenizer.json` or `tokenizer.model`, or the built-in byte tokenizer, called `bytes`.
+
+        A folder's tokenizer.json comes before its tokenizer.model, which is converted.
 
         Raises:
           InputError: Nothing usable is there.
         """
         if str(source) == "bytes":
             return _byte_tokenizer()
-        path = Path(source)
+        path = epath.Path(source)
         folder = path if path.is_dir() else path.parent
-        file = path / _TOKENIZER if path.is_dir() else path
-        if not file.is_file():
-            if (folder / "tokenizer.model").is_file():
-                raise InputError(
-                    f"{folder} has a tokenizer.model but no {_TOKENIZER}; convert it with transformers' AutoTokenizer"
-                )
+        file = path
+        if path.is_dir():
+            file = next((folder / name for name in (_TOKENIZER, _MODEL) if (folder / name).exists()), path / _TOKENIZER)
+        if not file.exists():
             raise InputError(
                 f"tokenizer {source}: no {file} there; name a folder that has one, the file itself, or `bytes`"
             )
         names = (_SETTINGS, _SPECIAL)
-        files = {name: (folder / name).read_text() for name in names if (folder / name).is_file()}
+        files = {name: (folder / name).read_text() for name in names if (folder / name).exists()}
+        if file.suffix == ".model":
+            backend, special = convert(file.read_bytes(), source=str(file))
+            own = {_TOKENIZER: backend.to_str(), _SPECIAL: json.dumps(special)}
+            return Tokenizer.from_files(own | files, source=str(file))
         return Tokenizer.from_files({_TOKENIZER: file.read_text(), **files}, source=str(file))
 
     @staticmethod

@@ -77,7 +77,7 @@ def test_scored_tokens(shared, tokenizer, name):
 
 
 def test_plain_texts(shared, tokenizer):
-    """Strings without an instruction: ours begin with BOS and, for embedding, the marker, as every text does in use; the
+    """Without an instruction ours begin with BOS and, for embedding, the marker, as every text does in use; the
     reference trains on the bare string. All of the text is pooled or scored in both."""
     ours, recorded = collate(shared, tokenizer, "plain")
     for kind, marker in (("query", "<|embed|>\n"), ("passage", "<|embed|>\n"), ("generative", "")):

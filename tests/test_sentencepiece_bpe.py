@@ -1,0 +1,70 @@
+"""A converted tokenizer.model against sentencepiece itself and recorded ids."""
+
+import json
+import random
+
+import pytest
+import sentencepiece
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from grit_jax.config import InputError
+from grit_jax.tokenizer import Tokenizer
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["prefix space", "no prefix"])
+def trained(request, tmp_path_factory):
+    """A small BPE model trained here, and sentencepiece's own processor of it."""
+    folder = tmp_path_factory.mktemp("sentencepiece")
+    rng = random.Random(0)
+    words = ["".join(rng.choices("abcdeéñ你好", k=rng.randint(1, 7))) for _ in range(150)]
+    (folder / "text").write_text("\n".join(" ".join(rng.choices(words, k=9)) for _ in range(800)))
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(folder / "text"), model_prefix=str(folder / "tokenizer"), model_type="bpe", vocab_size=500,
+        byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False,
+        add_dummy_prefix=request.param, character_coverage=1.0, user_defined_symbols=["[MASK]"], minloglevel=9,
+    )  # fmt: skip
+    return folder, sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+
+
+def test_any_text_gets_sentencepieces_ids_and_comes_back(trained):
+    folder, theirs = trained
+    ours = Tokenizer.load(folder)
+
+    # The pieces of control symbols are special tokens here and plain text for sentencepiece; ▁ is its own space.
+    @settings(max_examples=300, deadline=None, derandomize=True)
+    @given(st.text(st.characters(exclude_characters="▁<\0", exclude_categories=["Cs"])) | st.text("abcdé你 \n"))
+    def check(text):
+        ids = ours.encode(text).ids.tolist()
+        assert ids == theirs.encode(text)
+        assert ours.decode(ids) == theirs.decode(ids)
+
+    check()
+
+
+def test_special_and_user_defined_pieces_keep_their_ids(trained):
+    folder, theirs = trained
+    ours = Tokenizer.load(folder)
+    assert (ours.bos, ours.eos, ours.vocab_size) == ("<s>", "</s>", theirs.vocab_size())
+    text = "<s>abc [MASK]</s>"
+    special = [theirs.piece_to_id(piece) for piece in ("<s>", "[MASK]", "</s>")]
+    assert [token for token in ours.encode(text).ids.tolist() if token in special] == special
+    again = Tokenizer.from_files(ours.files())
+    assert again.fingerprint == ours.fingerprint
+    assert again.encode(text).ids.tolist() == ours.encode(text).ids.tolist()
+
+
+def test_published_models_give_their_recorded_ids(shared):
+    recorded = json.loads((shared / "golden/collator/tokenizer_ids.json").read_text())
+    ours = Tokenizer.load(shared / "data/tokenizers/mistral-v1.tokenizer.model")
+    for text, ids in zip(recorded["texts"], recorded["tokenizers"]["mistral_v1"]["fast_ids"], strict=True):
+        assert ours.encode(text).ids.tolist() == ids
+    assert Tokenizer.load(shared / "data/tokenizers/mistral-v3.tokenizer.model").vocab_size == 32768
+
+
+def test_other_models_are_refused_by_name(shared, tmp_path):
+    with pytest.raises(InputError, match="of type UNIGRAM is not converted, only BPE is; open the model once"):
+        Tokenizer.load(shared / "data/tokenizers/t5_cc_all.32000.100extra.model")
+    (tmp_path / "tokenizer.model").write_bytes(b"\xff\xff not a model")
+    with pytest.raises(InputError, match=r"tokenizer.model: not a sentencepiece model"):
+        Tokenizer.load(tmp_path)
