@@ -11,22 +11,23 @@ from jax.typing import DTypeLike
 
 from grit_jax import checkpoint, sharding
 from grit_jax.config import InputError, MeshConfig
-from grit_jax.hf import folder
+from grit_jax.hf import folder, hub
 from grit_jax.model.pretrained import Pretrained
 from grit_jax.model.transformer import Params, abstract_model, abstract_params, param_axes
+from grit_jax.tokenizer import Tokenizer
 
 
 def open_model(path: str | os.PathLike[str], step: int | None = None) -> Pretrained:
-    """The model of a run folder, a checkpoint or a Hugging Face folder.
+    """The model of a run folder, a checkpoint, a Hugging Face folder or the Hugging Face Hub.
 
     Args:
-      path: Where it is.
+      path: Where it is: on a disk, in a bucket, or `org/name` or `org/name@revision` on the Hub.
       step: Checkpoint to take; None takes the newest.
 
     Raises:
       InputError: Nothing there can be read as a model.
     """
-    path = epath.Path(path)
+    path = epath.Path(hub.snapshot(str(path)) if hub.is_hub_id(path) else path)
     if checkpoint.is_checkpoint(path):
         return checkpoint.open_checkpoint(path, step)
     if folder.is_folder(path):
@@ -35,6 +36,15 @@ def open_model(path: str | os.PathLike[str], step: int | None = None) -> Pretrai
         return folder.open_folder(path)
     what = "nothing there" if not path.exists() else "no checkpoints/, no step folder, no config.json with safetensors"
     raise InputError(f"{path}: {what}; name a run folder, a checkpoint or a Hugging Face folder")
+
+
+def open_tokenizer(source: str) -> Tokenizer:
+    """A tokenizer by folder, file, Hub id or `bytes`.
+
+    Raises:
+      InputError: Nothing usable is there.
+    """
+    return Tokenizer.load(hub.snapshot(source) if hub.is_hub_id(source) else source)
 
 
 def load_params(pretrained: Pretrained, mesh: Mesh, dtype: DTypeLike = jnp.float32) -> Params:

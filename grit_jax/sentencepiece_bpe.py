@@ -22,7 +22,7 @@ def convert(model: bytes, *, source: str) -> tuple[tokenizers.Tokenizer, dict[st
     """
     from sentencepiece import sentencepiece_model_pb2
 
-    proto = sentencepiece_model_pb2.ModelProto()  # ty: ignore[unresolved-attribute]  # made at run time
+    proto = sentencepiece_model_pb2.ModelProto()  # ty: ignore[missing-attribute]  # made at run time
     try:
         proto.ParseFromString(model)
     except Exception as error:  # protobuf's DecodeError, which its implementations define apart

@@ -4,28 +4,29 @@ from __future__ import annotations
 
 import argparse
 
-HELP = "write a checkpoint from a Hugging Face folder"
+HELP = "write a checkpoint from a Hugging Face folder or a model on the Hub"
 EXAMPLES = """\
   grit-jax import-hf my-llama checkpoints/my-llama
+  grit-jax import-hf mistralai/Mistral-7B-v0.1 gs://my-bucket/mistral-7b
   grit-jax train configs/tiny.yaml --model.init=checkpoints/my-llama --data.train=data/
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `import-hf`."""
-    parser.add_argument("source", metavar="HF_FOLDER", help="folder with config.json, safetensors and tokenizer.json")
+    parser.add_argument("source", metavar="HF_FOLDER", help="folder, or ORG/NAME[@REVISION] on the Hub")
     parser.add_argument("out", metavar="OUT", help="new checkpoint folder")
 
 
 def run(args: argparse.Namespace) -> int:
     """Imports a model."""
-    from pathlib import Path
+    from etils import epath
 
     from grit_jax.checkpoint import CheckpointMetadata, save_params
     from grit_jax.config import InputError
     from grit_jax.loading import load_for_conversion
 
-    out = Path(args.out)
+    out = epath.Path(args.out)
     if out.exists() and any(out.iterdir()):
         raise InputError(f"{out} exists and is not empty; choose another folder")
     pretrained, params = load_for_conversion(args.source)

@@ -7,7 +7,7 @@ import glob
 import os
 import sys
 
-from grit_jax.cli import encode, export_hf, generate, import_hf, quickstart, train
+from grit_jax.cli import encode, export_hf, generate, import_hf, push_hf, quickstart, train
 from grit_jax.config import InputError
 
 COMMANDS = {
@@ -16,6 +16,7 @@ COMMANDS = {
     "generate": generate,
     "export-hf": export_hf,
     "import-hf": import_hf,
+    "push-hf": push_hf,
     "quickstart": quickstart,
 }
 

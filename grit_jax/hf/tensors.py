@@ -57,7 +57,7 @@ class StoredTensor(NamedTuple):
         with self.file.open("rb") as stream:
             stream.seek(self.offset + start * self.dtype.itemsize)
             while len(wanted):
-                count = stream.readinto(wanted)  # ty: ignore[unresolved-attribute]  # a binary stream
+                count = stream.readinto(wanted)  # ty: ignore[missing-attribute]  # a binary stream
                 if not count:
                     raise InputError(f"{self.file}: ends early; copy it again")
                 wanted = wanted[count:]

@@ -19,7 +19,7 @@ from grit_jax import sharding
 from grit_jax.checkpoint import CheckpointMetadata, Checkpoints
 from grit_jax.config import Config, InputError, config_differences, dump_config, load_config
 from grit_jax.data.pipeline import Pipeline
-from grit_jax.loading import open_model
+from grit_jax.loading import open_model, open_tokenizer
 from grit_jax.model.pretrained import Pretrained
 from grit_jax.model.transformer import abstract_model, init_params, param_axes
 from grit_jax.precision import compute_dtype
@@ -251,9 +251,9 @@ def _stop_signals() -> Generator[threading.Event]:
 
 def _tokenizer(config: Config, pretrained: Pretrained | None) -> Tokenizer:
     if pretrained is None:
-        return Tokenizer.load(config.model.tokenizer or "bytes")
+        return open_tokenizer(config.model.tokenizer or "bytes")
     if config.model.tokenizer:
-        named = Tokenizer.load(config.model.tokenizer)
+        named = open_tokenizer(config.model.tokenizer)
         if named.fingerprint != pretrained.tokenizer.fingerprint:
             raise InputError(
                 f"model.tokenizer={config.model.tokenizer!r} is not the tokenizer of model.init={config.model.init!r}; "
