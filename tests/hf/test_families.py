@@ -1,18 +1,21 @@
 """Every family against transformers: import, both attentions, generation, training, export."""
 
-import dataclasses
-
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
 
+from grit_jax.batch import GritBatch
+from grit_jax.config import Config, LossConfig, ModelConfig
 from grit_jax.hf.export import save_folder
 from grit_jax.hf.folder import open_folder
 from grit_jax.inference import GritModel
 from grit_jax.model.transformer import abstract_model, bind
+from grit_jax.train.step import Objective
 from tests.hf import families
 from tests.hf.test_folder import whole
+from tests.packing import embedding_batch, generative_batch, random_texts
 
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
@@ -38,10 +41,6 @@ def forward(architecture, params, tokens, *, causal):
     mask = model.mask(jnp.ones_like(tokens), positions, causal=causal)
     hidden, _ = model(jnp.asarray(tokens), mask, dtype=jnp.dtype("float32"))
     return model.output_layer(jnp.dtype("float32"))(hidden), hidden
-
-
-def without_window(architecture):
-    return dataclasses.replace(architecture, sliding_window=None, windowed_layers=())
 
 
 def test_causal_logits_equal_transformers(imported):
@@ -94,3 +93,21 @@ def test_transformers_opens_an_export_and_gives_the_same_logits(imported, tmp_pa
         expected = families.run(theirs, TOKENS, is_causal=is_causal)
         for actual, wanted in zip(families.run(again, TOKENS, is_causal=is_causal), expected, strict=True):
             assert np.array_equal(actual, wanted)
+
+
+def test_the_joint_loss_trains_every_parameter(imported):
+    """Both losses at once: a finite gradient, and one that is not zero, for every parameter of the family."""
+    _, _, pretrained, params = imported
+    architecture = pretrained.architecture
+    config = Config(model=ModelConfig(architecture=architecture), loss=LossConfig(temperature=1.0))
+    objective = Objective(abstract_model(architecture), config, jnp.dtype("float32"))
+    rng = np.random.default_rng(0)
+    texts = random_texts(rng, 6), random_texts(rng, 4)
+    batch = GritBatch(
+        embedding_batch(texts[0], [[0, 1], [2, 3], [4, 5]], 32, num_queries=2),
+        generative_batch(texts[1], [[0, 1], [2, 3]], 32),
+    )
+    gradient = jax.jit(jax.grad(lambda params, batch: objective(params, batch)[0]))(params, batch)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(gradient):
+        assert np.all(np.isfinite(leaf)), path
+        assert np.any(leaf != 0), path
