@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, trainers
+from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from grit_jax.config import InputError
 
@@ -42,6 +42,7 @@ class Tokenizer:
     """A `tokenizers` tokenizer and its special strings.
 
     `encode` adds no special token: prompts hold the BOS and EOS strings, which are tokens of their own.
+    Other tools that read `files` add BOS and nothing else.
 
     Attributes:
       bos: Text of the first token of every sequence; empty when the model has none.
@@ -51,6 +52,10 @@ class Tokenizer:
     def __init__(self, backend: tokenizers.Tokenizer, *, bos: str, eos: str):
         backend.no_truncation()
         backend.no_padding()
+        if bos and backend.encode("").ids != [backend.token_to_id(bos)]:
+            backend.post_processor = processors.TemplateProcessing(
+                single=[bos, "$A"], pair=[bos, "$A", bos, "$B"], special_tokens=[(bos, backend.token_to_id(bos))]
+            )
         self._backend, self.bos, self.eos = backend, bos, eos
 
     @staticmethod
