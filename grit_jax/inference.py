@@ -181,6 +181,25 @@ class GritModel:
                 members[row * most + int(packing.segment[text]) - 1] = text
             yield members, (tokens, segment_ids, positions, weights)
 
+    def logits(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Scores of the next token after BOS and after each token of a text, float32 [tokens, vocab] for each text.
+
+        Raises:
+          InputError: A text has no token, or more than the model's limit.
+        """
+        scores = []
+        rows = sharding.axis_size(self._mesh, "batch")
+        for place, encoding in enumerate(self.tokenizer.encode_batch([self.tokenizer.bos + text for text in texts])):
+            length = len(encoding.ids)
+            if not 0 < length <= self.architecture.max_length:
+                raise InputError(f"text {place} has {length} tokens, not 1 to {self.architecture.max_length}")
+            tokens, segment_ids = (np.zeros((rows, _bucket(length, at_least=64)), np.int32) for _ in range(2))
+            tokens[:, :length], segment_ids[:, :length] = encoding.ids, 1
+            with jax.set_mesh(self._mesh):
+                row = _logits(self._model, self.params, tokens, segment_ids, dtype=self._dtype)
+            scores.append(np.asarray(row[0, :length], np.float32))
+        return scores
+
     def generate(
         self,
         messages: Messages | Sequence[Messages],
@@ -336,3 +355,10 @@ def _bucket(size: int, *, at_least: int) -> int:
 @functools.partial(jax.jit, static_argnums=0, static_argnames=("settings", "dtype"))
 def _embed(model, params, *rows, settings: EmbeddingConfig, dtype):
     return embed_rows(bind(model, params), *rows, settings=settings, dtype=dtype)[0]
+
+
+@functools.partial(jax.jit, static_argnums=0, static_argnames="dtype")
+def _logits(model, params, tokens, segment_ids, *, dtype):
+    model = bind(model, params)
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    return model.output_layer(dtype)(model(tokens, model.mask(segment_ids, positions, causal=True), dtype=dtype)[0])

@@ -45,6 +45,7 @@ class Tokenizer:
     """A `tokenizers` tokenizer and its special strings.
 
     `encode` adds no special token: prompts hold the BOS and EOS strings, which are tokens of their own.
+    Other tools that read `files` add BOS and nothing else.
 
     Attributes:
       bos: Text of the first token of every sequence; empty when the model has none.
@@ -54,10 +55,12 @@ class Tokenizer:
     def __init__(self, backend: tokenizers.Tokenizer, *, bos: str, eos: str):
         backend.no_truncation()
         backend.no_padding()
-        if bos:  # other users of the files get the BOS that our prompts spell out
-            template = {"single": [bos, "$A"], "pair": [bos, "$A", bos, "$B"]}
+        if bos and backend.encode("").ids != [backend.token_to_id(bos)]:
+            # Other users of the files get the BOS that our prompts spell out.
             special = [(bos, backend.token_to_id(bos))]
-            backend.post_processor = processors.TemplateProcessing(**template, special_tokens=special)
+            backend.post_processor = processors.TemplateProcessing(
+                single=[bos, "$A"], pair=[bos, "$A", bos, "$B"], special_tokens=special
+            )
         self._backend, self.bos, self.eos = backend, bos, eos
 
     @staticmethod

@@ -72,22 +72,22 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def read_texts(path: Path) -> list[str]:
+def read_texts(path: Path, *, option: str = "--input") -> list[str]:
     """The texts of a .jsonl or .txt file.
 
     Raises:
       InputError: The file is missing, of another kind, empty, or a line is malformed or empty.
     """
     if path.suffix not in (".jsonl", ".txt"):
-        raise InputError(f"--input {path}: must end in .jsonl or .txt")
+        raise InputError(f"{option} {path}: must end in .jsonl or .txt")
     try:
         lines = path.read_text().splitlines() if path.suffix == ".txt" else path.read_text().split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"--input {path}: cannot be read: {error}") from error
+        raise InputError(f"{option} {path}: cannot be read: {error}") from error
     while lines and not lines[-1].strip():
         lines.pop()
     if not lines:
-        raise InputError(f"--input {path}: the file is empty")
+        raise InputError(f"{option} {path}: the file is empty")
     texts = []
     for number, line in enumerate(lines, start=1):
         text = _jsonl_text(line, f"{path}:{number}") if path.suffix == ".jsonl" else line

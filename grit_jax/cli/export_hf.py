@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import sys
+from collections.abc import Sequence
+
+from grit_jax.config import InputError
 
 HELP = "write a Hugging Face folder from a run or checkpoint"
 EXAMPLES = """\
   grit-jax export-hf runs/quickstart my-model
   grit-jax export-hf runs/quickstart my-model --step 200 --dtype bfloat16
+  grit-jax export-hf runs/quickstart my-model --prompt query="Given a question, retrieve passages that answer it"
 """
 
 
@@ -17,16 +22,55 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("out", metavar="OUT", help="new folder")
     parser.add_argument("--step", type=int, metavar="N", help="checkpoint to take (default: the newest)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="(%(default)s)")
+    parser.add_argument(
+        "--prompt",
+        action="append",
+        default=[],
+        metavar="NAME=INSTRUCTION",
+        help="instruction of one of sentence-transformers' named prompts; may be repeated (query and document are "
+        "there without one)",
+    )
+    parser.add_argument("--no-verify", action="store_true", help="do not compare with PyTorch's numbers")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Exports a model."""
+    """Exports a model and compares the folder with PyTorch where that is installed."""
+    instructions = parse_prompts(args.prompt)
+
     import jax.numpy as jnp
 
     from grit_jax.hf.export import save_folder
+    from grit_jax.hf.targets import has_sentence_pooling
     from grit_jax.loading import load_for_conversion
+    from grit_jax.verify import missing_packages, verify
 
     pretrained, params = load_for_conversion(args.source, args.step, jnp.dtype(args.dtype))
-    save_folder(args.out, pretrained, params, dtype=args.dtype)
-    print(f"{args.out}: a Hugging Face folder in {args.dtype}; AutoModelForCausalLM.from_pretrained opens it")
+    save_folder(args.out, pretrained, params, dtype=args.dtype, instructions=instructions)
+    del params
+    if not has_sentence_pooling(pretrained.embedding):
+        print("no files for sentence-transformers: it has no pooling that equals weighted_mean")
+    if args.no_verify:
+        print("not compared with PyTorch (--no-verify)")
+    elif missing := missing_packages():
+        print(f"not compared with PyTorch: {', '.join(missing)} cannot be imported; pip install 'grit-jax[torch]'")
+    else:
+        from grit_jax.cli.verify_export import TOLERANCE, print_checks
+
+        if print_checks(verify(args.out), TOLERANCE):
+            print(f"error: {args.out} differs from this package; it is kept for inspection", file=sys.stderr)
+            return 1
+    print(f"{args.out}: a Hugging Face folder in {args.dtype}; its README.md says how to use it")
     return 0
+
+
+def parse_prompts(given: Sequence[str]) -> dict[str, str]:
+    """Instructions by name.
+
+    Raises:
+      InputError: Something is not NAME=INSTRUCTION.
+    """
+    for text in given:
+        name, separator, _ = text.partition("=")
+        if not name or not separator:
+            raise InputError(f"--prompt {text!r}: write it as NAME=INSTRUCTION")
+    return dict(text.split("=", 1) for text in given)

@@ -7,7 +7,7 @@ import glob
 import os
 import sys
 
-from grit_jax.cli import encode, export_hf, generate, import_hf, push_hf, quickstart, train
+from grit_jax.cli import encode, export_hf, generate, import_hf, push_hf, quickstart, train, verify_export
 from grit_jax.config import InputError
 
 COMMANDS = {
@@ -15,6 +15,7 @@ COMMANDS = {
     "encode": encode,
     "generate": generate,
     "export-hf": export_hf,
+    "verify-export": verify_export,
     "import-hf": import_hf,
     "push-hf": push_hf,
     "quickstart": quickstart,

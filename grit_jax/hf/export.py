@@ -5,14 +5,17 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 import ml_dtypes
 import numpy as np
 
 from grit_jax.config import EmbeddingConfig, InputError
+from grit_jax.hf import targets
 from grit_jax.hf.architecture import write_config
 from grit_jax.hf.folder import CONFIG_FILE, GRIT_CONFIG_FILE, is_folder
 from grit_jax.hf.names import PROJECTION, Tensor, get, table
@@ -34,9 +37,17 @@ CHAT_TEMPLATE = (
 
 
 def save_folder(
-    out: str | Path, pretrained: Pretrained, params: Params, *, dtype: Dtype = "float32", max_shard_bytes: int = 2 << 30
+    out: str | Path,
+    pretrained: Pretrained,
+    params: Params,
+    *,
+    dtype: Dtype = "float32",
+    max_shard_bytes: int = 2 << 30,
+    instructions: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
     """Writes a folder that transformers opens and `open_folder` reads back bit by bit (in float32).
+
+    It also holds what sentence-transformers and older versions of transformers need, and a model card.
 
     Args:
       out: New folder; an earlier export there is replaced.
@@ -44,6 +55,7 @@ def save_folder(
       params: The parameters.
       dtype: Type of the stored weights.
       max_shard_bytes: Largest safetensors file.
+      instructions: Instructions of sentence-transformers' named prompts; `query` and `document` have none by default.
 
     Raises:
       InputError: `out` holds something else.
@@ -56,6 +68,9 @@ def save_folder(
     partial.mkdir(parents=True)
     tokenizer, architecture = pretrained.tokenizer, pretrained.architecture
     config = write_config(architecture, dtype=dtype, bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id)
+    if code := targets.remote_code(architecture):
+        config["auto_map"], text = code
+        (partial / targets.REMOTE_CODE_FILE).write_text(text)
     _write_json(partial / CONFIG_FILE, config)
     rows = table(architecture, EmbeddingConfig())
     write_tensors(partial, "model", _stored(rows, params, dtype), max_shard_bytes=max_shard_bytes)
@@ -74,6 +89,13 @@ def save_folder(
     (partial / "tokenizer.json").write_text(files["tokenizer.json"])
     _write_json(partial / "tokenizer_config.json", settings)
     (partial / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+    for name, value in targets.sentence_files(architecture, pretrained.embedding, instructions).items():
+        (partial / name).parent.mkdir(exist_ok=True)
+        _write_json(partial / name, value)
+    if (dense := partial / targets.DENSE_FOLDER).exists():
+        write_tensors(dense, "model", _stored(targets.DENSE, params, dtype), max_shard_bytes=sys.maxsize)
+    card = targets.model_card(out.name, architecture, pretrained.embedding, tokenizer, instructions)
+    (partial / targets.CARD_FILE).write_text(card)
     shutil.rmtree(out, ignore_errors=True)
     partial.rename(out)
 
@@ -95,5 +117,5 @@ def _stored(rows: Iterable[Tensor], params: Params, dtype: Dtype) -> Iterator[tu
             yield name, stored
 
 
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+def _write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")

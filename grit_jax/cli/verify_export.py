@@ -1,0 +1,46 @@
+"""The command `grit-jax verify-export`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from grit_jax.config import InputError
+
+TOLERANCE = 1e-4
+HELP = "compare PyTorch's numbers with ours on an exported folder"
+EXAMPLES = """\
+  grit-jax verify-export my-model
+  grit-jax verify-export my-model --texts lines.txt --tolerance 1e-3
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `verify-export`."""
+    parser.add_argument("folder", metavar="FOLDER", help="Hugging Face folder")
+    parser.add_argument("--texts", metavar="FILE", help=".txt with one text a line (default: built-in texts)")
+    parser.add_argument(
+        "--tolerance", type=float, default=TOLERANCE, metavar="X", help="largest absolute difference (%(default)s)"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Compares and prints one line per target."""
+    if args.tolerance <= 0:
+        raise InputError(f"--tolerance={args.tolerance} must be positive")
+
+    from grit_jax.cli.encode import read_texts
+    from grit_jax.verify import SAMPLE_TEXTS, verify
+
+    texts = read_texts(Path(args.texts), option="--texts") if args.texts else SAMPLE_TEXTS
+    return print_checks(verify(args.folder, texts), args.tolerance)
+
+
+def print_checks(checks, tolerance: float) -> int:
+    """Prints one line per check and returns the exit code."""
+    failed = False
+    for check in checks:
+        good = check.difference <= tolerance  # NaN is not
+        failed |= not good
+        print(f"{'ok  ' if good else 'FAIL'} {check.target}: {check.text}", flush=True)
+    return int(failed)
