@@ -133,7 +133,7 @@ def _ours(folder: Path, texts: list[str], instructions: list[str]) -> _Ours:
 def _compare_tokens(folder: Path, texts: Sequence[str], ours: _Ours) -> Check:
     import transformers
 
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer: Any = transformers.AutoTokenizer.from_pretrained(folder)
     expected = [(text, ids) for text, ids in zip(texts, ours.plain_ids, strict=True)]
     for instruction, rows in ours.ids.items():
         prompt = prompts.embedding("", instruction, bos="").text
@@ -192,7 +192,7 @@ def _sentence_transformers(
     if limit != ours.limit:
         yield Check("sentence-transformers, max_seq_length", np.inf, f"{limit}, not {ours.limit}")
     logging.getLogger("sentence_transformers").setLevel(logging.ERROR)
-    model = sentence_transformers.SentenceTransformer(str(folder), device="cpu", model_kwargs=_model_arguments())
+    model: Any = sentence_transformers.SentenceTransformer(str(folder), device="cpu", model_kwargs=_model_arguments())
     instructed = prompts.embedding("", _INSTRUCTION, bos="").text
     runs: list[tuple[str, dict[str, str], str]] = [
         ("no prompt given", {}, ""),
