@@ -21,7 +21,6 @@ def world(tmp_path_factory):
     pretrained, params = random_model(tie_embeddings=False)
     save_folder(folder / "new", pretrained, params)
     save_folder(folder / "old", pretrained, jax.tree.map(lambda x: x + 1, params))
-    (folder / "new/README.md").write_text("---\nlibrary_name: transformers\n---\n# A model\n")
     with hub.serve(folder / "cache") as (server, environment):
         files = hub.folder_files(folder / "new") | {"pytorch_model.bin": b"pickle", "modeling.py": b"raise SystemExit"}
         server.repositories["org/model"] = {"main": files, "old": hub.folder_files(folder / "old")}

@@ -1,0 +1,40 @@
+"""Vectors of the reference's inference class, `GritLM.encode`."""
+
+import re
+
+import jax
+import pytest
+
+from grit_jax import sharding
+from grit_jax.config import EmbeddingConfig, MeshConfig
+from grit_jax.inference import GritModel
+from tests.parity import golden
+
+OPTIONS = ["default", "attn=cccc", "normalized=False", "weightedmean", "cls", "lasttoken"]
+
+
+@pytest.fixture(scope="module", params=["mistral", "mixtral"])
+def family(request, shared, tmp_path_factory):
+    pretrained, params = golden.load(shared, request.param, tmp_path_factory.mktemp("golden") / "hf")
+    return request.param, pretrained, params
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_vectors(shared, family, option):
+    name, pretrained, params = family
+    about, recorded = golden.described(shared, "encode/encode"), golden.tensors(shared, "encode/encode")
+    embedding = EmbeddingConfig(
+        attention="causal" if option == "attn=cccc" else "bidirectional",
+        pooling=golden.POOLING.get(option, "mean"),
+        normalized=option != "normalized=False",
+    )
+    mesh = sharding.make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
+    model = GritModel(
+        params, pretrained.architecture, embedding, pretrained.tokenizer, mesh=mesh, dtype=jax.numpy.dtype("float32")
+    )
+    cases = [key for key in recorded if re.fullmatch(rf"{name}/(\w+=)?{option}/instr[01]", key)]
+    assert len(cases) == 2
+    for case in cases:
+        instruction = about["instructions"][int(case[-1])]
+        vectors = model.encode(about["sentences"], instruction=instruction, max_length=about["max_length"])
+        assert golden.absolute(vectors, recorded[case]) < golden.HIDDEN
