@@ -53,8 +53,9 @@ def test_a_vector_is_the_mean_of_the_texts_bidirectional_hidden_states(model):
     bound = bind(abstract_model(model.architecture), model.params)
     tokens = jnp.asarray(tokenized.tokens)[None]
     positions = jnp.arange(tokens.shape[1])[None]
-    hidden = bound(tokens, bound.mask(jnp.ones_like(tokens), positions, causal=False), dtype=jnp.dtype("float32"))[0]
-    mean = hidden[tokenized.spans[0, 0] :].mean(axis=0)
+    mask = bound.mask(jnp.ones_like(tokens), positions, causal=False)
+    hidden, _ = bound(tokens, mask, dtype=jnp.dtype("float32"))
+    mean = hidden[0, tokenized.spans[0, 0] :].mean(axis=0)
     assert np.allclose(model.encode([TEXTS[1]], instruction="find")[0], mean / jnp.linalg.norm(mean), atol=1e-5)
 
 

@@ -33,7 +33,7 @@ def test_a_mesh_that_does_not_fit_the_devices_is_refused(mesh, message):
 def test_an_unknown_axis_raises_and_an_indivisible_dim_is_named():
     mesh = sharding.make_mesh(MeshConfig(2, 2, 2))
     shape = {"mlp": {"kernel": jax.ShapeDtypeStruct((3, 4), jnp.float32)}}
-    with pytest.raises(InputError, match=r"mlp.kernel: embed=3 is not divisible by mesh.fsdp=2"):
+    with pytest.raises(InputError, match=r"mlp.kernel: embed=3 is not divisible by mesh.fsdp\*expert=2; choose"):
         sharding.shardings(mesh, shape, {"mlp": {"kernel": ("embed", "mlp")}})
     with pytest.raises(KeyError):
         sharding.partition_spec(("unheard_of",))

@@ -154,7 +154,10 @@ def test_a_run_starts_from_a_checkpoint_and_from_an_export(data, finished, tmp_p
     ("more", "message"),
     [
         (["--data.embedding_batch=6"], r"data.embedding_batch=6 is not divisible by the mesh's 8 batch shards"),
-        (["--mesh.fsdp=4", "--mesh.tensor=4"], r"mesh.data=1, mesh.fsdp=4, mesh.tensor=4 do not multiply to the 8"),
+        (
+            ["--mesh.fsdp=4", "--mesh.tensor=4"],
+            r"mesh.data=1, mesh.fsdp=4, mesh.tensor=4, mesh.expert=1 do not multiply to the 8",
+        ),
         (
             ["--mesh.fsdp=2", "--mesh.tensor=4", "--model.architecture.vocab_size=260"],
             r"kv_heads=2 is not divisible by mesh.tensor=4",
