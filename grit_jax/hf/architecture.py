@@ -21,8 +21,6 @@ _FIELDS = {
 
 # Keys that change the mathematics, with the only values that are supported; a key that is absent has the first one.
 _REQUIRED: Mapping[str, tuple[Any, ...]] = {
-    "hidden_act": ("silu", "gelu_pytorch_tanh"),
-    "hidden_activation": ("gelu_pytorch_tanh",),
     "attention_bias": (False, None),
     "mlp_bias": (False, None),
     "attention_dropout": (0.0, None),
@@ -31,6 +29,16 @@ _REQUIRED: Mapping[str, tuple[Any, ...]] = {
     "use_bidirectional_attention": (False, None),
     "quantization_config": (None,),
     "pretraining_tp": (1, None),
+    "is_causal": (True, None),
+    "norm_topk_prob": (True, None),
+    "use_qk_norm": (False, None),
+    "qk_layernorm": (False, None),
+    "clip_qkv": (None,),
+    "logit_scale": (1.0, None),
+    "logits_scaling": (1.0, None),
+    "embedding_multiplier": (1.0, None),
+    "residual_multiplier": (1.0, None),
+    "attention_multiplier": (None,),
 }
 
 
@@ -43,7 +51,7 @@ class _Family:
       fixed: Fields that follow from the family alone.
       keys: Fields and their keys; an absent key has the field's value in `defaults`.
       defaults: Values of absent keys, where they are not this package's own defaults.
-      activation_key: The key of the activation.
+      activation: The key of the activation and its value where it is absent.
       windows: How layers with a sliding window are told: `none`, `all`, `optional` or `layers`.
     """
 
@@ -51,12 +59,11 @@ class _Family:
     fixed: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     keys: Mapping[str, str] = dataclasses.field(default_factory=dict)
     defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    activation_key: str = "hidden_act"
+    activation: tuple[str, str] = ("hidden_act", "silu")
     windows: str = "none"
 
 
 _GEMMA = {
-    "activation": "gelu_tanh",
     "norm_offset": 1.0,
     "post_norms": True,
     "scale_embedding": True,
@@ -64,10 +71,10 @@ _GEMMA = {
 }
 _GEMMA_KEYS = {
     "attention_scale_dim": "query_pre_attn_scalar",
-    "attention_soft_cap": "attn_logit_softcapping",
     "logit_soft_cap": "final_logit_softcapping",
 }
-_GEMMA_DEFAULTS = {"tie_embeddings": True, "sliding_window": 4096, "attention_scale_dim": 256}
+_GEMMA_DEFAULTS = {"tie_embeddings": True, "sliding_window": 4096, "attention_scale_dim": 256, "head_dim": 256}
+_GEMMA_ACTIVATION = ("hidden_activation", "gelu_pytorch_tanh")
 _FAMILIES: Mapping[str, _Family] = {
     "llama": _Family("LlamaForCausalLM"),
     "mistral": _Family("MistralForCausalLM", defaults={"sliding_window": 4096}, windows="all"),
@@ -78,30 +85,59 @@ _FAMILIES: Mapping[str, _Family] = {
         windows="all",
     ),
     "qwen2": _Family(
-        "Qwen2ForCausalLM", fixed={"qkv_bias": True, "window_bidirectional": True}, windows="optional"
+        "Qwen2ForCausalLM",
+        fixed={"qkv_bias": True, "window_bidirectional": True},
+        defaults={"sliding_window": 4096},
+        windows="optional",
     ),
     "qwen3": _Family(
-        "Qwen3ForCausalLM", fixed={"qk_norm": True, "window_bidirectional": True}, windows="optional"
+        "Qwen3ForCausalLM",
+        fixed={"qk_norm": True, "window_bidirectional": True},
+        defaults={"sliding_window": 4096, "head_dim": 128},
+        windows="optional",
     ),
     "gemma2": _Family(
         "Gemma2ForCausalLM",
         fixed=_GEMMA,
-        keys=_GEMMA_KEYS,
+        keys=_GEMMA_KEYS | {"attention_soft_cap": "attn_logit_softcapping"},
         defaults=_GEMMA_DEFAULTS | {"attention_soft_cap": 50.0, "logit_soft_cap": 30.0},
-        activation_key="hidden_activation",
+        activation=_GEMMA_ACTIVATION,
         windows="layers",
     ),
     "gemma3_text": _Family(
         "Gemma3ForCausalLM",
         fixed=_GEMMA | {"qk_norm": True},
-        keys=_GEMMA_KEYS,
-        defaults=_GEMMA_DEFAULTS | {"rope_theta": 1e6},
-        activation_key="hidden_activation",
+        keys=_GEMMA_KEYS | {"local_rope_theta": "rope_local_base_freq"},
+        defaults=_GEMMA_DEFAULTS | {"rope_theta": 1e6, "local_rope_theta": 10000.0},
+        activation=_GEMMA_ACTIVATION,
         windows="layers",
     ),
 }  # fmt: skip
-_ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
+_ACTIVATIONS: Mapping[str, Any] = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 _LAYER_TYPES = {"sliding_attention": True, "full_attention": False}
+
+# Keys of windows that each way of telling them reads, beside layer_types.
+_WINDOW_KEYS = {
+    "none": (),
+    "all": ("sliding_window",),
+    "optional": ("sliding_window", "use_sliding_window"),
+    "layers": ("sliding_window",),
+}
+# What each kind of rotary embedding must say.
+_ROPE_KEYS = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
+
+
+def _own_keys(name: str, family: _Family) -> set[str]:
+    """Keys of features that not every family has and this one does."""
+    pattern = {"sliding_window_pattern"} if name == "gemma3_text" else set()
+    return {*family.keys.values(), *_WINDOW_KEYS[family.windows]} | pattern
+
+
+_FEATURES = set[str]().union(*(_own_keys(*entry) for entry in _FAMILIES.items()))
 
 
 def model_class(architecture: TransformerConfig) -> str:
@@ -122,6 +158,8 @@ def read_config(config: Mapping[str, Any], *, source: str) -> TransformerConfig:
     for key, allowed in _REQUIRED.items():
         if config.get(key, allowed[0]) not in allowed:
             raise InputError(f"{source}: {key}={config[key]!r} is not supported for {name}; only {allowed[0]!r} is")
+    if foreign := sorted(key for key in _FEATURES - _own_keys(name, family) if config.get(key)):
+        raise InputError(f"{source}: {foreign[0]}={config[foreign[0]]!r} is a feature that {name} does not have")
     if missing := [key for key in _FIELDS.values() if key not in config]:
         raise InputError(f"{source}: {', '.join(missing)} missing; the file does not describe a {name} model")
 
@@ -129,11 +167,16 @@ def read_config(config: Mapping[str, Any], *, source: str) -> TransformerConfig:
         fallback = next(f for f in dataclasses.fields(TransformerConfig) if f.name == field).default
         return config.get(key, family.defaults.get(field, fallback))
 
+    activation: Any = config.get(*family.activation)
+    if activation not in _ACTIVATIONS:
+        raise InputError(
+            f"{source}: {family.activation[0]}={activation!r} is not supported; known are {', '.join(_ACTIVATIONS)}"
+        )
     num_heads = config["num_attention_heads"]
     fields = {ours: config[theirs] for ours, theirs in _FIELDS.items()} | dict(family.fixed)
     fields |= {ours: value(ours, theirs) for ours, theirs in family.keys.items()}
-    fields["activation"] = _ACTIVATIONS[config.get(family.activation_key) or config.get("hidden_act", "silu")]
-    head_dim = config.get("head_dim") or config["hidden_size"] // num_heads
+    fields |= _read_windows(config, family, source) | _read_rope(config, family, source)
+    head_dim = config.get("head_dim", family.defaults.get("head_dim")) or config["hidden_size"] // num_heads
     if fields.get("attention_scale_dim") == head_dim:
         fields["attention_scale_dim"] = None
     tied = config.get("tie_word_embeddings", family.defaults.get("tie_embeddings", False))
@@ -142,9 +185,8 @@ def read_config(config: Mapping[str, Any], *, source: str) -> TransformerConfig:
         num_kv_heads=config.get("num_key_value_heads") or num_heads,
         head_dim=head_dim,
         tie_embeddings=bool(tied),
+        activation=_ACTIVATIONS[activation],
         **fields,
-        **_read_windows(config, family, source),
-        **_read_rope(config, family, source),
     )
 
 
@@ -154,17 +196,21 @@ def _read_windows(config: Mapping[str, Any], family: _Family, source: str) -> di
     num_layers = config["num_hidden_layers"]
     if family.windows == "none" or (family.windows == "optional" and not config.get("use_sliding_window", False)):
         window = None
+    types = config.get("layer_types") or []
+    if unknown := sorted(set(types) - _LAYER_TYPES.keys()):
+        raise InputError(f"{source}: layer_types has {', '.join(unknown)}; known are {', '.join(_LAYER_TYPES)}")
+    layers = [_LAYER_TYPES[kind] for kind in types]
+    if layers and len(layers) != num_layers:
+        raise InputError(f"{source}: layer_types has {len(layers)} entries for num_hidden_layers={num_layers}")
+    if family.windows in ("none", "all") and set(layers) - {bool(window)}:
+        raise InputError(f"{source}: layer_types are not all alike, as {config['model_type']}'s layers are")
     if not window:
         return {"sliding_window": None}
     if family.windows == "all":
         return {"sliding_window": window}
-    if types := config.get("layer_types"):
-        if unknown := sorted(set(types) - _LAYER_TYPES.keys()):
-            raise InputError(f"{source}: layer_types has {', '.join(unknown)}; known are {', '.join(_LAYER_TYPES)}")
-        layers = [_LAYER_TYPES[kind] for kind in types]
-    elif family.windows == "optional":
+    if not layers and family.windows == "optional":
         layers = [layer >= config.get("max_window_layers", 28) for layer in range(num_layers)]
-    else:
+    elif not layers:
         period = config.get("sliding_window_pattern") or (2 if config["model_type"] == "gemma2" else 6)
         layers = [(layer + 1) % period > 0 for layer in range(num_layers)]
     if not any(layers):
@@ -174,28 +220,42 @@ def _read_windows(config: Mapping[str, Any], family: _Family, source: str) -> di
 
 def _read_rope(config: Mapping[str, Any], family: _Family, source: str) -> dict[str, Any]:
     """Bases of the rotary embedding and how it is stretched, from the keys of transformers 4 or 5."""
-    rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-    local: dict[str, Any] = {}
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    local: Mapping[str, Any] = {}
     if "full_attention" in rope:  # one entry per kind of layer
-        rope, local = dict(rope["full_attention"] or {}), dict(rope.get("sliding_attention") or {})
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    local_kind = local.get("rope_type", "default")
-    if kind not in ("default", "linear", "llama3") or local_kind != "default":
-        unsupported = kind if local_kind == "default" else local_kind
-        raise InputError(f"{source}: rope scaling of type {unsupported!r} is not supported; linear and llama3 are")
-    scaling = None
-    if kind == "linear":
-        scaling = RopeScaling("linear", float(rope["factor"]))
-    elif kind == "llama3":
-        keys = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-        if missing := [key for key in keys if key not in rope]:
-            raise InputError(f"{source}: rope scaling of type 'llama3' lacks {', '.join(missing)}")
-        scaling = RopeScaling("llama3", *(float(rope[key]) for key in keys[:3]), int(rope[keys[3]]))
-    theta = config.get("rope_theta") or rope.get("rope_theta") or family.defaults.get("rope_theta", 10000.0)
+        rope, local = rope["full_attention"] or {}, rope.get("sliding_attention") or {}
+    local_key = family.keys.get("local_rope_theta")
+    if local and not (local_key and _rope_kind(local, source) == "default"):
+        raise InputError(f"{source}: positions stretched in layers with a window are not supported")
+    kind, scaling = _rope_kind(rope, source), None
+    if kind != "default":
+        values: list[Any] = [float(rope[key]) for key in _ROPE_KEYS[kind]]
+        scaling = RopeScaling(kind, *values[:3], *map(int, values[3:]))
+    theta = rope.get("rope_theta") or config.get("rope_theta") or family.defaults.get("rope_theta", 10000.0)
     fields = {"rope_theta": float(theta), "rope_scaling": scaling}
-    if config["model_type"] == "gemma3_text":
-        fields["local_rope_theta"] = float(local.get("rope_theta") or config.get("rope_local_base_freq") or 10000.0)
+    if local_key:
+        local_theta = local.get("rope_theta") or config.get(local_key) or family.defaults["local_rope_theta"]
+        fields["local_rope_theta"] = float(local_theta)
     return fields
+
+
+def _rope_kind(rope: Mapping[str, Any], source: str) -> Any:
+    """How positions are stretched: `default` for not at all, or the kind of a RopeScaling.
+
+    Raises:
+      InputError: The kind is not supported, or lacks a key or has another.
+    """
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in _ROPE_KEYS:
+        raise InputError(f"{source}: rope scaling of type {kind!r} is not supported; linear and llama3 are")
+    if missing := [key for key in _ROPE_KEYS[kind] if key not in rope]:
+        raise InputError(f"{source}: rope scaling of type {kind!r} lacks {', '.join(missing)}")
+    unknown = rope.keys() - {"rope_type", "type", "rope_theta", *_ROPE_KEYS[kind]}
+    if unknown := sorted(key for key in unknown if rope[key] not in _REQUIRED.get(key, (None,))):
+        raise InputError(
+            f"{source}: {unknown[0]}={rope[unknown[0]]!r} is not supported in rope scaling of type {kind!r}"
+        )
+    return kind
 
 
 def write_config(
@@ -234,13 +294,12 @@ def _write(architecture: TransformerConfig) -> dict[str, Any]:
         "head_dim": architecture.head_dim,
         "rope_theta": architecture.rope_theta,
         "tie_word_embeddings": architecture.tie_embeddings,
-        family.activation_key: activations[architecture.activation],
+        family.activation[0]: activations[architecture.activation],
         "attention_dropout": 0.0,
         "is_causal": True,
         "use_cache": True,
     }
-    if family.activation_key == "hidden_activation":
-        config["hidden_act"] = config["hidden_activation"]
+    config["hidden_act"] = config[family.activation[0]]
     if "attention_scale_dim" in family.keys:
         config["query_pre_attn_scalar"] = architecture.attention_scale_dim or architecture.head_dim
     if scaling := architecture.rope_scaling:
@@ -251,8 +310,6 @@ def _write(architecture: TransformerConfig) -> dict[str, Any]:
                 "high_freq_factor": scaling.high_frequency_factor,
                 "original_max_position_embeddings": scaling.original_length,
             }
-    if architecture.local_rope_theta is not None:
-        config["rope_local_base_freq"] = architecture.local_rope_theta
     if family.windows in ("all", "optional", "layers"):
         config["sliding_window"] = architecture.sliding_window
     if family.windows == "layers" and not architecture.sliding_window:

@@ -8,10 +8,10 @@ from typing import Any
 import jax.numpy as jnp
 from etils import epath
 
-from grit_jax.config import EmbeddingConfig, TransformerConfig
+from grit_jax.config import EmbeddingConfig, InputError, TransformerConfig
 from grit_jax.hf import tensors as stored
 from grit_jax.hf.architecture import read_config
-from grit_jax.hf.names import get, table
+from grit_jax.hf.names import TIED_HEAD, get, table
 from grit_jax.model.pretrained import Pretrained
 from grit_jax.model.transformer import Params, abstract_model, abstract_params
 from grit_jax.tokenizer import Tokenizer
@@ -52,9 +52,9 @@ def _load(
     shapes = abstract_params(abstract_model(architecture, embedding.projection_dim))
     rows = table(architecture, embedding)
     there = stored.stored_tensors(folder)
-    if architecture.tie_embeddings:
-        there.pop("lm_head.weight", None)  # some folders repeat the tied table
-    stored.check_tensors(str(folder), there, rows, shapes)
+    # Some folders repeat the tied table as the head.
+    repeated = [TIED_HEAD] if architecture.tie_embeddings and TIED_HEAD.name in there else []
+    stored.check_tensors(str(folder), there, [*rows, *repeated], shapes)
     params: Params = {}
     finite = {}
     for row in rows:
@@ -65,4 +65,12 @@ def _load(
         parent[row.path[-1]], checked = stored.load_param(row, there, shape, get(shardings, row.path), dtype)
         finite |= checked
     stored.check_finite(str(folder), finite)
+    for row in repeated:
+        embedding_table = get(params, row.path)
+        head, _ = stored.load_param(row, there, embedding_table.shape, embedding_table.sharding, dtype)
+        if not jnp.array_equal(head, embedding_table):
+            raise InputError(
+                f"{folder}: {row.name} is not the embedding table, though config.json says tie_word_embeddings=true; "
+                "set that to false to keep both, or remove the tensor"
+            )
     return params

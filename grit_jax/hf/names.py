@@ -100,6 +100,9 @@ TENSORS: Mapping[str, tuple[Tensor, ...]] = {
     "gemma3_text": _BASE + _HEAD_NORMS + _GEMMA_NORMS + _MLP,
 }
 
+# The output head of a model whose head is its embedding table.
+TIED_HEAD = Tensor("lm_head.weight", ("embedding",))
+
 # The linear embedding head is ours alone and lives in a file of its own.
 PROJECTION = (
     Tensor("projection.weight", ("projection", "kernel"), 1),

@@ -8,6 +8,7 @@ import safetensors.numpy
 
 from grit_jax import prompts, sharding
 from grit_jax.config import EmbeddingConfig, InputError, MeshConfig, TransformerConfig
+from grit_jax.hf.architecture import read_config
 from grit_jax.hf.export import save_folder
 from grit_jax.hf.folder import open_folder
 from grit_jax.model.pretrained import Pretrained
@@ -103,9 +104,50 @@ def exported(tmp_path):
         ({"model_type": "gpt2"}, "model_type='gpt2' is not supported; supported are llama, mistral, mixtral"),
         ({"attention_bias": True}, "attention_bias=True is not supported"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu' is not supported"),
+        ({"is_causal": False}, "is_causal=False is not supported"),
+        ({"clip_qkv": 8.0}, "clip_qkv=8.0 is not supported"),
+        ({"sliding_window": 4}, "sliding_window=4 is a feature that llama does not have"),
+        ({"final_logit_softcapping": 30.0}, "final_logit_softcapping=30.0 is a feature that llama does not have"),
+        ({"num_local_experts": 4}, "num_local_experts=4 is a feature that llama does not have"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types are not all alike, as llama's layers"),
+        ({"layer_types": ["sliding_attention"] * 2}, "layer_types are not all alike, as llama's layers"),
+        (
+            {"model_type": "mistral", "sliding_window": 4, "layer_types": ["full_attention"] * 2},
+            "layer_types are not all alike, as mistral's layers",
+        ),
+        (
+            {"model_type": "qwen2", "layer_types": ["full_attention"]},
+            "layer_types has 1 entries for num_hidden_layers=2",
+        ),
+        ({"model_type": "mixtral", "norm_topk_prob": False}, "norm_topk_prob=False is not supported"),
+        (
+            {"model_type": "mixtral", "num_local_experts": 2, "num_experts_per_tok": 3},
+            "experts_per_token=3 is not between 1 and num_experts=2",
+        ),
+        ({"model_type": "gemma2", "query_pre_attn_scalar": 8, "sliding_window_pattern": 3}, "sliding_window_pattern=3"),
+        ({"model_type": "gemma3_text", "attn_logit_softcapping": 50.0}, "attn_logit_softcapping=50.0 is a feature"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8}}, "rope scaling of type 'llama3' lacks low_freq_factor"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 8}}, "rope scaling of type 'yarn' is not supported"),
         ({"rope_scaling": {"type": "dynamic", "factor": 8}}, "rope scaling of type 'dynamic' is not supported"),
+        ({"rope_scaling": {"rope_type": "linear"}}, "rope scaling of type 'linear' lacks factor"),
+        (
+            {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
+            "partial_rotary_factor=0.5 is not supported in rope scaling of type 'default'",
+        ),
+        (
+            {"rope_scaling": {"type": "default", "mrope_section": [1, 1, 2]}},
+            r"mrope_section=\[1, 1, 2\] is not supported in rope scaling",
+        ),
+        (
+            {
+                "model_type": "gemma3_text",
+                "rope_parameters": {
+                    "full_attention": {"rope_type": "default"},
+                    "sliding_attention": {"rope_type": "linear", "factor": 2.0},
+                },
+            },
+            "positions stretched in layers with a window are not supported",
+        ),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5 is not supported"),
         ({"attention_dropout": 0.1}, "attention_dropout=0.1 is not supported"),
         ({"use_bidirectional_attention": True}, "use_bidirectional_attention=True is not supported"),
@@ -117,6 +159,33 @@ def test_an_unsupported_feature_is_refused_by_name(exported, changes, message):
     edit_config(exported, **changes)
     with pytest.raises(InputError, match=message):
         open_folder(exported)
+
+
+def test_absent_keys_have_the_values_of_transformers():
+    """Every key that a family's config class fills in, left out: the architecture is the one of the whole file."""
+    transformers = pytest.importorskip("transformers")
+    kept = {"num_attention_heads": 32, "hidden_size": 4096, "num_hidden_layers": 4, "vocab_size": 64}
+    kept |= {"intermediate_size": 64, "max_position_embeddings": 4096, "rms_norm_eps": 1e-6}
+    classes = ("Llama", "Mistral", "Mixtral", "Qwen2", "Qwen3", "Gemma2", "Gemma3Text")
+    for config_class in (getattr(transformers, f"{name}Config") for name in classes):
+        options = {"use_sliding_window": True, "max_window_layers": 2} if "Qwen" in config_class.__name__ else {}
+        given = {**kept, **options, "model_type": config_class.model_type, "num_key_value_heads": 8}
+        written = config_class(**given).to_dict()
+        assert read_config(given, source="short") == read_config(written, source="long")
+
+
+def test_a_repeated_tied_head_is_taken_and_another_head_refused(tmp_path):
+    pretrained, params = random_model()
+    save_folder(tmp_path / "hf", pretrained, params)
+    file = tmp_path / "hf/model.safetensors"
+    tensors = safetensors.numpy.load_file(file)
+    head = tensors["model.embed_tokens.weight"].copy()
+    safetensors.numpy.save_file(tensors | {"lm_head.weight": head}, file)
+    assert same(open_folder(tmp_path / "hf").load(whole(pretrained.architecture)), params)
+    head[5, 6] += 1e-3
+    safetensors.numpy.save_file(tensors | {"lm_head.weight": head}, file)
+    with pytest.raises(InputError, match=r"lm_head.weight is not the embedding table, though config.json says tie_wor"):
+        open_folder(tmp_path / "hf").load(whole(pretrained.architecture, mesh=MeshConfig(2, 2, 2)))
 
 
 @pytest.mark.parametrize(
