@@ -1,0 +1,82 @@
+"""Runs a script in several JAX processes that form one mesh on this machine."""
+
+import contextlib
+import socket
+import subprocess
+import sys
+import tempfile
+import textwrap
+import time
+
+from tests.runs import environment
+
+# Every process starts with this; the script after it sees all devices. One that raises ends at once: the usual way
+# out waits for the other processes.
+_START = """
+import os, sys
+import jax
+def _end(*error):
+    sys.__excepthook__(*error)
+    sys.stderr.flush()
+    os._exit(1)
+sys.excepthook = _end
+jax.config.update("jax_cpu_collectives_implementation", "gloo")
+_address, _count, _index = sys.argv[1:4]
+jax.distributed.initialize(coordinator_address=_address, num_processes=int(_count), process_id=int(_index))
+del sys.argv[1:4]
+"""
+
+
+def run(script, *arguments, num_processes=2, devices_each=2, timeout=300):
+    """Runs `script` in processes that form one mesh, and returns what each printed.
+
+    Args:
+      script: Python source, indented as its surroundings are; `jax.distributed` is initialised before it.
+      *arguments: Its `sys.argv[1:]`.
+      num_processes: How many processes run it.
+      devices_each: CPU devices of each.
+      timeout: Seconds after which all are killed.
+
+    Returns:
+      The standard output of each process, by its index.
+
+    Raises:
+      AssertionError: A process failed, or the time is up; the message holds the end of every process's stderr.
+    """
+    source = _START + textwrap.dedent(script)
+    with socket.socket() as free, contextlib.ExitStack() as stack:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+        free.close()
+        processes, streams = [], []
+        for index in range(num_processes):
+            command = [sys.executable, "-c", source, address, str(num_processes), str(index), *map(str, arguments)]
+            # Files and not pipes: a process that fills a pipe waits for its reader, and the others for it.
+            files = [stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(2)]
+            process = subprocess.Popen(command, env=environment(devices_each), stdout=files[0], stderr=files[1])
+            processes.append(process)
+            streams.append(files)
+        _wait(processes, time.monotonic() + timeout)
+        outputs = [[_content(file) for file in files] for files in streams]
+    ends = [f"process {i} ended with {p.returncode}:\n{outputs[i][1][-3000:]}" for i, p in enumerate(processes)]
+    assert not any(process.returncode for process in processes), "\n".join(ends)
+    return [out for out, _ in outputs]
+
+
+def _wait(processes, deadline):
+    """Returns when all have ended; kills all once one has failed, the deadline has passed or the test is stopped."""
+    try:
+        while any(process.poll() is None for process in processes) and not any(p.returncode for p in processes):
+            if time.monotonic() > deadline:
+                break
+            time.sleep(0.05)
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+def _content(file):
+    """What a process wrote, without the lines of the collectives' library."""
+    file.seek(0)
+    return "".join(line for line in file if not line.startswith("[Gloo]"))
