@@ -18,7 +18,7 @@ EXAMPLES = """\
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `verify-export`."""
     parser.add_argument("folder", metavar="FOLDER", help="Hugging Face folder")
-    parser.add_argument("--texts", metavar="FILE", help=".txt with one text a line (default: built-in texts)")
+    parser.add_argument("--texts", metavar="FILE", help=".jsonl or .txt, one text a line (default: built-in texts)")
     parser.add_argument(
         "--tolerance", type=float, default=TOLERANCE, metavar="X", help="largest absolute difference (%(default)s)"
     )
