@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 
 import pytest
 import sentencepiece
@@ -9,7 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from grit_jax.config import InputError
+from grit_jax.hf.export import save_folder
+from grit_jax.loading import load_for_conversion
 from grit_jax.tokenizer import Tokenizer
+from tests.hf.test_folder import random_model
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["prefix space", "no prefix"])
@@ -68,3 +72,16 @@ def test_other_models_are_refused_by_name(shared, tmp_path):
     (tmp_path / "tokenizer.model").write_bytes(b"\xff\xff not a model")
     with pytest.raises(InputError, match=r"tokenizer.model: not a sentencepiece model"):
         Tokenizer.load(tmp_path)
+
+
+def test_a_folder_with_tokenizer_model_alone_is_read_and_exported_with_tokenizer_json(trained, tmp_path):
+    folder, _ = trained
+    converted = Tokenizer.load(folder)
+    save_folder(tmp_path / "hf", *random_model(vocab_size=converted.vocab_size))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "hf" / name).unlink()
+    shutil.copy(folder / "tokenizer.model", tmp_path / "hf")
+    pretrained, params = load_for_conversion(tmp_path / "hf")
+    save_folder(tmp_path / "again", pretrained, params)
+    again = Tokenizer.load(tmp_path / "again/tokenizer.json")
+    assert again.fingerprint == pretrained.tokenizer.fingerprint == converted.fingerprint
