@@ -16,6 +16,8 @@ from typing import Any, Literal
 
 Attention = Literal["bidirectional", "causal"]
 Pooling = Literal["mean", "weighted_mean", "cls", "last_token"]
+AttentionKernel = Literal["dense", "splash", "cudnn"]
+Remat = Literal["none", "full", "dots", "offload"]
 
 
 class InputError(ValueError):
@@ -191,7 +193,11 @@ class ModelConfig:
       embedding: Embedding pass and pooling.
       generative_attention: Attention of the generative pass.
       compute_dtype: Type of activations; `auto` is float32 on CPU and bfloat16 elsewhere. Weights stay float32.
-      remat: What a layer recomputes in the backward pass: `none`, `full` or `dots` (keep matrix products).
+      attention_kernel: `dense`, `splash` (TPU), `cudnn` (GPU), or `auto` for the device's own.
+      remat: What a layer recomputes in the backward pass: `none`; `full`, all but its input; `dots`, all but matrix
+        products and attention; `offload`, like `full` with the inputs kept in the host's memory.
+      layer_rows: Most rows of a device that go through a layer at once; null takes all. What lives inside a layer
+        follows it; weights are gathered and gradients reduced once per layer all the same.
     """
 
     init: str | None = None
@@ -200,7 +206,13 @@ class ModelConfig:
     embedding: EmbeddingConfig = field(default_factory=EmbeddingConfig)
     generative_attention: Attention = "causal"
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    remat: Literal["none", "full", "dots"] = "full"
+    attention_kernel: Literal["auto"] | AttentionKernel = "auto"
+    remat: Remat = "full"
+    layer_rows: int | None = None
+
+    def __post_init__(self):
+        if self.layer_rows is not None:
+            _require_positive("model.layer_rows", self.layer_rows)
 
 
 @dataclass(frozen=True)

@@ -14,14 +14,14 @@ from jax.sharding import Mesh
 
 from grit_jax import prompts, sharding
 from grit_jax.batch import max_segments
-from grit_jax.config import EmbeddingConfig, InputError, MeshConfig, TransformerConfig
+from grit_jax.config import EmbeddingConfig, InputError, MeshConfig, ModelConfig, TransformerConfig
 from grit_jax.data.packing import pack
 from grit_jax.data.pipeline import pool_weights
+from grit_jax.execution import Execution, execution
 from grit_jax.loading import load_params, open_model
 from grit_jax.model.decode import decode, prefill
 from grit_jax.model.pooling import embed_rows
 from grit_jax.model.transformer import Params, abstract_model, bind
-from grit_jax.precision import compute_dtype
 from grit_jax.tokenizer import Tokenizer
 
 Messages = str | Sequence[Mapping[str, str]]
@@ -52,7 +52,7 @@ class GritModel:
       embedding: How vectors are made.
       tokenizer: The model's tokenizer.
       mesh: Where it runs.
-      dtype: Type of the activations.
+      execution: How it computes.
     """
 
     def __init__(
@@ -63,10 +63,10 @@ class GritModel:
         tokenizer: Tokenizer,
         *,
         mesh: Mesh,
-        dtype: jnp.dtype,
+        execution: Execution,
     ):
         self.params, self.architecture, self.embedding, self.tokenizer = params, architecture, embedding, tokenizer
-        self._mesh, self._dtype = mesh, dtype
+        self._mesh, self._execution = mesh, execution
         self._model = abstract_model(architecture, embedding.projection_dim)
 
     @classmethod
@@ -91,11 +91,10 @@ class GritModel:
         """
         pretrained = open_model(path, step)
         placed_on = sharding.make_mesh(mesh or MeshConfig(data=-1, fsdp=1, tensor=1))
-        kind = compute_dtype(dtype)
-        params = load_params(pretrained, placed_on, kind)
-        return cls(
-            params, pretrained.architecture, pretrained.embedding, pretrained.tokenizer, mesh=placed_on, dtype=kind
-        )
+        settings = execution(ModelConfig(compute_dtype=dtype, remat="none"), sharding.platform(placed_on))
+        params = load_params(pretrained, placed_on, settings.dtype)
+        about = pretrained.architecture, pretrained.embedding, pretrained.tokenizer
+        return cls(params, *about, mesh=placed_on, execution=settings)
 
     def encode(
         self,
@@ -151,7 +150,7 @@ class GritModel:
         if len(texts):
             for members, rows in self._packed(tokenized, lengths, batch_tokens):
                 with jax.set_mesh(self._mesh):
-                    slots = _embed(self._model, self.params, *rows, settings=self.embedding, dtype=self._dtype)
+                    slots = _embed(self._model, self.params, *rows, settings=self.embedding, execution=self._execution)
                 vectors[list(members.values())] = np.asarray(slots).reshape(-1, vectors.shape[1])[list(members)]
                 progress(len(members))
         truncated = sum(len(prompt.tokens) > limit for prompt in tokenized)
@@ -196,7 +195,7 @@ class GritModel:
             tokens, segment_ids = (np.zeros((rows, _bucket(length, at_least=64)), np.int32) for _ in range(2))
             tokens[:, :length], segment_ids[:, :length] = encoding.ids, 1
             with jax.set_mesh(self._mesh):
-                row = _logits(self._model, self.params, tokens, segment_ids, dtype=self._dtype)
+                row = _logits(self._model, self.params, tokens, segment_ids, execution=self._execution)
             scores.append(np.asarray(row[0, :length], np.float32))
         return scores
 
@@ -290,7 +289,7 @@ class GritModel:
         with jax.set_mesh(self._mesh):
             logits, cache = prefill(
                 self._model, self.params, tokens, lengths,
-                slots=_bucket(max(longest + _DECODE_STEPS, tokens.shape[1]), at_least=64), dtype=self._dtype,
+                slots=_bucket(max(longest + _DECODE_STEPS, tokens.shape[1]), at_least=64), dtype=self._execution.dtype,
             )  # fmt: skip
             keys = jnp.broadcast_to(jax.random.key(seed), num_rows)
             for done in range(0, max_new_tokens, _DECODE_STEPS):
@@ -352,13 +351,14 @@ def _bucket(size: int, *, at_least: int) -> int:
     return at_least
 
 
-@functools.partial(jax.jit, static_argnums=0, static_argnames=("settings", "dtype"))
-def _embed(model, params, *rows, settings: EmbeddingConfig, dtype):
-    return embed_rows(bind(model, params), *rows, settings=settings, dtype=dtype)[0]
+@functools.partial(jax.jit, static_argnums=0, static_argnames=("settings", "execution"))
+def _embed(model, params, *rows, settings: EmbeddingConfig, execution: Execution):
+    return embed_rows(bind(model, params), *rows, settings=settings, execution=execution)[0]
 
 
-@functools.partial(jax.jit, static_argnums=0, static_argnames="dtype")
-def _logits(model, params, tokens, segment_ids, *, dtype):
+@functools.partial(jax.jit, static_argnums=0, static_argnames="execution")
+def _logits(model, params, tokens, segment_ids, *, execution: Execution):
     model = bind(model, params)
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    return model.output_layer(dtype)(model(tokens, model.mask(segment_ids, positions, causal=True), dtype=dtype)[0])
+    hidden, _ = model(tokens, model.mask(segment_ids, positions, causal=True), execution)
+    return model.output_layer(execution.dtype)(hidden)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from grit_jax.precision import wide
+from grit_jax.execution import num_chunks, wide
 from grit_jax.sharding import constrain
 
 
@@ -50,7 +50,7 @@ def next_token_loss(
     exists.
     """
     batch, length, _ = hidden.shape
-    block = next(size for size in range(min(block, length), 0, -1) if length % size == 0)
+    block = length // num_chunks(length, block)
 
     def blocks(x):
         return x.reshape(batch, length // block, block, *x.shape[2:]).swapaxes(0, 1)

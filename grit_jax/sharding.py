@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -25,6 +26,7 @@ LOGICAL_AXES: Mapping[str, str | tuple[str, ...] | None] = {
     "head_dim": None,
     "vocab": "tensor",
     "projection": None,
+    "norm": None,
     "experts": "expert",
     "expert_embed": "fsdp",
     "router": None,
@@ -39,6 +41,9 @@ LOGICAL_AXES: Mapping[str, str | tuple[str, ...] | None] = {
     "activation_heads": "tensor",
     "activation_vocab": "tensor",
 }
+
+# Dims of parameters that are split to save memory: every device gathers them before it computes.
+_STORAGE_AXES = ("embed", "expert_embed")
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -58,6 +63,11 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     if math.prod(sizes) != len(devices):
         raise InputError(f"{described} do not multiply to the {len(devices)} devices found; set one of them to -1")
     return jax.make_mesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices)
+
+
+def platform(mesh: Mesh) -> str:
+    """What the mesh is made of: `tpu`, `gpu` or `cpu`."""
+    return mesh.devices.flat[0].platform
 
 
 def partition_spec(axes: Sequence[str]) -> PartitionSpec:
@@ -125,10 +135,59 @@ def spread(mesh: Mesh, shapes: Any) -> Any:
 
 
 def constrain(x: jax.Array, *axes: str) -> jax.Array:
-    """Fixes how `x` is split over the mesh set by `jax.set_mesh`; without a mesh it is `x` itself."""
-    if jax.sharding.get_abstract_mesh().empty:
-        return x
-    return jax.lax.with_sharding_constraint(x, partition_spec(axes))
+    """Fixes how `x` is split over the mesh set by `jax.set_mesh`; without a mesh it is `x` itself.
+
+    Inside `on_devices` only the mesh axes that are left are split over.
+    """
+    free = _free_axes(MESH_AXES)
+    return jax.lax.with_sharding_constraint(x, _spec_over(free, axes)) if free else x
+
+
+def on_devices(function: Callable, *, in_axes: Any, out_axes: Any, over: Sequence[str] = MESH_AXES) -> Callable:
+    """`function` run by every device on its own pieces, with collectives over the mesh axes `over`.
+
+    `jax.shard_map` by logical axes. Without a mesh, or where an enclosing call has split over these axes already, it
+    is `function` itself.
+
+    Args:
+      function: What runs on each device.
+      in_axes: For each argument the logical axes of its dims; for a tree, a tree of them.
+      out_axes: The same for the result.
+      over: Mesh axes; arrays stay split over the others as the compiler likes.
+    """
+    free = _free_axes(over)
+    if not free:
+        return function
+    in_specs, out_specs = jax.tree.map(functools.partial(_spec_over, free), (in_axes, out_axes), is_leaf=_is_axes)
+    # Pallas calls do not say over which mesh axes their results vary, so that is not checked.
+    return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, axis_names=set(free), check_vma=False)
+
+
+def split_axes(axis: str) -> tuple[str, ...]:
+    """The mesh axes of a dim called `axis` that the enclosing `on_devices` runs over; collectives may name these."""
+    manual = jax.sharding.get_abstract_mesh().manual_axes
+    return tuple(name for name in mesh_axes(axis) if name in manual)
+
+
+def gather(x: jax.Array, axes: Sequence[str]) -> jax.Array:
+    """A parameter whole in the dims that are split for storage alone, given a device's piece and its logical axes."""
+    for dim, axis in enumerate(axes):
+        if axis in _STORAGE_AXES and (names := split_axes(axis)):
+            x = jax.lax.all_gather(x, names, axis=dim, tiled=True)
+    return x
+
+
+def _free_axes(names: Sequence[str]) -> tuple[str, ...]:
+    mesh = jax.sharding.get_abstract_mesh()
+    return () if mesh.empty else tuple(name for name in names if name not in mesh.manual_axes)
+
+
+def _spec_over(names: Sequence[str], axes: Sequence[str]) -> PartitionSpec:
+    return PartitionSpec(*(tuple(name for name in mesh_axes(axis) if name in names) or None for axis in axes))
+
+
+def _is_axes(leaf: Any) -> bool:
+    return type(leaf) is tuple and all(isinstance(name, str) for name in leaf)
 
 
 def host_share(mesh: Mesh) -> HostShare:

@@ -7,6 +7,7 @@ import pytest
 
 from grit_jax import GritModel, prompts, sharding
 from grit_jax.config import EmbeddingConfig, InputError, MeshConfig, TransformerConfig
+from grit_jax.execution import PLAIN
 from grit_jax.model.transformer import abstract_model, bind, init_params
 from grit_jax.tokenizer import Tokenizer
 
@@ -25,7 +26,7 @@ def make(devices=1, embedding=EmbeddingConfig(), **changes):
     params = jax.tree.map(lambda x: 3 * x, init_params(config, jax.random.key(0), embedding.projection_dim))
     mesh = sharding.make_mesh(MeshConfig(devices, 1, 1), jax.devices()[:devices])
     params = jax.device_put(params, sharding.replicated(mesh))
-    return GritModel(params, config, embedding, Tokenizer.load("bytes"), mesh=mesh, dtype=jnp.dtype("float32"))
+    return GritModel(params, config, embedding, Tokenizer.load("bytes"), mesh=mesh, execution=PLAIN)
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +55,7 @@ def test_a_vector_is_the_mean_of_the_texts_bidirectional_hidden_states(model):
     tokens = jnp.asarray(tokenized.tokens)[None]
     positions = jnp.arange(tokens.shape[1])[None]
     mask = bound.mask(jnp.ones_like(tokens), positions, causal=False)
-    hidden, _ = bound(tokens, mask, dtype=jnp.dtype("float32"))
+    hidden, _ = bound(tokens, mask)
     mean = hidden[0, tokenized.spans[0, 0] :].mean(axis=0)
     assert np.allclose(model.encode([TEXTS[1]], instruction="find")[0], mean / jnp.linalg.norm(mean), atol=1e-5)
 

@@ -1,4 +1,4 @@
-"""Who may attend to whom, and attention itself."""
+"""Who may attend to whom, and attention itself: one front door over several kernels."""
 
 from __future__ import annotations
 
@@ -6,9 +6,12 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
 from jaxtyping import Array, Bool, Float, Int
 
-from grit_jax.precision import wide
+from grit_jax.config import InputError
+from grit_jax.execution import ATTENTION, PLAIN, Execution, wide
+from grit_jax.sharding import on_devices
 
 
 @jax.tree_util.register_dataclass
@@ -36,6 +39,8 @@ class AttentionMask:
       key_segments: int32 [batch, keys], or None.
       causal: Whether later keys are hidden.
       window: Keys a causal query sees, itself included, or farthest key of a bidirectional one; None for all.
+      packed: Whether rows attend to themselves, texts one after the other: inside a text, distances of positions are
+        then distances in the row, which is what kernels go by.
     """
 
     query_positions: Int[Array, "batch length"]
@@ -44,9 +49,10 @@ class AttentionMask:
     key_segments: Int[Array, "batch keys"] | None
     causal: bool = dataclasses.field(metadata={"static": True})
     window: int | None = dataclasses.field(default=None, metadata={"static": True})
+    packed: bool = dataclasses.field(default=False, metadata={"static": True})
 
     @classmethod
-    def packed(
+    def of_rows(
         cls,
         segment_ids: Int[Array, "batch length"],
         positions: Int[Array, "batch length"],
@@ -55,7 +61,7 @@ class AttentionMask:
         window: int | None,
     ) -> AttentionMask:
         """Mask of packed rows attending to themselves."""
-        return cls(positions, positions, segment_ids, segment_ids, causal, window)
+        return cls(positions, positions, segment_ids, segment_ids, causal, window, packed=True)
 
     def materialize(self) -> Bool[Array, "batch length keys"]:
         """The dense mask: True where a key is visible. Padding sees padding, so no row is empty."""
@@ -78,12 +84,27 @@ def attention(
     *,
     scale: float,
     soft_cap: float | None,
+    execution: Execution = PLAIN,
 ) -> Float[Array, "batch length heads head_dim"]:
     """Grouped-query attention; query head `n` reads key/value head `n // (heads // kv_heads)`.
 
     Scores are `scale` times the products of queries and keys, bounded to `soft_cap` by tanh (Gemma 2) where it is
-    given. Softmax is float32. The heads of a group are folded into the query dim, so that each
-    key/value head is one batched matrix product.
+    given. Softmax is float32. Every kernel gives the numbers of the dense one, up to rounding.
+
+    Raises:
+      InputError: The kernel cannot do what is asked.
+    """
+    if not mask.packed or execution.attention == "dense":
+        return _dense(query, key, value, mask, scale=scale, soft_cap=soft_cap)
+    if execution.attention == "splash":
+        return _splash(query, key, value, mask, scale=scale, soft_cap=soft_cap, interpret=execution.interpret)
+    return _cudnn(query, key, value, mask, scale=scale, soft_cap=soft_cap)
+
+
+def _dense(query: Array, key: Array, value: Array, mask: AttentionMask, *, scale, soft_cap) -> Array:
+    """All scores at once, under any mask; the reference.
+
+    The heads of a group are folded into the query dim, so that each key/value head is one batched matrix product.
     """
     batch, length, num_heads, head_dim = query.shape
     num_kv_heads, num_keys = key.shape[2], key.shape[1]
@@ -100,3 +121,62 @@ def attention(
     out = jnp.einsum("bkts,bskh->bkth", weights, value)
     out = out.reshape(batch, num_kv_heads, group, length, head_dim).transpose(0, 3, 1, 2, 4)
     return out.reshape(batch, length, num_heads, head_dim)
+
+
+def _splash(query: Array, key: Array, value: Array, mask: AttentionMask, *, scale, soft_cap, interpret: bool) -> Array:
+    """JAX's splash attention for TPU: blocks that causality or the window hide are never computed."""
+    length = query.shape[1]
+    if length % 128:
+        raise InputError(
+            f"rows of {length} tokens: splash attention needs a multiple of 128; choose such data.*_max_length, or "
+            "model.attention_kernel=dense"
+        )
+
+    def on_device(query, key, value, segments):
+        kernel = splash_attention_kernel.make_splash_mha(
+            splash_attention_mask.MultiHeadMask([_splash_mask(mask, length)] * query.shape[2]),
+            head_shards=1,
+            q_seq_shards=1,
+            block_sizes=_block_sizes(length),
+            attn_logits_soft_cap=soft_cap,
+            residual_checkpoint_name=ATTENTION,
+            interpret=interpret,
+        )
+        heads_first = (x.swapaxes(1, 2) for x in (query * scale, key, value))
+        segment_ids = splash_attention_kernel.SegmentIds(segments, segments)
+        return jax.vmap(kernel)(*heads_first, segment_ids).swapaxes(1, 2)
+
+    rows, heads = ("batch", "length"), ("batch", "length", "activation_heads", "head_dim")
+    split = on_devices(on_device, in_axes=(heads, heads, heads, rows), out_axes=heads)
+    return split(query, key, value, mask.query_segments)
+
+
+def _splash_mask(mask: AttentionMask, length: int) -> splash_attention_mask.Mask:
+    """The part of the mask that is the same in every row; segments are the kernel's own argument."""
+    shape = (length, length)
+    if mask.window is not None:
+        sides = (mask.window - 1, 0) if mask.causal else (mask.window, mask.window)
+        return splash_attention_mask.LocalMask(shape, sides, 0)
+    return splash_attention_mask.CausalMask(shape) if mask.causal else splash_attention_mask.FullMask(shape)
+
+
+def _block_sizes(length: int) -> splash_attention_kernel.BlockSizes:
+    """Tiles of the kernel: the largest that divide the length, up to what fits a TPU core's vector memory."""
+
+    def divisor(limit):
+        return next(size for size in range(min(limit, length), 0, -128) if length % size == 0)
+
+    keys, compute = divisor(2048), divisor(512)
+    return splash_attention_kernel.BlockSizes(
+        block_q=divisor(1024), block_kv=keys, block_kv_compute=compute,
+        block_q_dkv=divisor(1024), block_kv_dkv=keys, block_kv_dkv_compute=compute,
+        use_fused_bwd_kernel=True,
+    )  # fmt: skip
+
+
+def _cudnn(query: Array, key: Array, value: Array, mask: AttentionMask, *, scale, soft_cap) -> Array:
+    """CuDNN's flash attention for NVIDIA GPUs, in bfloat16 or float16; the mask is shared by all heads."""
+    if soft_cap is not None:
+        raise InputError("model.attention_kernel=cudnn has no soft cap; use dense for this family")
+    visible = mask.materialize()[:, None]
+    return jax.nn.dot_product_attention(query, key, value, mask=visible, scale=scale, implementation="cudnn")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +14,8 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from grit_jax.config import RopeScaling, TransformerConfig
-from grit_jax.precision import wide
-from grit_jax.sharding import constrain
+from grit_jax.execution import wide
+from grit_jax.sharding import constrain, gather
 
 
 class Linear(nnx.Module):
@@ -52,13 +53,12 @@ class Linear(nnx.Module):
 class RMSNorm(nnx.Module):
     """Root-mean-square normalisation over the last dim, in float32, with a learned scale.
 
-    `axis` and `dim` are the logical axis and size of that dim. The scale is stored less `config.norm_offset`.
+    `dim` is the size of that dim. The scale is stored less `config.norm_offset`.
     """
 
-    def __init__(self, config: TransformerConfig, axis: str = "embed", dim: int | None = None):
+    def __init__(self, config: TransformerConfig, dim: int):
         self.epsilon, self.offset = config.norm_epsilon, config.norm_offset
-        initial = jnp.full(dim or config.embed_dim, 1.0 - self.offset, jnp.float32)
-        self.scale = nnx.Param(initial, axes=(axis,))
+        self.scale = nnx.Param(jnp.full(dim, 1.0 - self.offset, jnp.float32), axes=("norm",))
 
     def __call__(self, x: Float[Array, "... embed"]) -> Float[Array, "... embed"]:
         """Normalises and scales; the result has the type of `x`."""
@@ -89,6 +89,20 @@ class GatedMLP(nnx.Module):
         """What the MLP adds to the residual stream; padding is not treated apart, and there are no router's sums."""
         hidden = constrain(self.activation(self.gate(x)) * self.up(x), "batch", "length", "activation_mlp")
         return self.down(hidden), None
+
+
+def gathered(module: Any, dtype: jnp.dtype) -> Any:
+    """A module with its parameters gathered from the devices that hold pieces of them.
+
+    Pieces travel in `dtype`, which is what they are used in. The result has the parameters' own type all the same:
+    where it is used several times, gradients then add up in that.
+    """
+
+    def whole(param: nnx.Variable):
+        value = param[...]
+        return param.replace(gather(value.astype(dtype), param.get_metadata()["axes"]).astype(value.dtype))
+
+    return jax.tree.map(whole, module, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
 
 
 Rotation = tuple[Float[Array, "batch length half"], Float[Array, "batch length half"]]

@@ -11,9 +11,9 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from grit_jax.config import TransformerConfig
+from grit_jax.execution import wide
 from grit_jax.model.layers import Linear, activation
-from grit_jax.precision import wide
-from grit_jax.sharding import mesh_axes, partition_spec
+from grit_jax.sharding import on_devices, split_axes
 
 
 class RouterStats(NamedTuple):
@@ -37,7 +37,7 @@ class ExpertMLP(nnx.Module):
         router_key, gate_key, up_key, down_key = jax.random.split(key, 4)
         self.experts_per_token = config.experts_per_token
         self.activation = activation(config)
-        self.router = Linear({"embed": config.embed_dim}, {"router": config.num_experts}, key=router_key)
+        self.router = Linear({"whole": config.embed_dim}, {"router": config.num_experts}, key=router_key)
 
         def experts(key: PRNGKeyArray, scale: float = 1.0, **dims: int) -> nnx.Param:
             shape = (config.num_experts, *dims.values())
@@ -74,21 +74,21 @@ class ExpertMLP(nnx.Module):
 
 def _mix(x, chosen, weights, *kernels, activation):
     """The weighted sum of the chosen experts' outputs, each device computing its own experts."""
-    if jax.sharding.get_abstract_mesh().empty:
-        return _local_experts(x, chosen, weights, *kernels, activation=activation, first=0)
-    expert_axes, tensor_axes = mesh_axes("experts"), mesh_axes("mlp")
 
     def on_device(x, chosen, weights, *kernels):
         # Every group of experts sees the tokens of its whole `expert` axis, and returns each device its own.
+        expert_axes, tensor_axes = split_axes("experts"), split_axes("mlp")
         gathered = (jax.lax.all_gather(value, expert_axes, tiled=True) for value in (x, chosen, weights))
         first = jax.lax.axis_index(expert_axes) * kernels[0].shape[0]
         mixed = _local_experts(*gathered, *kernels, activation=activation, first=first)
         return jax.lax.psum_scatter(jax.lax.psum(mixed, tensor_axes), expert_axes, tiled=True)
 
-    rows = partition_spec(("batch", "length", "activation_embed"))
+    if jax.sharding.get_abstract_mesh().empty:
+        return _local_experts(x, chosen, weights, *kernels, activation=activation, first=0)
+    rows = ("batch", "length", "activation_embed")
     widths = ("experts", "whole", "mlp"), ("experts", "whole", "mlp"), ("experts", "mlp", "whole")
-    specs = tuple(partition_spec(axes) for axes in widths)
-    return jax.shard_map(on_device, in_specs=(rows, rows, rows, *specs), out_specs=rows)(x, chosen, weights, *kernels)
+    split = on_devices(on_device, in_axes=(rows, rows, rows, *widths), out_axes=rows)
+    return split(x, chosen, weights, *kernels)
 
 
 def _local_experts(x, chosen, weights, gate, up, down, *, activation, first):

@@ -8,9 +8,10 @@ from jaxtyping import Array, Float, Int
 
 from grit_jax.batch import max_segments
 from grit_jax.config import EmbeddingConfig
+from grit_jax.execution import PLAIN, Execution, wide
+from grit_jax.model.layers import gathered
 from grit_jax.model.moe import RouterStats
-from grit_jax.model.transformer import Remat, Transformer
-from grit_jax.precision import wide
+from grit_jax.model.transformer import Transformer
 
 
 def pool(
@@ -39,8 +40,7 @@ def embed_rows(
     pool_weights: Float[Array, "batch length"],
     *,
     settings: EmbeddingConfig,
-    dtype: jnp.dtype,
-    remat: Remat = "none",
+    execution: Execution = PLAIN,
 ) -> tuple[Float[Array, "batch segments out"], RouterStats | None]:
     """Float32 vectors of the texts of packed rows, in the slots of `EmbeddingBatch`, and the routers' sums.
 
@@ -48,9 +48,9 @@ def embed_rows(
     head is linear and pool weights sum to 1, so projecting after pooling equals projecting every token.
     """
     mask = model.mask(segment_ids, positions, causal=settings.attention == "causal")
-    hidden, stats = model(tokens, mask, dtype=dtype, remat=remat)
+    hidden, stats = model(tokens, mask, execution)
     vectors = pool(hidden, pool_weights, segment_ids, num_segments=max_segments(tokens.shape[1]))
     if settings.projection_dim is not None:
         with jax.default_matmul_precision("highest"):
-            vectors = model.projection(vectors)
+            vectors = gathered(model.projection, vectors.dtype)(vectors)
     return normalize(vectors) if settings.normalized else vectors, stats

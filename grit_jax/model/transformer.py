@@ -5,21 +5,21 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from grit_jax.config import TransformerConfig
+from grit_jax.execution import LAYER_INPUT, PLAIN, Execution, map_chunks, num_chunks, rematerialized, wide
 from grit_jax.model.attention import AttentionMask, attention
-from grit_jax.model.layers import GatedMLP, Linear, RMSNorm, Rotation, rotate, rotation
+from grit_jax.model.layers import GatedMLP, Linear, RMSNorm, Rotation, gathered, rotate, rotation
 from grit_jax.model.moe import ExpertMLP, RouterStats
-from grit_jax.precision import wide
 from grit_jax.sharding import constrain
 
-Remat = Literal["none", "full", "dots"]
 Params = dict[str, Any]
 
 
@@ -39,7 +39,9 @@ class KVCache(NamedTuple):
 Windowed = bool | Bool[Array, ""]
 
 
-class Context(NamedTuple):
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Context:
     """What all layers of one call share.
 
     Attributes:
@@ -47,12 +49,14 @@ class Context(NamedTuple):
       real: Which tokens are not padding.
       full: Rotation of layers that see everything.
       local: Rotation of layers with the window; None where it is the same.
+      execution: How the call computes.
     """
 
     mask: AttentionMask
     real: Bool[Array, "batch length"]
     full: Rotation
     local: Rotation | None
+    execution: Execution = dataclasses.field(metadata={"static": True})
 
     def rotation(self, windowed: Windowed) -> Rotation:
         """The rotation of one layer."""
@@ -77,8 +81,8 @@ class SelfAttention(nnx.Module):
         self.value = Linear(embed, kv_heads, key=value_key, bias=config.qkv_bias)
         self.out = Linear(heads, embed, key=out_key, scale=out_scale)
         if config.qk_norm:
-            self.query_norm = RMSNorm(config, "head_dim", config.head_dim)
-            self.key_norm = RMSNorm(config, "head_dim", config.head_dim)
+            self.query_norm = RMSNorm(config, config.head_dim)
+            self.key_norm = RMSNorm(config, config.head_dim)
 
     def __call__(
         self, x: Float[Array, "batch length embed"], context: Context, windowed: Windowed, cache: KVCache | None
@@ -96,18 +100,20 @@ class SelfAttention(nnx.Module):
             key = cache.keys.at[rows, mask.query_positions].set(key)
             value = cache.values.at[rows, mask.query_positions].set(value)
             cache = KVCache(key, value)
-        return self.out(self._attend(query, key, value, mask, windowed)), cache
+        return self.out(self._attend(query, key, value, context, windowed)), cache
 
-    def _attend(self, query: Array, key: Array, value: Array, mask: AttentionMask, windowed: Windowed) -> Array:
-        scale_dim = self.config.attention_scale_dim or self.config.head_dim
-
-        def attend(mask: AttentionMask) -> Array:
-            return attention(query, key, value, mask, scale=scale_dim**-0.5, soft_cap=self.config.attention_soft_cap)
-
-        everywhere = dataclasses.replace(mask, window=None)
+    def _attend(self, query: Array, key: Array, value: Array, context: Context, windowed: Windowed) -> Array:
+        config = self.config
+        attend = functools.partial(
+            attention, query, key, value,
+            scale=(config.attention_scale_dim or config.head_dim) ** -0.5,
+            soft_cap=config.attention_soft_cap,
+            execution=context.execution,
+        )  # fmt: skip
+        everywhere = dataclasses.replace(context.mask, window=None)
         if isinstance(windowed, bool):
-            return attend(mask if windowed else everywhere)
-        return jax.lax.cond(windowed, lambda: attend(mask), lambda: attend(everywhere))
+            return attend(context.mask if windowed else everywhere)
+        return jax.lax.cond(windowed, lambda: attend(context.mask), lambda: attend(everywhere))
 
 
 class Block(nnx.Module):
@@ -119,14 +125,14 @@ class Block(nnx.Module):
         # ranks texts by their common words, and learns from there.
         out_scale = 0.1 * (2 * config.num_layers) ** -0.5
         self.config = config
-        self.attention_norm = RMSNorm(config)
+        self.attention_norm = RMSNorm(config, config.embed_dim)
         self.attention = SelfAttention(config, key=attention_key, out_scale=out_scale)
-        self.mlp_norm = RMSNorm(config)
+        self.mlp_norm = RMSNorm(config, config.embed_dim)
         mlp: type[GatedMLP | ExpertMLP] = ExpertMLP if config.num_experts else GatedMLP
         self.mlp = mlp(config, key=mlp_key, out_scale=out_scale)
         if config.post_norms:
-            self.attention_post_norm = RMSNorm(config)
-            self.mlp_post_norm = RMSNorm(config)
+            self.attention_post_norm = RMSNorm(config, config.embed_dim)
+            self.mlp_post_norm = RMSNorm(config, config.embed_dim)
 
     def __call__(
         self,
@@ -166,7 +172,7 @@ class Transformer(nnx.Module):
         )
         layer_keys = jax.random.split(layers_key, config.num_layers)
         self.layers = jax.vmap(lambda layer_key: Block(config, key=layer_key))(layer_keys)
-        self.final_norm = RMSNorm(config)
+        self.final_norm = RMSNorm(config, config.embed_dim)
         if not config.tie_embeddings:
             self.head = nnx.Param(std * jax.random.normal(head_key, table, jnp.float32), axes=("vocab", "embed"))
         if projection_dim is not None:
@@ -174,47 +180,54 @@ class Transformer(nnx.Module):
             self.projection = Linear(*widths, key=projection_key, bias=True)
 
     @property
-    def output_table(self) -> Float[Array, "vocab embed"]:
-        """Rows that hidden states are multiplied with to give logits."""
-        return self.embedding[...] if self.config.tie_embeddings else self.head[...]
+    def output_table(self) -> nnx.Param:
+        """Rows that hidden states are multiplied with to give logits, [vocab, embed]."""
+        return self.embedding if self.config.tie_embeddings else self.head
 
     def mask(
         self, segment_ids: Int[Array, "batch length"], positions: Int[Array, "batch length"], *, causal: bool
     ) -> AttentionMask:
         """The mask of packed rows, with this model's sliding window where the pass has one."""
         window = self.config.sliding_window if causal or self.config.window_bidirectional else None
-        return AttentionMask.packed(segment_ids, positions, causal=causal, window=window)
+        return AttentionMask.of_rows(segment_ids, positions, causal=causal, window=window)
 
     def output_layer(self, dtype: jnp.dtype) -> Callable[[Float[Array, "... embed"]], Float[Array, "... vocab"]]:
-        """The function from hidden states to float32 logits, its table cast to `dtype` once."""
-        table, cap = self.output_table.astype(dtype), self.config.logit_soft_cap
+        """The function from hidden states to float32 logits; its table is gathered once, in `dtype`."""
+        table, cap = gathered(self.output_table, dtype)[...], self.config.logit_soft_cap
 
         def logits(hidden):
             flat = hidden.reshape(-1, hidden.shape[-1])
-            out = jnp.einsum("td,vd->tv", flat, table, preferred_element_type=wide(flat))
+            out = jnp.einsum("td,vd->tv", flat, table.astype(dtype), preferred_element_type=wide(flat))
             out = out.reshape(*hidden.shape[:-1], -1)
             return out if cap is None else cap * jnp.tanh(out / cap)
 
         return logits
 
     def __call__(
-        self, tokens: Int[Array, "batch length"], mask: AttentionMask, *, dtype: jnp.dtype, remat: Remat = "none"
+        self, tokens: Int[Array, "batch length"], mask: AttentionMask, execution: Execution = PLAIN
     ) -> tuple[Float[Array, "batch length embed"], RouterStats | None]:
         """Final-norm hidden states, and the routers' sums over layers and tokens where there are experts.
 
         Args:
           tokens: Token ids.
           mask: Attention of this call; its query positions are the tokens' rotary positions.
-          dtype: Type of the activations.
-          remat: What a layer recomputes in the backward pass.
+          execution: How to compute.
         """
 
         def step(x, layer, context, windowed):
-            x, _, stats = layer(x, context, windowed)
-            return x, stats
+            layer = gathered(layer, execution.dtype)
 
-        x, stats = self._scan(_rematerialized(step, remat), self._embed(tokens, dtype), self.layers, mask)
-        return self.final_norm(x), jax.tree.map(lambda per_layer: jnp.sum(per_layer, axis=0), stats)
+            def apply(rows):
+                x, _, stats = layer(*rows, windowed)
+                return x, stats
+
+            pieces = num_chunks(len(x), execution.layer_rows)
+            out, stats = map_chunks(apply, (checkpoint_name(x, LAYER_INPUT), context), pieces)
+            return out.reshape(x.shape), _summed(stats)
+
+        x = self._embed(tokens, execution.dtype)
+        x, stats = self._scan(rematerialized(step, execution.remat), x, self.layers, mask, execution)
+        return self.final_norm(x), _summed(stats)
 
     def with_cache(
         self, tokens: Int[Array, "batch length"], mask: AttentionMask, cache: KVCache, *, dtype: jnp.dtype
@@ -226,16 +239,16 @@ class Transformer(nnx.Module):
             x, cache, _ = layer(x, context, windowed, cache)
             return x, cache
 
-        x, cache = self._scan(step, self._embed(tokens, dtype), (self.layers, cache), mask)
+        x, cache = self._scan(step, self._embed(tokens, dtype), (self.layers, cache), mask, Execution(dtype))
         return self.final_norm(x), cache
 
     def _embed(self, tokens: Array, dtype: jnp.dtype) -> Array:
-        x = self.embedding[...].astype(dtype)[tokens]
+        x = gathered(self.embedding, dtype)[...].astype(dtype)[tokens]
         if self.config.scale_embedding:
             x = x * jnp.asarray(self.config.embed_dim**0.5, dtype)
         return constrain(x, "batch", "length", "activation_embed")
 
-    def _scan(self, step, x: Array, layers: Any, mask: AttentionMask) -> tuple[Array, Any]:
+    def _scan(self, step, x: Array, layers: Any, mask: AttentionMask, execution: Execution) -> tuple[Array, Any]:
         """Carries `x` through `step(x, layer, context, windowed)` of every layer; stacks what the steps give."""
         config = self.config
         rotate_by = functools.partial(rotation, mask.query_positions, head_dim=config.head_dim)
@@ -243,7 +256,7 @@ class Transformer(nnx.Module):
         local = rotate_by(theta=config.local_rope_theta, scaling=None) if config.local_rope_theta else None
         segments = mask.query_segments
         real = jnp.ones(x.shape[:2], bool) if segments is None else segments > 0
-        context = Context(mask, real, full, local)
+        context = Context(mask, real, full, local, execution)
         windows = config.layer_windows
         if len(set(windows)) == 1:
             return jax.lax.scan(lambda x, layer: step(x, layer, context, windows[0]), x, layers)
@@ -251,16 +264,9 @@ class Transformer(nnx.Module):
         return jax.lax.scan(lambda x, each: step(x, each[0], context, each[1]), x, (layers, flags))
 
 
-def _rematerialized(function, remat: Remat):
-    policies = {
-        "full": jax.checkpoint_policies.nothing_saveable,
-        "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    }
-    # Whether a layer has a window stays known to Python where it is.
-    static = lambda *args: tuple(i for i, arg in enumerate(args) if isinstance(arg, bool))  # noqa: E731
-    if remat == "none":
-        return function
-    return lambda *args: jax.checkpoint(function, policy=policies[remat], static_argnums=static(*args))(*args)
+def _summed(stats: RouterStats | None) -> RouterStats | None:
+    """Sums over the first dim, where there are experts."""
+    return jax.tree.map(lambda x: jnp.sum(x, axis=0), stats)
 
 
 def abstract_model(config: TransformerConfig, projection_dim: int | None = None) -> Transformer:

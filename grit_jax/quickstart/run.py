@@ -15,11 +15,12 @@ import jax
 import numpy as np
 import rich.console
 
+from grit_jax import sharding
 from grit_jax.config import InputError, load_config
+from grit_jax.execution import execution
 from grit_jax.hf.export import save_folder
 from grit_jax.inference import GritModel
 from grit_jax.loading import open_model
-from grit_jax.precision import compute_dtype
 from grit_jax.quickstart.corpus import DESCRIBE, write_corpus
 from grit_jax.quickstart.figures import (
     RetrievalTask,
@@ -188,7 +189,7 @@ def _model(trainer: Trainer) -> GritModel:
         config.embedding,
         trainer.tokenizer,
         mesh=trainer.mesh,
-        dtype=compute_dtype(config.compute_dtype),
+        execution=execution(config, sharding.platform(trainer.mesh)),
     )
 
 

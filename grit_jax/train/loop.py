@@ -19,10 +19,10 @@ from grit_jax import sharding
 from grit_jax.checkpoint import CheckpointMetadata, Checkpoints
 from grit_jax.config import Config, InputError, config_differences, dump_config, load_config
 from grit_jax.data.pipeline import Pipeline
+from grit_jax.execution import execution
 from grit_jax.loading import open_model, open_tokenizer
 from grit_jax.model.pretrained import Pretrained
 from grit_jax.model.transformer import abstract_model, init_params, param_axes
-from grit_jax.precision import compute_dtype
 from grit_jax.tokenizer import Tokenizer
 from grit_jax.train.metrics import Display, Tracker, make_trackers, model_flops, peak_flops
 from grit_jax.train.optimizer import learning_rate, make_optimizer
@@ -62,7 +62,7 @@ class Trainer:
         model = abstract_model(architecture, config.model.embedding.projection_dim)
         optimizer = make_optimizer(config.optimizer, config.train.steps, param_axes(model))
         abstract = abstract_state(model, optimizer, self.mesh)
-        objective = Objective(model, config, compute_dtype(config.model.compute_dtype))
+        objective = Objective(model, config, execution(config.model, sharding.platform(self.mesh)))
         rate = learning_rate(config.optimizer, config.train.steps)
         self._train_step = make_train_step(objective, optimizer, rate, shardings_of(abstract))
         self._eval_step = make_eval_step(objective)

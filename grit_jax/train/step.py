@@ -12,36 +12,37 @@ import optax
 
 from grit_jax.batch import EmbeddingBatch, GenerativeBatch, GritBatch
 from grit_jax.config import Config
+from grit_jax.execution import Execution, map_chunks
 from grit_jax.losses import balance_loss, contrastive_loss, next_token_loss
 from grit_jax.model.moe import RouterStats
 from grit_jax.model.pooling import embed_rows
-from grit_jax.model.transformer import Params, Transformer, bind
-from grit_jax.sharding import constrain
+from grit_jax.model.transformer import Params, Transformer, bind, param_axes
+from grit_jax.sharding import mesh_axes, on_devices, split_axes
 from grit_jax.train.state import TrainState
 
 Metrics = dict[str, jax.Array]
 
 
-def map_chunks(function: Callable[[Any], Any], rows: Any, num_chunks: int) -> Any:
-    """Applies `function` to `num_chunks` pieces of a batch's rows, one after the other, and stacks the results.
+_ROWS = ("batch", "length")
 
-    Row r goes to piece `r % num_chunks`, so that every device keeps its own rows. Each piece is computed again in
-    the backward pass: memory follows the piece, the gradient is the whole batch's. With one piece nothing is
-    recomputed here.
-    """
-    if num_chunks == 1:
-        return jax.tree.map(lambda x: x[None], function(rows))
 
-    def split(x):
-        pieces = x.reshape(x.shape[0] // num_chunks, num_chunks, *x.shape[1:]).swapaxes(0, 1)
-        return constrain(pieces, "chunks", "batch", *["length"] * (x.ndim - 1))
+def _over_devices(chunks: Any) -> Any:
+    """Sums over the chunks, the first dim of every array, and over the devices that hold the batch."""
+    return jax.tree.map(lambda x: jax.lax.psum(jnp.sum(x, axis=0), split_axes("batch")), chunks)
 
-    return jax.lax.map(jax.checkpoint(function), jax.tree.map(split, rows))
+
+def _own_texts(vectors: jax.Array, slots: jax.Array) -> jax.Array:
+    """This device's share of the vectors at `slots` of the global batch; `vectors` are those of its own rows."""
+    axes = split_axes("batch")
+    local = slots - jax.lax.axis_index(axes) * len(vectors) if axes else slots
+    here = (local >= 0) & (local < len(vectors))
+    found = jnp.where(here[:, None], vectors[jnp.where(here, local, 0)], 0)
+    return jax.lax.psum_scatter(found, axes, tiled=True) if axes else found
 
 
 def _balance(name: str, stats: RouterStats | None) -> Metrics:
-    """The balance loss of stats that are stacked by chunk; nothing without experts."""
-    return {} if stats is None else {name: balance_loss(*(jnp.sum(chunks, axis=0) for chunks in stats))}
+    """The balance loss of the batch's router statistics; nothing without experts."""
+    return {} if stats is None else {name: balance_loss(*stats)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,28 +52,38 @@ class Objective:
     Attributes:
       model: Abstract model; parameters are bound to it in every call.
       config: The run's settings.
-      dtype: Type of the activations.
+      execution: How the model computes.
     """
 
     model: Transformer
     config: Config
-    dtype: jnp.dtype
+    execution: Execution
 
     def embedding_losses(self, params: Params, batch: EmbeddingBatch) -> Metrics:
         """L_rep of the batch, and the balance loss of its experts; float32 scalars."""
-        config = self.config.model
+        settings = self.config.model.embedding
 
-        def vectors(rows):
-            model = bind(self.model, params)
-            return embed_rows(model, *rows, settings=config.embedding, dtype=self.dtype, remat=config.remat)
+        def on_device(params, rows, *slots):
+            def vectors(rows):
+                return embed_rows(bind(self.model, params), *rows, settings=settings, execution=self.execution)
+
+            # [chunks, rows, segments, embed]
+            pooled, stats = map_chunks(vectors, rows, self.config.train.embedding_chunks)
+            pooled = pooled.reshape(-1, pooled.shape[-1])
+            return tuple(_own_texts(pooled, texts) for texts in slots), _over_devices(stats)
 
         rows = (batch.tokens, batch.segment_ids, batch.positions, batch.pool_weights)
-        # [chunks, rows, segments, embed]
-        pooled, stats = map_chunks(vectors, rows, self.config.train.embedding_chunks)
-        slots = pooled.swapaxes(0, 1).reshape(-1, pooled.shape[-1])
+        texts = ("batch", "activation_embed")
+        split = on_devices(
+            on_device,
+            in_axes=(param_axes(self.model), (_ROWS,) * 4, ("whole",), ("whole",)),
+            out_axes=((texts, texts), ()),
+            over=mesh_axes("batch"),
+        )
+        (query, passage), stats = split(params, rows, batch.query_slots, batch.passage_slots)
         loss = contrastive_loss(
-            constrain(slots[batch.query_slots], "batch", "activation_embed"),
-            constrain(slots[batch.passage_slots], "passages", "activation_embed"),
+            query,
+            passage,
             temperature=self.config.loss.temperature,
             query_weights=batch.query_weights,
             passage_ids=batch.passage_ids,
@@ -81,17 +92,22 @@ class Objective:
 
     def generative_losses(self, params: Params, batch: GenerativeBatch) -> Metrics:
         """L_gen of the batch, and the balance loss of its experts; float32 scalars."""
+        causal = self.config.model.generative_attention == "causal"
 
-        def loss(rows: GenerativeBatch):
-            model = bind(self.model, params)
-            causal = self.config.model.generative_attention == "causal"
-            mask = model.mask(rows.segment_ids, rows.positions, causal=causal)
-            hidden, stats = model(rows.tokens, mask, dtype=self.dtype, remat=self.config.model.remat)
-            logits = model.output_layer(self.dtype)
-            return next_token_loss(hidden, logits, targets=rows.targets, loss_weights=rows.loss_weights), stats
+        def on_device(params, batch):
+            def loss(rows: GenerativeBatch):
+                model = bind(self.model, params)
+                mask = model.mask(rows.segment_ids, rows.positions, causal=causal)
+                hidden, stats = model(rows.tokens, mask, self.execution)
+                logits = model.output_layer(self.execution.dtype)
+                return next_token_loss(hidden, logits, targets=rows.targets, loss_weights=rows.loss_weights), stats
 
-        losses, stats = map_chunks(loss, batch, self.config.train.generative_chunks)
-        return {"loss/generative": jnp.sum(losses)} | _balance("loss/router", stats)
+            return _over_devices(map_chunks(loss, batch, self.config.train.generative_chunks))
+
+        in_axes = (param_axes(self.model), GenerativeBatch(*[_ROWS] * 5))
+        split = on_devices(on_device, in_axes=in_axes, out_axes=(), over=mesh_axes("batch"))
+        loss, stats = split(params, batch)
+        return {"loss/generative": loss} | _balance("loss/router", stats)
 
     def losses(self, params: Params, batch: GritBatch) -> Metrics:
         """The losses of the streams that the batch holds.

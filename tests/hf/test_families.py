@@ -8,6 +8,7 @@ import safetensors.numpy
 
 from grit_jax.batch import GritBatch
 from grit_jax.config import Config, LossConfig, ModelConfig
+from grit_jax.execution import PLAIN
 from grit_jax.hf.export import save_folder
 from grit_jax.hf.folder import open_folder
 from grit_jax.inference import GritModel
@@ -39,7 +40,7 @@ def forward(architecture, params, tokens, *, causal):
     model = bind(abstract_model(architecture), params)
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     mask = model.mask(jnp.ones_like(tokens), positions, causal=causal)
-    hidden, _ = model(jnp.asarray(tokens), mask, dtype=jnp.dtype("float32"))
+    hidden, _ = model(jnp.asarray(tokens), mask)
     return model.output_layer(jnp.dtype("float32"))(hidden), hidden
 
 
@@ -100,7 +101,7 @@ def test_the_joint_loss_trains_every_parameter(imported):
     _, _, pretrained, params = imported
     architecture = pretrained.architecture
     config = Config(model=ModelConfig(architecture=architecture), loss=LossConfig(temperature=1.0))
-    objective = Objective(abstract_model(architecture), config, jnp.dtype("float32"))
+    objective = Objective(abstract_model(architecture), config, PLAIN)
     rng = np.random.default_rng(0)
     texts = random_texts(rng, 6), random_texts(rng, 4)
     batch = GritBatch(

@@ -41,7 +41,7 @@ def logits(architecture, params, tokens):
     model = bind(abstract_model(architecture), params)
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     mask = model.mask(jnp.ones_like(tokens), positions, causal=True)
-    return model.output_layer(jnp.dtype("float32"))(model(jnp.asarray(tokens), mask, dtype=jnp.dtype("float32"))[0])
+    return model.output_layer(jnp.dtype("float32"))(model(jnp.asarray(tokens), mask)[0])
 
 
 def same(left, right):

@@ -12,7 +12,7 @@ POSITIONS = jnp.array([[0, 1, 2, 0, 1, 0]])
 
 
 def drawn(**options):
-    mask = AttentionMask.packed(SEGMENTS, POSITIONS, **options).materialize()[0]
+    mask = AttentionMask.of_rows(SEGMENTS, POSITIONS, **options).materialize()[0]
     return ["".join("x" if seen else "." for seen in row) for row in np.asarray(mask)]
 
 
@@ -31,7 +31,7 @@ def test_grouped_attention_equals_a_loop_over_heads(causal, window):
     keys = jax.random.split(jax.random.key(0), 3)
     query = jax.random.normal(keys[0], (1, 6, 4, 8))
     key, value = (jax.random.normal(k, (1, 6, 2, 8)) for k in keys[1:])
-    mask = AttentionMask.packed(SEGMENTS, POSITIONS, causal=causal, window=window)
+    mask = AttentionMask.of_rows(SEGMENTS, POSITIONS, causal=causal, window=window)
     visible = np.asarray(mask.materialize()[0])
     expected = np.zeros((6, 4, 8))
     for head in range(4):

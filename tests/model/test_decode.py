@@ -22,8 +22,8 @@ def full_forward_greedy(model, params, prompt, steps):
     for _ in range(steps):
         tokens = jnp.array([ids + [0] * (24 - len(ids))])
         mask = bound.mask(jnp.ones_like(tokens), jnp.arange(24)[None], causal=True)
-        hidden = bound(tokens, mask, dtype=jnp.dtype("float32"))[0][0, len(ids) - 1]
-        ids.append(int(jnp.argmax(bound.output_table @ hidden)))
+        hidden = bound(tokens, mask)[0][0, len(ids) - 1]
+        ids.append(int(jnp.argmax(bound.output_table[...] @ hidden)))
     return ids[len(prompt) :]
 
 

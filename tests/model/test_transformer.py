@@ -1,3 +1,4 @@
+import dataclasses
 import time
 
 import jax
@@ -6,6 +7,7 @@ import numpy as np
 import pytest
 
 from grit_jax.config import TransformerConfig
+from grit_jax.execution import PLAIN
 from grit_jax.model.transformer import abstract_model, abstract_params, bind, init_params, param_axes
 from tests.packing import layout, random_texts, relative_error
 
@@ -23,7 +25,7 @@ def params():
 def hidden_states(config, params, tokens, segment_ids, positions, *, causal, remat="none"):
     model = bind(abstract_model(config), params)
     mask = model.mask(jnp.asarray(segment_ids), jnp.asarray(positions), causal=causal)
-    return model(jnp.asarray(tokens), mask, dtype=jnp.dtype("float32"), remat=remat)[0]
+    return model(jnp.asarray(tokens), mask, dataclasses.replace(PLAIN, remat=remat))[0]
 
 
 def influence(config, params, *, causal, length=10):

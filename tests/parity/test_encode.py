@@ -7,6 +7,7 @@ import pytest
 
 from grit_jax import sharding
 from grit_jax.config import EmbeddingConfig, MeshConfig
+from grit_jax.execution import PLAIN
 from grit_jax.inference import GritModel
 from tests.parity import golden
 
@@ -29,9 +30,7 @@ def test_vectors(shared, family, option):
         normalized=option != "normalized=False",
     )
     mesh = sharding.make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
-    model = GritModel(
-        params, pretrained.architecture, embedding, pretrained.tokenizer, mesh=mesh, dtype=jax.numpy.dtype("float32")
-    )
+    model = GritModel(params, pretrained.architecture, embedding, pretrained.tokenizer, mesh=mesh, execution=PLAIN)
     cases = [key for key in recorded if re.fullmatch(rf"{name}/(\w+=)?{option}/instr[01]", key)]
     assert len(cases) == 2
     for case in cases:

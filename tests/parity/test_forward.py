@@ -27,7 +27,7 @@ def test_hidden_states(case, causal):
     queries, length = recorded["query.input_ids"].shape
     rows = slice(queries)
     mask = model.mask(jnp.asarray(batch.segment_ids[rows]), jnp.asarray(batch.positions[rows]), causal=causal)
-    hidden, _ = model(jnp.asarray(batch.tokens[rows]), mask, dtype=FLOAT32)
+    hidden, _ = model(jnp.asarray(batch.tokens[rows]), mask)
     expected = recorded[f"query.hidden.{'causal' if causal else 'bidirectional'}"]
     real = recorded["query.attention_mask"] == 1
     assert golden.absolute(np.asarray(hidden[:, :length])[real], expected[real]) < golden.HIDDEN
@@ -40,7 +40,7 @@ def test_embeddings(case, pooling, normalized):
     settings = EmbeddingConfig(pooling=golden.POOLING[pooling], normalized=normalized)
     batch = golden.embedding_batch([recorded], settings.pooling)
     rows = [jnp.asarray(x) for x in (batch.tokens, batch.segment_ids, batch.positions, batch.pool_weights)]
-    vectors, _ = embed_rows(model, *rows, settings=settings, dtype=FLOAT32)
+    vectors, _ = embed_rows(model, *rows, settings=settings)
     ours = np.asarray(vectors).reshape(-1, vectors.shape[-1])[batch.query_slots]
     expected = recorded[f"reps.{pooling}.{'norm' if normalized else 'raw'}.query"]
     assert golden.absolute(ours, expected) < golden.HIDDEN
@@ -52,7 +52,7 @@ def test_logits_loss_and_balance(case):
     length = recorded["generative.input_ids"].shape[1]
     # The reference runs its model over padding too, and records the logits there.
     mask = model.mask(jnp.asarray(batch.segment_ids), jnp.asarray(batch.positions), causal=True)
-    hidden, stats = model(jnp.asarray(batch.tokens), mask, dtype=FLOAT32)
+    hidden, stats = model(jnp.asarray(batch.tokens), mask)
     output_layer = model.output_layer(FLOAT32)
     logits = np.asarray(output_layer(hidden))[:, :length]
     real = recorded["generative.attention_mask"] == 1

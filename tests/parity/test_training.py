@@ -22,6 +22,7 @@ from grit_jax.config import (
     OptimizerConfig,
     TrainConfig,
 )
+from grit_jax.execution import Execution
 from grit_jax.model.transformer import abstract_model
 from grit_jax.train.optimizer import make_optimizer
 from grit_jax.train.state import abstract_state, new_state, shardings_of
@@ -64,7 +65,7 @@ class Run:
         )  # fmt: skip
         # The reference decays norm scales too: here every parameter passes for a matrix.
         transform = make_optimizer(optimizer, steps, jax.tree.map(lambda _: ("embed", "mlp"), params))
-        self.objective = Objective(model, config, jnp.dtype("float64"))
+        self.objective = Objective(model, config, Execution(jnp.dtype("float64")))
         self._mesh = sharding.make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
         with jax.set_mesh(self._mesh):
             placed = shardings_of(abstract_state(model, transform, self._mesh))

@@ -3,7 +3,6 @@
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -21,6 +20,7 @@ from grit_jax.config import (
     TrainConfig,
     TransformerConfig,
 )
+from grit_jax.execution import PLAIN, execution
 from grit_jax.model.transformer import abstract_model, init_params, param_axes
 from grit_jax.train.optimizer import make_optimizer
 from grit_jax.train.state import abstract_state, new_state, shardings_of
@@ -68,7 +68,7 @@ def one_update(config, batch, *, mesh=MeshConfig(1, 1, 1), num_devices=1):
     mesh = sharding.make_mesh(mesh, jax.devices()[:num_devices])
     model = abstract_model(config.model.architecture, config.model.embedding.projection_dim)
     optimizer = make_optimizer(config.optimizer, 10, param_axes(model))
-    objective = Objective(model, config, jnp.dtype("float32"))
+    objective = Objective(model, config, execution(config.model, "cpu"))
     with jax.set_mesh(mesh):
         abstract = abstract_state(model, optimizer, mesh)
         placed = shardings_of(abstract)
@@ -195,7 +195,7 @@ def test_the_step_compiles_once_per_row_count():
         placed = shardings_of(abstract_state(model, optimizer, mesh))
         params = jax.jit(lambda: init_params(ARCHITECTURE, jax.random.key(0), 16), out_shardings=placed.params)()
         state = jax.jit(lambda params: new_state(params, optimizer), out_shardings=placed)(params)
-        objective = Objective(model, BASE, jnp.dtype("float32"))
+        objective = Objective(model, BASE, PLAIN)
         step = make_train_step(objective, optimizer, optax.constant_schedule(0.1), placed)
         for rows in (16, 16, 24, 16, 24):
             state, _ = step(state, sharding.place_batch(mesh, make_batch(rows, 16)))

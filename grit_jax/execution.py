@@ -1,0 +1,103 @@
+"""How the model computes: in which types, with which kernels, keeping what for the backward pass.
+
+Of these only the types change the numbers, beyond the order of sums.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from grit_jax.config import AttentionKernel, ModelConfig, Remat
+
+
+@dataclasses.dataclass(frozen=True)
+class Execution:
+    """Settings of one call of the model.
+
+    Attributes:
+      dtype: Type of the activations.
+      attention: Kernel of packed rows; with a cache attention is always dense.
+      remat: What a layer recomputes in the backward pass.
+      layer_rows: Most rows that go through a layer at once; None takes all.
+      interpret: Whether Pallas kernels are interpreted, which runs them on any device, slowly.
+    """
+
+    dtype: jnp.dtype
+    attention: AttentionKernel = "dense"
+    remat: Remat = "none"
+    layer_rows: int | None = None
+    interpret: bool = False
+
+
+# The reference: every other setting gives its numbers, up to the rounding of its type.
+PLAIN = Execution(jnp.dtype("float32"))
+
+# What a layer may keep, by the names that it gives to its values.
+LAYER_INPUT, ATTENTION = "layer_input", "attention"
+
+
+def rematerialized(layer: Callable, remat: Remat) -> Callable:
+    """`layer`, keeping for the backward pass what `remat` says; arguments that are Python's own bools stay so."""
+    if remat == "none":
+        return layer
+    policies = jax.checkpoint_policies
+    policy = {
+        "full": policies.nothing_saveable,
+        "dots": policies.save_from_both_policies(
+            policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names(ATTENTION)
+        ),
+        "offload": policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=[],
+            names_which_can_be_offloaded=[LAYER_INPUT],
+            offload_src="device",
+            offload_dst="pinned_host",
+        ),
+    }[remat]
+
+    def checkpointed(*args):
+        static = tuple(i for i, arg in enumerate(args) if isinstance(arg, bool))
+        return jax.checkpoint(layer, policy=policy, static_argnums=static)(*args)
+
+    return checkpointed
+
+
+def map_chunks(function: Callable[[Any], Any], rows: Any, num_chunks: int) -> Any:
+    """Applies `function` to `num_chunks` pieces of a tree of rows, one after the other, and stacks the results.
+
+    Each piece is computed again in the backward pass: memory follows the piece, the gradient is the whole batch's.
+    With one piece nothing is recomputed here.
+    """
+    if num_chunks == 1:
+        return jax.tree.map(lambda x: x[None], function(rows))
+    pieces = jax.tree.map(lambda x: x.reshape(num_chunks, x.shape[0] // num_chunks, *x.shape[1:]), rows)
+    return jax.lax.map(jax.checkpoint(function), pieces)
+
+
+def num_chunks(size: int, limit: int | None) -> int:
+    """The fewest equal pieces of at most `limit` that `size` can be cut into; one without a limit."""
+    fewest = -(-size // limit) if limit else 1
+    return next(number for number in range(fewest, size + 1) if size % number == 0)
+
+
+def execution(config: ModelConfig, platform: str) -> Execution:
+    """The settings of a run on devices of a platform: `tpu`, `gpu` or `cpu`."""
+    own: AttentionKernel = "splash" if platform == "tpu" else "cudnn" if platform == "gpu" else "dense"
+    kernel = own if config.attention_kernel == "auto" else config.attention_kernel
+    return Execution(compute_dtype(config.compute_dtype, platform), kernel, config.remat, config.layer_rows)
+
+
+def compute_dtype(name: Literal["auto", "float32", "bfloat16"], platform: str) -> jnp.dtype:
+    """The type of activations: `auto` is float32 on CPU, where bfloat16 is slow, and bfloat16 elsewhere."""
+    if name == "auto":
+        name = "float32" if platform == "cpu" else "bfloat16"
+    return jnp.dtype(name)
+
+
+def wide(x: jax.Array) -> jnp.dtype:
+    """The type of what needs range and precision in a model whose activations are `x`: float32, or float64 for that."""
+    return jnp.promote_types(x.dtype, jnp.float32)
