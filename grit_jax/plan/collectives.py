@@ -26,8 +26,8 @@ _OPCODES = frozenset(
 # ("StrategyRing", "2D plane" in its text). Rings are taken as closed and the two axes as free, so this is optimistic
 # for a group along one axis.
 _RING_AXES = 2
-# Of an all-to-all over n chips in a ring, an element travels n/4 links on average, each of which n chips share.
-# An all-reduce is a reduce-scatter and an all-gather.
+# Times that a ring carries the array: an all-reduce is a reduce-scatter and an all-gather; of an all-to-all over n
+# chips an element travels n/4 links on average, where a gathered one passes n.
 _PASSES = {"all-to-all": 1 / 4, "ragged-all-to-all": 1 / 4, "all-reduce": 2}
 
 Network = Literal["ici", "dcn", "host"]
@@ -50,15 +50,9 @@ class Transfer:
     seconds: float
 
 
-def base_opcode(instruction: Instruction) -> str:
-    """The opcode without -start, where it is a collective's."""
-    base = instruction.opcode.removesuffix("-start")
-    return base if base in _OPCODES else instruction.opcode
-
-
 def is_collective(instruction: Instruction) -> bool:
     """Whether an instruction is a collective, or the start of one."""
-    return base_opcode(instruction) in _OPCODES
+    return instruction.opcode.removesuffix("-start") in _OPCODES
 
 
 def collectives_within(module: Module, computation: Computation) -> Iterator[tuple[Computation, Instruction]]:
@@ -77,7 +71,7 @@ def transfer(computation: Computation, instruction: Instruction, topology: Topol
     What crosses slices, XLA:TPU turns into transfers between their hosts: `slice_transfer`.
     """
     chip = topology.chip
-    kind = base_opcode(instruction)
+    kind = instruction.opcode.removesuffix("-start")
     operand = sum(array.num_bytes for source in computation.operands(instruction) for array in source.arrays)
     if kind == "collective-permute":
         return Transfer(kind, "ici", operand, operand / chip.ici_bandwidth)

@@ -104,7 +104,7 @@ def _splash_flops(kernel: Instruction, arrays: list[Array]) -> int:
     The text does not hold the mask, only whether blocks can be hidden: their table is an operand then. Its sides bound
     the blocks visited (a window shortens one), and so does causality, which is what hides blocks in this package.
     """
-    query, key = [array for array in arrays if array.dtype not in ("s8", "s32") and len(array.dims) >= 3][:2]
+    query, key = [array for array in arrays if re.match("b?f", array.dtype) and len(array.dims) >= 3][:2]
     phase = re.search(r"_(fwd|dq|dkv)", kernel.name)
     if phase is None:
         raise ValueError(f"unknown splash attention kernel {kernel.name}")

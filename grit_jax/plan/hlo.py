@@ -252,7 +252,7 @@ def _counter_step(body: Computation, index: int) -> int | None:
 def replica_groups(instruction: Instruction, num_devices: int) -> list[tuple[int, ...]]:
     """The groups of devices, by position in the program, among which a collective works.
 
-    XLA writes them in four ways: pairs of source and target, each a group here; lists `{{0,1},{2,3}}`; rows of a
+    XLA writes them in three ways: lists `{{0,1},{2,3}}`; rows of a
     transposed iota `[4,2]<=[2,4]T(1,0)`; axes of a mesh `mesh['x'=2,'y'=4], device_ids=([4,2]T(1,0)) {'y'}`. No
     groups, or an empty list, means all devices.
 
@@ -260,9 +260,6 @@ def replica_groups(instruction: Instruction, num_devices: int) -> list[tuple[int
       ValueError: The groups are written in another way.
     """
     text = instruction.attributes
-    pairs = re.search(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}", text)
-    if pairs:
-        return [_numbers(pair) for pair in re.findall(r"\{([\d,]+)\}", pairs[1])]
     lists = re.search(r"replica_groups=\{((?:\{[\d,]*\},?)+)\}", text)
     if lists:
         return [_numbers(group) for group in re.findall(r"\{([\d,]+)\}", lists[1])]

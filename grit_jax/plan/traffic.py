@@ -24,6 +24,8 @@ _FREE = frozenset(
 )
 # Instructions that read of their first operand only what they return.
 _SLICES = ("slice", "dynamic-slice", "gather")
+# Instructions that move data between memories, at once or, with -start, beside other work.
+_COPIES = ("copy", "slice", "dynamic-slice", "dynamic-update-slice")
 
 
 def hbm_bytes(module: Module, computation: Computation, instruction: Instruction) -> int:
@@ -34,10 +36,10 @@ def hbm_bytes(module: Module, computation: Computation, instruction: Instruction
     """
     if instruction.opcode in _FREE or instruction.opcode.endswith(("-done", "-update")):
         return 0
-    if instruction.opcode in ("copy-start", "slice-start"):
-        return moved_bytes(computation, instruction) * sum(
-            array.space == HBM for array in instruction.arrays if array.dims
-        )
+    if instruction.opcode.endswith("-start") and instruction.opcode.removesuffix("-start") in _COPIES:
+        # The result names both sides; an update in place names its buffer twice.
+        sides = sum(array.space == HBM for array in instruction.arrays if array.dims)
+        return moved_bytes(computation, instruction) * min(sides, 2)
     if instruction.opcode == "custom-call" and instruction.attribute("custom_call_target") != "tpu_custom_call":
         return 0  # the compiler's own markers, such as AllocateBuffer
     operands = computation.operands(instruction)
@@ -60,6 +62,8 @@ def moved_bytes(computation: Computation, instruction: Instruction) -> int:
 
 def crosses_to_host(computation: Computation, instruction: Instruction) -> bool:
     """Whether an instruction moves data between the host's memory and the chip's."""
+    if instruction.opcode.removesuffix("-start") not in _COPIES:
+        return False
     arrays = [array for operand in computation.operands(instruction) for array in operand.arrays]
     spaces = {array.space for array in (*arrays, *instruction.arrays) if array.dims}
     return HOST in spaces and len(spaces) > 1
