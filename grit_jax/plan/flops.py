@@ -101,8 +101,9 @@ _SPLASH_PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4, "fused": 5}
 def _splash_flops(kernel: Instruction, arrays: list[Array]) -> int:
     """Every block of scores that the mask does not hide whole is computed in full.
 
-    The text does not hold the mask, only whether blocks can be hidden: their table is an operand then. Its sides bound
-    the blocks visited (a window shortens one), and so does causality, which is what hides blocks in this package.
+    The text does not hold the mask. Its table of blocks is an operand, which a window makes narrower. Positions are
+    another one where a mask is computed from them, beside the two of segment ids: a mask that leaves the table whole is
+    then taken as causal.
     """
     query, key = [array for array in arrays if re.match("b?f", array.dtype) and len(array.dims) >= 3][:2]
     phase = re.search(r"_(fwd|dq|dkv)", kernel.name)
@@ -117,11 +118,10 @@ def _splash_flops(kernel: Instruction, arrays: list[Array]) -> int:
         _block_size(kernel, f"block_{side}{suffix}", array.dims[-2]) for side, array in (("q", query), ("kv", key))
     )
     rows, columns = -(-length // block_q), -(-key.dims[-2] // block_kv)
-    blocks = rows * columns
-    tables = [array for array in arrays if array.dtype == "s8"]
-    if tables:
-        causal = sum(min(columns, -(-(row + 1) * block_q // block_kv)) for row in range(rows))
-        blocks = min(blocks, math.prod(tables[0].dims[-2:]), causal)
+    blocks = min((math.prod(array.dims[-2:]) for array in arrays if array.dtype == "s8"), default=rows * columns)
+    has_positions = sum(array.dtype == "s32" for array in arrays) % 2 == 1
+    if has_positions and blocks == rows * columns:
+        blocks = sum(min(columns, -(-(row + 1) * block_q // block_kv)) for row in range(rows))
     batch_and_heads = math.prod(query.dims[:-2])
     return _SPLASH_PRODUCTS[name] * 2 * batch_and_heads * blocks * block_q * block_kv * head_dim
 

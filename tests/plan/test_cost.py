@@ -76,7 +76,7 @@ def test_work_after_the_end_hides_nothing():
 
 def test_transfers_on_one_network_follow_one_another():
     both = permute(HALF) + permute(HALF).replace("%sent", "%more").replace("%start", "%again")
-    total = cost(f"{PARAMETER}{both}\n{DONE}\nROOT {DONE.replace('%start', '%again')}")
+    total = cost(f"{PARAMETER}{both}\n{DONE}\nROOT %last = f32[8] collective-permute-done(%again)")
     assert total.exposed_seconds == pytest.approx(SECONDS)
 
 
@@ -152,7 +152,8 @@ def test_slices_wait_for_the_data_centre_network_and_not_for_the_links():
         %r = (f32[8192], u32[], token[]) recv(%t), {attributes}
         %a = {WORK}
         %sd = token[] send-done(%s)
-        ROOT %rd = (f32[8192], token[]) recv-done(%r)
+        %rd = (f32[8192], token[]) recv-done(%r)
+        ROOT %b = {WORK}
     """
     total = cost(entry, LOOP_BODY_OF_WORK, topology=topology)
     seconds = 4 * 8192 / topology.chip.dcn_bandwidth
@@ -169,7 +170,7 @@ def test_copies_to_the_hosts_memory_use_its_bus_and_overlap():
         %c = (({stack}, {layer}, s32[], s32[]), {stack}, u32[]) dynamic-update-slice-start(%stack, %p, %i, %i)
         %a = {WORK}
         %d = {stack} dynamic-update-slice-done(%c)
-        ROOT %t = ({stack}) tuple(%d)
+        ROOT %t = ({stack}, {layer}) tuple(%d, %p)
     """
     total = cost(entry, LOOP_BODY_OF_WORK)
     assert [(row.kind, row.network, row.count) for row in total.collectives] == [("copy", "host", 1)]

@@ -15,15 +15,15 @@ def kernel_of(entry):
     return kernel_flops(parsed.entry.root, parsed.entry)
 
 
-def splash(name, outputs, *, table="s8[1,4,4]", metadata, kv="bf16[2,2048,128]"):
-    """A splash kernel of 8 query heads of 128 over 2048 positions."""
+def splash(name, outputs, *, table="s8[1,4,4]", has_positions=False, metadata):
+    """A splash kernel of 8 query heads of 128 over 2048 positions with segments."""
     pairs = ", ".join(f'\\"{key}\\": {size}' for key, size in metadata.items())
-    operands = f"%table = {table} parameter(0)\n" if table else ""
-    names = "%table, %q, %k, %k, %ids" if table else "%q, %k, %k, %ids"
-    return f"""{operands}%q = bf16[8,2048,128] parameter(1)
-%k = {kv} parameter(2)
-%ids = s32[2048,128] parameter(3)
-ROOT %{name}.1 = ({outputs}) custom-call({names}), custom_call_target="tpu_custom_call", metadata={{{pairs}}}"""
+    positions = ", %ids" if has_positions else ""
+    return f"""%table = {table} parameter(0)
+        %q = bf16[8,2048,128] parameter(1)
+        %k = bf16[2,2048,128] parameter(2)
+        %ids = s32[2048,128] parameter(3)
+        ROOT %{name}.1 = ({outputs}) custom-call(%table, %q, %k, %k, %ids, %ids{positions}), a={{{pairs}}}"""
 
 
 FORWARD = "f32[512,128], bf16[8,2048,128]"
@@ -93,15 +93,16 @@ def test_products_inside_nested_fusions_count():
 
 
 def test_splash_forward_without_a_mask_is_two_products_over_all_keys():
-    assert kernel_of(splash("splash_mha_fwd_segmented", FORWARD, table=None, metadata=BLOCKS)) == 2 * PRODUCT
+    assert kernel_of(splash("splash_mha_fwd_segmented", FORWARD, metadata=BLOCKS)) == 2 * PRODUCT
 
 
-def test_splash_with_a_mask_computes_the_blocks_on_and_below_the_diagonal():
-    assert kernel_of(splash("splash_mha_fwd_residuals", FORWARD, metadata=BLOCKS)) == 2 * PRODUCT * 10 / 16
+def test_splash_with_a_causal_mask_computes_the_blocks_on_and_below_the_diagonal():
+    assert kernel_of(splash("splash_mha_fwd", FORWARD, has_positions=True, metadata=BLOCKS)) == 2 * PRODUCT * 10 / 16
 
 
 def test_a_window_that_shortens_the_grid_shortens_the_work():
-    assert kernel_of(splash("splash_mha_fwd", FORWARD, table="s8[1,4,2]", metadata=BLOCKS)) == 2 * PRODUCT * 8 / 16
+    kernel = splash("splash_mha_fwd", FORWARD, table="s8[1,4,2]", has_positions=True, metadata=BLOCKS)
+    assert kernel_of(kernel) == 2 * PRODUCT * 8 / 16
 
 
 @pytest.mark.parametrize(
@@ -114,7 +115,7 @@ def test_a_window_that_shortens_the_grid_shortens_the_work():
 )
 def test_splash_backward_has_three_products_for_dq_four_for_dkv_five_when_fused(name, outputs, products):
     blocks = {f"block_q_{name}": 512, f"block_kv_{name}": 512}
-    kernel = splash(f"splash_mha_{name}_segmented", outputs, table=None, metadata=blocks)
+    kernel = splash(f"splash_mha_{name}_segmented", outputs, metadata=blocks)
     assert kernel_of(kernel) == products * PRODUCT
 
 

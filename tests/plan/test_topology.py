@@ -88,6 +88,12 @@ def test_devices_of_several_slices_come_slice_by_slice():
 
 @needs_libtpu
 def test_devices_are_found_in_a_process_that_set_nothing_up():
-    script = "from grit_jax.plan.topology import *; import jax; devices(parse_topology('v5e-4')); print(jax.devices())"
+    script = """
+import os
+from grit_jax.plan.topology import devices, parse_topology
+devices(parse_topology("v5e-4"))
+import jax
+print(jax.devices(), os.environ["TPU_SKIP_MDS_QUERY"], os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"])
+"""
     done = subprocess.run([sys.executable, "-c", script], env={}, capture_output=True, text=True, check=True)
-    assert done.stdout == "[CpuDevice(id=0)]\n"
+    assert done.stdout == "[CpuDevice(id=0)] 1 1\n"
