@@ -13,24 +13,15 @@ import jax
 import rich.console
 import rich.progress
 
+from grit_jax import chips
 from grit_jax.config import Config, InputError, LoggingConfig, TransformerConfig
 
 Values = Mapping[str, float]
 
-# Peak dense bfloat16 FLOP/s of one device, by the start of its `device_kind`; longer names first.
-PEAK_FLOPS = {
-    "TPU v6 lite": 918e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5": 459e12,
-    "TPU v4": 275e12,
-    "NVIDIA H100": 989e12,
-    "NVIDIA H200": 989e12,
-}
-
 
 def peak_flops(device: jax.Device) -> float | None:
     """Peak FLOP/s of a device, or None when it is not known."""
-    return next((peak for kind, peak in PEAK_FLOPS.items() if device.device_kind.startswith(kind)), None)
+    return chips.peak_flops(device.device_kind)
 
 
 def model_flops(

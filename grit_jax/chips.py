@@ -1,0 +1,63 @@
+"""Facts of accelerator chips: memory, peaks and bandwidths, from their makers' specifications."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class Chip:
+    """One TPU chip, which JAX shows as one device.
+
+    Sources: Google Cloud's pages "TPU v4", "TPU v5e", "TPU v5p" and "TPU v6e", and "How to Scale Your Model"
+    (jax-ml.github.io/scaling-book) for the bandwidth of a link that programs reach.
+
+    Args:
+      name: Google Cloud's short name, which also starts libtpu's topology names.
+      device_kind: Start of JAX's `device_kind`.
+      hbm_bytes: Memory that the compiler lets a program use; its "out of memory" message names this limit.
+      peak_flops: Dense bfloat16 FLOP/s.
+      hbm_bandwidth: Bytes per second.
+      ici_bandwidth: Bytes per second over one link in one direction. A chip has two links for each torus axis.
+      num_axes: Axes of the torus.
+      dcn_bandwidth: Bytes per second and direction that a chip's share of its host's network cards carries.
+      clock: Cycles per second of the TensorCore: peak_flops / (FLOPs per cycle of its matrix units).
+      num_cores: TensorCores per chip; both work on one program.
+    """
+
+    name: str
+    device_kind: str
+    hbm_bytes: int
+    peak_flops: float
+    hbm_bandwidth: float
+    ici_bandwidth: float
+    num_axes: int
+    dcn_bandwidth: float
+    clock: float
+    num_cores: int
+
+
+CHIPS = {
+    chip.name: chip
+    for chip in (
+        Chip("v4", "TPU v4", int(30.75 * GIB), 275e12, 1.2e12, 45e9, 3, 6.25e9, 1.05e9, 2),
+        Chip("v5e", "TPU v5 lite", int(15.75 * GIB), 197e12, 819e9, 45e9, 2, 3.125e9, 1.5e9, 1),
+        Chip("v5p", "TPU v5", int(95.74 * GIB), 459e12, 2765e9, 90e9, 3, 6.25e9, 1.75e9, 2),
+        Chip("v6e", "TPU v6 lite", int(31.25 * GIB), 918e12, 1638e9, 90e9, 2, 12.5e9, 1.75e9, 1),
+    )
+}
+
+# Dense bfloat16 FLOP/s of one device, by the start of its `device_kind`.
+_PEAK_FLOPS = {chip.device_kind: chip.peak_flops for chip in CHIPS.values()} | {
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12,
+}
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """Peak dense bfloat16 FLOP/s of a device by JAX's name for its kind, or None when it is not known."""
+    # The longest name that fits: "TPU v5" also starts "TPU v5 lite".
+    known = max((kind for kind in _PEAK_FLOPS if device_kind.startswith(kind)), key=len, default=None)
+    return None if known is None else _PEAK_FLOPS[known]

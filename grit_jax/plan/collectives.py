@@ -1,0 +1,153 @@
+"""What a collective moves and how long it takes, over the torus of a slice and between slices."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from grit_jax.plan.hlo import Computation, Instruction, Module, replica_groups
+from grit_jax.plan.topology import Topology
+
+_OPCODES = frozenset(
+    (
+        "all-gather",
+        "all-reduce",
+        "all-to-all",
+        "collective-broadcast",
+        "collective-permute",
+        "ragged-all-to-all",
+        "reduce-scatter",
+    )
+)
+
+# A collective runs as rings in both directions over two torus axes at most: what XLA:TPU's own strategies do
+# ("StrategyRing", "2D plane" in its text). Rings are taken as closed and the two axes as free, so this is optimistic
+# for a group along one axis.
+_RING_AXES = 2
+# Times that a ring carries the array: an all-reduce is a reduce-scatter and an all-gather; of an all-to-all over n
+# chips an element travels n/4 links on average, where a gathered one passes n.
+_PASSES = {"all-to-all": 1 / 4, "ragged-all-to-all": 1 / 4, "all-reduce": 2}
+
+Network = Literal["ici", "dcn", "host"]
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """One collective on one device.
+
+    Args:
+      kind: Opcode; reduce-scatter also where XLA:TPU writes an all-reduce whose result is sliced at once.
+      network: ici within a slice, dcn between slices, host to and from the host's memory.
+      num_bytes: Bytes of the whole array: what is gathered, reduced, permuted or copied.
+      seconds: Time when nothing else uses the network.
+    """
+
+    kind: str
+    network: Network
+    num_bytes: int
+    seconds: float
+
+
+def is_collective(instruction: Instruction) -> bool:
+    """Whether an instruction is a collective, or the start of one."""
+    return instruction.opcode.removesuffix("-start") in _OPCODES
+
+
+def collectives_within(module: Module, computation: Computation) -> Iterator[tuple[Computation, Instruction]]:
+    """The collectives of a computation and of the fusions and calls in it, each with its own computation."""
+    for instruction in computation:
+        if is_collective(instruction):
+            yield computation, instruction
+        for key in ("calls", "to_apply"):
+            if instruction.opcode in ("fusion", "call", "async-start") and instruction.attribute(key):
+                yield from collectives_within(module, module.called(instruction, key))
+
+
+def transfer(computation: Computation, instruction: Instruction, topology: Topology) -> Transfer:
+    """Prices a collective, which works among the devices of a slice.
+
+    What crosses slices, XLA:TPU turns into transfers between their hosts: `slice_transfer`.
+    """
+    chip = topology.chip
+    kind = instruction.opcode.removesuffix("-start")
+    operand = sum(array.num_bytes for source in computation.operands(instruction) for array in source.arrays)
+    if kind == "collective-permute":
+        return Transfer(kind, "ici", operand, operand / chip.ici_bandwidth)
+    if kind == "all-reduce" and _is_sliced(computation, instruction):
+        kind = "reduce-scatter"
+    size = len(replica_groups(instruction, topology.chips_per_slice)[0])
+    num_bytes = operand * size if kind == "all-gather" else operand
+    links = 2 * min(chip.num_axes, _RING_AXES) * chip.ici_bandwidth
+    seconds = _PASSES.get(kind, 1) * num_bytes * (size - 1) / size / links
+    return Transfer(kind, "ici", num_bytes, seconds)
+
+
+def crosses_slices(instruction: Instruction) -> bool:
+    """Whether a send or receive is part of a collective over the data-centre network."""
+    return instruction.attribute("_xla_host_transfer_handler_name") == "xla_megascale_runtime"
+
+
+def rendezvous(instruction: Instruction) -> str:
+    """The name under which a send and the receive of its result find each other."""
+    return instruction.attribute("_xla_host_transfer_rendezvous") or instruction.name
+
+
+def slice_transfer(computation: Computation, send: Instruction, topology: Topology) -> Transfer:
+    """Prices what one device sends to its peers in the other slices, by the kind of collective that the text names."""
+    kind = (send.attribute("_xla_megascale_transfer_type") or "").lower().replace("_", "-")
+    num_bytes = computation.operands(send)[0].num_bytes
+    others = topology.num_slices - 1
+    # Copies of what is sent that leave (and reach) a device.
+    passes = {
+        "all-reduce": 2 * others / topology.num_slices,
+        "reduce-scatter": others / topology.num_slices,
+        "all-to-all": others / topology.num_slices,
+        "all-gather": others,
+    }.get(kind, 1)
+    return Transfer(kind, "dcn", num_bytes, passes * num_bytes / topology.chip.dcn_bandwidth)
+
+
+def _is_sliced(computation: Computation, value: Instruction) -> bool:
+    """Whether all that is used of a value are slices."""
+    users = computation.users.get(value.name, ())
+    return bool(users) and all(
+        _is_sliced(computation, user)
+        if user.opcode in ("get-tuple-element", "bitcast")
+        else user.opcode == "dynamic-slice"
+        for user in users
+    )
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table of collectives, per device and run of the program.
+
+    Args:
+      kind: The collective.
+      network: As in Transfer.
+      overlapped: Whether it runs beside other work, between a start and a done.
+      count: How often it runs.
+      num_bytes: Bytes of the whole arrays.
+      seconds: Time that it takes.
+      exposed_seconds: The part in which nothing else is done.
+    """
+
+    kind: str
+    network: Network
+    overlapped: bool
+    count: int = 0
+    num_bytes: int = 0
+    seconds: float = 0.0
+    exposed_seconds: float = 0.0
+
+    def plus(self, other: Row, times: int = 1) -> Row:
+        """This line with `times` times another of the same kind."""
+        return dataclasses.replace(
+            self,
+            count=self.count + times * other.count,
+            num_bytes=self.num_bytes + times * other.num_bytes,
+            seconds=self.seconds + times * other.seconds,
+            exposed_seconds=self.exposed_seconds + times * other.exposed_seconds,
+        )

@@ -1,0 +1,322 @@
+"""How long a program compiled for a TPU takes, from its schedule: what is computed, what is moved, what is waited for.
+
+The estimate runs the program's instructions in their order on a clock. Work of the TensorCore adds the compiler's own
+`estimated_cycles`; Pallas kernels, which it does not know, add their FLOPs at an assumed efficiency; a collective
+occupies its network from where it starts, and adds what is not over where its result is awaited. Bodies of loops count
+as often as they run. Trust it as a ratio of two programs for one chip more than as seconds on a wall.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+
+from grit_jax.plan.collectives import (
+    Network,
+    Row,
+    Transfer,
+    collectives_within,
+    crosses_slices,
+    is_collective,
+    rendezvous,
+    slice_transfer,
+    transfer,
+)
+from grit_jax.plan.flops import is_attention, is_kernel, kernel_flops, matmul_flops
+from grit_jax.plan.hlo import Computation, Instruction, Module, parse_module, trip_count
+from grit_jax.plan.topology import Topology
+from grit_jax.plan.traffic import crosses_to_host, hbm_bytes, moved_bytes
+
+# Share of the peak that a Pallas kernel reaches: assumed, not measured. Splash attention computes a softmax between its
+# two products, which keeps the matrix units waiting.
+KERNEL_EFFICIENCY = 0.5
+# Bytes per second and direction between a chip and its host's memory: PCIe, as "How to Scale Your Model" takes it.
+HOST_BANDWIDTH = 15e9
+
+_ASYNC_START, _ASYNC_DONE = "AsyncCollectiveStart", "AsyncCollectiveDone"
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one run of a program costs each device. Times are seconds.
+
+    `total_seconds` is `compute_seconds + attention_seconds + kernel_seconds + exposed_seconds`; the times of HBM and of
+    the networks pass beside those.
+
+    Attributes:
+      total_seconds: From the first instruction to the last.
+      compute_seconds: The TensorCore's work that the compiler estimates, with the HBM that it waits for.
+      attention_seconds: Splash attention's kernels.
+      kernel_seconds: Other Pallas kernels.
+      exposed_seconds: Waiting for a network while nothing else is done.
+      hbm_seconds: HBM's traffic at full bandwidth: a lower bound of the total.
+      ici_seconds: Transfers between the chips of a slice, hidden or not.
+      dcn_seconds: Transfers between slices, hidden or not.
+      host_seconds: Copies between the chip's and the host's memory, hidden or not.
+      matmul_flops: FLOPs of the matrix products in the program, recomputed ones included.
+      kernel_flops: FLOPs of the matrix products in Pallas kernels.
+      hbm_bytes: Bytes read and written in HBM.
+      collectives: The table of transfers, by kind, network and whether they overlap.
+      unknown_loops: Loops whose trips the text does not tell, counted as one.
+      unknown_kernels: Names of Pallas kernels whose FLOPs nothing tells, counted by their HBM traffic alone.
+    """
+
+    total_seconds: float
+    compute_seconds: float
+    attention_seconds: float
+    kernel_seconds: float
+    exposed_seconds: float
+    hbm_seconds: float
+    ici_seconds: float
+    dcn_seconds: float
+    host_seconds: float
+    matmul_flops: int
+    kernel_flops: int
+    hbm_bytes: int
+    collectives: tuple[Row, ...]
+    unknown_loops: int
+    unknown_kernels: tuple[str, ...]
+
+
+def estimate(text: str, topology: Topology) -> Cost:
+    """Estimates a compiled program.
+
+    Args:
+      text: `compiled.as_text()` of a program compiled for `devices(topology)`.
+      topology: What it was compiled for.
+
+    Raises:
+      ValueError: The text is not a compiled program.
+    """
+    estimator = _Estimator(parse_module(text), topology)
+    totals = estimator.totals(estimator.module.entry)
+    rows = tuple(sorted(totals.rows.values(), key=lambda row: -row.seconds))
+    seconds = {name: sum(row.seconds for row in rows if row.network == name) for name in ("ici", "dcn", "host")}
+    compute, attention = totals.numbers["compute"], totals.numbers["attention"]
+    kernels, exposed = totals.numbers["kernels"], totals.numbers["exposed"]
+    return Cost(
+        total_seconds=compute + attention + kernels + exposed,
+        compute_seconds=compute,
+        attention_seconds=attention,
+        kernel_seconds=kernels,
+        exposed_seconds=exposed,
+        hbm_seconds=totals.numbers["hbm_bytes"] / topology.chip.hbm_bandwidth,
+        ici_seconds=seconds["ici"],
+        dcn_seconds=seconds["dcn"],
+        host_seconds=seconds["host"],
+        matmul_flops=int(totals.numbers["matmul_flops"]),
+        kernel_flops=int(totals.numbers["kernel_flops"]),
+        hbm_bytes=int(totals.numbers["hbm_bytes"]),
+        collectives=rows,
+        unknown_loops=int(totals.numbers["unknown_loops"]),
+        unknown_kernels=tuple(sorted(totals.unknown_kernels)),
+    )
+
+
+@dataclass
+class _Totals:
+    """Sums over a computation and what it runs; `carrying` has the time of fusions that carry on each channel."""
+
+    numbers: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    carrying: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    rows: dict[tuple[str, Network, bool], Row] = field(default_factory=dict)
+    unknown_kernels: set[str] = field(default_factory=set)
+
+    def add(self, other: _Totals, times: int = 1) -> None:
+        for name, number in other.numbers.items():
+            self.numbers[name] += times * number
+        for channel, seconds in other.carrying.items():
+            self.carrying[channel] += times * seconds
+        for row in other.rows.values():
+            self.add_row(row, times)
+        self.unknown_kernels |= other.unknown_kernels
+
+    def add_row(self, row: Row, times: int = 1) -> None:
+        key = (row.kind, row.network, row.overlapped)
+        self.rows[key] = self.rows.get(key, Row(*key)).plus(row, times)
+
+    @property
+    def seconds(self) -> float:
+        """Time on the clock."""
+        return sum(self.numbers[name] for name in ("compute", "attention", "kernels", "exposed"))
+
+
+class _Clock:
+    """Runs one computation's work and transfers, and sums them up."""
+
+    def __init__(self):
+        self.totals = _Totals()
+        self._free: dict[Network, float] = defaultdict(float)  # when each network has carried all that was started
+        self._used: dict[Network, float] = defaultdict(float)
+        self._pending: dict[str, list[tuple[Transfer, float]]] = {}
+        self._spread: dict[str, Transfer] = {}
+
+    def work(self, part: str, seconds: float) -> None:
+        """Advances by a part's time."""
+        self.totals.numbers[part] += seconds
+
+    def start(self, name: str, moved: Transfer) -> None:
+        """Starts a transfer, after those that its network carries already."""
+        end = max(self.totals.seconds, self._free[moved.network]) + moved.seconds
+        self._free[moved.network] = end
+        self._used[moved.network] += moved.seconds
+        self._pending.setdefault(name, []).append((moved, end))
+
+    def rename(self, name: str, new: str) -> None:
+        """Lets another instruction stand for the transfers that one has started."""
+        self._pending[new] = self._pending.pop(name, [])
+
+    def wait(self, name: str, *, overlapped: bool = True) -> None:
+        """Waits for what was started; what a loop's iteration before has started is over."""
+        for moved, end in self._pending.pop(name, []):
+            self.record(moved, max(0.0, end - self.totals.seconds), overlapped=overlapped)
+
+    def record(self, moved: Transfer, exposed: float, *, overlapped: bool) -> None:
+        """Enters a transfer into the table and advances by its exposed time."""
+        self.totals.add_row(Row(moved.kind, moved.network, overlapped, 1, moved.num_bytes, moved.seconds, exposed))
+        self.work("exposed", exposed)
+
+    def spread(self, channel: str, moved: Transfer) -> None:
+        """Starts a collective that fusions carry on; only their time hides it."""
+        self._spread[channel] = moved
+
+    def gather(self, channel: str) -> None:
+        """Ends a collective that fusions have carried on."""
+        moved = self._spread.pop(channel, None)
+        if moved:
+            hidden = self.totals.carrying.pop(channel, 0.0)
+            self.record(moved, max(0.0, moved.seconds - hidden), overlapped=True)
+
+    def close(self) -> _Totals:
+        """Ends the computation.
+
+        What is awaited in the next iteration of a loop hides behind this one, but an iteration is no shorter than what
+        it puts on a network.
+        """
+        for channel in list(self._spread):
+            self.gather(channel)
+        carried = [moved for started in self._pending.values() for moved, _ in started]
+        for moved in carried:
+            late = max(0.0, self._used[moved.network] - self.totals.seconds)
+            self.record(moved, late, overlapped=True)
+        return self.totals
+
+
+def _channel(collective: Instruction) -> str:
+    return collective.attribute("channel_id") or collective.name
+
+
+def _async_role(module: Module, fusion: Instruction) -> str | None:
+    """Whether a fusion starts or ends a collective that others carry on: the name of its custom call."""
+    targets = {
+        inner.attribute("custom_call_target") for inner in module.called(fusion) if inner.opcode == "custom-call"
+    }
+    return next((role for role in (_ASYNC_START, _ASYNC_DONE) if role in targets), None)
+
+
+class _Estimator:
+    """Sums up computations, each once."""
+
+    def __init__(self, module: Module, topology: Topology):
+        self.module, self.topology = module, topology
+        self._done: dict[str, _Totals] = {}
+        # XLA:TPU spreads a collective over fusions: one starts it, one ends it, and those between that contain the same
+        # collective, in a nested loop too, carry it on beside their own work.
+        self._spread = {
+            _channel(collective)
+            for computation in module.computations.values()
+            for instruction in computation
+            if instruction.opcode == "fusion" and _async_role(module, instruction)
+            for _, collective in collectives_within(module, module.called(instruction))
+        }
+
+    def totals(self, computation: Computation) -> _Totals:
+        """The sums of one run of a computation."""
+        if computation.name not in self._done:
+            clock = _Clock()
+            for instruction in computation:
+                clock.totals.numbers["hbm_bytes"] += hbm_bytes(self.module, computation, instruction)
+                clock.totals.numbers["matmul_flops"] += matmul_flops(self.module, computation, instruction)
+                self._run(computation, instruction, clock)
+            self._done[computation.name] = clock.close()
+        return self._done[computation.name]
+
+    def _run(self, computation: Computation, instruction: Instruction, clock: _Clock) -> None:
+        opcode, name = instruction.opcode, instruction.name
+        if opcode in ("while", "call", "conditional"):
+            self._run_called(instruction, clock)
+        elif is_collective(instruction):
+            clock.start(name, transfer(computation, instruction, self.topology))
+            if not opcode.endswith("-start"):
+                clock.wait(name, overlapped=False)
+        elif opcode in ("send", "recv") and crosses_slices(instruction):
+            if opcode == "send":
+                clock.start(rendezvous(instruction), slice_transfer(computation, instruction, self.topology))
+        elif opcode == "recv-done":
+            clock.wait(rendezvous(computation.operands(instruction)[0]))
+        elif opcode.endswith("-done"):
+            clock.wait(instruction.operands[0])
+        elif opcode.endswith("-update"):
+            clock.rename(instruction.operands[0], name)
+        elif crosses_to_host(computation, instruction):
+            num_bytes = moved_bytes(computation, instruction)
+            clock.start(name, Transfer("copy", "host", num_bytes, num_bytes / HOST_BANDWIDTH))
+            if not opcode.endswith("-start"):
+                clock.wait(name, overlapped=False)
+        elif is_kernel(instruction):
+            self._run_kernel(computation, instruction, clock)
+        elif opcode == "fusion":
+            self._run_fusion(instruction, clock)
+        elif opcode == "async-start" and (inner := self._transfers(instruction)):
+            for _, moved in inner:
+                clock.start(name, moved)
+        else:
+            clock.work("compute", self._cycles_seconds(instruction))
+
+    def _run_called(self, instruction: Instruction, clock: _Clock) -> None:
+        """A loop counts its body as often as it runs, a conditional its longest branch."""
+        if instruction.opcode == "while":
+            trips = trip_count(self.module, instruction)
+            clock.totals.numbers["unknown_loops"] += trips is None
+            clock.totals.add(self.totals(self.module.called(instruction, "body")), 1 if trips is None else trips)
+        elif instruction.opcode == "call":
+            clock.totals.add(self.totals(self.module.called(instruction, "to_apply")))
+        else:
+            branches = [self.totals(branch) for branch in self.module.branches(instruction)]
+            clock.totals.add(max(branches, key=lambda totals: totals.seconds))
+
+    def _run_kernel(self, computation: Computation, kernel: Instruction, clock: _Clock) -> None:
+        """A kernel takes as long as its products at the assumed efficiency, or as its traffic."""
+        chip, flops = self.topology.chip, kernel_flops(kernel, computation)
+        if flops is None:
+            clock.totals.unknown_kernels.add(kernel.name)
+        clock.totals.numbers["kernel_flops"] += flops or 0
+        seconds = max(
+            (flops or 0) / (chip.peak_flops * KERNEL_EFFICIENCY),
+            hbm_bytes(self.module, computation, kernel) / chip.hbm_bandwidth,
+        )
+        clock.work("attention" if is_attention(kernel) else "kernels", seconds)
+
+    def _run_fusion(self, fusion: Instruction, clock: _Clock) -> None:
+        seconds = self._cycles_seconds(fusion)
+        role = _async_role(self.module, fusion)
+        for collective, moved in self._transfers(fusion):
+            channel = _channel(collective)
+            if channel not in self._spread:
+                clock.start(fusion.name, moved)
+            elif role == _ASYNC_START:
+                clock.spread(channel, moved)
+            elif role == _ASYNC_DONE:
+                clock.gather(channel)
+            else:
+                clock.totals.carrying[channel] += seconds
+        clock.work("compute", seconds)
+        clock.wait(fusion.name, overlapped=False)
+
+    def _transfers(self, instruction: Instruction) -> list[tuple[Instruction, Transfer]]:
+        """The collectives in what an instruction calls, with their prices."""
+        within = collectives_within(self.module, self.module.called(instruction))
+        return [(collective, transfer(inner, collective, self.topology)) for inner, collective in within]
+
+    def _cycles_seconds(self, instruction: Instruction) -> float:
+        return (instruction.config("estimated_cycles") or 0) / self.topology.chip.clock

@@ -1,0 +1,132 @@
+"""FLOPs of a compiled program's matrix products and of the Pallas kernels that this package uses."""
+
+from __future__ import annotations
+
+import functools
+import math
+import re
+
+import numpy as np
+
+from grit_jax.plan.hlo import Array, Computation, Instruction, Module
+
+
+def matmul_flops(module: Module, computation: Computation, instruction: Instruction) -> int:
+    """FLOPs of the matrix products in one instruction, those inside a fusion included; loops count nothing here."""
+    if instruction.opcode == "dot":
+        return _dot_flops(instruction, computation)
+    if instruction.opcode == "convolution":
+        return _convolution_flops(instruction, computation)
+    if instruction.opcode in ("fusion", "async-start"):
+        called = module.called(instruction)
+        return sum(matmul_flops(module, called, inner) for inner in called)
+    return 0
+
+
+def _dot_flops(dot: Instruction, computation: Computation) -> int:
+    left = computation.operands(dot)[0].arrays[0]
+    contracted = math.prod(left.dims[dim] for dim in dot.dims_attribute("lhs_contracting_dims"))
+    return 2 * dot.arrays[0].size * contracted
+
+
+def _convolution_flops(convolution: Instruction, computation: Computation) -> int:
+    """XLA:TPU writes every matrix product as a convolution, some with a window that mostly covers padding.
+
+    Such a window stands for a batch dim or for a product's outer dim, so only its places inside the input multiply.
+    """
+    labels = re.search(r"\bdim_labels=(\w+)_(\w+)->(\w+)", convolution.attributes)
+    if labels is None:
+        raise ValueError(f"convolution {convolution.name} has no dim_labels")
+    left, kernel = (operand.arrays[0].dims for operand in computation.operands(convolution))
+    out = convolution.arrays[0].dims
+    window = re.search(r"\bwindow=\{([^}]*)\}", convolution.attributes)
+    fields = dict(field.split("=") for field in window[1].split()) if window else {}
+    products = out[labels[3].index("b")] * out[labels[3].index("f")] * kernel[labels[2].index("i")]
+    for dim in range(sum(label.isdigit() for label in labels[2])):
+        label = str(dim)
+        products *= _places(
+            left[labels[1].index(label)],
+            kernel[labels[2].index(label)],
+            out[labels[3].index(label)],
+            stride=_window_value(fields, "stride", dim),
+            padding=int(fields["pad"].split("x")[dim].split("_")[0]) if "pad" in fields else 0,
+            input_dilation=_window_value(fields, "lhs_dilate", dim),
+            kernel_dilation=_window_value(fields, "rhs_dilate", dim),
+        )
+    return 2 * products
+
+
+def _window_value(fields: dict[str, str], key: str, dim: int) -> int:
+    return int(fields[key].split("x")[dim]) if key in fields else 1
+
+
+@functools.lru_cache(maxsize=1024)
+def _places(
+    size: int, kernel: int, out: int, *, stride: int, padding: int, input_dilation: int, kernel_dilation: int
+) -> int:
+    """How many pairs of an output and a kernel position fall on an element of the input, in one spatial dim."""
+    places = stride * np.arange(out)[:, None] - padding + kernel_dilation * np.arange(kernel)
+    inside = (places >= 0) & (places <= (size - 1) * input_dilation) & (places % input_dilation == 0)
+    return int(np.count_nonzero(inside))
+
+
+def is_kernel(instruction: Instruction) -> bool:
+    """Whether an instruction is a Pallas kernel, whose time the compiler does not know."""
+    return instruction.opcode == "custom-call" and instruction.attribute("custom_call_target") == "tpu_custom_call"
+
+
+def is_attention(kernel: Instruction) -> bool:
+    """Whether a Pallas kernel is one of splash attention's."""
+    return "splash" in kernel.name
+
+
+def kernel_flops(kernel: Instruction, computation: Computation) -> int | None:
+    """FLOPs of a Pallas kernel's matrix products, or None where nothing tells them.
+
+    Splash attention names its kernels and is counted from its shapes. Other kernels carry what their authors passed as
+    `pallas_call(cost_estimate=...)`: megablox, and the kernels that XLA:TPU makes of `ragged_dot`, count their shapes.
+    """
+    arrays = [operand.arrays[0] for operand in computation.operands(kernel)]
+    if is_attention(kernel):
+        return _splash_flops(kernel, arrays)
+    whole_numbers = all(re.match("pred|[su]", array.dtype) for array in (*arrays, *kernel.arrays))
+    return 0 if whole_numbers else kernel.config("flops")
+
+
+# Products of [length, head_dim] with [head_dim, length], or of that size, per visible pair of blocks: scores and values
+# forward; scores, its gradient and one or two of dq, dk, dv backward (the fused backward makes all three).
+_SPLASH_PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4, "fused": 5}
+
+
+def _splash_flops(kernel: Instruction, arrays: list[Array]) -> int:
+    """Every block of scores that the mask does not hide whole is computed in full.
+
+    The text does not hold the mask. Its table of blocks is an operand, which a window makes narrower. Positions are
+    another one where a mask is computed from them, beside the two of segment ids: a mask that leaves the table whole is
+    then taken as causal.
+    """
+    query, key = [array for array in arrays if re.match("b?f", array.dtype) and len(array.dims) >= 3][:2]
+    phase = re.search(r"_(fwd|dq|dkv)", kernel.name)
+    if phase is None:
+        raise ValueError(f"unknown splash attention kernel {kernel.name}")
+    name = phase[1]
+    if name == "dkv" and sum(array.size >= key.size and len(array.dims) >= 3 for array in kernel.arrays) == 3:
+        name = "fused"
+    suffix = "" if phase[1] == "fwd" else f"_{phase[1]}"
+    length, head_dim = query.dims[-2:]
+    block_q, block_kv = (
+        _block_size(kernel, f"block_{side}{suffix}", array.dims[-2]) for side, array in (("q", query), ("kv", key))
+    )
+    rows, columns = -(-length // block_q), -(-key.dims[-2] // block_kv)
+    blocks = min((math.prod(array.dims[-2:]) for array in arrays if array.dtype == "s8"), default=rows * columns)
+    has_positions = sum(array.dtype == "s32" for array in arrays) % 2 == 1
+    if has_positions and blocks == rows * columns:
+        blocks = sum(min(columns, -(-(row + 1) * block_q // block_kv)) for row in range(rows))
+    batch_and_heads = math.prod(query.dims[:-2])
+    return _SPLASH_PRODUCTS[name] * 2 * batch_and_heads * blocks * block_q * block_kv * head_dim
+
+
+def _block_size(kernel: Instruction, key: str, length: int) -> int:
+    """A block size that a splash kernel carries in its metadata; the whole length where it does not."""
+    found = re.search(rf'\\"{key}\\": (\d+)', kernel.attributes)
+    return int(found[1]) if found else length

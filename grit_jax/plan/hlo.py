@@ -1,0 +1,311 @@
+"""Reads the text of a compiled program: computations, instructions, shapes, loops, and who talks to whom.
+
+The text is `compiled.as_text()`: scheduled HLO, in which the order of instructions is the order of execution. XLA
+describes its syntax at https://openxla.org/xla/operation_semantics and in `hlo_parser.cc`; only what a cost estimate
+needs is read, the rest of an instruction stays text.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+# Bits of an element; XLA packs 4-bit types two to a byte.
+_BITS = {"pred": 8, "bf16": 16, "c64": 64, "c128": 128}
+_ELEMENT = r"pred|bf16|c64|c128|[suf]\d+\w*"
+
+_ARRAY = re.compile(rf"\b({_ELEMENT})\[([\d,]*)\](?:\{{([^{{}}]*)\}})?")
+_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{$")
+_INSTRUCTION = re.compile(r"^  (?:ROOT )?%?[\w.\-]+ = ")
+# name = type opcode(operands) attributes; no type holds " word(", and operands nest parentheses once at most.
+_PARTS = re.compile(
+    r"^(?P<root>ROOT )?%?(?P<name>[\w.\-]+) = (?P<type>.*?) (?P<opcode>[a-z][a-z0-9\-]*)"
+    r"\((?P<operands>(?:[^()]|\([^()]*\))*)\)(?P<attributes>.*)$",
+    re.DOTALL,
+)
+
+_IOTA = r"\[([\d,]+)\](?:T\(([\d,]+)\))?"
+
+# Memory spaces of a layout, S(n), as XLA:TPU numbers them.
+HBM, VMEM, HOST = 0, 1, 5
+
+
+@dataclass(frozen=True)
+class Array:
+    """One array of an instruction's result.
+
+    Args:
+      dtype: XLA's name of the element type, such as bf16.
+      dims: Sizes.
+      space: Memory space: HBM, VMEM, HOST or one of the small ones.
+    """
+
+    dtype: str
+    dims: tuple[int, ...]
+    space: int = HBM
+
+    @property
+    def size(self) -> int:
+        """Elements."""
+        return math.prod(self.dims)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the elements, without the padding of tiles."""
+        bits = _BITS.get(self.dtype) or int(re.findall(r"\d+", self.dtype)[0])
+        return -(-self.size * bits // 8)
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """One instruction.
+
+    Args:
+      name: Unique in its computation.
+      opcode: Such as fusion or all-gather-start.
+      arrays: The result's arrays; a tuple's leaves in order.
+      operands: Names of instructions of the same computation.
+      literal: The text between the parentheses, such as a constant's value.
+      attributes: The text after them.
+      is_root: Whether it is its computation's result.
+    """
+
+    name: str
+    opcode: str
+    arrays: tuple[Array, ...]
+    operands: tuple[str, ...]
+    literal: str
+    attributes: str
+    is_root: bool
+
+    def attribute(self, key: str) -> str | None:
+        """The value of `key=value` where it is a name, a number or a string; without % and quotes."""
+        found = re.search(rf'\b{key}=%?"?([\w.\-]+)', self.attributes)
+        return found and found[1]
+
+    def dims_attribute(self, key: str) -> tuple[int, ...]:
+        """The value of `key={1,2}`; empty where the key is missing."""
+        found = re.search(rf"\b{key}=\{{([\d,]*)\}}", self.attributes)
+        return _numbers(found[1]) if found else ()
+
+    def config(self, key: str) -> int | None:
+        """A number of the backend's JSON, such as the compiler's `estimated_cycles`."""
+        found = re.search(rf'"{key}":"?(\d+)', self.attributes)
+        return int(found[1]) if found else None
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the whole result."""
+        return sum(array.num_bytes for array in self.arrays)
+
+
+@dataclass(frozen=True)
+class Computation:
+    """Instructions by name, in the order of execution."""
+
+    name: str
+    instructions: Mapping[str, Instruction]
+
+    def __iter__(self) -> Iterator[Instruction]:
+        return iter(self.instructions.values())
+
+    @functools.cached_property
+    def root(self) -> Instruction:
+        """The instruction whose result is the computation's."""
+        return next(instruction for instruction in self if instruction.is_root)
+
+    @functools.cached_property
+    def parameters(self) -> tuple[Instruction, ...]:
+        """The parameters, in order."""
+        found = [instruction for instruction in self if instruction.opcode == "parameter"]
+        return tuple(sorted(found, key=lambda parameter: int(parameter.literal)))
+
+    @functools.cached_property
+    def users(self) -> Mapping[str, tuple[Instruction, ...]]:
+        """The instructions that take each instruction as an operand."""
+        users: dict[str, list[Instruction]] = {}
+        for instruction in self:
+            for operand in dict.fromkeys(instruction.operands):
+                users.setdefault(operand, []).append(instruction)
+        return {name: tuple(takers) for name, takers in users.items()}
+
+    def operands(self, instruction: Instruction) -> list[Instruction]:
+        """The instructions that one of this computation takes."""
+        return [self.instructions[name] for name in instruction.operands]
+
+
+@dataclass(frozen=True)
+class Module:
+    """A compiled program."""
+
+    computations: Mapping[str, Computation]
+    entry: Computation
+
+    def called(self, instruction: Instruction, key: str = "calls") -> Computation:
+        """The computation that an instruction names in `key`: calls, to_apply, condition or body."""
+        return self.computations[instruction.attribute(key) or ""]
+
+    def branches(self, instruction: Instruction) -> list[Computation]:
+        """The computations of a conditional."""
+        found = re.search(r"branch_computations=\{([^}]*)\}", instruction.attributes)
+        if found:
+            names = re.findall(r"[\w.\-]+", found[1])
+        else:
+            names = [instruction.attribute(f"{key}_computation") or "" for key in ("true", "false")]
+        return [self.computations[name] for name in names]
+
+
+def parse_module(text: str) -> Module:
+    """Parses the text of a compiled program.
+
+    Raises:
+      ValueError: The text has no entry computation.
+    """
+    computations: dict[str, Computation] = {}
+    entry, name, lines = None, None, []
+    for line in text.splitlines():
+        if name is None:
+            header = _COMPUTATION.match(line)
+            if header:
+                name, lines = header[2], []
+                entry = name if header[1] else entry
+        elif line == "}":
+            parsed = [_parse_instruction(whole) for whole in lines]
+            computations[name] = Computation(name, {instruction.name: instruction for instruction in parsed})
+            name = None
+        elif _INSTRUCTION.match(line):
+            lines.append(line.strip())
+        else:
+            lines[-1] += line  # attributes with line breaks
+    if entry is None:
+        raise ValueError("the text has no ENTRY computation: not the HLO of a compiled program")
+    return Module(computations, computations[entry])
+
+
+def _parse_instruction(line: str) -> Instruction:
+    parts = _PARTS.match(line)
+    if parts is None:
+        raise ValueError(f"not an HLO instruction: {line[:200]}")
+    return Instruction(
+        name=parts["name"],
+        opcode=parts["opcode"],
+        arrays=parse_arrays(parts["type"]),
+        operands=tuple(re.findall(r"%([\w.\-]+)", parts["operands"])),
+        literal=parts["operands"],
+        attributes=parts["attributes"],
+        is_root=parts["root"] is not None,
+    )
+
+
+def parse_arrays(text: str) -> tuple[Array, ...]:
+    """The arrays of a type such as `(bf16[2,8]{1,0:T(8,128)(2,1)S(1)}, u32[])`."""
+    arrays = []
+    for dtype, dims, layout in _ARRAY.findall(text):
+        space = re.search(r"S\((\d+)\)", layout)
+        arrays.append(Array(dtype, _numbers(dims), int(space[1]) if space else HBM))
+    return tuple(arrays)
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in text.split(",") if number)
+
+
+def trip_count(module: Module, loop: Instruction) -> int | None:
+    """How often a while loop's body runs, or None where the text does not tell.
+
+    The compiler writes `known_trip_count` for some loops. The others that come from a scan count from 0 by a constant
+    step to a constant limit, which the condition compares with.
+    """
+    known = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes)
+    if known:
+        return int(known[1])
+    condition = module.called(loop, "condition")
+    for compare in condition:
+        if compare.opcode != "compare":
+            continue
+        operands = condition.operands(compare)
+        limits = [int(operand.literal) for operand in operands if operand.opcode == "constant"]
+        counters = [operand for operand in operands if operand.opcode == "get-tuple-element"]
+        if limits and counters:
+            step = _counter_step(module.called(loop, "body"), int(counters[0].attribute("index") or 0))
+            return -(-limits[0] // step) if step else None
+    return None
+
+
+def _counter_step(body: Computation, index: int) -> int | None:
+    """What a loop's body adds to its variable `index`; None where that is not a constant."""
+    if body.root.opcode != "tuple":
+        return None
+    value = body.instructions[body.root.operands[index]]
+    while value.opcode in ("copy", "bitcast"):
+        value = body.instructions[value.operands[0]]
+    if value.opcode != "add":
+        return None
+    steps = [int(operand.literal) for operand in body.operands(value) if operand.opcode == "constant"]
+    return steps[0] if steps else None
+
+
+def replica_groups(instruction: Instruction, num_devices: int) -> list[tuple[int, ...]]:
+    """The groups of devices, by position in the program, among which a collective works.
+
+    XLA writes them in three ways: lists `{{0,1},{2,3}}`; rows of a
+    transposed iota `[4,2]<=[2,4]T(1,0)`; axes of a mesh `mesh['x'=2,'y'=4], device_ids=([4,2]T(1,0)) {'y'}`. No
+    groups, or an empty list, means all devices.
+
+    Raises:
+      ValueError: The groups are written in another way.
+    """
+    text = instruction.attributes
+    lists = re.search(r"replica_groups=\{((?:\{[\d,]*\},?)+)\}", text)
+    if lists:
+        return [_numbers(group) for group in re.findall(r"\{([\d,]+)\}", lists[1])]
+    rows = re.search(rf"replica_groups=\[([\d,]+)\]<={_IOTA}", text)
+    if rows:
+        return _chunks(_iota(*rows.groups()[1:]), _numbers(rows[1])[-1])
+    mesh = re.search(rf"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\({_IOTA}\))? \{{([^}}]*)\}}", text)
+    if mesh:
+        sizes = {name: int(size) for name, size in re.findall(r"'?([\w.]+)'?=(\d+)", mesh[1])}
+        ids = _iota(mesh[2], mesh[3]) if mesh[2] else list(range(math.prod(sizes.values())))
+        return _groups_along(ids, sizes, mesh[4])
+    if re.search(r"replica_groups=(?!\{\})", text):
+        raise ValueError(f"{instruction.name}: replica groups in an unknown form: {text[:300]}")
+    return [tuple(range(num_devices))]
+
+
+def _iota(dims: str, order: str | None) -> list[int]:
+    """The numbers of `[2,4]T(1,0)`: counted up in an array, whose dims are then reordered."""
+    sizes = _numbers(dims)
+    return _transposed(list(range(math.prod(sizes))), sizes, _numbers(order) if order else tuple(range(len(sizes))))
+
+
+def _groups_along(ids: list[int], sizes: Mapping[str, int], chosen: str) -> list[tuple[int, ...]]:
+    """Groups of a mesh's devices along some axes, such as `'x'` or `'x':(2)4`: 4 parts of axis x, 2 parts before."""
+    spans: dict[str, list[tuple[int, int]]] = {name: [] for name in sizes}
+    for name, before, size in re.findall(r"'?([\w.]+)'?(?::\((\d+)\)(\d+))?", chosen):
+        start = int(before or 1)
+        spans[name].append((start, start * int(size or sizes[name])))
+    dims: list[int] = []
+    inside: list[bool] = []
+    for name, size in sizes.items():
+        cuts = sorted({1, size, *itertools.chain.from_iterable(spans[name])})
+        for low, high in itertools.pairwise(cuts):
+            dims.append(high // low)
+            inside.append(any(start <= low and high <= end for start, end in spans[name]))
+    order = sorted(range(len(dims)), key=lambda dim: inside[dim])
+    group_size = math.prod(size for size, is_inside in zip(dims, inside, strict=True) if is_inside)
+    return _chunks(_transposed(ids, tuple(dims), tuple(order)), group_size)
+
+
+def _transposed(values: list[int], dims: tuple[int, ...], order: tuple[int, ...]) -> list[int]:
+    """The values of a row-major array after its dims are reordered, flat."""
+    strides = [math.prod(dims[axis + 1 :]) for axis in range(len(dims))]
+    places = itertools.product(*(range(dims[axis]) for axis in order))
+    return [values[sum(i * strides[axis] for i, axis in zip(place, order, strict=True))] for place in places]
+
+
+def _chunks(values: list[int], size: int) -> list[tuple[int, ...]]:
+    return [tuple(values[start : start + size]) for start in range(0, len(values), size)]

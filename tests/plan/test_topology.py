@@ -1,0 +1,99 @@
+import importlib.util
+import subprocess
+import sys
+
+import pytest
+
+from grit_jax.config import InputError
+from grit_jax.plan import topology
+from grit_jax.plan.topology import devices, parse_topology, topology_names
+
+needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
+
+
+@pytest.mark.parametrize(
+    "name, libtpu_name, num_chips",
+    [
+        ("v4-8", "v4:2x2x1", 4),
+        ("v4-4096", "v4:8x16x16", 2048),
+        ("v5p-128", "v5p:4x4x4", 64),
+        ("v5p-12288", "v5p:16x16x24", 6144),
+        ("v5e-1", "v5e:1x1", 1),
+        ("v5e-256", "v5e:16x16", 256),
+        ("v5litepod-8", "v5e:2x4", 8),
+        ("v6e-64", "v6e:8x8", 64),
+    ],
+)
+def test_names_that_count_cores_and_names_that_count_chips_give_the_documented_shape(name, libtpu_name, num_chips):
+    parsed = parse_topology(name)
+    assert (parsed.libtpu_name, parsed.num_chips) == (libtpu_name, num_chips)
+
+
+def test_slices_multiply_the_chips_and_not_the_shape():
+    parsed = parse_topology("v5p-16", slices=3)
+    assert (parsed.libtpu_name, parsed.chips_per_slice, parsed.num_chips) == ("v5p:2x2x2", 8, 24)
+
+
+def test_every_shape_has_as_many_chips_as_its_name_says():
+    for name in topology_names():
+        parsed = parse_topology(name)
+        assert parsed.num_chips * parsed.chip.num_cores == int(name.rpartition("-")[2])
+
+
+@pytest.mark.parametrize("name", ["v5p-100", "v5p", "v5p-64x", "v5p-064", "v5p-4", "v6e-512"])
+def test_a_wrong_size_names_the_known_ones_of_its_version(name):
+    version = name[:3]
+    with pytest.raises(InputError, match=f"unknown TPU topology '{name}'; known: {version}-") as error:
+        parse_topology(name)
+    assert "v4-8" not in str(error.value)
+
+
+def test_a_wrong_version_names_all_known_ones():
+    with pytest.raises(InputError, match=r"unknown TPU topology 'h100-8'; known: v4-8, .*v5p-128.*v6e-256"):
+        parse_topology("h100-8")
+
+
+def test_no_slice_is_refused():
+    with pytest.raises(InputError, match="slices=0"):
+        parse_topology("v5e-4", slices=0)
+
+
+def test_rings_are_those_of_whole_cubes_and_of_the_whole_pods_side():
+    assert parse_topology("v5p-64").wrap == (False, False, False)
+    assert parse_topology("v5p-256").wrap == (True, True, True)
+    assert parse_topology("v5e-64").wrap == (False, False, False)
+    assert parse_topology("v6e-128").wrap == (False, True, False)
+
+
+def test_a_missing_libtpu_names_the_extra_to_install(monkeypatch):
+    monkeypatch.setattr(topology.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"pip install 'grit-jax\[tpu\]'"):
+        devices(parse_topology("v5e-4"))
+
+
+@needs_libtpu
+@pytest.mark.parametrize("name", ["v4-16", "v5e-1", "v5p-8", "v6e-8"])
+def test_each_chip_is_one_device_of_the_kind_that_its_facts_name(name):
+    parsed = parse_topology(name)
+    found = devices(parsed)
+    assert len(found) == parsed.num_chips
+    assert {device.device_kind for device in found} == {parsed.chip.device_kind}
+
+
+@needs_libtpu
+def test_devices_of_several_slices_come_slice_by_slice():
+    found = devices(parse_topology("v5e-4", slices=2))
+    assert [device.slice_index for device in found] == [0] * 4 + [1] * 4
+
+
+@needs_libtpu
+def test_devices_are_found_in_a_process_that_set_nothing_up():
+    script = """
+import os
+from grit_jax.plan.topology import devices, parse_topology
+devices(parse_topology("v5e-4"))
+import jax
+print(jax.devices(), os.environ["TPU_SKIP_MDS_QUERY"], os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"])
+"""
+    done = subprocess.run([sys.executable, "-c", script], env={}, capture_output=True, text=True, check=True)
+    assert done.stdout == "[CpuDevice(id=0)] 1 1\n"
