@@ -12,7 +12,8 @@ import optax
 
 from grit_jax.batch import EmbeddingBatch, GenerativeBatch, GritBatch
 from grit_jax.config import Config
-from grit_jax.losses import balance_loss, contrastive_loss, next_token_loss
+from grit_jax.contrastive import contrastive_loss
+from grit_jax.losses import balance_loss, next_token_loss
 from grit_jax.model.moe import RouterStats
 from grit_jax.model.pooling import embed_rows
 from grit_jax.model.transformer import Params, Transformer, bind
@@ -71,11 +72,12 @@ class Objective:
         pooled, stats = map_chunks(vectors, rows, self.config.train.embedding_chunks)
         slots = pooled.swapaxes(0, 1).reshape(-1, pooled.shape[-1])
         loss = contrastive_loss(
-            constrain(slots[batch.query_slots], "batch", "activation_embed"),
-            constrain(slots[batch.passage_slots], "passages", "activation_embed"),
+            slots[batch.query_slots],
+            slots[batch.passage_slots],
             temperature=self.config.loss.temperature,
             query_weights=batch.query_weights,
             passage_ids=batch.passage_ids,
+            negatives=self.config.loss.negatives,
         )
         return {"loss/embedding": loss} | _balance("loss/router_embedding", stats)
 
