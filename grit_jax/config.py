@@ -18,6 +18,7 @@ Attention = Literal["bidirectional", "causal"]
 Pooling = Literal["mean", "weighted_mean", "cls", "last_token"]
 AttentionKernel = Literal["dense", "splash", "cudnn"]
 Remat = Literal["none", "full", "dots", "offload"]
+Negatives = Literal["auto", "dense", "gathered", "ring"]
 
 
 class InputError(ValueError):
@@ -273,6 +274,9 @@ class LossConfig:
         sub-batches), `token` (sum over tokens / samples) or `token_mean` (mean over the batch's tokens).
       sub_batch_samples: Samples of one sub-batch of `mixed`; null takes the whole batch as one.
       temperature: Temperature of the contrastive softmax.
+      negatives: How queries are scored against the passages of all devices: `dense` (all at once), `gathered` (tiles
+        with a share of every device's passages), `ring` (each device's passages sent round) or `auto`, by size. The
+        numbers do not depend on it, memory does.
       embedding_weight: Factor of the contrastive loss.
       generative_weight: Factor of the LM loss.
       router_weight: Factor of the experts' balance loss in the generative pass.
@@ -282,6 +286,7 @@ class LossConfig:
     type: Literal["mixed", "token", "token_mean"] = "mixed"
     sub_batch_samples: int | None = 32
     temperature: float = 0.02
+    negatives: Negatives = "auto"
     embedding_weight: float = 1.0
     generative_weight: float = 1.0
     router_weight: float = 0.02

@@ -1,4 +1,4 @@
-"""The losses of GRIT. Weights come with the batch, so nothing is averaged here."""
+"""The next-token loss and the balance loss of experts. Weights come with the batch: nothing is averaged here."""
 
 from __future__ import annotations
 
@@ -10,30 +10,6 @@ from jaxtyping import Array, Float, Int
 
 from grit_jax.execution import num_chunks, wide
 from grit_jax.sharding import constrain
-
-
-def contrastive_loss(
-    query: Float[Array, "queries embed"],
-    passage: Float[Array, "passages embed"],
-    *,
-    temperature: float,
-    query_weights: Float[Array, " queries"],
-    passage_ids: Int[Array, " passages"],
-) -> Float[Array, ""]:
-    """InfoNCE over the global batch: sum_i weight_i * -log softmax_j(query_i . passage_j / temperature)[positive_i].
-
-    The positive of query i is passage i * (passages / queries). Passages that carry the positive's id, and
-    fillers (id -1), are left out of a query's negatives. Float32 throughout.
-    """
-    num_queries, num_passages = query.shape[0], passage.shape[0]
-    positive = jnp.arange(num_queries) * (num_passages // num_queries)
-    scores = jnp.einsum("id,jd->ij", query, passage, precision=jax.lax.Precision.HIGHEST) / temperature
-    scores = constrain(scores, "batch", "passages")
-    not_negative = (passage_ids == passage_ids[positive][:, None]) | (passage_ids == -1)
-    scores = jnp.where(not_negative & (jnp.arange(num_passages) != positive[:, None]), -jnp.inf, scores)
-    target = jnp.take_along_axis(scores, positive[:, None], axis=1)[:, 0]
-    nll = jax.nn.logsumexp(scores, axis=1) - target
-    return jnp.sum(query_weights * nll)
 
 
 def next_token_loss(

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from grit_jax.batch import GritBatch, HostShare
 from grit_jax.config import InputError, MeshConfig
@@ -75,7 +75,7 @@ def partition_spec(axes: Sequence[str]) -> PartitionSpec:
     return PartitionSpec(*(LOGICAL_AXES[axis] for axis in axes))
 
 
-def axis_size(mesh: Mesh, axis: str) -> int:
+def axis_size(mesh: Mesh | AbstractMesh, axis: str) -> int:
     """Number of pieces that a dim called `axis` is split into."""
     return math.prod(mesh.shape[name] for name in mesh_axes(axis))
 

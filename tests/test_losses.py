@@ -1,57 +1,9 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
-from grit_jax.losses import contrastive_loss, next_token_loss
+from grit_jax.losses import next_token_loss
 from tests.packing import relative_error
-
-
-def reference_contrastive(query, passage, temperature, weights, ids):
-    group, total = len(passage) // len(query), 0.0
-    for i, vector in enumerate(query):
-        positive = i * group
-        kept = [j for j in range(len(passage)) if j == positive or (ids[j] not in (-1, ids[positive]))]
-        scores = passage[kept] @ vector / temperature
-        total += weights[i] * (
-            np.log(np.exp(scores - scores.max()).sum()) + scores.max() - scores[kept.index(positive)]
-        )
-    return total
-
-
-def random_pairs(seed=0):
-    rng = np.random.default_rng(seed)
-    return rng.normal(size=(4, 8)), rng.normal(size=(12, 8))
-
-
-@pytest.mark.parametrize(
-    "ids", [np.arange(12), np.array([0, 1, 2, 0, 3, 4, 5, -1, 0, 6, -1, 7])], ids=["distinct", "duplicates and fillers"]
-)
-def test_contrastive_loss_is_the_cross_entropy_over_all_passages_that_may_be_negatives(ids):
-    query, passage = random_pairs()
-    weights = np.array([0.25, 0.5, 0.125, 0.0])
-    loss = contrastive_loss(
-        jnp.asarray(query, jnp.float32),
-        jnp.asarray(passage, jnp.float32),
-        temperature=0.5,
-        query_weights=jnp.asarray(weights, jnp.float32),
-        passage_ids=jnp.asarray(ids, jnp.int32),
-    )
-    assert relative_error(loss, reference_contrastive(query, passage, 0.5, weights, ids)) < 1e-6
-
-
-def test_filler_queries_leave_finite_gradients():
-    query, passage = (jnp.asarray(side, jnp.float32) for side in random_pairs())
-
-    def loss(query, passage):
-        ids = jnp.array([0, 1, 2, 3, -1, -1, -1, -1, -1, -1, -1, -1])
-        return contrastive_loss(
-            query, passage, temperature=0.02, query_weights=jnp.array([1.0, 1.0, 0.0, 0.0]), passage_ids=ids
-        )
-
-    for gradient in jax.grad(loss, argnums=(0, 1))(query, passage):
-        assert np.all(np.isfinite(gradient))
-    assert np.all(jax.grad(loss)(query, passage)[2:] == 0)
 
 
 def test_blocked_next_token_loss_equals_full_logits_with_gradients():

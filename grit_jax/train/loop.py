@@ -30,7 +30,7 @@ from grit_jax.train.state import TrainState, abstract_state, new_state, sharding
 from grit_jax.train.step import Metrics, Objective, make_eval_step, make_train_step
 
 # What may differ between a run folder's config and the one that resumes it.
-_MAY_DIFFER = ("train.steps", "train.output", "mesh.", "logging.")
+_MAY_DIFFER = ("train.steps", "train.output", "loss.negatives", "mesh.", "logging.")
 
 
 class Trainer:

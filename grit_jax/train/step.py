@@ -12,8 +12,9 @@ import optax
 
 from grit_jax.batch import EmbeddingBatch, GenerativeBatch, GritBatch
 from grit_jax.config import Config
+from grit_jax.contrastive import contrastive_loss
 from grit_jax.execution import Execution, map_chunks
-from grit_jax.losses import balance_loss, contrastive_loss, next_token_loss
+from grit_jax.losses import balance_loss, next_token_loss
 from grit_jax.model.moe import RouterStats
 from grit_jax.model.pooling import embed_rows
 from grit_jax.model.transformer import Params, Transformer, bind, param_axes
@@ -87,6 +88,7 @@ class Objective:
             temperature=self.config.loss.temperature,
             query_weights=batch.query_weights,
             passage_ids=batch.passage_ids,
+            negatives=self.config.loss.negatives,
         )
         return {"loss/embedding": loss} | _balance("loss/router_embedding", stats)
 

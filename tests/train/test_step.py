@@ -149,6 +149,12 @@ def test_every_mesh_gives_the_numbers_of_one_device(plain, mesh):
     assert_same_update(one_update(config, make_batch(), mesh=MeshConfig(*mesh), num_devices=8), plain)
 
 
+@pytest.mark.parametrize("negatives", ["gathered", "ring"])
+def test_the_form_of_the_contrastive_loss_changes_nothing(plain, negatives):
+    config = dataclasses.replace(BASE, loss=LossConfig(negatives=negatives))
+    assert_same_update(one_update(config, make_batch(), mesh=MeshConfig(2, 2, 2), num_devices=8), plain)
+
+
 def test_packing_and_order_change_nothing(plain):
     shuffled = list(np.random.default_rng(2).permutation(24))
     assert_same_update(one_update(BASE, make_batch(16, 8, order=shuffled, length=48)), plain)
