@@ -53,15 +53,25 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     return result
 
 
-def sample_records(folder: Path, stream: str, count: int) -> list[dict[str, Any]]:
-    """Records of a stream drawn from all its files together, always the same ones."""
-    lines = []
+def read_lines(folder: Path, stream: str) -> dict[str, list[str]]:
+    """The lines of a stream's files by file name, the file with most lines first."""
+    files = {}
     for path in sorted((folder / stream).glob("*.jsonl*")):
         with gzip.open(path, "rt") if path.suffix == ".gz" else path.open() as file:
-            lines += file.readlines()
-    if not lines:
+            files[path.name.removesuffix(".gz")] = file.readlines()
+    if not files:
         raise SystemExit(f"{folder / stream}: no .jsonl file; name a folder of GRIT data with --data")
+    return dict(sorted(files.items(), key=lambda item: -len(item[1])))
+
+
+def draw(lines: list[str], count: int) -> list[dict[str, Any]]:
+    """Records of `count` lines, always the same ones."""
     return [json.loads(line) for line in random.Random(0).sample(lines, count)]
+
+
+def sample_records(folder: Path, stream: str, count: int) -> list[dict[str, Any]]:
+    """Records of a stream drawn from all its files together, always the same ones."""
+    return draw([line for lines in read_lines(folder, stream).values() for line in lines], count)
 
 
 @contextlib.contextmanager

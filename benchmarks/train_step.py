@@ -3,11 +3,11 @@
     python benchmarks/train_step.py              # lengths of real texts
     python benchmarks/train_step.py --at-limits  # every text at its limit
 
-32 queries, 64 passages and 8 conversations a step, at most 256, 512 and 512 tokens long, AdamW, float32. Records are
-drawn from all files of --data together. PyTorch pads queries, passages and conversations each to the longest of their
-batch. Both sides take the same texts through the same steps; `loss_difference` is the largest relative difference of
-their losses. At the limits PyTorch recomputes layers in the backward pass (gradient checkpointing), because their
-activations alone take about 17 GB.
+32 queries, 64 passages and 8 conversations a step, at most 256, 512 and 512 tokens long, AdamW, float32. Each step's
+queries are drawn from one of the largest files of --data, its conversations from all. PyTorch pads queries, passages
+and conversations each to the longest of their batch. Both sides take the same texts through the same steps;
+`loss_difference` is the largest relative difference of their losses. At the limits PyTorch recomputes layers in the
+backward pass (activation checkpointing), because their activations alone take about 17 GB.
 """
 
 from __future__ import annotations
@@ -39,7 +39,10 @@ Text = tuple[np.ndarray, np.ndarray]  # tokens, and what each is weighed with in
 
 
 def write_data(folder: Path, source: Path, *, steps: int, at_limits: bool) -> None:
-    """Writes a file per stream with the records of `steps` steps, their texts beyond the limits if asked for."""
+    """Writes the records of `steps` steps, their texts beyond the limits if asked for.
+
+    An embedding batch comes from one file, so every one of the `steps` largest gives one.
+    """
 
     def lengthened(text: str) -> str:
         return f"{text} " * (1 + 8 * LIMIT // len(text)) if at_limits else text
@@ -55,9 +58,11 @@ def write_data(folder: Path, source: Path, *, steps: int, at_limits: bool) -> No
         *turns, last = record["text"]
         return {"text": [*turns, lengthened(last)]}
 
-    for stream, convert, count in (("embedding", embedding, QUERIES), ("generative", generative, CONVERSATIONS)):
-        records = map(convert, common.sample_records(source, stream, count * steps))
-        (folder / f"{stream}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    largest = list(common.read_lines(source, "embedding").items())[:steps]
+    files = {name: map(embedding, common.draw(lines, QUERIES)) for name, lines in largest}
+    conversations = common.sample_records(source, "generative", CONVERSATIONS * steps)
+    for name, records in (files | {"generative.jsonl": map(generative, conversations)}).items():
+        (folder / name).write_text("".join(json.dumps(record) + "\n" for record in records))
 
 
 def embedding_texts(batch: EmbeddingBatch) -> tuple[list[Text], list[Text]]:
@@ -123,7 +128,7 @@ def in_torch(model: Any, config: Config, batches: list[GritBatch], *, checkpoint
 
     model.train()
     if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.gradient_checkpointing_enable()
     settings = config.optimizer
     optimizer = torch.optim.AdamW(
         model.parameters(), settings.learning_rate, (settings.b1, settings.b2), settings.epsilon,
@@ -155,7 +160,7 @@ def in_torch(model: Any, config: Config, batches: list[GritBatch], *, checkpoint
         torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip_norm)
         optimizer.step()
         optimizer.zero_grad()
-        return float(embedding_loss + generative_loss)
+        return embedding_loss.item() + generative_loss.item()
 
     return lambda: [step(batch) for batch in batches]
 
@@ -164,10 +169,10 @@ def main() -> None:
     """Runs the benchmark."""
     parser = common.parser(__doc__)
     parser.add_argument("--at-limits", action="store_true", help="texts at their limits instead of real lengths")
-    parser.add_argument("--steps", type=int, help="different batches (3, at the limits 1)")
+    parser.add_argument("--steps", type=int, help="different batches (4, at the limits 1)")
     parser.add_argument("--remat", default="full", help="what our layers recompute (%(default)s)")
     args = parser.parse_args()
-    steps = args.steps or (1 if args.at_limits else 3)
+    steps = args.steps or (1 if args.at_limits else 4)
     with common.model_folder(args.tokenizer) as folder, tempfile.TemporaryDirectory() as data:
         pretrained = open_model(folder)
         write_data(Path(data), args.data, steps=steps, at_limits=args.at_limits)
