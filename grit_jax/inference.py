@@ -20,7 +20,7 @@ from grit_jax.data.pipeline import pool_weights
 from grit_jax.loading import load_params, open_model
 from grit_jax.model.decode import decode, prefill
 from grit_jax.model.pooling import embed_rows
-from grit_jax.model.transformer import Params, abstract_model, bind
+from grit_jax.model.transformer import Params, abstract_model, bind, split_layers
 from grit_jax.precision import compute_dtype
 from grit_jax.tokenizer import Tokenizer
 
@@ -65,7 +65,8 @@ class GritModel:
         mesh: Mesh,
         dtype: jnp.dtype,
     ):
-        self.params, self.architecture, self.embedding, self.tokenizer = params, architecture, embedding, tokenizer
+        self.params = split_layers(params) if mesh.devices.flat[0].platform == "cpu" else params
+        self.architecture, self.embedding, self.tokenizer = architecture, embedding, tokenizer
         self._mesh, self._dtype = mesh, dtype
         self._model = abstract_model(architecture, embedding.projection_dim)
 

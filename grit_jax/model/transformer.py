@@ -35,6 +35,8 @@ class KVCache(NamedTuple):
     values: Array
 
 
+Cache = KVCache | list[KVCache]  # of all layers, stacked like their weights, or one of each layer
+
 # Whether a layer has the sliding window: known when all layers are alike, else a scalar of the scan over layers.
 Windowed = bool | Bool[Array, ""]
 
@@ -174,6 +176,11 @@ class Transformer(nnx.Module):
             self.projection = Linear(*widths, key=projection_key, bias=True)
 
     @property
+    def is_split(self) -> bool:
+        """Whether each layer has its own arrays; see `split_layers`."""
+        return isinstance(self.layers, nnx.List)
+
+    @property
     def output_table(self) -> Float[Array, "vocab embed"]:
         """Rows that hidden states are multiplied with to give logits."""
         return self.embedding[...] if self.config.tie_embeddings else self.head[...]
@@ -213,12 +220,15 @@ class Transformer(nnx.Module):
             x, _, stats = layer(x, context, windowed)
             return x, stats
 
-        x, stats = self._scan(_rematerialized(step, remat), self._embed(tokens, dtype), self.layers, mask)
+        layers = list(self.layers) if self.is_split else self.layers
+        x, stats = self._scan(_rematerialized(step, remat), self._embed(tokens, dtype), layers, mask)
+        if self.is_split:
+            stats = jax.tree.map(lambda *per_layer: jnp.stack(per_layer), *stats)
         return self.final_norm(x), jax.tree.map(lambda per_layer: jnp.sum(per_layer, axis=0), stats)
 
     def with_cache(
-        self, tokens: Int[Array, "batch length"], mask: AttentionMask, cache: KVCache, *, dtype: jnp.dtype
-    ) -> tuple[Float[Array, "batch length embed"], KVCache]:
+        self, tokens: Int[Array, "batch length"], mask: AttentionMask, cache: Cache, *, dtype: jnp.dtype
+    ) -> tuple[Float[Array, "batch length embed"], Cache]:
         """Final-norm hidden states of tokens that attend to `cache`, and the cache with them written in."""
 
         def step(x, layer_and_cache, context, windowed):
@@ -226,7 +236,8 @@ class Transformer(nnx.Module):
             x, cache, _ = layer(x, context, windowed, cache)
             return x, cache
 
-        x, cache = self._scan(step, self._embed(tokens, dtype), (self.layers, cache), mask)
+        layers = list(zip(self.layers, cache, strict=True)) if self.is_split else (self.layers, cache)
+        x, cache = self._scan(step, self._embed(tokens, dtype), layers, mask)
         return self.final_norm(x), cache
 
     def _embed(self, tokens: Array, dtype: jnp.dtype) -> Array:
@@ -236,7 +247,10 @@ class Transformer(nnx.Module):
         return constrain(x, "batch", "length", "activation_embed")
 
     def _scan(self, step, x: Array, layers: Any, mask: AttentionMask) -> tuple[Array, Any]:
-        """Carries `x` through `step(x, layer, context, windowed)` of every layer; stacks what the steps give."""
+        """Carries `x` through `step(x, layer, context, windowed)` of every layer.
+
+        What the steps give comes back stacked where `layers` is, and as a list where it is one.
+        """
         config = self.config
         rotate_by = functools.partial(rotation, mask.query_positions, head_dim=config.head_dim)
         full = rotate_by(theta=config.rope_theta, scaling=config.rope_scaling)
@@ -245,6 +259,12 @@ class Transformer(nnx.Module):
         real = jnp.ones(x.shape[:2], bool) if segments is None else segments > 0
         context = Context(mask, real, full, local)
         windows = config.layer_windows
+        if isinstance(layers, list):
+            outs = []
+            for layer, windowed in zip(layers, windows, strict=True):
+                x, out = step(x, layer, context, windowed)
+                outs.append(out)
+            return x, outs
         if len(set(windows)) == 1:
             return jax.lax.scan(lambda x, layer: step(x, layer, context, windows[0]), x, layers)
         flags = jnp.array(windows)
@@ -289,6 +309,23 @@ def init_params(config: TransformerConfig, key: PRNGKeyArray, projection_dim: in
     return nnx.to_pure_dict(nnx.state(Transformer(config, key=key, projection_dim=projection_dim)))
 
 
+def split_layers(params: Params) -> Params:
+    """Parameters with a list of layers in place of stacked ones; `bind` takes both.
+
+    Layers then run one after the other and not in a scan: XLA on CPU copies every layer's weights out of a stack before
+    it uses them, which costs more than a decoding step itself. A program of many layers takes longer to compile.
+    """
+    leaves, structure = jax.tree.flatten(params["layers"])
+    split = [list(leaf) for leaf in leaves]
+    layers = [jax.tree.unflatten(structure, layer) for layer in zip(*split, strict=True)]
+    return params | {"layers": layers}
+
+
 def bind(model: Transformer, params: Params) -> Transformer:
     """The model with `params` as its weights; cheap, for use inside a JAX transform."""
-    return nnx.merge(nnx.graphdef(model), params)
+    layers = params["layers"]
+    if not isinstance(layers, list):
+        return nnx.merge(nnx.graphdef(model), params)
+    bound = nnx.merge(nnx.graphdef(model), params | {"layers": layers[0]})
+    bound.layers = nnx.List([nnx.merge(nnx.graphdef(model.layers), layer) for layer in layers])
+    return bound
