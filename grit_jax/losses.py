@@ -38,32 +38,37 @@ def contrastive_loss(
 
 def next_token_loss(
     hidden: Float[Array, "batch length embed"],
-    output_layer: Callable[[Float[Array, "batch block embed"]], Float[Array, "batch block vocab"]],
+    output_layer: Callable[[Float[Array, "block embed"]], Float[Array, "block vocab"]],
     *,
     targets: Int[Array, "batch length"],
     loss_weights: Float[Array, "batch length"],
-    block: int = 256,
+    block: int = 1024,
 ) -> Float[Array, ""]:
-    """sum(loss_weights * -log p(target)), with logits made for `block` positions of each row at a time.
+    """sum(loss_weights * -log p(target)), with logits made for up to `block` tokens at a time.
 
     `output_layer` gives float32 logits; the backward pass makes them again, so that no more than one block of them
-    exists.
+    exists. Tokens that weigh something come first, and blocks without any are skipped: prompts and padding cost no
+    logits.
     """
-    batch, length, _ = hidden.shape
-    block = next(size for size in range(min(block, length), 0, -1) if length % size == 0)
+    order = jnp.argsort(loss_weights.reshape(-1) == 0, stable=True)
+    block = next(size for size in range(min(block, len(order)), 0, -1) if len(order) % size == 0)
 
     def blocks(x):
-        return x.reshape(batch, length // block, block, *x.shape[2:]).swapaxes(0, 1)
+        return x.reshape(len(order), -1)[order].reshape(-1, block, *x.shape[2:])
 
-    @jax.checkpoint
-    def block_loss(total, block_inputs):
-        x, target, weight = block_inputs
-        logits = constrain(output_layer(x), "batch", "length", "activation_vocab")
+    def block_loss(x, target, weight):
+        logits = constrain(output_layer(x), "batch", "activation_vocab")
         picked = jnp.take_along_axis(logits, target[..., None], axis=-1)[..., 0]
-        return total + jnp.sum(weight * (jax.nn.logsumexp(logits, axis=-1) - picked)), None
+        return jnp.sum(weight * (jax.nn.logsumexp(logits, axis=-1) - picked))
 
     zero = jnp.zeros((), wide(hidden))
-    return jax.lax.scan(block_loss, zero, (blocks(hidden), blocks(targets), blocks(loss_weights)))[0]
+
+    @jax.checkpoint
+    def add(total, inputs):
+        scored = jnp.any(inputs[-1] != 0)
+        return total + jax.lax.cond(scored, block_loss, lambda *_: zero, *inputs), None
+
+    return jax.lax.scan(add, zero, (blocks(hidden), blocks(targets), blocks(loss_weights)))[0]
 
 
 def balance_loss(

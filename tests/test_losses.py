@@ -71,6 +71,15 @@ def test_blocked_next_token_loss_equals_full_logits_with_gradients():
     assert max(jax.tree.leaves(jax.tree.map(relative_error, actual, expected))) < 1e-5
 
 
+def test_tokens_without_weight_get_no_logits_beyond_the_last_block_with_weight():
+    scored = np.random.default_rng(0).permutation(24).reshape(2, 12) < 10
+    # Logits of such a hidden state would make the loss NaN.
+    hidden = jnp.where(scored[..., None], jnp.ones((2, 12, 8)), jnp.nan)
+    options = {"targets": jnp.zeros((2, 12), jnp.int32), "loss_weights": jnp.asarray(scored, jnp.float32)}
+    assert jnp.isfinite(next_token_loss(hidden, lambda x: x @ jnp.ones((8, 30)), **options, block=2))
+    assert jnp.isnan(next_token_loss(hidden, lambda x: x @ jnp.ones((8, 30)), **options, block=4))
+
+
 def test_no_array_of_all_logits_exists_in_the_compiled_loss():
     hidden, table = jnp.zeros((4, 512, 8)), jnp.zeros((1000, 8))
     targets, weights = jnp.zeros((4, 512), jnp.int32), jnp.zeros((4, 512))
