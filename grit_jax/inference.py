@@ -21,7 +21,7 @@ from grit_jax.execution import Execution, execution
 from grit_jax.loading import load_params, open_model
 from grit_jax.model.decode import decode, prefill
 from grit_jax.model.pooling import embed_rows
-from grit_jax.model.transformer import Params, abstract_model, bind
+from grit_jax.model.transformer import Params, abstract_model, bind, split_layers
 from grit_jax.tokenizer import Tokenizer
 
 Messages = str | Sequence[Mapping[str, str]]
@@ -65,7 +65,8 @@ class GritModel:
         mesh: Mesh,
         execution: Execution,
     ):
-        self.params, self.architecture, self.embedding, self.tokenizer = params, architecture, embedding, tokenizer
+        self.params = split_layers(params) if sharding.platform(mesh) == "cpu" else params
+        self.architecture, self.embedding, self.tokenizer = architecture, embedding, tokenizer
         self._mesh, self._execution = mesh, execution
         self._model = abstract_model(architecture, embedding.projection_dim)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -11,35 +12,75 @@ from jaxtyping import Array, Float, Int
 from grit_jax.execution import num_chunks, wide
 from grit_jax.sharding import constrain
 
+# (hidden [tokens, embed], output weights) -> float32 logits [tokens, vocab].
+Logits = Callable[[jax.Array, jax.Array], jax.Array]
+
 
 def next_token_loss(
     hidden: Float[Array, "batch length embed"],
-    output_layer: Callable[[Float[Array, "batch block embed"]], Float[Array, "batch block vocab"]],
+    output_weights: Float[Array, "vocab embed"],
+    logits: Logits,
     *,
     targets: Int[Array, "batch length"],
     loss_weights: Float[Array, "batch length"],
-    block: int = 256,
+    block: int = 1024,
 ) -> Float[Array, ""]:
-    """sum(loss_weights * -log p(target)), with logits made for `block` positions of each row at a time.
+    """sum(loss_weights * -log p(target)), with logits made for up to `block` tokens at a time.
 
-    `output_layer` gives float32 logits; the backward pass makes them again, so that no more than one block of them
-    exists.
+    The gradient is made along with the value, block by block, so that logits are computed once and no more than one
+    block of them exists. Tokens that weigh something come first, and blocks without any are skipped: prompts and
+    padding cost no logits.
     """
-    batch, length, _ = hidden.shape
-    block = length // num_chunks(length, block)
+    order = jnp.argsort(loss_weights.reshape(-1) == 0, stable=True)
+    number = num_chunks(len(order), block)
 
     def blocks(x):
-        return x.reshape(batch, length // block, block, *x.shape[2:]).swapaxes(0, 1)
+        return x.reshape(len(order), -1)[order].reshape(number, -1, *x.shape[2:])
 
-    @jax.checkpoint
-    def block_loss(total, block_inputs):
-        x, target, weight = block_inputs
-        logits = constrain(output_layer(x), "batch", "length", "activation_vocab")
-        picked = jnp.take_along_axis(logits, target[..., None], axis=-1)[..., 0]
-        return total + jnp.sum(weight * (jax.nn.logsumexp(logits, axis=-1) - picked)), None
+    return _weighted_nll(logits, output_weights, blocks(hidden), blocks(targets), blocks(loss_weights))
 
-    zero = jnp.zeros((), wide(hidden))
-    return jax.lax.scan(block_loss, zero, (blocks(hidden), blocks(targets), blocks(loss_weights)))[0]
+
+def _block_nll(logits: Logits, output_weights, hidden, targets, loss_weights):
+    scores = constrain(logits(hidden, output_weights), "tokens", "activation_vocab")
+    picked = jnp.take_along_axis(scores, targets[:, None], axis=-1)[:, 0]
+    return jnp.sum(loss_weights * (jax.nn.logsumexp(scores, axis=-1) - picked))
+
+
+def _sum_over_blocks(function, zero, blocks):
+    """The sum of `function` over blocks, those without weights left out, and what else it gives, stacked."""
+
+    def add(total, block):
+        scored = jnp.any(block[-1] != 0)
+        value, extra = jax.lax.cond(scored, function, lambda *_: zero, *block)
+        return jax.tree.map(jnp.add, total, value), extra
+
+    return jax.lax.scan(add, zero[0], blocks)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _weighted_nll(logits, output_weights, *blocks):
+    value = functools.partial(_block_nll, logits, output_weights)
+    return _sum_over_blocks(lambda *block: (value(*block), None), (jnp.zeros((), wide(blocks[0])), None), blocks)[0]
+
+
+def _weighted_nll_forward(logits, output_weights, *blocks):
+    differentiate = jax.value_and_grad(functools.partial(_block_nll, logits), argnums=(0, 1))
+
+    def value_and_gradient(*block):
+        value, (weights, hidden) = differentiate(output_weights, *block)
+        return (value, weights.astype(wide(weights))), hidden  # many blocks add up: in float32
+
+    zero = (jnp.zeros((), wide(blocks[0])), jnp.zeros(output_weights.shape, wide(output_weights)))
+    (value, weights), hidden = _sum_over_blocks(value_and_gradient, (zero, jnp.zeros_like(blocks[0][0])), blocks)
+    return value, (weights.astype(output_weights.dtype), hidden)
+
+
+def _weighted_nll_backward(logits, gradients, cotangent):
+    weights, hidden = (cotangent.astype(gradient.dtype) * gradient for gradient in gradients)
+    return weights, hidden, None, None
+
+
+_weighted_nll.defvjp(_weighted_nll_forward, _weighted_nll_backward)
 
 
 def balance_loss(

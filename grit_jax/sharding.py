@@ -35,7 +35,7 @@ LOGICAL_AXES: Mapping[str, str | tuple[str, ...] | None] = {
     "batch": ("data", "fsdp", "expert"),
     "length": None,
     "passages": None,
-    "chunks": None,
+    "tokens": None,
     "activation_embed": None,
     "activation_mlp": "tensor",
     "activation_heads": "tensor",

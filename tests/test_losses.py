@@ -6,6 +6,10 @@ from grit_jax.losses import next_token_loss
 from tests.packing import relative_error
 
 
+def logits(hidden, weights):
+    return hidden @ weights.T
+
+
 def test_blocked_next_token_loss_equals_full_logits_with_gradients():
     rng = np.random.default_rng(0)
     hidden, table = (jnp.asarray(rng.normal(size=size), jnp.float32) for size in [(2, 12, 8), (30, 8)])
@@ -17,10 +21,21 @@ def test_blocked_next_token_loss_equals_full_logits_with_gradients():
         return -jnp.sum(weights * jnp.take_along_axis(log_probs, targets[..., None], -1)[..., 0])
 
     def blocked(hidden, table):
-        return next_token_loss(hidden, lambda x: x @ table.T, targets=targets, loss_weights=weights, block=5)
+        return next_token_loss(
+            hidden, table, lambda x, table: x @ table.T, targets=targets, loss_weights=weights, block=5
+        )
 
     expected, actual = (jax.value_and_grad(loss, argnums=(0, 1))(hidden, table) for loss in (full, blocked))
     assert max(jax.tree.leaves(jax.tree.map(relative_error, actual, expected))) < 1e-5
+
+
+def test_tokens_without_weight_get_no_logits_beyond_the_last_block_with_weight():
+    scored = np.random.default_rng(0).permutation(24).reshape(2, 12) < 10
+    # Logits of such a hidden state would make the loss NaN.
+    hidden = jnp.where(scored[..., None], jnp.ones((2, 12, 8)), jnp.nan)
+    options = {"targets": jnp.zeros((2, 12), jnp.int32), "loss_weights": jnp.asarray(scored, jnp.float32)}
+    assert jnp.isfinite(next_token_loss(hidden, jnp.ones((30, 8)), logits, **options, block=2))
+    assert jnp.isnan(next_token_loss(hidden, jnp.ones((30, 8)), logits, **options, block=4))
 
 
 def test_no_array_of_all_logits_exists_in_the_compiled_loss():
@@ -28,7 +43,9 @@ def test_no_array_of_all_logits_exists_in_the_compiled_loss():
     targets, weights = jnp.zeros((4, 512), jnp.int32), jnp.zeros((4, 512))
 
     def loss(hidden, table):
-        return next_token_loss(hidden, lambda x: x @ table.T, targets=targets, loss_weights=weights, block=64)
+        return next_token_loss(
+            hidden, table, lambda x, table: x @ table.T, targets=targets, loss_weights=weights, block=64
+        )
 
     memory = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(hidden, table).compile().memory_analysis()
     assert memory.temp_size_in_bytes < 4 * 512 * 1000 * 4

@@ -9,26 +9,30 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
 from grit_jax.model.attention import AttentionMask
-from grit_jax.model.transformer import KVCache, Params, Transformer, bind
+from grit_jax.model.transformer import Cache, KVCache, Params, Transformer, bind
 
 
-def empty_cache(model: Transformer, batch: int, slots: int, dtype: jnp.dtype) -> KVCache:
+def empty_cache(model: Transformer, batch: int, slots: int, dtype: jnp.dtype) -> Cache:
     """A cache for sequences of up to `slots` tokens."""
     config = model.config
-    shape = (config.num_layers, batch, slots, config.num_kv_heads, config.head_dim)
+    shape = (batch, slots, config.num_kv_heads, config.head_dim)
+    if model.is_split:
+        return [KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(config.num_layers)]
+    shape = (config.num_layers, *shape)
     return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
 
 def _advance(
-    model: Transformer, tokens: Int[Array, "batch length"], positions: Int[Array, "batch length"], cache: KVCache
-) -> tuple[Float[Array, "batch length embed"], KVCache]:
+    model: Transformer, tokens: Int[Array, "batch length"], positions: Int[Array, "batch length"], cache: Cache
+) -> tuple[Float[Array, "batch length embed"], Cache]:
     """Hidden states of `tokens`, which see the cache up to their own position.
 
     Slot p holds position p, so what is written beyond a sequence's end is overwritten before any token sees it.
     """
-    slots = jnp.arange(cache.keys.shape[2])[None]
+    keys = jax.tree.leaves(cache)[0]
+    slots = jnp.arange(keys.shape[-3])[None]
     mask = AttentionMask(positions, slots, None, None, causal=True, window=model.config.sliding_window)
-    return model.with_cache(tokens, mask, cache, dtype=cache.keys.dtype)
+    return model.with_cache(tokens, mask, cache, dtype=keys.dtype)
 
 
 def sample(
@@ -65,7 +69,7 @@ def prefill(
     *,
     slots: int,
     dtype: jnp.dtype,
-) -> tuple[Float[Array, "batch vocab"], KVCache]:
+) -> tuple[Float[Array, "batch vocab"], Cache]:
     """Reads prompts, padded on the right to a common length.
 
     Returns:
@@ -83,14 +87,14 @@ def decode(
     model: Transformer,
     params: Params,
     logits: Float[Array, "batch vocab"],
-    cache: KVCache,
+    cache: Cache,
     lengths: Int[Array, " batch"],
     keys: Key[Array, " batch"],
     *,
     temperature: Float[Array, ""],
     top_p: Float[Array, ""],
     steps: int,
-) -> tuple[Int[Array, "batch steps"], Float[Array, "batch vocab"], KVCache]:
+) -> tuple[Int[Array, "batch steps"], Float[Array, "batch vocab"], Cache]:
     """Samples the next `steps` tokens of every sequence.
 
     Args:
@@ -108,7 +112,7 @@ def decode(
       The tokens, logits of the one after them, and the cache.
     """
     bound = bind(model, params)
-    output_layer = bound.output_layer(cache.keys.dtype)
+    output_layer = bound.output_layer(jax.tree.leaves(cache)[0].dtype)
 
     def step(carry, position_offset):
         logits, cache = carry

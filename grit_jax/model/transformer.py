@@ -35,6 +35,8 @@ class KVCache(NamedTuple):
     values: Array
 
 
+Cache = KVCache | list[KVCache]  # of all layers, stacked like their weights, or one of each layer
+
 # Whether a layer has the sliding window: known when all layers are alike, else a scalar of the scan over layers.
 Windowed = bool | Bool[Array, ""]
 
@@ -171,7 +173,7 @@ class Transformer(nnx.Module):
             embedding_std * jax.random.normal(embedding_key, table, jnp.float32), axes=("vocab", "embed")
         )
         layer_keys = jax.random.split(layers_key, config.num_layers)
-        self.layers = jax.vmap(lambda layer_key: Block(config, key=layer_key))(layer_keys)
+        self.layers: Any = jax.vmap(lambda layer_key: Block(config, key=layer_key))(layer_keys)
         self.final_norm = RMSNorm(config, config.embed_dim)
         if not config.tie_embeddings:
             self.head = nnx.Param(std * jax.random.normal(head_key, table, jnp.float32), axes=("vocab", "embed"))
@@ -184,6 +186,11 @@ class Transformer(nnx.Module):
         """Rows that hidden states are multiplied with to give logits, [vocab, embed]."""
         return self.embedding if self.config.tie_embeddings else self.head
 
+    @property
+    def is_split(self) -> bool:
+        """Whether each layer has its own arrays; see `split_layers`."""
+        return isinstance(self.layers, nnx.List)
+
     def mask(
         self, segment_ids: Int[Array, "batch length"], positions: Int[Array, "batch length"], *, causal: bool
     ) -> AttentionMask:
@@ -191,17 +198,22 @@ class Transformer(nnx.Module):
         window = self.config.sliding_window if causal or self.config.window_bidirectional else None
         return AttentionMask.of_rows(segment_ids, positions, causal=causal, window=window)
 
+    def output_weights(self, dtype: jnp.dtype) -> Float[Array, "vocab embed"]:
+        """The output table whole, in `dtype`."""
+        return gathered(self.output_table, dtype)[...].astype(dtype)
+
+    def logits(
+        self, hidden: Float[Array, "... embed"], weights: Float[Array, "vocab embed"]
+    ) -> Float[Array, "... vocab"]:
+        """Scores of the next token by hidden states, at least float32; `weights` are the model's `output_weights`."""
+        flat, cap = hidden.reshape(-1, hidden.shape[-1]), self.config.logit_soft_cap
+        out = jnp.einsum("td,vd->tv", flat, weights, preferred_element_type=wide(flat))
+        out = out.reshape(*hidden.shape[:-1], -1)
+        return out if cap is None else cap * jnp.tanh(out / cap)
+
     def output_layer(self, dtype: jnp.dtype) -> Callable[[Float[Array, "... embed"]], Float[Array, "... vocab"]]:
-        """The function from hidden states to float32 logits; its table is gathered once, in `dtype`."""
-        table, cap = gathered(self.output_table, dtype)[...], self.config.logit_soft_cap
-
-        def logits(hidden):
-            flat = hidden.reshape(-1, hidden.shape[-1])
-            out = jnp.einsum("td,vd->tv", flat, table.astype(dtype), preferred_element_type=wide(flat))
-            out = out.reshape(*hidden.shape[:-1], -1)
-            return out if cap is None else cap * jnp.tanh(out / cap)
-
-        return logits
+        """The function from hidden states to logits, its weights made once."""
+        return functools.partial(self.logits, weights=self.output_weights(dtype))
 
     def __call__(
         self, tokens: Int[Array, "batch length"], mask: AttentionMask, execution: Execution = PLAIN
@@ -225,13 +237,16 @@ class Transformer(nnx.Module):
             out, stats = map_chunks(apply, (checkpoint_name(x, LAYER_INPUT), context), pieces)
             return out.reshape(x.shape), _summed(stats)
 
+        layers: Any = list(self.layers) if self.is_split else self.layers
         x = self._embed(tokens, execution.dtype)
-        x, stats = self._scan(rematerialized(step, execution.remat), x, self.layers, mask, execution)
+        x, stats = self._scan(rematerialized(step, execution.remat), x, layers, mask, execution)
+        if self.is_split:
+            stats = jax.tree.map(lambda *per_layer: jnp.stack(per_layer), *stats)
         return self.final_norm(x), _summed(stats)
 
     def with_cache(
-        self, tokens: Int[Array, "batch length"], mask: AttentionMask, cache: KVCache, *, dtype: jnp.dtype
-    ) -> tuple[Float[Array, "batch length embed"], KVCache]:
+        self, tokens: Int[Array, "batch length"], mask: AttentionMask, cache: Cache, *, dtype: jnp.dtype
+    ) -> tuple[Float[Array, "batch length embed"], Cache]:
         """Final-norm hidden states of tokens that attend to `cache`, and the cache with them written in."""
 
         def step(x, layer_and_cache, context, windowed):
@@ -239,7 +254,8 @@ class Transformer(nnx.Module):
             x, cache, _ = layer(x, context, windowed, cache)
             return x, cache
 
-        x, cache = self._scan(step, self._embed(tokens, dtype), (self.layers, cache), mask, Execution(dtype))
+        layers: Any = list(zip(self.layers, cache, strict=True)) if self.is_split else (self.layers, cache)
+        x, cache = self._scan(step, self._embed(tokens, dtype), layers, mask, Execution(dtype))
         return self.final_norm(x), cache
 
     def _embed(self, tokens: Array, dtype: jnp.dtype) -> Array:
@@ -249,7 +265,10 @@ class Transformer(nnx.Module):
         return constrain(x, "batch", "length", "activation_embed")
 
     def _scan(self, step, x: Array, layers: Any, mask: AttentionMask, execution: Execution) -> tuple[Array, Any]:
-        """Carries `x` through `step(x, layer, context, windowed)` of every layer; stacks what the steps give."""
+        """Carries `x` through `step(x, layer, context, windowed)` of every layer.
+
+        What the steps give comes back stacked where `layers` is, and as a list where it is one.
+        """
         config = self.config
         rotate_by = functools.partial(rotation, mask.query_positions, head_dim=config.head_dim)
         full = rotate_by(theta=config.rope_theta, scaling=config.rope_scaling)
@@ -258,6 +277,12 @@ class Transformer(nnx.Module):
         real = jnp.ones(x.shape[:2], bool) if segments is None else segments > 0
         context = Context(mask, real, full, local, execution)
         windows = config.layer_windows
+        if isinstance(layers, list):
+            outs = []
+            for layer, windowed in zip(layers, windows, strict=True):
+                x, out = step(x, layer, context, windowed)
+                outs.append(out)
+            return x, outs
         if len(set(windows)) == 1:
             return jax.lax.scan(lambda x, layer: step(x, layer, context, windows[0]), x, layers)
         flags = jnp.array(windows)
@@ -295,6 +320,23 @@ def init_params(config: TransformerConfig, key: PRNGKeyArray, projection_dim: in
     return nnx.to_pure_dict(nnx.state(Transformer(config, key=key, projection_dim=projection_dim)))
 
 
+def split_layers(params: Params) -> Params:
+    """Parameters with a list of layers in place of stacked ones; `bind` takes both.
+
+    Layers then run one after the other and not in a scan: XLA on CPU copies every layer's weights out of a stack before
+    it uses them, which costs more than a decoding step itself. A program of many layers takes longer to compile.
+    """
+    leaves, structure = jax.tree.flatten(params["layers"])
+    split = [list(leaf) for leaf in leaves]
+    layers = [jax.tree.unflatten(structure, layer) for layer in zip(*split, strict=True)]
+    return params | {"layers": layers}
+
+
 def bind(model: Transformer, params: Params) -> Transformer:
     """The model with `params` as its weights; cheap, for use inside a JAX transform."""
-    return nnx.merge(nnx.graphdef(model), params)
+    layers = params["layers"]
+    if not isinstance(layers, list):
+        return nnx.merge(nnx.graphdef(model), params)
+    bound = nnx.merge(nnx.graphdef(model), params | {"layers": layers[0]})
+    bound.layers = nnx.List([nnx.merge(nnx.graphdef(model.layers), layer) for layer in layers])
+    return bound

@@ -101,8 +101,11 @@ class Objective:
                 model = bind(self.model, params)
                 mask = model.mask(rows.segment_ids, rows.positions, causal=causal)
                 hidden, stats = model(rows.tokens, mask, self.execution)
-                logits = model.output_layer(self.execution.dtype)
-                return next_token_loss(hidden, logits, targets=rows.targets, loss_weights=rows.loss_weights), stats
+                weights = model.output_weights(self.execution.dtype)
+                loss = next_token_loss(
+                    hidden, weights, model.logits, targets=rows.targets, loss_weights=rows.loss_weights
+                )
+                return loss, stats
 
             return _over_devices(map_chunks(loss, batch, self.config.train.generative_chunks))
 

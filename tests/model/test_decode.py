@@ -5,7 +5,7 @@ import pytest
 
 from grit_jax.config import TransformerConfig
 from grit_jax.model.decode import decode, prefill, sample
-from grit_jax.model.transformer import abstract_model, bind, init_params
+from grit_jax.model.transformer import abstract_model, bind, init_params, split_layers
 
 SHAPE = {"embed_dim": 32, "mlp_dim": 48, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2}
 PROMPTS = [np.arange(1, 12), np.array([5, 3]), np.array([60, 2, 9, 9, 1])]
@@ -27,19 +27,21 @@ def full_forward_greedy(model, params, prompt, steps):
     return ids[len(prompt) :]
 
 
+@pytest.mark.parametrize("split", [False, True])
 @pytest.mark.parametrize("window", [None, 4])
-def test_cached_decoding_of_a_ragged_batch_equals_full_forward_passes(window):
+def test_cached_decoding_of_a_ragged_batch_equals_full_forward_passes(window, split):
     config = TransformerConfig(**SHAPE, sliding_window=window).resolve(64)
     model, params = abstract_model(config), random_params(config)
+    given = split_layers(params) if split else params
     lengths = np.array([len(prompt) for prompt in PROMPTS], np.int32)
     tokens = np.zeros((3, 16), np.int32)
     for row, prompt in enumerate(PROMPTS):
         tokens[row, : len(prompt)] = prompt
-    logits, cache = prefill(model, params, tokens, lengths, slots=32, dtype=jnp.dtype("float32"))
+    logits, cache = prefill(model, given, tokens, lengths, slots=32, dtype=jnp.dtype("float32"))
     keys = jnp.broadcast_to(jax.random.key(0), 3)
     options = {"temperature": np.float32(0), "top_p": np.float32(1), "steps": 4}
-    first, logits, cache = decode(model, params, logits, cache, lengths, keys, **options)
-    second, _, _ = decode(model, params, logits, cache, lengths + 4, keys, **options)
+    first, logits, cache = decode(model, given, logits, cache, lengths, keys, **options)
+    second, _, _ = decode(model, given, logits, cache, lengths + 4, keys, **options)
     for row, prompt in enumerate(PROMPTS):
         expected = full_forward_greedy(model, params, prompt, 8)
         assert [*first[row].tolist(), *second[row].tolist()] == expected
