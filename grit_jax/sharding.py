@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from grit_jax.batch import GritBatch, HostShare
@@ -50,7 +52,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     """Builds the device mesh; one axis of `config` may be -1 to take the devices that are left.
 
     Raises:
-      InputError: The axes do not multiply to the number of devices.
+      InputError: The axes do not multiply to the number of devices, or do not fit its slices.
     """
     devices = jax.devices() if devices is None else devices
     sizes = [getattr(config, axis) for axis in MESH_AXES]
@@ -62,7 +64,22 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
         sizes[sizes.index(-1)] = max(1, len(devices) // known)
     if math.prod(sizes) != len(devices):
         raise InputError(f"{described} do not multiply to the {len(devices)} devices found; set one of them to -1")
-    return jax.make_mesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices)
+    return Mesh(_arranged(sizes, devices), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def _arranged(sizes: Sequence[int], devices: Sequence[jax.Device]) -> np.ndarray:
+    """The devices by their place in a mesh of these sizes; slices of a multislice job are the outer part of `data`."""
+    slices: dict[int, list[jax.Device]] = {}
+    for device in devices:
+        slices.setdefault(getattr(device, "slice_index", 0), []).append(device)
+    if sizes[0] % len(slices):
+        raise InputError(
+            f"mesh.data={sizes[0]} is not divisible by the {len(slices)} slices, which data-parallel copies span; "
+            f"use a multiple of {len(slices)}"
+        )
+    inner = (sizes[0] // len(slices), *sizes[1:])
+    parts = [mesh_utils.create_device_mesh(inner, slice_devices) for slice_devices in slices.values()]
+    return np.concatenate(parts)
 
 
 def platform(mesh: Mesh) -> str:
@@ -204,15 +221,28 @@ _PER_ROW = {"tokens", "segment_ids", "positions", "pool_weights", "targets", "lo
 
 def place_batch(mesh: Mesh, batch: GritBatch) -> GritBatch:
     """Puts this host's rows of a batch on the mesh: rows split over the devices, slots and weights everywhere."""
-    share, split = host_share(mesh), NamedSharding(mesh, partition_spec(("batch",)))
+    share = host_share(mesh)
 
     def place(name, value):
-        if name in _PER_ROW:
-            shape = (share.num_rows(len(value)), *value.shape[1:])
-            return jax.make_array_from_process_local_data(split, value, shape)
-        return jax.make_array_from_process_local_data(replicated(mesh), value, value.shape)
+        rows = (share.num_rows(len(value)),) if name in _PER_ROW else value.shape[:1]
+        return jax.make_array_from_process_local_data(_field_sharding(mesh, name), value, (*rows, *value.shape[1:]))
 
-    def place_all(stream):
-        return stream and type(stream)(*map(place, stream._fields, stream))
+    return _map_fields(place, batch)
 
-    return GritBatch(place_all(batch.embedding), place_all(batch.generative))
+
+def abstract_batch(mesh: Mesh, batch: GritBatch) -> GritBatch:
+    """Shapes and shardings of a whole batch on the mesh."""
+    return _map_fields(
+        lambda name, value: jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=_field_sharding(mesh, name)), batch
+    )
+
+
+def _field_sharding(mesh: Mesh, name: str) -> NamedSharding:
+    return NamedSharding(mesh, partition_spec(("batch",))) if name in _PER_ROW else replicated(mesh)
+
+
+def _map_fields(function: Callable[[str, Any], Any], batch: GritBatch) -> GritBatch:
+    def map_all(stream: Any) -> Any:
+        return stream and type(stream)(*map(function, stream._fields, stream))
+
+    return GritBatch(*map(map_all, batch))

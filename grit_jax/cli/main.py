@@ -7,11 +7,12 @@ import glob
 import os
 import sys
 
-from grit_jax.cli import encode, export_hf, generate, import_hf, push_hf, quickstart, train, verify_export
+from grit_jax.cli import encode, export_hf, generate, import_hf, plan, push_hf, quickstart, train, verify_export
 from grit_jax.config import InputError
 
 COMMANDS = {
     "train": train,
+    "plan": plan,
     "encode": encode,
     "generate": generate,
     "export-hf": export_hf,
@@ -25,7 +26,8 @@ COMMANDS = {
 _ACCELERATORS = ("/dev/accel*", "/dev/vfio/*", "/dev/nvidia*", "/dev/kfd", "/dev/dxg")
 
 _EXIT_CODES = """\
-exit codes: 0 done, 2 bad input (do not retry), 75 saved after a signal (run the same command again), 1 anything else
+exit codes: 0 done, 2 bad input (do not retry), 3 a plan that does not fit, 75 saved after a signal (run the same
+command again), 1 anything else
 """
 
 

@@ -13,21 +13,19 @@ from pathlib import Path
 
 import jax
 import numpy as np
-import optax
 
 from grit_jax import sharding
 from grit_jax.checkpoint import CheckpointMetadata, Checkpoints
-from grit_jax.config import Config, InputError, config_differences, dump_config, load_config
+from grit_jax.config import Config, InputError, TransformerConfig, config_differences, dump_config, load_config
 from grit_jax.data.pipeline import Pipeline
-from grit_jax.execution import execution
 from grit_jax.loading import open_model, open_tokenizer
 from grit_jax.model.pretrained import Pretrained
-from grit_jax.model.transformer import abstract_model, init_params, param_axes
+from grit_jax.model.transformer import init_params
 from grit_jax.tokenizer import Tokenizer
 from grit_jax.train.metrics import Display, Tracker, make_trackers, model_flops, peak_flops
-from grit_jax.train.optimizer import learning_rate, make_optimizer
-from grit_jax.train.state import TrainState, abstract_state, new_state, shardings_of
-from grit_jax.train.step import Metrics, Objective, make_eval_step, make_train_step
+from grit_jax.train.setup import Setup, row_multiples, set_up
+from grit_jax.train.state import TrainState, new_state, shardings_of
+from grit_jax.train.step import Metrics, make_eval_step
 
 # What may differ between a run folder's config and the one that resumes it.
 _MAY_DIFFER = ("train.steps", "train.output", "loss.negatives", "mesh.", "logging.")
@@ -50,32 +48,24 @@ class Trainer:
     def __init__(self, config: Config):
         pretrained = open_model(config.model.init) if config.model.init else None
         self.tokenizer = _tokenizer(config, pretrained)
-        architecture = (pretrained or config.model).architecture.resolve(self.tokenizer.vocab_size)
+        architecture = _architecture(config, pretrained, self.tokenizer)
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, architecture=architecture))
         self.config = config
         self.mesh = sharding.make_mesh(config.mesh)
         self.folder = Path(config.train.output)
-        _check_lengths(config)
-        _check_batch(config, self.mesh)
+        setup = set_up(config, self.mesh)
         _check_folder(config, self.folder)
-
-        model = abstract_model(architecture, config.model.embedding.projection_dim)
-        optimizer = make_optimizer(config.optimizer, config.train.steps, param_axes(model))
-        abstract = abstract_state(model, optimizer, self.mesh)
-        objective = Objective(model, config, execution(config.model, sharding.platform(self.mesh)))
-        rate = learning_rate(config.optimizer, config.train.steps)
-        self._train_step = make_train_step(objective, optimizer, rate, shardings_of(abstract))
-        self._eval_step = make_eval_step(objective)
-        shards = sharding.axis_size(self.mesh, "batch")
+        self._train_step = setup.train_step
+        self._eval_step = make_eval_step(setup.objective)
         self.data = Pipeline(
             config,
             self.tokenizer,
-            row_multiples=(config.train.embedding_chunks * shards, config.train.generative_chunks * shards),
+            row_multiples=row_multiples(config, self.mesh),
             host_share=sharding.host_share(self.mesh),
         )
         self._checkpoints = Checkpoints(self.folder / "checkpoints", keep=config.checkpoint.keep)
         with jax.set_mesh(self.mesh):
-            self.state = self._restored(abstract) or self._initial(abstract, optimizer, pretrained)
+            self.state = self._restored(setup.abstract) or self._initial(setup, pretrained)
 
     def _restored(self, abstract: TrainState) -> TrainState | None:
         steps = self._checkpoints.steps()
@@ -89,17 +79,15 @@ class Trainer:
         params, opt_state = self._checkpoints.restore(steps[-1], abstract.params, abstract.opt_state)
         return TrainState(jax.device_put(np.int32(steps[-1]), abstract.step.sharding), params, opt_state)
 
-    def _initial(
-        self, abstract: TrainState, optimizer: optax.GradientTransformation, pretrained: Pretrained | None
-    ) -> TrainState:
-        placed, config = shardings_of(abstract), self.config
+    def _initial(self, setup: Setup, pretrained: Pretrained | None) -> TrainState:
+        placed, config = shardings_of(setup.abstract), self.config
         init = jax.jit(init_params, static_argnums=(0, 2), out_shardings=placed.params)
         key = jax.random.key(config.train.seed)
         if pretrained is None:
             params = init(config.model.architecture, key, config.model.embedding.projection_dim)
         else:
             params = pretrained.load(placed.params)
-        return jax.jit(new_state, static_argnums=1, donate_argnums=0, out_shardings=placed)(params, optimizer)
+        return jax.jit(new_state, static_argnums=1, donate_argnums=0, out_shardings=placed)(params, setup.optimizer)
 
     @property
     def step(self) -> int:
@@ -262,23 +250,24 @@ def _tokenizer(config: Config, pretrained: Pretrained | None) -> Tokenizer:
     return pretrained.tokenizer
 
 
-def _check_lengths(config: Config) -> None:
-    limit = config.model.architecture.max_length
-    streams = {"query": config.train.embeds, "passage": config.train.embeds, "generative": config.train.generates}
-    for name in (name for name, trained in streams.items() if trained):
-        length = getattr(config.data, f"{name}_max_length")
-        if length > limit:
-            raise InputError(f"data.{name}_max_length={length} is over the model's {limit} tokens; lower it")
-
-
-def _check_batch(config: Config, mesh: jax.sharding.Mesh) -> None:
-    shards = sharding.axis_size(mesh, "batch")
-    if config.train.embeds and config.data.embedding_batch % shards:
+def _architecture(config: Config, pretrained: Pretrained | None, tokenizer: Tokenizer) -> TransformerConfig:
+    """The architecture of `model.init`, which `model.architecture` may repeat, or the one from scratch."""
+    given = config.model.architecture
+    if pretrained is None:
+        return given.resolve(tokenizer.vocab_size)
+    found = pretrained.architecture.resolve(tokenizer.vocab_size)
+    if given != TransformerConfig() and (given := given.resolve(tokenizer.vocab_size)) != found:
+        names = [field.name for field in dataclasses.fields(found)]
+        differences = [
+            f"{name}={getattr(given, name)!r}, there {getattr(found, name)!r}"
+            for name in names
+            if getattr(given, name) != getattr(found, name)
+        ]
         raise InputError(
-            f"data.embedding_batch={config.data.embedding_batch} is not divisible by the mesh's {shards} batch shards "
-            f"({' * '.join(f'mesh.{axis}={mesh.shape[axis]}' for axis in sharding.mesh_axes('batch'))}); "
-            f"use a multiple of {shards}"
+            f"model.architecture is not that of model.init={config.model.init!r} ({'; '.join(differences)}); "
+            "correct it or leave it out"
         )
+    return found
 
 
 def _check_folder(config: Config, folder: Path) -> None:

@@ -1,0 +1,67 @@
+"""The command `grit-jax plan`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+
+from grit_jax.config import InputError, load_config
+
+HELP = "compile a config's train step for a TPU topology, without a TPU: does it fit, what will it cost"
+EXAMPLES = """\
+  grit-jax plan configs/gritlm_7b_v5p_128.yaml --topology v5p-128
+  grit-jax plan configs/gritlm_7b_v5p_128.yaml --topology v5p-128 --slices 2 --fill 0.6 --json
+  grit-jax plan configs/gritlm_7b_v5e_256.yaml --topology v5litepod-256 --search
+"""
+TAKES_OVERRIDES = True
+
+_DOES_NOT_FIT = 3
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `plan`."""
+    parser.add_argument("config", metavar="CONFIG", help="YAML file; --section.key=value changes it")
+    parser.add_argument("--topology", required=True, metavar="NAME", help="such as v5p-128 or v5litepod-256")
+    parser.add_argument("--slices", type=int, default=1, metavar="N", help="slices of that topology (%(default)s)")
+    parser.add_argument(
+        "--fill", type=float, default=1.0, metavar="F", help="share of their limits that texts have (%(default)s)"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    parser.add_argument(
+        "--search", action="store_true", help="rank chunks, rematerialisation and meshes, and compile the best few"
+    )
+    parser.add_argument(
+        "--compile", type=int, default=3, metavar="N", help="programs that --search compiles (%(default)s)"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Plans a config; 0 when it fits, 3 when it does not."""
+    if not 0 < args.fill <= 1:
+        raise InputError(f"--fill={args.fill} must be over 0 and at most 1")
+    if args.compile < 1:
+        raise InputError(f"--compile={args.compile} must be positive")
+    config = load_config(args.config, args.overrides)
+
+    from grit_jax.plan.program import make_plan, planned_config
+    from grit_jax.plan.report import as_json, as_lines
+    from grit_jax.plan.topology import parse_topology
+
+    topology = parse_topology(args.topology, slices=args.slices)
+    config = planned_config(config)
+    report = {}
+    if args.search:
+        from grit_jax.plan.search import search
+
+        found = search(
+            config, topology, fill=args.fill, most=args.compile, say=lambda line: print(line, file=sys.stderr)
+        )
+        plan, config, report = found.plan, found.config, {"recommended": found.overrides}
+    else:
+        plan = make_plan(config, topology, fill=args.fill)
+    if args.json:
+        print(json.dumps(report | as_json(plan)))
+    else:
+        print("\n".join([*as_lines(plan, config), *report.get("recommended", [])]))
+    return 0 if plan.fits else _DOES_NOT_FIT

@@ -1,0 +1,231 @@
+"""The train step of a config, compiled for a TPU topology without one: memory, time and what decides them."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+
+from grit_jax import sharding
+from grit_jax.batch import EmbeddingBatch, GenerativeBatch, GritBatch
+from grit_jax.config import Config, InputError, TransformerConfig
+from grit_jax.contrastive import resolve_negatives
+from grit_jax.data.packing import pack
+from grit_jax.loading import open_model
+from grit_jax.model.transformer import abstract_params
+from grit_jax.plan.cost import Cost, estimate
+from grit_jax.plan.topology import Topology, devices
+from grit_jax.train.metrics import model_flops
+from grit_jax.train.setup import Setup, row_multiples, set_up
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one step is planned to hold.
+
+    Attributes:
+      rows: Rows of the embedding and of the generative batch, all devices together; 0 for a stream not trained.
+      tokens: Tokens that are not padding.
+      flops: Model FLOPs: forward and backward, without recomputation and padding.
+    """
+
+    rows: tuple[int, int]
+    tokens: int
+    flops: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the compiler says of a step. Bytes are those of one device.
+
+    Attributes:
+      topology: What it is compiled for.
+      parameters: Of the model.
+      work: What the step holds.
+      negatives: The form of the contrastive loss, None without one.
+      argument_bytes: State and batch; None where the compiler gave up.
+      temporary_bytes: Most that lives besides, buffers of donated arguments not counted; None likewise.
+      peak_bytes: Most that lives at once.
+      host_bytes: What is kept in the host's memory.
+      largest: Descriptions of the largest buffers, where the compiler tells them.
+      cost: The estimate of its time; None where the compiler gave up.
+      compile_seconds: How long compiling took.
+    """
+
+    topology: Topology
+    parameters: int
+    work: Work
+    negatives: str | None
+    argument_bytes: int | None
+    temporary_bytes: int | None
+    peak_bytes: int
+    host_bytes: int
+    largest: tuple[str, ...]
+    cost: Cost | None
+    compile_seconds: float
+
+    @property
+    def fits(self) -> bool:
+        """Whether a device's memory holds the step."""
+        return self.cost is not None and self.peak_bytes <= self.topology.chip.hbm_bytes
+
+    @property
+    def mfu(self) -> float | None:
+        """Model FLOPs over what the chips could do in the predicted time."""
+        if self.cost is None:
+            return None
+        return self.work.flops / (self.cost.total_seconds * self.topology.num_chips * self.topology.chip.peak_flops)
+
+    @property
+    def recompute_factor(self) -> float | None:
+        """FLOPs executed over model FLOPs: recomputation and padding."""
+        if self.cost is None:
+            return None
+        return (self.cost.matmul_flops + self.cost.kernel_flops) * self.topology.num_chips / self.work.flops
+
+
+def planned_config(config: Config) -> Config:
+    """The config with its architecture resolved; `model.init` is read only where `model.architecture` is left out.
+
+    Raises:
+      InputError: Neither says what is trained.
+    """
+    architecture = config.model.architecture
+    if config.model.init and architecture == TransformerConfig():
+        architecture = open_model(config.model.init).architecture
+    if not architecture.vocab_size:
+        raise InputError(
+            "model.architecture.vocab_size is missing: planning reads no tokenizer; give it, or a model.init that is "
+            "on this machine"
+        )
+    resolved = architecture.resolve(architecture.vocab_size)
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, architecture=resolved))
+
+
+def planned_work(config: Config, multiples: tuple[int, int], fill: float = 1.0) -> Work:
+    """A step whose texts have `fill` times the tokens that their limits allow.
+
+    Args:
+      config: With its architecture resolved.
+      multiples: What the row counts are multiples of.
+      fill: Share of the limits. At 1 every text is at its limit.
+    """
+    data, train = config.data, config.train
+    limits = [data.query_max_length] * data.embedding_batch
+    limits += [data.passage_max_length] * data.embedding_batch * data.group_size
+    streams = [limits * train.embeds, [data.generative_max_length] * data.generative_batch * train.generates]
+    row_lengths = (data.embedding_row_length, data.generative_max_length)
+    rows, tokens, pairs = [], [], 0.0
+    causal = (config.model.embedding.attention == "causal", config.model.generative_attention == "causal")
+    for lengths, row_length, multiple, is_causal in zip(streams, row_lengths, multiples, causal, strict=True):
+        lengths = np.array(lengths, int)
+        full = pack(lengths, row_length=row_length, max_segments=row_length).num_rows
+        rows.append(math.ceil(full * fill / multiple) * multiple)
+        tokens.append(int(fill * lengths.sum()))
+        pairs += float(np.sum((fill * lengths) ** 2)) / (2 if is_causal else 1)
+    flops = model_flops(
+        config.model.architecture, tokens=sum(tokens), generative_tokens=tokens[1], attention_pairs=pairs
+    )
+    return Work((rows[0], rows[1]), sum(tokens), flops)
+
+
+def make_plan(config: Config, topology: Topology, *, fill: float = 1.0) -> Plan:
+    """Compiles the step for the topology.
+
+    Args:
+      config: With its architecture resolved (`planned_config`).
+      topology: What to compile for.
+      fill: See `planned_work`.
+
+    Raises:
+      InputError: libtpu is missing, or the config does not fit the mesh.
+    """
+    mesh = sharding.make_mesh(config.mesh, devices(topology))
+    setup = set_up(config, mesh)
+    work = planned_work(config, row_multiples(config, mesh), fill)
+    lowered = _lower(setup, mesh, _abstract_batch(config, mesh, work))
+    parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract_params(setup.objective.model)))
+    data, shards = config.data, sharding.axis_size(mesh, "batch")
+    passages, width = data.embedding_batch * data.group_size, _vector_width(config)
+    form = resolve_negatives(config.loss.negatives, data.embedding_batch, passages, width, shards)
+    about: dict[str, Any] = {
+        "topology": topology, "parameters": parameters, "work": work,
+        "negatives": form if config.train.embeds else None,
+    }  # fmt: skip
+    started = time.monotonic()
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        used = _used_bytes(str(error))
+        if used is None:
+            raise
+        return Plan(
+            **about, argument_bytes=None, temporary_bytes=None, peak_bytes=used, host_bytes=0,
+            largest=_largest_buffers(str(error)), cost=None, compile_seconds=time.monotonic() - started,
+        )  # fmt: skip
+    seconds = time.monotonic() - started
+    memory: Any = compiled.memory_analysis()
+    return Plan(
+        **about,
+        argument_bytes=memory.argument_size_in_bytes,
+        temporary_bytes=memory.temp_size_in_bytes,
+        peak_bytes=memory.peak_memory_in_bytes,
+        host_bytes=memory.host_temp_size_in_bytes,
+        largest=(),
+        cost=estimate(compiled.as_text() or "", topology),
+        compile_seconds=seconds,
+    )
+
+
+def _lower(setup: Setup, mesh: jax.sharding.Mesh, batch: GritBatch) -> jax.stages.Lowered:
+    with jax.set_mesh(mesh):
+        return setup.train_step.lower(setup.abstract, batch)
+
+
+def _vector_width(config: Config) -> int:
+    return config.model.embedding.projection_dim or config.model.architecture.embed_dim
+
+
+def _abstract_batch(config: Config, mesh: jax.sharding.Mesh, work: Work) -> GritBatch:
+    def array(dtype: Any, *shape: int) -> Any:
+        return np.broadcast_to(np.zeros((), dtype), shape)
+
+    data = config.data
+    queries, passages = data.embedding_batch, data.embedding_batch * data.group_size
+    embedding = generative = None
+    if work.rows[0]:
+        shape = (work.rows[0], data.embedding_row_length)
+        ids = [array(np.int32, *shape)] * 3
+        slots = array(np.int32, queries), array(np.int32, passages)
+        embedding = EmbeddingBatch(
+            *ids, array(np.float32, *shape), *slots, array(np.float32, queries), array(np.int32, passages)
+        )
+    if work.rows[1]:
+        shape = (work.rows[1], data.generative_max_length)
+        generative = GenerativeBatch(*[array(np.int32, *shape)] * 4, array(np.float32, *shape))
+    return sharding.abstract_batch(mesh, GritBatch(embedding, generative))
+
+
+_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+
+
+def _used_bytes(message: str) -> int | None:
+    """Bytes that the compiler says it needs when it runs out of memory; None for another error."""
+    match = re.search(r"Ran out of memory in memory space hbm.*?Used ([\d.]+)([KMG]?) of", message, re.DOTALL)
+    return match and round(float(match[1]) * _UNITS[match[2]])
+
+
+def _largest_buffers(message: str, most: int = 5) -> tuple[str, ...]:
+    """The largest allocations in such a message: size, shape and operation."""
+    found = re.findall(r"Size: ([\d.]+[KMG])(.*?)(?=\n\s*={3,}|\Z)", message, re.DOTALL)
+    texts = []
+    for size, rest in found[:most]:
+        shape, operation = (re.search(pattern, rest) for pattern in (r"Shape: (\S+?)[{\s]", r'op_name="([^"]*)"'))
+        texts.append(" ".join([size, *(match[1] for match in (shape, operation) if match)]))
+    return tuple(texts)

@@ -1,0 +1,117 @@
+"""A plan in words and as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from grit_jax.config import Config
+from grit_jax.plan.cost import KERNEL_EFFICIENCY
+from grit_jax.plan.program import Plan
+
+_GIB = 1 << 30
+
+
+def as_json(plan: Plan) -> dict[str, Any]:
+    """The plan as one object; bytes are those of one device, times are seconds."""
+    cost, chip = plan.cost, plan.topology.chip
+    report = {
+        "fits": plan.fits,
+        "topology": plan.topology.libtpu_name,
+        "slices": plan.topology.num_slices,
+        "chips": plan.topology.num_chips,
+        "parameters": plan.parameters,
+        "hbm_bytes": chip.hbm_bytes,
+        "peak_bytes_per_device": plan.peak_bytes,
+        "argument_bytes_per_device": plan.argument_bytes,
+        "temporary_bytes_per_device": plan.temporary_bytes,
+        "host_bytes_per_device": plan.host_bytes,
+        "largest_buffers": list(plan.largest),
+        "embedding_rows": plan.work.rows[0],
+        "generative_rows": plan.work.rows[1],
+        "tokens": plan.work.tokens,
+        "model_flops_per_step": plan.work.flops,
+        "negatives": plan.negatives,
+        "recompute_factor": plan.recompute_factor,
+        "predicted_step_seconds": cost and cost.total_seconds,
+        "predicted_mfu": plan.mfu,
+        "predicted_tokens_per_second": cost and plan.work.tokens / cost.total_seconds,
+        "compile_seconds": plan.compile_seconds,
+    }
+    if cost is None:
+        return report
+    parts = ("compute", "attention", "kernel", "exposed", "hbm", "ici", "dcn", "host")
+    return report | {
+        "seconds": {part: getattr(cost, f"{part}_seconds") for part in parts},
+        "collectives": [
+            {
+                "kind": row.kind, "network": row.network, "overlapped": row.overlapped, "count": row.count,
+                "bytes": row.num_bytes, "seconds": row.seconds, "exposed_seconds": row.exposed_seconds,
+            }
+            for row in cost.collectives
+        ],
+        "unknown_loops": cost.unknown_loops,
+        "unknown_kernels": list(cost.unknown_kernels),
+    }  # fmt: skip
+
+
+def as_lines(plan: Plan, config: Config) -> Iterator[str]:
+    """The plan for people."""
+    chip, cost = plan.topology.chip, plan.cost
+    slices = f"{plan.topology.num_slices} slices of " if plan.topology.num_slices > 1 else ""
+    yield f"{plan.parameters:,} parameters on {slices}{plan.topology.libtpu_name}: {plan.topology.num_chips} chips"
+    yield (
+        f"a step: {plan.work.tokens:,} tokens in {plan.work.rows[0]:,} embedding and {plan.work.rows[1]:,} generative "
+        f"rows, {plan.work.flops:.3g} model FLOPs" + (f", negatives {plan.negatives}" if plan.negatives else "")
+    )
+    verdict = "fits" if plan.fits else "DOES NOT FIT"
+    yield f"memory of a device: peak {_gib(plan.peak_bytes)} of {_gib(chip.hbm_bytes)} GiB: {verdict}"
+    if plan.argument_bytes is not None:
+        host = f", {_gib(plan.host_bytes)} in the host's memory" if plan.host_bytes else ""
+        yield f"  arguments {_gib(plan.argument_bytes)}, temporaries {_gib(plan.temporary_bytes or 0)}{host}"
+    for buffer in plan.largest:
+        yield f"  {buffer}"
+    if not plan.fits:
+        yield f"  {advice(plan, config)}"
+    if cost is not None:
+        yield (
+            f"predicted: {cost.total_seconds:.2f} s a step, {plan.work.tokens / cost.total_seconds:,.0f} tokens/s, "
+            f"MFU {plan.mfu:.1%}, recompute factor {plan.recompute_factor:.2f}"
+        )
+        yield (
+            f"  compute {cost.compute_seconds:.2f} s, attention {cost.attention_seconds:.2f}, other kernels "
+            f"{cost.kernel_seconds:.2f}, exposed transfers {cost.exposed_seconds:.2f}"
+        )
+        yield (
+            f"  beside those: HBM {cost.hbm_seconds:.2f} s, ICI {cost.ici_seconds:.2f}, DCN {cost.dcn_seconds:.2f}, "
+            f"host {cost.host_seconds:.2f}"
+        )
+        for row in cost.collectives:
+            yield (
+                f"  {row.kind} ({row.network}, {'overlapped' if row.overlapped else 'synchronous'}): {row.count:,} x, "
+                f"{row.num_bytes / 1e9:.2f} GB, {row.seconds:.3f} s, exposed {row.exposed_seconds:.3f}"
+            )
+        yield (
+            "  assumed: the compiler's own cycle counts; Pallas kernels at "
+            f"{KERNEL_EFFICIENCY:.0%} of the peak; networks at their full bandwidth"
+        )
+    yield f"compiled in {plan.compile_seconds:.0f} s"
+
+
+def advice(plan: Plan, config: Config) -> str:
+    """What dominates the memory of a plan that does not fit, and what to change."""
+    if plan.argument_bytes is not None and 2 * plan.argument_bytes > plan.peak_bytes:
+        return "the state dominates: use more chips, or raise mesh.fsdp at the cost of mesh.data"
+    model, train = config.model, config.train
+    if model.remat in ("none", "dots"):
+        return f"what layers keep dominates: set model.remat=full (it is {model.remat})"
+    rows = max(1, max(plan.work.rows) // plan.topology.num_chips // train.embedding_chunks)
+    if model.layer_rows is None and rows > 1:
+        return f"activations dominate: set model.layer_rows={max(1, rows // 4)} ({rows} rows of a device go together)"
+    if model.remat == "full":
+        return "the inputs of layers dominate: set model.remat=offload, or double train.embedding_chunks"
+    return f"activations dominate: lower model.layer_rows (it is {model.layer_rows}), or use more chips"
+
+
+def _gib(num_bytes: int) -> str:
+    return f"{num_bytes / _GIB:.2f}"

@@ -1,0 +1,139 @@
+"""The fastest settings that fit: ranked by a formula, the best few compiled."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+from grit_jax import sharding
+from grit_jax.config import Config, InputError
+from grit_jax.plan.program import Plan, make_plan, planned_work
+from grit_jax.plan.topology import Topology, devices
+from grit_jax.train.setup import row_multiples
+
+# What the formula leaves out of a device's memory: programs, fragmentation, collectives' buffers.
+_HEADROOM = 0.9
+# Widths of one token inside a layer in the backward pass, in units of (embed, heads, mlp), counted by hand.
+_INSIDE = (8, 8, 6)
+_ACTIVATION_BYTES = 2  # bfloat16
+_STATE_BYTES = 12  # float32 weights and two moments
+
+
+class Candidate(NamedTuple):
+    """Settings and what the formula says of them.
+
+    Attributes:
+      config: The config with these settings.
+      overrides: The same as command-line arguments.
+      memory_bytes: Peak of one device.
+      work: Forward passes' worth of work: 3 without recomputation.
+    """
+
+    config: Config
+    overrides: list[str]
+    memory_bytes: float
+    work: float
+
+
+class Found(NamedTuple):
+    """The recommended settings; the plan does not fit where nothing compiled did."""
+
+    plan: Plan
+    config: Config
+    overrides: list[str]
+
+
+def search(config: Config, topology: Topology, *, fill: float, most: int, say: Callable[[str], None]) -> Found:
+    """Compiles up to `most` candidates, the fastest by the formula first, and recommends the fastest that fits.
+
+    Args:
+      config: With its architecture resolved.
+      topology: What to compile for.
+      fill: See `planned_work`.
+      most: Programs that are compiled.
+      say: Takes lines for people.
+
+    Raises:
+      InputError: No candidate fits the mesh.
+    """
+    ranked = sorted(candidates(config, topology, fill), key=lambda candidate: rank(candidate, topology))
+    if not ranked:
+        raise InputError(f"no mesh of {topology.num_chips} chips divides this model and batch")
+    found: list[Found] = []
+    for candidate in ranked[:most]:
+        plan = make_plan(candidate.config, topology, fill=fill)
+        found.append(Found(plan, candidate.config, candidate.overrides))
+        seconds = f"{plan.cost.total_seconds:.2f} s" if plan.cost else "not compiled to the end"
+        gib = plan.peak_bytes / (1 << 30)
+        say(f"{' '.join(candidate.overrides)}: {'fits' if plan.fits else 'does not fit'}, {gib:.2f} GiB, {seconds}")
+    return min(found, key=lambda each: (not each.plan.fits, each.plan.cost.total_seconds if each.plan.cost else 0))
+
+
+def rank(candidate: Candidate, topology: Topology) -> tuple[bool, float, float]:
+    """Sorting key: what fits first, then the least work, then the least memory."""
+    fits = candidate.memory_bytes <= _HEADROOM * topology.chip.hbm_bytes
+    return not fits, candidate.work, candidate.memory_bytes
+
+
+def candidates(config: Config, topology: Topology, fill: float) -> Iterator[Candidate]:
+    """All settings that are considered, meshes, chunks, rematerialisation and rows of a layer, where the mesh fits."""
+    mesh_devices = devices(topology)
+    options = itertools.product((1, 2, 4), (1, 2, 4, 8), ("dots", "full", "offload"), (None, 8, 4, 2, 1))
+    for tensor, chunks, remat, layer_rows in options:
+        changed = dataclasses.replace(
+            config,
+            mesh=dataclasses.replace(config.mesh, data=topology.num_slices, fsdp=-1, tensor=tensor),
+            model=dataclasses.replace(config.model, remat=remat, layer_rows=layer_rows),
+            train=dataclasses.replace(config.train, embedding_chunks=chunks),
+        )
+        try:
+            mesh = sharding.make_mesh(changed.mesh, mesh_devices)
+            multiples = row_multiples(changed, mesh)
+        except InputError:
+            continue
+        shards = sharding.axis_size(mesh, "batch")
+        architecture = config.model.architecture
+        if (
+            config.data.embedding_batch % shards
+            or architecture.embed_dim % shards
+            or architecture.num_kv_heads % tensor
+        ):
+            continue
+        embedding, generative = planned_work(changed, multiples, fill).rows
+        rows = max(embedding // shards // chunks, generative // shards)
+        if layer_rows is not None and layer_rows >= rows:
+            continue  # the same as taking all
+        overrides = [
+            f"--mesh.data={topology.num_slices}", "--mesh.fsdp=-1", f"--mesh.tensor={tensor}",
+            f"--train.embedding_chunks={chunks}", f"--model.remat={remat}",
+            f"--model.layer_rows={'null' if layer_rows is None else layer_rows}",
+        ]  # fmt: skip
+        memory = _memory(changed, tensor, shards, rows)
+        # The generative pass is never chunked here; a chunk costs the embedding pass one more forward.
+        work = (
+            3 + {"dots": 0.1, "full": 1.0, "offload": 1.05}[remat] + (chunks > 1) * embedding / (embedding + generative)
+        )
+        # Tensor parallelism adds a collective to every product.
+        yield Candidate(changed, overrides, memory, work * (1 + 0.05 * (tensor - 1)))
+
+
+def _memory(config: Config, tensor: int, shards: int, rows: int) -> float:
+    """Peak bytes of a device: state, what layers keep, the inside of one layer, gathered weights."""
+    architecture, remat = config.model.architecture, config.model.remat
+    embed = architecture.embed_dim
+    heads = (architecture.num_heads + 2 * architecture.num_kv_heads) * architecture.head_dim // tensor
+    experts = max(1, architecture.num_experts)
+    mlp = architecture.mlp_dim * (architecture.experts_per_token if architecture.num_experts else 1) // tensor
+    layer = embed * (heads + architecture.num_heads * architecture.head_dim // tensor)
+    layer += 3 * experts * embed * architecture.mlp_dim // tensor
+    table = architecture.vocab_size * embed // tensor
+    tokens = rows * max(config.data.embedding_row_length, config.data.generative_max_length)
+    kept = {"full": embed, "offload": 0, "dots": 2 * embed + 2 * heads + 2 * mlp}[remat]
+    inside = sum(count * width for count, width in zip(_INSIDE, (embed, heads, mlp), strict=True))
+    at_once = tokens * min(1.0, (config.model.layer_rows or rows) / rows)
+    state = _STATE_BYTES * (architecture.num_layers * layer + 2 * table) / shards
+    # A layer's weights and their gradient, and the output table's gradient in float32.
+    weights = _ACTIVATION_BYTES * 3 * layer + 8 * table
+    return state + weights + _ACTIVATION_BYTES * (architecture.num_layers * tokens * kept + at_once * inside)
