@@ -14,7 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 # PyTorch's column is measured on the same CPU.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -101,24 +101,32 @@ def load_torch(folder: Path) -> Any:
     return transformers.LlamaForCausalLM.from_pretrained(folder, attn_implementation="sdpa", dtype=torch.float32)
 
 
-def alternate(sides: Mapping[str, Callable[[], Any]], repeats: int) -> tuple[dict[str, float], dict[str, Any]]:
-    """Median seconds of each side, run in turn after one run that is not counted, and what its first run gave."""
+class Seconds(NamedTuple):
+    """Median time of a side: on the clock, and of the processors, which says more on a machine that others use."""
+
+    clock: float
+    processor: float
+
+
+def alternate(sides: Mapping[str, Callable[[], Any]], repeats: int) -> tuple[dict[str, Seconds], dict[str, Any]]:
+    """Times the sides, run in turn after one run that is not counted, and returns what their first runs gave."""
     results = {name: side() for name, side in sides.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    times: dict[str, list[Seconds]] = {name: [] for name in sides}
     for _ in range(repeats):
         for name, side in sides.items():
-            started = time.perf_counter()
+            started = time.perf_counter(), time.process_time()
             side()
-            seconds[name].append(time.perf_counter() - started)
-    return {name: statistics.median(values) for name, values in seconds.items()}, results
+            times[name].append(Seconds(time.perf_counter() - started[0], time.process_time() - started[1]))
+    return {name: Seconds(*map(statistics.median, zip(*runs))) for name, runs in times.items()}, results
 
 
-def speeds(seconds: Mapping[str, float], amount: float, unit: str) -> dict[str, float]:
-    """Rates in `unit` per second, and the ratio of ours to PyTorch's where both were measured."""
-    result = {f"{name}_{unit}_per_second": amount / value for name, value in seconds.items()}
+def speeds(seconds: Mapping[str, Seconds], tokens: int) -> dict[str, float]:
+    """Tokens per second, and the ratio of ours to PyTorch's where both were measured, also in processor time."""
+    result = {f"{name}_tokens_per_second": round(tokens / value.clock, 1) for name, value in seconds.items()}
     if "torch" in seconds:
-        result["ratio"] = seconds["torch"] / seconds["ours"]
-    return {name: round(value, 3) for name, value in result.items()}
+        for part in Seconds._fields:
+            result[f"ratio_{part}"] = round(getattr(seconds["torch"], part) / getattr(seconds["ours"], part), 2)
+    return result
 
 
 def report(values: Mapping[str, Any]) -> None:

@@ -95,10 +95,8 @@ def main() -> None:
         if not args.no_torch and common.has_torch():
             sides["torch"] = in_torch(folder, records, tokenizer)
         seconds, tokens = common.alternate(sides, args.repeats)
-    values = {f"{name}_tokens_per_second": round(tokens[name] / seconds[name]) for name in sides}
-    if "torch" in sides:
-        values["ratio"] = round(values["ours_tokens_per_second"] / values["torch_tokens_per_second"], 3)
-    common.report({"steps": args.steps, "index_seconds": round(index_seconds, 2), **values})
+    values = common.speeds(seconds, tokens["ours"])
+    common.report({"steps": args.steps, "tokens": tokens, "index_seconds": round(index_seconds, 2), **values})
 
 
 if __name__ == "__main__":

@@ -77,7 +77,7 @@ def main() -> None:
             sides["torch"] = in_torch(common.load_torch(folder), model.tokenizer, texts, args.torch_batch)
         seconds, vectors = common.alternate(sides, args.repeats)
         tokens = model.encode_with_counts(texts, max_length=LIMIT).num_tokens
-    values = {"texts": len(texts), "tokens": tokens, **common.speeds(seconds, tokens, "tokens")}
+    values = {"texts": len(texts), "tokens": tokens, **common.speeds(seconds, tokens)}
     if "torch" in sides:
         values["vector_difference"] = float(np.max(np.abs(vectors["ours"] - vectors["torch"])))
     common.report(values)

@@ -70,7 +70,7 @@ def main() -> None:
         if not args.no_torch and common.has_torch():
             sides["torch"] = in_torch(common.load_torch(folder), model.tokenizer, texts, args.new_tokens)
         seconds, answers = common.alternate(sides, args.repeats)
-    values = {"batch": args.batch, **common.speeds(seconds, args.batch * args.new_tokens, "tokens")}
+    values = {"batch": args.batch, **common.speeds(seconds, args.batch * args.new_tokens)}
     if "torch" in sides:
         values["same_answers"] = sum(map(str.__eq__, answers["ours"], answers["torch"]))
     common.report(values)

@@ -170,14 +170,15 @@ def main() -> None:
     parser = common.parser(__doc__)
     parser.add_argument("--at-limits", action="store_true", help="texts at their limits instead of real lengths")
     parser.add_argument("--steps", type=int, help="different batches (4, at the limits 1)")
-    parser.add_argument("--remat", default="full", help="what our layers recompute (%(default)s)")
+    parser.add_argument("--remat", help="what our layers recompute (dots, at the limits full)")
     args = parser.parse_args()
     steps = args.steps or (1 if args.at_limits else 4)
+    remat = args.remat or ("full" if args.at_limits else "dots")
     with common.model_folder(args.tokenizer) as folder, tempfile.TemporaryDirectory() as data:
         pretrained = open_model(folder)
         write_data(Path(data), args.data, steps=steps, at_limits=args.at_limits)
         config = Config(
-            model=ModelConfig(architecture=pretrained.architecture, remat=args.remat),
+            model=ModelConfig(architecture=pretrained.architecture, remat=remat),
             data=DataConfig(
                 train=data, query_max_length=256, passage_max_length=LIMIT, generative_max_length=LIMIT,
                 embedding_batch=QUERIES, generative_batch=CONVERSATIONS,
@@ -192,7 +193,7 @@ def main() -> None:
             sides["torch"] = in_torch(common.load_torch(folder), config, batches, checkpointing=args.at_limits)
         seconds, losses = common.alternate(sides, args.repeats)
     tokens, shares = useful(batches)
-    values = {"tokens_per_step": tokens / steps, **shares, **common.speeds(seconds, tokens, "tokens")}
+    values = {"tokens_per_step": tokens / steps, **shares, **common.speeds(seconds, tokens)}
     if "torch" in sides:
         values["loss_difference"] = float(np.max(np.abs(np.divide(losses["ours"], losses["torch"]) - 1)))
     common.report(values)

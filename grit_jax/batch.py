@@ -85,4 +85,4 @@ class HostShare(NamedTuple):
 
 def max_segments(row_length: int) -> int:
     """Most texts a packed row may hold: the number of pooling slots that a row has."""
-    return max(1, row_length // 16)
+    return max(1, row_length // 8)

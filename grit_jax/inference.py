@@ -65,7 +65,9 @@ class GritModel:
         mesh: Mesh,
         execution: Execution,
     ):
-        self.params = split_layers(params) if sharding.platform(mesh) == "cpu" else params
+        on_cpu = sharding.platform(mesh) == "cpu"
+        self.params = split_layers(params) if on_cpu else params
+        self._batch_tokens = 2048 if on_cpu else 16384  # a CPU is as fast as long as its caches hold the activations
         self.architecture, self.embedding, self.tokenizer = architecture, embedding, tokenizer
         self._mesh, self._execution = mesh, execution
         self._model = abstract_model(architecture, embedding.projection_dim)
@@ -103,7 +105,7 @@ class GritModel:
         *,
         instruction: str = "",
         max_length: int | None = None,
-        batch_tokens: int = 16384,
+        batch_tokens: int | None = None,
     ) -> np.ndarray:
         """Embeds texts; see `encode_with_counts`.
 
@@ -120,7 +122,7 @@ class GritModel:
         *,
         instruction: str = "",
         max_length: int | None = None,
-        batch_tokens: int = 16384,
+        batch_tokens: int | None = None,
         progress: Callable[[int], None] = lambda _: None,
     ) -> Encoded:
         """Embeds texts, many to a row, and counts what was read.
@@ -129,7 +131,7 @@ class GritModel:
           texts: What is embedded.
           instruction: What the model is told about all of them; it is read but not pooled.
           max_length: Tokens kept of each formatted text; None is the model's limit.
-          batch_tokens: Tokens that go through the model at a time, padding included.
+          batch_tokens: Tokens that go through the model at a time, padding included; None takes what suits the device.
           progress: Called with the number of texts that each batch finished.
 
         Raises:
@@ -149,7 +151,7 @@ class GritModel:
         lengths = np.array([min(len(prompt.tokens), limit) for prompt in tokenized], np.int64)
         vectors = np.zeros((len(texts), self.embedding.projection_dim or self.architecture.embed_dim), np.float32)
         if len(texts):
-            for members, rows in self._packed(tokenized, lengths, batch_tokens):
+            for members, rows in self._packed(tokenized, lengths, batch_tokens or self._batch_tokens):
                 with jax.set_mesh(self._mesh):
                     slots = _embed(self._model, self.params, *rows, settings=self.embedding, execution=self._execution)
                 vectors[list(members.values())] = np.asarray(slots).reshape(-1, vectors.shape[1])[list(members)]
@@ -161,25 +163,30 @@ class GritModel:
         self, tokenized: list[prompts.TokenizedPrompt], lengths: np.ndarray, batch_tokens: int
     ) -> Iterator[tuple[dict[int, int], tuple[np.ndarray, ...]]]:
         """Batches of packed rows: which text is in which slot, and the arrays that `embed_rows` takes."""
-        row_length = _bucket(int(lengths.max()), at_least=64)
-        most = max_segments(row_length)
-        packing = pack(lengths, row_length=row_length, max_segments=most)
+        # Attention costs what its rows are long, so short texts get short rows: twice as long, to fill them well.
+        longest = _bucket(int(lengths.max()), at_least=64)
+        row_lengths = np.array([min(2 * _bucket(int(length), at_least=64), longest) for length in lengths])
         shards = sharding.axis_size(self._mesh, "batch")
-        full = max(1, batch_tokens // (row_length * shards)) * shards
-        for first in range(0, packing.num_rows, full):
-            num_rows = min(full, _bucket(min(full, packing.num_rows - first), at_least=shards))
-            tokens, segment_ids, positions = (np.zeros((num_rows, row_length), np.int32) for _ in range(3))
-            weights = np.zeros((num_rows, row_length), np.float32)
-            members = {}
-            for text in np.flatnonzero((packing.row >= first) & (packing.row < first + num_rows)).tolist():
-                row, length = int(packing.row[text]) - first, int(lengths[text])
-                columns = slice(packing.offset[text], packing.offset[text] + length)
-                tokens[row, columns] = tokenized[text].tokens[:length]
-                segment_ids[row, columns] = packing.segment[text]
-                positions[row, columns] = np.arange(length)
-                weights[row, columns] = pool_weights(tokenized[text].spans, length, self.embedding.pooling)
-                members[row * most + int(packing.segment[text]) - 1] = text
-            yield members, (tokens, segment_ids, positions, weights)
+        for row_length in np.unique(row_lengths).tolist():
+            texts = np.flatnonzero(row_lengths == row_length)
+            most = max_segments(row_length)
+            packing = pack(lengths[texts], row_length=row_length, max_segments=most)
+            full = max(1, batch_tokens // (row_length * shards)) * shards
+            for first in range(0, packing.num_rows, full):
+                num_rows = min(full, _bucket(min(full, packing.num_rows - first), at_least=shards))
+                tokens, segment_ids, positions = (np.zeros((num_rows, row_length), np.int32) for _ in range(3))
+                weights = np.zeros((num_rows, row_length), np.float32)
+                members = {}
+                for place in np.flatnonzero((packing.row >= first) & (packing.row < first + num_rows)).tolist():
+                    text, row, segment = int(texts[place]), int(packing.row[place]) - first, int(packing.segment[place])
+                    length = int(lengths[text])
+                    columns = slice(packing.offset[place], packing.offset[place] + length)
+                    tokens[row, columns] = tokenized[text].tokens[:length]
+                    segment_ids[row, columns] = segment
+                    positions[row, columns] = np.arange(length)
+                    weights[row, columns] = pool_weights(tokenized[text].spans, length, self.embedding.pooling)
+                    members[row * most + segment - 1] = text
+                yield members, (tokens, segment_ids, positions, weights)
 
     def logits(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Scores of the next token after BOS and after each token of a text, float32 [tokens, vocab] for each text.

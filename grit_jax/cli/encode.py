@@ -24,7 +24,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--input", required=True, help='.jsonl with {"text": ...} a line, or .txt with one text a line')
     parser.add_argument("--output", required=True, help="float32 .npy, one row per text")
     parser.add_argument("--instruction", default="", help="what the model is told about the texts; not pooled")
-    parser.add_argument("--batch-tokens", type=int, default=16384, metavar="N", help="tokens per batch (%(default)s)")
+    parser.add_argument(
+        "--batch-tokens", type=int, metavar="N", help="tokens per batch (default: what suits the device)"
+    )
     parser.add_argument(
         "--max-length", type=int, metavar="N", help="tokens kept of a text (default: the model's limit)"
     )

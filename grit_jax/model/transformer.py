@@ -173,6 +173,7 @@ class Transformer(nnx.Module):
             embedding_std * jax.random.normal(embedding_key, table, jnp.float32), axes=("vocab", "embed")
         )
         layer_keys = jax.random.split(layers_key, config.num_layers)
+        # One block with stacked weights; a list of blocks after `split_layers`.
         self.layers: Any = jax.vmap(lambda layer_key: Block(config, key=layer_key))(layer_keys)
         self.final_norm = RMSNorm(config, config.embed_dim)
         if not config.tie_embeddings:

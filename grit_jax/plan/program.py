@@ -18,11 +18,11 @@ from grit_jax.config import Config, InputError, TransformerConfig
 from grit_jax.contrastive import resolve_negatives
 from grit_jax.data.packing import pack
 from grit_jax.loading import open_model
-from grit_jax.model.transformer import abstract_params
+from grit_jax.model.transformer import abstract_model, abstract_params
 from grit_jax.plan.cost import Cost, estimate
 from grit_jax.plan.topology import Topology, devices
 from grit_jax.train.metrics import model_flops
-from grit_jax.train.setup import Setup, row_multiples, set_up
+from grit_jax.train.setup import row_multiples, set_up
 
 
 @dataclass(frozen=True)
@@ -147,13 +147,14 @@ def make_plan(config: Config, topology: Topology, *, fill: float = 1.0) -> Plan:
       InputError: libtpu is missing, or the config does not fit the mesh.
     """
     mesh = sharding.make_mesh(config.mesh, devices(topology))
-    setup = set_up(config, mesh)
     work = planned_work(config, row_multiples(config, mesh), fill)
-    lowered = _lower(setup, mesh, _abstract_batch(config, mesh, work))
-    parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract_params(setup.objective.model)))
+    lowered = _lower(config, mesh, work)
+    architecture, width = config.model.architecture, config.model.embedding.projection_dim
+    shapes = abstract_params(abstract_model(architecture, width))
+    parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
     data, shards = config.data, sharding.axis_size(mesh, "batch")
-    passages, width = data.embedding_batch * data.group_size, _vector_width(config)
-    form = resolve_negatives(config.loss.negatives, data.embedding_batch, passages, width, shards)
+    texts = (data.embedding_batch, data.embedding_batch * data.group_size)
+    form = resolve_negatives(config.loss.negatives, *texts, width or architecture.embed_dim, shards)
     about: dict[str, Any] = {
         "topology": topology, "parameters": parameters, "work": work,
         "negatives": form if config.train.embeds else None,
@@ -183,13 +184,16 @@ def make_plan(config: Config, topology: Topology, *, fill: float = 1.0) -> Plan:
     )
 
 
-def _lower(setup: Setup, mesh: jax.sharding.Mesh, batch: GritBatch) -> jax.stages.Lowered:
+def lower_step(config: Config, topology: Topology, *, fill: float = 1.0) -> jax.stages.Lowered:
+    """The step, ready to be compiled for the topology; arguments and errors as those of `make_plan`."""
+    mesh = sharding.make_mesh(config.mesh, devices(topology))
+    return _lower(config, mesh, planned_work(config, row_multiples(config, mesh), fill))
+
+
+def _lower(config: Config, mesh: jax.sharding.Mesh, work: Work) -> jax.stages.Lowered:
+    setup = set_up(config, mesh)
     with jax.set_mesh(mesh):
-        return setup.train_step.lower(setup.abstract, batch)
-
-
-def _vector_width(config: Config) -> int:
-    return config.model.embedding.projection_dim or config.model.architecture.embed_dim
+        return setup.train_step.lower(setup.abstract, _abstract_batch(config, mesh, work))
 
 
 def _abstract_batch(config: Config, mesh: jax.sharding.Mesh, work: Work) -> GritBatch:

@@ -1,8 +1,13 @@
+import contextlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from grit_jax import sharding
+from grit_jax.config import InputError, MeshConfig
+from grit_jax.execution import PLAIN, Execution
 from grit_jax.model.attention import AttentionMask, attention
 from grit_jax.model.layers import rotate, rotation
 from tests.packing import relative_error
@@ -39,6 +44,83 @@ def test_grouped_attention_equals_a_loop_over_heads(causal, window):
         weights = np.where(visible, np.exp(scores), 0)
         expected[:, head] = weights / weights.sum(1, keepdims=True) @ np.asarray(value[0, :, head // 2])
     assert relative_error(attention(query, key, value, mask, scale=8**-0.5, soft_cap=None)[0], expected) < 1e-6
+
+
+def packed_rows(length=256, heads=4, kv_heads=2, head_dim=128):
+    """Random queries, keys and values of two rows: three texts and padding, and one text."""
+    keys = jax.random.split(jax.random.key(0), 4)
+    query, key, value, cotangent = (
+        jax.random.normal(k, (2, length, count, head_dim))
+        for k, count in zip(keys, (heads, kv_heads, kv_heads, heads), strict=True)
+    )
+    lengths = [[100, 30, 90], [length]]
+    segments, positions = np.zeros((2, 2, length), np.int32)
+    for row, texts in enumerate(lengths):
+        start = 0
+        for number, size in enumerate(texts, start=1):
+            segments[row, start : start + size] = number
+            positions[row, start : start + size] = np.arange(size)
+            start += size
+    return query, key, value, cotangent, jnp.asarray(segments), jnp.asarray(positions)
+
+
+def value_and_gradients(execution, *, causal, window, soft_cap=None, mesh=None):
+    query, key, value, cotangent, segments, positions = packed_rows()
+    mask = AttentionMask.of_rows(segments, positions, causal=causal, window=window)
+
+    def attend(query, key, value):
+        out = attention(query, key, value, mask, scale=0.1, soft_cap=soft_cap, execution=execution)
+        return jnp.where((segments > 0)[..., None, None], out, 0)  # what padding gets is nobody's business
+
+    def run(query, key, value, cotangent):
+        out, pull = jax.vjp(attend, query, key, value)
+        return out, *pull(cotangent)
+
+    with jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
+        return jax.jit(run)(query, key, value, cotangent)
+
+
+@pytest.mark.parametrize(
+    ("causal", "window", "soft_cap"), [(True, None, None), (True, 40, None), (False, None, 20.0), (False, 40, None)]
+)
+def test_splash_attention_equals_the_dense_one_with_gradients(causal, window, soft_cap):
+    splash = Execution(jnp.dtype("float32"), attention="splash", interpret=True)
+    options = {"causal": causal, "window": window, "soft_cap": soft_cap}
+    actual, expected = (value_and_gradients(execution, **options) for execution in (splash, PLAIN))
+    assert max(map(relative_error, actual, expected)) < 1e-5
+
+
+def test_splash_attention_split_over_rows_and_heads_equals_the_whole():
+    splash = Execution(jnp.dtype("float32"), attention="splash", interpret=True)
+    mesh = sharding.make_mesh(MeshConfig(2, 1, 2), jax.devices()[:4])
+    actual = value_and_gradients(splash, causal=True, window=None, mesh=mesh)
+    expected = value_and_gradients(PLAIN, causal=True, window=None)
+    assert max(map(relative_error, actual, expected)) < 1e-5
+
+
+def test_rows_that_splash_attention_does_not_take_are_refused():
+    rows = jnp.ones((1, 100), jnp.int32)
+    mask = AttentionMask.of_rows(rows, rows, causal=True, window=None)
+    x = jnp.ones((1, 100, 2, 128))
+    with pytest.raises(InputError, match="rows of 100 tokens: splash attention needs a multiple of 128"):
+        attention(x, x, x, mask, scale=1.0, soft_cap=None, execution=Execution(x.dtype, attention="splash"))
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_what_cudnn_is_asked_for_equals_the_dense_attention(monkeypatch, causal):
+    """JAX's front door takes the same arguments for cuDNN, which needs a GPU, and for XLA, which does not."""
+    asked = []
+    front_door = jax.nn.dot_product_attention
+
+    def on_xla(*arguments, implementation, **options):
+        asked.append(implementation)
+        return front_door(*arguments, implementation="xla", **options)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", on_xla)
+    cudnn = Execution(jnp.dtype("float32"), attention="cudnn")
+    actual, expected = (value_and_gradients(execution, causal=causal, window=40) for execution in (cudnn, PLAIN))
+    assert asked == ["cudnn"]
+    assert max(map(relative_error, actual, expected)) < 1e-5
 
 
 def test_rotation_makes_scores_depend_on_distance_alone():

@@ -1,0 +1,167 @@
+import dataclasses
+import json
+
+import jax
+import pytest
+
+from grit_jax.cli import main as cli
+from grit_jax.config import Config, DataConfig, InputError, ModelConfig, TrainConfig, TransformerConfig
+from grit_jax.plan import program, search
+from grit_jax.plan.program import Plan, Work, planned_config, planned_work
+from grit_jax.plan.report import advice, as_json, as_lines
+from grit_jax.plan.topology import parse_topology
+from grit_jax.train.metrics import model_flops
+from tests.runs import ROOT
+
+ARCHITECTURE = TransformerConfig(vocab_size=64, embed_dim=32, num_heads=4, num_kv_heads=2, num_layers=2).resolve(64)
+CONFIG = Config(
+    model=ModelConfig(architecture=ARCHITECTURE),
+    data=DataConfig(
+        query_max_length=64, passage_max_length=256, generative_max_length=128, embedding_batch=16, generative_batch=8
+    ),
+)
+TOPOLOGY = parse_topology("v5e-8")
+FAILED = """RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 23.50G of 15.75G hbm.
+
+  Largest program allocations in hbm:
+
+  1. Size: 8.00G
+     Operator: op_name="jit(train_step)/while/body/dot_general"
+     Shape: bf16[32,4,2048,4096]{3,2,1,0:T(8,128)(2,1)}
+     Unpadded size: 8.00G
+     ==========================
+
+  2. Size: 512.0M
+     Shape: f32[128,1024]{1,0}
+     ==========================
+"""
+
+
+def plan(**changes):
+    about = {
+        "topology": TOPOLOGY, "parameters": 1000, "work": Work((16, 8), 4096, 1e12), "negatives": "dense",
+        "argument_bytes": 1 << 30, "temporary_bytes": 2 << 30, "peak_bytes": 3 << 30, "host_bytes": 0, "largest": (),
+        "cost": None, "compile_seconds": 1.0,
+    }  # fmt: skip
+    return Plan(**about | changes)
+
+
+def test_texts_at_their_limits_are_packed_as_a_step_packs_them():
+    work = planned_work(CONFIG, (8, 8))
+    # 16 queries of 64 share 4 rows of 256, 32 passages fill one each; 8 conversations fill one each.
+    assert work.rows == (40, 8)
+    tokens, generated = 16 * 64 + 32 * 256 + 8 * 128, 8 * 128
+    assert work.tokens == tokens
+    pairs = 16 * 64**2 + 32 * 256**2 + 8 * 128**2 / 2
+    assert work.flops == model_flops(ARCHITECTURE, tokens=tokens, generative_tokens=generated, attention_pairs=pairs)
+
+
+def test_half_the_fill_is_half_the_tokens_and_rows():
+    work = planned_work(CONFIG, (4, 4), fill=0.5)
+    assert work.rows == (20, 4)
+    assert work.tokens == planned_work(CONFIG, (4, 4)).tokens // 2
+
+
+def test_a_stream_that_is_not_trained_has_no_rows():
+    for mode, rows in (("embedding", (40, 0)), ("generative", (0, 8))):
+        assert planned_work(dataclasses.replace(CONFIG, train=TrainConfig(mode=mode)), (8, 8)).rows == rows
+
+
+def test_a_plan_needs_a_vocabulary_from_somewhere():
+    with pytest.raises(InputError, match=r"model.architecture.vocab_size is missing: planning reads no tokenizer"):
+        planned_config(Config())
+
+
+def test_what_the_compiler_says_when_memory_runs_out_is_reported(monkeypatch):
+    class Lowered:
+        def compile(self):
+            raise jax.errors.JaxRuntimeError(FAILED)
+
+    monkeypatch.setattr(program, "devices", lambda topology: jax.devices())
+    monkeypatch.setattr(program, "_lower", lambda *_: Lowered())
+    failed = program.make_plan(CONFIG, TOPOLOGY)
+    assert not failed.fits
+    assert failed.peak_bytes == int(23.5 * (1 << 30))
+    assert failed.largest[0] == "8.00G bf16[32,4,2048,4096] jit(train_step)/while/body/dot_general"
+    assert failed.largest[1] == "512.0M f32[128,1024]"
+    text = "\n".join(as_lines(failed, CONFIG))
+    assert "peak 23.50 of 15.75 GiB: DOES NOT FIT" in text
+    assert "set model.layer_rows=" in text
+
+
+@pytest.mark.parametrize(
+    ("changes", "model", "said"),
+    [
+        ({"argument_bytes": 2 << 30}, {}, "the state dominates"),
+        ({}, {"remat": "dots"}, "what layers keep dominates: set model.remat=full"),
+        ({}, {"layer_rows": 1}, "the inputs of layers dominate: set model.remat=offload"),
+        ({}, {"layer_rows": 1, "remat": "offload"}, "lower model.layer_rows"),
+    ],
+)
+def test_a_plan_that_does_not_fit_says_what_dominates_and_what_to_change(changes, model, said):
+    config = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, **model))
+    assert said in advice(plan(**changes), config)
+
+
+def test_the_search_ranks_what_fits_first_and_then_the_least_work(monkeypatch):
+    monkeypatch.setattr(search, "devices", lambda topology: jax.devices())
+    ranked = sorted(search.candidates(CONFIG, TOPOLOGY, 1.0), key=lambda each: search.rank(each, TOPOLOGY))
+    assert "--model.remat=dots" in ranked[0].overrides
+    assert "--train.embedding_chunks=1" in ranked[0].overrides
+    limit = TOPOLOGY.chip.hbm_bytes
+    huge = [candidate._replace(memory_bytes=candidate.memory_bytes + limit) for candidate in ranked[:1]]
+    assert sorted([*huge, ranked[-1]], key=lambda each: search.rank(each, TOPOLOGY))[0] is ranked[-1]
+
+
+def test_the_search_recommends_the_fastest_that_fits(monkeypatch):
+    class Cost:
+        def __init__(self, seconds):
+            self.total_seconds = seconds
+
+    tried = []
+
+    def compiled(config, topology, *, fill):
+        tried.append(config)
+        seconds, peak = [(1.0, 99 << 30), (3.0, 1 << 30), (2.0, 1 << 30)][len(tried) - 1]
+        return plan(cost=Cost(seconds), peak_bytes=peak)
+
+    monkeypatch.setattr(search, "devices", lambda topology: jax.devices())
+    monkeypatch.setattr(search, "make_plan", compiled)
+    said = []
+    found = search.search(CONFIG, TOPOLOGY, fill=1.0, most=3, say=said.append)
+    assert found.plan.cost.total_seconds == 2.0
+    assert found.config is tried[2]
+    assert len(said) == 3
+
+
+@pytest.mark.parametrize(("peak", "code"), [(1 << 30, 0), (99 << 30, 3)])
+def test_the_command_prints_one_object_and_its_exit_code_says_whether_it_fits(monkeypatch, capsys, peak, code):
+    from grit_jax.plan.cost import Cost
+
+    cost = Cost(2.0, 1.0, 0.5, 0.0, 0.5, 0.1, 0.1, 0.0, 0.0, 10, 0, 5, (), 0, ())
+    monkeypatch.setattr(program, "make_plan", lambda *_, **__: plan(cost=cost, peak_bytes=peak))
+    arguments = ["plan", str(ROOT / "configs/gritlm_7b_v5p_128.yaml"), "--topology", "v5p-128", "--json"]
+    assert cli.main(arguments) == code
+    (line,) = capsys.readouterr().out.splitlines()
+    report = json.loads(line)
+    for key in (
+        "fits", "parameters", "peak_bytes_per_device", "hbm_bytes", "model_flops_per_step", "predicted_step_seconds",
+        "predicted_mfu", "compile_seconds",
+    ):  # fmt: skip
+        assert report[key] is not None, key
+    assert report["fits"] == (code == 0)
+    assert report == json.loads(json.dumps(as_json(plan(cost=cost, peak_bytes=peak))))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--topology", "v9-8"], "unknown TPU topology 'v9-8'"),
+        (["--topology", "v5p-8", "--fill", "2"], "--fill=2.0 must be over 0 and at most 1"),
+        (["--topology", "v5p-8", "--mesh.fsdp=3"], "do not multiply to the 4 devices"),
+    ],
+)
+def test_what_cannot_be_planned_is_one_clear_line(monkeypatch, capsys, arguments, message):
+    monkeypatch.setattr(program, "devices", lambda topology: jax.devices()[:4])
+    assert cli.main(["plan", str(ROOT / "configs/gritlm_7b_v5p_128.yaml"), *arguments]) == 2
+    assert message in capsys.readouterr().err

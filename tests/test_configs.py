@@ -1,0 +1,67 @@
+"""The files in configs/: all load, and the paper's models have the paper's settings."""
+
+import math
+from pathlib import Path
+
+import pytest
+
+from grit_jax.config import LossConfig, OptimizerConfig, load_config
+from grit_jax.model.transformer import abstract_model, abstract_params
+from tests.runs import ROOT
+
+FILES = sorted((ROOT / "configs").glob("*.yaml"))
+PAPER = [path for path in FILES if path.name.startswith("gritlm_")]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_every_config_loads(path):
+    load_config(path)
+
+
+@pytest.mark.parametrize("path", PAPER, ids=lambda path: path.stem)
+def test_the_papers_models_have_its_hyperparameters(path):
+    config = load_config(path)
+    experts = "8x7b" in path.name
+    assert config.optimizer == OptimizerConfig(
+        name="adamw", learning_rate=2e-5, schedule="linear", warmup_ratio=0.03, b1=0.9, b2=0.999, weight_decay=0.0,
+        clip_norm=1.0,
+    )  # fmt: skip
+    assert config.train.steps == 1253
+    assert math.ceil(config.optimizer.warmup_ratio * config.train.steps) == 38
+    assert (config.data.embedding_batch, config.data.generative_batch) == ((256 if experts else 2048), 256)
+    assert (config.data.query_max_length, config.data.passage_max_length) == (256, 2048)
+    assert (config.data.generative_max_length, config.data.group_size) == (2048, 2)
+    if experts:
+        loss = LossConfig(type="token", generative_weight=0.003, router_weight=0.02, embedding_weight=1 / 256)
+    else:
+        loss = LossConfig(type="mixed", sub_batch_samples=32, embedding_weight=1 / 8)
+    assert config.loss == loss
+    assert config.loss.temperature == 0.02
+    assert config.model.embedding.attention == "bidirectional"
+    assert config.model.embedding.pooling == "mean"
+    assert config.model.embedding.projection_dim is None
+    assert config.model.generative_attention == "causal"
+
+
+@pytest.mark.parametrize("path", PAPER, ids=lambda path: path.stem)
+def test_the_papers_models_name_their_base_and_have_its_size(path):
+    config = load_config(path)
+    architecture = config.model.architecture.resolve(32000)
+    shapes = abstract_params(abstract_model(architecture))
+    count = sum(math.prod(leaf.shape) for leaf in _leaves(shapes))
+    base, size = ("mistralai/Mixtral-8x7B-v0.1", 46_702_792_704) if "8x7b" in path.name else (
+        "mistralai/Mistral-7B-v0.1", 7_241_732_096
+    )  # fmt: skip
+    assert (config.model.init, count) == (base, size)
+    assert config.data.train == ["data/medi2", "data/tulu2"]
+
+
+@pytest.mark.parametrize("path", PAPER, ids=lambda path: path.stem)
+def test_the_papers_models_say_what_their_plan_found_and_how(path):
+    comment = [line for line in Path(path).read_text().splitlines() if line.startswith("#")]
+    assert any(f"grit-jax plan configs/{path.name} --topology" in line for line in comment)
+    assert any("peak" in line and "GiB" in line for line in comment)
+
+
+def _leaves(tree):
+    return [leaf for value in tree.values() for leaf in (_leaves(value) if isinstance(value, dict) else [value])]

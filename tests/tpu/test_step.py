@@ -1,0 +1,48 @@
+"""The train step as the TPU compiler makes it, for chips that need not be there."""
+
+import re
+
+import pytest
+
+from grit_jax.config import Config, DataConfig, MeshConfig, ModelConfig, TrainConfig, TransformerConfig
+
+CONFIG = Config(
+    model=ModelConfig(
+        architecture=TransformerConfig(
+            family="mistral", embed_dim=512, mlp_dim=1024, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=128,
+            max_length=512, sliding_window=128, tie_embeddings=False,
+        ).resolve(4096),
+        remat="full",
+    ),
+    data=DataConfig(
+        query_max_length=128, passage_max_length=256, generative_max_length=256, embedding_batch=16, generative_batch=8
+    ),
+    train=TrainConfig(embedding_chunks=2),
+    mesh=MeshConfig(data=1, fsdp=-1),
+)  # fmt: skip
+
+
+def test_a_step_of_both_streams_as_the_tpu_compiler_makes_it(capfd):
+    """One program, as compiling takes most of a minute: its kernels, its collectives, and what the compiler says."""
+    pytest.importorskip("libtpu", reason="libtpu, which compiles for TPUs, is not installed")
+    from grit_jax.plan.program import lower_step
+    from grit_jax.plan.topology import parse_topology
+
+    lowered = lower_step(CONFIG, parse_topology("v5e-4"))
+    capfd.readouterr()
+    text = lowered.compile().as_text()
+    assert "nvoluntary full rematerialization" not in capfd.readouterr().err
+
+    # Splash attention forward and backward; all scores of a row would be the dense kernel's.
+    assert set(re.findall(r"splash_mha_(fwd|dkv)", text)) == {"fwd", "dkv"}
+    assert not re.search(r"\[(?:\d+,)*256,256\]", text)
+
+    def shapes(kind):
+        found = re.findall(rf"= \w+\[([\d,]+)\]\S* {kind}\(", text)
+        return [tuple(sorted(map(int, dims.split(",")))) for dims in found]
+
+    # The tables of 4096 tokens: one gather for the embeddings of each stream, one for the logits, and one for the
+    # embedding chunks that the backward pass computes again.
+    assert shapes("all-gather").count((512, 4096)) <= 4
+    # The gradients of the three MLP matrices leave each stream's layer in pieces: its scan has one instruction each.
+    assert shapes("reduce-scatter").count((128, 1024)) + shapes("all-reduce").count((512, 1024)) <= 2 * 3
