@@ -6,6 +6,13 @@ from dataclasses import dataclass
 
 GIB = 1 << 30
 
+# Device files of accelerators: /dev/vfio/vfio is there without any, /dev/dxg is a GPU under Windows.
+DEVICE_FILES = {
+    "TPU": ("/dev/accel*", "/dev/vfio/[0-9]*"),
+    "NVIDIA GPU": ("/dev/nvidia[0-9]*", "/dev/nvidiactl", "/dev/dxg"),
+    "AMD GPU": ("/dev/kfd",),
+}
+
 
 @dataclass(frozen=True)
 class Chip:

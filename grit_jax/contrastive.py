@@ -32,7 +32,7 @@ DENSE_BYTES = 256 << 20
 Update = Callable[[Any, jax.Array, jax.Array], tuple[Any, jax.Array | None]]
 
 # By default a TPU multiplies float32 in one bfloat16 pass, which at temperature 0.02 moves a logit by 0.2.
-_einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
+exact_einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 
 
 def contrastive_loss(
@@ -100,7 +100,7 @@ def _dense_nll(query: jax.Array, passage: jax.Array, passage_ids: jax.Array) -> 
     """-log softmax of each query's positive, [queries]; queries are divided by the temperature."""
     passage = constrain(passage, "passages", "activation_embed")
     positive = jnp.arange(len(query)) * (len(passage) // len(query))
-    scores = constrain(_einsum("id,jd->ij", query, passage), "batch", "passages")
+    scores = constrain(exact_einsum("id,jd->ij", query, passage), "batch", "passages")
     not_negative = (passage_ids == passage_ids[positive][:, None]) | (passage_ids == -1)
     scores = jnp.where(not_negative & (jnp.arange(len(passage)) != positive[:, None]), -jnp.inf, scores)
     target = jnp.take_along_axis(scores, positive[:, None], axis=1)[:, 0]
@@ -119,7 +119,7 @@ def _excess(
 ) -> jax.Array:
     """By how much each passage's score exceeds the positive's, [queries, passages]; -inf where it is no negative."""
     not_negative = (passage_ids == positive_ids[:, None]) | (passage_ids == -1)
-    return jnp.where(not_negative, -jnp.inf, _einsum("id,jd->ij", query, passage) - target[:, None])
+    return jnp.where(not_negative, -jnp.inf, exact_einsum("id,jd->ij", query, passage) - target[:, None])
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -144,7 +144,7 @@ def _nll_backward(visit, residuals, cotangent):
     def update(query_gradient, passage, passage_ids):
         excess = _excess(query, target, positive_ids, passage, passage_ids)
         change = cotangent[:, None] * jnp.exp(excess - nll[:, None])
-        return query_gradient + _einsum("ij,jd->id", change, passage), _einsum("ij,id->jd", change, query)
+        return query_gradient + exact_einsum("ij,jd->id", change, passage), exact_einsum("ij,id->jd", change, query)
 
     query_gradient, passage_gradient = visit(update, jnp.zeros_like(query), passage, passage_ids)
     # The probabilities of the negatives sum to 1 - exp(-nll).

@@ -15,6 +15,7 @@ import jax
 import numpy as np
 
 from grit_jax import prompts
+from grit_jax.checks import Check
 from grit_jax.config import EmbeddingConfig, InputError
 from grit_jax.data.pipeline import pool_weights
 from grit_jax.hf.folder import is_folder
@@ -37,21 +38,6 @@ SAMPLE_TEXTS = (
 _INSTRUCTION = "Find the note that says the same"
 _PACKAGES = ("torch", "transformers", "sentence_transformers")
 _PROMPT = re.compile(r"(?:<\|user\|>\n(?P<instruction>.+)\n)?<\|embed\|>\n", re.DOTALL)
-
-
-@dataclasses.dataclass(frozen=True)
-class Check:
-    """Outcome of one comparison.
-
-    Attributes:
-      target: What was compared.
-      difference: Largest absolute difference; infinite where the numbers cannot be compared.
-      text: The same in words.
-    """
-
-    target: str
-    difference: float
-    text: str
 
 
 @dataclasses.dataclass(frozen=True)

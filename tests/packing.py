@@ -1,64 +1,6 @@
-"""Packs given texts into given rows, independently of the data layer."""
+"""Relative errors of arrays."""
 
 import numpy as np
-
-from grit_jax.batch import EmbeddingBatch, GenerativeBatch, max_segments
-
-
-def layout(texts, rows, length):
-    """tokens, segment_ids, positions [rows, length] and the (row, offset, segment) of each text.
-
-    `rows` lists the numbers of the texts of each row.
-    """
-    tokens, segment_ids, positions = (np.zeros((len(rows), length), np.int32) for _ in range(3))
-    places = {}
-    for row, members in enumerate(rows):
-        offset = 0
-        for segment, number in enumerate(members, start=1):
-            span = slice(offset, offset + len(texts[number]))
-            tokens[row, span] = texts[number]
-            segment_ids[row, span] = segment
-            positions[row, span] = np.arange(len(texts[number]))
-            places[number] = (row, offset, segment)
-            offset = span.stop
-        assert offset <= length
-    return tokens, segment_ids, positions, places
-
-
-def embedding_batch(texts, rows, length, *, num_queries, skip=2):
-    """Texts 0..num_queries-1 are queries, the others passages; the first `skip` tokens of each are not pooled."""
-    tokens, segment_ids, positions, places = layout(texts, rows, length)
-    pool_weights = np.zeros(tokens.shape, np.float32)
-    slots = np.zeros(len(texts), np.int32)
-    for number, (row, offset, segment) in places.items():
-        pool_weights[row, offset + skip : offset + len(texts[number])] = 1 / (len(texts[number]) - skip)
-        slots[number] = row * max_segments(length) + segment - 1
-    return EmbeddingBatch(
-        tokens,
-        segment_ids,
-        positions,
-        pool_weights,
-        slots[:num_queries],
-        slots[num_queries:],
-        np.full(num_queries, 1 / num_queries, np.float32),
-        np.arange(len(texts) - num_queries, dtype=np.int32),
-    )
-
-
-def generative_batch(texts, rows, length, *, skip=2):
-    """Every token after the first `skip` of each text is scored, all with the same weight."""
-    tokens, segment_ids, positions, places = layout(texts, rows, length)
-    targets, loss_weights = np.zeros(tokens.shape, np.int32), np.zeros(tokens.shape, np.float32)
-    scored = sum(len(text) - skip for text in texts)
-    for number, (row, offset, _) in places.items():
-        end = offset + len(texts[number])
-        targets[row, offset : end - 1] = tokens[row, offset + 1 : end]
-        loss_weights[row, offset + skip - 1 : end - 1] = 1 / scored
-    return GenerativeBatch(tokens, segment_ids, positions, targets, loss_weights)
-
-
-def random_texts(rng, count, *, low=4, high=14, vocab=64):
-    return [rng.integers(1, vocab, rng.integers(low, high)).astype(np.int32) for _ in range(count)]
 
 
 def relative_error(actual, expected):

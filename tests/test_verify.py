@@ -9,8 +9,8 @@ import pytest
 import safetensors.numpy
 
 from grit_jax import verify as module
+from grit_jax.checks import TOLERANCE
 from grit_jax.cli.main import main
-from grit_jax.cli.verify_export import TOLERANCE
 from grit_jax.config import EmbeddingConfig, InputError
 from grit_jax.verify import verify
 from tests.hf import families

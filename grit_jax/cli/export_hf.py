@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from grit_jax.checks import print_checks
 from grit_jax.config import InputError
 
 HELP = "write a Hugging Face folder from a run or checkpoint"
@@ -53,12 +54,9 @@ def run(args: argparse.Namespace) -> int:
         print("not compared with PyTorch (--no-verify)")
     elif missing := missing_packages():
         print(f"not compared with PyTorch: {', '.join(missing)} cannot be imported; pip install 'grit-jax[torch]'")
-    else:
-        from grit_jax.cli.verify_export import TOLERANCE, print_checks
-
-        if print_checks(verify(args.out), TOLERANCE):
-            print(f"error: {args.out} differs from this package; it is kept for inspection", file=sys.stderr)
-            return 1
+    elif print_checks(verify(args.out)):
+        print(f"error: {args.out} differs from this package; it is kept for inspection", file=sys.stderr)
+        return 1
     print(f"{args.out}: a Hugging Face folder in {args.dtype}; its README.md says how to use it")
     return 0
 

@@ -7,7 +7,8 @@ import glob
 import os
 import sys
 
-from grit_jax.cli import encode, export_hf, generate, import_hf, plan, push_hf, quickstart, train, verify_export
+from grit_jax.chips import DEVICE_FILES
+from grit_jax.cli import doctor, encode, export_hf, generate, import_hf, plan, push_hf, quickstart, train, verify_export
 from grit_jax.config import InputError
 
 COMMANDS = {
@@ -20,10 +21,8 @@ COMMANDS = {
     "import-hf": import_hf,
     "push-hf": push_hf,
     "quickstart": quickstart,
+    "doctor": doctor,
 }
-
-# Device files of TPUs and of NVIDIA, AMD and Windows-subsystem GPUs.
-_ACCELERATORS = ("/dev/accel*", "/dev/vfio/*", "/dev/nvidia*", "/dev/kfd", "/dev/dxg")
 
 _EXIT_CODES = """\
 exit codes: 0 done, 2 bad input (do not retry), 3 a plan that does not fit, 75 saved after a signal (run the same
@@ -62,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
         args.overrides = overrides
     elif overrides:
         parser.error(f"{args.command} does not know {' '.join(overrides)}; see grit-jax {args.command} --help")
-    if not any(map(glob.glob, _ACCELERATORS)):
+    if not any(glob.glob(pattern) for patterns in DEVICE_FILES.values() for pattern in patterns):
         os.environ.setdefault("JAX_PLATFORMS", "cpu")  # an installed TPU library would search and complain
     try:
         return COMMANDS[args.command].run(args)

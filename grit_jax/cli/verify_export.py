@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from pathlib import Path
 
+from grit_jax.checks import TOLERANCE, print_checks
 from grit_jax.config import InputError
 
-TOLERANCE = 1e-4
 HELP = "compare PyTorch's numbers with ours on an exported folder"
 EXAMPLES = """\
   grit-jax verify-export my-model
@@ -33,14 +34,5 @@ def run(args: argparse.Namespace) -> int:
     from grit_jax.verify import SAMPLE_TEXTS, verify
 
     texts = read_texts(Path(args.texts), option="--texts") if args.texts else SAMPLE_TEXTS
-    return print_checks(verify(args.folder, texts), args.tolerance)
-
-
-def print_checks(checks, tolerance: float) -> int:
-    """Prints one line per check and returns the exit code."""
-    failed = False
-    for check in checks:
-        good = check.difference <= tolerance  # NaN is not
-        failed |= not good
-        print(f"{'ok  ' if good else 'FAIL'} {check.target}: {check.text}", flush=True)
-    return int(failed)
+    checks = verify(args.folder, texts)
+    return print_checks(dataclasses.replace(check, tolerance=args.tolerance) for check in checks)

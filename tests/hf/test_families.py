@@ -8,6 +8,7 @@ import safetensors.numpy
 
 from grit_jax.batch import GritBatch
 from grit_jax.config import Config, LossConfig, ModelConfig
+from grit_jax.doctor.rows import embedding_batch, generative_batch, random_texts
 from grit_jax.execution import PLAIN
 from grit_jax.hf.export import save_folder
 from grit_jax.hf.folder import open_folder
@@ -16,7 +17,6 @@ from grit_jax.model.transformer import abstract_model, bind
 from grit_jax.train.step import Objective
 from tests.hf import families
 from tests.hf.test_folder import whole
-from tests.packing import embedding_batch, generative_batch, random_texts
 
 pytest.importorskip("torch")
 pytest.importorskip("transformers")

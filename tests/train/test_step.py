@@ -20,12 +20,13 @@ from grit_jax.config import (
     TrainConfig,
     TransformerConfig,
 )
+from grit_jax.doctor.rows import embedding_batch, generative_batch, random_texts
 from grit_jax.execution import PLAIN, execution
 from grit_jax.model.transformer import abstract_model, init_params, param_axes
 from grit_jax.train.optimizer import make_optimizer
 from grit_jax.train.state import abstract_state, new_state, shardings_of
 from grit_jax.train.step import Objective, make_train_step
-from tests.packing import embedding_batch, generative_batch, random_texts, relative_error
+from tests.packing import relative_error
 
 LENGTH = 32
 TOLERANCE = 1e-5
