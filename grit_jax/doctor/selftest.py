@@ -39,7 +39,7 @@ from grit_jax.doctor.rows import embedding_batch, generative_batch, layout, rand
 from grit_jax.execution import PLAIN, Execution, execution
 from grit_jax.model.attention import AttentionMask, attention
 from grit_jax.model.moe import ExpertMLP
-from grit_jax.model.transformer import abstract_model, abstract_params, init_params, param_axes
+from grit_jax.model.transformer import abstract_model, abstract_params, param_axes
 from grit_jax.train.setup import set_up
 from grit_jax.train.state import new_state
 
@@ -173,7 +173,10 @@ def _meshes() -> Iterator[MeshConfig]:
     """Splits over all devices: the weights', and with the heads or the experts split too."""
     data = len({getattr(device, "slice_index", 0) for device in jax.devices()})
     yield MeshConfig(data)
-    if jax.device_count() // data % 2 == 0:
+    devices = jax.device_count() // data
+    if devices % 4 == 0:
+        yield MeshConfig(data, tensor=2, expert=2)
+    elif devices % 2 == 0:
         yield MeshConfig(data, tensor=2)
         yield MeshConfig(data, expert=2)
 
@@ -231,8 +234,13 @@ def _update(mesh: Mesh) -> dict[str, float]:
 
 @functools.cache
 def _random_params(architecture: TransformerConfig) -> Any:
-    """Initial weights on the host, where they do not depend on a mesh."""
-    return jax.device_get(jax.jit(init_params, static_argnums=0)(architecture, jax.random.key(0)))
+    """Random weights on the host; a model's own take ten seconds to compile."""
+    rng = np.random.default_rng(0)
+
+    def draw(like):
+        return (rng.normal(size=like.shape) * like.shape[-1] ** -0.5).astype(like.dtype)
+
+    return jax.tree.map(draw, abstract_params(abstract_model(architecture)))
 
 
 def _batch(num_rows: int) -> GritBatch:
