@@ -71,7 +71,7 @@ def _arranged(sizes: Sequence[int], devices: Sequence[jax.Device]) -> np.ndarray
     """The devices by their place in a mesh of these sizes; slices of a multislice job are the outer part of `data`."""
     slices: dict[int, list[jax.Device]] = {}
     for device in devices:  # JAX gives hosts of other machines slice numbers too
-        slices.setdefault(device.slice_index if device.platform == "tpu" else 0, []).append(device)
+        slices.setdefault(getattr(device, "slice_index", 0) if device.platform == "tpu" else 0, []).append(device)
     if sizes[0] % len(slices):
         raise InputError(
             f"mesh.data={sizes[0]} is not divisible by the {len(slices)} slices, which data-parallel copies span; "
