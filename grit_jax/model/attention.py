@@ -43,10 +43,10 @@ class AttentionMask:
         then distances in the row, which is what kernels go by.
     """
 
-    query_positions: Int[Array, "batch length"]
-    key_positions: Int[Array, "#batch keys"]
-    query_segments: Int[Array, "batch length"] | None
-    key_segments: Int[Array, "batch keys"] | None
+    query_positions: Int[Array, "*pieces batch length"]
+    key_positions: Int[Array, "*pieces #batch keys"]
+    query_segments: Int[Array, "*pieces batch length"] | None
+    key_segments: Int[Array, "*pieces batch keys"] | None
     causal: bool = dataclasses.field(metadata={"static": True})
     window: int | None = dataclasses.field(default=None, metadata={"static": True})
     packed: bool = dataclasses.field(default=False, metadata={"static": True})

@@ -105,7 +105,7 @@ def gathered(module: Any, dtype: jnp.dtype) -> Any:
     return jax.tree.map(whole, module, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
 
 
-Rotation = tuple[Float[Array, "batch length half"], Float[Array, "batch length half"]]
+Rotation = tuple[Float[Array, "*pieces batch length half"], Float[Array, "*pieces batch length half"]]
 
 
 def rotation(

@@ -44,7 +44,7 @@ Windowed = bool | Bool[Array, ""]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Context:
-    """What all layers of one call share.
+    """What all layers of one call share; cut into pieces where rows go through a layer in pieces.
 
     Attributes:
       mask: Who sees whom in layers with the sliding window.
@@ -55,7 +55,7 @@ class Context:
     """
 
     mask: AttentionMask
-    real: Bool[Array, "batch length"]
+    real: Bool[Array, "*pieces batch length"]
     full: Rotation
     local: Rotation | None
     execution: Execution = dataclasses.field(metadata={"static": True})
