@@ -27,6 +27,7 @@ from grit_jax import sharding
 from grit_jax.batch import EmbeddingBatch, GenerativeBatch, GritBatch, HostShare, max_segments
 from grit_jax.config import Config, DataConfig, MeshConfig, ModelConfig, OptimizerConfig, TrainConfig
 from grit_jax.data.pipeline import Pipeline
+from grit_jax.execution import execution
 from grit_jax.loading import load_params, open_model
 from grit_jax.model.pretrained import Pretrained
 from grit_jax.model.transformer import abstract_model, param_axes
@@ -104,7 +105,7 @@ def ours(config: Config, pretrained: Pretrained, batches: list[GritBatch]) -> Ca
     optimizer = make_optimizer(config.optimizer, config.train.steps, param_axes(model))
     placed = shardings_of(abstract_state(model, optimizer, mesh))
     rate = learning_rate(config.optimizer, config.train.steps)
-    step = make_train_step(Objective(model, config, np.dtype("float32")), optimizer, rate, placed)
+    step = make_train_step(Objective(model, config, execution(config.model, "cpu")), optimizer, rate, placed)
     with jax.set_mesh(mesh):
         params = load_params(pretrained, mesh)
         state: TrainState = jax.jit(new_state, static_argnums=1, out_shardings=placed)(params, optimizer)

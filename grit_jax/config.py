@@ -17,6 +17,7 @@ from typing import Any, Literal
 Attention = Literal["bidirectional", "causal"]
 Pooling = Literal["mean", "weighted_mean", "cls", "last_token"]
 AttentionKernel = Literal["dense", "splash", "cudnn"]
+ExpertKernel = Literal["ragged_dot", "megablox"]
 Remat = Literal["none", "full", "dots", "offload"]
 Negatives = Literal["auto", "dense", "gathered", "ring"]
 
@@ -195,6 +196,8 @@ class ModelConfig:
       generative_attention: Attention of the generative pass.
       compute_dtype: Type of activations; `auto` is float32 on CPU and bfloat16 elsewhere. Weights stay float32.
       attention_kernel: `dense`, `splash` (TPU), `cudnn` (GPU), or `auto` for the device's own.
+      expert_kernel: What multiplies tokens sorted by expert: `ragged_dot`, `megablox` (TPU), or `auto` for the device's
+        own.
       remat: What a layer recomputes in the backward pass: `none`; `full`, all but its input; `dots`, all but matrix
         products and attention; `offload`, like `full` with the inputs kept in the host's memory.
       layer_rows: Most rows of a device that go through a layer at once; null takes all. What lives inside a layer
@@ -208,6 +211,7 @@ class ModelConfig:
     generative_attention: Attention = "causal"
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     attention_kernel: Literal["auto"] | AttentionKernel = "auto"
+    expert_kernel: Literal["auto"] | ExpertKernel = "auto"
     remat: Remat = "full"
     layer_rows: int | None = None
 
@@ -232,7 +236,8 @@ class DataConfig:
       generative_batch: Conversations per step, over all devices.
       packing: Whether a row holds many texts (true) or one.
       row_buckets: Most row counts per stream that steps are rounded up to; each one is a compile.
-      exclude_duplicates: Whether a passage equal to the query's own positive is left out of its negatives.
+      exclude_duplicates: Whether passages equal to the query's own positive, and positives of equal queries, are left
+        out of its negatives.
       workers: Processes that fill batches; 0 fills them in a thread of the training process.
     """
 

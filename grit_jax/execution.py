@@ -12,7 +12,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from grit_jax.config import AttentionKernel, ModelConfig, Remat
+from grit_jax.config import AttentionKernel, ExpertKernel, ModelConfig, Remat
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,6 +22,7 @@ class Execution:
     Attributes:
       dtype: Type of the activations.
       attention: Kernel of packed rows; with a cache attention is always dense.
+      experts: Kernel of the grouped matrix products of experts.
       remat: What a layer recomputes in the backward pass.
       layer_rows: Most rows that go through a layer at once; None takes all.
       interpret: Whether Pallas kernels are interpreted, which runs them on any device, slowly.
@@ -29,9 +30,15 @@ class Execution:
 
     dtype: jnp.dtype
     attention: AttentionKernel = "dense"
+    experts: ExpertKernel = "ragged_dot"
     remat: Remat = "none"
     layer_rows: int | None = None
     interpret: bool = False
+
+    @property
+    def row_unit(self) -> int:
+        """What the length of packed rows is a multiple of."""
+        return 128 if self.attention == "splash" or self.experts == "megablox" else 1
 
 
 # The reference: every other setting gives its numbers, up to the rounding of its type.
@@ -86,9 +93,15 @@ def num_chunks(size: int, limit: int | None) -> int:
 
 def execution(config: ModelConfig, platform: str) -> Execution:
     """The settings of a run on devices of a platform: `tpu`, `gpu` or `cpu`."""
-    own: AttentionKernel = "splash" if platform == "tpu" else "cudnn" if platform == "gpu" else "dense"
-    kernel = own if config.attention_kernel == "auto" else config.attention_kernel
-    return Execution(compute_dtype(config.compute_dtype, platform), kernel, config.remat, config.layer_rows)
+    attention: AttentionKernel = "splash" if platform == "tpu" else "cudnn" if platform == "gpu" else "dense"
+    experts: ExpertKernel = "megablox" if platform == "tpu" else "ragged_dot"
+    return Execution(
+        dtype=compute_dtype(config.compute_dtype, platform),
+        attention=attention if config.attention_kernel == "auto" else config.attention_kernel,
+        experts=experts if config.expert_kernel == "auto" else config.expert_kernel,
+        remat=config.remat,
+        layer_rows=config.layer_rows,
+    )
 
 
 def compute_dtype(name: Literal["auto", "float32", "bfloat16"], platform: str) -> jnp.dtype:

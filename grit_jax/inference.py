@@ -70,6 +70,7 @@ class GritModel:
         self._batch_tokens = 2048 if on_cpu else 16384  # a CPU is as fast as long as its caches hold the activations
         self.architecture, self.embedding, self.tokenizer = architecture, embedding, tokenizer
         self._mesh, self._execution = mesh, execution
+        self._shortest_row = max(64, execution.row_unit)
         self._model = abstract_model(architecture, embedding.projection_dim)
 
     @classmethod
@@ -164,8 +165,10 @@ class GritModel:
     ) -> Iterator[tuple[dict[int, int], tuple[np.ndarray, ...]]]:
         """Batches of packed rows: which text is in which slot, and the arrays that `embed_rows` takes."""
         # Attention costs what its rows are long, so short texts get short rows: twice as long, to fill them well.
-        longest = _bucket(int(lengths.max()), at_least=64)
-        row_lengths = np.array([min(2 * _bucket(int(length), at_least=64), longest) for length in lengths])
+        longest = _bucket(int(lengths.max()), at_least=self._shortest_row)
+        row_lengths = np.array(
+            [min(2 * _bucket(int(length), at_least=self._shortest_row), longest) for length in lengths]
+        )
         shards = sharding.axis_size(self._mesh, "batch")
         for row_length in np.unique(row_lengths).tolist():
             texts = np.flatnonzero(row_lengths == row_length)
@@ -200,7 +203,8 @@ class GritModel:
             length = len(encoding.ids)
             if not 0 < length <= self.architecture.max_length:
                 raise InputError(f"text {place} has {length} tokens, not 1 to {self.architecture.max_length}")
-            tokens, segment_ids = (np.zeros((rows, _bucket(length, at_least=64)), np.int32) for _ in range(2))
+            shape = rows, _bucket(length, at_least=self._shortest_row)
+            tokens, segment_ids = (np.zeros(shape, np.int32) for _ in range(2))
             tokens[:, :length], segment_ids[:, :length] = encoding.ids, 1
             with jax.set_mesh(self._mesh):
                 row = _logits(self._model, self.params, tokens, segment_ids, execution=self._execution)
@@ -360,8 +364,9 @@ def _bucket(size: int, *, at_least: int) -> int:
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames=("settings", "execution"))
-def _embed(model, params, *rows, settings: EmbeddingConfig, execution: Execution):
-    return embed_rows(bind(model, params), *rows, settings=settings, execution=execution)[0]
+def _embed(model, params, tokens, *rows, settings: EmbeddingConfig, execution: Execution):
+    model = bind(model, params)
+    return embed_rows(model, model.embed(tokens, execution.dtype), *rows, settings=settings, execution=execution)[0]
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames="execution")

@@ -49,12 +49,17 @@ def _block_nll(logits: Logits, output_weights, hidden, targets, loss_weights):
 def _sum_over_blocks(function, zero, blocks):
     """The sum of `function` over blocks, those without weights left out, and what else it gives, stacked."""
 
-    def add(total, block):
-        scored = jnp.any(block[-1] != 0)
-        value, extra = jax.lax.cond(scored, function, lambda *_: zero, *block)
+    def add(total, *block):
+        value, extra = function(*block)
         return jax.tree.map(jnp.add, total, value), extra
 
-    return jax.lax.scan(add, zero[0], blocks)
+    def skip(total, *_):
+        return total, zero[1]
+
+    # The total goes through the branches, which then add to it in place.
+    return jax.lax.scan(
+        lambda total, block: jax.lax.cond(jnp.any(block[-1] != 0), add, skip, total, *block), zero[0], blocks
+    )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -13,6 +13,8 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 
 from grit_jax.batch import max_segments
 from grit_jax.config import DataConfig, InputError, LossConfig, TrainConfig
@@ -49,13 +51,37 @@ class RowPlan(NamedTuple):
 
 
 class EmbeddingPlan(NamedTuple):
-    """The embedding half of a step; see `EmbeddingBatch` for slots, weights and ids."""
+    """The embedding half of a step; see `EmbeddingBatch` for slots, weights and ids.
+
+    Attributes:
+      rows: Where its texts are.
+      slots_per_row: Texts that a row may hold.
+      query_texts: int [queries]; number of each query's text in `rows`, that of a filler is any.
+      passage_texts: int [queries * group]; likewise.
+      query_weights: float32 [queries].
+      passage_ids: int32 [queries * group].
+    """
 
     rows: RowPlan
-    query_slots: np.ndarray
-    passage_slots: np.ndarray
+    slots_per_row: int
+    query_texts: np.ndarray
+    passage_texts: np.ndarray
     query_weights: np.ndarray
     passage_ids: np.ndarray
+
+    @property
+    def query_slots(self) -> np.ndarray:
+        """int32 [queries]."""
+        return self._slots[self.query_texts]
+
+    @property
+    def passage_slots(self) -> np.ndarray:
+        """int32 [queries * group]."""
+        return self._slots[self.passage_texts]
+
+    @property
+    def _slots(self) -> np.ndarray:
+        return self.rows.row * np.int32(self.slots_per_row) + self.rows.segment - 1
 
 
 class GenerativePlan(NamedTuple):
@@ -196,16 +222,19 @@ class _Planner:
         present = texts >= 0
         owner = np.nonzero(present)[0]
         rows = self._rows(samples.file[owner], samples.record[owner], texts[present], self._data.embedding_row_length)
-        slots, ids = np.zeros((batch, 1 + group), np.int32), np.full((batch, 1 + group), -1, np.int32)
+        number, ids = np.zeros((batch, 1 + group), int), np.full((batch, 1 + group), -1, np.int32)
         filled = np.zeros((batch, 1 + group), bool)
         filled[: len(texts)] = present
-        slots[filled] = rows.row * max_segments(self._data.embedding_row_length) + rows.segment - 1
+        number[filled] = np.arange(len(owner))
         if self._data.exclude_duplicates:
             ids[filled] = np.unique(self._hashes(rows), return_inverse=True)[1]
+            ids[filled[:, 0], 1:] = _with_positives_of_equal_queries(ids[filled[:, 0]])
         else:
-            ids[filled] = np.arange(len(owner))
+            ids[filled] = number[filled]
         weights = np.where(np.arange(batch) < len(texts), query_weight, 0).astype(np.float32)
-        return EmbeddingPlan(rows, slots[:, 0], slots[:, 1:].reshape(-1), weights, ids[:, 1:].reshape(-1))
+        slots_per_row = max_segments(self._data.embedding_row_length)
+        query, passages = number[:, 0], number[:, 1:].reshape(-1)
+        return EmbeddingPlan(rows, slots_per_row, query, passages, weights, ids[:, 1:].reshape(-1))
 
     def generative(self, samples: Samples) -> tuple[RowPlan, np.ndarray]:
         """Rows of the samples' conversations, and the scored tokens of each, int32 [samples]."""
@@ -263,7 +292,7 @@ class Schedule:
     ):
         _check_num_samples(data, indexes)
         self._planner = _Planner(indexes, data)
-        self._data, self._loss, self._train = data, loss, train
+        self._data, self._loss, self._train, self._row_multiples = data, loss, train, row_multiples
         self._embedding = self._planner.trained_files("embedding", train.mode) if train.embeds else []
         self._generative = self._planner.trained_files("generative", train.mode) if train.generates else []
         self.embedding_buckets = self._buckets(
@@ -286,9 +315,10 @@ class Schedule:
         """Step `k`, counted from 0."""
         embedding = self._embedding_plan(k) if self._embedding else None
         generative = self._generative_plan(k) if self._generative else None
+        pieces = self._row_multiples
         return StepPlan(
-            embedding and embedding._replace(rows=_rounded(embedding.rows, self.embedding_buckets)),
-            generative and generative._replace(rows=_rounded(generative.rows, self.generative_buckets)),
+            embedding and embedding._replace(rows=_dealt(embedding.rows, self.embedding_buckets, pieces[0])),
+            generative and generative._replace(rows=_dealt(generative.rows, self.generative_buckets, pieces[1])),
         )
 
     def report(self) -> list[str]:
@@ -428,6 +458,20 @@ def token_weights(scored: np.ndarray, loss: LossConfig) -> np.ndarray:
     return np.repeat(1 / (len(starts) * totals), size)[: len(scored)].astype(np.float32)
 
 
+def _with_positives_of_equal_queries(ids: np.ndarray) -> np.ndarray:
+    """Ids of passages, [queries, group], that are equal too where passages are positives of equal queries.
+
+    Args:
+      ids: int [queries, 1 + group]; equal for equal texts, -1 for fillers. The first text is the query, the second its
+        positive.
+    """
+    size = ids.max() + 1
+    queries, positives = ids[:, 0], ids[:, 1]
+    edges = coo_array((np.ones(len(ids)), (queries, size + positives)), shape=(2 * size, 2 * size))
+    labels = connected_components(edges, directed=False)[1][size:]
+    return np.where(ids[:, 1:] == -1, -1, labels[ids[:, 1:]])
+
+
 def _first_passages(positives: np.ndarray, negatives: np.ndarray, group: int) -> list[int]:
     return [positives[0], *negatives[: group - 1]]
 
@@ -438,14 +482,20 @@ def _round_validation(plan: StepPlan, plans: list[StepPlan], multiples: tuple[in
         stream = getattr(plan, name)
         if stream:
             needed = np.array([getattr(other, name).rows.num_rows for other in plans if getattr(other, name)])
-            rounded[name] = stream._replace(
-                rows=_rounded(stream.rows, choose_buckets(needed, multiple=multiple, limit=limit))
-            )
+            buckets = choose_buckets(needed, multiple=multiple, limit=limit)
+            rounded[name] = stream._replace(rows=_dealt(stream.rows, buckets, multiple))
     return plan._replace(**rounded)
 
 
-def _rounded(rows: RowPlan, buckets: tuple[int, ...]) -> RowPlan:
-    return rows._replace(num_rows=round_up(rows.num_rows, buckets))
+def _dealt(rows: RowPlan, buckets: tuple[int, ...], pieces: int) -> RowPlan:
+    """The rows, their number rounded up to a bucket, dealt out to equal pieces in turn.
+
+    The pieces are those that devices take, chunk by chunk. Packing leaves long texts in the first rows and padding in
+    the last; dealt, every piece has its share of both.
+    """
+    num_rows = round_up(rows.num_rows, buckets)
+    place = np.arange(num_rows, dtype=np.int32).reshape(pieces, -1).T.reshape(-1)
+    return rows._replace(num_rows=num_rows, row=place[rows.row])
 
 
 def _epoch_size(files: list[_File]) -> int:

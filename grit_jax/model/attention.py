@@ -97,7 +97,7 @@ def attention(
     if not mask.packed or execution.attention == "dense":
         return _dense(query, key, value, mask, scale=scale, soft_cap=soft_cap)
     if execution.attention == "splash":
-        return _splash(query, key, value, mask, scale=scale, soft_cap=soft_cap, interpret=execution.interpret)
+        return _splash(query, key, value, mask, scale=scale, soft_cap=soft_cap, execution=execution)
     return _cudnn(query, key, value, mask, scale=scale, soft_cap=soft_cap)
 
 
@@ -123,13 +123,13 @@ def _dense(query: Array, key: Array, value: Array, mask: AttentionMask, *, scale
     return out.reshape(batch, length, num_heads, head_dim)
 
 
-def _splash(query: Array, key: Array, value: Array, mask: AttentionMask, *, scale, soft_cap, interpret: bool) -> Array:
+def _splash(query: Array, key: Array, value: Array, mask: AttentionMask, *, scale, soft_cap, execution) -> Array:
     """JAX's splash attention for TPU: blocks that causality or the window hide are never computed."""
     length = query.shape[1]
-    if length % 128:
+    if length % execution.row_unit:
         raise InputError(
-            f"rows of {length} tokens: splash attention needs a multiple of 128; choose such data.*_max_length, or "
-            "model.attention_kernel=dense"
+            f"rows of {length} tokens: splash attention needs a multiple of {execution.row_unit}; "
+            "choose such data.*_max_length, or model.attention_kernel=dense"
         )
 
     def on_device(query, key, value, segments):
@@ -140,7 +140,7 @@ def _splash(query: Array, key: Array, value: Array, mask: AttentionMask, *, scal
             block_sizes=_block_sizes(length),
             attn_logits_soft_cap=soft_cap,
             residual_checkpoint_name=ATTENTION,
-            interpret=interpret,
+            interpret=execution.interpret,
         )
         heads_first = (x.swapaxes(1, 2) for x in (query * scale, key, value))
         segment_ids = splash_attention_kernel.SegmentIds(segments, segments)

@@ -34,7 +34,7 @@ def normalize(x: Float[Array, "... embed"]) -> Float[Array, "... embed"]:
 
 def embed_rows(
     model: Transformer,
-    tokens: Int[Array, "batch length"],
+    x: Float[Array, "batch length embed"],
     segment_ids: Int[Array, "batch length"],
     positions: Int[Array, "batch length"],
     pool_weights: Float[Array, "batch length"],
@@ -44,12 +44,14 @@ def embed_rows(
 ) -> tuple[Float[Array, "batch segments out"], RouterStats | None]:
     """Float32 vectors of the texts of packed rows, in the slots of `EmbeddingBatch`, and the routers' sums.
 
+    `x` are the rows' embedded tokens.
+
     Hidden states are pooled, projected where the model has a head, and of unit length if the settings ask for it. The
     head is linear and pool weights sum to 1, so projecting after pooling equals projecting every token.
     """
     mask = model.mask(segment_ids, positions, causal=settings.attention == "causal")
-    hidden, stats = model(tokens, mask, execution)
-    vectors = pool(hidden, pool_weights, segment_ids, num_segments=max_segments(tokens.shape[1]))
+    hidden, stats = model.hidden(x, mask, execution)
+    vectors = pool(hidden, pool_weights, segment_ids, num_segments=max_segments(x.shape[1]))
     if settings.projection_dim is not None:
         with jax.default_matmul_precision("highest"):
             vectors = gathered(model.projection, vectors.dtype)(vectors)

@@ -148,7 +148,7 @@ class Block(nnx.Module):
         if self.config.post_norms:
             added = self.attention_post_norm(added)
         x = constrain(x + added, "batch", "length", "activation_embed")
-        added, stats = self.mlp(self.mlp_norm(x), context.real)
+        added, stats = self.mlp(self.mlp_norm(x), context.real, context.execution)
         if self.config.post_norms:
             added = self.mlp_post_norm(added)
         return constrain(x + added, "batch", "length", "activation_embed"), cache, stats
@@ -216,13 +216,26 @@ class Transformer(nnx.Module):
         """The function from hidden states to logits, its weights made once."""
         return functools.partial(self.logits, weights=self.output_weights(dtype))
 
+    def embed(self, tokens: Int[Array, "batch length"], dtype: jnp.dtype) -> Float[Array, "batch length embed"]:
+        """What the layers start from, in `dtype`."""
+        x = gathered(self.embedding, dtype)[...].astype(dtype)[tokens]
+        if self.config.scale_embedding:
+            x = x * jnp.asarray(self.config.embed_dim**0.5, dtype)
+        return constrain(x, "batch", "length", "activation_embed")
+
     def __call__(
         self, tokens: Int[Array, "batch length"], mask: AttentionMask, execution: Execution = PLAIN
+    ) -> tuple[Float[Array, "batch length embed"], RouterStats | None]:
+        """`hidden` of the embedded tokens."""
+        return self.hidden(self.embed(tokens, execution.dtype), mask, execution)
+
+    def hidden(
+        self, x: Float[Array, "batch length embed"], mask: AttentionMask, execution: Execution = PLAIN
     ) -> tuple[Float[Array, "batch length embed"], RouterStats | None]:
         """Final-norm hidden states, and the routers' sums over layers and tokens where there are experts.
 
         Args:
-          tokens: Token ids.
+          x: Embedded tokens.
           mask: Attention of this call; its query positions are the tokens' rotary positions.
           execution: How to compute.
         """
@@ -239,7 +252,6 @@ class Transformer(nnx.Module):
             return out.reshape(x.shape), _summed(stats)
 
         layers: Any = list(self.layers) if self.is_split else self.layers
-        x = self._embed(tokens, execution.dtype)
         x, stats = self._scan(rematerialized(step, execution.remat), x, layers, mask, execution)
         if self.is_split:
             stats = jax.tree.map(lambda *per_layer: jnp.stack(per_layer), *stats)
@@ -256,14 +268,8 @@ class Transformer(nnx.Module):
             return x, cache
 
         layers: Any = list(zip(self.layers, cache, strict=True)) if self.is_split else (self.layers, cache)
-        x, cache = self._scan(step, self._embed(tokens, dtype), layers, mask, Execution(dtype))
+        x, cache = self._scan(step, self.embed(tokens, dtype), layers, mask, Execution(dtype))
         return self.final_norm(x), cache
-
-    def _embed(self, tokens: Array, dtype: jnp.dtype) -> Array:
-        x = gathered(self.embedding, dtype)[...].astype(dtype)[tokens]
-        if self.config.scale_embedding:
-            x = x * jnp.asarray(self.config.embed_dim**0.5, dtype)
-        return constrain(x, "batch", "length", "activation_embed")
 
     def _scan(self, step, x: Array, layers: Any, mask: AttentionMask, execution: Execution) -> tuple[Array, Any]:
         """Carries `x` through `step(x, layer, context, windowed)` of every layer.

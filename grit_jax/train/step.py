@@ -64,24 +64,27 @@ class Objective:
         """L_rep of the batch, and the balance loss of its experts; float32 scalars."""
         settings = self.config.model.embedding
 
-        def on_device(params, rows, *slots):
-            def vectors(rows):
-                return embed_rows(bind(self.model, params), *rows, settings=settings, execution=self.execution)
+        def on_device(params, tokens, rows, *slots):
+            model = bind(self.model, params)
 
-            # [chunks, rows, segments, embed]
+            def vectors(rows):
+                return embed_rows(model, *rows, settings=settings, execution=self.execution)
+
+            # The table of tokens is gathered once, outside the chunks. Pooled: [chunks, rows, segments, embed].
+            rows = (model.embed(tokens, self.execution.dtype), *rows)
             pooled, stats = map_chunks(vectors, rows, self.config.train.embedding_chunks)
             pooled = pooled.reshape(-1, pooled.shape[-1])
             return tuple(_own_texts(pooled, texts) for texts in slots), _over_devices(stats)
 
-        rows = (batch.tokens, batch.segment_ids, batch.positions, batch.pool_weights)
+        rows = (batch.segment_ids, batch.positions, batch.pool_weights)
         texts = ("batch", "activation_embed")
         split = on_devices(
             on_device,
-            in_axes=(param_axes(self.model), (_ROWS,) * 4, ("whole",), ("whole",)),
+            in_axes=(param_axes(self.model), _ROWS, (_ROWS,) * 3, ("whole",), ("whole",)),
             out_axes=((texts, texts), ()),
             over=mesh_axes("batch"),
         )
-        (query, passage), stats = split(params, rows, batch.query_slots, batch.passage_slots)
+        (query, passage), stats = split(params, batch.tokens, rows, batch.query_slots, batch.passage_slots)
         loss = contrastive_loss(
             query,
             passage,
@@ -97,17 +100,25 @@ class Objective:
         causal = self.config.model.generative_attention == "causal"
 
         def on_device(params, batch):
-            def loss(rows: GenerativeBatch):
-                model = bind(self.model, params)
-                mask = model.mask(rows.segment_ids, rows.positions, causal=causal)
-                hidden, stats = model(rows.tokens, mask, self.execution)
-                weights = model.output_weights(self.execution.dtype)
-                loss = next_token_loss(
-                    hidden, weights, model.logits, targets=rows.targets, loss_weights=rows.loss_weights
-                )
-                return loss, stats
+            model = bind(self.model, params)
 
-            return _over_devices(map_chunks(loss, batch, self.config.train.generative_chunks))
+            def hidden_states(rows):
+                x, segment_ids, positions = rows
+                return model.hidden(x, model.mask(segment_ids, positions, causal=causal), self.execution)
+
+            # The tables of tokens are gathered once, outside the chunks.
+            rows = (model.embed(batch.tokens, self.execution.dtype), batch.segment_ids, batch.positions)
+            hidden, stats = map_chunks(hidden_states, rows, self.config.train.generative_chunks)
+            hidden, table = jax.lax.optimization_barrier((hidden, model.output_table[...]))
+            model.output_table[...] = table
+            loss = next_token_loss(
+                hidden.reshape(*batch.tokens.shape, -1),
+                model.output_weights(self.execution.dtype),
+                model.logits,
+                targets=batch.targets,
+                loss_weights=batch.loss_weights,
+            )
+            return _over_devices((loss[None], stats))
 
         in_axes = (param_axes(self.model), GenerativeBatch(*[_ROWS] * 5))
         split = on_devices(on_device, in_axes=in_axes, out_axes=(), over=mesh_axes("batch"))

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from grit_jax.batch import max_segments
 from grit_jax.config import DataConfig, InputError, LossConfig, TrainConfig
 from grit_jax.data.index import FileIndex
-from grit_jax.data.schedule import Schedule, token_weights, validation_steps
+from grit_jax.data.schedule import Schedule, StepPlan, token_weights, validation_steps
 
 
 def embedding_index(records, name="e.jsonl", negatives=2, seed=0, **changes):
@@ -187,6 +187,18 @@ def test_equal_passages_share_an_id_only_when_duplicates_are_excluded():
     assert sorted(Counter(excluded.passage_ids.tolist()).values()) == [1, 3]
 
 
+def test_positives_of_equal_queries_are_never_each_others_negatives():
+    # Query 0 has positives 9 and 8, query 1 has 8 and 7; query 2 has 6, and a text equal to query 0 as its negative.
+    texts = [[0, 9, 20], [0, 8, 21], [1, 8, 22], [1, 7, 23], [2, 6, 0]]
+    index = embedding_index(5, negatives=1, hashes=np.ravel(texts))
+    plan = schedule(index, embedding_batch=5, group_size=2, exclude_duplicates=True).step(0).embedding
+    ids = {}
+    for (_, record), group in zip(queries(StepPlan(plan, None)), plan.passage_ids.reshape(5, 2), strict=True):
+        ids |= dict(zip(texts[record][1:], group.tolist(), strict=True))
+    assert ids[9] == ids[8] == ids[7]
+    assert len({ids[text] for text in (9, 6, 20, 21, 22, 23, 0)}) == 7
+
+
 @pytest.mark.parametrize(
     ("loss", "expected"),
     [
@@ -262,3 +274,18 @@ def test_validation_holds_everything_once_with_unit_weights():
     generative = [plan.generative for plan in plans if plan.generative]
     assert [int(record) for plan in generative for record in np.sort(plan.rows.record)] == list(range(7))
     assert all((plan.token_weights == 1).all() for plan in generative)
+
+
+def test_every_piece_of_a_batch_gets_its_share_of_the_long_rows_and_of_the_padding():
+    plan = schedule(
+        embedding_index(64, negatives=1), generative_index(64), mode="unified", multiples=(4, 4),
+        embedding_batch=48, generative_batch=33, group_size=2,
+    ).step(0)  # fmt: skip
+    for rows in (plan.embedding.rows, plan.generative.rows):
+        assert rows.num_rows % 4 == 0
+        tokens = np.bincount(rows.row, rows.length, minlength=rows.num_rows).reshape(4, -1).sum(1)
+        assert tokens.max() - tokens.min() <= 64  # two rows; taken in order, the last piece would be nearly empty
+    # The slots still are where the texts are.
+    rows = plan.embedding.rows
+    places = set((rows.row * plan.embedding.slots_per_row + rows.segment - 1).tolist())
+    assert places == set(plan.embedding.query_slots.tolist()) | set(plan.embedding.passage_slots.tolist())

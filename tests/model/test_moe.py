@@ -1,14 +1,17 @@
 """The mixture of experts against a loop over tokens."""
 
+import contextlib
 import dataclasses
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from grit_jax import sharding
-from grit_jax.config import MeshConfig, TransformerConfig
+from grit_jax.config import InputError, MeshConfig, TransformerConfig
+from grit_jax.execution import PLAIN
 from grit_jax.losses import balance_loss
 from grit_jax.model.moe import ExpertMLP
 from tests.packing import relative_error
@@ -33,6 +36,37 @@ def by_hand(mlp, x):
         gated = x @ gate[expert]
         out += weight * (gated / (1 + np.exp(-gated)) * (x @ up[expert])) @ down[expert]
     return chosen, probabilities, out
+
+
+@pytest.mark.parametrize("mesh", [None, MeshConfig(1, 2, 1, 4), MeshConfig(1, 1, 2, 4)])
+@pytest.mark.parametrize("per_token", [1, 2, 3])
+def test_megablox_equals_ragged_dot(per_token, mesh):
+    """Forward and gradient, with padding, by the interpreted kernel."""
+    config = dataclasses.replace(CONFIG, embed_dim=128, mlp_dim=256, experts_per_token=per_token)
+    graph, params = nnx.split(ExpertMLP(config, key=jax.random.key(0), out_scale=1.0))
+    x, weights = jax.random.normal(jax.random.key(1), (2, 8, 128, 128))
+    real = jnp.arange(128) < jnp.array([128, 40, 1, 0, 7, 128, 90, 3])[:, None]
+
+    def outcome(kernel):
+        execution = dataclasses.replace(PLAIN, experts=kernel, interpret=True)
+
+        def loss(params, x):
+            out, stats = nnx.merge(graph, params)(x, real, execution)
+            return jnp.sum(out * weights) + balance_loss(*stats), out
+
+        with contextlib.nullcontext() if mesh is None else jax.set_mesh(sharding.make_mesh(mesh)):
+            gradients, out = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))(params, x)
+        return jax.tree.leaves((gradients, out))
+
+    for ours, expected in zip(outcome("megablox"), outcome("ragged_dot"), strict=True):
+        assert np.any(expected)
+        assert relative_error(ours, expected) < 1e-5
+
+
+def test_megablox_names_the_length_it_cannot_take():
+    mlp = ExpertMLP(CONFIG, key=jax.random.key(0), out_scale=1.0)
+    with pytest.raises(InputError, match="48 tokens for experts: megablox needs a multiple of 128"):
+        mlp(X, REAL, dataclasses.replace(PLAIN, experts="megablox"))
 
 
 @pytest.mark.parametrize("per_token", [1, 2, 4])

@@ -39,8 +39,8 @@ def test_embeddings(case, pooling, normalized):
     model, recorded = case
     settings = EmbeddingConfig(pooling=golden.POOLING[pooling], normalized=normalized)
     batch = golden.embedding_batch([recorded], settings.pooling)
-    rows = [jnp.asarray(x) for x in (batch.tokens, batch.segment_ids, batch.positions, batch.pool_weights)]
-    vectors, _ = embed_rows(model, *rows, settings=settings)
+    tokens, *rows = (jnp.asarray(x) for x in (batch.tokens, batch.segment_ids, batch.positions, batch.pool_weights))
+    vectors, _ = embed_rows(model, model.embed(tokens, FLOAT32), *rows, settings=settings)
     ours = np.asarray(vectors).reshape(-1, vectors.shape[-1])[batch.query_slots]
     expected = recorded[f"reps.{pooling}.{'norm' if normalized else 'raw'}.query"]
     assert golden.absolute(ours, expected) < golden.HIDDEN
