@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.experimental.pallas.ops.tpu.megablox import ops as megablox
-from jaxtyping import Array, Bool, Float, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from grit_jax.config import InputError, TransformerConfig
 from grit_jax.execution import PLAIN, Execution, wide
@@ -73,31 +73,23 @@ class ExpertMLP(nnx.Module):
         chosen = jnp.where(real[..., None], chosen, num_experts)
         kernels = (self.gate[...], self.up[...], self.down[...])
         kernels = tuple(kernel.astype(x.dtype) for kernel in kernels)
-        experts = functools.partial(_local_experts, activation=self.activation, execution=execution)
-        return _mix(experts, x, chosen, weights.astype(x.dtype), *kernels), stats
+        return self._mix(x, chosen, weights.astype(x.dtype), kernels, execution), stats
 
+    def _mix(self, x, chosen, weights, kernels, execution):
+        """The weighted sum of the chosen experts' outputs; copies of tokens go to the devices that hold the experts."""
 
-def _mix(experts, x, chosen, weights, *kernels):
-    """The weighted sum of the chosen experts' outputs, each device computing its own experts."""
+        def on_device(x, chosen, weights, *kernels):
+            multiply = functools.partial(_multiply, *kernels, activation=self.activation, execution=execution)
+            mixed = _dispatched(multiply, x, chosen, weights, num_local=len(kernels[0]))
+            return jax.lax.psum(mixed, split_axes("mlp"))
 
-    def on_device(x, chosen, weights, *kernels):
-        # Every group of experts sees the tokens of its whole `expert` axis, and returns each device its own.
-        expert_axes, tensor_axes = split_axes("experts"), split_axes("mlp")
-        x, chosen, weights = (jax.lax.all_gather(value, expert_axes, tiled=True) for value in (x, chosen, weights))
-        first = jax.lax.axis_index(expert_axes) * len(kernels[0])
-        mixed = experts(x, chosen - first, weights, *kernels)
-        return jax.lax.psum_scatter(jax.lax.psum(mixed, tensor_axes), expert_axes, tiled=True)
-
-    if jax.sharding.get_abstract_mesh().empty:
-        return experts(x, chosen, weights, *kernels)
-    rows = ("batch", "length", "activation_embed")
-    widths = ("experts", "whole", "mlp"), ("experts", "whole", "mlp"), ("experts", "mlp", "whole")
-    split = on_devices(on_device, in_axes=(rows, rows, rows, *widths), out_axes=rows)
-    return split(x, chosen, weights, *kernels)
+        rows = ("batch", "length", "activation_embed")
+        widths = ("experts", "whole", "mlp"), ("experts", "whole", "mlp"), ("experts", "mlp", "whole")
+        return on_devices(on_device, in_axes=(rows, rows, rows, *widths), out_axes=rows)(x, chosen, weights, *kernels)
 
 
 class _Places(NamedTuple):
-    """Where the copies of tokens are when they are sorted by expert: a token has a copy for each of its choices.
+    """Where rows are when they are sorted, and where copies of tokens are: a token has one for each of its choices.
 
     Attributes:
       order: int32 [sorted]; the copy at each place, where copy `t * per_token + k` is the k-th of token t.
@@ -108,25 +100,43 @@ class _Places(NamedTuple):
     place: Array
 
 
-def _local_experts(x, chosen, weights, gate, up, down, *, activation, execution):
-    """Sum over the experts at hand, which `chosen` counts from 0; other choices add nothing.
-
-    Token copies are sorted by expert, so that each projection is one grouped matrix product.
-    """
-    num_experts, per_token = len(gate), chosen.shape[-1]
-    tokens = x.reshape(-1, x.shape[-1])
-    expert = jnp.where((chosen >= 0) & (chosen < num_experts), chosen, num_experts).reshape(-1)
-    sizes = jnp.bincount(expert, length=num_experts + 1)[:num_experts].astype(jnp.int32)
-    # A token's choices differ, so that no more than one of its copies goes to each expert.
-    most = len(tokens) * min(per_token, num_experts)
-    order = jnp.argsort(expert)
+def _places(group: Int[Array, "tokens per_token"], num_groups: int) -> tuple[_Places, Int[Array, " num_groups"]]:
+    """Places of copies sorted by their groups, and the groups' sizes; copies of other groups have no place."""
+    sizes = jnp.bincount(group.reshape(-1), length=num_groups + 1)[:num_groups].astype(jnp.int32)
+    order = jnp.argsort(group.reshape(-1))
     place = jnp.argsort(order).astype(jnp.int32)
-    places = _Places(order[:most], jnp.where(place < jnp.sum(sizes), place, most).reshape(-1, per_token))
-    multiply = functools.partial(_grouped_product, sizes=sizes, execution=execution)
-    copies = _sort(tokens, places)
-    out = multiply(activation(multiply(copies, gate)) * multiply(copies, up), down)
+    return _Places(order, jnp.where(place < jnp.sum(sizes), place, len(order)).reshape(group.shape)), sizes
+
+
+def _dispatched(multiply, x, chosen, weights, *, num_local: int):
+    """The weighted sum of `multiply(rows sorted by expert, sizes)`, on devices that hold `num_local` experts each."""
+    axes, per_token = split_axes("experts"), chosen.shape[-1]
+    tokens = x.reshape(-1, x.shape[-1])
+    shards = jax.lax.axis_size(axes)
+    places, sizes = _places(chosen.reshape(-1, per_token), shards * num_local)
+    rows = _sort(tokens, places)
+    if shards > 1:
+        # Of every device's copies those for the experts here: [device, expert], and how many go from where to where.
+        sizes = jax.lax.all_gather(sizes, axes).reshape(shards, shards, num_local)
+        counts, here = jnp.sum(sizes, axis=2), jax.lax.axis_index(axes)
+        # No token goes to the same expert twice, and no device gets more than all tokens of all devices.
+        size = shards * len(tokens) * min(per_token, num_local)
+        received = _all_to_all(rows, counts, (len(rows), size), axes)
+        block = jnp.searchsorted(jnp.cumsum(sizes[:, here]), jnp.arange(size), side="right")
+        local = jnp.where(block < shards * num_local, block % num_local, num_local)
+        by_expert, sizes = _places(local[:, None], num_local)
+        out = _sum_copies(multiply(_sort(received, by_expert), sizes), by_expert)
+        rows = _all_to_all(out, counts.T, (size, len(rows)), axes)
+    else:
+        rows = multiply(rows, sizes)
     weights = _sort(weights.reshape(-1, 1), places._replace(place=places.place.reshape(-1, 1)))
-    return _sum_copies(out * weights, places).reshape(x.shape)
+    return _sum_copies(rows * weights, places).reshape(x.shape)
+
+
+def _multiply(gate, up, down, rows, sizes, *, activation, execution):
+    """Each expert's MLP on its rows, the first `sizes[0]` those of the first; what comes after them is anything."""
+    product = functools.partial(_grouped_product, sizes=sizes, execution=execution)
+    return product(activation(product(rows, gate)) * product(rows, up), down)
 
 
 def _grouped_product(
@@ -172,4 +182,53 @@ _sort.defvjp(
 )
 _sum_copies.defvjp(
     lambda copies, places: (_sum_copies(copies, places), places), lambda places, change: (_sort(change, places), None)
+)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _all_to_all(
+    rows: Float[Array, "sent width"], counts: Int[Array, "shards shards"], sizes: tuple[int, int], axes: tuple[str, ...]
+) -> Float[Array, "received width"]:
+    """Sends `counts[i, j]` rows from device i to device j.
+
+    A device's rows are in the order of the devices that they go to, and arrive in the order of those they come from.
+
+    Args:
+      rows: This device's rows.
+      counts: How many go from where to where, the same on every device.
+      sizes: Number of `rows`, and most that a device receives; what comes after those is zero.
+      axes: The mesh axes of the devices.
+    """
+    here, size = jax.lax.axis_index(axes), sizes[1]
+
+    def ragged(rows, counts):
+        return jax.lax.ragged_all_to_all(
+            rows,
+            jnp.zeros((size, rows.shape[1]), rows.dtype),
+            input_offsets=_starts(counts, axis=1)[here],
+            send_sizes=counts[here],
+            output_offsets=_starts(counts, axis=0)[here],
+            recv_sizes=counts[:, here],
+            axis_name=axes,
+        )
+
+    def gathered(rows, counts):
+        # Only TPUs and GPUs can send pieces of different sizes.
+        ends = jnp.cumsum(counts[:, here])
+        place = jnp.arange(size)
+        source = jnp.searchsorted(ends, place, side="right")
+        row = _starts(counts, axis=1)[source, here] + place - _starts(counts, axis=0)[source, here]
+        everywhere = jax.lax.all_gather(rows, axes)
+        return jnp.where((place < ends[-1])[:, None], everywhere[source, row], 0)
+
+    return jax.lax.platform_dependent(rows, counts, tpu=ragged, default=gathered)
+
+
+def _starts(counts: Array, *, axis: int) -> Array:
+    return jnp.cumsum(counts, axis=axis) - counts
+
+
+_all_to_all.defvjp(
+    lambda rows, counts, sizes, axes: (_all_to_all(rows, counts, sizes, axes), counts),
+    lambda sizes, axes, counts, change: (_all_to_all(change, counts.T, sizes[::-1], axes), None),
 )

@@ -51,7 +51,8 @@ class Plan:
       negatives: The form of the contrastive loss, None without one.
       argument_bytes: State and batch; None where the compiler gave up.
       temporary_bytes: Most that lives besides, buffers of donated arguments not counted; None likewise.
-      peak_bytes: Most that lives at once.
+      peak_bytes: Most that lives at once; where arrays are kept in the host's memory an upper bound, arguments and
+        temporaries, as the compiler's own figure counts the host's too.
       host_bytes: What is kept in the host's memory.
       largest: Descriptions of the largest buffers, where the compiler tells them.
       cost: The estimate of its time; None where the compiler gave up.
@@ -172,12 +173,14 @@ def make_plan(config: Config, topology: Topology, *, fill: float = 1.0) -> Plan:
         )  # fmt: skip
     seconds = time.monotonic() - started
     memory: Any = compiled.memory_analysis()
+    arguments, temporaries = memory.argument_size_in_bytes, memory.temp_size_in_bytes
+    host = memory.host_temp_size_in_bytes
     return Plan(
         **about,
-        argument_bytes=memory.argument_size_in_bytes,
-        temporary_bytes=memory.temp_size_in_bytes,
-        peak_bytes=memory.peak_memory_in_bytes,
-        host_bytes=memory.host_temp_size_in_bytes,
+        argument_bytes=arguments,
+        temporary_bytes=temporaries,
+        peak_bytes=arguments + temporaries if host else memory.peak_memory_in_bytes,
+        host_bytes=host,
         largest=(),
         cost=estimate(compiled.as_text() or "", topology),
         compile_seconds=seconds,

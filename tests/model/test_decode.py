@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,14 +18,18 @@ def random_params(config):
     return jax.tree.map(lambda x: 3 * x, init_params(config, jax.random.key(0)))
 
 
-def full_forward_greedy(model, params, prompt, steps):
+@functools.partial(jax.jit, static_argnums=0)
+def likeliest(model, params, tokens, last):
     bound = bind(model, params)
+    mask = bound.mask(jnp.ones_like(tokens), jnp.arange(tokens.shape[1])[None], causal=True)
+    return jnp.argmax(bound.output_table[...] @ bound(tokens, mask)[0][0, last])
+
+
+def full_forward_greedy(model, params, prompt, steps):
     ids = list(prompt)
     for _ in range(steps):
         tokens = jnp.array([ids + [0] * (24 - len(ids))])
-        mask = bound.mask(jnp.ones_like(tokens), jnp.arange(24)[None], causal=True)
-        hidden = bound(tokens, mask)[0][0, len(ids) - 1]
-        ids.append(int(jnp.argmax(bound.output_table[...] @ hidden)))
+        ids.append(int(likeliest(model, params, tokens, len(ids) - 1)))
     return ids[len(prompt) :]
 
 

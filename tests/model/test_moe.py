@@ -38,9 +38,8 @@ def by_hand(mlp, x):
     return chosen, probabilities, out
 
 
-@pytest.mark.parametrize("mesh", [None, MeshConfig(1, 2, 1, 4), MeshConfig(1, 1, 2, 4)])
-@pytest.mark.parametrize("per_token", [1, 2, 3])
-def test_megablox_equals_ragged_dot(per_token, mesh):
+@pytest.mark.parametrize(("mesh", "per_token"), [(None, 1), (MeshConfig(1, 2, 2, 2), 3)])
+def test_megablox_equals_ragged_dot(mesh, per_token):
     """Forward and gradient, with padding, by the interpreted kernel."""
     config = dataclasses.replace(CONFIG, embed_dim=128, mlp_dim=256, experts_per_token=per_token)
     graph, params = nnx.split(ExpertMLP(config, key=jax.random.key(0), out_scale=1.0))
