@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
+from collections.abc import Generator, Mapping
 from os import PathLike
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
-from grit_jax.config import EmbeddingConfig, InputError, TransformerConfig
+from grit_jax.config import CheckpointConfig, EmbeddingConfig, InputError, TransformerConfig
 from grit_jax.model.pretrained import Pretrained
 from grit_jax.model.transformer import Params, abstract_model, abstract_params
 from grit_jax.tokenizer import Tokenizer
@@ -40,20 +42,22 @@ class CheckpointMetadata:
     data: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
+class DamagedCheckpointError(OSError):
+    """A checkpoint cannot be read; those of other steps may be good."""
+
+
 class Checkpoints:
     """The checkpoints of a folder.
 
     Args:
       folder: Holds one sub-folder per step; made by the first save.
-      keep: Newest checkpoints that are kept; None keeps all.
+      keep: Which checkpoints are kept; None keeps all.
     """
 
-    def __init__(self, folder: str | PathLike[str], *, keep: int | None = None):
+    def __init__(self, folder: str | PathLike[str], *, keep: CheckpointConfig | None = None):
         self.folder = epath.Path(folder).resolve()
-        policies = ocp.training.preservation_policies
-        policy: Any = policies.LatestN(keep) if keep else policies.PreserveAll()
         self._checkpointer = ocp.training.Checkpointer(
-            str(self.folder), preservation_policy=policy, cleanup_tmp_directories=True
+            str(self.folder), preservation_policy=_preservation_policy(keep), cleanup_tmp_directories=True
         )
         self._saving: tuple[int, Any] | None = None
 
@@ -61,16 +65,33 @@ class Checkpoints:
         """Steps with a complete checkpoint, ascending."""
         return sorted(checkpoint.step for checkpoint in self._checkpointer.checkpoints)
 
-    def save(self, step: int, params: Params, opt_state: Any | None, metadata: CheckpointMetadata) -> None:
+    def save(
+        self,
+        step: int,
+        params: Params,
+        opt_state: Any | None,
+        metadata: CheckpointMetadata,
+        metrics: Mapping[str, float] | None = None,
+    ) -> None:
         """Starts saving; the arrays may be overwritten when this returns, `wait` returns when the save is on disk.
+
+        Args:
+          step: Which step's state this is; a checkpoint of the same step is replaced.
+          params: Parameters.
+          opt_state: State of the optimizer; None saves parameters alone.
+          metadata: What the checkpoint says about itself.
+          metrics: What the best checkpoints are chosen by.
 
         Raises:
           OSError: The save before this one failed, for example because the disk is full.
         """
         self.wait()
         parts = {_PARAMS: params} | ({} if opt_state is None else {_OPTIMIZER: opt_state})
-        about = dataclasses.asdict(metadata)
-        save = functools.partial(self._checkpointer.save_checkpointables_async, custom_metadata=about, overwrite=True)
+        about, ranked_by = dataclasses.asdict(metadata), cast(Any, metrics and dict(metrics))
+        save = functools.partial(
+            self._checkpointer.save_checkpointables_async,
+            metrics=ranked_by, custom_metadata=about, overwrite=True,
+        )  # fmt: skip
         self._saving = step, self._guarded(step, lambda: save(step, parts))
 
     def wait(self) -> None:
@@ -101,13 +122,18 @@ class Checkpoints:
             ) from error
 
     def metadata(self, step: int) -> CheckpointMetadata:
-        """What the checkpoint of `step` says about itself."""
-        stored: Any = self._checkpointer.checkpointables_metadata(step).custom_metadata
-        nested = {
-            "architecture": TransformerConfig(**stored["architecture"]),
-            "embedding": EmbeddingConfig(**stored["embedding"]),
-        }
-        return CheckpointMetadata(**stored | nested)
+        """What the checkpoint of `step` says about itself.
+
+        Raises:
+          DamagedCheckpointError: It cannot be read.
+        """
+        with self._readable(step):
+            stored: Any = self._checkpointer.checkpointables_metadata(step).custom_metadata
+            nested = {
+                "architecture": TransformerConfig(**stored["architecture"]),
+                "embedding": EmbeddingConfig(**stored["embedding"]),
+            }
+            return CheckpointMetadata(**stored | nested)
 
     def restore(self, step: int, params: Params, opt_state: Any) -> tuple[Params, Any]:
         """Parameters and optimizer state, placed as asked.
@@ -119,13 +145,46 @@ class Checkpoints:
 
         Raises:
           InputError: The checkpoint has other keys or shapes; the message lists them.
+          DamagedCheckpointError: It cannot be read.
         """
         wanted = {_PARAMS: params} | ({} if opt_state is None else {_OPTIMIZER: opt_state})
-        stored = self._checkpointer.checkpointables_metadata(step).metadata
+        with self._readable(step):
+            stored = self._checkpointer.checkpointables_metadata(step).metadata
+            stored = {part: stored[part] for part in wanted}
         for part, tree in wanted.items():
-            _check_matches(f"{self.folder / str(step)}: {part}", stored.get(part, {}), tree)
-        loaded = self._checkpointer.load_checkpointables(step, wanted)
-        return loaded[_PARAMS], loaded.get(_OPTIMIZER)
+            _check_matches(f"{self.folder / str(step)}: {part}", stored[part], tree)
+        with self._readable(step):
+            loaded = self._checkpointer.load_checkpointables(step, wanted)
+            return loaded[_PARAMS], loaded.get(_OPTIMIZER)
+
+    @contextlib.contextmanager
+    def _readable(self, step: int) -> Generator[None]:
+        try:
+            yield
+        except Exception as error:  # orbax, tensorstore and json raise many kinds
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            others = ", ".join(str(other) for other in self.steps() if other != step) or "none"
+            raise DamagedCheckpointError(
+                f"{self.folder / str(step)}: the checkpoint is damaged ({reason}); other steps: {others}"
+            ) from error
+
+
+def _preservation_policy(keep: CheckpointConfig | None) -> Any:
+    policies = ocp.training.preservation_policies
+    if keep is None:
+        return policies.PreserveAll()
+    chosen: list[Any] = [policies.LatestN(keep.keep)]
+    if keep.keep_every:
+        chosen.append(policies.EveryNSteps(keep.keep_every))
+    if keep.keep_best:
+        name, largest = keep.best_metric, keep.best_is == "largest"
+        chosen.append(
+            policies.BestN(
+                get_metric_fn=lambda metrics: metrics[name],
+                reverse=not largest, n=keep.keep_best, keep_checkpoints_without_metrics=False,
+            )
+        )  # fmt: skip
+    return policies.AnyPreservationPolicy(chosen)
 
 
 def _check_matches(where: str, stored: Any, wanted: Any) -> None:

@@ -375,19 +375,39 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """Saving.
+    """Saving. A checkpoint is kept while any of the `keep` settings asks for it.
 
     Attributes:
       every: Steps between checkpoints; the last step is always saved.
-      keep: Checkpoints kept, the newest ones.
+      keep: Newest checkpoints that are kept.
+      keep_every: Checkpoints of steps that are multiples of it are kept for ever; null keeps none for that.
+      keep_best: Best checkpoints that are kept, by `best_metric`.
+      best_metric: A metric of metrics.jsonl, for example `validation/loss/generative`; a checkpoint whose step was not
+        evaluated has none, and is not among the best.
+      best_is: Whether the best is the smallest or the largest value.
+      params_every: Steps between checkpoints of the parameters alone, all kept, in `params/` of the run folder; they
+        take a third of the space, open like any other and cannot be resumed from. Null writes none.
     """
 
     every: int = 500
     keep: int = 2
+    keep_every: int | None = None
+    keep_best: int = 0
+    best_metric: str | None = None
+    best_is: Literal["smallest", "largest"] = "smallest"
+    params_every: int | None = None
 
     def __post_init__(self):
-        _require_positive("checkpoint.every", self.every)
-        _require_positive("checkpoint.keep", self.keep)
+        for name in ("every", "keep", "keep_every", "params_every"):
+            if getattr(self, name) is not None:
+                _require_positive(f"checkpoint.{name}", getattr(self, name))
+        if self.keep_best < 0:
+            raise InputError(f"checkpoint.keep_best={self.keep_best} is negative; use 0 to keep none for being best")
+        if bool(self.keep_best) != bool(self.best_metric):
+            raise InputError(
+                f"checkpoint.keep_best={self.keep_best} and checkpoint.best_metric={self.best_metric}: give both or "
+                "neither"
+            )
 
 
 @dataclass(frozen=True)
@@ -426,6 +446,38 @@ class LoggingConfig:
 
 
 @dataclass(frozen=True)
+class DistributedConfig:
+    """The processes of a run. On TPU they find each other by themselves; elsewhere each is told here.
+
+    Attributes:
+      coordinator: `host:port` of the first process; null where there is one process, and on TPU.
+      num_processes: How many there are.
+      process_id: Number of this one, from 0.
+      timeout_seconds: How long a process may be silent before the others give up.
+    """
+
+    coordinator: str | None = None
+    num_processes: int | None = None
+    process_id: int | None = None
+    timeout_seconds: int = 30
+
+    def __post_init__(self):
+        _require_positive("distributed.timeout_seconds", self.timeout_seconds)
+        given = {"num_processes": self.num_processes, "process_id": self.process_id}
+        for name, value in given.items():
+            if (value is None) != (self.coordinator is None):
+                raise InputError(
+                    f"distributed.{name}={value} and distributed.coordinator={self.coordinator}: give coordinator, "
+                    "num_processes and process_id together, or none of them"
+                )
+        if self.num_processes is not None and not 0 <= (self.process_id or 0) < self.num_processes:
+            raise InputError(
+                f"distributed.process_id={self.process_id} is not from 0 to {self.num_processes - 1}, below "
+                "distributed.num_processes"
+            )
+
+
+@dataclass(frozen=True)
 class Config:
     """One run."""
 
@@ -437,6 +489,7 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
 
 
 def load_config(path: str | os.PathLike[str], overrides: list[str] | None = None) -> Config:

@@ -1,4 +1,5 @@
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -9,8 +10,15 @@ import optax
 import pytest
 
 from grit_jax import sharding
-from grit_jax.checkpoint import CheckpointMetadata, Checkpoints, is_checkpoint, open_checkpoint, save_params
-from grit_jax.config import EmbeddingConfig, InputError, MeshConfig, TransformerConfig
+from grit_jax.checkpoint import (
+    CheckpointMetadata,
+    Checkpoints,
+    DamagedCheckpointError,
+    is_checkpoint,
+    open_checkpoint,
+    save_params,
+)
+from grit_jax.config import CheckpointConfig, EmbeddingConfig, InputError, MeshConfig, TransformerConfig
 from grit_jax.model.transformer import abstract_model, init_params
 from grit_jax.tokenizer import Tokenizer
 from grit_jax.train.state import abstract_state, new_state
@@ -68,11 +76,55 @@ def load_whole(pretrained):
 
 def test_the_newest_checkpoints_are_kept(tmp_path):
     _, state = state_on(MeshConfig(8, 1, 1))
-    checkpoints = Checkpoints(tmp_path / "c", keep=2)
+    checkpoints = Checkpoints(tmp_path / "c", keep=CheckpointConfig(keep=2))
     for step in (1, 2, 3):
         checkpoints.save(step, state.params, None, METADATA)
     checkpoints.close()
     assert Checkpoints(tmp_path / "c").steps() == [2, 3]
+
+
+def test_the_best_and_every_few_are_kept_beside_the_newest(tmp_path):
+    _, state = state_on(MeshConfig(8, 1, 1))
+    keep = CheckpointConfig(keep=1, keep_every=4, keep_best=2, best_metric="score", best_is="largest")
+    checkpoints = Checkpoints(tmp_path / "c", keep=keep)
+    for step, score in enumerate([None, 0.9, 0.1, 0.3, 0.8, None, 0.2]):
+        checkpoints.save(step + 1, state.params, None, METADATA, score and {"score": score})
+    checkpoints.close()
+    assert Checkpoints(tmp_path / "c").steps() == [2, 4, 5, 7]  # 0.9, the fourth, 0.8, the newest
+
+
+DAMAGE = {
+    "truncated": lambda folder: [os.truncate(file, file.stat().st_size // 2) for file in files(folder)],
+    "overwritten": lambda folder: overwrite(max(files(folder), key=lambda file: file.stat().st_size)),
+    "without its parameters": lambda folder: shutil.rmtree(folder / "params"),
+    "without metadata": lambda folder: [file.unlink() for file in folder.rglob("*METADATA*")],
+    "empty": lambda folder: [os.truncate(file, 0) for file in files(folder)],
+}
+
+
+def files(folder):
+    return [file for file in folder.rglob("*") if file.is_file()]
+
+
+def overwrite(file):
+    file.write_bytes(bytes(file.stat().st_size))
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_checkpoint_is_named_and_others_stay_readable(tmp_path, damage):
+    abstract, state = state_on(MeshConfig(8, 1, 1))
+    checkpoints = Checkpoints(tmp_path / "c")
+    for step in (1, 2):
+        checkpoints.save(step, state.params, state.opt_state, METADATA)
+    checkpoints.close()
+    DAMAGE[damage](tmp_path / "c/2")
+    again = Checkpoints(tmp_path / "c")
+    if 2 in again.steps():
+        with pytest.raises(DamagedCheckpointError, match=r"c/2: the checkpoint is damaged \(.*\); other steps: 1"):
+            again.metadata(2)
+            again.restore(2, abstract.params, abstract.opt_state)
+    assert again.metadata(1) == METADATA
+    assert same(again.restore(1, abstract.params, abstract.opt_state)[0], state.params)
 
 
 def test_runs_folders_and_single_checkpoints_open(tmp_path):

@@ -72,38 +72,6 @@ def activation(config: TransformerConfig) -> Callable[[Array], Array]:
     return {"silu": jax.nn.silu, "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True)}[config.activation]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def gated_down(
-    activation: Callable[[Array], Array],
-    gate: Float[Array, "batch length mlp"],
-    up: Float[Array, "batch length mlp"],
-    kernel: Float[Array, "mlp embed"],
-) -> Float[Array, "batch length embed"]:
-    """(activation(gate) * up) @ kernel, with a backward pass that makes one gradient after the other.
-
-    The arrays of an MLP's width are the most that a layer holds. Left to the compiler, six of them live at once: the
-    product, its gradient, both factors and their gradients.
-    """
-    return _gated(activation, gate, up) @ kernel
-
-
-def _gated(activation, gate, up):
-    return constrain(activation(gate) * up, "batch", "length", "activation_mlp")
-
-
-def _gated_down_backward(activation, residuals, change):
-    gate, up, kernel = residuals
-    kernel_change = jnp.einsum("blm,bld->md", _gated(activation, gate, up), change)
-    kernel_change, gate, up, change = jax.lax.optimization_barrier((kernel_change, gate, up, change))
-    change = constrain(change @ kernel.T, "batch", "length", "activation_mlp")
-    (gate_change,) = jax.vjp(activation, gate)[1](change * up)
-    gate_change, gate, change = jax.lax.optimization_barrier((gate_change, gate, change))
-    return gate_change, change * activation(gate), kernel_change
-
-
-gated_down.defvjp(lambda activation, *inputs: (gated_down(activation, *inputs), inputs), _gated_down_backward)
-
-
 class GatedMLP(nnx.Module):
     """down(activation(gate(x)) * up(x))."""
 
@@ -120,7 +88,8 @@ class GatedMLP(nnx.Module):
     ) -> tuple[Float[Array, "batch length embed"], None]:
         """What the MLP adds to the residual stream; padding is not treated apart, and there are no router's sums."""
         del real, execution  # what experts ask for
-        return gated_down(self.activation, self.gate(x), self.up(x), self.down.kernel[...].astype(x.dtype)), None
+        hidden = constrain(self.activation(self.gate(x)) * self.up(x), "batch", "length", "activation_mlp")
+        return self.down(hidden), None
 
 
 def gathered(module: Any, dtype: jnp.dtype) -> Any:

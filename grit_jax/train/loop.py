@@ -63,7 +63,7 @@ class Trainer:
             row_multiples=row_multiples(config, self.mesh),
             host_share=sharding.host_share(self.mesh),
         )
-        self._checkpoints = Checkpoints(self.folder / "checkpoints", keep=config.checkpoint.keep)
+        self._checkpoints = Checkpoints(self.folder / "checkpoints", keep=config.checkpoint)
         with jax.set_mesh(self.mesh):
             self.state = self._restored(setup.abstract) or self._initial(setup, pretrained)
 

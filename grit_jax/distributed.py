@@ -1,0 +1,61 @@
+"""The processes of a run: how they find each other, agree, and end when one of them is gone."""
+
+from __future__ import annotations
+
+import glob
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from grit_jax import sharding
+from grit_jax.chips import DEVICE_FILES
+from grit_jax.config import DistributedConfig, InputError
+
+_START_SECONDS = 300  # hosts of a pod do not boot at the same time
+
+
+def start(config: DistributedConfig) -> None:
+    """Joins the processes of the run; to be called before anything uses a device.
+
+    From then on a process that is silent for `timeout_seconds`, dead or stuck, ends all others with an error.
+
+    Raises:
+      InputError: The others cannot be reached.
+    """
+    on_tpu = any(glob.glob(pattern) for pattern in DEVICE_FILES["TPU"])
+    if config.coordinator is None and not on_tpu:
+        return
+    if not on_tpu:
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    try:
+        jax.distributed.initialize(
+            config.coordinator,
+            config.num_processes,
+            config.process_id,
+            initialization_timeout=_START_SECONDS,
+            heartbeat_timeout_seconds=config.timeout_seconds,
+            shutdown_timeout_seconds=config.timeout_seconds,
+        )
+    except (RuntimeError, ValueError) as error:
+        where = f"distributed.coordinator={config.coordinator}" if config.coordinator else "the hosts of this TPU"
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(f"{where}: the processes of the run did not find each other ({reason})") from error
+
+
+class Agreement:
+    """A question that processes answer together at every step: whether any of them was asked to stop.
+
+    The answer comes out of a sum over the devices of the mesh, so that all processes have the same one for a step.
+    """
+
+    def __init__(self, mesh: Mesh):
+        self._split = sharding.flat(mesh)
+        self._size = mesh.size
+        self._sum = jax.jit(jnp.sum, out_shardings=sharding.replicated(mesh))
+
+    def ask(self, asked: bool) -> jax.Array:
+        """Starts the vote of one step; the answer is true when read as a bool if any process voted so."""
+        here = np.full(len(self._split.addressable_devices), asked, np.int32)
+        return self._sum(jax.make_array_from_process_local_data(self._split, here, (self._size,)))
