@@ -81,7 +81,7 @@ def test_heartbeats_are_renewed_and_a_writer_that_was_taken_over_stops(tmp_path)
     rewrite(tmp_path, token="theirs", host="elsewhere")
     while held._taken_by is None and time.monotonic() < deadline:
         time.sleep(0.02)
-    with pytest.raises(InputError, match="was taken over by process .* on elsewhere"):
+    with pytest.raises(InputError, match=r"was taken over by process .* on elsewhere"):
         held.check()
     held.release()
     assert read_writer(tmp_path).token == "theirs"

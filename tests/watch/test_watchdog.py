@@ -32,13 +32,13 @@ def test_a_hanging_process_says_where_and_ends(tmp_path):
 
 def test_beats_and_pauses_keep_it_quiet(tmp_path):
     codes = []
-    with Watchdog(0.3, tmp_path / "stacks", leave=codes.append) as dog:
-        for step in range(5):
+    with Watchdog(1.0, tmp_path / "stacks", leave=codes.append) as dog:
+        for step in range(6):
             dog.beat(f"step {step}")
-            time.sleep(0.1)
+            time.sleep(0.2)
         with dog.paused():
-            time.sleep(0.6)
-        time.sleep(0.1)
+            time.sleep(1.4)
+        time.sleep(0.2)
     assert codes == []
     assert not (tmp_path / "stacks").exists()
 
