@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TypeVar
+
+_T = TypeVar("_T")
 
 GIB = 1 << 30
 
@@ -65,6 +69,15 @@ _PEAK_FLOPS = {chip.device_kind: chip.peak_flops for chip in CHIPS.values()} | {
 
 def peak_flops(device_kind: str) -> float | None:
     """Peak dense bfloat16 FLOP/s of a device by JAX's name for its kind, or None when it is not known."""
+    return _of_kind(_PEAK_FLOPS, device_kind)
+
+
+def memory_bytes(device_kind: str) -> int | None:
+    """Memory that programs may use on a TPU by JAX's name for its kind, or None when it is not known."""
+    return _of_kind({chip.device_kind: chip.hbm_bytes for chip in CHIPS.values()}, device_kind)
+
+
+def _of_kind(values: Mapping[str, _T], device_kind: str) -> _T | None:
     # The longest name that fits: "TPU v5" also starts "TPU v5 lite".
-    known = max((kind for kind in _PEAK_FLOPS if device_kind.startswith(kind)), key=len, default=None)
-    return None if known is None else _PEAK_FLOPS[known]
+    known = max((kind for kind in values if device_kind.startswith(kind)), key=len, default=None)
+    return None if known is None else values[known]

@@ -344,6 +344,9 @@ class TrainConfig:
       embedding_chunks: Pieces the embedding rows are processed in; the numbers do not depend on it, memory does.
       generative_chunks: The same for the generative rows.
       eval_every: Steps between evaluation losses on `data.validation`; null evaluates after the last step only.
+      max_skipped: Updates in a row that may be skipped because loss or gradient is not finite; then the run stops.
+      watchdog_seconds: Longest time of a step, compiling and evaluation left out; beyond, the process says where every
+        thread is and ends. null waits for ever.
     """
 
     output: str = "run"
@@ -353,14 +356,18 @@ class TrainConfig:
     embedding_chunks: int = 1
     generative_chunks: int = 1
     eval_every: int | None = None
+    max_skipped: int = 5
+    watchdog_seconds: float | None = 1800.0
 
     def __post_init__(self):
-        for name in ("steps", "embedding_chunks", "generative_chunks"):
+        for name in ("steps", "embedding_chunks", "generative_chunks", "max_skipped"):
             _require_positive(f"train.{name}", getattr(self, name))
         if self.seed < 0:
             raise InputError(f"train.seed={self.seed} is negative; use 0 or more")
         if self.eval_every is not None:
             _require_positive("train.eval_every", self.eval_every)
+        if self.watchdog_seconds is not None:
+            _require_positive("train.watchdog_seconds", self.watchdog_seconds)
 
     @property
     def embeds(self) -> bool:
@@ -429,20 +436,38 @@ class MeshConfig:
 
 @dataclass(frozen=True)
 class LoggingConfig:
-    """Where metrics go beside metrics.jsonl.
+    """What is measured beside the losses, and where metrics go beside metrics.jsonl.
 
     Attributes:
       tensorboard: Write TensorBoard events into the run folder (needs the `tensorboard` extra).
       wandb: Weights & Biases project; null for none (needs the `wandb` extra).
+      trackio: trackio project; null for none (needs the `trackio` extra).
       every: Steps between lines on a plain (not terminal) output.
+      details_every: Steps between measurements of the embeddings' health and of each generative file's loss; null for
+        none.
+      gradient_ratio_every: Steps between measurements of each objective's own gradient norm, each of which costs about
+        one more step; null for none.
+      spike_threshold: Robust z-score from which on a loss is reported as a spike; null for no reports.
+      profile: First and last step that the profiler traces into the run folder; null for none.
     """
 
     tensorboard: bool = False
     wandb: str | None = None
+    trackio: str | None = None
     every: int = 10
+    details_every: int | None = 10
+    gradient_ratio_every: int | None = None
+    spike_threshold: float | None = 6.0
+    profile: list[int] | None = None
 
     def __post_init__(self):
-        _require_positive("logging.every", self.every)
+        for name in ("every", "details_every", "gradient_ratio_every", "spike_threshold"):
+            if getattr(self, name) is not None:
+                _require_positive(f"logging.{name}", getattr(self, name))
+        if self.profile is not None and (len(self.profile) != 2 or not 1 <= self.profile[0] <= self.profile[1]):
+            raise InputError(
+                f"logging.profile={self.profile} is no window of steps; give the first and the last, such as [10, 12]"
+            )
 
 
 @dataclass(frozen=True)
@@ -499,10 +524,18 @@ def load_config(path: str | os.PathLike[str], overrides: list[str] | None = None
       InputError: Missing file, malformed YAML, unknown key (with a suggestion), or a value of the wrong type.
     """
     try:
-        text = Path(path).read_text()
+        text = _read(path)
     except OSError as error:
-        raise InputError(f"config file {path}: {error.strerror}") from error
+        raise InputError(f"config file {path}: {error.strerror or 'no such file'}") from error
     return parse_config(text, overrides, source=str(path))
+
+
+def _read(path: str | os.PathLike[str]) -> str:
+    if "://" not in os.fspath(path):
+        return Path(path).read_text()
+    from etils import epath
+
+    return epath.Path(path).read_text()
 
 
 def parse_config(text: str, overrides: list[str] | None = None, *, source: str = "config") -> Config:

@@ -8,11 +8,26 @@ import os
 import sys
 
 from grit_jax.chips import DEVICE_FILES
-from grit_jax.cli import doctor, encode, export_hf, generate, import_hf, plan, push_hf, quickstart, train, verify_export
+from grit_jax.cli import (
+    doctor,
+    encode,
+    export_hf,
+    generate,
+    import_hf,
+    plan,
+    plot,
+    push_hf,
+    quickstart,
+    status,
+    train,
+    verify_export,
+)
 from grit_jax.config import InputError
 
 COMMANDS = {
     "train": train,
+    "status": status,
+    "plot": plot,
     "plan": plan,
     "encode": encode,
     "generate": generate,
@@ -25,8 +40,8 @@ COMMANDS = {
 }
 
 _EXIT_CODES = """\
-exit codes: 0 done, 2 bad input (do not retry), 3 a plan that does not fit, 75 saved after a signal (run the same
-command again), 1 anything else
+exit codes: 0 done, 2 bad input (do not retry), 3 a plan that does not fit, 70 a step hung and 75 saved after a signal
+(run the same command again), 1 anything else
 """
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import sys
 
 HELP = "train a model, or resume the run folder that train.output names"
 EXAMPLES = """\
   grit-jax train configs/tiny.yaml --data.train=data/ --train.output=runs/first
   grit-jax train configs/tiny.yaml --model.init=runs/first --train.steps=200 --train.output=runs/second
+  grit-jax train configs/tiny.yaml --data.train=data/ --train.output=runs/first --dry-run
 """
 TAKES_OVERRIDES = True  # --section.key=value, on top of the file
 
@@ -15,18 +17,36 @@ TAKES_OVERRIDES = True  # --section.key=value, on top of the file
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `train`."""
     parser.add_argument("config", metavar="CONFIG.yaml", help="config file")
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="check data, model, mesh, memory, disk and run folder in seconds, and train nothing",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Trains; 0 when all steps are done, 75 when a signal ended the run after a checkpoint."""
+    """Trains; 0 when all steps are done, 75 when a signal ended the run after a checkpoint, 1 when it broke down."""
     from grit_jax.config import load_config
 
     config = load_config(args.config, args.overrides)
+    if args.dry_run:
+        from grit_jax.checks import print_checks
+        from grit_jax.train.dry_run import dry_run
+
+        return 2 if print_checks(dry_run(config)) else 0
+
+    from grit_jax import distributed
+
+    distributed.start(config.distributed)
 
     from grit_jax.train.loop import Trainer
 
     trainer = Trainer(config)
-    done = trainer.fit()
+    try:
+        done = trainer.fit()
+    except FloatingPointError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     if done:
         print(f"done: {config.train.output} holds {trainer.step} steps")
         return 0

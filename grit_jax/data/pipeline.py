@@ -13,6 +13,8 @@ from grit_jax.batch import EmbeddingBatch, GenerativeBatch, GritBatch, HostShare
 from grit_jax.config import Config, DataConfig, InputError, Pooling
 from grit_jax.data.examples import tokenize_records
 from grit_jax.data.index import FileIndex, build_index
+from grit_jax.data.records import Stream
+from grit_jax.data.samples import FileSamples, dataset_names, file_losses, file_samples
 from grit_jax.data.schedule import RowPlan, Schedule, StepPlan, validation_steps
 from grit_jax.data.sources import JsonlSource, find_files
 from grit_jax.prompts import TokenizedPrompt
@@ -142,6 +144,7 @@ class Pipeline:
         if not config.data.train:
             raise InputError("data.train is missing; name the files or folders to train on")
         self._training = self._open(config.data.train)
+        self._names = dataset_names([source.path for source in self._training[0]])
         self._schedule = Schedule(
             self._training[1], data=config.data, loss=config.loss, train=config.train, row_multiples=row_multiples
         )
@@ -150,6 +153,25 @@ class Pipeline:
         self._validation_plans = validation_steps(
             self._validation[1], data=config.data, train=config.train, row_multiples=row_multiples
         )
+
+    def samples(self, step: int) -> list[FileSamples]:
+        """The records that step `step`, counted from 0, takes of each file."""
+        sources, names = self._training[0], self._names
+        streams: tuple[Stream, ...] = ("embedding", "generative")
+        return [
+            part
+            for stream in streams
+            for part in file_samples(stream, self._schedule.samples(step, stream), sources, names)
+        ]
+
+    def embedding_dataset(self, step: int) -> str | None:
+        """Name of the file of a step's embedding batch, `mixed` for several; None where that stream is not trained."""
+        numbers = np.unique(self._schedule.samples(step, "embedding").file)
+        return None if not len(numbers) else self._names[numbers[0]] if len(numbers) == 1 else "mixed"
+
+    def generative_losses(self, step: int, token_losses: np.ndarray) -> dict[str, float]:
+        """The mean loss of each file of a step's generative batch; see `file_losses`."""
+        return file_losses(self._schedule.generative_rows(step), token_losses, self._names)
 
     def report(self) -> list[str]:
         """Lines for people about the training data."""

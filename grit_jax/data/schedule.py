@@ -321,6 +321,18 @@ class Schedule:
             generative and generative._replace(rows=_dealt(generative.rows, self.generative_buckets, pieces[1])),
         )
 
+    def samples(self, k: int, stream: Stream) -> Samples:
+        """The records of a stream that step `k` takes, in sample order, without planning their rows."""
+        if not (self._embedding if stream == "embedding" else self._generative):
+            return _concatenate([])
+        if stream == "embedding":
+            return self._embedding_samples(k)
+        return self._mixed_samples(_GENERATIVE, k, self._data.generative_batch)
+
+    def generative_rows(self, k: int) -> RowPlan:
+        """Where the conversations of step `k` are."""
+        return _dealt(self._generative_plan(k).rows, self.generative_buckets, self._row_multiples[1])
+
     def report(self) -> list[str]:
         """Lines for people: samples, epochs, row counts, what was dropped."""
         lines = []

@@ -77,6 +77,10 @@ class JsonlSource:
             )
         return record
 
+    def line_number(self, number: int) -> int:
+        """The line, from 1, that a record is on."""
+        return int(self._line_numbers[number])
+
     def _parse(self, number: int) -> Record:
         start = self._starts[number]
         end = self._data.find(b"\n", start)

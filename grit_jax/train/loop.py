@@ -3,32 +3,34 @@
 from __future__ import annotations
 
 import dataclasses
-import math
+import functools
 import signal
 import threading
 import time
 from collections.abc import Generator
 from contextlib import contextmanager
-from pathlib import Path
 
 import jax
 import numpy as np
+from etils import epath
 
 from grit_jax import sharding
-from grit_jax.checkpoint import CheckpointMetadata, Checkpoints
-from grit_jax.config import Config, InputError, TransformerConfig, config_differences, dump_config, load_config
+from grit_jax.checkpoint import CheckpointMetadata, Checkpoints, DamagedCheckpointError
+from grit_jax.config import Config, InputError, dump_config
 from grit_jax.data.pipeline import Pipeline
-from grit_jax.loading import open_model, open_tokenizer
+from grit_jax.distributed import Agreement
+from grit_jax.loading import open_model
 from grit_jax.model.pretrained import Pretrained
 from grit_jax.model.transformer import init_params
-from grit_jax.tokenizer import Tokenizer
-from grit_jax.train.metrics import Display, Tracker, make_trackers, model_flops, peak_flops
+from grit_jax.train.metrics import Display, make_trackers
+from grit_jax.train.profile import ProfileWindow
+from grit_jax.train.recorder import Datasets, Recorder
+from grit_jax.train.resolve import check_folder, resolve_architecture, resolve_tokenizer
 from grit_jax.train.setup import Setup, row_multiples, set_up
+from grit_jax.train.sole_writer import refuse_other_writers, sole_writer
 from grit_jax.train.state import TrainState, new_state, shardings_of
-from grit_jax.train.step import Metrics, make_eval_step
-
-# What may differ between a run folder's config and the one that resumes it.
-_MAY_DIFFER = ("train.steps", "train.output", "loss.negatives", "mesh.", "logging.")
+from grit_jax.train.step import make_eval_step, make_gradient_norm
+from grit_jax.watch import files, folder
 
 
 class Trainer:
@@ -46,38 +48,57 @@ class Trainer:
     """
 
     def __init__(self, config: Config):
+        self._began = time.monotonic()
         pretrained = open_model(config.model.init) if config.model.init else None
-        self.tokenizer = _tokenizer(config, pretrained)
-        architecture = _architecture(config, pretrained, self.tokenizer)
+        self.tokenizer = resolve_tokenizer(config, pretrained)
+        architecture = resolve_architecture(config, pretrained, self.tokenizer)
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, architecture=architecture))
         self.config = config
         self.mesh = sharding.make_mesh(config.mesh)
-        self.folder = Path(config.train.output)
+        self.folder = epath.Path(config.train.output)
         setup = set_up(config, self.mesh)
-        _check_folder(config, self.folder)
+        check_folder(config)
+        refuse_other_writers(self.folder)
         self._train_step = setup.train_step
         self._eval_step = make_eval_step(setup.objective)
+        self._gradient_norm = make_gradient_norm(setup.objective)
         self.data = Pipeline(
             config,
             self.tokenizer,
             row_multiples=row_multiples(config, self.mesh),
             host_share=sharding.host_share(self.mesh),
         )
-        self._checkpoints = Checkpoints(self.folder / "checkpoints", keep=config.checkpoint)
+        self._agreement = Agreement(self.mesh)
+        self._checkpoints = Checkpoints(self.folder / folder.CHECKPOINTS, keep=config.checkpoint)
+        self._params_checkpoints = Checkpoints(self.folder / folder.PARAMS)
+        self._damaged: list[str] = []
         with jax.set_mesh(self.mesh):
             self.state = self._restored(setup.abstract) or self._initial(setup, pretrained)
 
     def _restored(self, abstract: TrainState) -> TrainState | None:
-        steps = self._checkpoints.steps()
-        if not steps:
-            return None
-        if self._checkpoints.metadata(steps[-1]).data["fingerprint"] != self.data.fingerprint:
+        """The newest state that can be read, None for a new run; what was passed over is in `_damaged`."""
+        for step in reversed(self._checkpoints.steps()):
+            state, problem = None, ""
+            try:
+                state = self._state_of(step, abstract)
+            except DamagedCheckpointError as error:
+                problem = str(error)
+            anywhere = bool(self._agreement.ask(bool(problem)))
+            if state and not anywhere:
+                return state
+            self._damaged.append(problem or f"{self.folder}: step {step} is damaged where another process reads it")
+        if self._damaged:
+            raise InputError(f"{'; '.join(self._damaged)}; no checkpoint can be read: start again in another folder")
+        return None
+
+    def _state_of(self, step: int, abstract: TrainState) -> TrainState:
+        if self._checkpoints.metadata(step).data["fingerprint"] != self.data.fingerprint:
             raise InputError(
                 f"{self.folder}: data.train is not what this run was trained on (its files changed); "
                 "put the files back, or start again in another train.output"
             )
-        params, opt_state = self._checkpoints.restore(steps[-1], abstract.params, abstract.opt_state)
-        return TrainState(jax.device_put(np.int32(steps[-1]), abstract.step.sharding), params, opt_state)
+        params, opt_state = self._checkpoints.restore(step, abstract.params, abstract.opt_state)
+        return TrainState(jax.device_put(np.int32(step), abstract.step.sharding), params, opt_state)
 
     def _initial(self, setup: Setup, pretrained: Pretrained | None) -> TrainState:
         placed, config = shardings_of(setup.abstract), self.config
@@ -101,50 +122,69 @@ class Trainer:
           True when all steps are done, False when SIGTERM or SIGINT ended the run after a last checkpoint.
 
         Raises:
-          FloatingPointError: The loss is not finite; the newest checkpoint is from before that.
+          FloatingPointError: Loss or gradient was not finite `train.max_skipped` times in a row.
+          InputError: Another process writes to the run folder.
         """
         config, start = self.config, self.step
         if start >= config.train.steps:
             return True
         self.folder.mkdir(parents=True, exist_ok=True)
         resolved = dump_config(config)
-        if jax.process_index() == 0:
-            (self.folder / "config.yaml").write_text(resolved)
+        datasets = Datasets(self.data.samples, self.data.embedding_dataset, self.data.generative_losses)
         with (
+            sole_writer(self.folder) as check_writer,
             make_trackers(config.logging, self.folder, resume_step=start, resolved=resolved) as trackers,
             Display(config, start=start) as display,
+            Recorder(
+                config, self.mesh, self.folder, datasets, trackers, display, began=self._began, start=start
+            ) as recorder,
+            ProfileWindow(config.logging.profile, self.folder / folder.PROFILE) as profile,
             _stop_signals() as stop,
             jax.set_mesh(self.mesh),
         ):
+            if jax.process_index() == 0:
+                files.write_text(self.folder / folder.CONFIG, resolved)
             for line in self.data.report():
                 display.say(line)
+            for line in self._damaged:
+                display.say(f"passed over: {line}")
             if start:
                 display.say(f"resumed from step {start}")
-            recorder = _Recorder(config, self.mesh, trackers, display)
             batches = self.data.batches(start)
-            unread: tuple[int, Metrics, float] | None = None  # read one step late, so that devices never wait
+            # Each vote is read a step later, when it is long counted: then all processes stop after the same step.
+            vote = self._agreement.ask(False)
             for step in range(start + 1, config.train.steps + 1):
-                asked = time.monotonic()
-                batch = next(batches)
-                waited = time.monotonic() - asked
-                self.state, metrics = self._train_step(self.state, sharding.place_batch(self.mesh, batch))
-                if unread:
-                    recorder.log(unread[0], recorder.read(*unread))
-                unread = (step, metrics, waited)
-                last = step == config.train.steps or stop.is_set()
+                check_writer()
+                batch = sharding.place_batch(self.mesh, recorder.next_batch(batches))
+                recorder.gradient_norms(functools.partial(self._gradient_norm, self.state.params), batch)
+                profile.before(step)
+                with recorder.step(batch):
+                    self.state, metrics = self._train_step(self.state, batch)
+                profile.after(step, metrics)
+                recorder.add(metrics)
+                stopping, vote = bool(vote), self._agreement.ask(stop.is_set())
+                last = step == config.train.steps or stopping
                 evaluate = last or (config.train.eval_every and step % config.train.eval_every == 0)
                 save = last or step % config.checkpoint.every == 0
                 if evaluate or save:
-                    values, unread = recorder.read(*unread), None
-                    if evaluate and not stop.is_set():
-                        values |= self.evaluate()
-                    recorder.log(step, values)
+                    values = recorder.read()
+                    if evaluate and not stopping:
+                        with recorder.spent("evaluation", watched=False):
+                            values |= self.evaluate()
+                    recorder.log(values)
                     if save:
-                        self._save(step)
+                        with recorder.spent("checkpoint"):
+                            self._save(step, values)
+                    recorder.restart_clock()
+                if config.checkpoint.params_every and step % config.checkpoint.params_every == 0:
+                    with recorder.spent("checkpoint"):
+                        self._params_checkpoints.save(step, self.state.params, None, self._metadata(step))
                     recorder.restart_clock()
                 if last:
                     break
-            self._checkpoints.wait()
+            with recorder.spent("checkpoint"):
+                self._checkpoints.wait()
+                self._params_checkpoints.wait()
         return self.step == config.train.steps
 
     def evaluate(self) -> dict[str, float]:
@@ -161,58 +201,19 @@ class Trainer:
             if name.startswith("loss/")
         }
 
-    def _save(self, step: int) -> None:
-        metadata = CheckpointMetadata(
+    def _save(self, step: int, values: dict[str, float]) -> None:
+        metric = self.config.checkpoint.best_metric
+        ranked_by = {metric: values[metric]} if metric in values else None
+        self._checkpoints.save(step, self.state.params, self.state.opt_state, self._metadata(step), ranked_by)
+
+    def _metadata(self, step: int) -> CheckpointMetadata:
+        return CheckpointMetadata(
             architecture=self.config.model.architecture,
             embedding=self.config.model.embedding,
             tokenizer_files=self.tokenizer.files(),
             config=dump_config(self.config),
             data={"step": step, "fingerprint": self.data.fingerprint},
         )
-        self._checkpoints.save(step, self.state.params, self.state.opt_state, metadata)
-
-
-class _Recorder:
-    """Turns a step's metrics into numbers for the trackers and the display."""
-
-    def __init__(self, config: Config, mesh: jax.sharding.Mesh, trackers: list[Tracker], display: Display):
-        self._architecture, self._trackers, self._display = config.model.architecture, trackers, display
-        peak = peak_flops(mesh.devices.flat[0])
-        self._peak = peak and peak * mesh.size
-        self.restart_clock()
-
-    def restart_clock(self) -> None:
-        """Leaves the time since the last step out of the next one's."""
-        self._read = time.monotonic()
-
-    def read(self, step: int, metrics: Metrics, waited: float) -> dict[str, float]:
-        """Waits for a step's metrics and adds its speed."""
-        values = {name: value.item() for name, value in jax.device_get(metrics).items()}
-        seconds = time.monotonic() - self._read
-        self.restart_clock()
-        if not math.isfinite(values["loss"]):
-            raise FloatingPointError(
-                f"loss is {values['loss']} at step {step}; checkpoints before this step are good: "
-                "look at the data or lower optimizer.learning_rate"
-            )
-        pairs, generative = values.pop("attention_pairs"), values.pop("tokens/generative")
-        values |= {
-            "tokens_per_second": values["tokens"] / seconds,
-            "step_seconds": seconds,
-            "data_wait_seconds": waited,
-        }
-        if self._peak:
-            flops = model_flops(
-                self._architecture, tokens=values["tokens"], generative_tokens=generative, attention_pairs=pairs
-            )
-            values["mfu"] = flops / seconds / self._peak
-        return values
-
-    def log(self, step: int, values: dict[str, float]) -> None:
-        """Hands a step's numbers to the trackers and the display."""
-        for tracker in self._trackers:
-            tracker.log(step, values)
-        self._display.step(step, values)
 
 
 @contextmanager
@@ -235,48 +236,3 @@ def _stop_signals() -> Generator[threading.Event]:
     finally:
         for number, handler in old.items():
             signal.signal(number, handler)
-
-
-def _tokenizer(config: Config, pretrained: Pretrained | None) -> Tokenizer:
-    if pretrained is None:
-        return open_tokenizer(config.model.tokenizer or "bytes")
-    if config.model.tokenizer:
-        named = open_tokenizer(config.model.tokenizer)
-        if named.fingerprint != pretrained.tokenizer.fingerprint:
-            raise InputError(
-                f"model.tokenizer={config.model.tokenizer!r} is not the tokenizer of model.init={config.model.init!r}; "
-                "remove model.tokenizer, the model's own is used then"
-            )
-    return pretrained.tokenizer
-
-
-def _architecture(config: Config, pretrained: Pretrained | None, tokenizer: Tokenizer) -> TransformerConfig:
-    """The architecture of `model.init`, which `model.architecture` may repeat, or the one from scratch."""
-    given = config.model.architecture
-    if pretrained is None:
-        return given.resolve(tokenizer.vocab_size)
-    found = pretrained.architecture.resolve(tokenizer.vocab_size)
-    if given != TransformerConfig() and (given := given.resolve(tokenizer.vocab_size)) != found:
-        names = [field.name for field in dataclasses.fields(found)]
-        differences = [
-            f"{name}={getattr(given, name)!r}, there {getattr(found, name)!r}"
-            for name in names
-            if getattr(given, name) != getattr(found, name)
-        ]
-        raise InputError(
-            f"model.architecture is not that of model.init={config.model.init!r} ({'; '.join(differences)}); "
-            "correct it or leave it out"
-        )
-    return found
-
-
-def _check_folder(config: Config, folder: Path) -> None:
-    saved = folder / "config.yaml"
-    if not saved.exists() or not (folder / "checkpoints").exists():
-        return
-    changed = config_differences(load_config(saved), config, ignore=_MAY_DIFFER)
-    if changed:
-        raise InputError(
-            f"{folder} holds a run with another config ({'; '.join(changed)}); "
-            "put these values back to resume it, or choose another train.output"
-        )

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
+import os
 import time
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Protocol, Self
 
 import jax
@@ -15,6 +14,8 @@ import rich.progress
 
 from grit_jax import chips
 from grit_jax.config import Config, InputError, LoggingConfig, TransformerConfig
+from grit_jax.watch import files, folder
+from grit_jax.watch.lines import LineWriter, read_lines
 
 Values = Mapping[str, float]
 
@@ -56,44 +57,39 @@ class Tracker(Protocol):
 
 
 class JsonlTracker:
-    """metrics.jsonl: one object per step; on resume, steps after `resume_step` are cut off first."""
+    """metrics.jsonl: one object per step, with the `time` it was written, in seconds since 1970.
 
-    def __init__(self, path: Path, *, resume_step: int):
-        kept = [line for line in read_metrics(path) if line["step"] <= resume_step] if path.exists() else []
-        self._file = path.open("w")
-        for line in kept:
-            self._write(line)
+    On resume, steps after `resume_step` are cut off first.
+    """
+
+    def __init__(self, path: files.PathLike, *, resume_step: int):
+        self._lines = LineWriter(path, keep=lambda line: line["step"] <= resume_step)
 
     def log(self, step: int, values: Values) -> None:
         """Records one step."""
-        self._write({"step": step, **values})
-
-    def _write(self, line: Mapping[str, float]) -> None:
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+        self._lines.write({"step": step, "time": time.time(), **values})
 
     def close(self) -> None:
         """Flushes what is buffered."""
-        self._file.close()
+        self._lines.close()
 
 
-def read_metrics(path: Path) -> list[dict[str, float]]:
-    """The objects of a metrics.jsonl; a last line cut short by a crash is left out."""
-    lines = path.read_text().split("\n")
-    return [json.loads(line) for line in lines[:-1] if line]
+def read_metrics(path: files.PathLike) -> list[dict[str, float]]:
+    """The objects of a metrics.jsonl, or of its parts in a bucket; numbers that were not finite are left out."""
+    return read_lines(path)
 
 
 class TensorBoardTracker:
     """Event files in the run folder."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, path: files.PathLike):
         try:
             import tensorboardX
         except ImportError as error:
             raise InputError(
                 "logging.tensorboard=true needs tensorboardX; pip install 'grit-jax[tensorboard]'"
             ) from error
-        self._writer = tensorboardX.SummaryWriter(str(folder))
+        self._writer = tensorboardX.SummaryWriter(str(path))
 
     def log(self, step: int, values: Values) -> None:
         """Records one step."""
@@ -108,14 +104,14 @@ class TensorBoardTracker:
 class WandbTracker:
     """A Weights & Biases run, resumed under the run folder's name."""
 
-    def __init__(self, project: str, folder: Path, config: str):
+    def __init__(self, project: str, output: files.PathLike, config: str):
         try:
             import wandb  # ty: ignore[import-not-found]  # an extra that the tests do without
         except ImportError as error:
             raise InputError(f"logging.wandb={project!r} needs wandb; pip install 'grit-jax[wandb]'") from error
-        self._run = wandb.init(
-            project=project, name=folder.name, id=folder.name, resume="allow", dir=str(folder), config={"yaml": config}
-        )
+        name = run_name(output)
+        place = None if files.is_bucket(output) else str(output)  # it writes to disks alone
+        self._run = wandb.init(project=project, name=name, id=name, resume="allow", dir=place, config={"yaml": config})
 
     def log(self, step: int, values: Values) -> None:
         """Records one step."""
@@ -126,17 +122,46 @@ class WandbTracker:
         self._run.finish()
 
 
+class TrackioTracker:
+    """A trackio run, resumed under the run folder's name."""
+
+    def __init__(self, project: str, output: files.PathLike, config: str):
+        try:
+            import trackio  # ty: ignore[import-not-found]  # an extra that the tests do without
+        except ImportError as error:
+            raise InputError(f"logging.trackio={project!r} needs trackio; pip install 'grit-jax[trackio]'") from error
+        self._trackio = trackio
+        trackio.init(project=project, name=run_name(output), resume="allow", config={"yaml": config})
+
+    def log(self, step: int, values: Values) -> None:
+        """Records one step."""
+        self._trackio.log(dict(values), step=step)
+
+    def close(self) -> None:
+        """Flushes what is buffered."""
+        self._trackio.finish()
+
+
+def run_name(output: files.PathLike) -> str:
+    """The name that trackers know a run by: its folder's."""
+    return os.path.basename(os.path.normpath(os.fspath(output)))
+
+
 @contextmanager
-def make_trackers(config: LoggingConfig, folder: Path, *, resume_step: int, resolved: str) -> Generator[list[Tracker]]:
+def make_trackers(
+    config: LoggingConfig, output: files.PathLike, *, resume_step: int, resolved: str
+) -> Generator[list[Tracker]]:
     """The trackers that a config asks for, metrics.jsonl always among them; closed at the end. Host 0 alone has any."""
     if jax.process_index() != 0:
         yield []
         return
-    trackers: list[Tracker] = [JsonlTracker(folder / "metrics.jsonl", resume_step=resume_step)]
+    trackers: list[Tracker] = [JsonlTracker(files.join(output, folder.METRICS), resume_step=resume_step)]
     if config.tensorboard:
-        trackers.append(TensorBoardTracker(folder / "tensorboard"))
+        trackers.append(TensorBoardTracker(files.join(output, folder.TENSORBOARD)))
     if config.wandb:
-        trackers.append(WandbTracker(config.wandb, folder, resolved))
+        trackers.append(WandbTracker(config.wandb, output, resolved))
+    if config.trackio:
+        trackers.append(TrackioTracker(config.trackio, output, resolved))
     try:
         yield trackers
     finally:

@@ -51,3 +51,13 @@ def make_optimizer(config: OptimizerConfig, steps: int, axes: Any) -> optax.Grad
         update = optax.adamw(rate, config.b1, config.b2, config.epsilon, weight_decay=config.weight_decay, mask=decayed)
     clip = optax.identity() if config.clip_norm is None else optax.clip_by_global_norm(config.clip_norm)
     return optax.chain(clip, update)
+
+
+def updates_done(opt_state: Any, *, otherwise: Any) -> Any:
+    """The count that the schedule of `make_optimizer` goes by; `otherwise` for an optimizer without a schedule."""
+    states = jax.tree.leaves(opt_state, is_leaf=_is_schedule)
+    return next((state.count for state in states if _is_schedule(state)), otherwise)
+
+
+def _is_schedule(state: Any) -> bool:
+    return isinstance(state, optax.ScaleByScheduleState)

@@ -19,10 +19,13 @@ from grit_jax.model.moe import RouterStats
 from grit_jax.model.pooling import embed_rows
 from grit_jax.model.transformer import Params, Transformer, bind, param_axes
 from grit_jax.sharding import mesh_axes, on_devices, split_axes
+from grit_jax.train.health import health_parts
+from grit_jax.train.optimizer import updates_done
 from grit_jax.train.state import TrainState
 
 Metrics = dict[str, jax.Array]
 
+TOKEN_LOSSES = "tokens/losses"
 
 _ROWS = ("batch", "length")
 
@@ -60,8 +63,8 @@ class Objective:
     config: Config
     execution: Execution
 
-    def embedding_losses(self, params: Params, batch: EmbeddingBatch) -> Metrics:
-        """L_rep of the batch, and the balance loss of its experts; float32 scalars."""
+    def embedding_losses(self, params: Params, batch: EmbeddingBatch) -> tuple[Metrics, Metrics]:
+        """L_rep of the batch and the balance loss of its experts, float32 scalars; and its vectors' `health_parts`."""
         settings = self.config.model.embedding
 
         def on_device(params, tokens, rows, *slots):
@@ -93,7 +96,7 @@ class Objective:
             passage_ids=batch.passage_ids,
             negatives=self.config.loss.negatives,
         )
-        return {"loss/embedding": loss} | _balance("loss/router_embedding", stats)
+        return {"loss/embedding": loss} | _balance("loss/router_embedding", stats), health_parts(query, passage)
 
     def generative_losses(self, params: Params, batch: GenerativeBatch) -> Metrics:
         """L_gen of the batch, and the balance loss of its experts; float32 scalars."""
@@ -125,18 +128,18 @@ class Objective:
         loss, stats = split(params, batch)
         return {"loss/generative": loss} | _balance("loss/router", stats)
 
-    def losses(self, params: Params, batch: GritBatch) -> Metrics:
-        """The losses of the streams that the batch holds.
+    def losses(self, params: Params, batch: GritBatch) -> tuple[Metrics, Metrics]:
+        """The losses of the streams that the batch holds, and the `health_parts` of its vectors.
 
         `loss/embedding` and `loss/generative`; with experts also `loss/router` and `loss/router_embedding`, the
         balance losses of the generative and of the embedding pass.
         """
-        losses = {}
+        losses, health = {}, {}
         if batch.embedding is not None:
-            losses |= self.embedding_losses(params, batch.embedding)
+            losses, health = self.embedding_losses(params, batch.embedding)
         if batch.generative is not None:
-            losses |= self.generative_losses(params, batch.generative)
-        return losses
+            losses = losses | self.generative_losses(params, batch.generative)
+        return losses, health
 
     def work(self, batch: GritBatch) -> Metrics:
         """What a batch asks for, padding left out: `tokens`, those of the generative stream, and visible pairs."""
@@ -157,8 +160,8 @@ class Objective:
         }
 
     def __call__(self, params: Params, batch: GritBatch) -> tuple[jax.Array, Metrics]:
-        """The weighted sum that is minimised, and its parts."""
-        losses = self.losses(params, batch)
+        """The weighted sum that is minimised; its parts, and the `health_parts` of the vectors."""
+        losses, health = self.losses(params, batch)
         weights = {
             "loss/embedding": self.config.loss.embedding_weight,
             "loss/generative": self.config.loss.generative_weight,
@@ -166,7 +169,7 @@ class Objective:
             "loss/router_embedding": self.config.loss.embedding_router_weight,
         }
         weighted = [weights[name] * value for name, value in losses.items()]
-        return jnp.sum(jnp.stack(weighted)), losses
+        return jnp.sum(jnp.stack(weighted)), losses | health
 
 
 def make_train_step(
@@ -177,30 +180,70 @@ def make_train_step(
 ) -> Callable[[TrainState, GritBatch], tuple[TrainState, Metrics]]:
     """Compiles `train_step(state, batch) -> (state, metrics)`; the old state's memory is reused.
 
+    An update whose loss or gradient is not finite is skipped: parameters and optimizer state stay as they are, the
+    schedule's count among them, and the step number alone goes on.
+
     Metrics are scalars: `loss`, the parts that are trained and their ratio, `grad_norm` (before clipping),
-    `learning_rate` of this update, and the counts of `Objective.work`.
+    `learning_rate` of this update, `skipped` (1 or 0), and the counts of `Objective.work`. Beside them are the
+    `health_parts` and, under `TOKEN_LOSSES`, the weighted losses and the weights of the generative tokens, float32
+    [2, rows, length]. Every device holds them.
     """
 
+    def value_and_gradient(params: Params, batch: GritBatch) -> tuple[tuple[jax.Array, Metrics], Params]:
+        if batch.generative is None or not objective.config.loss.generative_weight:
+            return jax.value_and_grad(objective, has_aux=True)(params, batch)
+        generative = batch.generative
+
+        # The loss is linear in the tokens' weights: its derivatives by them are the tokens' losses.
+        def weighted(params, loss_weights):
+            return objective(params, batch._replace(generative=generative._replace(loss_weights=loss_weights)))
+
+        differentiate = jax.value_and_grad(weighted, argnums=(0, 1), has_aux=True)
+        (loss, parts), (gradient, token_losses) = differentiate(params, generative.loss_weights)
+        token_losses = token_losses * generative.loss_weights / objective.config.loss.generative_weight
+        parts = parts | {TOKEN_LOSSES: jnp.stack([token_losses, generative.loss_weights])}
+        return (loss, parts), gradient
+
     def train_step(state: TrainState, batch: GritBatch) -> tuple[TrainState, Metrics]:
-        (loss, losses), gradient = jax.value_and_grad(objective, has_aux=True)(state.params, batch)
+        (loss, parts), gradient = value_and_gradient(state.params, batch)
+        norm = jnp.asarray(optax.tree.norm(gradient))
+        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        metrics: Metrics = {"loss": loss, **losses}
+        params, opt_state = jax.tree.map(
+            lambda new, old: jnp.where(finite, new, old), (params, opt_state), (state.params, state.opt_state)
+        )
+        metrics: Metrics = {"loss": loss, **parts}
         if batch.embedding is not None and batch.generative is not None:
-            metrics["loss/ratio"] = losses["loss/embedding"] / losses["loss/generative"]
-        metrics["grad_norm"] = jnp.asarray(optax.tree.norm(gradient))
-        metrics["learning_rate"] = jnp.asarray(schedule(state.step))
+            metrics["loss/ratio"] = parts["loss/embedding"] / parts["loss/generative"]
+        metrics["grad_norm"] = norm
+        metrics["learning_rate"] = jnp.asarray(schedule(updates_done(state.opt_state, otherwise=state.step)))
+        metrics["skipped"] = 1.0 - finite
         metrics |= objective.work(batch)
         return TrainState(state.step + 1, params, opt_state), metrics
 
-    return jax.jit(train_step, donate_argnums=0, out_shardings=(state_shardings, None))
+    return jax.jit(train_step, donate_argnums=0, out_shardings=(state_shardings, state_shardings.step))
+
+
+def make_gradient_norm(objective: Objective) -> Callable[[Params, GritBatch], jax.Array]:
+    """Compiles the norm of the weighted objective's gradient.
+
+    Called with one stream of a batch at a time it tells how much each objective moves the shared weights. It needs one
+    gradient's memory, as the train step does, and the time of that stream's share of a step.
+    """
+
+    def gradient_norm(params: Params, batch: GritBatch) -> jax.Array:
+        gradient, _ = jax.grad(objective, has_aux=True)(params, batch)
+        return jnp.asarray(optax.tree.norm(gradient))
+
+    return jax.jit(gradient_norm)
 
 
 def make_eval_step(objective: Objective) -> Callable[[Params, GritBatch], Metrics]:
     """Compiles the losses of a batch as sums over its weights, with those weights' sums under `weight/...`."""
 
     def eval_step(params: Params, batch: GritBatch) -> Metrics:
-        sums = objective.losses(params, batch)
+        sums, _ = objective.losses(params, batch)
         if batch.embedding is not None:
             sums["weight/embedding"] = jnp.sum(batch.embedding.query_weights)
         if batch.generative is not None:

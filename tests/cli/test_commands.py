@@ -29,7 +29,7 @@ def test_every_command_explains_itself_with_examples(name, capsys):
 
 
 def test_a_run_folder_holds_config_metrics_and_checkpoints(run):
-    assert {path.name for path in run.iterdir()} == {"config.yaml", "metrics.jsonl", "checkpoints"}
+    assert {path.name for path in run.iterdir()} == {"config.yaml", "metrics.jsonl", "goodput.jsonl", "checkpoints"}
     assert len((run / "metrics.jsonl").read_text().splitlines()) == 2
 
 

@@ -3,6 +3,8 @@
 import random
 import shutil
 import signal
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -10,7 +12,10 @@ import pytest
 
 from grit_jax.config import InputError, load_config
 from grit_jax.train.loop import Trainer
-from tests.runs import ROOT, TINY, grit_jax, losses, start, train_arguments, write_data
+from grit_jax.train.metrics import read_metrics
+from grit_jax.watch.lines import read_lines
+from grit_jax.watch.lock import read_writer, refuse_living, writer_lock
+from tests.runs import ROOT, TINY, environment, grit_jax, losses, start, train_arguments, write_data
 
 
 @pytest.fixture(scope="module")
@@ -174,8 +179,67 @@ def test_bad_input_is_refused_before_anything_is_written(data, tmp_path, more, m
     assert not (tmp_path / "run").exists()
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(data, tmp_path):
-    trainer = Trainer(config(data, tmp_path / "run", "--train.steps=3"))
+def test_updates_that_are_not_finite_are_skipped_and_stop_the_run_when_there_are_many(data, tmp_path):
+    run = tmp_path / "run"
+    trainer = Trainer(config(data, run, "--train.steps=5", "--train.max_skipped=2"))
     trainer.state = trainer.state._replace(params=jax.tree.map(lambda x: x * np.nan, trainer.state.params))
-    with pytest.raises(FloatingPointError, match="loss is nan at step 1; checkpoints before this step are good"):
+    with pytest.raises(FloatingPointError, match=r"2 updates in a row were skipped, up to step 2, .*bad_batches.jsonl"):
         trainer.fit()
+    bad = read_lines(run / "bad_batches.jsonl")
+    assert [(line["step"], line["reason"]) for line in bad] == [(1, "not finite"), (2, "not finite")]
+    # The records are those of the batch: eight queries and four conversations, with their lines in the files.
+    embedding, generative = bad[0]["samples"]
+    assert embedding["file"] == str(data / "embedding.jsonl")
+    assert (len(embedding["records"]), len(generative["records"])) == (8, 4)
+    assert embedding["lines"] == [record + 1 for record in embedding["records"]]
+    expected = trainer.data.samples(0)[0].records
+    assert embedding["records"] == expected != trainer.data.samples(1)[0].records
+    assert [line["skipped"] for line in read_metrics(run / "metrics.jsonl")] == [1, 1]
+    assert read_writer(run) is None, "the folder is free again"
+
+
+HANGS = """
+import sys, time
+from grit_jax.config import load_config
+from grit_jax.train.loop import Trainer
+
+def data_that_stops(batches):
+    yield next(batches)
+    yield next(batches)
+    time.sleep(600)
+
+trainer = Trainer(load_config(sys.argv[1], sys.argv[2:]))
+batches = trainer.data.batches
+trainer.data.batches = lambda start: data_that_stops(batches(start))
+trainer.fit()
+"""
+
+
+def test_a_run_that_hangs_says_where_and_ends_and_its_folder_can_be_gone_on_with(data, tmp_path):
+    run = tmp_path / "run"
+    options = [*TINY, f"--data.train={data}", f"--train.output={run}", "--train.steps=4", "--train.watchdog_seconds=10"]
+    command = [sys.executable, "-c", HANGS, str(ROOT / "configs/tiny.yaml"), *options]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 70, done.stderr
+    assert "the data of step 3 has taken more than train.watchdog_seconds=10" in done.stderr
+    assert "in data_that_stops" in (run / "stacks-0.txt").read_text()
+    refuse_living(run)
+
+
+def test_a_run_folder_that_is_being_written_is_refused(data, tmp_path):
+    with writer_lock(tmp_path / "run"), pytest.raises(InputError, match="is being written by process"):
+        Trainer(config(data, tmp_path / "run", "--train.steps=3"))
+
+
+def test_goodput_and_metrics_go_on_through_a_restart(data, finished):
+    lines = read_lines(finished / "goodput.jsonl")
+    assert lines[-1]["step"] == 8
+    assert lines[-1]["seconds"].keys() >= {"useful", "startup", "compile", "checkpoint", "evaluation"}
+    spent = sum(lines[-1]["seconds"].values())
+    assert abs(spent - (lines[-1]["time"] - lines[0]["session"])) < 1
+    metrics = read_metrics(finished / "metrics.jsonl")
+    assert 0 < metrics[-1]["goodput"] < 1
+    assert metrics[-1]["loss/embedding/embedding"] == metrics[-1]["loss/embedding"]
+    # One file holds all conversations, and the loss is the mean over its tokens.
+    assert metrics[0]["loss/generative/generative"] == pytest.approx(metrics[0]["loss/generative"], rel=1e-5)
+    assert metrics[0].keys() >= {"embedding/uniformity", "embedding/mean_cosine", "embedding/effective_rank"}

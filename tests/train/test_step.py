@@ -23,9 +23,9 @@ from grit_jax.config import (
 from grit_jax.doctor.rows import embedding_batch, generative_batch, random_texts
 from grit_jax.execution import PLAIN, execution
 from grit_jax.model.transformer import abstract_model, init_params, param_axes
-from grit_jax.train.optimizer import make_optimizer
+from grit_jax.train.optimizer import learning_rate, make_optimizer
 from grit_jax.train.state import abstract_state, new_state, shardings_of
-from grit_jax.train.step import Objective, make_train_step
+from grit_jax.train.step import TOKEN_LOSSES, Objective, make_gradient_norm, make_train_step
 from tests.packing import relative_error
 
 LENGTH = 32
@@ -180,9 +180,13 @@ def test_no_gradient_flows_between_streams_texts():
     """A token that occurs in one text only, in the generative batch, gets no gradient from the embedding loss."""
     config = with_train(BASE, mode="embedding")
     batch = make_batch()._replace(generative=None)
-    _, gradient, _ = one_update(config, batch)
+    metrics, gradient, _ = one_update(config, batch)
     assert np.all(gradient["head"] == 0)
     assert np.any(gradient["embedding"] != 0)
+    # The norm of one objective's gradient is that of a step with its stream alone.
+    measure = make_gradient_norm(Objective(abstract_model(ARCHITECTURE, 16), BASE, PLAIN))
+    norm = measure(init_params(ARCHITECTURE, jax.random.key(0), 16), batch)
+    assert relative_error(norm, metrics["grad_norm"]) < TOLERANCE
 
 
 def test_loss_weights_multiply_their_streams(plain):
@@ -191,6 +195,17 @@ def test_loss_weights_multiply_their_streams(plain):
     expected = 0.5 * plain[0]["loss/embedding"] + 3 * plain[0]["loss/generative"]
     assert relative_error(metrics["loss"], expected) < TOLERANCE
     assert relative_error(metrics["loss/ratio"], plain[0]["loss/ratio"]) < TOLERANCE
+
+
+@pytest.mark.parametrize("mesh", [(1, 1, 1), (2, 2, 2)])
+def test_the_losses_of_the_tokens_sum_to_the_loss_on_any_mesh(plain, mesh):
+    config = dataclasses.replace(BASE, loss=dataclasses.replace(BASE.loss, generative_weight=3.0))
+    metrics, _, _ = one_update(config, make_batch(), mesh=MeshConfig(*mesh), num_devices=int(np.prod(mesh)))
+    for found in (metrics, plain[0]):
+        losses, weights = found[TOKEN_LOSSES]
+        assert relative_error(losses.sum(), plain[0]["loss/generative"]) < TOLERANCE
+        assert np.array_equal(weights, make_batch().generative.loss_weights)
+        assert relative_error(losses, plain[0][TOKEN_LOSSES][0]) < TOLERANCE
 
 
 def test_tokens_count_what_is_not_padding(plain):
@@ -214,3 +229,31 @@ def test_the_step_compiles_once_per_row_count():
         for rows in (16, 16, 24, 16, 24):
             state, _ = step(state, sharding.place_batch(mesh, make_batch(rows, 16)))
     assert step._cache_size() == 2
+
+
+def test_an_update_that_is_not_finite_is_skipped():
+    """Parameters and moments stay, the step number goes on, and the next rate is that of the update left out."""
+    mesh = sharding.make_mesh(MeshConfig(2, 1, 1), jax.devices()[:2])
+    model = abstract_model(ARCHITECTURE, 16)
+    settings = OptimizerConfig(learning_rate=1.0, warmup_steps=8)
+    optimizer, rate = make_optimizer(settings, 10, param_axes(model)), learning_rate(settings, 10)
+    good = make_batch()
+    bad = good._replace(generative=good.generative._replace(loss_weights=good.generative.loss_weights * np.nan))
+    with jax.set_mesh(mesh):
+        placed = shardings_of(abstract_state(model, optimizer, mesh))
+        params = jax.jit(lambda: init_params(ARCHITECTURE, jax.random.key(0), 16), out_shardings=placed.params)()
+        state = jax.jit(lambda params: new_state(params, optimizer), out_shardings=placed)(params)
+        step = make_train_step(Objective(model, BASE, PLAIN), optimizer, rate, placed)
+        state, first = step(state, sharding.place_batch(mesh, good))
+        before = jax.device_get(state)
+        state, skipped = step(state, sharding.place_batch(mesh, bad))
+        after = jax.device_get(state)
+        state, last = step(state, sharding.place_batch(mesh, good))
+    assert (first["skipped"], skipped["skipped"], last["skipped"]) == (0, 1, 0)
+    assert np.isnan(skipped["loss"])
+    assert after.step == before.step + 1 == 2
+    same = jax.tree.map(np.array_equal, (before.params, before.opt_state), (after.params, after.opt_state))
+    assert jax.tree.all(same)
+    assert np.allclose([first["learning_rate"], skipped["learning_rate"], last["learning_rate"]], [0, 0.125, 0.125])
+    moved = jax.tree.map(np.array_equal, after.params, jax.device_get(state.params))
+    assert not jax.tree.all(moved)

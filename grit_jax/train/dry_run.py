@@ -1,0 +1,186 @@
+"""What can be checked in seconds before an expensive start. Nothing is compiled, and nothing stays written."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import shutil
+import tempfile
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from grit_jax import sharding
+from grit_jax.checks import Check, verdict
+from grit_jax.chips import GIB, memory_bytes
+from grit_jax.config import Config, InputError
+from grit_jax.data.sources import JsonlSource, find_files
+from grit_jax.loading import open_model
+from grit_jax.train.resolve import check_folder, resolve_architecture, resolve_tokenizer
+from grit_jax.train.setup import set_up
+from grit_jax.train.state import TrainState
+from grit_jax.watch import files
+from grit_jax.watch.lock import read_writer
+
+_SAMPLED_RECORDS = 200  # of each file
+
+
+def dry_run(config: Config) -> Iterator[Check]:
+    """Checks a config against this machine, its data and its run folder, one line each.
+
+    What depends on a check that failed is left out.
+    """
+    yield from _data_checks(config)
+    model, pretrained = _checked("model.init", lambda: config.model.init and open_model(config.model.init))
+    if config.model.init:
+        yield model or verdict("model.init", True, f"{config.model.init} can be read")
+    tokenizer = None
+    if model is None:
+        failed, tokenizer = _checked("tokenizer", lambda: resolve_tokenizer(config, pretrained or None))
+        yield failed or verdict("tokenizer", True, f"{tokenizer.vocab_size:,} tokens")
+    failed, mesh = _checked("mesh", lambda: sharding.make_mesh(config.mesh))
+    yield failed or verdict("mesh", True, _described(mesh))
+    if tokenizer is not None and mesh is not None:
+        failed, config_and_setup = _checked("shapes", lambda: _set_up(config, pretrained or None, tokenizer, mesh))
+        if failed:
+            yield failed
+        else:
+            config, abstract = config_and_setup
+            yield verdict("shapes", True, "batch, lengths and parameters fit the mesh and the model")
+            yield _memory_check(abstract, mesh)
+            yield _space_check(config, abstract)
+            failed, _ = _checked("resume", lambda: check_folder(config))
+            yield failed or verdict("resume", True, "train.output is new, or holds this run")
+    yield _write_check(config.train.output)
+    yield _writer_check(config.train.output)
+
+
+def _checked(target: str, action: Callable[[], Any]) -> tuple[Check | None, Any]:
+    """A failed check and None, or None and what `action` gives."""
+    try:
+        return None, action()
+    except (InputError, OSError) as error:
+        return verdict(target, False, str(error)), None
+
+
+def _data_checks(config: Config) -> Iterator[Check]:
+    """Every file opens, a sample of its records is well formed, and every stream that is trained has a file."""
+    if not config.data.train:
+        yield verdict("data.train", False, "data.train is missing; name the files or folders to train on")
+        return
+    for key, paths in (("data.train", config.data.train), ("data.validation", config.data.validation)):
+        if not paths:
+            continue
+        failed, sources = _checked(key, lambda paths=paths: [_sampled(path) for path in find_files(paths)])
+        if failed:
+            yield failed
+            continue
+        counts = {stream: sum(len(source) for source in sources if source.stream == stream) for stream in _STREAMS}
+        trained = {"embedding": config.train.embeds, "generative": config.train.generates}
+        missing = [stream for stream in _STREAMS if trained[stream] and not counts[stream] and key == "data.train"]
+        text = ", ".join(f"{count:,} {stream} records" for stream, count in counts.items() if count)
+        if missing:
+            text += f"; no {missing[0]} file, and train.mode={config.train.mode} trains that stream"
+        else:
+            text += f" in {len(sources)} files; up to {_SAMPLED_RECORDS} of each were parsed"
+        yield verdict(key, not missing, text)
+
+
+_STREAMS = ("embedding", "generative")
+
+
+def _sampled(path: Any) -> JsonlSource:
+    source = JsonlSource(path)
+    for number in np.unique(np.linspace(0, len(source) - 1, _SAMPLED_RECORDS).astype(int)).tolist():
+        source[number]
+    return source
+
+
+def _set_up(config: Config, pretrained: Any, tokenizer: Any, mesh: Any) -> tuple[Config, TrainState]:
+    architecture = resolve_architecture(config, pretrained, tokenizer)
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, architecture=architecture))
+    return config, set_up(config, mesh).abstract
+
+
+def _described(mesh: jax.sharding.Mesh) -> str:
+    shape = ", ".join(f"mesh.{axis}={size}" for axis, size in mesh.shape.items() if size > 1) or "one device"
+    return f"{mesh.size} x {mesh.devices.flat[0].device_kind} as {shape}"
+
+
+def device_bytes(tree: Any) -> int:
+    """Bytes of a tree of ShapeDtypeStructs on one device."""
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def _memory_check(abstract: TrainState, mesh: jax.sharding.Mesh) -> Check:
+    """Parameters, optimizer state and one gradient against a device's memory: the least that a step needs."""
+    state, gradient = device_bytes(abstract), device_bytes(abstract.params)
+    needed = f"{_gib(state)} of state and {_gib(gradient)} of gradients on each device"
+    limit = device_memory(mesh.devices.flat[0], mesh.size)
+    if limit is None:
+        return verdict("memory", True, f"{needed}; what a device has is not known here")
+    rest = "activations come on top: grit-jax plan compiles the step and says how much"
+    fits = state + gradient <= limit
+    remedy = rest if fits else "use more devices, a larger mesh.fsdp, or a smaller model"
+    return verdict("memory", fits, f"{needed}, of {_gib(limit)}; {remedy}")
+
+
+def device_memory(device: jax.Device, num_devices: int) -> int | None:
+    """Bytes that a device may use; a CPU device's share of the machine's memory; None where it is not known."""
+    limit = (device.memory_stats() or {}).get("bytes_limit")
+    if limit:
+        return limit
+    if device.platform == "cpu":
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // num_devices
+    return memory_bytes(device.device_kind)
+
+
+def _space_check(config: Config, abstract: TrainState) -> Check:
+    size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract))
+    number = config.checkpoint.keep + 1  # the newest is written before the oldest is removed
+    needed = f"{number} checkpoints of {_gib(size)}"
+    if files.is_bucket(config.train.output):
+        return verdict("space", True, f"{needed} in a bucket, which has no limit")
+    free = shutil.disk_usage(_existing(config.train.output)).free
+    fits = number * size <= free
+    remedy = "" if fits else "; make room, lower checkpoint.keep, or choose another train.output"
+    return verdict("space", fits, f"{needed}, {_gib(free)} free{remedy}")
+
+
+def _write_check(output: str) -> Check:
+    """Writes a file where the run folder is or will be, and removes it."""
+    try:
+        if files.is_bucket(output):
+            probe = files.join(output, f".probe-{uuid.uuid4().hex}")
+            files.write_text(probe, "")
+            files.remove(probe)
+        else:
+            with tempfile.TemporaryFile(dir=_existing(output)):
+                pass
+    except Exception as error:  # a bucket's client raises many kinds
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        return verdict("train.output", False, f"{output} cannot be written ({reason[:200]})")
+    return verdict("train.output", True, f"{output} can be written")
+
+
+def _existing(output: str) -> Path:
+    path = Path(output).absolute()
+    return next(folder for folder in (path, *path.parents) if folder.exists())
+
+
+def _writer_check(output: str) -> Check:
+    writer = read_writer(output)
+    if writer is None:
+        return verdict("writer", True, "nobody writes to train.output")
+    if not writer.alive:
+        return verdict("writer", True, f"a dead one is taken over: {writer}")
+    return verdict("writer", False, f"train.output is being written by {writer}; end it or choose another one")
+
+
+def _gib(number: int) -> str:
+    return f"{number / GIB:,.2f} GiB" if number >= GIB / 100 else f"{number / (1 << 20):,.1f} MiB"

@@ -1,0 +1,79 @@
+"""What a config leaves open: the tokenizer, the architecture, and whether its run folder is this run's."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from etils import epath
+
+from grit_jax.config import Config, InputError, TransformerConfig, config_differences, load_config
+from grit_jax.loading import open_tokenizer
+from grit_jax.model.pretrained import Pretrained
+from grit_jax.tokenizer import Tokenizer
+from grit_jax.watch import folder
+
+# What may differ between a run folder's config and the one that resumes it.
+_MAY_DIFFER = (
+    "train.steps", "train.output", "train.max_skipped", "train.watchdog_seconds", "loss.negatives", "mesh.", "logging.",
+    "checkpoint.", "distributed.",
+)  # fmt: skip
+
+
+def resolve_tokenizer(config: Config, pretrained: Pretrained | None) -> Tokenizer:
+    """The tokenizer of `model.init`, which `model.tokenizer` may repeat, or the one named for a model from scratch.
+
+    Raises:
+      InputError: There is none, or the two differ.
+    """
+    if pretrained is None:
+        return open_tokenizer(config.model.tokenizer or "bytes")
+    if config.model.tokenizer:
+        named = open_tokenizer(config.model.tokenizer)
+        if named.fingerprint != pretrained.tokenizer.fingerprint:
+            raise InputError(
+                f"model.tokenizer={config.model.tokenizer!r} is not the tokenizer of model.init={config.model.init!r}; "
+                "remove model.tokenizer, the model's own is used then"
+            )
+    return pretrained.tokenizer
+
+
+def resolve_architecture(config: Config, pretrained: Pretrained | None, tokenizer: Tokenizer) -> TransformerConfig:
+    """The architecture of `model.init`, which `model.architecture` may repeat, or the one from scratch.
+
+    Raises:
+      InputError: The two differ.
+    """
+    given = config.model.architecture
+    if pretrained is None:
+        return given.resolve(tokenizer.vocab_size)
+    found = pretrained.architecture.resolve(tokenizer.vocab_size)
+    if given != TransformerConfig() and (given := given.resolve(tokenizer.vocab_size)) != found:
+        names = [field.name for field in dataclasses.fields(found)]
+        differences = [
+            f"{name}={getattr(given, name)!r}, there {getattr(found, name)!r}"
+            for name in names
+            if getattr(given, name) != getattr(found, name)
+        ]
+        raise InputError(
+            f"model.architecture is not that of model.init={config.model.init!r} ({'; '.join(differences)}); "
+            "correct it or leave it out"
+        )
+    return found
+
+
+def check_folder(config: Config) -> None:
+    """Checks that `train.output` is new or holds the run that `config`, resolved, goes on with.
+
+    Raises:
+      InputError: It holds another run; the message lists the differences.
+    """
+    output = epath.Path(config.train.output)
+    saved = output / folder.CONFIG
+    if not saved.exists() or not (output / folder.CHECKPOINTS).exists():
+        return
+    changed = config_differences(load_config(saved), config, ignore=_MAY_DIFFER)
+    if changed:
+        raise InputError(
+            f"{output} holds a run with another config ({'; '.join(changed)}); "
+            "put these values back to resume it, or choose another train.output"
+        )

@@ -1,0 +1,122 @@
+"""Where a run's time goes, over all its sessions: useful steps against everything else.
+
+A session is one process's run, from start to end. Its seconds by cause are appended to `goodput.jsonl` while it runs;
+the causes of a run are added up from there, so that nothing else is carried through a restart.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Generator, Iterable, Mapping
+from contextlib import contextmanager
+from typing import Any, Literal
+
+Cause = Literal["useful", "startup", "compile", "data", "checkpoint", "evaluation", "skipped", "restart", "down"]
+
+# Cause -> what it is, in words.
+CAUSES: Mapping[Cause, str] = {
+    "useful": "steps that count",
+    "startup": "opening data and model before the first step of the run",
+    "compile": "compiling the step",
+    "data": "devices waiting for a batch",
+    "checkpoint": "saving, as far as steps wait for it",
+    "evaluation": "evaluation and gradient norms",
+    "skipped": "steps whose update was not finite",
+    "restart": "opening data, model and checkpoint after an end, and steps done again",
+    "down": "no process running, between an end and the next start",
+}
+
+
+class Clock:
+    """The seconds of one session by cause; what no cause is named for is useful.
+
+    Args:
+      began: When the session started, by `time.monotonic`.
+      from_step: Updates done before it.
+    """
+
+    def __init__(self, *, began: float, from_step: int):
+        self.began, self.from_step = began, from_step
+        self.session = time.time() - (time.monotonic() - began)
+        self._spent: dict[str, float] = {}
+        self._inside = 0.0  # seconds already counted within the `spent` that is open
+
+    @contextmanager
+    def spent(self, cause: Cause) -> Generator[None]:
+        """Counts the time inside for a cause; what is counted within for another is not counted twice."""
+        outer, self._inside = self._inside, 0.0
+        begun = time.monotonic()
+        try:
+            yield
+        finally:
+            seconds = time.monotonic() - begun
+            self._spent[cause] = self._spent.get(cause, 0.0) + seconds - self._inside
+            self._inside = outer + seconds
+
+    def add(self, cause: Cause, seconds: float) -> None:
+        """Counts seconds of a cause that are over."""
+        self._spent[cause] = self._spent.get(cause, 0.0) + seconds
+        self._inside += seconds
+
+    def line(self, step: int) -> dict[str, Any]:
+        """What `goodput.jsonl` says of the session so far."""
+        total = time.monotonic() - self.began
+        useful = max(0.0, total - sum(self._spent.values()))
+        return {
+            "session": self.session,
+            "time": time.time(),
+            "from_step": self.from_step,
+            "step": step,
+            "seconds": {"useful": useful, **self._spent},
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class Goodput:
+    """Where the time of a run went.
+
+    Attributes:
+      seconds: By cause.
+      sessions: Processes that worked on the run.
+    """
+
+    seconds: Mapping[str, float]
+    sessions: int
+
+    @property
+    def wall_seconds(self) -> float:
+        """From the first start to the last sign of life."""
+        return sum(self.seconds.values())
+
+    @property
+    def ratio(self) -> float:
+        """Useful seconds over wall seconds; 0 before there are any."""
+        return self.seconds.get("useful", 0.0) / self.wall_seconds if self.wall_seconds else 0.0
+
+
+def goodput_of(lines: Iterable[Mapping[str, Any]]) -> Goodput:
+    """Adds up the sessions of a run.
+
+    Steps that a later session does again are lost: their share of the useful time of the session that did them first is
+    counted as `restart`, and so is what a session spends before its first step when it continues a run.
+    """
+    newest = {line["session"]: line for line in lines}
+    sessions = [newest[session] for session in sorted(newest)]
+    total: dict[str, float] = dict.fromkeys(CAUSES, 0.0)
+    for number, line in enumerate(sessions):
+        spent = dict(line["seconds"])
+        later = sessions[number + 1 :]
+        resumed = min((other["from_step"] for other in later), default=line["step"])
+        done = line["step"] - line["from_step"]
+        lost = min(done, max(0, line["step"] - resumed))
+        if done > 0:
+            wasted = spent.get("useful", 0.0) * lost / done
+            spent["useful"] = spent.get("useful", 0.0) - wasted
+            spent["restart"] = wasted
+        if number:
+            spent["restart"] = spent.get("restart", 0.0) + spent.pop("startup", 0.0)
+            total["down"] += max(0.0, line["session"] - sessions[number - 1]["time"])
+        for cause, seconds in spent.items():
+            total[cause] = total.get(cause, 0.0) + seconds
+    return Goodput(total, len(sessions))
