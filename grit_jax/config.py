@@ -423,7 +423,8 @@ class LoggingConfig:
       wandb: Weights & Biases project; null for none (needs the `wandb` extra).
       trackio: trackio project; null for none (needs the `trackio` extra).
       every: Steps between lines on a plain (not terminal) output.
-      health_every: Steps between measurements of the embeddings' health; null for none.
+      details_every: Steps between measurements of the embeddings' health and of each generative file's loss; null for
+        none.
       gradient_ratio_every: Steps between measurements of each objective's own gradient norm, each of which costs about
         one more step; null for none.
       spike_threshold: Robust z-score from which on a loss is reported as a spike; null for no reports.
@@ -434,13 +435,13 @@ class LoggingConfig:
     wandb: str | None = None
     trackio: str | None = None
     every: int = 10
-    health_every: int | None = 10
+    details_every: int | None = 10
     gradient_ratio_every: int | None = None
     spike_threshold: float | None = 6.0
     profile: list[int] | None = None
 
     def __post_init__(self):
-        for name in ("every", "health_every", "gradient_ratio_every", "spike_threshold"):
+        for name in ("every", "details_every", "gradient_ratio_every", "spike_threshold"):
             if getattr(self, name) is not None:
                 _require_positive(f"logging.{name}", getattr(self, name))
         if self.profile is not None and (len(self.profile) != 2 or not 1 <= self.profile[0] <= self.profile[1]):

@@ -29,7 +29,7 @@ def next_token_loss(
 
     The gradient is made along with the value, block by block, so that logits are computed once and no more than one
     block of them exists. Tokens that weigh something come first, and blocks without any are skipped: prompts and
-    padding cost no logits.
+    padding cost no logits. The gradient of the weights, which is -log p(target), is 0 in these.
     """
     order = jnp.argsort(loss_weights.reshape(-1) == 0, stable=True)
     number = num_chunks(len(order), block)
@@ -41,9 +41,11 @@ def next_token_loss(
 
 
 def _block_nll(logits: Logits, output_weights, hidden, targets, loss_weights):
+    """The weighted sum of a block, and what is summed before it is weighed."""
     scores = constrain(logits(hidden, output_weights), "tokens", "activation_vocab")
     picked = jnp.take_along_axis(scores, targets[:, None], axis=-1)[:, 0]
-    return jnp.sum(loss_weights * (jax.nn.logsumexp(scores, axis=-1) - picked))
+    nll = jax.nn.logsumexp(scores, axis=-1) - picked
+    return jnp.sum(loss_weights * nll), nll
 
 
 def _sum_over_blocks(function, zero, blocks):
@@ -65,24 +67,26 @@ def _sum_over_blocks(function, zero, blocks):
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _weighted_nll(logits, output_weights, *blocks):
     value = functools.partial(_block_nll, logits, output_weights)
-    return _sum_over_blocks(lambda *block: (value(*block), None), (jnp.zeros((), wide(blocks[0])), None), blocks)[0]
+    return _sum_over_blocks(lambda *block: (value(*block)[0], None), (jnp.zeros((), wide(blocks[0])), None), blocks)[0]
 
 
 def _weighted_nll_forward(logits, output_weights, *blocks):
-    differentiate = jax.value_and_grad(functools.partial(_block_nll, logits), argnums=(0, 1))
+    differentiate = jax.value_and_grad(functools.partial(_block_nll, logits), argnums=(0, 1), has_aux=True)
 
     def value_and_gradient(*block):
-        value, (weights, hidden) = differentiate(output_weights, *block)
-        return (value, weights.astype(wide(weights))), hidden  # many blocks add up: in float32
+        (value, nll), (weights, hidden) = differentiate(output_weights, *block)
+        # Many blocks add up: in float32.
+        return (value, weights.astype(wide(weights))), (hidden, nll.astype(block[-1].dtype))
 
     zero = (jnp.zeros((), wide(blocks[0])), jnp.zeros(output_weights.shape, wide(output_weights)))
-    (value, weights), hidden = _sum_over_blocks(value_and_gradient, (zero, jnp.zeros_like(blocks[0][0])), blocks)
-    return value, (weights.astype(output_weights.dtype), hidden)
+    no_block = (jnp.zeros_like(blocks[0][0]), jnp.zeros_like(blocks[-1][0]))
+    (value, weights), (hidden, nll) = _sum_over_blocks(value_and_gradient, (zero, no_block), blocks)
+    return value, (weights.astype(output_weights.dtype), hidden, nll)
 
 
 def _weighted_nll_backward(logits, gradients, cotangent):
-    weights, hidden = (cotangent.astype(gradient.dtype) * gradient for gradient in gradients)
-    return weights, hidden, None, None
+    weights, hidden, nll = (cotangent.astype(gradient.dtype) * gradient for gradient in gradients)
+    return weights, hidden, None, nll
 
 
 _weighted_nll.defvjp(_weighted_nll_forward, _weighted_nll_backward)

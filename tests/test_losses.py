@@ -29,6 +29,22 @@ def test_blocked_next_token_loss_equals_full_logits_with_gradients():
     assert max(jax.tree.leaves(jax.tree.map(relative_error, actual, expected))) < 1e-5
 
 
+def test_the_gradient_of_the_weights_is_each_scored_tokens_loss():
+    rng = np.random.default_rng(0)
+    hidden, table = (jnp.asarray(rng.normal(size=size), jnp.float32) for size in [(2, 12, 8), (30, 8)])
+    targets = jnp.asarray(rng.integers(0, 30, (2, 12)), jnp.int32)
+    weights = jnp.asarray(np.arange(24).reshape(2, 12) % 3, jnp.float32)
+
+    def loss(weights):
+        return 2 * next_token_loss(hidden, table, logits, targets=targets, loss_weights=weights, block=4)
+
+    log_probs = jax.nn.log_softmax(hidden @ table.T)
+    expected = -2 * jnp.take_along_axis(log_probs, targets[..., None], -1)[..., 0]
+    assert (
+        relative_error(jnp.where(weights != 0, jax.grad(loss)(weights), 0), jnp.where(weights != 0, expected, 0)) < 1e-5
+    )
+
+
 def test_tokens_without_weight_get_no_logits_beyond_the_last_block_with_weight():
     scored = np.random.default_rng(0).permutation(24).reshape(2, 12) < 10
     # Logits of such a hidden state would make the loss NaN.

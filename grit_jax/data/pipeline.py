@@ -14,7 +14,7 @@ from grit_jax.config import Config, DataConfig, InputError, Pooling
 from grit_jax.data.examples import tokenize_records
 from grit_jax.data.index import FileIndex, build_index
 from grit_jax.data.records import Stream
-from grit_jax.data.samples import FileSamples, dataset_names, file_samples
+from grit_jax.data.samples import FileSamples, dataset_names, file_losses, file_samples
 from grit_jax.data.schedule import RowPlan, Schedule, StepPlan, validation_steps
 from grit_jax.data.sources import JsonlSource, find_files
 from grit_jax.prompts import TokenizedPrompt
@@ -168,6 +168,10 @@ class Pipeline:
         """Name of the file of a step's embedding batch, `mixed` for several; None where that stream is not trained."""
         numbers = np.unique(self._schedule.samples(step, "embedding").file)
         return None if not len(numbers) else self._names[numbers[0]] if len(numbers) == 1 else "mixed"
+
+    def generative_losses(self, step: int, token_losses: np.ndarray) -> dict[str, float]:
+        """The mean loss of each file of a step's generative batch; see `file_losses`."""
+        return file_losses(self._schedule.generative_rows(step), token_losses, self._names)
 
     def report(self) -> list[str]:
         """Lines for people about the training data."""

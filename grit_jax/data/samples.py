@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from grit_jax.data.records import Stream
-from grit_jax.data.schedule import Samples
+from grit_jax.data.schedule import RowPlan, Samples
 from grit_jax.data.sources import JsonlSource
 
 
@@ -41,6 +41,22 @@ def file_samples(
         lines = [source.line_number(record) for record in records]
         found.append(FileSamples(stream, names[number], str(source.path), records, lines))
     return found
+
+
+def file_losses(rows: RowPlan, token_losses: np.ndarray, names: Sequence[str]) -> dict[str, float]:
+    """Mean loss of the scored tokens of each file of a generative batch, in nats, by the file's name.
+
+    A token counts as much as it does in the batch's loss.
+
+    Args:
+      rows: Where the texts of the batch are.
+      token_losses: float32 [2, rows, length]; weighted losses and weights of all tokens.
+      names: Name of each file.
+    """
+    sums = np.zeros((len(names), 2))
+    for file, row, offset, length in zip(rows.file, rows.row, rows.offset, rows.length, strict=True):
+        sums[file] += token_losses[:, row, offset : offset + length].sum(axis=1, dtype=np.float64)
+    return {names[file]: float(loss / weight) for file, (loss, weight) in enumerate(sums) if weight}
 
 
 def dataset_names(paths: Sequence[str | os.PathLike[str]]) -> list[str]:

@@ -329,6 +329,10 @@ class Schedule:
             return self._embedding_samples(k)
         return self._mixed_samples(_GENERATIVE, k, self._data.generative_batch)
 
+    def generative_rows(self, k: int) -> RowPlan:
+        """Where the conversations of step `k` are."""
+        return _dealt(self._generative_plan(k).rows, self.generative_buckets, self._row_multiples[1])
+
     def report(self) -> list[str]:
         """Lines for people: samples, epochs, row counts, what was dropped."""
         lines = []

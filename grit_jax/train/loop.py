@@ -113,7 +113,7 @@ class Trainer:
             return True
         self.folder.mkdir(parents=True, exist_ok=True)
         resolved = dump_config(config)
-        datasets = Datasets(self.data.samples, self.data.embedding_dataset)
+        datasets = Datasets(self.data.samples, self.data.embedding_dataset, self.data.generative_losses)
         with (
             sole_writer(self.folder) as check_writer,
             make_trackers(config.logging, self.folder, resume_step=start, resolved=resolved) as trackers,

@@ -16,7 +16,7 @@ from grit_jax.config import Config
 from grit_jax.data.samples import FileSamples
 from grit_jax.train.health import GRAM, health_figures
 from grit_jax.train.metrics import Display, Tracker, model_flops, peak_flops, read_metrics
-from grit_jax.train.step import Metrics
+from grit_jax.train.step import TOKEN_LOSSES, Metrics
 from grit_jax.watch import files, folder
 from grit_jax.watch.goodput import Cause, Clock, goodput_of
 from grit_jax.watch.lines import LineWriter, read_lines
@@ -32,10 +32,12 @@ class Datasets(NamedTuple):
     Attributes:
       samples: Its records by file.
       embedding: Name of the file of its embedding batch; None where that stream is not trained.
+      generative_losses: Loss of each file of its generative batch, given the losses of its tokens.
     """
 
     samples: Callable[[int], list[FileSamples]]
     embedding: Callable[[int], str | None]
+    generative_losses: Callable[[int, np.ndarray], dict[str, float]]
 
 
 class _Unread(NamedTuple):
@@ -181,9 +183,11 @@ class Recorder:
         """Waits for the metrics of the newest step that `add` took, and adds its speed and health."""
         assert self._unread
         step, metrics, waited, extra = self._unread
-        values: dict[str, Any] = jax.device_get(metrics)
-        gram = values.pop(GRAM, None)
-        values = {name: value.item() for name, value in values.items()} | extra
+        every = self._config.logging.details_every
+        detailed = bool(every) and (step % every == 0 or step == 1) and jax.process_index() == 0
+        arrays = {name: value for name, value in metrics.items() if not value.ndim or detailed}
+        found: dict[str, np.ndarray] = jax.device_get(arrays)
+        values = {name: value.item() for name, value in found.items() if not value.ndim} | extra
         seconds = time.monotonic() - self._read
         self.restart_clock()
         pairs, generative = values.pop("attention_pairs"), values.pop("tokens/generative")
@@ -202,9 +206,11 @@ class Recorder:
             values["mfu"] = flops / seconds / self._peak
         if dataset := self._data.embedding(step - 1):
             values[f"loss/embedding/{dataset}"] = values["loss/embedding"]
-        every = self._config.logging.health_every
-        if gram is not None and every and (step % every == 0 or step == 1):
-            values |= health_figures(np.asarray(gram))
+        if GRAM in found:
+            values |= health_figures(found[GRAM])
+        if TOKEN_LOSSES in found:
+            by_file = self._data.generative_losses(step - 1, found[TOKEN_LOSSES])
+            values |= {f"loss/generative/{name}": value for name, value in by_file.items()}
         return values
 
     def log(self, values: Mapping[str, float]) -> None:

@@ -25,6 +25,8 @@ from grit_jax.train.state import TrainState
 
 Metrics = dict[str, jax.Array]
 
+TOKEN_LOSSES = "tokens/losses"
+
 _ROWS = ("batch", "length")
 
 
@@ -182,12 +184,28 @@ def make_train_step(
     schedule's count among them, and the step number alone goes on.
 
     Metrics are scalars: `loss`, the parts that are trained and their ratio, `grad_norm` (before clipping),
-    `learning_rate` of this update, `skipped` (1 or 0), and the counts of `Objective.work`; with `health_parts` beside.
-    Every device holds them.
+    `learning_rate` of this update, `skipped` (1 or 0), and the counts of `Objective.work`. Beside them are the
+    `health_parts` and, under `TOKEN_LOSSES`, the weighted losses and the weights of the generative tokens, float32
+    [2, rows, length]. Every device holds them.
     """
 
+    def value_and_gradient(params: Params, batch: GritBatch) -> tuple[tuple[jax.Array, Metrics], Params]:
+        if batch.generative is None or not objective.config.loss.generative_weight:
+            return jax.value_and_grad(objective, has_aux=True)(params, batch)
+        generative = batch.generative
+
+        # The loss is linear in the tokens' weights: its derivatives by them are the tokens' losses.
+        def weighted(params, loss_weights):
+            return objective(params, batch._replace(generative=generative._replace(loss_weights=loss_weights)))
+
+        differentiate = jax.value_and_grad(weighted, argnums=(0, 1), has_aux=True)
+        (loss, parts), (gradient, token_losses) = differentiate(params, generative.loss_weights)
+        token_losses = token_losses * generative.loss_weights / objective.config.loss.generative_weight
+        parts = parts | {TOKEN_LOSSES: jnp.stack([token_losses, generative.loss_weights])}
+        return (loss, parts), gradient
+
     def train_step(state: TrainState, batch: GritBatch) -> tuple[TrainState, Metrics]:
-        (loss, parts), gradient = jax.value_and_grad(objective, has_aux=True)(state.params, batch)
+        (loss, parts), gradient = value_and_gradient(state.params, batch)
         norm = jnp.asarray(optax.tree.norm(gradient))
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)

@@ -210,3 +210,6 @@ def test_goodput_and_metrics_go_on_through_a_restart(data, finished):
     metrics = read_metrics(finished / "metrics.jsonl")
     assert 0 < metrics[-1]["goodput"] < 1
     assert metrics[-1]["loss/embedding/embedding"] == metrics[-1]["loss/embedding"]
+    # One file holds all conversations, and the loss is the mean over its tokens.
+    assert metrics[0]["loss/generative/generative"] == pytest.approx(metrics[0]["loss/generative"], rel=1e-5)
+    assert metrics[0].keys() >= {"embedding/uniformity", "embedding/mean_cosine", "embedding/effective_rank"}

@@ -25,7 +25,7 @@ from grit_jax.execution import PLAIN, execution
 from grit_jax.model.transformer import abstract_model, init_params, param_axes
 from grit_jax.train.optimizer import learning_rate, make_optimizer
 from grit_jax.train.state import abstract_state, new_state, shardings_of
-from grit_jax.train.step import Objective, make_train_step
+from grit_jax.train.step import TOKEN_LOSSES, Objective, make_train_step
 from tests.packing import relative_error
 
 LENGTH = 32
@@ -191,6 +191,17 @@ def test_loss_weights_multiply_their_streams(plain):
     expected = 0.5 * plain[0]["loss/embedding"] + 3 * plain[0]["loss/generative"]
     assert relative_error(metrics["loss"], expected) < TOLERANCE
     assert relative_error(metrics["loss/ratio"], plain[0]["loss/ratio"]) < TOLERANCE
+
+
+@pytest.mark.parametrize("mesh", [(1, 1, 1), (2, 2, 2)])
+def test_the_losses_of_the_tokens_sum_to_the_loss_on_any_mesh(plain, mesh):
+    config = dataclasses.replace(BASE, loss=dataclasses.replace(BASE.loss, generative_weight=3.0))
+    metrics, _, _ = one_update(config, make_batch(), mesh=MeshConfig(*mesh), num_devices=int(np.prod(mesh)))
+    for found in (metrics, plain[0]):
+        losses, weights = found[TOKEN_LOSSES]
+        assert relative_error(losses.sum(), plain[0]["loss/generative"]) < TOLERANCE
+        assert np.array_equal(weights, make_batch().generative.loss_weights)
+        assert relative_error(losses, plain[0][TOKEN_LOSSES][0]) < TOLERANCE
 
 
 def test_tokens_count_what_is_not_padding(plain):
