@@ -10,6 +10,7 @@ import rich.table
 from rich.markup import escape
 
 from grit_jax.train.metrics import read_metrics
+from grit_jax.watch.plot import running_mean, series
 
 
 def show_report(report: dict[str, Any]) -> None:
@@ -60,21 +61,15 @@ def plot_losses(metrics: Path, out: Path) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    import numpy as np
 
     lines = read_metrics(metrics)
-    steps = np.array([line["step"] for line in lines])
     figure, panels = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
     for panel, name, title in zip(
         panels, ("loss/embedding", "loss/generative"), ("contrastive loss", "language-modelling loss"), strict=True
     ):
-        values = np.array([line[name] for line in lines])
-        width = max(1, len(values) // 20)
-        sums = np.cumsum(np.concatenate([[0.0], values]))
-        starts = np.maximum(np.arange(len(values)) + 1 - width, 0)
-        ends = np.arange(len(values)) + 1
+        steps, values = series(lines, name)
         panel.plot(steps, values, color="tab:blue", alpha=0.25, linewidth=0.8)
-        panel.plot(steps, (sums[ends] - sums[starts]) / (ends - starts), color="tab:blue", label="training")
+        panel.plot(steps, running_mean(values, max(1, len(values) // 20)), color="tab:blue", label="training")
         held_out = [(line["step"], line[f"validation/{name}"]) for line in lines if f"validation/{name}" in line]
         if held_out:
             panel.plot(*zip(*held_out, strict=True), "o-", color="tab:orange", label="held-out")
