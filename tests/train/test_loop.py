@@ -3,6 +3,8 @@
 import random
 import shutil
 import signal
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -12,8 +14,8 @@ from grit_jax.config import InputError, load_config
 from grit_jax.train.loop import Trainer
 from grit_jax.train.metrics import read_metrics
 from grit_jax.watch.lines import read_lines
-from grit_jax.watch.lock import read_writer, writer_lock
-from tests.runs import ROOT, TINY, grit_jax, losses, start, train_arguments, write_data
+from grit_jax.watch.lock import read_writer, refuse_living, writer_lock
+from tests.runs import ROOT, TINY, environment, grit_jax, losses, start, train_arguments, write_data
 
 
 @pytest.fixture(scope="module")
@@ -194,6 +196,34 @@ def test_updates_that_are_not_finite_are_skipped_and_stop_the_run_when_there_are
     assert embedding["records"] == expected != trainer.data.samples(1)[0].records
     assert [line["skipped"] for line in read_metrics(run / "metrics.jsonl")] == [1, 1]
     assert read_writer(run) is None, "the folder is free again"
+
+
+HANGS = """
+import sys, time
+from grit_jax.config import load_config
+from grit_jax.train.loop import Trainer
+
+def data_that_stops(batches):
+    yield next(batches)
+    yield next(batches)
+    time.sleep(600)
+
+trainer = Trainer(load_config(sys.argv[1], sys.argv[2:]))
+batches = trainer.data.batches
+trainer.data.batches = lambda start: data_that_stops(batches(start))
+trainer.fit()
+"""
+
+
+def test_a_run_that_hangs_says_where_and_ends_and_its_folder_can_be_gone_on_with(data, tmp_path):
+    run = tmp_path / "run"
+    options = [*TINY, f"--data.train={data}", f"--train.output={run}", "--train.steps=4", "--train.watchdog_seconds=10"]
+    command = [sys.executable, "-c", HANGS, str(ROOT / "configs/tiny.yaml"), *options]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 70, done.stderr
+    assert "the data of step 3 has taken more than train.watchdog_seconds=10" in done.stderr
+    assert "in data_that_stops" in (run / "stacks-0.txt").read_text()
+    refuse_living(run)
 
 
 def test_a_run_folder_that_is_being_written_is_refused(data, tmp_path):
