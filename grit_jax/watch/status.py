@@ -17,6 +17,7 @@ from grit_jax.watch.lock import Writer, read_writer
 
 RECENT = 20  # steps whose mean is shown
 _PACE = 50  # steps whose pace tells the time left
+_SILENT_SECONDS = 120.0  # without a step that are worth a word
 _COMMITTED = "commit_success.txt"  # a bucket has no renaming: Orbax writes this last
 _HEALTH = ("alignment", "uniformity", "mean_cosine", "effective_rank")
 
@@ -192,7 +193,11 @@ def _outlook(status: Status) -> str:
     if not status.alive:
         since = f", last line {duration(status.idle_seconds)} ago" if status.idle_seconds is not None else ""
         return f", not running{since}"
-    return f", {duration(status.seconds_left)} left" if status.seconds_left is not None else ", starting"
+    if status.seconds_left is None:
+        return ", starting"
+    idle = status.idle_seconds or 0.0
+    silent = f", silent for {duration(idle)}" if idle > _SILENT_SECONDS else ""
+    return f", {duration(status.seconds_left)} left{silent}"
 
 
 def _recent(lines: Sequence[Mapping[str, float]]) -> dict[str, float]:
