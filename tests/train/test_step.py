@@ -25,7 +25,7 @@ from grit_jax.execution import PLAIN, execution
 from grit_jax.model.transformer import abstract_model, init_params, param_axes
 from grit_jax.train.optimizer import learning_rate, make_optimizer
 from grit_jax.train.state import abstract_state, new_state, shardings_of
-from grit_jax.train.step import TOKEN_LOSSES, Objective, make_train_step
+from grit_jax.train.step import TOKEN_LOSSES, Objective, make_gradient_norm, make_train_step
 from tests.packing import relative_error
 
 LENGTH = 32
@@ -180,9 +180,13 @@ def test_no_gradient_flows_between_streams_texts():
     """A token that occurs in one text only, in the generative batch, gets no gradient from the embedding loss."""
     config = with_train(BASE, mode="embedding")
     batch = make_batch()._replace(generative=None)
-    _, gradient, _ = one_update(config, batch)
+    metrics, gradient, _ = one_update(config, batch)
     assert np.all(gradient["head"] == 0)
     assert np.any(gradient["embedding"] != 0)
+    # The norm of one objective's gradient is that of a step with its stream alone.
+    measure = make_gradient_norm(Objective(abstract_model(ARCHITECTURE, 16), BASE, PLAIN))
+    norm = measure(init_params(ARCHITECTURE, jax.random.key(0), 16), batch)
+    assert relative_error(norm, metrics["grad_norm"]) < TOLERANCE
 
 
 def test_loss_weights_multiply_their_streams(plain):

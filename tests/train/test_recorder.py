@@ -1,0 +1,155 @@
+"""What the recorder makes of steps, with steps that are made up."""
+
+import time
+from types import SimpleNamespace
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from grit_jax import sharding
+from grit_jax.batch import GritBatch
+from grit_jax.config import Config, LoggingConfig, MeshConfig, ModelConfig, TrainConfig, TransformerConfig
+from grit_jax.data.samples import FileSamples
+from grit_jax.train.health import GRAM
+from grit_jax.train.recorder import Datasets, Recorder
+from grit_jax.train.step import TOKEN_LOSSES
+from grit_jax.watch.lines import read_lines
+
+ARCHITECTURE = TransformerConfig(embed_dim=8, mlp_dim=16, num_layers=1, num_heads=2, num_kv_heads=2).resolve(10)
+
+
+class Collected:
+    """A tracker and a display that keep what they are given."""
+
+    def __init__(self):
+        self.lines, self.said = {}, []
+
+    def log(self, step, values):
+        self.lines[step] = dict(values)
+
+    def say(self, text):
+        self.said.append(text)
+
+    def step(self, step, values):
+        pass
+
+
+def batch(rows):
+    stream = SimpleNamespace(tokens=np.zeros((rows, 4)))
+    return GritBatch(stream, stream)
+
+
+def metrics(generative=3.0, skipped=0.0):
+    values = {
+        "loss": 1.0 + generative, "loss/embedding": 1.0, "loss/generative": generative, "grad_norm": 0.5,
+        "learning_rate": 0.1, "skipped": skipped, "tokens": 100, "tokens/generative": 50, "attention_pairs": 10,
+    }  # fmt: skip
+    return {name: jnp.asarray(value) for name, value in values.items()} | {
+        GRAM: jnp.eye(4),
+        TOKEN_LOSSES: jnp.ones((2, 1, 4)),
+    }
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A function that records steps and gives what was collected; steps are made by a function of their number."""
+
+    def record(make=lambda step: metrics(), steps=12, rows=lambda step: 2, start=0, prepare=None, **logging):
+        config = Config(
+            model=ModelConfig(architecture=ARCHITECTURE),
+            train=TrainConfig(max_skipped=3),
+            logging=LoggingConfig(**logging),
+        )
+        data = Datasets(
+            samples=lambda step: [FileSamples("embedding", "nli", "nli.jsonl", [step], [step + 1])],
+            embedding=lambda step: ("nli", "quora")[step % 2],
+            generative_losses=lambda step, losses: {"cot": float(losses.sum())},
+        )
+        collected = Collected()
+        mesh = sharding.make_mesh(MeshConfig())
+        recorder = Recorder(
+            config, mesh, tmp_path, data, [collected], collected, began=time.monotonic() - 5, start=start
+        )
+        with recorder:
+            for step in range(start + 1, steps + 1):
+                recorder.next_batch(iter([batch(rows(step))]))
+                if prepare:
+                    recorder.gradient_norms(prepare, batch(rows(step)))
+                with recorder.step(batch(rows(step))):
+                    time.sleep(0.002)
+                recorder.add(make(step))
+            recorder.log(recorder.read())
+        return collected
+
+    return record
+
+
+def test_every_step_is_logged_once_with_its_own_numbers(run):
+    collected = run(lambda step: metrics(generative=float(step)))
+    assert list(collected.lines) == list(range(1, 13))
+    assert all(line["loss/generative"] == step for step, line in collected.lines.items())
+    # Batch `step` is number step - 1 of the schedule.
+    assert [name for name in collected.lines[1] if name.startswith("loss/embedding/")] == ["loss/embedding/nli"]
+    assert "loss/embedding/quora" in collected.lines[2]
+    assert not {GRAM, TOKEN_LOSSES, "attention_pairs"} & collected.lines[10].keys()
+
+
+def test_details_come_every_few_steps(run):
+    collected = run(details_every=4)
+    detailed = [step for step, line in collected.lines.items() if "embedding/effective_rank" in line]
+    assert detailed == [1, 4, 8, 12]
+    assert [step for step, line in collected.lines.items() if line.get("loss/generative/cot") == 8] == detailed
+    assert not any("embedding/effective_rank" in line for line in run(details_every=None).lines.values())
+
+
+def test_gradient_norms_belong_to_the_step_that_they_are_measured_for(run):
+    seen = []
+
+    def norm(part):
+        seen.append(part)
+        return jnp.asarray(6.0 if part.generative is None else 2.0)
+
+    collected = run(prepare=norm, gradient_ratio_every=5)
+    assert [step for step, line in collected.lines.items() if "grad_norm/ratio" in line] == [5, 10]
+    line = collected.lines[5]
+    assert (line["grad_norm/embedding"], line["grad_norm/generative"], line["grad_norm/ratio"]) == (6, 2, 3)
+    assert [(part.embedding is None, part.generative is None) for part in seen] == [(False, True), (True, False)] * 2
+
+
+def test_a_new_shape_is_a_compile_and_known_ones_are_useful_time(run, tmp_path):
+    run(rows=lambda step: 2 + 2 * (step > 6))
+    seconds = read_lines(tmp_path / "goodput.jsonl")[-1]["seconds"]
+    assert 0.004 <= seconds["compile"] < sum(seconds.values()) - 5
+    assert seconds["startup"] >= 5
+    assert seconds["useful"] > 0
+
+
+def test_skipped_steps_are_counted_in_a_row(run, tmp_path):
+    with pytest.raises(FloatingPointError, match=r"3 updates in a row were skipped, up to step 8"):
+        run(lambda step: metrics(skipped=float(step in (2, 3, 6, 7, 8)), generative=np.nan))
+    bad = read_lines(tmp_path / "bad_batches.jsonl")
+    assert [line["step"] for line in bad] == [2, 3, 6, 7, 8]
+    assert bad[0]["samples"] == [
+        {"stream": "embedding", "dataset": "nli", "file": "nli.jsonl", "records": [1], "lines": [2]}
+    ]
+    assert read_lines(tmp_path / "goodput.jsonl")[-1]["seconds"]["skipped"] > 0
+
+
+def test_a_spike_is_said_and_written_down_and_stops_nothing(run, tmp_path):
+    collected = run(lambda step: metrics(generative=30.0 if step == 25 else 3.0), steps=30)
+    assert len(collected.lines) == 30
+    (spike,) = read_lines(tmp_path / "bad_batches.jsonl")
+    assert (spike["step"], spike["reason"], spike["loss/generative"]) == (25, "spike", 30.0)
+    assert spike["samples"][0]["records"] == [24]
+    assert any("step 25: loss/generative is 30" in text for text in collected.said)
+    assert run(lambda step: metrics(generative=30.0 if step == 25 else 3.0), steps=30, spike_threshold=None).said == []
+
+
+def test_goodput_adds_up_over_sessions_and_bad_batches_are_cut_back_with_the_metrics(run, tmp_path):
+    run(lambda step: metrics(skipped=float(step in (3, 8))), steps=9)
+    collected = run(lambda step: metrics(), steps=12, start=5)
+    assert [line["step"] for line in read_lines(tmp_path / "bad_batches.jsonl")] == [3]
+    sessions = {line["session"]: line for line in read_lines(tmp_path / "goodput.jsonl")}
+    assert [line["from_step"] for line in sessions.values()] == [0, 5]
+    assert 0 < collected.lines[12]["goodput"] < 0.5, "ten seconds were spent starting"
