@@ -16,6 +16,7 @@ from grit_jax.watch.lines import read_lines
 from grit_jax.watch.lock import Writer, read_writer
 
 RECENT = 20  # steps whose mean is shown
+_RECENT_OF_FILE = 5  # of its losses, which are further apart
 _PACE = 50  # steps whose pace tells the time left
 _SILENT_SECONDS = 120.0  # without a step that are worth a word
 _COMMITTED = "commit_success.txt"  # a bucket has no renaming: Orbax writes this last
@@ -218,7 +219,7 @@ def _recent(lines: Sequence[Mapping[str, float]]) -> dict[str, float]:
         if rare:
             means[name] = found[-1]
         elif per_file:
-            means[name] = statistics.fmean(found[-RECENT:])
+            means[name] = statistics.fmean(found[-_RECENT_OF_FILE:])
         elif of_window := [line[name] for line in window if name in line]:
             means[name] = of_window[-1] if name in ("learning_rate", "goodput") else statistics.fmean(of_window)
     if means.keys() >= {"tokens", "step_seconds"}:
