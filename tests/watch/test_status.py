@@ -71,7 +71,7 @@ def test_a_run_that_has_not_made_a_step_has_a_status(tmp_path):
 def test_a_living_run_that_logs_nothing_is_called_silent(tmp_path):
     with writer_lock(tmp_path):
         write_run(tmp_path, now=time.time() - 300)
-        assert "1 min 20 s left, silent for 5 min 0 s" in "\n".join(as_lines(read_status(tmp_path)))
+        assert "1 min 20 s left, silent for 5 min" in "\n".join(as_lines(read_status(tmp_path)))
 
 
 @pytest.mark.parametrize(
