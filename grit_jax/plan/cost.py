@@ -22,7 +22,7 @@ from grit_jax.plan.collectives import (
     slice_transfer,
     transfer,
 )
-from grit_jax.plan.flops import is_attention, is_kernel, kernel_flops, matmul_flops
+from grit_jax.plan.flops import is_attention, is_grouped, is_kernel, kernel_flops, matmul_flops
 from grit_jax.plan.hlo import Computation, Instruction, Module, parse_module, trip_count
 from grit_jax.plan.topology import Topology
 from grit_jax.plan.traffic import crosses_to_host, hbm_bytes, moved_bytes
@@ -78,17 +78,18 @@ class Cost:
     unknown_kernels: tuple[str, ...]
 
 
-def estimate(text: str, topology: Topology) -> Cost:
+def estimate(text: str, topology: Topology, *, expert_fill: float = 1.0) -> Cost:
     """Estimates a compiled program.
 
     Args:
       text: `compiled.as_text()` of a program compiled for `devices(topology)`.
       topology: What it was compiled for.
+      expert_fill: Share of the rows of grouped matrix products that hold tokens; shapes are those of the worst case.
 
     Raises:
       ValueError: The text is not a compiled program.
     """
-    estimator = _Estimator(parse_module(text), topology)
+    estimator = _Estimator(parse_module(text), topology, expert_fill)
     totals = estimator.totals(estimator.module.entry)
     rows = tuple(sorted(totals.rows.values(), key=lambda row: -row.seconds))
     seconds = {name: sum(row.seconds for row in rows if row.network == name) for name in ("ici", "dcn", "host")}
@@ -217,8 +218,8 @@ def _async_role(module: Module, fusion: Instruction) -> str | None:
 class _Estimator:
     """Sums up computations, each once."""
 
-    def __init__(self, module: Module, topology: Topology):
-        self.module, self.topology = module, topology
+    def __init__(self, module: Module, topology: Topology, expert_fill: float):
+        self.module, self.topology, self.expert_fill = module, topology, expert_fill
         self._done: dict[str, _Totals] = {}
         # XLA:TPU spreads a collective over fusions: one starts it, one ends it, and those between that contain the same
         # collective, in a nested loop too, carry it on beside their own work.
@@ -290,9 +291,10 @@ class _Estimator:
         chip, flops = self.topology.chip, kernel_flops(kernel, computation)
         if flops is None:
             clock.totals.unknown_kernels.add(kernel.name)
-        clock.totals.numbers["kernel_flops"] += flops or 0
+        flops = (flops or 0) * (self.expert_fill if is_grouped(kernel) else 1)
+        clock.totals.numbers["kernel_flops"] += flops
         seconds = max(
-            (flops or 0) / (chip.peak_flops * KERNEL_EFFICIENCY),
+            flops / (chip.peak_flops * KERNEL_EFFICIENCY),
             hbm_bytes(self.module, computation, kernel) / chip.hbm_bandwidth,
         )
         clock.work("attention" if is_attention(kernel) else "kernels", seconds)

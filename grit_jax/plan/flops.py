@@ -80,6 +80,11 @@ def is_attention(kernel: Instruction) -> bool:
     return "splash" in kernel.name
 
 
+def is_grouped(kernel: Instruction) -> bool:
+    """Whether a Pallas kernel is one of megablox's, or of those that XLA:TPU makes of `ragged_dot`."""
+    return bool(re.match(r"t?gmm|ragged", kernel.name))
+
+
 def kernel_flops(kernel: Instruction, computation: Computation) -> int | None:
     """FLOPs of a Pallas kernel's matrix products, or None where nothing tells them.
 

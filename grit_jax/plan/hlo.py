@@ -19,6 +19,7 @@ _BITS = {"pred": 8, "bf16": 16, "c64": 64, "c128": 128}
 _ELEMENT = r"pred|bf16|c64|c128|[suf]\d+\w*"
 
 _ARRAY = re.compile(rf"\b({_ELEMENT})\[([\d,]*)\](?:\{{([^{{}}]*)\}})?")
+_END = re.compile(r'^\}(, execution_thread="\w+")?$')  # some computations run beside the main ones
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{$")
 _INSTRUCTION = re.compile(r"^  (?:ROOT )?%?[\w.\-]+ = ")
 # name = type opcode(operands) attributes; no type holds " word(", and operands nest parentheses once at most.
@@ -173,7 +174,7 @@ def parse_module(text: str) -> Module:
             if header:
                 name, lines = header[2], []
                 entry = name if header[1] else entry
-        elif line == "}":
+        elif _END.match(line):
             parsed = [_parse_instruction(whole) for whole in lines]
             computations[name] = Computation(name, {instruction.name: instruction for instruction in parsed})
             name = None

@@ -182,9 +182,17 @@ def make_plan(config: Config, topology: Topology, *, fill: float = 1.0) -> Plan:
         peak_bytes=arguments + temporaries if host else memory.peak_memory_in_bytes,
         host_bytes=host,
         largest=(),
-        cost=estimate(compiled.as_text() or "", topology),
+        cost=estimate(compiled.as_text() or "", topology, expert_fill=_expert_fill(architecture, mesh)),
         compile_seconds=seconds,
     )
+
+
+def _expert_fill(architecture: TransformerConfig, mesh: jax.sharding.Mesh) -> float:
+    """Share of the rows kept for tokens of a device's experts that hold one, when experts get equally many."""
+    if not architecture.num_experts:
+        return 1.0
+    shards, per_token = sharding.axis_size(mesh, "experts"), architecture.experts_per_token
+    return per_token / (shards * min(per_token, architecture.num_experts // shards)) if shards > 1 else 1.0
 
 
 def lower_step(config: Config, topology: Topology, *, fill: float = 1.0) -> jax.stages.Lowered:

@@ -93,7 +93,7 @@ def as_lines(plan: Plan, config: Config) -> Iterator[str]:
             )
         yield (
             "  assumed: the compiler's own cycle counts; Pallas kernels at "
-            f"{KERNEL_EFFICIENCY:.0%} of the peak; networks at their full bandwidth"
+            f"{KERNEL_EFFICIENCY:.0%} of the peak; experts with equally many tokens; networks at their full bandwidth"
         )
     yield f"compiled in {plan.compile_seconds:.0f} s"
 
