@@ -55,7 +55,7 @@ class Checkpoints:
     """
 
     def __init__(self, folder: str | PathLike[str], *, keep: CheckpointConfig | None = None):
-        self.folder = epath.Path(folder).resolve()
+        self.folder = epath.Path(folder) if "://" in str(folder) else epath.Path(folder).resolve()
         self._checkpointer = ocp.training.Checkpointer(
             str(self.folder), preservation_policy=_preservation_policy(keep), cleanup_tmp_directories=True
         )

@@ -1,8 +1,8 @@
 import pytest
 
-from grit_jax.plan.cost import HOST_BANDWIDTH, KERNEL_EFFICIENCY
+from grit_jax.plan.cost import HOST_BANDWIDTH, KERNEL_EFFICIENCY, estimate
 from grit_jax.plan.topology import parse_topology
-from tests.plan.programs import CYCLES, LINK, LOOP_BODY_OF_WORK, V5E, cost, counted_loop, cycles
+from tests.plan.programs import CYCLES, LINK, LOOP_BODY_OF_WORK, V5E, cost, counted_loop, cycles, module
 
 WORK = f"f32[8] fusion(%p), kind=kLoop, calls=%work, {cycles(3000)}"
 SECONDS = 3000 / CYCLES  # 2 microseconds
@@ -204,3 +204,15 @@ def test_the_total_is_work_and_what_is_waited_for():
     parts = (total.compute_seconds, total.attention_seconds, total.kernel_seconds, total.exposed_seconds)
     assert total.total_seconds == pytest.approx(sum(parts))
     assert sum(row.exposed_seconds for row in total.collectives) == pytest.approx(total.exposed_seconds)
+
+
+def test_grouped_products_count_the_rows_that_hold_tokens():
+    kernel = (
+        'ROOT %gmm.1 = f32[8]{0} custom-call(%p), custom_call_target="tpu_custom_call", '
+        'backend_config={"custom_call_config":{"cost_estimate":{"flops":"4000000000"}}}'
+    )
+    program = module(f"{PARAMETER}\n{kernel}")
+    whole, quarter = (estimate(program, V5E, expert_fill=fill) for fill in (1.0, 0.25))
+    assert whole.kernel_flops == 4_000_000_000
+    assert quarter.kernel_flops == 1_000_000_000
+    assert quarter.kernel_seconds == pytest.approx(whole.kernel_seconds / 4)

@@ -11,7 +11,7 @@ from grit_jax.plan.hlo import (
     replica_groups,
     trip_count,
 )
-from tests.plan.programs import counted_loop, module
+from tests.plan.programs import LOOP_BODY_OF_WORK, counted_loop, module
 
 
 def loop_of(limit, step=1, attributes=""):
@@ -115,3 +115,10 @@ def test_every_way_to_write_replica_groups_gives_the_devices(text, expected):
 def test_replica_groups_in_an_unknown_form_are_refused():
     with pytest.raises(ValueError, match="replica groups in an unknown form"):
         groups("replica_groups=rings(4)")
+
+
+def test_a_computation_of_another_processor_ends_where_it_says_so():
+    text = module("ROOT %r = f32[8]{0} call(%p), to_apply=%beside", LOOP_BODY_OF_WORK.replace("%work", "%beside"))
+    text = text.replace("\n}\n\nENTRY", '\n}, execution_thread="sparsecore"\n\nENTRY')
+    assert "sparsecore" in text
+    assert set(parse_module(text).computations) == {"beside", "main"}
