@@ -12,9 +12,9 @@ import numpy as np
 from grit_jax.batch import EmbeddingBatch, GenerativeBatch, GritBatch, HostShare
 from grit_jax.config import Config, DataConfig, InputError, Pooling
 from grit_jax.data.examples import tokenize_records
-from grit_jax.data.index import FileIndex, build_index
+from grit_jax.data.index import FileIndex, build_indexes
 from grit_jax.data.schedule import RowPlan, Schedule, StepPlan, validation_steps
-from grit_jax.data.sources import JsonlSource, find_files
+from grit_jax.data.sources import Source, find_files, open_source
 from grit_jax.prompts import TokenizedPrompt
 from grit_jax.tokenizer import Tokenizer
 
@@ -55,7 +55,7 @@ class _Rows(NamedTuple):
 class _Filler:
     """Turns plans into batches; may be sent to worker processes."""
 
-    sources: Sequence[JsonlSource]
+    sources: Sequence[Source]
     indexes: Sequence[FileIndex]
     tokenizer: Tokenizer
     data: DataConfig
@@ -93,7 +93,7 @@ class _Filler:
         tokens, segment_ids, positions = (np.zeros((here.stop - here.start, row_length), np.int32) for _ in range(3))
         mine = np.flatnonzero((plan.row >= here.start) & (plan.row < here.stop))
         keys = list(dict.fromkeys(zip(plan.file[mine].tolist(), plan.record[mine].tolist(), strict=True)))
-        records = [self.sources[file][record] for file, record in keys]
+        records = [self.sources[file][self.indexes[file].number(record)] for file, record in keys]
         tokenized = dict(zip(keys, tokenize_records(records, self.tokenizer), strict=True))
         texts = []
         for number in mine.tolist():
@@ -102,8 +102,8 @@ class _Filler:
             of_record, which = tokenized[file, record], int(plan.text[number])
             if which >= len(of_record) or not _as_indexed(of_record[which], self.indexes[file], record, which):
                 raise InputError(
-                    f"{self.sources[file].path}: record {record} has changed since the file was indexed; "
-                    "start again, so that it is indexed anew"
+                    f"{self.sources[file].where(self.indexes[file].number(record))}: has changed since the file was "
+                    "indexed; start again, so that it is indexed anew"
                 )
             columns = slice(offset, offset + length)
             tokens[row, columns] = of_record[which].tokens[:length]
@@ -171,11 +171,12 @@ class Pipeline:
         """Batches that hold every validation record once; none without validation data."""
         return map(self._filler(*self._validation).fill, self._validation_plans)
 
-    def _open(self, paths: str | list[str]) -> tuple[list[JsonlSource], list[FileIndex]]:
-        sources = [JsonlSource(path) for path in find_files(paths)]
-        return sources, [build_index(source, self._tokenizer) for source in sources]
+    def _open(self, paths: str | list[str]) -> tuple[list[Source], list[FileIndex]]:
+        skip_bad = self._config.data.skip_bad
+        sources = [open_source(path, skip_bad=skip_bad) for path in find_files(paths)]
+        return sources, build_indexes(sources, self._tokenizer, skip_bad=skip_bad)
 
-    def _filler(self, sources: list[JsonlSource], indexes: list[FileIndex]) -> _Filler:
+    def _filler(self, sources: list[Source], indexes: list[FileIndex]) -> _Filler:
         config = self._config
         return _Filler(sources, indexes, self._tokenizer, config.data, config.model.embedding.pooling, self._host_share)
 
