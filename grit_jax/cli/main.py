@@ -8,10 +8,23 @@ import os
 import sys
 
 from grit_jax.chips import DEVICE_FILES
-from grit_jax.cli import doctor, encode, export_hf, generate, import_hf, plan, push_hf, quickstart, train, verify_export
+from grit_jax.cli import (
+    data,
+    doctor,
+    encode,
+    export_hf,
+    generate,
+    import_hf,
+    plan,
+    push_hf,
+    quickstart,
+    train,
+    verify_export,
+)
 from grit_jax.config import InputError
 
 COMMANDS = {
+    "data": data,
     "train": train,
     "plan": plan,
     "encode": encode,

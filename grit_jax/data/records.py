@@ -79,7 +79,15 @@ def parse_record(line: str | bytes, *, path: str | os.PathLike[str], line_number
 
 
 def parse_object(line: str | bytes, where: str) -> dict[str, Any]:
-    """The JSON object of one line: UTF-8, no key twice, and only text that UTF-8 can hold.
+    """The JSON object of one line; see `parse_json`."""
+    row = parse_json(line, where)
+    if not isinstance(row, dict):
+        raise RecordError(where, "not an object", f"found a JSON {type(row).__name__}; each line must be an object")
+    return row
+
+
+def parse_json(line: str | bytes, where: str) -> Any:
+    """The JSON value of one line: UTF-8, no key twice, and only text that UTF-8 can hold.
 
     Raises:
       RecordError: It starts with `where`.
@@ -101,8 +109,6 @@ def parse_object(line: str | bytes, where: str) -> dict[str, Any]:
         raise RecordError(
             where, "nested too deeply", "lists or objects are nested too deeply; each line must be one flat object"
         ) from error
-    if not isinstance(row, dict):
-        raise RecordError(where, "not an object", f"found a JSON {type(row).__name__}; each line must be an object")
     if "\\u" in text:  # a JSON escape may stand for half a character, which no tokenizer takes
         try:
             json.dumps(row, ensure_ascii=False).encode()
