@@ -114,7 +114,7 @@ class Searcher(Protocol):
 
 
 class KeywordSearcher:
-    """BM25 with the defaults of bm25s."""
+    """BM25 with the defaults of bm25s; a passage without a word of the query scores -inf."""
 
     def __init__(self, passages: Passages):
         import bm25s
@@ -130,7 +130,8 @@ class KeywordSearcher:
 
         words: Any = bm25s.tokenize([query.text for query in queries], show_progress=False, return_ids=False)
         none = np.zeros(self._size, np.float32)
-        return np.stack([self._retriever.get_scores(query) if query else none for query in words])
+        scores = np.stack([self._retriever.get_scores(query) if query else none for query in words])
+        return np.where(scores > 0, scores, -np.inf)
 
 
 class ModelSearcher:
@@ -240,8 +241,8 @@ def choose(
     above = 0
     if mining.ceiling is not None and own:
         limit = float(np.min(scores[list(own)]))
-        # Of a negative score the share is farther from zero than the score.
-        limit = limit * mining.ceiling if limit > 0 else limit - abs(limit) * (1 - mining.ceiling)
+        # Of a negative score, too, a share is less than the score.
+        limit -= abs(limit) * (1 - mining.ceiling) if np.isfinite(limit) else 0
         over = allowed > limit
         above = int(over.sum())
         allowed[over] = -np.inf
@@ -270,7 +271,8 @@ def _encode(model: GritModel, texts: Sequence[EmbeddingText], max_length: int) -
     vectors: np.ndarray | None = None
     instructions = [text.instruction for text in texts]
     for instruction in dict.fromkeys(instructions):
-        mine = [place for place, other in enumerate(instructions) if other == instruction]
+        mine = [place for place, text in enumerate(texts) if text.instruction == instruction and text.text.strip()]
+        # An empty query, which training drops, has no direction.
         encoded = model.encode([texts[place].text for place in mine], instruction=instruction, max_length=max_length)
         vectors = np.zeros((len(texts), encoded.shape[1]), np.float32) if vectors is None else vectors
         vectors[mine] = encoded
