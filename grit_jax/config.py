@@ -221,13 +221,33 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
+class StageConfig:
+    """A stage of a curriculum: a range of steps with its own choice of files.
+
+    Inside a stage no record is used twice before all of its file are used once; the next stage starts anew.
+
+    Attributes:
+      steps: Its length; null for the last stage, which goes on to the end.
+      files: Names of the files it takes, such as `a.jsonl` or `easy-*`; empty for all of `data.train`.
+      num_samples: Samples an epoch takes from a file, on top of `data.num_samples`.
+    """
+
+    steps: int | None = None
+    files: list[str] = field(default_factory=list)
+    num_samples: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class DataConfig:
     """Training data and how it is cut into batches.
 
     Attributes:
-      train: File or folder, or a list of them; folders are searched for .jsonl and .jsonl.gz.
+      train: File or folder, or a list of them, on a disk or in a bucket; folders are searched for .jsonl, .jsonl.gz,
+        .jsonl.zst, .array_record and .arrayrecord.
       validation: The same, for evaluation losses.
+      skip_bad: Whether malformed records are left out, counted and reported; without, the first one stops the run.
       num_samples: Samples an epoch takes from a file, by file name; files not named are used whole.
+      curriculum: Stages with their own files, one after the other; empty for all files all the time.
       query_max_length: Limit of a query with its instruction, in tokens.
       passage_max_length: Limit of a passage with its instruction, in tokens.
       generative_max_length: Limit of a conversation, in tokens.
@@ -243,7 +263,9 @@ class DataConfig:
 
     train: str | list[str] = field(default_factory=list)
     validation: str | list[str] = field(default_factory=list)
+    skip_bad: bool = False
     num_samples: dict[str, int] = field(default_factory=dict)
+    curriculum: list[StageConfig] = field(default_factory=list)
     query_max_length: int = 256
     passage_max_length: int = 2048
     generative_max_length: int = 2048
@@ -263,6 +285,15 @@ class DataConfig:
             _require_positive(f"data.{name}", getattr(self, name))
         if self.workers < 0:
             raise InputError(f"data.workers={self.workers} is negative; use 0 to fill batches in the training process")
+        for number, stage in enumerate(self.curriculum):
+            last = number == len(self.curriculum) - 1
+            if (stage.steps is None) != last:
+                what = (
+                    "goes on to the end: leave its steps out" if last else "has no steps; only the last stage goes on"
+                )
+                raise InputError(f"data.curriculum[{number}] {what}")
+            if stage.steps is not None:
+                _require_positive(f"data.curriculum[{number}].steps", stage.steps)
 
     @property
     def embedding_row_length(self) -> int:
@@ -599,6 +630,14 @@ def _check_keys(mapping: dict[str, Any], section: type, source: str, prefix: str
         nested = _field_type(section, str(key), source, prefix)
         if dataclasses.is_dataclass(nested) and isinstance(value, dict):
             _check_keys(value, nested, source, f"{prefix}{key}.")
+        for inner in typing.get_args(nested):  # the entries of a list of sections
+            if dataclasses.is_dataclass(inner) and isinstance(value, list):
+                for number, entry in enumerate(value):
+                    where = f"{prefix}{key}[{number}]"
+                    if not entry or not isinstance(entry, dict):
+                        known = ", ".join(field.name for field in dataclasses.fields(inner))
+                        raise InputError(f"{source}: {where} is {entry!r}; it must be a mapping with one of {known}")
+                    _check_keys(entry, inner, source, f"{where}.")
 
 
 def _check_override(override: str) -> None:

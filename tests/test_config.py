@@ -4,7 +4,15 @@ from pathlib import Path
 
 import pytest
 
-from grit_jax.config import Config, InputError, TransformerConfig, config_differences, dump_config, parse_config
+from grit_jax.config import (
+    Config,
+    InputError,
+    StageConfig,
+    TransformerConfig,
+    config_differences,
+    dump_config,
+    parse_config,
+)
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
 
@@ -19,6 +27,12 @@ def test_command_line_wins_over_file_wins_over_defaults():
     config = parse_config("train: {steps: 5, seed: 3}\noptimizer: {learning_rate: 1e-4}", ["--train.steps=7"])
     assert (config.train.steps, config.train.seed, config.optimizer.learning_rate) == (7, 3, 1e-4)
     assert config.data == Config().data
+
+
+def test_a_curriculum_survives_a_round_trip():
+    config = parse_config("data: {curriculum: [{steps: 5, files: [a.jsonl, 'b-*']}, {num_samples: {a.jsonl: 3}}]}")
+    assert config.data.curriculum == [StageConfig(5, ["a.jsonl", "b-*"]), StageConfig(num_samples={"a.jsonl": 3})]
+    assert parse_config(dump_config(config)) == config
 
 
 @pytest.mark.parametrize(
@@ -37,6 +51,12 @@ def test_command_line_wins_over_file_wins_over_defaults():
         ("- train", [], "f.yaml: expected a mapping of sections, found list"),
         ("train: {steps: 0}", [], "train.steps=0 must be positive"),
         ("train: {seed: -1}", [], "train.seed=-1 is negative; use 0 or more"),
+        ("data: {curriculum: [{step: 3}]}", [], r"'data.curriculum\[0\].step'; did you mean '.*steps'"),
+        ("data: {curriculum: [{files: [a]}, {files: [b]}]}", [], r"data.curriculum\[0\] has no steps; only the last"),
+        ("data: {curriculum: [{steps: 2}, {}]}", [], r"data.curriculum\[1\] is {}; .* one of steps, files, num"),
+        ("data: {curriculum: [{steps: many}, {steps: null}]}", [], "data.curriculum"),
+        ("data: {curriculum: [{steps: 3}]}", [], r"data.curriculum\[0\] goes on to the end: leave its steps out"),
+        ("data: {curriculum: [{steps: 0}, {steps: null}]}", [], r"data.curriculum\[0\].steps=0 must be positive"),
         ("model: {architecture: {num_heads: 3}}", [], "num_heads=3 is not a multiple of num_kv_heads=2"),
     ],
 )  # fmt: skip
@@ -57,8 +77,8 @@ def test_a_vocabulary_smaller_than_the_tokenizer_is_refused():
 
 def test_light_modules_import_without_jax():
     modules = (
-        "config, tokenizer, prompts, batch, data.records, data.sources, data.examples, data.index, data.packing, "
-        "data.schedule, cli.main"
+        "config, tokenizer, prompts, batch, data.cache, data.records, data.sources, data.examples, data.counting, "
+        "data.index, data.shuffle, data.packing, data.schedule, cli.main"
     )
     names = ", ".join(f"grit_jax.{name}" for name in modules.split(", "))
     code = f"import sys, {names}; sys.exit('jax' in sys.modules)"

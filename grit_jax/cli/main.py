@@ -9,6 +9,7 @@ import sys
 
 from grit_jax.chips import DEVICE_FILES
 from grit_jax.cli import (
+    data,
     doctor,
     encode,
     export_hf,
@@ -25,6 +26,7 @@ from grit_jax.cli import (
 from grit_jax.config import InputError
 
 COMMANDS = {
+    "data": data,
     "train": train,
     "status": status,
     "plot": plot,

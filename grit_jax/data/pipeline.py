@@ -11,13 +11,13 @@ import numpy as np
 
 from grit_jax.batch import EmbeddingBatch, GenerativeBatch, GritBatch, HostShare
 from grit_jax.config import Config, DataConfig, InputError, Pooling
-from grit_jax.data.examples import tokenize_records
-from grit_jax.data.index import FileIndex, build_index
-from grit_jax.data.records import Stream
+from grit_jax.data.examples import record_prompts
+from grit_jax.data.index import FileIndex, build_indexes
+from grit_jax.data.records import Record, Stream
 from grit_jax.data.samples import FileSamples, dataset_names, file_losses, file_samples
 from grit_jax.data.schedule import RowPlan, Schedule, StepPlan, validation_steps
-from grit_jax.data.sources import JsonlSource, find_files
-from grit_jax.prompts import TokenizedPrompt
+from grit_jax.data.sources import Source, find_files, open_source
+from grit_jax.prompts import TokenizedPrompt, tokenize
 from grit_jax.tokenizer import Tokenizer
 
 
@@ -57,7 +57,7 @@ class _Rows(NamedTuple):
 class _Filler:
     """Turns plans into batches; may be sent to worker processes."""
 
-    sources: Sequence[JsonlSource]
+    sources: Sequence[Source]
     indexes: Sequence[FileIndex]
     tokenizer: Tokenizer
     data: DataConfig
@@ -95,24 +95,32 @@ class _Filler:
         tokens, segment_ids, positions = (np.zeros((here.stop - here.start, row_length), np.int32) for _ in range(3))
         mine = np.flatnonzero((plan.row >= here.start) & (plan.row < here.stop))
         keys = list(dict.fromkeys(zip(plan.file[mine].tolist(), plan.record[mine].tolist(), strict=True)))
-        records = [self.sources[file][record] for file, record in keys]
-        tokenized = dict(zip(keys, tokenize_records(records, self.tokenizer), strict=True))
-        texts = []
+        of_record = {key: record_prompts(self._record(*key), self.tokenizer) for key in keys}
+        wanted = []
         for number in mine.tolist():
+            file, record, which = int(plan.file[number]), int(plan.record[number]), int(plan.text[number])
+            if which >= len(of_record[file, record]):
+                raise self._changed(file, record)
+            wanted.append(of_record[file, record][which])
+        texts = []
+        for number, text in zip(mine.tolist(), tokenize(wanted, self.tokenizer), strict=True):
             file, record, length = int(plan.file[number]), int(plan.record[number]), int(plan.length[number])
             row, offset = int(plan.row[number]) - here.start, int(plan.offset[number])
-            of_record, which = tokenized[file, record], int(plan.text[number])
-            if which >= len(of_record) or not _as_indexed(of_record[which], self.indexes[file], record, which):
-                raise InputError(
-                    f"{self.sources[file].path}: record {record} has changed since the file was indexed; "
-                    "start again, so that it is indexed anew"
-                )
+            if not _as_indexed(text, self.indexes[file], record, int(plan.text[number])):
+                raise self._changed(file, record)
             columns = slice(offset, offset + length)
-            tokens[row, columns] = of_record[which].tokens[:length]
+            tokens[row, columns] = text.tokens[:length]
             segment_ids[row, columns] = plan.segment[number]
             positions[row, columns] = np.arange(length)
-            texts.append((number, row, columns, of_record[which]))
+            texts.append((number, row, columns, text))
         return _Rows(tokens, segment_ids, positions, texts)
+
+    def _record(self, file: int, record: int) -> Record:
+        return self.sources[file][self.indexes[file].number(record)]
+
+    def _changed(self, file: int, record: int) -> InputError:
+        where = self.sources[file].where(self.indexes[file].number(record))
+        return InputError(f"{where}: has changed since the file was indexed; start again, so that it is indexed anew")
 
 
 def _as_indexed(text: TokenizedPrompt, index: FileIndex, record: int, which: int) -> bool:
@@ -193,11 +201,12 @@ class Pipeline:
         """Batches that hold every validation record once; none without validation data."""
         return map(self._filler(*self._validation).fill, self._validation_plans)
 
-    def _open(self, paths: str | list[str]) -> tuple[list[JsonlSource], list[FileIndex]]:
-        sources = [JsonlSource(path) for path in find_files(paths)]
-        return sources, [build_index(source, self._tokenizer) for source in sources]
+    def _open(self, paths: str | list[str]) -> tuple[list[Source], list[FileIndex]]:
+        skip_bad = self._config.data.skip_bad
+        sources = [open_source(path, skip_bad=skip_bad) for path in find_files(paths)]
+        return sources, build_indexes(sources, self._tokenizer, skip_bad=skip_bad)
 
-    def _filler(self, sources: list[JsonlSource], indexes: list[FileIndex]) -> _Filler:
+    def _filler(self, sources: list[Source], indexes: list[FileIndex]) -> _Filler:
         config = self._config
         return _Filler(sources, indexes, self._tokenizer, config.data, config.model.embedding.pooling, self._host_share)
 

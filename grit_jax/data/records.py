@@ -4,12 +4,29 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from pathlib import Path
+import os
 from typing import Any, Literal, NamedTuple
 
 from grit_jax.config import InputError
 
 Stream = Literal["embedding", "generative"]
+
+
+class RecordError(InputError):
+    """A malformed record.
+
+    Attributes:
+      kind: What is wrong in a few words, equal for all records with the same fault.
+    """
+
+    def __init__(self, where: str, kind: str, message: str):
+        super().__init__(where, kind, message)
+        self.kind = kind
+
+    def __str__(self) -> str:
+        """File, line and what is wrong there."""
+        where, _, message = self.args
+        return f"{where}: {message}"
 
 
 class EmbeddingText(NamedTuple):
@@ -38,7 +55,7 @@ class GenerativeRecord:
 Record = EmbeddingRecord | GenerativeRecord
 
 
-def parse_record(line: str | bytes, *, path: str | Path, line_number: int) -> Record:
+def parse_record(line: str | bytes, *, path: str | os.PathLike[str], line_number: int) -> Record:
     """Parses and checks one line.
 
     Embedding: `{"query": T, "pos": [T, ...], "neg": [T, ...]}` where T is a string or `[instruction, text]`; a string
@@ -46,22 +63,66 @@ def parse_record(line: str | bytes, *, path: str | Path, line_number: int) -> Re
     `{"text": str}`. Other keys are allowed.
 
     Raises:
-      InputError: With file, line and remedy.
+      RecordError: With file, line and remedy.
     """
     where = f"{path}:{line_number}"
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise InputError(f"{where}: not valid JSON ({error}); each line must be one object") from error
-    if not isinstance(row, dict):
-        raise InputError(f"{where}: found a JSON {type(row).__name__}; each line must be an object")
+    row = parse_object(line, where)
     if "query" in row:
         return _embedding_record(row, where)
     if "text" in row:
         return _generative_record(row, where)
-    raise InputError(
-        f'{where}: keys {sorted(row)} are of neither stream; use "query", "pos", "neg" or "text" (generative)'
+    raise RecordError(
+        where,
+        "keys of neither stream",
+        f'keys {_describe(sorted(row))} are of neither stream; use "query", "pos", "neg" or "text" (generative)',
     )
+
+
+def parse_object(line: str | bytes, where: str) -> dict[str, Any]:
+    """The JSON object of one line; see `parse_json`."""
+    row = parse_json(line, where)
+    if not isinstance(row, dict):
+        raise RecordError(where, "not an object", f"found a JSON {type(row).__name__}; each line must be an object")
+    return row
+
+
+def parse_json(line: str | bytes, where: str) -> Any:
+    """The JSON value of one line: UTF-8, no key twice, and only text that UTF-8 can hold.
+
+    Raises:
+      RecordError: It starts with `where`.
+    """
+    try:
+        text = line.decode("utf-8-sig") if isinstance(line, bytes) else line
+        row = json.loads(text, object_pairs_hook=_unique_keys)
+    except UnicodeDecodeError as error:
+        raise RecordError(
+            where, "not UTF-8", f"byte {error.start + 1} is not UTF-8 ({error.reason}); save the file as UTF-8"
+        ) from error
+    except _DuplicateKeyError as error:
+        raise RecordError(
+            where, "a key twice", f"key {_describe(error.args[0])} is there twice; keep one of them"
+        ) from error
+    except ValueError as error:
+        raise RecordError(where, "not valid JSON", f"not valid JSON ({error}); each line must be one object") from error
+    except RecursionError as error:
+        raise RecordError(
+            where, "nested too deeply", "lists or objects are nested too deeply; each line must be one flat object"
+        ) from error
+    if "\\u" in text:  # a JSON escape may stand for half a character, which no tokenizer takes
+        try:
+            json.dumps(row, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise RecordError(
+                where,
+                "half a surrogate pair",
+                f"\\u{ord(error.object[error.start]):04x} is half of a surrogate pair and no character; remove it",
+            ) from error
+        except RecursionError as error:
+            raise RecordError(
+                where, "nested too deeply", "lists or objects are nested too deeply; each line must be one flat object"
+            ) from error
+    return row
 
 
 def stream_of(record: Record) -> Stream:
@@ -69,25 +130,43 @@ def stream_of(record: Record) -> Stream:
     return "embedding" if isinstance(record, EmbeddingRecord) else "generative"
 
 
+class _DuplicateKeyError(Exception):
+    pass
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise _DuplicateKeyError(next(name for name in names if names.count(name) > 1))
+    return row
+
+
 def _embedding_record(row: dict[str, Any], where: str) -> EmbeddingRecord:
     for key in ("pos", "neg"):
         if not isinstance(row.setdefault(key, []), list):
-            raise InputError(f'{where}: "{key}" is {_describe(row[key])}; it must be a list of texts')
+            raise RecordError(
+                where, f'"{key}" is no list', f'"{key}" is {_describe(row[key])}; it must be a list of texts'
+            )
     if not row["pos"]:
-        raise InputError(f'{where}: "pos" is missing or empty; every query needs a passage that answers it')
+        raise RecordError(where, 'no "pos"', '"pos" is missing or empty; every query needs a passage that answers it')
     return EmbeddingRecord(
-        _embedding_text(row["query"], f'{where}: "query"'),
-        tuple(_embedding_text(text, f'{where}: "pos"') for text in row["pos"]),
-        tuple(_embedding_text(text, f'{where}: "neg"') for text in row["neg"]),
+        _embedding_text(row["query"], where, "query"),
+        tuple(_embedding_text(text, where, "pos") for text in row["pos"]),
+        tuple(_embedding_text(text, where, "neg") for text in row["neg"]),
     )
 
 
-def _embedding_text(value: Any, where: str) -> EmbeddingText:
+def _embedding_text(value: Any, where: str, key: str) -> EmbeddingText:
     if isinstance(value, str):
         return EmbeddingText("", value)
     if isinstance(value, list) and len(value) == 2 and all(isinstance(part, str) for part in value):
         return EmbeddingText(value[0].strip("\t\n :"), value[1])
-    raise InputError(f"{where} holds {_describe(value)}; a text is a string or [instruction, text]")
+    raise RecordError(
+        where,
+        f'"{key}" holds no text',
+        f'"{key}" holds {_describe(value)}; a text is a string or [instruction, text]',
+    )
 
 
 def _generative_record(row: dict[str, Any], where: str) -> GenerativeRecord:
@@ -95,12 +174,23 @@ def _generative_record(row: dict[str, Any], where: str) -> GenerativeRecord:
     if isinstance(turns, str):
         return GenerativeRecord(turns)
     if not isinstance(turns, list) or not all(isinstance(turn, str) for turn in turns):
-        raise InputError(f'{where}: "text" is {_describe(turns)}; it must be a string or a list of strings')
+        raise RecordError(
+            where,
+            '"text" is no text',
+            f'"text" is {_describe(turns)}; it must be a string or a list of strings',
+        )
     if not turns or len(turns) % 2:
-        raise InputError(f'{where}: "text" has {len(turns)} turns; user and assistant turns come in pairs')
+        raise RecordError(
+            where,
+            "turns not in pairs",
+            f'"text" has {len(turns)} turns; user and assistant turns come in pairs',
+        )
     return GenerativeRecord(tuple(turns))
 
 
 def _describe(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
+    try:
+        text = json.dumps(value, ensure_ascii=False)
+    except RecursionError:
+        text = "a deeply nested list or object"
     return text if len(text) <= 60 else text[:57] + "..."

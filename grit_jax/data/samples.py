@@ -10,7 +10,7 @@ import numpy as np
 
 from grit_jax.data.records import Stream
 from grit_jax.data.schedule import RowPlan, Samples
-from grit_jax.data.sources import JsonlSource
+from grit_jax.data.sources import Source
 
 
 class FileSamples(NamedTuple):
@@ -32,7 +32,7 @@ class FileSamples(NamedTuple):
 
 
 def file_samples(
-    stream: Stream, samples: Samples, sources: Sequence[JsonlSource], names: Sequence[str]
+    stream: Stream, samples: Samples, sources: Sequence[Source], names: Sequence[str]
 ) -> list[FileSamples]:
     """The samples by file, in the files' order."""
     found = []

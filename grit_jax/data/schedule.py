@@ -7,6 +7,7 @@ and what it weighs, the same on every host and without looking at earlier steps.
 from __future__ import annotations
 
 import difflib
+import fnmatch
 import functools
 import hashlib
 from collections.abc import Callable, Sequence
@@ -17,13 +18,17 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from grit_jax.batch import max_segments
-from grit_jax.config import DataConfig, InputError, LossConfig, TrainConfig
-from grit_jax.data.index import FileIndex, num_targets
+from grit_jax.config import DataConfig, InputError, LossConfig, StageConfig, TrainConfig
+from grit_jax.data.index import FileIndex, num_targets, ranges
 from grit_jax.data.packing import choose_buckets, pack, round_up
 from grit_jax.data.records import Stream
+from grit_jax.data.shuffle import shuffled
 
+_LAWS = 2  # raised when the same settings give other batches than before
 _SAMPLED_STEPS = 64  # steps whose packing decides the row buckets
-_EMBEDDING, _GENERATIVE, _PICK, _ORDER, _FILE = range(5)  # names of the random streams
+_RECORDS_AT_ONCE = 1 << 20  # records whose lengths are looked at together
+_NO_LIMIT = np.iinfo(np.int32).max
+_EMBEDDING, _GENERATIVE, _PICK, _ORDER, _FILE, _POOL, _BATCH = range(7)  # names of the random streams
 
 
 class RowPlan(NamedTuple):
@@ -104,17 +109,10 @@ class Samples(NamedTuple):
     file: np.ndarray
     record: np.ndarray
 
-    def take(self, which: np.ndarray | slice) -> Samples:
-        """The samples at these places."""
-        return Samples(self.file[which], self.record[which])
 
-    def cut(self, begin: int, end: int, size: int) -> list[Samples]:
-        """Pieces of `size` samples; the last one may be shorter."""
-        return [self.take(slice(start, min(start + size, end))) for start in range(begin, end, size)]
-
-
-# Usable positives and negatives of a record and the group size -> the passages of its group, positive first.
-Pick = Callable[[np.ndarray, np.ndarray, int], Sequence[int]]
+# For each text of some records a number; of a record's usable positives the one with the smallest is taken, and of its
+# negatives those with the smallest ones.
+Ranks = Callable[[int], np.ndarray]
 
 
 class _File:
@@ -122,64 +120,65 @@ class _File:
 
     Attributes:
       number: Its number among all files.
-      records: int64 [usable records].
-      epoch_size: Samples that an epoch takes.
-      targets: int32 [texts]; span tokens left after truncation.
       dropped: Number of unusable records by reason.
     """
 
     def __init__(self, number: int, index: FileIndex, data: DataConfig):
-        self.number, self.index = number, index
-        starts = index.text_starts[:-1]
-        if index.stream == "embedding":
-            is_query = np.zeros(len(index.lengths), bool)
-            is_query[starts] = True
-            self.limits = np.where(is_query, data.query_max_length, data.passage_max_length).astype(np.int32)
-            self.targets = np.where(
-                is_query, num_targets(index, data.query_max_length), num_targets(index, data.passage_max_length)
-            )
-            whole = num_targets(index, np.iinfo(np.int32).max)
-            query_ok, query_whole = self.targets[starts] > 0, whole[starts] > 0
-            positive_ok, positive_whole = (self._any_positive(counts > 0) for counts in (self.targets, whole))
-            usable = query_ok & positive_ok
-            filled = query_whole & positive_whole
-            self.dropped = {
-                "empty text": int(np.sum(~filled)),
-                "instruction leaves no room": int(np.sum(filled & ~usable)),
-            }
-        else:
-            self.limits = np.full(len(index.lengths), data.generative_max_length, np.int32)
-            self.targets = num_targets(index, data.generative_max_length)
-            usable = self.targets > 0
-            filled = num_targets(index, np.iinfo(np.int32).max) > 0
-            self.dropped = {
-                "empty text": int(np.sum(~filled)),
-                "prompt leaves no room for the answer": int(np.sum(filled & ~usable)),
-            }
-        self.records = np.flatnonzero(usable)
-        self.epoch_size = data.num_samples.get(index.path.name, len(self.records))
+        self.number, self.index, self._data = number, index, data
+        no_room = (
+            "instruction leaves no room" if index.stream == "embedding" else "prompt leaves no room for the answer"
+        )
+        self.dropped = {"empty text": 0, no_room: 0}
+        usable = []
+        for start in range(0, index.num_records, _RECORDS_AT_ONCE):
+            stop = min(start + _RECORDS_AT_ONCE, index.num_records)
+            within, whole = self._usable(start, stop)
+            usable.append(within)
+            self.dropped["empty text"] += int(np.sum(~whole))
+            self.dropped[no_room] += int(np.sum(whole & ~within))
+        # Most files are usable as a whole, and need no list of what is.
+        self._records = np.flatnonzero(np.concatenate(usable)) if sum(self.dropped.values()) else None
 
-    def _any_positive(self, ok: np.ndarray) -> np.ndarray:
-        first = self.index.text_starts[:-1] + 1
-        counts = np.concatenate([[0], np.cumsum(ok)])
-        return counts[first + self.index.num_positives] - counts[first] > 0
+    @property
+    def num_usable(self) -> int:
+        """Usable records."""
+        return self.index.num_records if self._records is None else len(self._records)
 
-    def usable_texts(self, record: int) -> tuple[np.ndarray, np.ndarray]:
-        """Numbers, within the record, of the positives and negatives with something left to pool."""
-        start, end = self.index.text_starts[record : record + 2]
-        texts = 1 + np.flatnonzero(self.targets[start + 1 : end] > 0)
-        first_negative = np.searchsorted(texts, 1 + self.index.num_positives[record])
-        return texts[:first_negative], texts[first_negative:]
+    def records(self, which: np.ndarray) -> np.ndarray:
+        """Record numbers of some of the usable records."""
+        return which if self._records is None else self._records[which]
 
-    def samples(self, epoch: int, seed: int) -> Samples:
-        """The samples of an epoch: the next `epoch_size` of the file's endless stream of permutations."""
-        size, wanted = len(self.records), np.arange(epoch * self.epoch_size, (epoch + 1) * self.epoch_size)
-        passes = [
-            _generator(seed, _FILE, self.number, number).permutation(self.records)
-            for number in range(wanted[0] // size, wanted[-1] // size + 1)
-        ]
-        records = np.concatenate(passes)[wanted - wanted[0] // size * size]
-        return Samples(np.full(len(records), self.number), records)
+    def fingerprint(self) -> str:
+        """Equal for files with the same texts of which the same records are usable."""
+        usable = b"all" if self._records is None else self._records.tobytes()
+        return f"{self.index.fingerprint} {hashlib.sha256(usable).hexdigest()}"
+
+    def limits(self, text: np.ndarray) -> np.ndarray:
+        """int32 [texts]: most tokens of texts with these numbers in their records."""
+        if self.index.stream == "generative":
+            return np.full(len(text), self._data.generative_max_length, np.int32)
+        return np.where(text == 0, self._data.query_max_length, self._data.passage_max_length).astype(np.int32)
+
+    def targets(self, record: np.ndarray, text: np.ndarray) -> np.ndarray:
+        """int32 [texts]: span tokens that truncation leaves of some texts."""
+        return num_targets(self.index, self.limits(text), self.index.text_starts[record] + text)
+
+    def _usable(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        """Whether records `start` to `stop` are usable within the limits, and without any: bool [records] each."""
+        bounds = np.asarray(self.index.text_starts[start : stop + 1])
+        counts = np.diff(bounds)
+        text = ranges(np.zeros(len(counts), np.int64), counts)
+        texts, first = slice(int(bounds[0]), int(bounds[-1])), bounds[:-1] - bounds[0]
+        results = []
+        for limits in (self.limits(text), np.full(len(text), _NO_LIMIT, np.int32)):
+            ok = num_targets(self.index, limits, texts) > 0
+            usable = ok[first]
+            if self.index.stream == "embedding":
+                sums = np.concatenate([[0], np.cumsum(ok)])
+                positives = np.asarray(self.index.num_positives[start:stop])
+                usable = usable & (sums[first + 1 + positives] > sums[first + 1])
+            results.append(usable)
+        return results[0], results[1]
 
 
 class _Planner:
@@ -189,36 +188,27 @@ class _Planner:
         self.files = [_File(number, index, data) for number, index in enumerate(indexes)]
         self._data = data
 
-    def trained_files(self, stream: Stream, mode: str) -> list[_File]:
-        """The files of a stream that have samples; at least one."""
-        files = [file for file in self.files if file.index.stream == stream]
-        usable = [file for file in files if len(file.records) and file.epoch_size]
-        if not usable:
-            dropped = "; ".join(self.dropped_lines()) or "no file holds that stream"
-            other = "generative" if stream == "embedding" else "embedding"
-            raise InputError(
-                f"data.train has no usable {stream} record ({dropped}), and train.mode={mode} trains that stream; "
-                f"add such data or set train.mode={other}"
-            )
-        return usable
-
     def dropped_lines(self) -> list[str]:
         """What was left out of each file, and why."""
-        return [
-            f"{file.index.path}: dropped {count:,} of {file.index.num_records:,} records: {reason}"
-            for file in self.files
-            for reason, count in file.dropped.items()
-            if count
-        ]
+        lines = []
+        for file in self.files:
+            index = file.index
+            total = index.num_records + sum(bad.count for bad in index.bad)
+            lines += [
+                f"{index.path}: skipped {bad.count:,} of {total:,} records: {bad.kind}; for example {bad.examples[0]}"
+                for bad in index.bad
+            ]
+            lines += [
+                f"{index.path}: dropped {count:,} of {total:,} records: {reason}"
+                for reason, count in file.dropped.items()
+                if count
+            ]
+        return lines
 
-    def embedding(self, samples: Samples, pick: Pick, *, query_weight: float, batch: int) -> EmbeddingPlan:
+    def embedding(self, samples: Samples, ranks: Ranks, *, query_weight: float, batch: int) -> EmbeddingPlan:
         """Queries, positives and negatives of the samples; fillers make a short batch whole."""
         group = self._data.group_size
-        texts = np.full((len(samples.file), 1 + group), -1)
-        texts[:, 0] = 0
-        for sample, (number, record) in enumerate(zip(*samples, strict=True)):
-            passages = pick(*self.files[number].usable_texts(record), group)
-            texts[sample, 1 : 1 + len(passages)] = passages
+        texts = self._groups(samples, ranks)
         present = texts >= 0
         owner = np.nonzero(present)[0]
         rows = self._rows(samples.file[owner], samples.record[owner], texts[present], self._data.embedding_row_length)
@@ -238,29 +228,159 @@ class _Planner:
 
     def generative(self, samples: Samples) -> tuple[RowPlan, np.ndarray]:
         """Rows of the samples' conversations, and the scored tokens of each, int32 [samples]."""
-        rows = self._rows(*samples, np.zeros(len(samples.file), int), self._data.generative_max_length)
-        return rows, self._per_text(rows, lambda file: file.targets)
+        text = np.zeros(len(samples.file), int)
+        rows = self._rows(*samples, text, self._data.generative_max_length)
+        return rows, self._per_text(*samples, text, _File.targets)
+
+    def _groups(self, samples: Samples, ranks: Ranks) -> np.ndarray:
+        """Numbers of query, positive and negatives in their record, int [samples, 1 + group]; -1 where there is none.
+
+        Negatives are taken again, in the same order, where a record has too few.
+        """
+        zeros = np.zeros(len(samples.file), int)
+        starts = self._per_text(*samples, zeros, lambda file, record, _: file.index.text_starts[record])
+        counts = self._per_text(*samples, zeros, lambda file, record, _: file.index.text_starts[record + 1]) - starts
+        positives = self._per_text(*samples, zeros, lambda file, record, _: file.index.num_positives[record])
+        owner = np.repeat(np.arange(len(counts)), counts)
+        text = ranges(zeros, counts)
+        usable = self._per_text(samples.file[owner], samples.record[owner], text, _File.targets) > 0
+        kind = np.where(usable, np.where(text == 0, 0, np.where(text <= positives[owner], 1, 2)), 3)
+        order = np.lexsort((ranks(len(text)), kind, owner))
+        num_positives, num_negatives = (np.bincount(owner[kind == k], minlength=len(counts)) for k in (1, 2))
+        positive = np.cumsum(counts) - counts + 1
+        places = np.arange(self._data.group_size - 1) % np.maximum(num_negatives, 1)[:, None]
+        negative = (positive + num_positives)[:, None] + np.where(num_negatives[:, None], places, 0)
+        negative = np.minimum(negative, len(order) - 1)  # the last record has nothing behind its positives
+        return np.column_stack(
+            [zeros, text[order[positive]], np.where(num_negatives[:, None], text[order[negative]], -1)]
+        )
 
     def _rows(self, file: np.ndarray, record: np.ndarray, text: np.ndarray, row_length: int) -> RowPlan:
-        places = RowPlan(0, *(part.astype(np.int32) for part in (file, record, text)), *[np.zeros(0, np.int32)] * 4)
-        length = np.minimum(
-            self._per_text(places, lambda file: file.index.lengths), self._per_text(places, lambda file: file.limits)
-        )
+        whole = self._per_text(file, record, text, lambda f, r, t: f.index.lengths[f.index.text_starts[r] + t])
+        length = np.minimum(whole, self._per_text(file, record, text, lambda f, _, t: f.limits(t)))
         most = max_segments(row_length) if self._data.packing else 1
         packing = pack(length, row_length=row_length, max_segments=most)
-        return places._replace(length=length, **packing._asdict())
+        place = (part.astype(np.int32) for part in (file, record, text))
+        return RowPlan(packing.num_rows, *place, length, packing.row, packing.offset, packing.segment)
 
     def _hashes(self, rows: RowPlan) -> np.ndarray:
-        return self._per_text(rows, lambda file: file.index.hashes)
+        return self._per_text(
+            rows.file, rows.record, rows.text, lambda f, r, t: f.index.hashes[f.index.text_starts[r] + t]
+        )
 
-    def _per_text(self, rows: RowPlan, values: Callable[[_File], np.ndarray]) -> np.ndarray:
-        """One value for each text of `rows`, from arrays over all texts of each file."""
-        result = np.zeros(len(rows.file), values(self.files[0]).dtype)
-        for number in np.unique(rows.file):
-            mine = rows.file == number
-            starts = self.files[number].index.text_starts[rows.record[mine]]
-            result[mine] = values(self.files[number])[starts + rows.text[mine]]
-        return result
+    def _per_text(
+        self,
+        file: np.ndarray,
+        record: np.ndarray,
+        text: np.ndarray,
+        values: Callable[[_File, np.ndarray, np.ndarray], np.ndarray],
+    ) -> np.ndarray:
+        """One value for each text, given a function from a file, its records and the texts' numbers in them."""
+        result: np.ndarray | None = None
+        for number in np.unique(file).tolist():
+            mine = file == number
+            found = values(self.files[number], record[mine].astype(np.int64), text[mine])
+            result = np.zeros(len(file), found.dtype) if result is None else result
+            result[mine] = found
+        return np.zeros(0, np.int64) if result is None else result
+
+
+class _Order:
+    """The endless order in which one stream takes samples from some files, as a function of the place in it.
+
+    Every epoch takes `epoch_sizes[f]` samples of file f: the next of the file's own endless stream of shuffles of all
+    its records. So no record is taken twice before all of its file are taken once.
+
+    Args:
+      files: The files, each with usable records.
+      epoch_sizes: Samples that an epoch takes of each.
+      seed: Of the run.
+      stream: `_EMBEDDING` or `_GENERATIVE`.
+      stage: Number of the stage of the curriculum.
+    """
+
+    def __init__(self, files: Sequence[_File], epoch_sizes: Sequence[int], *, seed: int, stream: int, stage: int):
+        self.files, self._sizes, self._key = files, np.array(epoch_sizes, np.int64), (seed, stage, stream)
+        self._ends = np.cumsum(self._sizes)
+        self.epoch_size = int(self._ends[-1])
+
+    def mixed_batch(self, k: int, batch: int) -> Samples:
+        """Batch `k` of the stream of epochs in which the samples of all files are shuffled together."""
+        epoch, place = np.divmod(np.arange(k * batch, (k + 1) * batch), self.epoch_size)
+        place = shuffled(place, self.epoch_size, *self._key, _ORDER, epoch)
+        file = np.searchsorted(self._ends, place, side="right")
+        return self._samples(file, epoch * self._sizes[file] + place - (self._ends - self._sizes)[file])
+
+    def batch_of_one_file(self, k: int, batch: int) -> Samples:
+        """Batch `k`: of one file, or a mixture of what fills no batch; each sample once in an epoch.
+
+        Of the endless stream of epochs of N samples, batch k holds those numbered k * B to (k + 1) * B. So an epoch
+        starts with the `head` that completes the batch which the epoch before began, and ends with the `tail` that
+        begins the next one's first.
+        """
+        if self.epoch_size < batch:
+            return self.mixed_batch(k, batch)
+        epoch, begin = divmod(k * batch, self.epoch_size)
+        batches, head = self._one_file_batches(epoch, batch), -epoch * self.epoch_size % batch
+        full = (self.epoch_size - head) // batch
+        place = begin // batch
+        if place == full:
+            tail = np.arange(head + (full - batches.sum()) * batch, self.epoch_size - batches.sum() * batch)
+            return _concatenate(
+                [self._pool(epoch, batch, tail), self._pool(epoch + 1, batch, np.arange(batch - len(tail)))]
+            )
+        place = int(shuffled(np.array([place]), full, *self._key, _BATCH, epoch)[0])
+        ends = np.cumsum(batches)
+        if place >= ends[-1]:
+            return self._pool(epoch, batch, head + (place - ends[-1]) * batch + np.arange(batch))
+        file = int(np.searchsorted(ends, place, side="right"))
+        first = epoch * self._sizes[file] + (place - ends[file] + batches[file]) * batch
+        return self._samples(np.full(batch, file), first + np.arange(batch))
+
+    def _one_file_batches(self, epoch: int, batch: int) -> np.ndarray:
+        """int64 [files]: batches of one file alone in an epoch. The pool of what is left holds at least the head."""
+        batches = self._sizes // batch
+        head = -epoch * self.epoch_size % batch
+        if self.epoch_size - batches.sum() * batch < head:
+            any_batch = shuffled(np.zeros(1, np.int64), int(batches.sum()), *self._key, _POOL, _BATCH, epoch)
+            batches[np.searchsorted(np.cumsum(batches), any_batch[0], side="right")] -= 1
+        return batches
+
+    def _pool(self, epoch: int, batch: int, places: np.ndarray) -> Samples:
+        """Samples at some places of the shuffled pool of what an epoch's batches of one file leave."""
+        batches = self._one_file_batches(epoch, batch)
+        left = self._sizes - batches * batch
+        ends = np.cumsum(left)
+        places = shuffled(places, int(ends[-1]), *self._key, _POOL, epoch) if len(places) else places
+        file = np.searchsorted(ends, places, side="right")
+        within = places - (ends - left)[file] + batches[file] * batch
+        return self._samples(file, epoch * self._sizes[file] + within)
+
+    def _samples(self, file: np.ndarray, place: np.ndarray) -> Samples:
+        """Samples at some places of the endless streams of some of the files."""
+        record, number = np.zeros(len(file), np.int64), np.zeros(len(file), np.int64)
+        for which in np.unique(file).tolist():
+            mine, of = file == which, self.files[which]
+            number[mine] = of.number
+            times, within = np.divmod(place[mine], of.num_usable)
+            record[mine] = of.records(shuffled(within, of.num_usable, *self._key, _FILE, of.number, times))
+        return Samples(number, record)
+
+
+class _Stage(NamedTuple):
+    """A range of steps with its own files.
+
+    Attributes:
+      first: First step.
+      last: Last step, exclusive; None for the last stage.
+      embedding: Order of the embedding stream, None where it is not trained.
+      generative: The same of the generative stream.
+    """
+
+    first: int
+    last: int | None
+    embedding: _Order | None
+    generative: _Order | None
 
 
 class Schedule:
@@ -278,7 +398,7 @@ class Schedule:
       generative_buckets: Row counts of generative batches.
 
     Raises:
-      InputError: A stream that is trained has no usable record, or `data.num_samples` names no file.
+      InputError: A stream that is trained has no usable record, or a setting names no file.
     """
 
     def __init__(
@@ -290,31 +410,29 @@ class Schedule:
         train: TrainConfig,
         row_multiples: tuple[int, int],
     ):
-        _check_num_samples(data, indexes)
         self._planner = _Planner(indexes, data)
         self._data, self._loss, self._train, self._row_multiples = data, loss, train, row_multiples
-        self._embedding = self._planner.trained_files("embedding", train.mode) if train.embeds else []
-        self._generative = self._planner.trained_files("generative", train.mode) if train.generates else []
-        self.embedding_buckets = self._buckets(
-            self._embedding, data.embedding_batch, row_multiples[0], lambda k: self._embedding_plan(k).rows
-        )
-        self.generative_buckets = self._buckets(
-            self._generative, data.generative_batch, row_multiples[1], lambda k: self._generative_plan(k).rows
+        self._stages: list[_Stage] = []
+        for number, stage in enumerate(data.curriculum or [StageConfig()]):
+            first = self._stages[-1].last if self._stages else 0
+            assert first is not None
+            last = None if stage.steps is None else first + stage.steps
+            self._stages.append(_Stage(first, last, *self._orders(number, stage)))
+        batches = (data.embedding_batch, data.generative_batch)
+        self.embedding_buckets, self.generative_buckets = (
+            self._buckets(stream, batch, multiple)
+            for stream, batch, multiple in zip(("embedding", "generative"), batches, row_multiples, strict=True)
         )
 
     @functools.cached_property
     def fingerprint(self) -> str:
         """Names the data: equal when every file holds the same texts, tokenized and cut in the same way."""
-        digest = hashlib.sha256()
-        for file in self._planner.files:
-            for array in (file.index.hashes, file.index.lengths, file.records):
-                digest.update(array.tobytes())
-        return digest.hexdigest()[:16]
+        parts = [str(_LAWS), *(file.fingerprint() for file in self._planner.files)]
+        return hashlib.sha256(" ".join(parts).encode()).hexdigest()[:16]
 
     def step(self, k: int) -> StepPlan:
         """Step `k`, counted from 0."""
-        embedding = self._embedding_plan(k) if self._embedding else None
-        generative = self._generative_plan(k) if self._generative else None
+        embedding, generative = self._embedding_plan(k), self._generative_plan(k)
         pieces = self._row_multiples
         return StepPlan(
             embedding and embedding._replace(rows=_dealt(embedding.rows, self.embedding_buckets, pieces[0])),
@@ -323,111 +441,116 @@ class Schedule:
 
     def samples(self, k: int, stream: Stream) -> Samples:
         """The records of a stream that step `k` takes, in sample order, without planning their rows."""
-        if not (self._embedding if stream == "embedding" else self._generative):
-            return _concatenate([])
-        if stream == "embedding":
-            return self._embedding_samples(k)
-        return self._mixed_samples(_GENERATIVE, k, self._data.generative_batch)
+        stage, number = self._stage(k)
+        if stream == "embedding" and stage.embedding:
+            return stage.embedding.batch_of_one_file(number, self._data.embedding_batch)
+        if stream == "generative" and stage.generative:
+            return stage.generative.mixed_batch(number, self._data.generative_batch)
+        return Samples(np.zeros(0, np.int64), np.zeros(0, np.int64))
 
     def generative_rows(self, k: int) -> RowPlan:
         """Where the conversations of step `k` are."""
-        return _dealt(self._generative_plan(k).rows, self.generative_buckets, self._row_multiples[1])
+        plan = self._generative_plan(k)
+        assert plan, "step without a generative stream"
+        return _dealt(plan.rows, self.generative_buckets, self._row_multiples[1])
 
     def report(self) -> list[str]:
         """Lines for people: samples, epochs, row counts, what was dropped."""
         lines = []
-        for stream, files, batch, buckets in (
-            ("embedding", self._embedding, self._data.embedding_batch, self.embedding_buckets),
-            ("generative", self._generative, self._data.generative_batch, self.generative_buckets),
+        for stream, batch, buckets in (
+            ("embedding", self._data.embedding_batch, self.embedding_buckets),
+            ("generative", self._data.generative_batch, self.generative_buckets),
         ):
-            size = _epoch_size(files)
-            if files:
+            for stage in self._stages:
+                order = getattr(stage, stream)
+                if order is None:
+                    continue
+                steps = f" from step {stage.first + 1:,}" if len(self._stages) > 1 else ""
                 lines.append(
-                    f"{stream}: {size:,} samples in {len(files)} files, {size / batch:,.1f} steps an epoch, "
-                    f"batches of {' or '.join(map(str, buckets))} rows"
+                    f"{stream}{steps}: {order.epoch_size:,} samples in {len(order.files)} files, "
+                    f"{order.epoch_size / batch:,.1f} steps an epoch, batches of {' or '.join(map(str, buckets))} rows"
                 )
-            if files and size < batch:
-                lines.append(f"{stream}: data.{stream}_batch={batch} is more than an epoch, so a batch repeats samples")
+                if order.epoch_size < batch:
+                    what = "is more than an epoch, so a batch repeats samples"
+                    lines.append(f"{stream}{steps}: data.{stream}_batch={batch} {what}")
         return lines + self._planner.dropped_lines()
 
-    def _buckets(
-        self, files: list[_File], batch: int, multiple: int, rows: Callable[[int], RowPlan]
-    ) -> tuple[int, ...]:
-        if not files:
-            return ()
-        steps = max(_SAMPLED_STEPS, -(-_epoch_size(files) // batch))  # an epoch, or more when that is short
-        sampled = np.linspace(0, steps - 1, _SAMPLED_STEPS).astype(int)
-        needed = np.array([rows(int(k)).num_rows for k in sampled])
-        return choose_buckets(needed, multiple=multiple, limit=self._data.row_buckets)
+    def _orders(self, number: int, stage: StageConfig) -> tuple[_Order | None, _Order | None]:
+        """The order of each stream in a stage."""
+        where = f"data.curriculum[{number}]" if self._data.curriculum else "data"
+        files = self._planner.files
+        names = [file.index.name for file in files]
+        num_samples = self._data.num_samples | stage.num_samples
+        _check_num_samples("data.num_samples", self._data.num_samples, names)
+        _check_num_samples(f"{where}.num_samples", stage.num_samples, names)
+        for pattern in stage.files:
+            if not fnmatch.filter(names, pattern):
+                raise InputError(
+                    f"{where}.files names {pattern!r}, which is no file of data.train; {_hint(pattern, names)}"
+                )
+        orders = []
+        for stream, code, trained in (
+            ("embedding", _EMBEDDING, self._train.embeds),
+            ("generative", _GENERATIVE, self._train.generates),
+        ):
+            if not trained:
+                orders.append(None)
+                continue
+            used, sizes = [], []
+            for file in files:
+                named = not stage.files or any(fnmatch.fnmatchcase(file.index.name, pattern) for pattern in stage.files)
+                size = num_samples.get(file.index.name, file.num_usable)
+                if file.index.stream == stream and named and file.num_usable and size:
+                    used.append(file)
+                    sizes.append(size)
+            if not used:
+                self._refuse(stream, where if stage.files else "data.train")
+            orders.append(_Order(used, sizes, seed=self._train.seed, stream=code, stage=number))
+        return orders[0], orders[1]
 
-    def _embedding_plan(self, k: int) -> EmbeddingPlan:
-        generator = _generator(self._train.seed, _EMBEDDING, _PICK, k)
+    def _refuse(self, stream: Stream, where: str) -> None:
+        dropped = "; ".join(self._planner.dropped_lines()) or "no file holds that stream"
+        other = "generative" if stream == "embedding" else "embedding"
+        raise InputError(
+            f"{where} has no usable {stream} record ({dropped}), and train.mode={self._train.mode} trains that stream; "
+            f"add such data or set train.mode={other}"
+        )
 
-        def pick(positives: np.ndarray, negatives: np.ndarray, group: int) -> list[int]:
-            chosen = [generator.choice(positives)]
-            while len(negatives) and len(chosen) < group:
-                chosen.extend(generator.permutation(negatives)[: group - len(chosen)])
-            return chosen
+    def _stage(self, k: int) -> tuple[_Stage, int]:
+        """The stage of step `k`, and its number in it."""
+        stage = next(stage for stage in self._stages if stage.last is None or k < stage.last)
+        return stage, k - stage.first
 
+    def _buckets(self, stream: Stream, batch: int, multiple: int) -> tuple[int, ...]:
+        needed = []
+        for stage in self._stages:
+            order = getattr(stage, stream)
+            if order is None:
+                return ()
+            epoch = -(-order.epoch_size // batch)
+            # An epoch, or more when that is short, but no step of another stage.
+            steps = min(max(_SAMPLED_STEPS, epoch), (stage.last or np.inf) - stage.first)
+            for k in np.unique(np.linspace(stage.first, stage.first + steps - 1, _SAMPLED_STEPS).astype(int)).tolist():
+                plan = self._embedding_plan(k) if stream == "embedding" else self._generative_plan(k)
+                assert plan
+                needed.append(plan.rows.num_rows)
+        return choose_buckets(np.array(needed), multiple=multiple, limit=self._data.row_buckets)
+
+    def _embedding_plan(self, k: int) -> EmbeddingPlan | None:
+        stage, number = self._stage(k)
+        if stage.embedding is None:
+            return None
         batch = self._data.embedding_batch
-        return self._planner.embedding(self._embedding_samples(k), pick, query_weight=1 / batch, batch=batch)
+        samples = stage.embedding.batch_of_one_file(number, batch)
+        ranks = np.random.default_rng((self._train.seed, _EMBEDDING, _PICK, k)).random
+        return self._planner.embedding(samples, ranks, query_weight=1 / batch, batch=batch)
 
-    def _generative_plan(self, k: int) -> GenerativePlan:
-        samples = self._mixed_samples(_GENERATIVE, k, self._data.generative_batch)
-        rows, scored = self._planner.generative(samples)
+    def _generative_plan(self, k: int) -> GenerativePlan | None:
+        stage, number = self._stage(k)
+        if stage.generative is None:
+            return None
+        rows, scored = self._planner.generative(stage.generative.mixed_batch(number, self._data.generative_batch))
         return GenerativePlan(rows, token_weights(scored, self._loss))
-
-    def _embedding_samples(self, k: int) -> Samples:
-        """Samples of step k: one file's, or a mixture of what fills no batch; each once in an epoch.
-
-        Of the endless stream of epochs of N samples, batch k holds those numbered k * B to (k + 1) * B. So an epoch
-        starts with the `head` that completes the batch which the epoch before began, and ends with the `tail` that
-        begins the next one's first.
-        """
-        size, batch = _epoch_size(self._embedding), self._data.embedding_batch
-        if size < batch:
-            return self._mixed_samples(_EMBEDDING, k, batch)
-        epoch, begin = divmod(k * batch, size)
-        _, full, tail = self._embedding_epoch(epoch)
-        place = begin // batch
-        if place < len(full):
-            return full[place]
-        head, _, _ = self._embedding_epoch(epoch + 1)
-        return _concatenate([tail, head])
-
-    @functools.lru_cache(maxsize=2)  # noqa: B019 - a schedule lives as long as its run
-    def _embedding_epoch(self, epoch: int) -> tuple[Samples, list[Samples], Samples]:
-        seed, batch = self._train.seed, self._data.embedding_batch
-        generator = _generator(seed, _EMBEDDING, _ORDER, epoch)
-        full, left = [], []
-        for file in self._embedding:
-            samples = file.samples(epoch, seed)
-            whole = len(samples.file) // batch * batch
-            full += samples.cut(0, whole, batch)
-            left += samples.cut(whole, len(samples.file), batch)
-        head = -epoch * _epoch_size(self._embedding) % batch
-        while sum(len(samples.file) for samples in left) < head:
-            left.append(full.pop(int(generator.integers(len(full)))))
-        pool = _concatenate(left).take(generator.permutation(sum(len(samples.file) for samples in left)))
-        end = len(pool.file)
-        tail = head + (end - head) // batch * batch
-        full += pool.cut(head, tail, batch)
-        order = generator.permutation(len(full))
-        return pool.take(slice(head)), [full[i] for i in order], pool.take(slice(tail, end))
-
-    def _mixed_samples(self, stream: int, k: int, batch: int) -> Samples:
-        """Samples k * batch to (k + 1) * batch of the endless stream of shuffled epochs of all files."""
-        size = _epoch_size(self._embedding if stream == _EMBEDDING else self._generative)
-        first, begin = divmod(k * batch, size)
-        last = ((k + 1) * batch - 1) // size
-        epochs = _concatenate([self._mixed_epoch(stream, epoch) for epoch in range(first, last + 1)])
-        return epochs.take(slice(begin, begin + batch))
-
-    @functools.lru_cache(maxsize=4)  # noqa: B019
-    def _mixed_epoch(self, stream: int, epoch: int) -> Samples:
-        files, seed = self._embedding if stream == _EMBEDDING else self._generative, self._train.seed
-        samples = _concatenate([file.samples(epoch, seed) for file in files])
-        return samples.take(_generator(seed, stream, _ORDER, epoch).permutation(len(samples.file)))
 
 
 def validation_steps(
@@ -441,16 +564,17 @@ def validation_steps(
     planner = _Planner(indexes, data)
     plans = []
     for file in planner.files:
-        samples = Samples(np.full(len(file.records), file.number), file.records)
-        if file.index.stream == "embedding" and train.embeds:
-            batch = data.embedding_batch
-            plans += [
-                StepPlan(planner.embedding(part, _first_passages, query_weight=1, batch=batch), None)
-                for part in samples.cut(0, len(file.records), batch)
-            ]
-        elif file.index.stream == "generative" and train.generates:
-            for part in samples.cut(0, len(file.records), data.generative_batch):
-                rows, scored = planner.generative(part)
+        embeds = file.index.stream == "embedding"
+        if not (train.embeds if embeds else train.generates):
+            continue
+        batch = data.embedding_batch if embeds else data.generative_batch
+        for start in range(0, file.num_usable, batch):
+            record = file.records(np.arange(start, min(start + batch, file.num_usable)))
+            samples = Samples(np.full(len(record), file.number), record)
+            if embeds:
+                plans.append(StepPlan(planner.embedding(samples, np.arange, query_weight=1, batch=batch), None))
+            else:
+                rows, scored = planner.generative(samples)
                 plans.append(StepPlan(None, GenerativePlan(rows, np.ones(len(scored), np.float32))))
     return [_round_validation(plan, plans, row_multiples, data.row_buckets) for plan in plans]
 
@@ -484,10 +608,6 @@ def _with_positives_of_equal_queries(ids: np.ndarray) -> np.ndarray:
     return np.where(ids[:, 1:] == -1, -1, labels[ids[:, 1:]])
 
 
-def _first_passages(positives: np.ndarray, negatives: np.ndarray, group: int) -> list[int]:
-    return [positives[0], *negatives[: group - 1]]
-
-
 def _round_validation(plan: StepPlan, plans: list[StepPlan], multiples: tuple[int, int], limit: int) -> StepPlan:
     rounded = {}
     for name, multiple in zip(StepPlan._fields, multiples, strict=True):
@@ -510,27 +630,18 @@ def _dealt(rows: RowPlan, buckets: tuple[int, ...], pieces: int) -> RowPlan:
     return rows._replace(num_rows=num_rows, row=place[rows.row])
 
 
-def _epoch_size(files: list[_File]) -> int:
-    return sum(file.epoch_size for file in files)
-
-
 def _concatenate(parts: Sequence[Samples]) -> Samples:
-    none = np.zeros(0, np.int64)
-    return Samples(
-        np.concatenate([none, *(part.file for part in parts)]), np.concatenate([none, *(part.record for part in parts)])
-    )
+    return Samples(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
 
 
-def _generator(*key: int) -> np.random.Generator:
-    return np.random.default_rng(key)
-
-
-def _check_num_samples(data: DataConfig, indexes: Sequence[FileIndex]) -> None:
-    names = [index.path.name for index in indexes]
-    for name, count in data.num_samples.items():
+def _check_num_samples(key: str, num_samples: dict[str, int], names: Sequence[str]) -> None:
+    for name, count in num_samples.items():
         if name not in names:
-            close = difflib.get_close_matches(name, names, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else f"the files are {', '.join(names)}"
-            raise InputError(f"data.num_samples names {name!r}, which is no file of data.train; {hint}")
+            raise InputError(f"{key} names {name!r}, which is no file of data.train; {_hint(name, names)}")
         if count < 0:
-            raise InputError(f"data.num_samples: {name}={count} is negative; use 0 to leave a file out")
+            raise InputError(f"{key}: {name}={count} is negative; use 0 to leave a file out")
+
+
+def _hint(name: str, names: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, names, n=1)
+    return f"did you mean {close[0]!r}?" if close else f"the files are {', '.join(names)}"

@@ -1,47 +1,87 @@
-"""Random access to the records of JSONL files."""
+"""Random access to the records of data files: JSONL, compressed or not, and ArrayRecord, on a disk or in a bucket."""
 
 from __future__ import annotations
 
-import gzip
+import abc
 import mmap
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+from etils import epath
 
 from grit_jax.config import InputError
-from grit_jax.data.records import Record, Stream, parse_record, stream_of
+from grit_jax.data import cache
+from grit_jax.data.records import Record, RecordError, Stream, parse_record, stream_of
 
-_SUFFIXES = (".jsonl", ".jsonl.gz")
+_JSONL = (".jsonl", ".jsonl.gz", ".jsonl.zst")
+_ARRAY_RECORD = (".array_record", ".arrayrecord")
+_SUFFIXES = _JSONL + _ARRAY_RECORD
+_KINDS = f"{', '.join(_SUFFIXES[:-1])} or {_SUFFIXES[-1]}"
+
+_SCANNED = 1 << 26  # bytes whose lines are found at a time
+_KEPT_FROM = 1 << 26  # bytes of a file from which on the places of its lines are kept on disk
+
+_BLANK = np.zeros(256, bool)
+_BLANK[list(b" \t\r\n\v\f")] = True
 
 
-def find_files(paths: str | list[str]) -> list[Path]:
-    """The JSONL files that `paths` name: files, or folders searched recursively, in sorted order.
+def find_files(paths: str | list[str]) -> list[epath.Path]:
+    """The data files that `paths` name: files, or folders searched recursively, in sorted order.
 
     Raises:
-      InputError: A path does not exist, has another ending, or a folder holds no JSONL file.
+      InputError: A path does not exist, has another ending, or a folder holds no data file.
     """
-    found: list[Path] = []
-    for path in [Path(paths)] if isinstance(paths, str) else map(Path, paths):
+    found: list[epath.Path] = []
+    for path in map(epath.Path, [paths] if isinstance(paths, str) else paths):
         if path.is_dir():
-            files = sorted(file for file in path.rglob("*") if file.name.endswith(_SUFFIXES) and file.is_file())
+            files = sorted(_files_below(path))
             if not files:
-                raise InputError(f"{path}: no .jsonl or .jsonl.gz file in this folder")
+                raise InputError(f"{path}: no {_KINDS} file in this folder")
             found += files
         elif not path.exists():
             raise InputError(f"{path}: no such file or folder")
         elif not path.name.endswith(_SUFFIXES):
-            raise InputError(f"{path}: not a .jsonl or .jsonl.gz file")
+            raise InputError(f"{path}: not a {_KINDS} file")
         else:
             found.append(path)
     return list(dict.fromkeys(found))
 
 
-class JsonlSource:
-    """The records of one file by number; blank lines are left out.
+def _files_below(folder: epath.Path) -> Iterator[epath.Path]:
+    for path in folder.iterdir():
+        # A bucket is asked as little as possible, and its folders do not end like files.
+        if path.name.endswith(_SUFFIXES) and (cache.is_remote(path) or not path.is_dir()):
+            yield path
+        elif path.name != cache.FOLDER and path.is_dir():
+            yield from _files_below(path)
 
-    Plain files are memory-mapped, compressed ones held in memory. A source can be sent to another process, which opens
-    the file again.
+
+def open_source(path: str | os.PathLike[str], *, skip_bad: bool = False) -> Source:
+    """Opens a file by its ending.
+
+    Args:
+      path: One that `find_files` gave.
+      skip_bad: Whether the first record may be malformed.
+
+    Raises:
+      InputError: The file has no record, or cannot be read.
+    """
+    path = epath.Path(path)
+    kind = ArrayRecordSource if path.name.endswith(_ARRAY_RECORD) else JsonlSource
+    return kind(path, skip_bad=skip_bad)
+
+
+class Source(abc.ABC):
+    """The records of one file by number.
+
+    A source can be sent to another process, which opens the file again.
+
+    Args:
+      path: The file.
+      skip_bad: Whether the first record may be malformed; the first good one tells the stream then.
+      stream: The stream where it is known.
 
     Attributes:
       path: The file.
@@ -51,62 +91,168 @@ class JsonlSource:
       InputError: The file has no record, or cannot be read.
     """
 
-    def __init__(self, path: str | Path):
-        self.path = Path(path)
-        self._data = _read(self.path)
-        self._starts, self._line_numbers = _line_starts(self._data)
+    def __init__(self, path: str | os.PathLike[str], *, skip_bad: bool = False, stream: Stream | None = None):
+        self.path = epath.Path(path)
+        self._open(cache.local_file(self.path))
         if not len(self):
             raise InputError(f"{self.path}: the file is empty; remove it or put records in it")
-        self.stream: Stream = stream_of(self._parse(0))
+        self.stream: Stream = stream or self._first_stream(skip_bad)
 
     def __reduce__(self):
-        return JsonlSource, (self.path,)
+        return _reopen, (type(self), self.path, self.stream)
 
+    @abc.abstractmethod
+    def _open(self, path: Path) -> None:
+        """Opens the plain local file."""
+
+    @abc.abstractmethod
     def __len__(self) -> int:
-        return len(self._line_numbers)
+        """Records, malformed ones among them."""
+
+    @abc.abstractmethod
+    def lines(self, start: int, stop: int) -> list[bytes]:
+        """The JSON of records `start` to `stop`, exclusive."""
+
+    @abc.abstractmethod
+    def line_number(self, number: int) -> int:
+        """Where record `number` is in the file, counted from 1: its line, or its entry."""
 
     def __iter__(self) -> Iterator[Record]:
         return (self[number] for number in range(len(self)))
 
     def __getitem__(self, number: int) -> Record:
-        record = self._parse(number)
+        return self.parse(number, self.lines(number, number + 1)[0])
+
+    def where(self, number: int) -> str:
+        """File and line of record `number`."""
+        return f"{self.path}:{self.line_number(number)}"
+
+    def parse(self, number: int, line: bytes) -> Record:
+        """Record `number`, whose JSON is `line`.
+
+        Raises:
+          RecordError: It is malformed, or of the other stream.
+        """
+        record = parse_record(line, path=self.path, line_number=self.line_number(number))
         if stream_of(record) != self.stream:
-            raise InputError(
-                f"{self.path}:{self._line_numbers[number]}: {stream_of(record)} record in a file of {self.stream} "
-                "records; keep the streams in separate files"
+            raise RecordError(
+                self.where(number),
+                "of the other stream",
+                f"{stream_of(record)} record in a file of {self.stream} records; keep the streams in separate files",
             )
         return record
 
+    def _first_stream(self, skip_bad: bool) -> Stream:
+        for number in range(len(self)):
+            try:
+                record = parse_record(
+                    self.lines(number, number + 1)[0], path=self.path, line_number=self.line_number(number)
+                )
+                return stream_of(record)
+            except RecordError:
+                if not skip_bad:
+                    raise
+        raise InputError(f"{self.path}: none of its {len(self):,} records is well formed; correct or remove the file")
+
+
+def _reopen(kind: type[Source], path: epath.Path, stream: Stream) -> Source:
+    return kind(path, stream=stream)
+
+
+class JsonlSource(Source):
+    """The lines of a JSONL file that are not blank; memory-mapped."""
+
+    def _open(self, path: Path) -> None:
+        try:
+            size = path.stat().st_size
+            with path.open("rb") as file:
+                # An empty file cannot be mapped.
+                self._data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if size else b""
+        except OSError as error:
+            raise InputError(f"{self.path}: cannot be read: {error}") from error
+        self._places = _line_places(self._data) if size < _KEPT_FROM else _kept_line_places(self.path, self._data)
+
+    def __len__(self) -> int:
+        return self._places.shape[1]
+
+    def lines(self, start: int, stop: int) -> list[bytes]:
+        """The lines of records `start` to `stop`, exclusive."""
+        lines = []
+        for begin in self._places[0, start:stop].tolist():
+            end = self._data.find(b"\n", begin)
+            lines.append(self._data[begin : end if end >= 0 else len(self._data)])
+        return lines
+
     def line_number(self, number: int) -> int:
-        """The line, from 1, that a record is on."""
-        return int(self._line_numbers[number])
-
-    def _parse(self, number: int) -> Record:
-        start = self._starts[number]
-        end = self._data.find(b"\n", start)
-        line = self._data[start : end if end >= 0 else len(self._data)]
-        return parse_record(line, path=self.path, line_number=int(self._line_numbers[number]))
+        """Line of record `number`, from 1."""
+        return int(self._places[1, number]) if len(self._places) > 1 else number + 1
 
 
-def _read(path: Path) -> bytes | mmap.mmap:
-    try:
-        if path.name.endswith(".gz"):
-            return gzip.decompress(path.read_bytes())
-        with path.open("rb") as file:
-            # An empty file cannot be mapped.
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if path.stat().st_size else b""
-    except (OSError, EOFError) as error:
-        raise InputError(f"{path}: cannot be read: {error}") from error
+class ArrayRecordSource(Source):
+    """The entries of an ArrayRecord file, one JSON object each."""
+
+    def _open(self, path: Path) -> None:
+        from array_record.python.array_record_module import ArrayRecordReader  # ty: ignore[import-not-found]
+
+        # Without readahead: records are read in any order.
+        self._reader = ArrayRecordReader(str(path), "readahead_buffer_size:0,max_parallelism:0")
+        if not self._reader.ok():
+            raise InputError(f"{self.path}: not a whole ArrayRecord file; write it again")
+
+    def __len__(self) -> int:
+        return self._reader.num_records()
+
+    def lines(self, start: int, stop: int) -> list[bytes]:
+        """Entries `start` to `stop`, exclusive."""
+        try:
+            return self._reader.read(start, stop)
+        except RuntimeError as error:
+            raise InputError(f"{self.path}: entries {start + 1} to {stop} cannot be read: {error}") from error
+
+    def line_number(self, number: int) -> int:
+        """Entry of record `number`, from 1."""
+        return number + 1
 
 
-def _line_starts(data: bytes | mmap.mmap) -> tuple[np.ndarray, np.ndarray]:
-    """Offset and line number, from 1, of every line that is not blank."""
-    if not len(data):
-        return np.zeros(0, np.int64), np.zeros(0, np.int64)
-    ends = np.flatnonzero(np.frombuffer(data, np.uint8) == ord("\n"))
-    starts = np.concatenate([[0], ends + 1])
-    ends = np.append(ends, len(data))
-    filled = [
-        bool(data[start:end].strip()) if end - start < 64 else True for start, end in zip(starts, ends, strict=True)
-    ]
-    return starts[filled], np.flatnonzero(filled) + 1
+def _line_places(data: bytes | mmap.mmap) -> np.ndarray:
+    """Offset of every line that is not blank, int64 [1, lines]; with its number, from 1, where there are blank ones."""
+    starts, numbers, num_lines, any_blank = [], [], 0, False
+    begin = 0
+    while begin < len(data):
+        last = data.rfind(b"\n", begin, begin + _SCANNED)
+        end = last + 1 if last >= 0 else data.find(b"\n", begin) + 1 or len(data)
+        if begin + _SCANNED >= len(data):
+            end = len(data)
+        block = np.frombuffer(data, np.uint8, end - begin, begin)
+        found = np.concatenate([[0], np.flatnonzero(block == ord("\n")) + 1])
+        found = found[found < len(block)]
+        keep = np.ones(len(found), bool)
+        if _BLANK[block[found]].any():  # else no line can be blank
+            keep = np.add.reduceat(~_BLANK[block], found, dtype=np.int64) > 0
+            any_blank |= not keep.all()
+        starts.append(found[keep] + begin)
+        numbers.append(np.flatnonzero(keep) + num_lines + 1)
+        num_lines += len(found)
+        begin = end
+    columns = [starts, numbers] if any_blank else [starts]
+    return np.stack([np.concatenate([np.zeros(0, np.int64), *column]) for column in columns])
+
+
+def _kept_line_places(path: epath.Path, data: bytes | mmap.mmap) -> np.ndarray:
+    """`_line_places`, memory-mapped from what an earlier call found."""
+    name = f"{path.name}-{cache.stamp(path)}.lines.npy"
+    for folder in cache.local_folders(path):
+        with_places = folder / name
+        try:
+            return np.load(with_places, mmap_mode="r")
+        except (OSError, ValueError):
+            continue  # missing or damaged: found again
+    places = _line_places(data)
+    for folder in cache.local_folders(path):
+        try:
+            with cache.replacing(folder / name) as file:
+                np.save(file, places)
+            return np.load(folder / name, mmap_mode="r")
+        except OSError:
+            continue
+    return places

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from grit_jax.data.examples import tokenize_records
-from grit_jax.data.sources import JsonlSource, find_files
+from grit_jax.data.sources import find_files, open_source
 from grit_jax.inference import GritModel
 from grit_jax.tokenizer import Tokenizer
 
@@ -92,7 +92,7 @@ def unigram_loss(train: Path, held_out: Path, tokenizer: Tokenizer, *, max_lengt
 
 
 def _scored_tokens(folder: Path, tokenizer: Tokenizer, max_length: int) -> Iterator[np.ndarray]:
-    for source in map(JsonlSource, find_files(str(folder))):
+    for source in map(open_source, find_files(str(folder))):
         for (conversation,) in tokenize_records(list(source), tokenizer):
             for start, end in np.clip(conversation.spans, 1, max_length):
                 yield conversation.tokens[start:end]

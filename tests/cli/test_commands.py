@@ -48,6 +48,18 @@ def test_encode_writes_one_unit_vector_per_text_in_order(run, tmp_path):
         assert np.allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
 
 
+def test_a_run_mines_negatives_for_its_own_data(run, tmp_path):
+    source = run.parent / "data/embedding.jsonl"
+    for name in ("a", "b"):
+        arguments = ("--model", run, "--count", 2, "--ceiling", 0, "--query-max-length", 64)
+        result = grit_jax("data", "mine-negatives", source, tmp_path / f"{name}.jsonl", *arguments)
+        assert result.returncode == 0, result.stderr
+        assert "12 rows over 24 passages; 0 got fewer than 2 negatives" in result.stdout
+    rows = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
+    assert all(len(row["neg"]) == 2 and row["pos"][0] not in row["neg"] for row in rows)
+    assert (tmp_path / "a.jsonl").read_bytes() == (tmp_path / "b.jsonl").read_bytes()
+
+
 def test_generate_prints_the_same_answer_for_the_same_seed(run):
     arguments = ("generate", run, "--prompt", "say red", "--max-new-tokens", 8, "--temperature", 1, "--seed", 4)
     first, second = grit_jax(*arguments), grit_jax(*arguments)
@@ -79,6 +91,10 @@ def test_a_model_survives_export_and_import(run, tmp_path):
         (["generate", "nowhere", "--prompt", "x", "--top-p", "0"], "--top-p=0.0 must be over 0"),
         (["export-hf", "nowhere", "out"], "error: nowhere: nothing there"),
         (["quickstart", "--train.stps=3"], "did you mean 'train.steps'?"),
+        (["data", "validate", "nowhere"], "error: nowhere: no such file or folder"),
+        (["data", "stats", ".", "--plot", "x.pdf"], "--plot x.pdf: must end in .png"),
+        (["data", "convert", "nowhere.json", "x.jsonl", "--from", "alpaca"], "nowhere.json: cannot be read"),
+        (["data", "convert", "x.json", "x.csv", "--from", "alpaca"], "x.csv: must end in .jsonl"),
     ],
 )
 def test_bad_input_is_one_clear_line_and_exit_code_2(arguments, message, capsys, monkeypatch, tmp_path):

@@ -2,11 +2,14 @@ import json
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from grit_jax.batch import HostShare, max_segments
 from grit_jax.config import Config, DataConfig, EmbeddingConfig, InputError, LossConfig, ModelConfig, TrainConfig
 from grit_jax.data.pipeline import Pipeline, pool_weights
 from grit_jax.tokenizer import Tokenizer
+from tests.data.test_sources import write
 
 BYTES = Tokenizer.load("bytes")
 WHOLE = HostShare(0, 1, 1)
@@ -36,7 +39,7 @@ def make(folder, *, share=WHOLE, multiples=(4, 4), pooling="mean", loss=LossConf
     limits = {"query_max_length": 64, "passage_max_length": 64, "generative_max_length": 128}
     config = Config(
         model=ModelConfig(embedding=EmbeddingConfig(pooling=pooling)),
-        data=DataConfig(train=str(folder), embedding_batch=4, generative_batch=3, **limits | data),
+        data=DataConfig(train=str(folder), **limits | {"embedding_batch": 4, "generative_batch": 3} | data),
         loss=loss,
         train=TrainConfig(steps=6),
     )
@@ -122,10 +125,8 @@ def test_packed_and_single_rows_hold_the_same_texts_and_weights(folder):
             assert np.allclose(np.sort(left[left > 0]), np.sort(right[right > 0]))
 
 
-@pytest.mark.parametrize("hosts", [2, 4])
-def test_hosts_together_hold_the_batch_of_one_host(folder, hosts):
-    whole = list(make(folder).batches(0))
-    parts = [list(make(folder, share=HostShare(host, host + 1, hosts)).batches(0)) for host in range(hosts)]
+def check_hosts(whole, parts):
+    """That hosts together hold the batch of one host."""
     for step, batch in enumerate(whole):
         for stream, arrays in batch._asdict().items():
             for field, expected in arrays._asdict().items():
@@ -134,6 +135,52 @@ def test_hosts_together_hold_the_batch_of_one_host(folder, hosts):
                     assert np.array_equal(np.concatenate(held), expected)
                 else:
                     assert all(np.array_equal(array, expected) for array in held)
+
+
+@pytest.mark.parametrize("hosts", [2, 4])
+def test_hosts_together_hold_the_batch_of_one_host(folder, hosts):
+    parts = [list(make(folder, share=HostShare(host, host + 1, hosts)).batches(0)) for host in range(hosts)]
+    check_hosts(list(make(folder).batches(0)), parts)
+
+
+@settings(max_examples=10, deadline=None)
+@given(
+    st.sampled_from([1, 2, 4]), st.integers(1, 9), st.integers(1, 9), st.integers(1, 4), st.booleans(),
+    st.dictionaries(st.sampled_from(["a.jsonl", "g.jsonl"]), st.integers(1, 20)),
+)  # fmt: skip
+def test_hosts_share_the_batches_of_any_settings(folder, hosts, queries, conversations, group, packing, taken):
+    data = {
+        "embedding_batch": queries, "generative_batch": conversations, "group_size": group, "packing": packing,
+        "num_samples": taken,
+    }  # fmt: skip
+    shares = [HostShare(host, host + 1, hosts) for host in range(hosts)]
+    check_hosts(
+        list(make(folder, **data).batches(3)), [list(make(folder, share=share, **data).batches(3)) for share in shares]
+    )
+
+
+def test_skipped_records_are_in_no_batch_and_workers_agree(folder, tmp_path):
+    for name in "abg":
+        lines = (folder / f"{name}.jsonl").read_text().splitlines()
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(["{", *lines[:4], "[]", *lines[4:], '{"text": 1}']))
+    with pytest.raises(InputError, match=r"a.jsonl:1: not valid JSON"):
+        make(tmp_path)
+    pipeline = make(tmp_path, skip_bad=True)
+    assert "skipped 1 of 16 records: not an object" in "\n".join(pipeline.report())
+    plain = list(pipeline.batches(0))
+    assert all(same(a, b) for a, b in zip(plain, make(folder).batches(0), strict=True))
+    assert all(same(a, b) for a, b in zip(make(tmp_path, skip_bad=True, workers=2).batches(0), plain, strict=True))
+
+
+def test_every_format_gives_the_same_batches(folder, tmp_path):
+    for number, suffix in enumerate((".jsonl.gz", ".jsonl.zst", ".array_record")):
+        other = tmp_path / str(number)
+        other.mkdir()
+        for name in "abg":
+            write(other / f"{name}{suffix}", (folder / f"{name}.jsonl").read_text())
+        workers = 2 if suffix == ".array_record" else 0
+        batches = make(other, workers=workers).batches(0)
+        assert all(same(a, b) for a, b in zip(batches, make(folder).batches(0), strict=True))
 
 
 def test_workers_and_a_later_start_change_nothing(folder):

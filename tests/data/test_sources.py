@@ -1,24 +1,51 @@
 import gzip
+import os
 import pickle
+import subprocess
+import sys
 
+import numpy as np
 import pytest
+import zstandard
+from array_record.python.array_record_module import ArrayRecordWriter
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from grit_jax.config import InputError
+from grit_jax.data import sources
 from grit_jax.data.records import GenerativeRecord
-from grit_jax.data.sources import JsonlSource, find_files
+from grit_jax.data.sources import find_files, open_source
+from tests.bucket import BUCKET, emulator
+from tests.runs import ROOT
 
 LINES = '{"text": "one"}\n\n   \n{"text": "two"}\n{"text": "three"}'
 
 
-@pytest.fixture(params=["f.jsonl", "f.jsonl.gz"])
-def path(request, tmp_path):
-    path = tmp_path / request.param
-    path.write_bytes(gzip.compress(LINES.encode()) if path.suffix == ".gz" else LINES.encode())
+def write(path, text=LINES):
+    """Writes lines in the format of the file's ending."""
+    if path.suffix == ".gz":
+        path.write_bytes(gzip.compress(text.encode()))
+    elif path.suffix == ".zst":
+        half = len(text) // 2  # two frames, as tools that work in parallel write them
+        path.write_bytes(b"".join(zstandard.compress(part.encode()) for part in (text[:half], text[half:])))
+    elif path.suffix == ".array_record":
+        writer = ArrayRecordWriter(str(path), "group_size:1")
+        for line in text.split("\n"):
+            if line.strip():
+                writer.write(line.encode())
+        writer.close()
+    else:
+        path.write_text(text)
     return path
 
 
+@pytest.fixture(params=["f.jsonl", "f.jsonl.gz", "f.jsonl.zst", "f.array_record"])
+def path(request, tmp_path):
+    return write(tmp_path / request.param)
+
+
 def test_records_by_number_without_blank_lines(path):
-    source = JsonlSource(path)
+    source = open_source(path)
     assert [record.turns for record in source] == ["one", "two", "three"]
     assert source[1] == GenerativeRecord("two")
     assert source.stream == "generative"
@@ -28,18 +55,134 @@ def test_errors_name_the_line_of_the_file(tmp_path):
     path = tmp_path / "f.jsonl"
     path.write_text('{"text": "one"}\n\n{"text": 2}\n')
     with pytest.raises(InputError, match=r"f.jsonl:3: "):
-        JsonlSource(path)[1]
+        open_source(path)[1]
+
+
+def test_errors_of_an_array_record_name_the_entry(tmp_path):
+    source = open_source(write(tmp_path / "f.array_record", '{"text": "one"}\n{"text": 2}'))
+    with pytest.raises(InputError, match=r"f.array_record:2: "):
+        source[1]
+
+
+@pytest.mark.parametrize("name", ["f.jsonl.gz", "f.jsonl.zst"])
+def test_a_packed_file_is_unpacked_once_and_mapped(tmp_path, name, monkeypatch):
+    path = write(tmp_path / name)
+    open_source(path)
+    (copy,) = (tmp_path / ".grit_index").iterdir()
+    assert copy.read_text() == LINES
+    monkeypatch.setattr(sources.cache, "_unpacked", lambda _: pytest.fail("unpacked again"))
+    assert len(open_source(path)) == 3
+    assert find_files(str(tmp_path)) == [path]  # the copy is no data file
+
+
+@pytest.mark.parametrize("name", ["f.jsonl.gz", "f.jsonl.zst", "f.array_record"])
+def test_a_file_cut_short_is_refused(tmp_path, name):
+    path = write(tmp_path / name, "".join(f'{{"text": "{i * 7919 % 10007}"}}\n' for i in range(5000)))
+    with path.open("r+b") as file:
+        file.truncate(path.stat().st_size * 2 // 3)
+    with pytest.raises(InputError, match=r"cannot be read|not a whole ArrayRecord file"):
+        open_source(path)
+    folder = tmp_path / ".grit_index"
+    assert not folder.exists() or not list(folder.iterdir())
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root writes anywhere")
+def test_a_read_only_folder_is_left_alone(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    path = write(tmp_path / "f.jsonl.gz")
+    tmp_path.chmod(0o500)
+    assert len(open_source(path)) == 3
+    assert not (tmp_path / ".grit_index").exists()
+
+
+def test_where_the_data_cannot_be_written_the_users_cache_is(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "data").mkdir()
+    path = write(tmp_path / "data/f.jsonl.gz")
+    (tmp_path / "data/.grit_index").touch()  # no folder can be made there
+    assert len(open_source(path)) == 3
+    assert list((tmp_path / "cache").rglob("f.jsonl.gz-*.copy"))
+
+
+def expected_places(data):
+    offset, places = 0, []
+    for number, line in enumerate(data.split(b"\n"), start=1):
+        if line.strip(b" \t\r\n\v\f"):
+            places.append((offset, number))
+        offset += len(line) + 1
+    return places
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.sampled_from([b"\n", b" ", b"\r", b"{}", b"abc"]), max_size=40), st.integers(1, 12))
+def test_lines_are_found_block_by_block(parts, scanned):
+    data = b"".join(parts)
+    before, sources._SCANNED = sources._SCANNED, scanned
+    try:
+        found = sources._line_places(data)
+    finally:
+        sources._SCANNED = before
+    expected = expected_places(data)
+    numbers = found[1] if len(found) > 1 else np.arange(len(expected)) + 1
+    assert list(zip(found[0].tolist(), numbers.tolist(), strict=True)) == expected
+
+
+def test_places_of_many_lines_are_kept(path, monkeypatch):
+    monkeypatch.setattr(sources, "_KEPT_FROM", 1)
+    assert [record.turns for record in open_source(path)] == ["one", "two", "three"]
+    monkeypatch.setattr(sources, "_line_places", lambda _: pytest.fail("found again"))
+    source = pickle.loads(pickle.dumps(open_source(path)))
+    assert source[2].turns == "three"
+    assert source.line_number(2) == (3 if path.suffix == ".array_record" else 5)
+
+
+PROGRAM = """
+import sys
+from etils import epath
+from grit_jax.data import counting
+from grit_jax.data.index import build_index
+from grit_jax.data.sources import find_files, open_source
+from grit_jax.tokenizer import Tokenizer
+local, remote = map(epath.Path, sys.argv[1:3])
+if sys.argv[3] == "first":
+    (remote / "more").mkdir(parents=True, exist_ok=True)
+    for file in local.iterdir():
+        (remote / "more" / file.name).write_bytes(file.read_bytes())
+else:
+    counting.count_records = None  # another host has counted
+for path in find_files(str(remote)):
+    index = build_index(open_source(path), Tokenizer.load("bytes"))
+    print(path.name, [record.turns for record in open_source(path)], index.lengths.tolist())
+print(len({path.name for path in (remote / "more" / ".grit_index").iterdir()}))
+"""
+
+
+def test_every_format_is_read_from_a_bucket_and_its_hosts_share_their_counts(tmp_path):
+    local = tmp_path / "data"
+    local.mkdir()
+    names = ["a.jsonl", "b.jsonl.gz", "c.jsonl.zst", "d.array_record"]
+    for name in names:
+        write(local / name)
+    done = []
+    with emulator() as environment:
+        for host in ("first", "second"):
+            environment["XDG_CACHE_HOME"] = str(tmp_path / host)
+            command = [sys.executable, "-c", PROGRAM, str(local), f"gs://{BUCKET}/data", host]
+            done.append(subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=180))
+    for run in done:
+        expected = [f"{name} ['one', 'two', 'three'] [4, 4, 6]" for name in names]
+        assert run.stdout.splitlines() == [*expected, "4"], run.stderr
 
 
 def test_a_source_can_be_sent_to_a_worker(path):
-    assert pickle.loads(pickle.dumps(JsonlSource(path)))[2].turns == "three"
+    assert pickle.loads(pickle.dumps(open_source(path)))[2].turns == "three"
 
 
 def test_a_record_of_the_other_stream_is_refused(tmp_path):
     path = tmp_path / "f.jsonl"
     path.write_text('{"text": "one"}\n{"query": "q", "pos": ["p"]}\n')
     with pytest.raises(InputError, match=r"f.jsonl:2: embedding record in a file of generative records"):
-        JsonlSource(path)[1]
+        open_source(path)[1]
 
 
 def test_folders_are_searched_and_files_named_once(tmp_path):
@@ -57,17 +200,17 @@ def test_missing_empty_and_foreign_files_are_refused(tmp_path):
     (tmp_path / "folder").mkdir()
     with pytest.raises(InputError, match=r"nowhere: no such file or folder"):
         find_files(str(tmp_path / "nowhere"))
-    with pytest.raises(InputError, match=r"notes.txt: not a .jsonl or .jsonl.gz file"):
+    with pytest.raises(InputError, match=r"notes.txt: not a .jsonl, .*or .arrayrecord file"):
         find_files(str(tmp_path / "notes.txt"))
-    with pytest.raises(InputError, match=r"folder: no .jsonl or .jsonl.gz file in this folder"):
+    with pytest.raises(InputError, match=r"folder: no .jsonl, .*or .arrayrecord file in this folder"):
         find_files(str(tmp_path / "folder"))
     with pytest.raises(InputError, match=r"empty.jsonl: the file is empty"):
-        JsonlSource(tmp_path / "empty.jsonl")
+        open_source(tmp_path / "empty.jsonl")
     with pytest.raises(InputError, match=r"broken.jsonl.gz: cannot be read"):
-        JsonlSource(tmp_path / "broken.jsonl.gz")
+        open_source(tmp_path / "broken.jsonl.gz")
 
 
 def test_the_published_formats_parse(shared):
     for path in find_files(str(shared / "data/train/embedding")) + find_files(str(shared / "data/tiny")):
-        source = JsonlSource(path)
+        source = open_source(path)
         assert all(source[number] for number in range(0, len(source), 97))

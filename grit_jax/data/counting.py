@@ -1,0 +1,283 @@
+"""Token counts of ranges of records, made in this process or in many and written as they are finished."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+import pickle
+import queue
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from etils import epath
+
+from grit_jax.config import InputError
+from grit_jax.data import cache
+from grit_jax.data.examples import record_prompts
+from grit_jax.data.records import EmbeddingRecord, RecordError
+from grit_jax.data.sources import Source
+from grit_jax.prompts import tokenize
+from grit_jax.tokenizer import Tokenizer
+
+SHARD = 8192  # records counted and written at a time
+_RECORDS_AT_ONCE = 1024
+_TWO_PROCESSES_FROM = 4 * SHARD  # records; starting processes for fewer takes longer than counting them
+_EXAMPLES = 3  # messages kept of each kind of bad record
+_REPORT_EVERY = 30  # seconds
+
+
+class BadRecords(NamedTuple):
+    """Malformed records with the same fault.
+
+    Attributes:
+      kind: The fault.
+      count: How many.
+      examples: Messages of the first few, with file and line.
+    """
+
+    kind: str
+    count: int
+    examples: tuple[str, ...]
+
+
+def add_bad(found: dict[str, BadRecords], more: Sequence[BadRecords]) -> None:
+    """Adds records to those found before them, by kind."""
+    for kind, count, examples in more:
+        before = found.get(kind, BadRecords(kind, 0, ()))
+        examples = (*before.examples, *examples)[:_EXAMPLES]
+        found[kind] = BadRecords(kind, before.count + count, examples)
+
+
+class Shard(NamedTuple):
+    """A range of records that is counted at once, and where its counts are written.
+
+    Attributes:
+      source: Number of its source.
+      start: First record.
+      stop: Last record, exclusive.
+      path: Where its counts are written.
+    """
+
+    source: int
+    start: int
+    stop: int
+    path: epath.Path
+
+
+class ShardCounts(NamedTuple):
+    """The counts of one shard; texts and spans are as in `FileIndex`.
+
+    Attributes:
+      numbers: int64 [records]; the well-formed records' numbers in the source.
+      text_counts: int32 [records].
+      num_positives: int32 [records].
+      lengths: int32 [texts].
+      hashes: int64 [texts].
+      span_counts: int32 [texts].
+      spans: int32 [spans, 2].
+      bad: uint8 [bytes]; the malformed records' `BadRecords` as JSON.
+    """
+
+    numbers: np.ndarray
+    text_counts: np.ndarray
+    num_positives: np.ndarray
+    lengths: np.ndarray
+    hashes: np.ndarray
+    span_counts: np.ndarray
+    spans: np.ndarray
+    bad: np.ndarray
+
+    def bad_records(self) -> list[BadRecords]:
+        """The malformed records."""
+        return [
+            BadRecords(kind, count, tuple(examples)) for kind, count, examples in json.loads(self.bad.tobytes() or "[]")
+        ]
+
+
+def read_shard(path: epath.Path) -> ShardCounts | None:
+    """The counts of a shard; None where they are missing or damaged."""
+    try:
+        with np.load(io.BytesIO(path.read_bytes())) as stored:
+            return ShardCounts(*(stored[name] for name in ShardCounts._fields))
+    except (OSError, KeyError, ValueError, EOFError):
+        return None
+    except Exception as error:  # zipfile has its own, buckets theirs
+        if type(error).__name__ in ("BadZipFile", "HttpError"):
+            return None
+        raise
+
+
+def count_shards(shards: Sequence[Shard], sources: Sequence[Source], tokenizer: Tokenizer, *, skip_bad: bool) -> None:
+    """Counts and writes the shards, with all cores where they are many.
+
+    Hosts that share a folder may do this at the same time: each takes the shards in an order of its own and leaves out
+    what another has written by then, so they divide the work and need no lock.
+
+    Raises:
+      InputError: A record is malformed and `skip_bad` is false.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    num_records = sum(shard.stop - shard.start for shard in shards)
+    if num_records < _TWO_PROCESSES_FROM or cores == 1:
+        for shard in shards:
+            _check_bad(_count_shard(shard, sources, tokenizer), skip_bad)
+        return
+    order = list(shards)
+    random.shuffle(order)
+    _count_in_processes(order, sources, tokenizer, processes=min(cores, len(shards)), skip_bad=skip_bad)
+
+
+def count_records(source: Source, start: int, stop: int, tokenizer: Tokenizer) -> ShardCounts:
+    """Counts records `start` to `stop`, exclusive; malformed ones are left out and named in `bad`."""
+    columns: dict[str, list[Any]] = {name: [] for name in ShardCounts._fields}
+    bad: dict[str, BadRecords] = {}
+    for begin in range(start, stop, _RECORDS_AT_ONCE):
+        records = []
+        for number, line in enumerate(source.lines(begin, min(begin + _RECORDS_AT_ONCE, stop)), begin):
+            try:
+                records.append(source.parse(number, line))
+                columns["numbers"].append(number)
+            except RecordError as error:
+                add_bad(bad, [BadRecords(error.kind, 1, (str(error),))])
+        texts = [record_prompts(record, tokenizer) for record in records]
+        columns["text_counts"] += [len(prompts) for prompts in texts]
+        columns["num_positives"] += [len(r.positives) if isinstance(r, EmbeddingRecord) else 0 for r in records]
+        prompts = [prompt for record in texts for prompt in record]
+        columns["hashes"] += [
+            int.from_bytes(hashlib.blake2b(prompt.text.encode(), digest_size=7).digest()) for prompt in prompts
+        ]
+        for tokenized in tokenize(prompts, tokenizer):
+            columns["lengths"].append(len(tokenized.tokens))
+            columns["span_counts"].append(len(tokenized.spans))
+            columns["spans"].append(tokenized.spans)
+    return ShardCounts(
+        numbers=np.array(columns["numbers"], np.int64),
+        text_counts=np.array(columns["text_counts"], np.int32),
+        num_positives=np.array(columns["num_positives"], np.int32),
+        lengths=np.array(columns["lengths"], np.int32),
+        hashes=np.array(columns["hashes"], np.int64),
+        span_counts=np.array(columns["span_counts"], np.int32),
+        spans=np.concatenate([np.zeros((0, 2), np.int32), *columns["spans"]]),
+        bad=np.frombuffer(json.dumps(list(bad.values())).encode(), np.uint8),
+    )
+
+
+def _count_shard(shard: Shard, sources: Sequence[Source], tokenizer: Tokenizer) -> list[BadRecords]:
+    """Counts a shard unless that has been done, and returns its malformed records."""
+    counts = read_shard(shard.path)
+    if counts is None:
+        counts = count_records(sources[shard.source], shard.start, shard.stop, tokenizer)
+        content = io.BytesIO()
+        np.savez(content, allow_pickle=False, **counts._asdict())
+        cache.write(shard.path, content.getvalue())
+    return counts.bad_records()
+
+
+def _check_bad(bad: Sequence[BadRecords], skip_bad: bool) -> None:
+    if bad and not skip_bad:
+        raise InputError(f"{bad[0].examples[0]} (data.skip_bad=true leaves such records out and counts them)")
+
+
+def _count_in_processes(
+    shards: Sequence[Shard], sources: Sequence[Source], tokenizer: Tokenizer, *, processes: int, skip_bad: bool
+) -> None:
+    setup = pickle.dumps((tokenizer.files(), list(sources)))
+    todo: queue.SimpleQueue[Shard] = queue.SimpleQueue()
+    for shard in shards:
+        todo.put(shard)
+    replies: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    # Not multiprocessing: its processes run the user's main module again, and forking is not safe once JAX has threads.
+    command = [sys.executable, "-c", "from grit_jax.data.counting import serve; serve()"]
+    settings = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "TOKENIZERS_PARALLELISM": "false"}
+    started = [
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=os.environ | settings)
+        for _ in range(processes)
+    ]
+    threads = [threading.Thread(target=_feed, args=(process, setup, todo, replies)) for process in started]
+    for thread in threads:
+        thread.start()
+    try:
+        num_records = sum(shard.stop - shard.start for shard in shards)
+        for _ in _with_reports(len(shards), f"counting the tokens of {num_records:,} records, {processes} processes"):
+            reply = replies.get()
+            if isinstance(reply, BaseException):
+                raise reply
+            _check_bad(reply, skip_bad)
+    except BaseException:
+        for process in started:
+            process.kill()
+        raise
+    finally:
+        for thread in threads:
+            thread.join()
+
+
+def _with_reports(total: int, what: str) -> Iterator[int]:
+    """The numbers below `total`; says on stderr now and then how many have been taken."""
+    started = reported = time.monotonic()
+    for number in range(total):
+        yield number
+        now = time.monotonic()
+        if now - reported >= _REPORT_EVERY:
+            reported = now
+            left = (now - started) / (number + 1) * (total - number - 1)
+            print(f"{what}: {(number + 1) / total:.0%}, {left / 60:.0f} min left", file=sys.stderr, flush=True)
+
+
+def _feed(
+    process: subprocess.Popen[bytes], setup: bytes, todo: queue.SimpleQueue[Shard], replies: queue.SimpleQueue[Any]
+) -> None:
+    """Hands shards to one process and its answers on."""
+    assert process.stdin
+    assert process.stdout
+    try:
+        process.stdin.write(setup)
+        while True:
+            shard = todo.get_nowait()
+            pickle.dump(shard, process.stdin)
+            process.stdin.flush()
+            replies.put(pickle.load(process.stdout))
+    except queue.Empty:
+        pass
+    except (OSError, EOFError):
+        code = process.wait()
+        memory = " (killed: is there memory for all of them?)" if code == -signal.SIGKILL else ""
+        replies.put(RuntimeError(f"a process that counts tokens ended with exit code {code}{memory}"))
+    finally:
+        with contextlib.suppress(OSError):
+            process.stdin.close()
+        process.wait()
+        process.stdout.close()
+
+
+def serve() -> None:
+    """Counts the shards that come in on stdin until it is closed; the answers go to stdout."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that started this one closes stdin
+    requests, replies = sys.stdin.buffer, sys.stdout.buffer
+    sys.stdout = sys.stderr
+    files, sources = pickle.load(requests)
+    tokenizer = Tokenizer.from_files(files)
+    while True:
+        try:
+            shard = pickle.load(requests)
+        except EOFError:
+            return
+        try:
+            reply: Any = _count_shard(shard, sources, tokenizer)
+        except (InputError, OSError) as error:
+            reply = error
+        try:
+            pickle.dump(reply, replies)
+            replies.flush()
+        except BrokenPipeError:
+            return

@@ -1,0 +1,1 @@
+"""What is done with data before training: checking, measuring, converting, looking, mining negatives."""

@@ -1,0 +1,101 @@
+"""Records as the model reads them."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from grit_jax.config import DataConfig, InputError
+from grit_jax.data.examples import record_prompts
+from grit_jax.data.records import EmbeddingRecord, Record, RecordError
+from grit_jax.data.sources import Source, find_files, open_source
+from grit_jax.prompts import tokenize
+from grit_jax.tokenizer import Tokenizer
+
+
+class Piece(NamedTuple):
+    """Part of a text; `counts` says whether its tokens are pooled or scored."""
+
+    text: str
+    counts: bool
+
+
+class Shown(NamedTuple):
+    """A text of a record.
+
+    Attributes:
+      kind: query, positive, negative or conversation.
+      pieces: What the model reads of it, special tokens included.
+      tokens: Tokens that it reads.
+      counted: Of these, how many are pooled or scored.
+      cut: Tokens over the limit, which it does not read.
+    """
+
+    kind: str
+    pieces: list[Piece]
+    tokens: int
+    counted: int
+    cut: int
+
+
+def draw(data: DataConfig, tokenizer: Tokenizer, *, count: int, seed: int) -> Iterator[tuple[str, list[Shown]]]:
+    """Random records of `data.train`, each once, with their file and line; every record is as likely as another.
+
+    Raises:
+      InputError: Files are missing, or a record drawn is malformed and `data.skip_bad` is false.
+    """
+    sources = [open_source(path, skip_bad=data.skip_bad) for path in find_files(data.train)]
+    ends = np.cumsum([len(source) for source in sources])
+    order = np.random.default_rng(seed).choice(int(ends[-1]), size=min(4 * count, int(ends[-1])), replace=False)
+    left = count
+    for place in order.tolist():
+        if not left:
+            return
+        file = int(np.searchsorted(ends, place, side="right"))
+        number = place - int(ends[file]) + len(sources[file])
+        record = _record(sources[file], number, data.skip_bad)
+        if record:
+            left -= 1
+            yield sources[file].where(number), show(record, data, tokenizer)
+
+
+def _record(source: Source, number: int, skip_bad: bool) -> Record | None:
+    try:
+        return source[number]
+    except RecordError as error:
+        if skip_bad:
+            return None
+        raise InputError(f"{error} (--data.skip_bad=true passes over such records)") from error
+
+
+def show(record: Record, data: DataConfig, tokenizer: Tokenizer) -> list[Shown]:
+    """The texts of a record, cut at their limits."""
+    texts = record_prompts(record, tokenizer)
+    encodings = tokenizer.encode_batch([prompt.text for prompt in texts])
+    shown = []
+    for number, (prompt, tokenized, encoding) in enumerate(
+        zip(texts, tokenize(texts, tokenizer), encodings, strict=True)
+    ):
+        if isinstance(record, EmbeddingRecord):
+            kind = "query" if not number else "positive" if number <= len(record.positives) else "negative"
+            limit = data.passage_max_length if number else data.query_max_length
+            first = 0
+        else:
+            kind, limit, first = "conversation", data.generative_max_length, 1  # the first token is never predicted
+        length = min(len(encoding.ids), limit)
+        counts = np.zeros(length, bool)
+        for start, end in np.clip(tokenized.spans, first, length):
+            counts[start:end] = True
+        starts = [*encoding.starts[:length].tolist(), len(prompt.text) if length == len(encoding.ids) else None]
+        if starts[-1] is None:
+            starts[-1] = int(encoding.starts[length])
+        borders = [0, *(np.flatnonzero(np.diff(counts)) + 1).tolist(), length] if length else [0]
+        pieces = [
+            Piece(prompt.text[starts[a] if a else 0 : starts[b]], bool(counts[a]))
+            for a, b in itertools.pairwise(borders)
+        ]
+        shown.append(Shown(kind, pieces, length, int(counts.sum()), len(encoding.ids) - length))
+    return shown
