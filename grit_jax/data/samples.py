@@ -10,7 +10,7 @@ import numpy as np
 
 from grit_jax.data.records import Stream
 from grit_jax.data.schedule import RowPlan, Samples
-from grit_jax.data.sources import Source
+from grit_jax.data.sources import SUFFIXES, Source
 
 
 class FileSamples(NamedTuple):
@@ -61,7 +61,11 @@ def file_losses(rows: RowPlan, token_losses: np.ndarray, names: Sequence[str]) -
 
 def dataset_names(paths: Sequence[str | os.PathLike[str]]) -> list[str]:
     """Short names of files that tell them apart: without the folders that all share, and without their endings."""
-    parts = [os.fspath(path).removesuffix(".gz").removesuffix(".jsonl").split("/") for path in paths]
+    parts = [_without_ending(os.fspath(path)).split("/") for path in paths]
     folders = list(zip(*(part[:-1] for part in parts)))  # as deep as the shallowest file
     shared = next((depth for depth, names in enumerate(folders) if len(set(names)) > 1), len(folders))
     return ["/".join(part[shared:]) for part in parts]
+
+
+def _without_ending(path: str) -> str:
+    return path.removesuffix(max(filter(path.endswith, SUFFIXES), key=len, default=""))

@@ -17,8 +17,8 @@ from grit_jax.data.records import Record, RecordError, Stream, parse_record, str
 
 _JSONL = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 _ARRAY_RECORD = (".array_record", ".arrayrecord")
-_SUFFIXES = _JSONL + _ARRAY_RECORD
-_KINDS = f"{', '.join(_SUFFIXES[:-1])} or {_SUFFIXES[-1]}"
+SUFFIXES = _JSONL + _ARRAY_RECORD
+_KINDS = f"{', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}"
 
 _SCANNED = 1 << 26  # bytes whose lines are found at a time
 _KEPT_FROM = 1 << 26  # bytes of a file from which on the places of its lines are kept on disk
@@ -42,7 +42,7 @@ def find_files(paths: str | list[str]) -> list[epath.Path]:
             found += files
         elif not path.exists():
             raise InputError(f"{path}: no such file or folder")
-        elif not path.name.endswith(_SUFFIXES):
+        elif not path.name.endswith(SUFFIXES):
             raise InputError(f"{path}: not a {_KINDS} file")
         else:
             found.append(path)
@@ -52,7 +52,7 @@ def find_files(paths: str | list[str]) -> list[epath.Path]:
 def _files_below(folder: epath.Path) -> Iterator[epath.Path]:
     for path in folder.iterdir():
         # A bucket is asked as little as possible, and its folders do not end like files.
-        if path.name.endswith(_SUFFIXES) and (cache.is_remote(path) or not path.is_dir()):
+        if path.name.endswith(SUFFIXES) and (cache.is_remote(path) or not path.is_dir()):
             yield path
         elif path.name != cache.FOLDER and path.is_dir():
             yield from _files_below(path)
