@@ -94,8 +94,8 @@ class Trainer:
     def _state_of(self, step: int, abstract: TrainState) -> TrainState:
         if self._checkpoints.metadata(step).data["fingerprint"] != self.data.fingerprint:
             raise InputError(
-                f"{self.folder}: data.train is not what this run was trained on (its files changed); "
-                "put the files back, or start again in another train.output"
+                f"{self.folder}: data.train is not what this run was trained on (its files changed, or another version "
+                "of grit_jax puts them in another order); put them back, or start again in another train.output"
             )
         params, opt_state = self._checkpoints.restore(step, abstract.params, abstract.opt_state)
         return TrainState(jax.device_put(np.int32(step), abstract.step.sharding), params, opt_state)

@@ -112,6 +112,7 @@ class Objective:
             # The tables of tokens are gathered once, outside the chunks.
             rows = (model.embed(batch.tokens, self.execution.dtype), batch.segment_ids, batch.positions)
             hidden, stats = map_chunks(hidden_states, rows, self.config.train.generative_chunks)
+            # Tied together, the table's gradient leaves before the layers' backward pass begins, and frees its memory.
             hidden, table = jax.lax.optimization_barrier((hidden, model.output_table[...]))
             model.output_table[...] = table
             loss = next_token_loss(
