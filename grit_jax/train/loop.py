@@ -70,7 +70,7 @@ class Trainer:
         )
         self._agreement = Agreement(self.mesh)
         self._checkpoints = Checkpoints(self.folder / folder.CHECKPOINTS, keep=config.checkpoint)
-        self._params_checkpoints = Checkpoints(self.folder / folder.PARAMS)
+        self._params_checkpoints = Checkpoints(self.folder / folder.PARAMS) if config.checkpoint.params_every else None
         self._damaged: list[str] = []
         with jax.set_mesh(self.mesh):
             self.state = self._restored(setup.abstract) or self._initial(setup, pretrained)
@@ -176,7 +176,7 @@ class Trainer:
                         with recorder.spent("checkpoint"):
                             self._save(step, values)
                     recorder.restart_clock()
-                if config.checkpoint.params_every and step % config.checkpoint.params_every == 0:
+                if self._params_checkpoints and step % (config.checkpoint.params_every or step) == 0:
                     with recorder.spent("checkpoint"):
                         self._params_checkpoints.save(step, self.state.params, None, self._metadata(step))
                     recorder.restart_clock()
@@ -184,7 +184,8 @@ class Trainer:
                     break
             with recorder.spent("checkpoint"):
                 self._checkpoints.wait()
-                self._params_checkpoints.wait()
+                if self._params_checkpoints:
+                    self._params_checkpoints.wait()
         return self.step == config.train.steps
 
     def evaluate(self) -> dict[str, float]:
