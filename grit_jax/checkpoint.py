@@ -52,12 +52,13 @@ class Checkpoints:
     Args:
       folder: Holds one sub-folder per step; made by the first save.
       keep: Which checkpoints are kept; None keeps all.
+      read_only: Whether nothing is written: what is half written may then be a living run's save, and stays.
     """
 
-    def __init__(self, folder: str | PathLike[str], *, keep: CheckpointConfig | None = None):
+    def __init__(self, folder: str | PathLike[str], *, keep: CheckpointConfig | None = None, read_only: bool = False):
         self.folder = epath.Path(folder) if "://" in str(folder) else epath.Path(folder).resolve()
         self._checkpointer = ocp.training.Checkpointer(
-            str(self.folder), preservation_policy=_preservation_policy(keep), cleanup_tmp_directories=True
+            str(self.folder), preservation_policy=_preservation_policy(keep), cleanup_tmp_directories=not read_only
         )
         self._saving: tuple[int, Any] | None = None
 
@@ -230,7 +231,7 @@ def open_checkpoint(path: str | PathLike[str], step: int | None = None) -> Pretr
     if located is None:
         raise InputError(f"{path}: no checkpoint there; name a run folder, a folder of checkpoints or one checkpoint")
     folder, named = located
-    checkpoints = Checkpoints(folder)
+    checkpoints = Checkpoints(folder, read_only=True)
     steps, step = checkpoints.steps(), named if step is None else step
     if not steps:
         raise InputError(f"{path}: no complete checkpoint there; the run has not saved one yet")

@@ -140,6 +140,16 @@ def test_runs_folders_and_single_checkpoints_open(tmp_path):
         open_checkpoint(tmp_path / "run", 5)
 
 
+def test_reading_a_model_leaves_a_save_in_progress_alone(tmp_path):
+    save_params(tmp_path / "run/checkpoints", init_params(ARCHITECTURE, jax.random.key(1)), METADATA)
+    half_written = tmp_path / "run/checkpoints/7.orbax-checkpoint-tmp"
+    half_written.mkdir()
+    open_checkpoint(tmp_path / "run")
+    assert half_written.exists()
+    Checkpoints(tmp_path / "run/checkpoints").close()
+    assert not half_written.exists()
+
+
 def test_a_checkpoint_of_another_model_is_refused_with_the_differences(tmp_path):
     _, state = state_on(MeshConfig(8, 1, 1))
     checkpoints = Checkpoints(tmp_path / "c")
