@@ -18,6 +18,7 @@ from grit_jax.config import CheckpointConfig, EmbeddingConfig, InputError, Trans
 from grit_jax.model.pretrained import Pretrained
 from grit_jax.model.transformer import Params, abstract_model, abstract_params
 from grit_jax.tokenizer import Tokenizer
+from grit_jax.watch.files import is_bucket
 
 # The parts of a checkpoint; each can be read without the others.
 _PARAMS, _OPTIMIZER = "params", "optimizer"
@@ -56,7 +57,7 @@ class Checkpoints:
     """
 
     def __init__(self, folder: str | PathLike[str], *, keep: CheckpointConfig | None = None, read_only: bool = False):
-        self.folder = epath.Path(folder) if "://" in str(folder) else epath.Path(folder).resolve()
+        self.folder = epath.Path(folder) if is_bucket(folder) else epath.Path(folder).resolve()
         self._checkpointer = ocp.training.Checkpointer(
             str(self.folder), preservation_policy=_preservation_policy(keep), cleanup_tmp_directories=not read_only
         )

@@ -15,14 +15,10 @@ from typing import IO, Any
 from etils import epath
 
 from grit_jax.config import InputError
+from grit_jax.watch.files import is_bucket
 
 FOLDER = ".grit_index"
 _BLOCK = 1 << 22  # bytes unpacked at a time
-
-
-def is_remote(path: epath.Path) -> bool:
-    """Whether `path` is in a bucket."""
-    return "://" in str(path)
 
 
 def stamp(path: epath.Path, *more: Any) -> str:
@@ -36,7 +32,7 @@ def stamp(path: epath.Path, *more: Any) -> str:
       InputError: The file cannot be looked at.
     """
     try:
-        if is_remote(path):
+        if is_bucket(path):
             about = path.stat()
             key = str(path), about.length, about.mtime
         else:
@@ -50,7 +46,7 @@ def stamp(path: epath.Path, *more: Any) -> str:
 def local_folders(path: epath.Path) -> list[Path]:
     """Where things made from a file may be kept on a disk: beside it, then in the user's cache folder."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "grit_jax" / "index"
-    return [cache] if is_remote(path) else [Path(path).parent / FOLDER, cache]
+    return [cache] if is_bucket(path) else [Path(path).parent / FOLDER, cache]
 
 
 @contextlib.contextmanager
@@ -76,7 +72,7 @@ def local_file(path: epath.Path) -> Path:
     Raises:
       InputError: The file is missing or damaged, or there is no room for the copy.
     """
-    if not is_remote(path) and path.suffix not in (".gz", ".zst"):
+    if not is_bucket(path) and path.suffix not in (".gz", ".zst"):
         return Path(path)
     name = f"{path.name}-{stamp(path)}.copy"
     folders = local_folders(path)
@@ -135,7 +131,7 @@ def write(path: epath.Path, content: bytes) -> None:
     Raises:
       OSError: It cannot be written.
     """
-    if is_remote(path):
+    if is_bucket(path):
         path.write_bytes(content)  # an object appears when all of it is there
     else:
         with replacing(Path(path)) as file:
@@ -150,7 +146,7 @@ def can_write(folder: epath.Path) -> bool:
         write(probe, b"")
         probe.unlink()
     except Exception as error:  # those of a bucket's client are its own
-        if not is_remote(folder) and not isinstance(error, OSError):
+        if not is_bucket(folder) and not isinstance(error, OSError):
             raise
         return False
     return True

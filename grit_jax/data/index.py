@@ -23,6 +23,7 @@ from grit_jax.data.counting import SHARD, BadRecords, Shard, ShardCounts, add_ba
 from grit_jax.data.records import Stream
 from grit_jax.data.sources import Source
 from grit_jax.tokenizer import Tokenizer
+from grit_jax.watch.files import is_bucket
 
 _TRIES = 3
 _FORMAT = 2  # raised when what is stored, or how prompts are formatted, changes
@@ -227,7 +228,7 @@ class _Store:
                 if folder == self._folders[-1]:
                     raise
             self.index = self._load()
-        if self.index and not cache.is_remote(paths[0]):  # a bucket's shards are for hosts that are still to come
+        if self.index and not is_bucket(paths[0]):  # a bucket's shards are for hosts that are still to come
             shutil.rmtree(paths[0].parent, ignore_errors=True)
 
 

@@ -14,10 +14,11 @@ from etils import epath
 from grit_jax.config import InputError
 from grit_jax.data import cache
 from grit_jax.data.records import Record, RecordError, Stream, parse_record, stream_of
+from grit_jax.watch.files import is_bucket
 
 _JSONL = (".jsonl", ".jsonl.gz", ".jsonl.zst")
-_ARRAY_RECORD = (".array_record", ".arrayrecord")
-SUFFIXES = _JSONL + _ARRAY_RECORD
+ARRAY_RECORD = (".array_record", ".arrayrecord")
+SUFFIXES = _JSONL + ARRAY_RECORD
 _KINDS = f"{', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}"
 
 _SCANNED = 1 << 26  # bytes whose lines are found at a time
@@ -36,10 +37,10 @@ def find_files(paths: str | list[str]) -> list[epath.Path]:
     found: list[epath.Path] = []
     for path in map(epath.Path, [paths] if isinstance(paths, str) else paths):
         if path.is_dir():
-            files = sorted(_files_below(path))
-            if not files:
+            below = sorted(_files_below(path))
+            if not below:
                 raise InputError(f"{path}: no {_KINDS} file in this folder")
-            found += files
+            found += below
         elif not path.exists():
             raise InputError(f"{path}: no such file or folder")
         elif not path.name.endswith(SUFFIXES):
@@ -52,7 +53,7 @@ def find_files(paths: str | list[str]) -> list[epath.Path]:
 def _files_below(folder: epath.Path) -> Iterator[epath.Path]:
     for path in folder.iterdir():
         # A bucket is asked as little as possible, and its folders do not end like files.
-        if path.name.endswith(SUFFIXES) and (cache.is_remote(path) or not path.is_dir()):
+        if path.name.endswith(SUFFIXES) and (is_bucket(path) or not path.is_dir()):
             yield path
         elif path.name != cache.FOLDER and path.is_dir():
             yield from _files_below(path)
@@ -69,7 +70,7 @@ def open_source(path: str | os.PathLike[str], *, skip_bad: bool = False) -> Sour
       InputError: The file has no record, or cannot be read.
     """
     path = epath.Path(path)
-    kind = ArrayRecordSource if path.name.endswith(_ARRAY_RECORD) else JsonlSource
+    kind = ArrayRecordSource if path.name.endswith(ARRAY_RECORD) else JsonlSource
     return kind(path, skip_bad=skip_bad)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import csv
 import gzip
-import io
 import json
 import os
 from collections import Counter
@@ -16,9 +15,9 @@ from typing import IO, Any, NamedTuple
 from grit_jax.config import InputError
 from grit_jax.data.cache import replacing
 from grit_jax.data.records import RecordError, parse_json, parse_record
+from grit_jax.data.sources import ARRAY_RECORD
 
 Row = dict[str, Any]
-_ARRAY_RECORD = (".array_record", ".arrayrecord")
 
 
 class Written(NamedTuple):
@@ -90,7 +89,7 @@ def _writer(path: Path) -> Generator[Callable[[bytes], Any]]:
             yield lambda line: packed.write(line + b"\n")
             if packed is not raw:
                 packed.close()
-    elif path.name.endswith(_ARRAY_RECORD):
+    elif path.name.endswith(ARRAY_RECORD):
         from array_record.python.array_record_module import ArrayRecordWriter  # ty: ignore[import-not-found]
 
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -116,11 +115,11 @@ def open_text(path: Path, newline: str = "\n") -> IO[str]:
     Raises:
       InputError: It cannot be opened.
     """
+    opener: Any = gzip.open if path.suffix == ".gz" else open
     try:
-        raw = gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")  # noqa: SIM115
+        return opener(path, "rt", encoding="utf-8-sig", errors="surrogateescape", newline=newline)
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from error
-    return io.TextIOWrapper(raw, encoding="utf-8-sig", errors="surrogateescape", newline=newline)
 
 
 def read_objects(path: Path) -> Iterator[tuple[str, Row] | Failed]:

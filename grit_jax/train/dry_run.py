@@ -19,7 +19,8 @@ from grit_jax import sharding
 from grit_jax.checks import Check, verdict
 from grit_jax.chips import GIB, memory_bytes
 from grit_jax.config import Config, InputError
-from grit_jax.data.sources import JsonlSource, find_files
+from grit_jax.data.records import RecordError
+from grit_jax.data.sources import Source, find_files, open_source
 from grit_jax.loading import open_model
 from grit_jax.train.resolve import check_folder, resolve_architecture, resolve_tokenizer
 from grit_jax.train.setup import set_up
@@ -76,7 +77,9 @@ def _data_checks(config: Config) -> Iterator[Check]:
     for key, paths in (("data.train", config.data.train), ("data.validation", config.data.validation)):
         if not paths:
             continue
-        failed, sources = _checked(key, lambda paths=paths: [_sampled(path) for path in find_files(paths)])
+        failed, sources = _checked(
+            key, lambda paths=paths: [_sampled(path, config.data.skip_bad) for path in find_files(paths)]
+        )
         if failed:
             yield failed
             continue
@@ -94,10 +97,14 @@ def _data_checks(config: Config) -> Iterator[Check]:
 _STREAMS = ("embedding", "generative")
 
 
-def _sampled(path: Any) -> JsonlSource:
-    source = JsonlSource(path)
+def _sampled(path: Any, skip_bad: bool) -> Source:
+    source = open_source(path, skip_bad=skip_bad)
     for number in np.unique(np.linspace(0, len(source) - 1, _SAMPLED_RECORDS).astype(int)).tolist():
-        source[number]
+        try:
+            source[number]
+        except RecordError:
+            if not skip_bad:
+                raise
     return source
 
 
@@ -142,7 +149,9 @@ def device_memory(device: jax.Device, num_devices: int) -> int | None:
 
 def _space_check(config: Config, abstract: TrainState) -> Check:
     size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract))
-    number = config.checkpoint.keep + 1  # the newest is written before the oldest is removed
+    number = (
+        config.checkpoint.keep + config.checkpoint.keep_best + 1
+    )  # the newest is written before the oldest is removed
     needed = f"{number} checkpoints of {_gib(size)}"
     if files.is_bucket(config.train.output):
         return verdict("space", True, f"{needed} in a bucket, which has no limit")

@@ -9,7 +9,6 @@ import random
 import re
 import resource
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -21,6 +20,7 @@ import numpy as np
 
 from grit_jax.checkpoint import open_checkpoint
 from grit_jax.model.transformer import abstract_model, abstract_params
+from tests.multiprocess import launch
 from tests.runs import ROOT, TINY, command, environment, write_data
 
 STEPS, EVERY, DEVICES = 8, 2, 4
@@ -34,9 +34,7 @@ class Job:
     """The processes of one run, started together."""
 
     def __init__(self, data, output, num_processes):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            address = f"127.0.0.1:{free.getsockname()[1]}"
+        address = launch.free_address()
         options = [
             ROOT / "configs/tiny.yaml", *TINY, f"--data.train={data}", f"--train.output={output}",
             f"--train.steps={STEPS}", f"--checkpoint.every={EVERY}", "--logging.every=1",

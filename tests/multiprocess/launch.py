@@ -44,10 +44,8 @@ def run(script, *arguments, num_processes=2, devices_each=2, timeout=300):
       AssertionError: A process failed, or the time is up; the message holds the end of every process's stderr.
     """
     source = _START + textwrap.dedent(script)
-    with socket.socket() as free, contextlib.ExitStack() as stack:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-        free.close()
+    address = free_address()
+    with contextlib.ExitStack() as stack:
         processes, streams = [], []
         for index in range(num_processes):
             command = [sys.executable, "-c", source, address, str(num_processes), str(index), *map(str, arguments)]
@@ -61,6 +59,13 @@ def run(script, *arguments, num_processes=2, devices_each=2, timeout=300):
     ends = [f"process {i} ended with {p.returncode}:\n{outputs[i][1][-3000:]}" for i, p in enumerate(processes)]
     assert not any(process.returncode for process in processes), "\n".join(ends)
     return [out for out, _ in outputs]
+
+
+def free_address():
+    """A `host:port` of this machine that nothing listens to."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{free.getsockname()[1]}"
 
 
 def _wait(processes, deadline):

@@ -4,9 +4,8 @@ import jax
 import numpy as np
 import pytest
 
-from grit_jax.checkpoint import open_checkpoint
-from grit_jax.model.transformer import abstract_model, abstract_params
 from tests.multiprocess import launch
+from tests.multiprocess.faults import weights
 from tests.packing import relative_error
 from tests.runs import ROOT, TINY, losses, write_data
 
@@ -35,14 +34,6 @@ FEATURES = {
 }  # fmt: skip
 
 
-def params_of(run):
-    """The weights of a run's newest checkpoint, on the host."""
-    pretrained = open_checkpoint(run)
-    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    shapes = abstract_params(abstract_model(pretrained.architecture))
-    return jax.device_get(pretrained.load(jax.tree.map(lambda _: here, shapes)))
-
-
 @pytest.mark.long
 @pytest.mark.parametrize("feature", FEATURES)
 def test_losses_and_weights_do_not_depend_on_the_number_of_processes(feature, tmp_path):
@@ -53,9 +44,9 @@ def test_losses_and_weights_do_not_depend_on_the_number_of_processes(feature, tm
         runs[processes] = tmp_path / str(processes)
         arguments = [ROOT / "configs/tiny.yaml", *options, f"--train.output={runs[processes]}"]
         launch.run(TRAIN, *arguments, num_processes=processes, devices_each=8 // processes, timeout=600)
-    expected, weights = losses(runs[1]), params_of(runs[1])
+    expected, expected_weights = losses(runs[1]), weights(runs[1])
     assert len(expected) == 3
     for processes in (2, 4):
         assert np.allclose(losses(runs[processes]), expected, rtol=1e-5, atol=0)
-        errors = jax.tree.map(relative_error, params_of(runs[processes]), weights)
+        errors = jax.tree.map(relative_error, weights(runs[processes]), expected_weights)
         assert max(jax.tree.leaves(errors)) < 1e-4

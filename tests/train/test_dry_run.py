@@ -1,5 +1,6 @@
 """What `train --dry-run` finds before anything is compiled."""
 
+import json
 import shutil
 from types import SimpleNamespace
 
@@ -7,6 +8,7 @@ import pytest
 
 from grit_jax.cli.main import main
 from grit_jax.config import load_config
+from grit_jax.datatools.files import write_rows
 from grit_jax.train import dry_run as module
 from grit_jax.train.dry_run import dry_run
 from grit_jax.watch.lock import writer_lock
@@ -69,6 +71,19 @@ def test_a_malformed_record_and_a_missing_stream_are_found(data, tmp_path):
     (copy / "generative.jsonl").unlink()
     missing = failures(checks(copy, tmp_path / "run"))["data.train"]
     assert "no generative file, and train.mode=unified trains that stream" in missing
+
+
+def test_files_are_opened_as_training_opens_them(data, tmp_path):
+    copy = shutil.copytree(data, tmp_path / "data")
+    lines = (copy / "generative.jsonl").read_text().splitlines()
+    (copy / "generative.jsonl").unlink()
+    rows = ((f"generative.jsonl:{number}", json.loads(line)) for number, line in enumerate(lines, start=1))
+    write_rows(copy / "generative.array_record", rows)
+    assert failures(checks(copy, tmp_path / "run")) == {}
+    with (copy / "embedding.jsonl").open("a") as file:
+        file.write('{"query": 3}\n')
+    assert "embedding.jsonl:13:" in failures(checks(copy, tmp_path / "run"))["data.train"]
+    assert failures(checks(copy, tmp_path / "run", "--data.skip_bad=true")) == {}
 
 
 def test_state_that_no_device_holds_and_checkpoints_that_no_disk_holds_are_found(data, tmp_path, monkeypatch):
