@@ -3,6 +3,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
+import time
 
 import jax
 import numpy as np
@@ -144,10 +145,18 @@ def test_reading_a_model_leaves_a_save_in_progress_alone(tmp_path):
     save_params(tmp_path / "run/checkpoints", init_params(ARCHITECTURE, jax.random.key(1)), METADATA)
     half_written = tmp_path / "run/checkpoints/7.orbax-checkpoint-tmp"
     half_written.mkdir()
-    open_checkpoint(tmp_path / "run")
-    assert half_written.exists()
-    Checkpoints(tmp_path / "run/checkpoints").close()
-    assert not half_written.exists()
+    load_whole(open_checkpoint(tmp_path / "run"))
+    assert not gone_within(half_written, seconds=3)
+    writer = Checkpoints(tmp_path / "run/checkpoints")
+    assert gone_within(half_written, seconds=60)  # a writer removes it beside its own work
+    writer.close()
+
+
+def gone_within(path, seconds):
+    deadline = time.monotonic() + seconds
+    while path.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return not path.exists()
 
 
 def test_a_checkpoint_of_another_model_is_refused_with_the_differences(tmp_path):
