@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 Attention = Literal["bidirectional", "causal"]
 Pooling = Literal["mean", "weighted_mean", "cls", "last_token"]
-AttentionKernel = Literal["dense", "splash", "cudnn"]
+AttentionKernel = Literal["dense", "blockwise", "splash", "cudnn"]
 ExpertKernel = Literal["ragged_dot", "megablox"]
 Remat = Literal["none", "full", "dots", "offload"]
 Negatives = Literal["auto", "dense", "gathered", "ring"]
@@ -195,7 +195,7 @@ class ModelConfig:
       embedding: Embedding pass and pooling.
       generative_attention: Attention of the generative pass.
       compute_dtype: Type of activations; `auto` is float32 on CPU and bfloat16 elsewhere. Weights stay float32.
-      attention_kernel: `dense`, `splash` (TPU), `cudnn` (GPU), or `auto` for the device's own.
+      attention_kernel: `dense`, `blockwise` (CPU), `splash` (TPU), `cudnn` (GPU), or `auto` for the device's own.
       expert_kernel: What multiplies tokens sorted by expert: `ragged_dot`, `megablox` (TPU), or `auto` for the device's
         own.
       remat: What a layer recomputes in the backward pass: `none`; `full`, all but its input; `dots`, all but matrix

@@ -93,11 +93,11 @@ def num_chunks(size: int, limit: int | None) -> int:
 
 def execution(config: ModelConfig, platform: str) -> Execution:
     """The settings of a run on devices of a platform: `tpu`, `gpu` or `cpu`."""
-    attention: AttentionKernel = "splash" if platform == "tpu" else "cudnn" if platform == "gpu" else "dense"
+    kernels: dict[str, AttentionKernel] = {"tpu": "splash", "gpu": "cudnn", "cpu": "blockwise"}
     experts: ExpertKernel = "megablox" if platform == "tpu" else "ragged_dot"
     return Execution(
         dtype=compute_dtype(config.compute_dtype, platform),
-        attention=attention if config.attention_kernel == "auto" else config.attention_kernel,
+        attention=kernels[platform] if config.attention_kernel == "auto" else config.attention_kernel,
         experts=experts if config.expert_kernel == "auto" else config.expert_kernel,
         remat=config.remat,
         layer_rows=config.layer_rows,

@@ -23,16 +23,17 @@ def next_token_loss(
     *,
     targets: Int[Array, "batch length"],
     loss_weights: Float[Array, "batch length"],
-    block: int = 1024,
+    block: int | None = None,
 ) -> Float[Array, ""]:
     """sum(loss_weights * -log p(target)), with logits made for up to `block` tokens at a time.
 
+    A block has 1024 tokens, or an eighth of all where they are few, so that skipping blocks pays.
     The gradient is made along with the value, block by block, so that logits are computed once and no more than one
     block of them exists. Tokens that weigh something come first, and blocks without any are skipped: prompts and
     padding cost no logits. The gradient of the weights, which is -log p(target), is 0 in these.
     """
     order = jnp.argsort(loss_weights.reshape(-1) == 0, stable=True)
-    number = num_chunks(len(order), block)
+    number = num_chunks(len(order), block or min(1024, -(-len(order) // 8)))
 
     def blocks(x):
         return x.reshape(len(order), -1)[order].reshape(number, -1, *x.shape[2:])

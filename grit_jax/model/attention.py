@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from grit_jax.config import InputError
 from grit_jax.execution import ATTENTION, PLAIN, Execution, wide
+from grit_jax.model.blockwise import blockwise_attention
 from grit_jax.sharding import on_devices
 
 
@@ -98,6 +101,8 @@ def attention(
         return _dense(query, key, value, mask, scale=scale, soft_cap=soft_cap)
     if execution.attention == "splash":
         return _splash(query, key, value, mask, scale=scale, soft_cap=soft_cap, execution=execution)
+    if execution.attention == "blockwise":
+        return _blockwise(query, key, value, mask, scale=scale, soft_cap=soft_cap)
     return _cudnn(query, key, value, mask, scale=scale, soft_cap=soft_cap)
 
 
@@ -146,9 +151,20 @@ def _splash(query: Array, key: Array, value: Array, mask: AttentionMask, *, scal
         segment_ids = splash_attention_kernel.SegmentIds(segments, segments)
         return jax.vmap(kernel)(*heads_first, segment_ids).swapaxes(1, 2)
 
+    return _split(on_device, query, key, value, mask)
+
+
+def _split(kernel: Callable[..., Array], query: Array, key: Array, value: Array, mask: AttentionMask) -> Array:
+    """A kernel of queries, keys, values and segments, run by each device on its own rows and heads."""
     rows, heads = ("batch", "length"), ("batch", "length", "activation_heads", "head_dim")
-    split = on_devices(on_device, in_axes=(heads, heads, heads, rows), out_axes=heads)
+    split = on_devices(kernel, in_axes=(heads, heads, heads, rows), out_axes=heads)
     return split(query, key, value, mask.query_segments)
+
+
+def _blockwise(query: Array, key: Array, value: Array, mask: AttentionMask, *, scale, soft_cap) -> Array:
+    """Tiles in plain JAX, without those that nobody sees."""
+    kernel = functools.partial(blockwise_attention, causal=mask.causal, window=mask.window, soft_cap=soft_cap)
+    return _split(kernel, query * scale, key, value, mask)
 
 
 def _splash_mask(mask: AttentionMask, length: int) -> splash_attention_mask.Mask:

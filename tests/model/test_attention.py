@@ -8,6 +8,7 @@ import pytest
 from grit_jax import sharding
 from grit_jax.config import InputError, MeshConfig
 from grit_jax.execution import PLAIN, Execution
+from grit_jax.model import blockwise
 from grit_jax.model.attention import AttentionMask, attention
 from grit_jax.model.layers import rotate, rotation
 from tests.packing import relative_error
@@ -53,7 +54,7 @@ def packed_rows(length=256, heads=4, kv_heads=2, head_dim=128):
         jax.random.normal(k, (2, length, count, head_dim))
         for k, count in zip(keys, (heads, kv_heads, kv_heads, heads), strict=True)
     )
-    lengths = [[100, 30, 90], [length]]
+    lengths = [[2 * length // 5, length // 8, length // 3], [length]]
     segments, positions = np.zeros((2, 2, length), np.int32)
     for row, texts in enumerate(lengths):
         start = 0
@@ -64,8 +65,8 @@ def packed_rows(length=256, heads=4, kv_heads=2, head_dim=128):
     return query, key, value, cotangent, jnp.asarray(segments), jnp.asarray(positions)
 
 
-def value_and_gradients(execution, *, causal, window, soft_cap=None, mesh=None):
-    query, key, value, cotangent, segments, positions = packed_rows()
+def value_and_gradients(execution, *, causal, window, soft_cap=None, mesh=None, length=256):
+    query, key, value, cotangent, segments, positions = packed_rows(length)
     mask = AttentionMask.of_rows(segments, positions, causal=causal, window=window)
 
     def attend(query, key, value):
@@ -80,22 +81,49 @@ def value_and_gradients(execution, *, causal, window, soft_cap=None, mesh=None):
         return jax.jit(run)(query, key, value, cotangent)
 
 
+SPLASH = Execution(jnp.dtype("float32"), attention="splash", interpret=True)
+BLOCKWISE = Execution(jnp.dtype("float32"), attention="blockwise")
+
+
+@pytest.mark.parametrize("kernel", [SPLASH, BLOCKWISE], ids=lambda kernel: kernel.attention)
 @pytest.mark.parametrize(
     ("causal", "window", "soft_cap"), [(True, None, None), (True, 40, None), (False, None, 20.0), (False, 40, None)]
 )
-def test_splash_attention_equals_the_dense_one_with_gradients(causal, window, soft_cap):
-    splash = Execution(jnp.dtype("float32"), attention="splash", interpret=True)
+def test_kernels_equal_the_dense_attention_with_gradients(kernel, causal, window, soft_cap):
     options = {"causal": causal, "window": window, "soft_cap": soft_cap}
-    actual, expected = (value_and_gradients(execution, **options) for execution in (splash, PLAIN))
+    actual, expected = (value_and_gradients(execution, **options) for execution in (kernel, PLAIN))
     assert max(map(relative_error, actual, expected)) < 1e-5
 
 
-def test_splash_attention_split_over_rows_and_heads_equals_the_whole():
-    splash = Execution(jnp.dtype("float32"), attention="splash", interpret=True)
+@pytest.mark.parametrize("kernel", [SPLASH, BLOCKWISE], ids=lambda kernel: kernel.attention)
+def test_kernels_split_over_rows_and_heads_equal_the_whole(kernel):
     mesh = sharding.make_mesh(MeshConfig(2, 1, 2), jax.devices()[:4])
-    actual = value_and_gradients(splash, causal=True, window=None, mesh=mesh)
+    actual = value_and_gradients(kernel, causal=True, window=None, mesh=mesh)
     expected = value_and_gradients(PLAIN, causal=True, window=None)
     assert max(map(relative_error, actual, expected)) < 1e-5
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("length", [6, 100, 200])
+def test_blockwise_attention_takes_rows_of_any_length(length, causal):
+    options = {"causal": causal, "window": None, "length": length}
+    actual, expected = (value_and_gradients(execution, **options) for execution in (BLOCKWISE, PLAIN))
+    assert max(map(relative_error, actual, expected)) < 1e-5
+
+
+def test_blockwise_attention_skips_tiles_that_nobody_sees():
+    """The products of a row cost what its texts ask for: a loop over the tiles in sight, counted here."""
+    rows, length = 2, 512
+    short = jnp.repeat(jnp.arange(1, length // 64 + 1), 64)[None].repeat(rows, 0)
+    counts = {}
+    for name, segments, causal in [
+        ("short", short, False),
+        ("one", short * 0 + 1, False),
+        ("half", short * 0 + 1, True),
+    ]:
+        tiles = blockwise._Tiles(causal, None, None, 8)
+        counts[name] = int(tiles.in_sight(segments.reshape(rows, 8, 64).swapaxes(0, 1))[2])
+    assert counts == {"short": 8, "one": 64, "half": 36}
 
 
 def test_rows_that_splash_attention_does_not_take_are_refused():

@@ -1,0 +1,50 @@
+"""Float32 matrix products of the benchmark's model here and in PyTorch: the ground under the other ratios.
+
+    python benchmarks/matmul.py
+
+For each projection of the model, with the tokens of a packed step: GFLOP/s of the product itself, of its gradient by
+the input and of that by the weights.
+"""
+
+from __future__ import annotations
+
+import common
+import jax
+import numpy as np
+
+_TOKENS = 3072
+_SIZES = {
+    "query, out": (common.ARCHITECTURE.embed_dim, common.ARCHITECTURE.embed_dim),
+    "gate, up": (common.ARCHITECTURE.embed_dim, common.ARCHITECTURE.mlp_dim),
+    "down": (common.ARCHITECTURE.mlp_dim, common.ARCHITECTURE.embed_dim),
+}
+_PRODUCTS = {
+    "forward": lambda x, weights, _: x @ weights,
+    "input gradient": lambda _, weights, gradient: gradient @ weights.T,
+    "weight gradient": lambda x, _, gradient: x.T @ gradient,
+}
+
+
+def main() -> None:
+    """Runs the benchmark."""
+    args = common.parser(__doc__).parse_args()
+    rng, report = np.random.default_rng(0), {}
+    for size, (fan_in, fan_out) in _SIZES.items():
+        shapes = (_TOKENS, fan_in), (fan_in, fan_out), (_TOKENS, fan_out)
+        arrays = [rng.normal(size=shape).astype(np.float32) for shape in shapes]
+        for product, function in _PRODUCTS.items():
+            compiled, placed = jax.jit(function), [jax.numpy.asarray(array) for array in arrays]
+            sides = {"ours": lambda: compiled(*placed).block_until_ready()}  # noqa: B023 (called before the next turn)
+            if not args.no_torch and common.has_torch():
+                import torch
+
+                tensors = [torch.from_numpy(array) for array in arrays]
+                sides["torch"] = lambda: function(*tensors)  # noqa: B023
+            seconds, _ = common.alternate(sides, 3 * args.repeats)
+            flops = 2 * _TOKENS * fan_in * fan_out
+            report[f"{size}: {product}"] = {side: round(flops / each.clock / 1e9) for side, each in seconds.items()}
+    common.report(report)
+
+
+if __name__ == "__main__":
+    main()
