@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import sys
 
@@ -12,6 +13,7 @@ HELP = "compile a config's train step for a TPU topology, without a TPU: does it
 EXAMPLES = """\
   grit-jax plan configs/gritlm_7b_v5p_128.yaml --topology v5p-128
   grit-jax plan configs/gritlm_7b_v5p_128.yaml --topology v5p-128 --slices 2 --fill 0.6 --json
+  grit-jax plan configs/gritlm_7b_v5p_128.yaml --topology v5p-128 --data data/medi2 --model.tokenizer tokenizer.model
   grit-jax plan configs/gritlm_7b_v5p_128.yaml --topology v5litepod-256 --search
 """
 TAKES_OVERRIDES = True
@@ -24,9 +26,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", metavar="CONFIG", help="YAML file; --section.key=value changes it")
     parser.add_argument("--topology", required=True, metavar="NAME", help="such as v5p-128 or v5litepod-256")
     parser.add_argument("--slices", type=int, default=1, metavar="N", help="slices of that topology (%(default)s)")
-    parser.add_argument(
+    texts = parser.add_mutually_exclusive_group()
+    texts.add_argument(
         "--fill", type=float, default=1.0, metavar="F", help="share of their limits that texts have (%(default)s)"
     )
+    texts.add_argument("--data", metavar="PATH", help="texts have the lengths of this data, a folder in GRIT's format")
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     parser.add_argument(
         "--search", action="store_true", help="rank chunks, rematerialisation and meshes, and compile the best few"
@@ -47,19 +51,21 @@ def run(args: argparse.Namespace) -> int:
     from grit_jax.plan.program import make_plan, planned_config
     from grit_jax.plan.report import as_json, as_lines
     from grit_jax.plan.topology import parse_topology
+    from grit_jax.plan.work import lengths_at_limits, lengths_of_data
 
     topology = parse_topology(args.topology, slices=args.slices)
     config = planned_config(config)
+    if args.data:
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, train=args.data))
+    lengths = lengths_of_data(config) if args.data else lengths_at_limits(config, args.fill)
     report = {}
     if args.search:
         from grit_jax.plan.search import search
 
-        found = search(
-            config, topology, fill=args.fill, most=args.compile, say=lambda line: print(line, file=sys.stderr)
-        )
+        found = search(config, topology, lengths, most=args.compile, say=lambda line: print(line, file=sys.stderr))
         plan, config, report = found.plan, found.config, {"recommended": found.overrides}
     else:
-        plan = make_plan(config, topology, fill=args.fill)
+        plan = make_plan(config, topology, lengths)
     if args.json:
         print(json.dumps(report | as_json(plan)))
     else:

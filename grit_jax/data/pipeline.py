@@ -181,6 +181,10 @@ class Pipeline:
         """The mean loss of each file of a step's generative batch; see `file_losses`."""
         return file_losses(self._schedule.generative_rows(step), token_losses, self._names)
 
+    def plan(self, step: int) -> StepPlan:
+        """Which texts step `step`, counted from 0, holds, and where."""
+        return self._schedule.step(step)
+
     def report(self) -> list[str]:
         """Lines for people about the training data."""
         return self._schedule.report()

@@ -16,28 +16,12 @@ from grit_jax import sharding
 from grit_jax.batch import EmbeddingBatch, GenerativeBatch, GritBatch
 from grit_jax.config import Config, InputError, TransformerConfig
 from grit_jax.contrastive import resolve_negatives
-from grit_jax.data.packing import pack
 from grit_jax.loading import open_model
 from grit_jax.model.transformer import abstract_model, abstract_params
 from grit_jax.plan.cost import Cost, estimate
 from grit_jax.plan.topology import Topology, devices
-from grit_jax.train.metrics import model_flops
+from grit_jax.plan.work import Lengths, Work, planned_work
 from grit_jax.train.setup import row_multiples, set_up
-
-
-@dataclass(frozen=True)
-class Work:
-    """What one step is planned to hold.
-
-    Attributes:
-      rows: Rows of the embedding and of the generative batch, all devices together; 0 for a stream not trained.
-      tokens: Tokens that are not padding.
-      flops: Model FLOPs: forward and backward, without recomputation and padding.
-    """
-
-    rows: tuple[int, int]
-    tokens: int
-    flops: float
 
 
 @dataclass(frozen=True)
@@ -109,46 +93,19 @@ def planned_config(config: Config) -> Config:
     return dataclasses.replace(config, model=dataclasses.replace(config.model, architecture=resolved))
 
 
-def planned_work(config: Config, multiples: tuple[int, int], fill: float = 1.0) -> Work:
-    """A step whose texts have `fill` times the tokens that their limits allow.
-
-    Args:
-      config: With its architecture resolved.
-      multiples: What the row counts are multiples of.
-      fill: Share of the limits. At 1 every text is at its limit.
-    """
-    data, train = config.data, config.train
-    limits = [data.query_max_length] * data.embedding_batch
-    limits += [data.passage_max_length] * data.embedding_batch * data.group_size
-    streams = [limits * train.embeds, [data.generative_max_length] * data.generative_batch * train.generates]
-    row_lengths = (data.embedding_row_length, data.generative_max_length)
-    rows, tokens, pairs = [], [], 0.0
-    causal = (config.model.embedding.attention == "causal", config.model.generative_attention == "causal")
-    for lengths, row_length, multiple, is_causal in zip(streams, row_lengths, multiples, causal, strict=True):
-        lengths = np.array(lengths, int)
-        full = pack(lengths, row_length=row_length, max_segments=row_length).num_rows
-        rows.append(math.ceil(full * fill / multiple) * multiple)
-        tokens.append(int(fill * lengths.sum()))
-        pairs += float(np.sum((fill * lengths) ** 2)) / (2 if is_causal else 1)
-    flops = model_flops(
-        config.model.architecture, tokens=sum(tokens), generative_tokens=tokens[1], attention_pairs=pairs
-    )
-    return Work((rows[0], rows[1]), sum(tokens), flops)
-
-
-def make_plan(config: Config, topology: Topology, *, fill: float = 1.0) -> Plan:
+def make_plan(config: Config, topology: Topology, lengths: Lengths) -> Plan:
     """Compiles the step for the topology.
 
     Args:
       config: With its architecture resolved (`planned_config`).
       topology: What to compile for.
-      fill: See `planned_work`.
+      lengths: Of the texts of a step.
 
     Raises:
       InputError: libtpu is missing, or the config does not fit the mesh.
     """
     mesh = sharding.make_mesh(config.mesh, devices(topology))
-    work = planned_work(config, row_multiples(config, mesh), fill)
+    work = planned_work(config, row_multiples(config, mesh), lengths)
     lowered = _lower(config, mesh, work)
     architecture, width = config.model.architecture, config.model.embedding.projection_dim
     shapes = abstract_params(abstract_model(architecture, width))
@@ -195,10 +152,10 @@ def _expert_fill(architecture: TransformerConfig, mesh: jax.sharding.Mesh) -> fl
     return per_token / (shards * min(per_token, architecture.num_experts // shards)) if shards > 1 else 1.0
 
 
-def lower_step(config: Config, topology: Topology, *, fill: float = 1.0) -> jax.stages.Lowered:
+def lower_step(config: Config, topology: Topology, lengths: Lengths) -> jax.stages.Lowered:
     """The step, ready to be compiled for the topology; arguments and errors as those of `make_plan`."""
     mesh = sharding.make_mesh(config.mesh, devices(topology))
-    return _lower(config, mesh, planned_work(config, row_multiples(config, mesh), fill))
+    return _lower(config, mesh, planned_work(config, row_multiples(config, mesh), lengths))
 
 
 def _lower(config: Config, mesh: jax.sharding.Mesh, work: Work) -> jax.stages.Lowered:

@@ -9,8 +9,9 @@ from typing import NamedTuple
 
 from grit_jax import sharding
 from grit_jax.config import Config, InputError
-from grit_jax.plan.program import Plan, make_plan, planned_work
+from grit_jax.plan.program import Plan, make_plan
 from grit_jax.plan.topology import Topology, devices
+from grit_jax.plan.work import Lengths, planned_work
 from grit_jax.train.setup import row_multiples
 
 # What the formula leaves out of a device's memory: programs, fragmentation, collectives' buffers.
@@ -45,25 +46,25 @@ class Found(NamedTuple):
     overrides: list[str]
 
 
-def search(config: Config, topology: Topology, *, fill: float, most: int, say: Callable[[str], None]) -> Found:
+def search(config: Config, topology: Topology, lengths: Lengths, *, most: int, say: Callable[[str], None]) -> Found:
     """Compiles up to `most` candidates, the fastest by the formula first, and recommends the fastest that fits.
 
     Args:
       config: With its architecture resolved.
       topology: What to compile for.
-      fill: See `planned_work`.
+      lengths: Of the texts of a step.
       most: Programs that are compiled.
       say: Takes lines for people.
 
     Raises:
       InputError: No candidate fits the mesh.
     """
-    ranked = sorted(candidates(config, topology, fill), key=lambda candidate: rank(candidate, topology))
+    ranked = sorted(candidates(config, topology, lengths), key=lambda candidate: rank(candidate, topology))
     if not ranked:
         raise InputError(f"no mesh of {topology.num_chips} chips divides this model and batch")
     found: list[Found] = []
     for candidate in ranked[:most]:
-        plan = make_plan(candidate.config, topology, fill=fill)
+        plan = make_plan(candidate.config, topology, lengths)
         found.append(Found(plan, candidate.config, candidate.overrides))
         seconds = f"{plan.cost.total_seconds:.2f} s" if plan.cost else "not compiled to the end"
         gib = plan.peak_bytes / (1 << 30)
@@ -77,7 +78,7 @@ def rank(candidate: Candidate, topology: Topology) -> tuple[bool, float, float]:
     return not fits, candidate.work, candidate.memory_bytes
 
 
-def candidates(config: Config, topology: Topology, fill: float) -> Iterator[Candidate]:
+def candidates(config: Config, topology: Topology, lengths: Lengths) -> Iterator[Candidate]:
     """All settings that are considered, meshes, chunks, rematerialisation and rows of a layer, where the mesh fits."""
     mesh_devices = devices(topology)
     options = itertools.product((1, 2, 4), (1, 2, 4, 8), ("dots", "full", "offload"), (None, 8, 4, 2, 1))
@@ -101,7 +102,7 @@ def candidates(config: Config, topology: Topology, fill: float) -> Iterator[Cand
             or architecture.num_kv_heads % tensor
         ):
             continue
-        embedding, generative = planned_work(changed, multiples, fill).rows
+        embedding, generative = planned_work(changed, multiples, lengths).rows
         rows = max(embedding // shards // chunks, generative // shards)
         if layer_rows is not None and layer_rows >= rows:
             continue  # the same as taking all

@@ -7,11 +7,12 @@ import pytest
 from grit_jax.cli import main as cli
 from grit_jax.config import Config, DataConfig, InputError, ModelConfig, TrainConfig, TransformerConfig
 from grit_jax.plan import program, search
-from grit_jax.plan.program import Plan, Work, planned_config, planned_work
+from grit_jax.plan.program import Plan, planned_config
 from grit_jax.plan.report import advice, as_json, as_lines
 from grit_jax.plan.topology import parse_topology
+from grit_jax.plan.work import Work, lengths_at_limits, lengths_of_data, planned_work
 from grit_jax.train.metrics import model_flops
-from tests.runs import ROOT
+from tests.runs import ROOT, write_data
 
 ARCHITECTURE = TransformerConfig(vocab_size=64, embed_dim=32, num_heads=4, num_kv_heads=2, num_layers=2).resolve(64)
 CONFIG = Config(
@@ -47,7 +48,7 @@ def plan(**changes):
 
 
 def test_texts_at_their_limits_are_packed_as_a_step_packs_them():
-    work = planned_work(CONFIG, (8, 8))
+    work = planned_work(CONFIG, (8, 8), lengths_at_limits(CONFIG))
     # 16 queries of 64 share 4 rows of 256, 32 passages fill one each; 8 conversations fill one each.
     assert work.rows == (40, 8)
     tokens, generated = 16 * 64 + 32 * 256 + 8 * 128, 8 * 128
@@ -57,14 +58,29 @@ def test_texts_at_their_limits_are_packed_as_a_step_packs_them():
 
 
 def test_half_the_fill_is_half_the_tokens_and_rows():
-    work = planned_work(CONFIG, (4, 4), fill=0.5)
+    work = planned_work(CONFIG, (4, 4), lengths_at_limits(CONFIG, 0.5))
     assert work.rows == (20, 4)
-    assert work.tokens == planned_work(CONFIG, (4, 4)).tokens // 2
+    assert work.tokens == planned_work(CONFIG, (4, 4), lengths_at_limits(CONFIG)).tokens // 2
+
+
+def test_texts_of_data_are_those_of_the_steps_that_train_on_it(tmp_path):
+    write_data(tmp_path)
+    data = dataclasses.replace(CONFIG.data, train=str(tmp_path), embedding_batch=8, generative_batch=4)
+    architecture = TransformerConfig(vocab_size=512, embed_dim=32, num_heads=4, num_kv_heads=2, num_layers=2)
+    config = dataclasses.replace(CONFIG, data=data, model=ModelConfig(architecture=architecture.resolve(512)))
+    lengths = lengths_of_data(config)
+    assert (len(lengths.embedding), len(lengths.generative)) == (8 + 16, 4)
+    work = planned_work(config, (1, 1), lengths)
+    assert work.tokens == lengths.embedding.sum() + lengths.generative.sum()
+    assert work.tokens < planned_work(config, (1, 1), lengths_at_limits(config)).tokens
+    with pytest.raises(InputError, match=r"the tokenizer has \d+ tokens and model.architecture.vocab_size is 64"):
+        lengths_of_data(dataclasses.replace(config, model=CONFIG.model))
 
 
 def test_a_stream_that_is_not_trained_has_no_rows():
     for mode, rows in (("embedding", (40, 0)), ("generative", (0, 8))):
-        assert planned_work(dataclasses.replace(CONFIG, train=TrainConfig(mode=mode)), (8, 8)).rows == rows
+        config = dataclasses.replace(CONFIG, train=TrainConfig(mode=mode))
+        assert planned_work(config, (8, 8), lengths_at_limits(config)).rows == rows
 
 
 def test_a_plan_needs_a_vocabulary_from_somewhere():
@@ -79,7 +95,7 @@ def test_what_the_compiler_says_when_memory_runs_out_is_reported(monkeypatch):
 
     monkeypatch.setattr(program, "devices", lambda topology: jax.devices())
     monkeypatch.setattr(program, "_lower", lambda *_: Lowered())
-    failed = program.make_plan(CONFIG, TOPOLOGY)
+    failed = program.make_plan(CONFIG, TOPOLOGY, lengths_at_limits(CONFIG))
     assert not failed.fits
     assert failed.peak_bytes == int(23.5 * (1 << 30))
     assert failed.largest[0] == "8.00G bf16[32,4,2048,4096] jit(train_step)/while/body/dot_general"
@@ -105,7 +121,9 @@ def test_a_plan_that_does_not_fit_says_what_dominates_and_what_to_change(changes
 
 def test_the_search_ranks_what_fits_first_and_then_the_least_work(monkeypatch):
     monkeypatch.setattr(search, "devices", lambda topology: jax.devices())
-    ranked = sorted(search.candidates(CONFIG, TOPOLOGY, 1.0), key=lambda each: search.rank(each, TOPOLOGY))
+    ranked = sorted(
+        search.candidates(CONFIG, TOPOLOGY, lengths_at_limits(CONFIG)), key=lambda each: search.rank(each, TOPOLOGY)
+    )
     assert "--model.remat=dots" in ranked[0].overrides
     assert "--train.embedding_chunks=1" in ranked[0].overrides
     limit = TOPOLOGY.chip.hbm_bytes
@@ -120,7 +138,7 @@ def test_the_search_recommends_the_fastest_that_fits(monkeypatch):
 
     tried = []
 
-    def compiled(config, topology, *, fill):
+    def compiled(config, topology, lengths):
         tried.append(config)
         seconds, peak = [(1.0, 99 << 30), (3.0, 1 << 30), (2.0, 1 << 30)][len(tried) - 1]
         return plan(cost=Cost(seconds), peak_bytes=peak)
@@ -128,7 +146,7 @@ def test_the_search_recommends_the_fastest_that_fits(monkeypatch):
     monkeypatch.setattr(search, "devices", lambda topology: jax.devices())
     monkeypatch.setattr(search, "make_plan", compiled)
     said = []
-    found = search.search(CONFIG, TOPOLOGY, fill=1.0, most=3, say=said.append)
+    found = search.search(CONFIG, TOPOLOGY, lengths_at_limits(CONFIG), most=3, say=said.append)
     assert found.plan.cost.total_seconds == 2.0
     assert found.config is tried[2]
     assert len(said) == 3

@@ -38,8 +38,9 @@ def test_a_step_of_both_streams_as_the_tpu_compiler_makes_it(capfd):
     from grit_jax.plan.hlo import parse_module
     from grit_jax.plan.program import lower_step
     from grit_jax.plan.topology import parse_topology
+    from grit_jax.plan.work import lengths_at_limits
 
-    lowered = lower_step(CONFIG, parse_topology("v5e-4"))
+    lowered = lower_step(CONFIG, parse_topology("v5e-4"), lengths_at_limits(CONFIG))
     capfd.readouterr()
     text = lowered.compile().as_text()
     assert "nvoluntary full rematerialization" not in capfd.readouterr().err
