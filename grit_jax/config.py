@@ -11,8 +11,9 @@ import difflib
 import os
 import typing
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
+
+from grit_jax import files
 
 Attention = Literal["bidirectional", "causal"]
 Pooling = Literal["mean", "weighted_mean", "cls", "last_token"]
@@ -555,18 +556,12 @@ def load_config(path: str | os.PathLike[str], overrides: list[str] | None = None
       InputError: Missing file, malformed YAML, unknown key (with a suggestion), or a value of the wrong type.
     """
     try:
-        text = _read(path)
+        text = files.read_text(path)
     except OSError as error:
-        raise InputError(f"config file {path}: {error.strerror or 'no such file'}") from error
+        raise InputError(f"config file {path}: {error.strerror or error}") from error
+    if text is None:
+        raise InputError(f"config file {path}: no such file")
     return parse_config(text, overrides, source=str(path))
-
-
-def _read(path: str | os.PathLike[str]) -> str:
-    if "://" not in os.fspath(path):
-        return Path(path).read_text()
-    from etils import epath
-
-    return epath.Path(path).read_text()
 
 
 def parse_config(text: str, overrides: list[str] | None = None, *, source: str = "config") -> Config:

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from grit_jax import sharding
+from grit_jax import files, sharding
 from grit_jax.checkpoint import CheckpointMetadata, Checkpoints, DamagedCheckpointError
 from grit_jax.config import Config, InputError, dump_config
 from grit_jax.data.pipeline import Pipeline
@@ -30,7 +30,7 @@ from grit_jax.train.setup import Setup, row_multiples, set_up
 from grit_jax.train.sole_writer import refuse_other_writers, sole_writer
 from grit_jax.train.state import TrainState, new_state, shardings_of
 from grit_jax.train.step import make_eval_step, make_gradient_norm
-from grit_jax.watch import files, folder
+from grit_jax.watch import folder
 
 
 class Trainer:

@@ -11,13 +11,14 @@ from typing import Any, NamedTuple, Self
 import jax
 import numpy as np
 
+from grit_jax import files
 from grit_jax.batch import GritBatch
 from grit_jax.config import Config
 from grit_jax.data.samples import FileSamples
 from grit_jax.train.health import GRAM, health_figures
 from grit_jax.train.metrics import Display, Tracker, model_flops, peak_flops, read_metrics
 from grit_jax.train.step import TOKEN_LOSSES, Metrics
-from grit_jax.watch import files, folder
+from grit_jax.watch import folder
 from grit_jax.watch.goodput import Cause, Clock, goodput_of
 from grit_jax.watch.lines import LineWriter, read_lines
 from grit_jax.watch.spikes import WINDOW, Spikes
