@@ -379,6 +379,8 @@ class TrainConfig:
       max_skipped: Updates in a row that may be skipped because loss or gradient is not finite; then the run stops.
       watchdog_seconds: Longest time of a step, compiling and evaluation left out; beyond, the process says where every
         thread is and ends. null waits for ever.
+      preemption_notices: Whether, on Google Cloud, the machine's metadata server is listened to: what it says of the
+        machine's end saves and stops the run, as SIGTERM does.
     """
 
     output: str = "run"
@@ -390,6 +392,7 @@ class TrainConfig:
     eval_every: int | None = None
     max_skipped: int = 5
     watchdog_seconds: float | None = 1800.0
+    preemption_notices: bool = True
 
     def __post_init__(self):
         for name in ("steps", "embedding_chunks", "generative_chunks", "max_skipped"):
