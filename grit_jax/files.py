@@ -168,7 +168,8 @@ def replacing(path: Path, mode: str = "wb") -> Generator[IO[Any]]:
     Raises:
       OSError: It cannot be written.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.parent.exists():  # a file in its place is told by opening
+        path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
     try:
         with partial.open(mode, encoding=None if "b" in mode else "utf-8") as file:
