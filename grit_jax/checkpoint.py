@@ -14,11 +14,11 @@ import jax.numpy as jnp
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
+from grit_jax import files
 from grit_jax.config import CheckpointConfig, EmbeddingConfig, InputError, TransformerConfig
 from grit_jax.model.pretrained import Pretrained
 from grit_jax.model.transformer import Params, abstract_model, abstract_params
 from grit_jax.tokenizer import Tokenizer
-from grit_jax.watch.files import is_bucket
 
 # The parts of a checkpoint; each can be read without the others.
 _PARAMS, _OPTIMIZER = "params", "optimizer"
@@ -57,7 +57,7 @@ class Checkpoints:
     """
 
     def __init__(self, folder: str | PathLike[str], *, keep: CheckpointConfig | None = None, read_only: bool = False):
-        self.folder = epath.Path(folder) if is_bucket(folder) else epath.Path(folder).resolve()
+        self.folder = epath.Path(folder) if files.is_bucket(folder) else epath.Path(folder).resolve()
         self._checkpointer = ocp.training.Checkpointer(
             str(self.folder), preservation_policy=_preservation_policy(keep), cleanup_tmp_directories=not read_only
         )
@@ -208,11 +208,11 @@ def _check_matches(where: str, stored: Any, wanted: Any) -> None:
 
 def _locate(path: epath.Path) -> tuple[epath.Path, int | None] | None:
     """The folder of checkpoints that `path` means, and the step when it names one; None when it is no checkpoint."""
-    if (path / "checkpoints").is_dir():
+    if files.is_folder(path / "checkpoints"):
         return path / "checkpoints", None
-    if (path / _PARAMS).is_dir() and path.name.isdigit():
+    if path.name.isdigit() and files.is_folder(path / _PARAMS):
         return path.parent, int(path.name)
-    if path.is_dir() and any((child / _PARAMS).is_dir() and child.name.isdigit() for child in path.iterdir()):
+    if any(name.isdigit() and files.is_folder(path / name / _PARAMS) for name in files.names(path)):
         return path, None
     return None
 

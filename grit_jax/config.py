@@ -11,8 +11,9 @@ import difflib
 import os
 import typing
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
+
+from grit_jax import files
 
 Attention = Literal["bidirectional", "causal"]
 Pooling = Literal["mean", "weighted_mean", "cls", "last_token"]
@@ -378,6 +379,8 @@ class TrainConfig:
       max_skipped: Updates in a row that may be skipped because loss or gradient is not finite; then the run stops.
       watchdog_seconds: Longest time of a step, compiling and evaluation left out; beyond, the process says where every
         thread is and ends. null waits for ever.
+      preemption_notices: Whether, on Google Cloud, the machine's metadata server is listened to: what it says of the
+        machine's end saves and stops the run, as SIGTERM does.
     """
 
     output: str = "run"
@@ -389,6 +392,7 @@ class TrainConfig:
     eval_every: int | None = None
     max_skipped: int = 5
     watchdog_seconds: float | None = 1800.0
+    preemption_notices: bool = True
 
     def __post_init__(self):
         for name in ("steps", "embedding_chunks", "generative_chunks", "max_skipped"):
@@ -555,18 +559,12 @@ def load_config(path: str | os.PathLike[str], overrides: list[str] | None = None
       InputError: Missing file, malformed YAML, unknown key (with a suggestion), or a value of the wrong type.
     """
     try:
-        text = _read(path)
+        text = files.read_text(path)
     except OSError as error:
-        raise InputError(f"config file {path}: {error.strerror or 'no such file'}") from error
+        raise InputError(f"config file {path}: {error.strerror or error}") from error
+    if text is None:
+        raise InputError(f"config file {path}: no such file")
     return parse_config(text, overrides, source=str(path))
-
-
-def _read(path: str | os.PathLike[str]) -> str:
-    if "://" not in os.fspath(path):
-        return Path(path).read_text()
-    from etils import epath
-
-    return epath.Path(path).read_text()
 
 
 def parse_config(text: str, overrides: list[str] | None = None, *, source: str = "config") -> Config:

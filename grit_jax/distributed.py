@@ -59,3 +59,22 @@ class Agreement:
         """Starts the vote of one step; the answer is true when read as a bool if any process voted so."""
         here = np.full(len(self._split.addressable_devices), asked, np.int32)
         return self._sum(jax.make_array_from_process_local_data(self._split, here, (self._size,)))
+
+
+def gathered(rows: np.ndarray) -> np.ndarray:
+    """The arrays of all processes, which have one shape, stacked by process: [processes, ...], in every process."""
+    if jax.process_count() == 1:
+        return rows[None]
+    from jax.experimental import multihost_utils
+
+    return np.asarray(multihost_utils.process_allgather(rows))
+
+
+def own_share(size: int) -> list[int]:
+    """Which of `size` things this process does: as many in every process, the last one again where they do not divide.
+
+    In the order of the processes the shares are all things in order, and then the repeated ones.
+    """
+    each = -(-size // jax.process_count())
+    first = jax.process_index() * each
+    return [min(place, size - 1) for place in range(first, first + each)]

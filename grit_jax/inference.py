@@ -80,6 +80,7 @@ class GritModel:
         *,
         step: int | None = None,
         mesh: MeshConfig | None = None,
+        devices: Sequence[jax.Device] | None = None,
         dtype: Literal["auto", "float32", "bfloat16"] = "auto",
     ) -> Self:
         """Loads a run folder, a checkpoint or a Hugging Face folder.
@@ -88,13 +89,14 @@ class GritModel:
           path: Where the model is.
           step: Checkpoint to take; None takes the newest.
           mesh: How it is spread over the devices; None puts a copy on each.
+          devices: Where it runs; None takes all.
           dtype: Type of weights and activations; `auto` is float32 on CPU and bfloat16 elsewhere.
 
         Raises:
           InputError: There is no model, or it does not fit the mesh.
         """
         pretrained = open_model(path, step)
-        placed_on = sharding.make_mesh(mesh or MeshConfig(data=-1, fsdp=1, tensor=1))
+        placed_on = sharding.make_mesh(mesh or MeshConfig(data=-1, fsdp=1, tensor=1), devices)
         settings = execution(ModelConfig(compute_dtype=dtype, remat="none"), sharding.platform(placed_on))
         params = load_params(pretrained, placed_on, settings.dtype)
         about = pretrained.architecture, pretrained.embedding, pretrained.tokenizer

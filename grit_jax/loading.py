@@ -9,7 +9,7 @@ from etils import epath
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from grit_jax import checkpoint, sharding
+from grit_jax import checkpoint, files, sharding
 from grit_jax.config import InputError, MeshConfig
 from grit_jax.hf import folder, hub
 from grit_jax.model.pretrained import Pretrained
@@ -34,7 +34,11 @@ def open_model(path: str | os.PathLike[str], step: int | None = None) -> Pretrai
         if step is not None:
             raise InputError(f"{path} is a Hugging Face folder and has no steps; leave the step out")
         return folder.open_folder(path)
-    what = "nothing there" if not path.exists() else "no checkpoints/, no step folder, no config.json with safetensors"
+    what = (
+        "nothing there"
+        if not files.exists(path)
+        else "no checkpoints/, no step folder, no config.json with safetensors"
+    )
     raise InputError(f"{path}: {what}; name a run folder, a checkpoint or a Hugging Face folder")
 
 

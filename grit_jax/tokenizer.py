@@ -14,6 +14,7 @@ import tokenizers
 from etils import epath
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
+from grit_jax import files
 from grit_jax.config import InputError
 from grit_jax.sentencepiece_bpe import convert
 
@@ -74,22 +75,23 @@ class Tokenizer:
         """
         if str(source) == "bytes":
             return _byte_tokenizer()
-        path = epath.Path(source)
-        folder = path if path.is_dir() else path.parent
-        file = path
-        if path.is_dir():
-            file = next((folder / name for name in (_TOKENIZER, _MODEL) if (folder / name).exists()), path / _TOKENIZER)
-        if not file.exists():
+        path = file = epath.Path(source)
+        folder = path.parent
+        if files.is_folder(path):
+            there = files.names(path)
+            folder, file = path, path / next((name for name in (_TOKENIZER, _MODEL) if name in there), _TOKENIZER)
+        content = files.read_bytes(file)
+        if content is None:
             raise InputError(
                 f"tokenizer {source}: no {file} there; name a folder that has one, the file itself, or `bytes`"
             )
         names = (_SETTINGS, _SPECIAL)
-        files = {name: (folder / name).read_text() for name in names if (folder / name).exists()}
+        more = {name: text for name in names if (text := files.read_text(folder / name)) is not None}
         if file.suffix == ".model":
-            backend, special = convert(file.read_bytes(), source=str(file))
+            backend, special = convert(content, source=str(file))
             own = {_TOKENIZER: backend.to_str(), _SPECIAL: json.dumps(special)}
-            return Tokenizer.from_files(own | files, source=str(file))
-        return Tokenizer.from_files({_TOKENIZER: file.read_text(), **files}, source=str(file))
+            return Tokenizer.from_files(own | more, source=str(file))
+        return Tokenizer.from_files({_TOKENIZER: content.decode(), **more}, source=str(file))
 
     @staticmethod
     def from_files(files: dict[str, str], *, source: str = _TOKENIZER) -> Tokenizer:

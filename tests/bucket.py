@@ -1,29 +1,65 @@
-"""A bucket on this machine, for programs that are started with `environment`."""
+"""A bucket on this machine, for programs that are started with its environment."""
 
 import contextlib
 import os
 import socket
+import urllib.parse
+import urllib.request
 
 BUCKET = "bucket"
 
 
+class Bucket:
+    """Serves `gs://bucket` from `start` to `stop`, also again with what it held before.
+
+    Attributes:
+      environment: What the client libraries must be started with.
+    """
+
+    def __init__(self):
+        from gcp_storage_emulator.handlers.buckets import create_bucket
+        from gcp_storage_emulator.storage import Storage
+
+        self._storage = Storage(use_memory_fs=True)
+        create_bucket(BUCKET, self._storage)
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self._port = free.getsockname()[1]
+        self.environment = environment(f"http://127.0.0.1:{self._port}")
+
+    def start(self):
+        from gcp_storage_emulator.server import APIThread
+
+        self._thread = APIThread("127.0.0.1", self._port, self._storage)
+        self._thread.start()
+        self._thread.is_running.wait()
+
+    def stop(self):
+        self._thread.join()
+
+    def put(self, name, content):
+        """Makes `gs://bucket/name`."""
+        query = urllib.parse.urlencode({"uploadType": "media", "name": name})
+        address = f"{self.environment['STORAGE_EMULATOR_HOST']}/upload/storage/v1/b/{BUCKET}/o?{query}"
+        urllib.request.urlopen(urllib.request.Request(address, content)).close()
+
+
+def environment(address):
+    """The environment of programs whose buckets are served at `address`."""
+    return os.environ | {
+        "STORAGE_EMULATOR_HOST": address,
+        "TENSORSTORE_GCS_HTTP_URL": address,
+        "NO_GCE_CHECK": "true",
+        "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",
+    }
+
+
 @contextlib.contextmanager
 def emulator():
-    """Serves `gs://bucket`; gives the environment that the client libraries must be started with."""
-    from gcp_storage_emulator.server import create_server
-
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    server = create_server("127.0.0.1", port, in_memory=True, default_bucket=BUCKET)
-    server.start()
-    address = f"http://127.0.0.1:{port}"
+    """Serves `gs://bucket`; gives the environment."""
+    bucket = Bucket()
+    bucket.start()
     try:
-        yield os.environ | {
-            "STORAGE_EMULATOR_HOST": address,
-            "TENSORSTORE_GCS_HTTP_URL": address,
-            "NO_GCE_CHECK": "true",
-            "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",
-        }
+        yield bucket.environment
     finally:
-        server.stop()
+        bucket.stop()

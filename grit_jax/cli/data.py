@@ -23,7 +23,7 @@ EXAMPLES = """\
   grit-jax data sample my-data/ --tokenizer runs/mine --count 3
   grit-jax data mine-negatives pairs.jsonl mined.jsonl --count 4 --range 1-50
 """
-TAKES_OVERRIDES = True  # --data.key=value, of stats and sample
+TAKES_OVERRIDES = True  # --data.key=value of stats and sample, --distributed.key=value of mine-negatives
 
 _OVERLAPS = 1
 _SHOWN_MATCHES = 10
@@ -77,7 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     sample.add_argument("--count", type=int, default=3, metavar="N", help="records (%(default)s)")
     sample.add_argument("--seed", type=int, default=0, help="another seed, other records (%(default)s)")
 
-    mine = tool("mine-negatives", "give queries hard negatives by BM25, or by a model on all devices")
+    mine = tool("mine-negatives", "give queries hard negatives by BM25, or by a model on all devices of all hosts")
     mine.add_argument("source", metavar="SOURCE", help="file of embedding records; their passages are searched")
     mine.add_argument("output", metavar="OUTPUT", help=".jsonl, .jsonl.gz or .array_record")
     mine.add_argument("--model", metavar="MODEL", help="run folder, checkpoint or Hugging Face folder (default: BM25)")
@@ -99,10 +99,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs a tool; 2 for malformed records, 1 for texts of an evaluation set that are no documents, 0 otherwise."""
-    if args.overrides and args.tool not in ("stats", "sample"):
-        raise InputError(
-            f"data {args.tool} does not know {' '.join(args.overrides)}; see grit-jax data {args.tool} --help"
-        )
+    known = {"stats": "--", "sample": "--", "mine-negatives": "--distributed."}.get(args.tool)
+    unknown = [override for override in args.overrides if not known or not override.startswith(known)]
+    if unknown:
+        raise InputError(f"data {args.tool} does not know {' '.join(unknown)}; see grit-jax data {args.tool} --help")
     return {
         "validate": _validate, "stats": _stats, "convert": _convert, "sample": _sample, "mine-negatives": _mine,
     }[args.tool](args)  # fmt: skip
@@ -176,7 +176,7 @@ def _validate(args: argparse.Namespace) -> int:
         if len(matches) > _SHOWN_MATCHES:
             print(f"  and {len(matches) - _SHOWN_MATCHES:,} more; --report lists them")
     if args.report:
-        from grit_jax.data.cache import replacing
+        from grit_jax.files import replacing
 
         content = dataclasses.asdict(report) | {"matches": [match._asdict() for match in report.matches]}
         for file in content["files"]:
@@ -265,18 +265,34 @@ def _mine(args: argparse.Namespace) -> int:
     if Path(args.source).resolve() == output.resolve():
         raise InputError(f"{output}: is the source; choose another output")
     mining = Mining(args.count, first, last, args.ceiling or None, args.draw, args.keep, args.seed)
-    passages = Passages(source, Path(args.corpus) if args.corpus else None)
     if args.model:
+        from grit_jax import distributed
+
+        distributed.start(parse_config("", args.overrides).distributed)
+    elif args.overrides:
+        raise InputError(f"{' '.join(args.overrides)}: BM25 runs in one process; name a --model, or leave this out")
+    passages = Passages(source, Path(args.corpus) if args.corpus else None)
+    first_process = True
+    if args.model:
+        import jax
+
         from grit_jax.inference import GritModel
 
+        first_process = jax.process_index() == 0
         lengths = (args.query_max_length, args.passage_max_length)
-        with _progress("embedding passages", len(passages)) as progress:
-            searcher = ModelSearcher(GritModel.load(args.model), passages, max_lengths=lengths, progress=progress)
+        with _progress("embedding passages", -(-len(passages) // jax.process_count())) as progress:
+            model = GritModel.load(args.model, devices=jax.local_devices())
+            searcher = ModelSearcher(model, passages, max_lengths=lengths, progress=progress)
     else:
         searcher = KeywordSearcher(passages)
     done: list[Mined] = []
     with _progress("mining", len(source)) as progress:
-        written = write_rows(output, mine(source, passages, searcher, mining, done=done.append, progress=progress))
+        rows = mine(source, passages, searcher, mining, done=done.append, progress=progress)
+        if not first_process:  # it takes part in the search, and the first one writes
+            for _ in rows:
+                pass
+            return 0
+        written = write_rows(output, rows)
     print(
         f"{output}: {written.rows:,} rows over {len(passages):,} passages; {done[0].short:,} got fewer than "
         f"{args.count} negatives; {done[0].over_ceiling / written.rows:,.1f} passages a query are over the ceiling"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import time
 from pathlib import Path
 
@@ -46,6 +45,7 @@ def run(args: argparse.Namespace) -> int:
     import rich.console
     import rich.progress
 
+    from grit_jax.files import replacing
     from grit_jax.inference import GritModel
 
     model = GritModel.load(args.model)
@@ -62,10 +62,8 @@ def run(args: argparse.Namespace) -> int:
             progress=lambda count: bar.advance(task, count),
         )
     seconds = time.monotonic() - started
-    output.parent.mkdir(parents=True, exist_ok=True)
-    partial = output.with_suffix(".partial.npy")
-    np.save(partial, encoded.vectors)
-    os.replace(partial, output)
+    with replacing(output) as file:
+        np.save(file, encoded.vectors)
     print(
         f"{len(texts):,} texts, {encoded.num_tokens:,} tokens in {seconds:.1f} s "
         f"({encoded.num_tokens / seconds:,.0f} tokens/s); {encoded.num_truncated:,} truncated; "

@@ -24,6 +24,7 @@ from grit_jax.cli import (
     verify_export,
 )
 from grit_jax.config import InputError
+from grit_jax.files import UnreachableError
 
 COMMANDS = {
     "data": data,
@@ -42,7 +43,7 @@ COMMANDS = {
 }
 
 _EXIT_CODES = """\
-exit codes: 0 done, 2 bad input (do not retry), 3 a plan that does not fit, 70 a step hung and 75 saved after a signal
+exit codes: 0 done, 2 bad input (do not retry), 3 a plan that does not fit, 70 a step hung and 75 told to stop and saved
 (run the same command again), 1 anything else
 """
 
@@ -85,5 +86,8 @@ def main(argv: list[str] | None = None) -> int:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except UnreachableError as error:
+        print(f"error: {error}; run the same command again", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         return 130

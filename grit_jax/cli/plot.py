@@ -19,7 +19,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Draws what is logged so far."""
-    from grit_jax.watch import files, folder
+    from grit_jax import files
+    from grit_jax.watch import folder
     from grit_jax.watch.plot import plot_run
 
     output = args.output or files.join(args.run, folder.PLOT)

@@ -26,5 +26,5 @@ def run(args: argparse.Namespace) -> int:
 
     if run_quickstart(Path(args.output), fresh=args.fresh, overrides=args.overrides):
         return 0
-    print("stopped by a signal, training is saved: run the same command to go on")
+    print("told to stop, training is saved: run the same command to go on")
     return 75

@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Trains; 0 when all steps are done, 75 when a signal ended the run after a checkpoint, 1 when it broke down."""
+    """Trains; 0 when all steps are done, 75 when it was told to stop and has saved, 1 when it broke down."""
     from grit_jax.config import load_config
 
     config = load_config(args.config, args.overrides)
@@ -50,5 +50,5 @@ def run(args: argparse.Namespace) -> int:
     if done:
         print(f"done: {config.train.output} holds {trainer.step} steps")
         return 0
-    print(f"stopped by a signal; {config.train.output} is saved at step {trainer.step}: run the same command to go on")
+    print(f"told to stop; {config.train.output} is saved at step {trainer.step}: run the same command to go on")
     return 75

@@ -6,64 +6,65 @@ import contextlib
 import gzip
 import hashlib
 import os
+import shutil
 import uuid
 import zlib
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
 from etils import epath
 
+from grit_jax import files
 from grit_jax.config import InputError
-from grit_jax.watch.files import is_bucket
 
 FOLDER = ".grit_index"
 _BLOCK = 1 << 22  # bytes unpacked at a time
 
 
-def stamp(path: epath.Path, *more: Any) -> str:
-    """16 hexadecimal digits that name a version of a file: others when its path, size or time of change differ.
+def entry(path: epath.Path, *more: Any) -> str:
+    """A name for what is made from a version of a file: another one when its path, size or time of change differ.
 
     Args:
       path: The file.
-      more: What else they depend on.
+      more: What else it depends on.
 
     Raises:
       InputError: The file cannot be looked at.
     """
     try:
-        if is_bucket(path):
-            about = path.stat()
-            key = str(path), about.length, about.mtime
-        else:
-            stat = os.stat(path)
-            key = str(Path(path).resolve()), stat.st_size, stat.st_mtime_ns
+        version = files.version(path)
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error}") from error
-    return hashlib.sha256(repr((*key, *more)).encode()).hexdigest()[:16]
+    return f"{_entries(path)}{_digits(version, 12)}{_digits(more, 8)}"
+
+
+def _entries(path: epath.Path) -> str:
+    """How the names of all entries of a file begin, whatever its version."""
+    place = os.fspath(path) if files.is_bucket(path) else str(Path(path).resolve())
+    return f"{path.name}-{_digits(place, 12)}"
+
+
+def _digits(value: Any, number: int) -> str:
+    return hashlib.sha256(repr(value).encode()).hexdigest()[:number]
+
+
+def _remove_stale(path: epath.Path, name: str) -> None:
+    """Removes what was made from other versions of a file in a bucket; who has mapped that keeps it."""
+    begin = _entries(path)
+    current = name[: len(begin) + 12]
+    for folder in local_folders(path):
+        for found in files.names(folder):
+            if found.startswith(begin) and not found.startswith(current):
+                shutil.rmtree(folder / found, ignore_errors=True)
+                with contextlib.suppress(OSError):
+                    files.remove(folder / found)
 
 
 def local_folders(path: epath.Path) -> list[Path]:
     """Where things made from a file may be kept on a disk: beside it, then in the user's cache folder."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "grit_jax" / "index"
-    return [cache] if is_bucket(path) else [Path(path).parent / FOLDER, cache]
-
-
-@contextlib.contextmanager
-def replacing(path: Path, mode: str = "wb") -> Generator[IO[Any]]:
-    """Opens a file that takes the place of `path` when all of it is written; an error leaves no trace.
-
-    Raises:
-      OSError: It cannot be written.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
-    try:
-        with partial.open(mode, encoding=None if "b" in mode else "utf-8") as file:
-            yield file
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    return [cache] if files.is_bucket(path) else [Path(path).parent / FOLDER, cache]
 
 
 def local_file(path: epath.Path) -> Path:
@@ -72,17 +73,19 @@ def local_file(path: epath.Path) -> Path:
     Raises:
       InputError: The file is missing or damaged, or there is no room for the copy.
     """
-    if not is_bucket(path) and path.suffix not in (".gz", ".zst"):
+    if not files.is_bucket(path) and path.suffix not in (".gz", ".zst"):
         return Path(path)
-    name = f"{path.name}-{stamp(path)}.copy"
+    name = f"{entry(path)}.copy"
     folders = local_folders(path)
     for folder in folders:
         if (folder / name).exists():
             return folder / name
+    if files.is_bucket(path):
+        _remove_stale(path, name)
     problem: OSError | None = None
     for folder in folders:
         try:
-            with replacing(folder / name) as file:
+            with files.replacing(folder / name) as file:
                 file.writelines(_unpacked(path))
             return folder / name
         except OSError as error:
@@ -95,7 +98,7 @@ def local_file(path: epath.Path) -> Path:
 def _unpacked(path: epath.Path) -> Iterator[bytes]:
     """The content of a file, block by block; what goes wrong is the file's fault."""
     try:
-        with path.open("rb") as packed:
+        with files.open_binary(path) as packed:
             if path.suffix == ".gz":
                 with gzip.open(packed) as file:
                     yield from iter(lambda: file.read(_BLOCK), b"")
@@ -125,28 +128,16 @@ def _zstd_blocks(packed: IO[bytes]) -> Iterator[bytes]:
         raise EOFError("compressed file ended before its end was reached")
 
 
-def write(path: epath.Path, content: bytes) -> None:
-    """Writes a file of which others see nothing or all, on a disk or in a bucket.
+def can_write(folder: epath.Path) -> bool:
+    """Whether files can be written to a folder, which is made.
 
     Raises:
-      OSError: It cannot be written.
+      UnreachableError: That cannot be found out.
     """
-    if is_bucket(path):
-        path.write_bytes(content)  # an object appears when all of it is there
-    else:
-        with replacing(Path(path)) as file:
-            file.write(content)
-
-
-def can_write(folder: epath.Path) -> bool:
-    """Whether files can be written to a folder, which is made."""
     probe = folder / f".{uuid.uuid4().hex[:8]}.partial"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write(probe, b"")
-        probe.unlink()
-    except Exception as error:  # those of a bucket's client are its own
-        if not is_bucket(folder) and not isinstance(error, OSError):
-            raise
+        files.write_bytes(probe, b"")
+        files.remove(probe)
+    except OSError:
         return False
     return True

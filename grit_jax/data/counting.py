@@ -15,14 +15,15 @@ import subprocess
 import sys
 import threading
 import time
+import zipfile
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from etils import epath
 
+from grit_jax import files
 from grit_jax.config import InputError
-from grit_jax.data import cache
 from grit_jax.data.examples import record_prompts
 from grit_jax.data.records import EmbeddingRecord, RecordError
 from grit_jax.data.sources import Source
@@ -106,15 +107,14 @@ class ShardCounts(NamedTuple):
 
 def read_shard(path: epath.Path) -> ShardCounts | None:
     """The counts of a shard; None where they are missing or damaged."""
-    try:
-        with np.load(io.BytesIO(path.read_bytes())) as stored:
-            return ShardCounts(*(stored[name] for name in ShardCounts._fields))
-    except (OSError, KeyError, ValueError, EOFError):
+    content = files.read_bytes(path)
+    if content is None:
         return None
-    except Exception as error:  # zipfile has its own, buckets theirs
-        if type(error).__name__ in ("BadZipFile", "HttpError"):
-            return None
-        raise
+    try:
+        with np.load(io.BytesIO(content)) as stored:
+            return ShardCounts(*(stored[name] for name in ShardCounts._fields))
+    except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile):
+        return None
 
 
 def count_shards(shards: Sequence[Shard], sources: Sequence[Source], tokenizer: Tokenizer, *, skip_bad: bool) -> None:
@@ -179,7 +179,7 @@ def _count_shard(shard: Shard, sources: Sequence[Source], tokenizer: Tokenizer) 
         counts = count_records(sources[shard.source], shard.start, shard.stop, tokenizer)
         content = io.BytesIO()
         np.savez(content, allow_pickle=False, **counts._asdict())
-        cache.write(shard.path, content.getvalue())
+        files.write_bytes(shard.path, content.getvalue())
     return counts.bad_records()
 
 
@@ -265,8 +265,8 @@ def serve() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that started this one closes stdin
     requests, replies = sys.stdin.buffer, sys.stdout.buffer
     sys.stdout = sys.stderr
-    files, sources = pickle.load(requests)
-    tokenizer = Tokenizer.from_files(files)
+    tokenizer_files, sources = pickle.load(requests)
+    tokenizer = Tokenizer.from_files(tokenizer_files)
     while True:
         try:
             shard = pickle.load(requests)
@@ -274,7 +274,7 @@ def serve() -> None:
             return
         try:
             reply: Any = _count_shard(shard, sources, tokenizer)
-        except (InputError, OSError) as error:
+        except (InputError, OSError, files.UnreachableError) as error:
             reply = error
         try:
             pickle.dump(reply, replies)

@@ -17,13 +17,13 @@ from typing import IO, Any
 import numpy as np
 from etils import epath
 
+from grit_jax import files
 from grit_jax.config import InputError
 from grit_jax.data import cache
 from grit_jax.data.counting import SHARD, BadRecords, Shard, ShardCounts, add_bad, count_shards, read_shard
 from grit_jax.data.records import Stream
 from grit_jax.data.sources import Source
 from grit_jax.tokenizer import Tokenizer
-from grit_jax.watch.files import is_bucket
 
 _TRIES = 3
 _FORMAT = 2  # raised when what is stored, or how prompts are formatted, changes
@@ -186,7 +186,7 @@ class _Store:
 
     def __init__(self, source: Source, tokenizer: Tokenizer):
         self._source, path = source, source.path
-        self._name = f"{path.name}-{cache.stamp(path, tokenizer.fingerprint, _FORMAT)}"
+        self._name = cache.entry(path, tokenizer.fingerprint, _FORMAT)
         self._folders = cache.local_folders(path)
         self._shard_folder: epath.Path | None = None
         self.index = self._load()
@@ -228,7 +228,7 @@ class _Store:
                 if folder == self._folders[-1]:
                     raise
             self.index = self._load()
-        if self.index and not is_bucket(paths[0]):  # a bucket's shards are for hosts that are still to come
+        if self.index and not files.is_bucket(paths[0]):  # a bucket's shards are for hosts that are still to come
             shutil.rmtree(paths[0].parent, ignore_errors=True)
 
 
@@ -256,15 +256,15 @@ def _merge(paths: Sequence[epath.Path], source: Source, folder: Path) -> bool:
     try:
         digests = {"hashes": hashlib.sha256(), "lengths": hashlib.sha256()}
         with contextlib.ExitStack() as stack:
-            files: dict[str, IO[bytes]] = {}
+            written: dict[str, IO[bytes]] = {}
             for name in stored:
                 dtype, row = _ARRAYS[name]
-                files[name] = stack.enter_context((partial / f"{name}.npy").open("wb"))
+                written[name] = stack.enter_context((partial / f"{name}.npy").open("wb"))
                 first = name in ("text_starts", "span_starts")
                 header = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False}
-                np.lib.format.write_array_header_1_0(files[name], header | {"shape": (sizes[name] + first, *row)})
+                np.lib.format.write_array_header_1_0(written[name], header | {"shape": (sizes[name] + first, *row)})
                 if first:
-                    files[name].write(np.zeros(1, dtype).tobytes())
+                    written[name].write(np.zeros(1, dtype).tobytes())
             ends = {"text_starts": 0, "span_starts": 0}
             for counts in map(read_shard, paths):
                 if counts is None:
@@ -272,7 +272,7 @@ def _merge(paths: Sequence[epath.Path], source: Source, folder: Path) -> bool:
                 columns = _columns(counts, ends)
                 for name in stored:
                     array = columns[name]
-                    files[name].write(array.tobytes())
+                    written[name].write(array.tobytes())
                     if name in digests:
                         digests[name].update(array.tobytes())
                     if name in ends and len(array):

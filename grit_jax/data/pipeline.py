@@ -174,8 +174,8 @@ class Pipeline:
 
     def embedding_dataset(self, step: int) -> str | None:
         """Name of the file of a step's embedding batch, `mixed` for several; None where that stream is not trained."""
-        numbers = np.unique(self._schedule.samples(step, "embedding").file)
-        return None if not len(numbers) else self._names[numbers[0]] if len(numbers) == 1 else "mixed"
+        numbers = self._schedule.embedding_files(step)
+        return None if not numbers else self._names[numbers[0]] if len(numbers) == 1 else "mixed"
 
     def generative_losses(self, step: int, token_losses: np.ndarray) -> dict[str, float]:
         """The mean loss of each file of a step's generative batch; see `file_losses`."""

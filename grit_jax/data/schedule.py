@@ -129,29 +129,33 @@ class _File:
             "instruction leaves no room" if index.stream == "embedding" else "prompt leaves no room for the answer"
         )
         self.dropped = {"empty text": 0, no_room: 0}
-        usable = []
+        left_out = []
         for start in range(0, index.num_records, _RECORDS_AT_ONCE):
             stop = min(start + _RECORDS_AT_ONCE, index.num_records)
             within, whole = self._usable(start, stop)
-            usable.append(within)
+            left_out.append(start + np.flatnonzero(~within))
             self.dropped["empty text"] += int(np.sum(~whole))
             self.dropped[no_room] += int(np.sum(whole & ~within))
-        # Most files are usable as a whole, and need no list of what is.
-        self._records = np.flatnonzero(np.concatenate(usable)) if sum(self.dropped.values()) else None
+        # Most records are usable, so those that are not are kept: for each, how many usable ones come before it.
+        numbers = np.concatenate([np.zeros(0, np.int64), *left_out])
+        self._usable_before = numbers - np.arange(len(numbers))
 
     @property
     def num_usable(self) -> int:
         """Usable records."""
-        return self.index.num_records if self._records is None else len(self._records)
+        return self.index.num_records - len(self._usable_before)
 
     def records(self, which: np.ndarray) -> np.ndarray:
         """Record numbers of some of the usable records."""
-        return which if self._records is None else self._records[which]
+        return which + np.searchsorted(self._usable_before, which, side="right")
 
     def fingerprint(self) -> str:
         """Equal for files with the same texts of which the same records are usable."""
-        usable = b"all" if self._records is None else self._records.tobytes()
-        return f"{self.index.fingerprint} {hashlib.sha256(usable).hexdigest()}"
+        digest = hashlib.sha256(b"" if len(self._usable_before) else b"all")
+        for start in range(0, self.num_usable if len(self._usable_before) else 0, _RECORDS_AT_ONCE):
+            usable = self.records(np.arange(start, min(start + _RECORDS_AT_ONCE, self.num_usable)))
+            digest.update(usable.tobytes())
+        return f"{self.index.fingerprint} {digest.hexdigest()}"
 
     def limits(self, text: np.ndarray) -> np.ndarray:
         """int32 [texts]: most tokens of texts with these numbers in their records."""
@@ -285,6 +289,13 @@ class _Planner:
         return np.zeros(0, np.int64) if result is None else result
 
 
+class _Places(NamedTuple):
+    """Places in the endless streams of some files: which of the files, and which place, int [samples] each."""
+
+    file: np.ndarray
+    place: np.ndarray
+
+
 class _Order:
     """The endless order in which one stream takes samples from some files, as a function of the place in it.
 
@@ -306,36 +317,46 @@ class _Order:
 
     def mixed_batch(self, k: int, batch: int) -> Samples:
         """Batch `k` of the stream of epochs in which the samples of all files are shuffled together."""
+        return self._samples(self._mixed(k, batch))
+
+    def batch_of_one_file(self, k: int, batch: int) -> Samples:
+        """Batch `k`: of one file, or a mixture of what fills no batch; each sample once in an epoch."""
+        return self._samples(self._of_one_file(k, batch))
+
+    def files_of_batch(self, k: int, batch: int) -> list[int]:
+        """Numbers of the files of `batch_of_one_file`, without looking for their records."""
+        return [self.files[which].number for which in np.unique(self._of_one_file(k, batch).file)]
+
+    def _mixed(self, k: int, batch: int) -> _Places:
         epoch, place = np.divmod(np.arange(k * batch, (k + 1) * batch), self.epoch_size)
         place = shuffled(place, self.epoch_size, *self._key, _ORDER, epoch)
         file = np.searchsorted(self._ends, place, side="right")
-        return self._samples(file, epoch * self._sizes[file] + place - (self._ends - self._sizes)[file])
+        return _Places(file, epoch * self._sizes[file] + place - (self._ends - self._sizes)[file])
 
-    def batch_of_one_file(self, k: int, batch: int) -> Samples:
-        """Batch `k`: of one file, or a mixture of what fills no batch; each sample once in an epoch.
+    def _of_one_file(self, k: int, batch: int) -> _Places:
+        """The places of batch `k` of `batch_of_one_file`.
 
         Of the endless stream of epochs of N samples, batch k holds those numbered k * B to (k + 1) * B. So an epoch
         starts with the `head` that completes the batch which the epoch before began, and ends with the `tail` that
         begins the next one's first.
         """
         if self.epoch_size < batch:
-            return self.mixed_batch(k, batch)
+            return self._mixed(k, batch)
         epoch, begin = divmod(k * batch, self.epoch_size)
         batches, head = self._one_file_batches(epoch, batch), -epoch * self.epoch_size % batch
         full = (self.epoch_size - head) // batch
         place = begin // batch
         if place == full:
             tail = np.arange(head + (full - batches.sum()) * batch, self.epoch_size - batches.sum() * batch)
-            return _concatenate(
-                [self._pool(epoch, batch, tail), self._pool(epoch + 1, batch, np.arange(batch - len(tail)))]
-            )
+            parts = self._pool(epoch, batch, tail), self._pool(epoch + 1, batch, np.arange(batch - len(tail)))
+            return _Places(*map(np.concatenate, zip(*parts)))
         place = int(shuffled(np.array([place]), full, *self._key, _BATCH, epoch)[0])
         ends = np.cumsum(batches)
         if place >= ends[-1]:
             return self._pool(epoch, batch, head + (place - ends[-1]) * batch + np.arange(batch))
         file = int(np.searchsorted(ends, place, side="right"))
         first = epoch * self._sizes[file] + (place - ends[file] + batches[file]) * batch
-        return self._samples(np.full(batch, file), first + np.arange(batch))
+        return _Places(np.full(batch, file), first + np.arange(batch))
 
     def _one_file_batches(self, epoch: int, batch: int) -> np.ndarray:
         """int64 [files]: batches of one file alone in an epoch. The pool of what is left holds at least the head."""
@@ -346,18 +367,18 @@ class _Order:
             batches[np.searchsorted(np.cumsum(batches), any_batch[0], side="right")] -= 1
         return batches
 
-    def _pool(self, epoch: int, batch: int, places: np.ndarray) -> Samples:
-        """Samples at some places of the shuffled pool of what an epoch's batches of one file leave."""
+    def _pool(self, epoch: int, batch: int, places: np.ndarray) -> _Places:
+        """What is at some places of the shuffled pool of what an epoch's batches of one file leave."""
         batches = self._one_file_batches(epoch, batch)
         left = self._sizes - batches * batch
         ends = np.cumsum(left)
         places = shuffled(places, int(ends[-1]), *self._key, _POOL, epoch) if len(places) else places
         file = np.searchsorted(ends, places, side="right")
         within = places - (ends - left)[file] + batches[file] * batch
-        return self._samples(file, epoch * self._sizes[file] + within)
+        return _Places(file, epoch * self._sizes[file] + within)
 
-    def _samples(self, file: np.ndarray, place: np.ndarray) -> Samples:
-        """Samples at some places of the endless streams of some of the files."""
+    def _samples(self, places: _Places) -> Samples:
+        file, place = places
         record, number = np.zeros(len(file), np.int64), np.zeros(len(file), np.int64)
         for which in np.unique(file).tolist():
             mine, of = file == which, self.files[which]
@@ -447,6 +468,11 @@ class Schedule:
         if stream == "generative" and stage.generative:
             return stage.generative.mixed_batch(number, self._data.generative_batch)
         return Samples(np.zeros(0, np.int64), np.zeros(0, np.int64))
+
+    def embedding_files(self, k: int) -> list[int]:
+        """Numbers of the files that the embedding batch of step `k` is taken from, without its records."""
+        stage, number = self._stage(k)
+        return stage.embedding.files_of_batch(number, self._data.embedding_batch) if stage.embedding else []
 
     def generative_rows(self, k: int) -> RowPlan:
         """Where the conversations of step `k` are."""
@@ -628,10 +654,6 @@ def _dealt(rows: RowPlan, buckets: tuple[int, ...], pieces: int) -> RowPlan:
     num_rows = round_up(rows.num_rows, buckets)
     place = np.arange(num_rows, dtype=np.int32).reshape(pieces, -1).T.reshape(-1)
     return rows._replace(num_rows=num_rows, row=place[rows.row])
-
-
-def _concatenate(parts: Sequence[Samples]) -> Samples:
-    return Samples(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
 
 
 def _check_num_samples(key: str, num_samples: dict[str, int], names: Sequence[str]) -> None:

@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 from etils import epath
 
+from grit_jax import files
 from grit_jax.config import InputError
 from grit_jax.data import cache
 from grit_jax.data.records import Record, RecordError, Stream, parse_record, stream_of
-from grit_jax.watch.files import is_bucket
 
 _JSONL = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 ARRAY_RECORD = (".array_record", ".arrayrecord")
@@ -36,12 +36,12 @@ def find_files(paths: str | list[str]) -> list[epath.Path]:
     """
     found: list[epath.Path] = []
     for path in map(epath.Path, [paths] if isinstance(paths, str) else paths):
-        if path.is_dir():
+        if files.is_folder(path):
             below = sorted(_files_below(path))
             if not below:
                 raise InputError(f"{path}: no {_KINDS} file in this folder")
             found += below
-        elif not path.exists():
+        elif not files.exists(path):
             raise InputError(f"{path}: no such file or folder")
         elif not path.name.endswith(SUFFIXES):
             raise InputError(f"{path}: not a {_KINDS} file")
@@ -51,11 +51,11 @@ def find_files(paths: str | list[str]) -> list[epath.Path]:
 
 
 def _files_below(folder: epath.Path) -> Iterator[epath.Path]:
-    for path in folder.iterdir():
+    for path in (folder / name for name in files.names(folder)):
         # A bucket is asked as little as possible, and its folders do not end like files.
-        if path.name.endswith(SUFFIXES) and (is_bucket(path) or not path.is_dir()):
+        if path.name.endswith(SUFFIXES) and (files.is_bucket(path) or not files.is_folder(path)):
             yield path
-        elif path.name != cache.FOLDER and path.is_dir():
+        elif path.name != cache.FOLDER and files.is_folder(path):
             yield from _files_below(path)
 
 
@@ -165,13 +165,11 @@ class JsonlSource(Source):
 
     def _open(self, path: Path) -> None:
         try:
-            size = path.stat().st_size
-            with path.open("rb") as file:
-                # An empty file cannot be mapped.
-                self._data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if size else b""
+            self._data = files.retrying(path, lambda: _mapped(path))
         except OSError as error:
             raise InputError(f"{self.path}: cannot be read: {error}") from error
-        self._places = _line_places(self._data) if size < _KEPT_FROM else _kept_line_places(self.path, self._data)
+        few = len(self._data) < _KEPT_FROM
+        self._places = _line_places(self._data) if few else _kept_line_places(self.path, self._data)
 
     def __len__(self) -> int:
         return self._places.shape[1]
@@ -215,6 +213,12 @@ class ArrayRecordSource(Source):
         return number + 1
 
 
+def _mapped(path: Path) -> bytes | mmap.mmap:
+    with path.open("rb") as file:
+        # An empty file cannot be mapped.
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if os.fstat(file.fileno()).st_size else b""
+
+
 def _line_places(data: bytes | mmap.mmap) -> np.ndarray:
     """Offset of every line that is not blank, int64 [1, lines]; with its number, from 1, where there are blank ones."""
     starts, numbers, num_lines, any_blank = [], [], 0, False
@@ -241,7 +245,7 @@ def _line_places(data: bytes | mmap.mmap) -> np.ndarray:
 
 def _kept_line_places(path: epath.Path, data: bytes | mmap.mmap) -> np.ndarray:
     """`_line_places`, memory-mapped from what an earlier call found."""
-    name = f"{path.name}-{cache.stamp(path)}.lines.npy"
+    name = f"{cache.entry(path)}.lines.npy"
     for folder in cache.local_folders(path):
         with_places = folder / name
         try:
@@ -251,7 +255,7 @@ def _kept_line_places(path: epath.Path, data: bytes | mmap.mmap) -> np.ndarray:
     places = _line_places(data)
     for folder in cache.local_folders(path):
         try:
-            with cache.replacing(folder / name) as file:
+            with files.replacing(folder / name) as file:
                 np.save(file, places)
             return np.load(folder / name, mmap_mode="r")
         except OSError:

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from grit_jax.config import InputError
-from grit_jax.data.cache import replacing
 from grit_jax.data.records import RecordError, parse_json, parse_record
 from grit_jax.data.sources import ARRAY_RECORD
+from grit_jax.files import replacing
 
 Row = dict[str, Any]
 

@@ -17,7 +17,8 @@ from grit_jax.datatools.files import Failed, Row, read_objects
 if TYPE_CHECKING:
     from grit_jax.inference import GritModel
 
-_QUERIES_AT_ONCE = 256
+_QUERIES_AT_ONCE, _PASSAGES_AT_ONCE = 256, 16384
+_GATHERED_BYTES = 1 << 28  # of scores, which every device holds while they are gathered
 
 
 class Mining(NamedTuple):
@@ -137,11 +138,14 @@ class KeywordSearcher:
 class ModelSearcher:
     """Exact search with a model's vectors, on all of its devices.
 
+    In a job of many processes each embeds and searches a share of the passages, with a model on its own devices, and
+    every process gets all scores: all must make the same calls.
+
     Args:
       model: What embeds.
       passages: What is searched.
       max_lengths: Tokens kept of a query and of a passage.
-      progress: Called with numbers of passages that have been embedded.
+      progress: Called with numbers of passages that this process has embedded.
     """
 
     def __init__(
@@ -153,18 +157,26 @@ class ModelSearcher:
         progress: Callable[[int], None] = lambda _: None,
     ):
         from grit_jax.datatools.search import Searchable
+        from grit_jax.distributed import own_share
 
-        self._model, self._max_lengths = model, max_lengths
-        blocks = []
-        for start in range(0, len(passages), 16384):
-            texts = [passages[number] for number in range(start, min(start + 16384, len(passages)))]
+        self._model, self._max_lengths, self._size = model, max_lengths, len(passages)
+        mine, blocks = own_share(len(passages)), []
+        for start in range(0, len(mine), _PASSAGES_AT_ONCE):
+            texts = [passages[number] for number in mine[start : start + _PASSAGES_AT_ONCE]]
             blocks.append(_encode(model, texts, max_lengths[1]))
             progress(len(texts))
         self._passages = Searchable(np.concatenate(blocks))
 
     def scores(self, queries: Sequence[EmbeddingText]) -> np.ndarray:
         """float32 [queries, passages]; cosines where the model's vectors have unit length."""
-        return self._passages.scores(_encode(self._model, queries, self._max_lengths[0]))
+        from grit_jax.distributed import gathered, own_share
+
+        mine = [queries[number] for number in own_share(len(queries))]
+        vectors = np.concatenate(gathered(_encode(self._model, mine, self._max_lengths[0])))[: len(queries)]
+        scores = self._passages.scores(vectors)  # of this process's passages
+        rows = max(1, _GATHERED_BYTES // (4 * self._size))
+        blocks = [gathered(scores[first : first + rows]) for first in range(0, len(scores), rows)]
+        return np.concatenate([np.concatenate(block, axis=1) for block in blocks])[:, : self._size]
 
 
 def mine(
@@ -269,8 +281,7 @@ def _key(text: EmbeddingText) -> int:
 def _encode(model: GritModel, texts: Sequence[EmbeddingText], max_length: int) -> np.ndarray:
     """float32 [texts, embed]; each with its own instruction."""
     vectors: np.ndarray | None = None
-    instructions = [text.instruction for text in texts]
-    for instruction in dict.fromkeys(instructions):
+    for instruction in dict.fromkeys(text.instruction for text in texts):
         mine = [place for place, text in enumerate(texts) if text.instruction == instruction and text.text.strip()]
         # An empty query, which training drops, has no direction.
         encoded = model.encode([texts[place].text for place in mine], instruction=instruction, max_length=max_length)

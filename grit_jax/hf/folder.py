@@ -8,6 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 from etils import epath
 
+from grit_jax import files
 from grit_jax.config import EmbeddingConfig, InputError, TransformerConfig
 from grit_jax.hf import tensors as stored
 from grit_jax.hf.architecture import read_config
@@ -22,7 +23,7 @@ CONFIG_FILE, GRIT_CONFIG_FILE = "config.json", "grit_config.json"
 def is_folder(path: str | os.PathLike[str]) -> bool:
     """Whether `path` has a config.json and safetensors."""
     folder = epath.Path(path)
-    return (folder / CONFIG_FILE).exists() and any(file.suffix == ".safetensors" for file in folder.iterdir())
+    return files.exists(folder / CONFIG_FILE) and any(name.endswith(".safetensors") for name in files.names(folder))
 
 
 def open_folder(path: str | os.PathLike[str]) -> Pretrained:
@@ -35,7 +36,7 @@ def open_folder(path: str | os.PathLike[str]) -> Pretrained:
     folder = epath.Path(path)
     architecture = read_config(stored.read_json(folder / CONFIG_FILE), source=str(folder / CONFIG_FILE))
     embedding = EmbeddingConfig()
-    if (folder / GRIT_CONFIG_FILE).exists():
+    if files.exists(folder / GRIT_CONFIG_FILE):
         embedding = EmbeddingConfig(**stored.read_json(folder / GRIT_CONFIG_FILE))
     tokenizer = Tokenizer.load(folder)
     architecture = architecture.resolve(tokenizer.vocab_size)

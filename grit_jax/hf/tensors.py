@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,7 +21,7 @@ import numpy as np
 import safetensors.numpy
 from etils import epath
 
-from grit_jax import sharding
+from grit_jax import files, sharding
 from grit_jax.config import InputError
 from grit_jax.hf.names import IGNORED_SUFFIXES, Tensor, get
 from grit_jax.model.transformer import Params
@@ -54,10 +55,10 @@ class StoredTensor(NamedTuple):
         """Values `start` to `stop` of the flattened tensor, float64 as float32; nothing else is read."""
         values = np.empty(stop - start, self.dtype)
         wanted: Any = values.view(np.uint8).data
-        with self.file.open("rb") as stream:
+        with files.open_binary(self.file) as stream:
             stream.seek(self.offset + start * self.dtype.itemsize)
             while len(wanted):
-                count = stream.readinto(wanted)  # ty: ignore[missing-attribute]  # a binary stream
+                count = stream.readinto(wanted)
                 if not count:
                     raise InputError(f"{self.file}: ends early; copy it again")
                 wanted = wanted[count:]
@@ -71,7 +72,10 @@ def read_json(path: epath.Path) -> dict[str, Any]:
       InputError: It is missing or malformed.
     """
     try:
-        return json.loads(path.read_text())
+        text = files.read_text(path)
+        if text is None:
+            raise FileNotFoundError("no such file")
+        return json.loads(text)
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: cannot be read: {error}") from error
 
@@ -84,8 +88,8 @@ def stored_tensors(folder: epath.Path) -> dict[str, StoredTensor]:
     Raises:
       InputError: A file is missing, cut short or not safetensors.
     """
-    names = sorted(file.name for file in folder.iterdir() if file.suffix == ".safetensors")
-    if (folder / INDEX_FILE).exists():
+    names = [name for name in files.names(folder) if name.endswith(".safetensors")]
+    if files.exists(folder / INDEX_FILE):
         indexed = set(read_json(folder / INDEX_FILE)["weight_map"].values())
         if absent := sorted(indexed - set(names)):
             raise InputError(f"{folder}: {INDEX_FILE} names files that are not there: {', '.join(absent)}")
@@ -100,9 +104,10 @@ def stored_tensors(folder: epath.Path) -> dict[str, StoredTensor]:
 
 def _read_header(file: epath.Path) -> dict[str, StoredTensor]:
     """The format is 8 bytes with the header's length, a JSON header, and the tensors' bytes."""
-    total = file.stat().length
     try:
-        with file.open("rb") as stream:
+        with files.open_binary(file) as stream:
+            total = stream.seek(0, os.SEEK_END)
+            stream.seek(0)
             length = int.from_bytes(stream.read(8), "little")
             if not 0 < length <= total - 8:
                 raise ValueError(f"its header is said to be {length} bytes long")

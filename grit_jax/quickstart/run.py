@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -15,7 +14,7 @@ import jax
 import numpy as np
 import rich.console
 
-from grit_jax import sharding
+from grit_jax import files, sharding
 from grit_jax.config import InputError, load_config
 from grit_jax.execution import execution
 from grit_jax.hf.export import save_folder
@@ -215,6 +214,4 @@ def _searches(task: RetrievalTask, scores: np.ndarray) -> Iterator[dict[str, Any
 
 
 def _write_json(path: Path, value: Any) -> None:
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-    os.replace(partial, path)
+    files.write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")

@@ -6,7 +6,6 @@ import dataclasses
 import math
 import os
 import shutil
-import tempfile
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from grit_jax import sharding
+from grit_jax import files, sharding
 from grit_jax.checks import Check, verdict
 from grit_jax.chips import GIB, memory_bytes
 from grit_jax.config import Config, InputError
@@ -25,7 +24,6 @@ from grit_jax.loading import open_model
 from grit_jax.train.resolve import check_folder, resolve_architecture, resolve_tokenizer
 from grit_jax.train.setup import set_up
 from grit_jax.train.state import TrainState
-from grit_jax.watch import files
 from grit_jax.watch.lock import read_writer
 
 _SAMPLED_RECORDS = 200  # of each file
@@ -65,7 +63,7 @@ def _checked(target: str, action: Callable[[], Any]) -> tuple[Check | None, Any]
     """A failed check and None, or None and what `action` gives."""
     try:
         return None, action()
-    except (InputError, OSError) as error:
+    except (InputError, OSError, files.UnreachableError) as error:
         return verdict(target, False, str(error)), None
 
 
@@ -163,15 +161,12 @@ def _space_check(config: Config, abstract: TrainState) -> Check:
 
 def _write_check(output: str) -> Check:
     """Writes a file where the run folder is or will be, and removes it."""
+    place = output if files.is_bucket(output) else str(_existing(output))
+    probe = files.join(place, f".probe-{uuid.uuid4().hex}")
     try:
-        if files.is_bucket(output):
-            probe = files.join(output, f".probe-{uuid.uuid4().hex}")
-            files.write_text(probe, "")
-            files.remove(probe)
-        else:
-            with tempfile.TemporaryFile(dir=_existing(output)):
-                pass
-    except Exception as error:  # a bucket's client raises many kinds
+        files.write_text(probe, "")
+        files.remove(probe)
+    except (OSError, files.UnreachableError) as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         return verdict("train.output", False, f"{output} cannot be written ({reason[:200]})")
     return verdict("train.output", True, f"{output} can be written")

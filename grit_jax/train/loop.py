@@ -8,13 +8,13 @@ import signal
 import threading
 import time
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import jax
 import numpy as np
 from etils import epath
 
-from grit_jax import sharding
+from grit_jax import files, sharding
 from grit_jax.checkpoint import CheckpointMetadata, Checkpoints, DamagedCheckpointError
 from grit_jax.config import Config, InputError, dump_config
 from grit_jax.data.pipeline import Pipeline
@@ -30,7 +30,8 @@ from grit_jax.train.setup import Setup, row_multiples, set_up
 from grit_jax.train.sole_writer import refuse_other_writers, sole_writer
 from grit_jax.train.state import TrainState, new_state, shardings_of
 from grit_jax.train.step import make_eval_step, make_gradient_norm
-from grit_jax.watch import files, folder
+from grit_jax.watch import folder
+from grit_jax.watch.preemption import preemption_notices
 
 
 class Trainer:
@@ -119,7 +120,8 @@ class Trainer:
         """Trains up to `train.steps`, saving on the way.
 
         Returns:
-          True when all steps are done, False when SIGTERM or SIGINT ended the run after a last checkpoint.
+          True when all steps are done, False when SIGTERM, SIGINT or a notice of preemption ended the run after a last
+          checkpoint.
 
         Raises:
           FloatingPointError: Loss or gradient was not finite `train.max_skipped` times in a row.
@@ -140,6 +142,7 @@ class Trainer:
             ) as recorder,
             ProfileWindow(config.logging.profile, self.folder / folder.PROFILE) as profile,
             _stop_signals() as stop,
+            preemption_notices(stop) if config.train.preemption_notices else nullcontext(),
             jax.set_mesh(self.mesh),
         ):
             if jax.process_index() == 0:

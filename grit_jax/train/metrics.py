@@ -12,9 +12,9 @@ import jax
 import rich.console
 import rich.progress
 
-from grit_jax import chips
+from grit_jax import chips, files
 from grit_jax.config import Config, InputError, LoggingConfig, TransformerConfig
-from grit_jax.watch import files, folder
+from grit_jax.watch import folder
 from grit_jax.watch.lines import LineWriter, read_lines
 
 Values = Mapping[str, float]

@@ -9,7 +9,7 @@ from typing import Any, Self
 
 import jax
 
-from grit_jax.watch import files
+from grit_jax import files
 
 
 class ProfileWindow:

@@ -11,13 +11,14 @@ from typing import Any, NamedTuple, Self
 import jax
 import numpy as np
 
+from grit_jax import files, sharding
 from grit_jax.batch import GritBatch
 from grit_jax.config import Config
 from grit_jax.data.samples import FileSamples
 from grit_jax.train.health import GRAM, health_figures
 from grit_jax.train.metrics import Display, Tracker, model_flops, peak_flops, read_metrics
 from grit_jax.train.step import TOKEN_LOSSES, Metrics
-from grit_jax.watch import files, folder
+from grit_jax.watch import folder
 from grit_jax.watch.goodput import Cause, Clock, goodput_of
 from grit_jax.watch.lines import LineWriter, read_lines
 from grit_jax.watch.spikes import WINDOW, Spikes
@@ -77,6 +78,7 @@ class Recorder:
     ):
         self._config, self._output, self._data = config, output, data
         self._trackers, self._display, self._step = trackers, display, start
+        self._whole = jax.jit(lambda x: x, out_shardings=sharding.replicated(mesh))
         peak = peak_flops(mesh.devices.flat[0])
         self._peak = peak and peak * mesh.size
         self._clock = Clock(began=began, from_step=start)
@@ -184,9 +186,11 @@ class Recorder:
         assert self._unread
         step, metrics, waited, extra = self._unread
         every = self._config.logging.details_every
-        detailed = bool(every) and (step % every == 0 or step == 1) and jax.process_index() == 0
-        arrays = {name: value for name, value in metrics.items() if not value.ndim or detailed}
-        found: dict[str, np.ndarray] = jax.device_get(arrays)
+        detailed = bool(every) and (step % every == 0 or step == 1)
+        # Gathered in all processes, read in one.
+        details = {name: self._whole(value) for name, value in metrics.items() if value.ndim and detailed}
+        arrays = {name: value for name, value in metrics.items() if not value.ndim}
+        found: dict[str, np.ndarray] = jax.device_get(arrays | (details if jax.process_index() == 0 else {}))
         values = {name: value.item() for name, value in found.items() if not value.ndim} | extra
         seconds = time.monotonic() - self._read
         self.restart_clock()

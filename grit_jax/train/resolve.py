@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from etils import epath
-
+from grit_jax import files
 from grit_jax.config import Config, InputError, TransformerConfig, config_differences, load_config
 from grit_jax.loading import open_tokenizer
 from grit_jax.model.pretrained import Pretrained
@@ -14,8 +13,8 @@ from grit_jax.watch import folder
 
 # What may differ between a run folder's config and the one that resumes it.
 _MAY_DIFFER = (
-    "train.steps", "train.output", "train.max_skipped", "train.watchdog_seconds", "loss.negatives", "mesh.", "logging.",
-    "checkpoint.", "distributed.",
+    "train.steps", "train.output", "train.max_skipped", "train.watchdog_seconds", "train.preemption_notices",
+    "loss.negatives", "mesh.", "logging.", "checkpoint.", "distributed.",
 )  # fmt: skip
 
 
@@ -67,9 +66,9 @@ def check_folder(config: Config) -> None:
     Raises:
       InputError: It holds another run; the message lists the differences.
     """
-    output = epath.Path(config.train.output)
-    saved = output / folder.CONFIG
-    if not saved.exists() or not (output / folder.CHECKPOINTS).exists():
+    output = config.train.output
+    saved = files.join(output, folder.CONFIG)
+    if not files.exists(saved) or not files.exists(files.join(output, folder.CHECKPOINTS)):
         return
     changed = config_differences(load_config(saved), config, ignore=_MAY_DIFFER)
     if changed:

@@ -9,8 +9,8 @@ from typing import TypeVar
 import jax
 import numpy as np
 
+from grit_jax import files
 from grit_jax.config import InputError
-from grit_jax.watch import files
 from grit_jax.watch.lock import WriterLock, refuse_living
 
 T = TypeVar("T")

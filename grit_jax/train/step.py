@@ -18,7 +18,7 @@ from grit_jax.losses import balance_loss, next_token_loss
 from grit_jax.model.moe import RouterStats
 from grit_jax.model.pooling import embed_rows
 from grit_jax.model.transformer import Params, Transformer, bind, param_axes
-from grit_jax.sharding import mesh_axes, on_devices, split_axes
+from grit_jax.sharding import constrain, mesh_axes, on_devices, split_axes
 from grit_jax.train.health import health_parts
 from grit_jax.train.optimizer import updates_done
 from grit_jax.train.state import TrainState
@@ -186,8 +186,8 @@ def make_train_step(
 
     Metrics are scalars: `loss`, the parts that are trained and their ratio, `grad_norm` (before clipping),
     `learning_rate` of this update, `skipped` (1 or 0), and the counts of `Objective.work`. Beside them are the
-    `health_parts` and, under `TOKEN_LOSSES`, the weighted losses and the weights of the generative tokens, float32
-    [2, rows, length]. Every device holds them.
+    `health_parts`. Every device holds them. Under `TOKEN_LOSSES` are the weighted losses and the weights of the
+    generative tokens, float32 [2, rows, length], those of its own rows on each device: few steps' are wanted.
     """
 
     def value_and_gradient(params: Params, batch: GritBatch) -> tuple[tuple[jax.Array, Metrics], Params]:
@@ -202,7 +202,8 @@ def make_train_step(
         differentiate = jax.value_and_grad(weighted, argnums=(0, 1), has_aux=True)
         (loss, parts), (gradient, token_losses) = differentiate(params, generative.loss_weights)
         token_losses = token_losses * generative.loss_weights / objective.config.loss.generative_weight
-        parts = parts | {TOKEN_LOSSES: jnp.stack([token_losses, generative.loss_weights])}
+        token_losses = jnp.stack([token_losses, generative.loss_weights])
+        parts = parts | {TOKEN_LOSSES: constrain(token_losses, "whole", "batch", "length")}
         return (loss, parts), gradient
 
     def train_step(state: TrainState, batch: GritBatch) -> tuple[TrainState, Metrics]:
@@ -223,7 +224,8 @@ def make_train_step(
         metrics |= objective.work(batch)
         return TrainState(state.step + 1, params, opt_state), metrics
 
-    return jax.jit(train_step, donate_argnums=0, out_shardings=(state_shardings, state_shardings.step))
+    # The metrics' shardings are as written above; a scalar has but one.
+    return jax.jit(train_step, donate_argnums=0, out_shardings=(state_shardings, None))
 
 
 def make_gradient_norm(objective: Objective) -> Callable[[Params, GritBatch], jax.Array]:

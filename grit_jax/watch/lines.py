@@ -6,6 +6,7 @@ so on, of which the newest grows by being written again. Readers take both forms
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import re
@@ -15,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from grit_jax.watch import files
+from grit_jax import files
 
 PART_LINES = 500
 PART_SECONDS = 10.0
@@ -65,14 +66,21 @@ class _FileWriter:
     """Makes the file with its first line, and leaves every line on the disk."""
 
     def __init__(self, path: Path):
-        self._path, self._file = path, None
+        self._path = path
+        self._file: io.FileIO | None = None
 
     def write(self, text: str) -> None:
         if self._file is None:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self._path.open("a")
-        self._file.write(text)
-        self._file.flush()
+            self._file = self._path.open("ab", buffering=0)
+        file, rest = self._file, text.encode()
+
+        def append() -> None:
+            nonlocal rest
+            while rest:  # what is on the disk when a write fails is not written again
+                rest = rest[file.write(rest) :]
+
+        files.retrying(self._path, append)
 
     def close(self) -> None:
         if self._file:
@@ -89,7 +97,7 @@ class _PartWriter:
         self._lines: list[str] = []
         self._written = 0  # of the lines of this part
         self._lock, self._wake, self._closed = threading.Lock(), threading.Event(), False
-        self._error: OSError | None = None
+        self._error: Exception | None = None
         self._thread = threading.Thread(target=self._run, name=f"log {path}", daemon=True)
         self._thread.start()
 
@@ -105,12 +113,14 @@ class _PartWriter:
             raise self._error
 
     def _run(self) -> None:
-        while not self._closed:
+        last = False
+        while not last:
             self._wake.wait(self._seconds)
+            last = self._closed  # looked at before lines are, as some may come while others are written
             try:
                 self._flush()
                 self._error = None
-            except OSError as error:  # the next turn tries again, with more lines
+            except (OSError, files.UnreachableError) as error:  # the next turn tries again, with more lines
                 self._error = error
 
     def _flush(self) -> None:

@@ -21,8 +21,8 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
+from grit_jax import files
 from grit_jax.config import InputError
-from grit_jax.watch import files
 
 NAME = "writer.json"
 BEAT_SECONDS = 10.0
@@ -163,8 +163,8 @@ class WriterLock:
                 if not self._taken_by:
                     self._writer = dataclasses.replace(self._writer, beat=time.time(), count=self._writer.count + 1)
                     self._write()
-            except OSError:  # a network that is away for a while; the limit is several heartbeats
-                continue
+            except (OSError, files.UnreachableError):
+                continue  # a network that is away for a while; the limit is several heartbeats
 
     def _look(self) -> None:
         found = read_writer(self.folder)

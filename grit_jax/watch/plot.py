@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from grit_jax import files
 from grit_jax.config import InputError
-from grit_jax.watch import files, folder
+from grit_jax.watch import folder
 from grit_jax.watch.goodput import CAUSES, goodput_of
 from grit_jax.watch.lines import read_lines
 from grit_jax.watch.status import datasets, duration

@@ -9,8 +9,9 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from grit_jax import files
 from grit_jax.config import InputError, load_config
-from grit_jax.watch import files, folder
+from grit_jax.watch import folder
 from grit_jax.watch.goodput import Goodput, goodput_of
 from grit_jax.watch.lines import read_lines
 from grit_jax.watch.lock import Writer, read_writer

@@ -12,7 +12,7 @@ from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import Self
 
-from grit_jax.watch import files
+from grit_jax import files
 
 EXIT_CODE = 70
 _WRITE_SECONDS = 30.0  # for the stacks' file: what hangs may be the disk or the network it is on

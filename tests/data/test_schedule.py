@@ -1,3 +1,4 @@
+import dataclasses
 import time
 from collections import Counter
 from pathlib import Path
@@ -420,3 +421,22 @@ def test_every_piece_of_a_batch_gets_its_share_of_the_long_rows_and_of_the_paddi
     rows = plan.embedding.rows
     places = set((rows.row * plan.embedding.slots_per_row + rows.segment - 1).tolist())
     assert places == set(plan.embedding.query_slots.tolist()) | set(plan.embedding.passage_slots.tolist())
+
+
+def test_the_files_of_a_batch_are_known_without_its_records():
+    several = schedule(*(embedding_index(size, f"{size}.jsonl") for size in (3, 21, 40)), embedding_batch=4)
+    alone = [several.embedding_files(k) for k in range(50)]
+    assert alone == [sorted(set(several.samples(k, "embedding").file.tolist())) for k in range(50)]
+    assert {len(files) for files in alone} == {1, 2}, "some batches are mixed"
+    assert schedule(generative_index(9), mode="generative").embedding_files(3) == []
+
+
+@pytest.mark.parametrize("left_out", [[], [0], [9], [0, 1, 2, 5, 6, 9], list(range(9))])
+def test_an_epoch_takes_the_usable_records_whichever_they_are(left_out):
+    spans = np.array(generative_index(10).spans)
+    spans[left_out, 0] = spans[left_out, 1]
+    some = schedule(
+        dataclasses.replace(generative_index(10), spans=spans), mode="generative", generative_batch=10 - len(left_out)
+    )
+    usable = sorted(set(range(10)) - set(left_out))
+    assert all(sorted(some.samples(k, "generative").record.tolist()) == usable for k in range(5))

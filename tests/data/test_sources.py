@@ -174,6 +174,41 @@ def test_every_format_is_read_from_a_bucket_and_its_hosts_share_their_counts(tmp
         assert run.stdout.splitlines() == [*expected, "4"], run.stderr
 
 
+STALE = """
+import os, sys
+from pathlib import Path
+from grit_jax import files
+from grit_jax.data.index import build_index
+from grit_jax.data.sources import open_source
+from grit_jax.tokenizer import Tokenizer
+root = sys.argv[1]
+tokenizer = Tokenizer.load("bytes")
+cache = Path(os.environ["XDG_CACHE_HOME"]) / "grit_jax" / "index"
+for folder in ("one", "two"):
+    files.write_text(f"{root}/{folder}/a.jsonl", '{"text": "first"}\\n')
+    source = open_source(f"{root}/{folder}/a.jsonl")
+    build_index(source, tokenizer)
+before = set(os.listdir(cache))
+assert len(before) == 4, before
+files.write_text(f"{root}/two/a.jsonl", '{"text": "second, which is longer"}\\n')
+again = open_source(f"{root}/two/a.jsonl")
+build_index(again, tokenizer)
+after = set(os.listdir(cache))
+assert len(after) == 4 and len(after & before) == 2, (before, after)
+assert (source[0].turns, again[0].turns) == ("first", "second, which is longer")
+print("cleaned")
+"""
+
+
+def test_what_was_made_from_an_old_version_of_a_file_in_a_bucket_goes_and_its_readers_go_on(tmp_path):
+    pytest.importorskip("gcp_storage_emulator")
+    with emulator() as environment:
+        environment["XDG_CACHE_HOME"] = str(tmp_path)
+        command = [sys.executable, "-c", STALE, f"gs://{BUCKET}"]
+        done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=180)
+    assert done.stdout == "cleaned\n", done.stderr
+
+
 def test_a_source_can_be_sent_to_a_worker(path):
     assert pickle.loads(pickle.dumps(open_source(path)))[2].turns == "three"
 

@@ -39,11 +39,17 @@ def test_a_step_of_both_streams_as_the_tpu_compiler_makes_it(capfd):
     from grit_jax.plan.program import lower_step
     from grit_jax.plan.topology import parse_topology
     from grit_jax.plan.work import lengths_at_limits
+    from grit_jax.train.step import TOKEN_LOSSES
 
     lowered = lower_step(CONFIG, parse_topology("v5e-4"), lengths_at_limits(CONFIG))
     capfd.readouterr()
-    text = lowered.compile().as_text()
+    compiled = lowered.compile()
+    text = compiled.as_text()
     assert "nvoluntary full rematerialization" not in capfd.readouterr().err
+
+    # Every device has all metrics, but for the losses of the tokens, which few steps' readers gather.
+    _, metrics = compiled.output_shardings
+    assert [name for name, split in metrics.items() if not split.is_fully_replicated] == [TOKEN_LOSSES]
 
     # Splash attention forward and backward; all scores of a row would be the dense kernel's.
     assert set(re.findall(r"splash_mha_(fwd|dkv)", text)) == {"fwd", "dkv"}

@@ -48,7 +48,7 @@ def test_a_log_that_is_not_there_has_no_lines(tmp_path):
 PROGRAM = """
 import sys, time
 from etils import epath
-from grit_jax.watch import files
+from grit_jax import files
 from grit_jax.watch.lines import LineWriter, read_lines
 log = sys.argv[1] + "/run/log.jsonl"
 names = lambda: files.names(sys.argv[1] + "/run")

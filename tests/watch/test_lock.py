@@ -10,8 +10,9 @@ import time
 
 import pytest
 
+from grit_jax import files
 from grit_jax.config import InputError
-from grit_jax.watch import files, lock
+from grit_jax.watch import lock
 from grit_jax.watch.lock import WriterLock, read_writer, refuse_living, writer_lock
 from tests.bucket import BUCKET, emulator
 from tests.runs import ROOT

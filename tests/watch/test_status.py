@@ -92,7 +92,7 @@ PROGRAM = """
 import sys
 from pathlib import Path
 from grit_jax.cli.main import main
-from grit_jax.watch import files
+from grit_jax import files
 from tests.watch.runs import write_run
 local, remote = Path(sys.argv[1]), sys.argv[2]
 write_run(local)

@@ -1,0 +1,305 @@
+"""Files on a disk or in a bucket: written whole, read as they are now, and tried again when a failure may pass.
+
+A lost connection, a store that answers 429 or 5xx, and a disk's EIO or ESTALE are tried again a few times with growing
+waits, each failure being logged as a warning; what is missing or forbidden is said at once. On a disk `retrying` does
+that, in a bucket its client does: 6 times within half a minute, or 4 minutes where the store takes calls and is silent.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import contextvars
+import errno
+import functools
+import io
+import logging
+import os
+import sys
+import time
+import uuid
+from collections.abc import Callable, Generator
+from pathlib import Path
+from typing import IO, Any, NamedTuple, TypeVar
+
+T = TypeVar("T")
+
+PathLike = str | os.PathLike[str]
+
+_TRIES = 5
+_FIRST_WAIT = 0.5  # seconds, twice as long each time
+_CONNECT_SECONDS, _SILENT_SECONDS = 10.0, 30.0  # after which a bucket is asked again
+_PASSING = {
+    errno.EIO, errno.EAGAIN, errno.EBUSY, errno.ESTALE,
+    errno.ENETDOWN, errno.ENETUNREACH, errno.ENETRESET, errno.EHOSTDOWN, errno.EHOSTUNREACH,
+}  # fmt: skip
+
+_log = logging.getLogger(__name__)
+_asked_for = contextvars.ContextVar("asked_for", default="a bucket")  # also in the client's own thread
+
+
+class UnreachableError(Exception):
+    """A disk or a bucket still failed after several tries; later it may not.
+
+    Not an OSError: what is done where a file is missing or forbidden would be wrong here.
+    """
+
+
+def is_bucket(path: PathLike) -> bool:
+    """Whether `path` is in an object store, such as `gs://bucket/run`: objects there are written whole."""
+    return "://" in os.fspath(path)
+
+
+def join(folder: PathLike, *names: str) -> str:
+    """The path of something in a folder."""
+    return "/".join([os.fspath(folder).rstrip("/"), *names])
+
+
+def retrying(path: PathLike, action: Callable[[], T]) -> T:
+    """What `action` gives, which reads or writes `path` and may be repeated.
+
+    Raises:
+      UnreachableError: It failed in a way that may pass, every time; the message names the path.
+      OSError: It failed in another way.
+    """
+    begun, tries = time.monotonic(), 0
+    _asked_for.set(os.fspath(path))
+    while True:
+        tries += 1
+        try:
+            return action()
+        except Exception as error:
+            reason = _described(error)
+            if not _may_pass(error):
+                if isinstance(error, OSError) or not is_bucket(path):
+                    raise
+                raise OSError(f"{path}: {reason}") from error  # those of a bucket's client are of many kinds
+            if is_bucket(path) or tries == _TRIES:
+                seconds = time.monotonic() - begun
+                raise UnreachableError(f"{path}: cannot be reached, tried for {seconds:.0f} s ({reason})") from error
+        _log.warning("%s: %s; trying again", path, reason)
+        time.sleep(_FIRST_WAIT * 2 ** (tries - 1))
+
+
+def _described(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def _may_pass(error: Exception) -> bool:
+    if isinstance(error, ConnectionError | TimeoutError) or (isinstance(error, OSError) and error.errno in _PASSING):
+        return True
+    client = sys.modules.get("gcsfs.retry")
+    return client is not None and client.is_retriable(error)
+
+
+def read_bytes(path: PathLike) -> bytes | None:
+    """What a file holds, None where there is no such file."""
+
+    def read() -> bytes:
+        if is_bucket(path):
+            store, key = _store(path)
+            return store.cat_file(key)
+        return Path(path).read_bytes()
+
+    try:
+        return retrying(path, read)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
+def read_text(path: PathLike) -> str | None:
+    """`read_bytes` as a text."""
+    content = read_bytes(path)
+    return None if content is None else content.decode()
+
+
+def open_binary(path: PathLike) -> io.BufferedReader:
+    """Opens a file for reading piece by piece; each piece is tried again by itself.
+
+    Raises:
+      OSError: It is missing or cannot be read.
+    """
+
+    def opened() -> Any:
+        if is_bucket(path):
+            store, key = _store(path)
+            return store.open(key, "rb")
+        return Path(path).open("rb", buffering=0)
+
+    return io.BufferedReader(_Pieces(path, retrying(path, opened)))
+
+
+class _Pieces(io.RawIOBase):
+    """Reads at a place of its own, from which a read that failed can begin again."""
+
+    def __init__(self, path: PathLike, file: Any):
+        self._path, self._file, self._place = path, file, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._file.seek(self._place)
+        self._place = self._file.seek(offset, whence)
+        return self._place
+
+    def readinto(self, buffer: Any) -> int:
+        def read() -> int:
+            self._file.seek(self._place)
+            return self._file.readinto(buffer)
+
+        count = retrying(self._path, read)
+        self._place += count
+        return count
+
+    def close(self) -> None:
+        if not self.closed:
+            self._file.close()
+        super().close()
+
+
+@contextlib.contextmanager
+def replacing(path: Path, mode: str = "wb") -> Generator[IO[Any]]:
+    """Opens a file on a disk that takes the place of `path` when all of it is written; an error leaves no trace.
+
+    Raises:
+      OSError: It cannot be written.
+    """
+    if not path.parent.exists():  # a file in its place is told by opening
+        path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
+    try:
+        with partial.open(mode, encoding=None if "b" in mode else "utf-8") as file:
+            yield file
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_bytes(path: PathLike, content: bytes) -> None:
+    """Writes a file whole: a reader sees the old content or the new, never a part; missing folders are made.
+
+    Raises:
+      OSError: It cannot be written.
+    """
+
+    def write() -> None:
+        if is_bucket(path):
+            store, key = _store(path)
+            store.pipe_file(key, content)  # an object appears when all of it is there
+        else:
+            with replacing(Path(path)) as file:
+                file.write(content)
+
+    retrying(path, write)
+
+
+def write_text(path: PathLike, text: str) -> None:
+    """`write_bytes` of a text."""
+    write_bytes(path, text.encode())
+
+
+def remove(path: PathLike) -> None:
+    """Removes a file, which need not be there."""
+
+    def unlink() -> None:
+        if is_bucket(path):
+            store, key = _store(path)
+            store.rm_file(key)
+        else:
+            os.unlink(path)
+
+    with contextlib.suppress(FileNotFoundError):
+        retrying(path, unlink)
+
+
+def names(folder: PathLike) -> list[str]:
+    """Names of what a folder holds, sorted; none where there is no folder."""
+
+    def listed() -> list[str]:
+        if not is_bucket(folder):
+            return sorted(os.listdir(folder))
+        store, key = _store(folder)
+        found = [os.path.basename(entry.rstrip("/")) for entry in store.ls(key, detail=False)]
+        return sorted({name for name in found if name and name != os.path.basename(key.rstrip("/"))})
+
+    try:
+        return retrying(folder, listed)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
+def is_folder(path: PathLike) -> bool:
+    """Whether there is a folder; in a bucket, anything below `path`."""
+    about = _about(path)
+    return about is not None and about.folder
+
+
+def exists(path: PathLike) -> bool:
+    """Whether there is a file or a folder."""
+    return _about(path) is not None
+
+
+def version(path: PathLike) -> tuple[Any, ...]:
+    """Another value for another path, and for the same after the file there has changed.
+
+    Raises:
+      FileNotFoundError: There is none.
+    """
+    about = _about(path)
+    if about is None:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), os.fspath(path))
+    place = os.fspath(path) if is_bucket(path) else str(Path(path).resolve())
+    return place, about.size, about.changed
+
+
+class _About(NamedTuple):
+    folder: bool
+    size: int  # bytes
+    changed: int | str  # when
+
+
+def _about(path: PathLike) -> _About | None:
+    def look() -> _About:
+        if is_bucket(path):
+            store, key = _store(path)
+            info = store.info(key)
+            return _About(info["type"] == "directory", info["size"], str(info.get("mtime")))
+        stat = os.stat(path)
+        return _About(os.path.isdir(path), stat.st_size, stat.st_mtime_ns)
+
+    try:
+        return retrying(path, look)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
+def _store(path: PathLike) -> tuple[Any, str]:
+    import fsspec
+
+    options = _gcs_options() if os.fspath(path).startswith(("gs://", "gcs://")) else {}
+    # Others write into the folder too: a listing that is remembered would hide that.
+    return fsspec.core.url_to_fs(os.fspath(path), use_listings_cache=False, **options)
+
+
+@functools.cache
+def _gcs_options() -> dict[str, Any]:
+    """Makes the client, which tries again by itself, say when it does and not wait for ever."""
+    import aiohttp
+
+    async def failed(session: Any, context: Any, request: aiohttp.TraceRequestExceptionParams) -> None:
+        if not isinstance(request.exception, asyncio.CancelledError):
+            _log.warning("%s: %s", _asked_for.get(), _described(request.exception))
+
+    async def answered(session: Any, context: Any, request: aiohttp.TraceRequestEndParams) -> None:
+        if request.response.status in (408, 429) or request.response.status >= 500:
+            _log.warning("%s: the store answers %d", _asked_for.get(), request.response.status)
+
+    trace = aiohttp.TraceConfig()
+    trace.on_request_exception.append(failed)
+    trace.on_request_end.append(answered)
+    timeout = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_SECONDS, sock_read=_SILENT_SECONDS)
+    return {"requests_timeout": timeout, "session_kwargs": {"trace_configs": [trace]}}
