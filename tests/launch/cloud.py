@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -9,7 +10,13 @@ from pathlib import Path
 
 from tests.runs import ROOT
 
-FAKE = Path(__file__).with_name("fake_gcloud.py")
+# Imported, because what is imported is compiled once; a journey makes dozens of calls.
+GCLOUD = f"""
+import sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from fake_gcloud import main
+sys.exit(main(sys.argv[1:]))
+"""
 
 # On a host: uv makes an environment whose grit-jax does what `host_program` says.
 UV = """#!/bin/bash
@@ -54,7 +61,7 @@ class Cloud:
         self.home, self.repository = folder / "cloud", repository
         for name in ("bin", "host-bin", "launcher", "tmp"):
             (self.home / name).mkdir(parents=True)
-        self._script("bin/gcloud", f'#!/bin/bash\nexec {sys.executable} -I -S {FAKE} "$@"\n')
+        self._script("bin/gcloud", f'#!/bin/bash\nexec {sys.executable} -I -S -c {shlex.quote(GCLOUD)} "$@"\n')
         self._script("host-bin/uv", UV)
         self._script("host-bin/hostname", '#!/bin/bash\necho "$FAKE_NODE-w-$FAKE_WORKER"\n')
         self._script("launcher/grit-jax", LAUNCHER)

@@ -17,7 +17,6 @@ import json
 import os
 import re
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -170,6 +169,8 @@ def host(node, generation, worker):
 
 def ssh(name, flags):
     """Runs --command on the hosts that --worker names, at once; ends with the first exit code that is not 0."""
+    import subprocess  # slow to import, and needed by no other command
+
     node = read("state.json", {"nodes": {}})["nodes"].get(name)
     if node is None:
         raise Failure(f"ERROR: NOT_FOUND: Resource '{name}' was not found")
@@ -257,7 +258,3 @@ def main(argv):
             print(failure, file=sys.stderr)
         return failure.code
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

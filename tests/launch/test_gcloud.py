@@ -104,16 +104,24 @@ def test_the_real_gcloud_filters_and_prints_what_the_scripts_read(commands):
         {"name": f"{place}/nodes/other", "state": "READY", "acceleratorType": "v5p-8"},
     ]
 
-    def options(kind, start):
-        command = next(
-            c for c in commands if c[2:4] == [kind, "list"] and any(w.startswith(f"--filter={start}") for w in c)
-        )
-        return [next(w for w in command if w.startswith(f"--{key}=")).partition("=")[2] for key in ("filter", "format")]
+    def asked(kind, start, first):
+        """Filter and format of a command that lists `kind`, by the start of its filter and its first value."""
+        for command in commands:
+            flags = dict(word[2:].partition("=")[::2] for word in command if word.startswith("--"))
+            if command[2:4] == [kind, "list"] and flags["filter"].startswith(start) and f"]({first}" in flags["format"]:
+                return [flags["filter"], flags["format"]]
+        raise AssertionError(f"no command lists {kind} by {start}")
 
     lists = [
-        [*options("queued-resources", "name"), resources],
-        [*options("tpu-vm", "name"), nodes],
-        [*options("tpu-vm", "labels"), nodes],
+        [*asked("queued-resources", "name", "state"), resources],
+        [*asked("tpu-vm", "name", "state"), nodes],
+        [*asked("tpu-vm", "labels", "name"), nodes],
+        [*asked("tpu-vm", "name~/run-[0-9]", "labels"), nodes],
     ]
     _, printed = in_gcloud(lists=lists)
-    assert printed == ["ACTIVE,run,v5p-8\n", "READY,run,v5p-8\n", "run,READY,HEALTHY,v5p-8\nrun-1,CREATING,,v5p-8\n"]
+    assert printed == [
+        "ACTIVE,run,v5p-8\n",
+        "READY,run,v5p-8\n",
+        "run,READY,HEALTHY,v5p-8\nrun-1,CREATING,,v5p-8\n",
+        "run,run-1\n",
+    ]
