@@ -11,7 +11,8 @@ usage: launch/pod.sh VERB NAME --zone ZONE [--project P] [--connect-flag=F ...] 
 
   status           the request, its nodes, and what every host does; with --bucket gs://B also the run's step and losses
   logs             prints what process 0 prints, until the training ends
-  ssh -- COMMAND   runs a command on every host of every slice; --worker W and --node N choose (all)
+  ssh -- COMMAND   runs a command on every host of every slice; --worker W and --node N choose (all). A pipeline is one
+                   command as  bash -c 'ps aux | grep python'
   stop             lets the training save and end (exit code 75); the pod stays, at its price
   delete           deletes the pod; the bucket keeps the run
 END
@@ -76,7 +77,8 @@ case $verb in
     found=$(request)
     IFS=, read -r state owner _ <<<"$found"
     if [[ -n $state || $dry_run == 1 ]]; then
-      [[ $owner == "$name" || $dry_run == 1 ]] || die "$name was not made by launch/run.sh (no label grit_run=$name); gcloud can delete it"
+      [[ $owner == "$name" || $dry_run == 1 ]] ||
+        die "$name was not made by launch/run.sh (no label grit_run=$name); gcloud can delete it"
       delete_pod 1
     elif ((${#nodes[@]})); then
       delete_pod 0

@@ -16,7 +16,7 @@ usage: launch/run.sh NAME --type TYPE --zone ZONE --config FILE --bucket gs://BU
   --bucket gs://B  where source, config, compiled programs, logs and checkpoints are kept, in the zone's region
   --slices N       slices of that type, one job over all of them (1)
   --spot           spot capacity: cheaper, and taken away when someone else needs it
-  --flex DURATION  flex-start capacity for at most that long, such as 3d; needs `gcloud alpha`
+  --flex DURATION  flex-start capacity for at most that long at a time, such as 3d; needs `gcloud alpha`
   --tpu-vm         a plain TPU VM, now or not at all, instead of a queued resource
   --runtime-version V  software of the TPU VM (by default the one for TYPE)
   --create-flag=F  more flags for creating, such as --create-flag=--service-account=me@example.com; may be repeated
@@ -288,12 +288,12 @@ start_training() {
 # Trains, or goes on watching a training that runs, until it has ended; 1 when the round is to begin again.
 # Whatever goes wrong on a host may have gone wrong because the host is gone: what it was, the next round finds out.
 train() {
-  local found codes
+  local found codes logs="what every host printed is in $bucket/launch/$name/logs"
   found=$(results) || failed 1 "not all hosts answer" || return
   if [[ $found == *" running "* ]]; then
     say "$name trains already"
     # A start that did not reach all hosts: those that it reached wait for the others.
-    if grep -q ' \(none\|new\)$' <<<"$found"; then start_training || return; fi
+    if grep -q ' none$' <<<"$found"; then start_training || return; fi
   else
     install || failed 1 "the package cannot be installed on all hosts" || return
     on_hosts_of_run doctor || failed 1 "grit-jax doctor found a problem" || return
@@ -309,10 +309,10 @@ train() {
   done
   codes=$(cut -d' ' -f2- <<<"$found" | sort | uniq -c | tr -s ' \n' ' ')
   say "hosts:$codes"
-  if grep -q ' ended 2$' <<<"$found"; then finish 2 "training refused its input (what every host printed: $bucket/launch/$name/logs)"; fi
   if [[ $found == *" stopped "* ]]; then keep=1 && finish 75 "$name was stopped"; fi
+  if grep -q ' ended 2$' <<<"$found"; then finish 2 "training refused its input; $logs"; fi
   if ! grep -qv ' ended 0$' <<<"$found"; then return 0; fi
-  failed 1 "training broke off (what every host printed: $bucket/launch/$name/logs)"
+  failed 1 "training broke off; $logs"
 }
 
 # --- the whole of it --------------------------------------------------------------------------------------------------
