@@ -15,19 +15,20 @@ if [[ -n ${GRIT_BUCKET:-} ]]; then export JAX_COMPILATION_CACHE_DIR="$GRIT_BUCKE
 # Log lines leave the process as they are printed, and not when a buffer is full.
 export PYTHONUNBUFFERED=1
 
-# The TPU compiler's flags, by chip generation. Its defaults already overlap collectives with computation; only what
-# differs from them for a reason stands here. An unknown flag ends the process at its start.
+# The TPU compiler's flags, by chip generation: those that Google's training recipes for these chips set beside the
+# defaults, which already overlap collectives with computation. libtpu 0.0.42.1 takes them (it ends at a flag that it does
+# not know); what they gain here has not been measured. `grit-jax plan` under LIBTPU_INIT_ARGS compares settings.
 libtpu_flags=()
 case $GRIT_TYPE in
   v6e-*)
-    # A v6e core has 128 MiB of vector memory, of which a fusion gets a small part by default. Larger tiles read less
-    # from HBM, whose bandwidth is what a v6e runs out of first.
+    # More of the core's vector memory for one fusion, 96 MiB: larger tiles read less from HBM, whose bandwidth is what a
+    # v6e runs out of first.
     libtpu_flags+=(--xla_tpu_scoped_vmem_limit_kib=98304)
     ;;
 esac
 if ((GRIT_SLICES > 1)); then
-  # Between slices gradients travel over the data-centre network, ten times slower than the links inside a slice.
-  # Summing them goes on beside the backward pass, in pieces of unequal size, instead of after it.
+  # Between slices gradients travel over the data-centre network, ten times slower than the links inside a slice: sum
+  # them beside the backward pass, in pieces of unequal size.
   libtpu_flags+=(--xla_tpu_enable_data_parallel_all_reduce_opt=true --xla_tpu_data_parallel_opt_different_sized_ops=true)
 fi
 export LIBTPU_INIT_ARGS="${libtpu_flags[*]}"
