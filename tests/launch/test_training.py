@@ -51,7 +51,6 @@ def test_a_preempted_pod_ends_with_the_weights_of_an_undisturbed_one(tmp_path):
     fault.start()
     code, printed = train(disturbed, data)
     fault.join()
-    print(printed)
     assert code == 0, printed
     assert len(disturbed.calls("compute", "tpus", "queued-resources", "create")) == 2
     assert "resumed from step" in printed
