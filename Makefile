@@ -28,6 +28,7 @@ test-long: install-dev  ## run the tests that take longer
 lint: install-dev  ## check style and format
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
+	@$(BIN)/shellcheck --external-sources launch/*.sh
 
 format: install-dev  ## rewrite files in the project's format
 	@$(BIN)/ruff check --fix .

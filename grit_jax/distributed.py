@@ -22,7 +22,8 @@ def start(config: DistributedConfig) -> None:
     From then on a process that is silent for `timeout_seconds`, dead or stuck, ends all others with an error.
 
     Raises:
-      InputError: The others cannot be reached.
+      InputError: The others cannot be reached at the address that was given.
+      RuntimeError: The hosts of a TPU do not find each other.
     """
     on_tpu = any(glob.glob(pattern) for pattern in DEVICE_FILES["TPU"])
     if config.coordinator is None and not on_tpu:
@@ -39,9 +40,12 @@ def start(config: DistributedConfig) -> None:
             shutdown_timeout_seconds=config.timeout_seconds,
         )
     except (RuntimeError, ValueError) as error:
-        where = f"distributed.coordinator={config.coordinator}" if config.coordinator else "the hosts of this TPU"
+        if config.coordinator is None:  # nothing that the user gave: a host is gone, or not there yet
+            raise RuntimeError("the hosts of this TPU did not find each other; start all of them again") from error
         reason = " ".join(str(error).split())[:300]
-        raise InputError(f"{where}: the processes of the run did not find each other ({reason})") from error
+        raise InputError(
+            f"distributed.coordinator={config.coordinator}: the processes of the run did not find each other ({reason})"
+        ) from error
 
 
 class Agreement:

@@ -12,7 +12,7 @@ from typing import Any
 
 from grit_jax.checks import Check, print_checks
 from grit_jax.chips import GIB
-from grit_jax.config import InputError
+from grit_jax.config import DistributedConfig, InputError
 from grit_jax.doctor.environment import Environment, Problem, find_problems, inspect
 
 HELP = "show what JAX finds on this machine, what is probably wrong, and whether the numbers are right"
@@ -40,6 +40,11 @@ def run(args: argparse.Namespace) -> int:
     """Inspects and tests; 1 when there is a problem or a check fails. In a job, process 0 alone prints."""
     if args.checkpoint and not args.selftest:
         raise InputError(f"--checkpoint={args.checkpoint} is where --selftest writes; add --selftest")
+
+    if args.selftest:
+        from grit_jax import distributed
+
+        distributed.start(DistributedConfig())
 
     facts = inspect()
     problems = list(find_problems(facts))

@@ -1,0 +1,343 @@
+#!/usr/bin/env bash
+# Trains on a TPU pod from first to last step: plans, creates, installs, tests, trains, and begins again where that helps.
+set -euo pipefail
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
+# shellcheck source=launch/lib.sh
+source "$root/launch/lib.sh"
+
+usage() {
+  cat <<'END'
+usage: launch/run.sh NAME --type TYPE --zone ZONE --config FILE --bucket gs://BUCKET [options] [-- --section.key=value ...]
+
+  NAME             the run; its pod is called the same, and its folder is BUCKET/runs/NAME
+  --type TYPE      accelerator type, such as v5p-128 or v5litepod-256
+  --zone ZONE      such as us-east5-a
+  --config FILE    config of `grit-jax train`; what follows "--" changes it
+  --bucket gs://B  where source, config, compiled programs, logs and checkpoints are kept, in the zone's region
+  --slices N       slices of that type, one job over all of them (1)
+  --spot           spot capacity: cheaper, and taken away when someone else needs it
+  --flex DURATION  flex-start capacity for at most that long at a time, such as 3d; needs `gcloud alpha`
+  --tpu-vm         a plain TPU VM, now or not at all, instead of a queued resource
+  --runtime-version V  software of the TPU VM (by default the one for TYPE)
+  --create-flag=F  more flags for creating, such as --create-flag=--service-account=me@example.com; may be repeated
+  --connect-flag=F more flags for `gcloud compute tpus tpu-vm ssh`, such as --connect-flag=--internal-ip
+  --project P      project, if not gcloud's own default
+  --extras E       extras of the package to install (tpu), such as tpu,wandb
+  --secret V=S     environment variable V of the training from secret S of Secret Manager; may be repeated
+  --retries N      failures in a row, without a new checkpoint in between, after which to give up (10)
+  --wait SECONDS   pause after the first of them, doubled after each further one up to 15 minutes (30)
+  --poll SECONDS   pause between two looks at what is being created (30)
+  --no-plan        do not compile the step first to see whether it fits
+  --keep           leave the pod when the run has ended, at its price
+  --dry-run        print every command and run none
+
+Exit codes: 0 done, 2 something to correct (never tried again), 3 the plan does not fit, 75 stopped with
+`launch/pod.sh stop`, 1 given up. Interrupting this script leaves the pod and the training as they are; the same command
+goes on with them.
+END
+}
+
+type='' config='' bucket='' slices=1 spot=0 flex='' plain=0 runtime='' create_flags=() extras=tpu secrets=()
+retries=10 wait=30 poll=30 plan=1 keep=0
+option() {
+  case $1 in
+    --type) needs_value "$1" && type=$value ;;
+    --config) needs_value "$1" && config=$value ;;
+    --bucket) needs_value "$1" && bucket=${value%/} ;;
+    --slices) needs_value "$1" && slices=$value ;;
+    --spot) spot=1 ;;
+    --flex) needs_value "$1" && flex=$value ;;
+    --tpu-vm) plain=1 ;;
+    --runtime-version) needs_value "$1" && runtime=$value ;;
+    --create-flag) needs_value "$1" && create_flags+=("$value") ;;
+    --extras) needs_value "$1" && extras=$value ;;
+    --secret) needs_value "$1" && secrets+=("$value") ;;
+    --retries) needs_value "$1" && retries=$value ;;
+    --wait) needs_value "$1" && wait=$value ;;
+    --poll) needs_value "$1" && poll=$value ;;
+    --no-plan) plan=0 ;;
+    --keep) keep=1 ;;
+    *) die "unknown option $1; see --help" ;;
+  esac
+}
+parse "$@"
+
+for key in type config bucket; do [[ -n ${!key} ]] || die "--$key is missing; see --help"; done
+for key in slices retries wait poll; do [[ ${!key} =~ ^[0-9]+$ ]] || die "--$key ${!key} is not a whole number"; done
+((slices >= 1)) || die "--slices $slices: at least 1"
+[[ $bucket == gs://?* ]] || die "--bucket $bucket must start with gs://"
+[[ -z $flex || $spot == 0 ]] || die "--spot and --flex: a pod is one or the other"
+if ((plain)) && [[ $slices != 1 || -n $flex ]]; then die "--tpu-vm: slices and flex-start need a queued resource"; fi
+for pair in "${secrets[@]}"; do
+  [[ $pair =~ ^[A-Za-z_][A-Za-z0-9_]*=[A-Za-z0-9_-]+$ ]] || die "--secret $pair: VARIABLE=NAME_OF_SECRET is wanted"
+done
+type=${type/#v5e-/v5litepod-} # the name that gcloud knows
+if [[ -z $runtime ]]; then
+  case $type in # https://cloud.google.com/tpu/docs/runtimes
+    v4-*) runtime=tpu-ubuntu2204-base ;;
+    v5litepod-*) runtime=v2-alpha-tpuv5-lite ;;
+    v5p-*) runtime=v2-alpha-tpuv5 ;;
+    v6e-*) runtime=v2-alpha-tpuv6e ;;
+    v7* | tpu7*) die "--type $type: v7 TPUs are had through GKE only, see docs/launch-xpk.md" ;;
+    *) die "--type $type is unknown here; name its --runtime-version" ;;
+  esac
+fi
+
+bin=${GRIT_BIN:-$root/.venv/bin}
+folder=$bucket/runs/$name
+commit=$(git -C "$root" rev-parse HEAD)
+if [[ -n $(git -C "$root" status --porcelain --untracked-files=no) ]]; then
+  die "there are changes that are not committed; hosts install a commit: commit or stash them"
+fi
+archive=$bucket/launch/source/$commit.tar.gz
+uploaded_config=$bucket/launch/$name/config.yaml
+make_config=("$bin/python" "$root/launch/config.py" "$config" "$folder" "${rest[@]}")
+
+# Two of these for one run would both create and delete.
+if ((!dry_run)); then
+  exec 8>"${TMPDIR:-/tmp}/grit-jax-$UID-$name.lock"
+  flock --nonblock 8 || die "another launch/run.sh looks after $name on this machine; launch/pod.sh logs shows what it does"
+fi
+trap 'say "interrupted; pod and training go on. The same command goes on with them; launch/pod.sh stop, delete end them"
+  exit 130' INT
+
+# --- failures ---------------------------------------------------------------------------------------------------------
+
+failures=0 newest=-1
+ours=0 # whether there is a pod of this run, as far as is known
+seen=0 # whether it has been on gcloud's list since it was made
+
+# Ends the script, and the pod with it unless it is to be kept.
+finish() {
+  say "$2"
+  if ((ours && !keep)); then
+    delete_pod $((!plain)) || say "NOT DELETED, and still to be paid for: launch/pod.sh delete $name --zone $zone"
+  elif ((ours)); then
+    say "the pod is kept, at its price: launch/pod.sh delete $name --zone $zone"
+  fi
+  exit "$1"
+}
+
+# What follows a failure: `failed CODE WHAT`. 2 ends the run; after others it waits, each time longer, and returns 1.
+failed() {
+  local pause step
+  if (($1 == 2)); then finish 2 "$2; trying again would not help"; fi
+  # Whoever makes progress is not failing: a run that is preempted every hour goes on for as long as it takes.
+  step=$(newest_step)
+  if ((step > newest)); then newest=$step failures=0; fi
+  failures=$((failures + 1))
+  if ((failures > retries)); then finish 1 "$2; given up after $failures failures without a new checkpoint"; fi
+  pause=$((wait << (failures > 10 ? 10 : failures - 1)))
+  pause=$((pause > 900 ? 900 : pause))
+  say "$2; failure $failures of at most $retries, next try in $pause s"
+  sleep "$pause"
+  return 1
+}
+
+# Step of the newest checkpoint in the bucket, 0 without one.
+newest_step() {
+  local step
+  step=$(gcloud storage ls "$folder/checkpoints/" 2>/dev/null | sed -n 's#.*/\([0-9]\+\)/$#\1#p' | sort -n | tail -n 1) || true
+  echo "${step:-0}"
+}
+
+# --- the pod ----------------------------------------------------------------------------------------------------------
+
+# STATE,OWNER,TYPE of the pod as a whole, nothing when it is not there.
+look() {
+  if ((plain)); then
+    quietly gcloud compute tpus tpu-vm list "${common[@]}" --filter="name~/$name\$" \
+      --format='value[separator=","](state,labels.grit_run,acceleratorType.basename())'
+  else
+    request
+  fi
+}
+
+# Asks for the pod. Made twice, it is the same pod: the second call is told that it is there.
+create() {
+  local track=() flags=(--accelerator-type="$type" --labels=grit_run="$name")
+  if ((spot)); then flags+=(--spot); fi
+  if ((plain)); then
+    try gcloud compute tpus tpu-vm create "$name" "${common[@]}" --version="$runtime" "${flags[@]}" "${create_flags[@]}"
+    return
+  fi
+  if [[ -n $flex ]]; then track=(alpha) flags+=(--provisioning-model=flex-start --max-run-duration="$flex"); fi
+  if ((slices == 1)); then flags+=(--node-id="$name"); else flags+=(--node-count="$slices" --node-prefix="$name"); fi
+  refuse_strangers || return
+  try gcloud "${track[@]}" compute tpus queued-resources create "$name" "${common[@]}" --runtime-version="$runtime" \
+    "${flags[@]}" "${create_flags[@]}"
+}
+
+# Ends the script when a node that is to be made is there already and another's: the request would fail, and it is not for
+# this script to find out what deleting such a request does to the node.
+refuse_strangers() {
+  local names=$name found
+  if ((slices > 1)); then names+='-[0-9]+'; fi
+  found=$(quietly gcloud compute tpus tpu-vm list "${common[@]}" --filter="name~/$names\$" \
+    --format='value[separator=","](labels.grit_run,name.basename())') || return
+  if grep -q "^[^,]*,." <<<"$found" && grep -qv "^$name," <<<"$found"; then
+    finish 2 "there is a node of that name, which launch/run.sh did not make (${found//$'\n'/; }): take another name"
+  fi
+}
+
+# Deletes what will not come back: `replace WHY`; the next round creates it again.
+replace() {
+  say "$name: $1; making it again"
+  delete_pod $((!plain)) || failed $? "$name cannot be deleted" || return
+  ours=0 seen=0
+}
+
+# Returns when all nodes are ready, and leaves their names in $nodes; 1 when the round is to begin again.
+provision() {
+  local found state owner its_type said='' looks=0
+  while true; do
+    found=$(look) || failed $? "$name cannot be looked up" || return
+    IFS=, read -r state owner its_type <<<"$found"
+    if [[ -n $state && $owner != "$name" ]]; then
+      ours=0
+      finish 2 "$name is there, but launch/run.sh did not make it (no label grit_run=$name): take another name"
+    elif [[ -n $state && $its_type != "$type" ]]; then
+      ours=0
+      finish 2 "$name is a $its_type, not a $type: launch/pod.sh delete $name --zone $zone, or take another name"
+    fi
+    if [[ -n $state ]]; then ours=1 seen=1; fi
+    if [[ -n $state && $state != "$said" ]]; then
+      say "$name: $state"
+      said=$state
+    fi
+    case $state in
+      '')
+        # What is preempted stays on the list until it is deleted.
+        if ((seen)); then
+          ours=0
+          finish 1 "somebody else has deleted $name; not making it again"
+        fi
+        create || failed $? "$name cannot be created" || return
+        ours=1
+        if ((dry_run)); then
+          list_nodes
+          nodes=("$name")
+          if ((slices > 1)); then mapfile -t nodes < <(seq -f "$name-%g" 0 $((slices - 1))); fi
+          return 0
+        fi
+        ;;
+      ACTIVE | READY)
+        found=$(list_nodes) || failed $? "the nodes of $name cannot be listed" || return
+        if all_ready "$found"; then return 0; fi
+        if grep -q ',\(PREEMPTED\|TERMINATED\),' <<<"$found"; then
+          replace "a node is gone"
+          return 1
+        fi
+        looks=$((looks + 1))
+        if ((looks == 60)); then
+          failed 1 "the nodes of $name are not well: ${found//$'\n'/; }" || true
+          replace "its nodes are not well"
+          return 1
+        fi
+        ;;
+      FAILED)
+        failed 1 "$name could not be provided" || true
+        replace FAILED
+        return 1
+        ;;
+      SUSPENDED | PREEMPTED | TERMINATED)
+        replace "$state"
+        return 1
+        ;;
+      STOPPED) keep=1 && finish 1 "somebody has stopped $name" ;;
+      *) ;; # on its way, or on its way out
+    esac
+    sleep "$poll"
+  done
+}
+
+# Whether all nodes of a list are ready and well; leaves their names in $nodes.
+all_ready() {
+  nodes=()
+  local node state health
+  while IFS=, read -r node state health _; do
+    case $state,$health in
+      READY, | READY,HEALTHY | READY,HEALTH_UNSPECIFIED) nodes+=("$node") ;;
+    esac
+  done <<<"$1"
+  ((${#nodes[@]} == slices))
+}
+
+# --- the hosts --------------------------------------------------------------------------------------------------------
+
+# Every host gets the commit as an archive from the bucket, and needs no access to the repository: that may be private,
+# or have this commit on this machine only.
+install() {
+  local into=grit-jax/$commit fetch
+  fetch="gcloud storage cat $(quoted "$archive") | tar -xzC $into"
+  on_hosts try "set -o pipefail; mkdir -p $into && { test -e $into/.installed || $fetch; } &&\
+ ln -sfn $commit grit-jax/current && $(host install "$extras")"
+}
+
+# Runs a command of launch/host.sh that wants to know the run.
+on_hosts_of_run() {
+  local settings=(GRIT_NAME="$name" GRIT_TYPE="$type" GRIT_SLICES="$slices" GRIT_BUCKET="$bucket"
+    GRIT_SECRETS="${secrets[*]}")
+  on_hosts try "env $(quoted "${settings[@]}") $(host "$@")"
+}
+
+start_training() {
+  on_hosts_of_run start "$uploaded_config" || failed 1 "training cannot be started on all hosts"
+}
+
+# Trains, or goes on watching a training that runs, until it has ended; 1 when the round is to begin again.
+# Whatever goes wrong on a host may have gone wrong because the host is gone: what it was, the next round finds out.
+train() {
+  local found codes logs="what every host printed is in $bucket/launch/$name/logs"
+  found=$(results) || failed 1 "not all hosts answer" || return
+  if [[ $found == *" running "* ]]; then
+    say "$name trains already"
+    # A start that did not reach all hosts: those that it reached wait for the others.
+    if grep -q ' none$' <<<"$found"; then start_training || return; fi
+  else
+    install || failed 1 "the package cannot be installed on all hosts" || return
+    on_hosts_of_run doctor || failed 1 "grit-jax doctor found a problem" || return
+    start_training || return
+  fi
+  while true; do
+    # Worker 0 of the first slice is process 0, which prints for all. The connection may end before the training does.
+    connect "${nodes[0]}" 0 "$(host follow)" 8>&- || true
+    found=$(results) || failed 1 "hosts are gone, or do not answer" || return
+    if ((dry_run)); then return; fi
+    if [[ $found != *" running "* ]]; then break; fi
+    sleep "$poll"
+  done
+  codes=$(cut -d' ' -f2- <<<"$found" | sort | uniq -c | tr -s ' \n' ' ')
+  say "hosts:$codes"
+  if [[ $found == *" stopped "* ]]; then keep=1 && finish 75 "$name was stopped"; fi
+  if grep -q ' ended 2$' <<<"$found"; then finish 2 "training refused its input; $logs"; fi
+  if ! grep -qv ' ended 0$' <<<"$found"; then return 0; fi
+  failed 1 "training broke off; $logs"
+}
+
+# --- the whole of it --------------------------------------------------------------------------------------------------
+
+show "${make_config[@]}"
+if ((!dry_run)); then resolved=$("${make_config[@]}"); fi
+
+found=$(look)
+if [[ -z $found ]] && ((plan)); then
+  compiler_flags=$(export GRIT_TYPE=$type GRIT_SLICES=$slices && source "$root/launch/env.sh" && echo "$LIBTPU_INIT_ARGS")
+  command=(env LIBTPU_INIT_ARGS="$compiler_flags" "$bin/grit-jax" plan "$config" --topology "$type" --slices "$slices")
+  show "${command[@]}" "${rest[@]}"
+  code=0
+  if ((!dry_run)); then "${command[@]}" "${rest[@]}" || code=$?; fi
+  if ((code == 3)); then echo "error: $config does not fit $slices x $type; nothing was created" >&2; fi
+  if ((code)); then exit "$code"; fi
+fi
+
+if ((dry_run)); then
+  echo "+ $(quoted git -C "$root" archive --format=tar.gz "$commit") | $(quoted gcloud storage cp - "$archive")"
+  echo "+ $(quoted "${make_config[@]}") | $(quoted gcloud storage cp - "$uploaded_config")"
+else
+  git -C "$root" archive --format=tar.gz "$commit" | try gcloud storage cp - "$archive"
+  try gcloud storage cp - "$uploaded_config" <<<"$resolved"
+fi
+
+until provision && train; do :; done
+finish 0 "$name is done: $folder"

@@ -1,0 +1,63 @@
+"""A pod of two hosts that really trains, in two processes of this machine, is preempted and trains on."""
+
+import sys
+import threading
+
+import jax
+import numpy as np
+import pytest
+
+from tests.launch.cloud import Cloud, make_repository
+from tests.launch.test_run import wait_for
+from tests.multiprocess.faults import checkpoint_steps, weights
+from tests.multiprocess.launch import free_address
+from tests.runs import TINY, losses, write_data
+
+STEPS = 12
+
+# The grit-jax of a host. What is otherwise on a TPU is told here: who the peers are, and that the bucket is a folder.
+PROGRAM = f"""#!/bin/bash
+[[ $1 == train ]] || exit 0
+bucket="$FAKE_GCLOUD/bucket"
+gcloud storage cat "$2" | sed "s#gs://#$bucket/#" > "$HOME/config.yaml"
+export JAX_PLATFORMS=cpu LIBTPU_INIT_ARGS= JAX_COMPILATION_CACHE_DIR="$bucket/b/compiled"
+export XLA_FLAGS="--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0"
+exec {sys.executable} -c 'import sys; from grit_jax.cli.main import main; sys.exit(main())' train "$HOME/config.yaml" \\
+  --distributed.coordinator="$(cat "$FAKE_GCLOUD/address")" --distributed.num_processes=2 \\
+  --distributed.process_id="$FAKE_WORKER" --distributed.timeout_seconds=10
+"""
+
+
+def train(cloud, data):
+    """A run over two hosts; its exit code and what it printed."""
+    cloud.plan(workers=2)
+    (cloud.home / "address").write_text(free_address())
+    overrides = [*TINY, f"--data.train={data}", f"--train.steps={STEPS}", "--checkpoint.every=2", "--logging.every=1"]
+    return cloud.run("--spot", "--poll=1", "--", *overrides, timeout=300)
+
+
+@pytest.mark.long
+def test_a_preempted_pod_ends_with_the_weights_of_an_undisturbed_one(tmp_path):
+    repository, data = make_repository(tmp_path), write_data(tmp_path / "data")
+    disturbed, undisturbed = (Cloud(tmp_path / name, repository, PROGRAM) for name in ("disturbed", "undisturbed"))
+    output = disturbed.home / "bucket/b/runs/run"
+
+    def disturb():
+        wait_for(lambda: 4 in checkpoint_steps(output), seconds=200)
+        (disturbed.home / "address").write_text(free_address())
+        disturbed.gcloud("fake", "preempt", "run")
+
+    fault = threading.Thread(target=disturb)
+    fault.start()
+    code, printed = train(disturbed, data)
+    fault.join()
+    assert code == 0, printed
+    assert len(disturbed.calls("compute", "tpus", "queued-resources", "create")) == 2
+    assert "resumed from step" in printed
+
+    code, printed = train(undisturbed, data)
+    assert code == 0, printed
+    other = undisturbed.home / "bucket/b/runs/run"
+    assert losses(output)[-1] == losses(other)[-1]
+    for ours, theirs in zip(jax.tree.leaves(weights(output)), jax.tree.leaves(weights(other)), strict=True):
+        assert np.array_equal(ours, theirs)
