@@ -209,6 +209,14 @@ def test_planned_figures_are_those_of_the_configs(page):
             assert figure in comment, (name, figure)
 
 
+def test_the_page_of_figures_has_none_of_its_own():
+    """A figure is measured in one place; the page that collects them must not be left behind."""
+    figure = re.compile(r"\d[\d,]*\.\d+(?:e-\d+)?|\d{1,3}(?:,\d{3})+")
+    results = ROOT / "docs/results.md"
+    elsewhere = " ".join(page.read_text() for page in PAGES if page != results)
+    assert set(figure.findall(results.read_text())) <= set(figure.findall(elsewhere))
+
+
 def test_the_citation_is_of_this_version():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
