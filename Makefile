@@ -7,7 +7,7 @@ INPUTS := pyproject.toml constraints.txt
 TESTS := $(BIN)/python -m pytest -n 2 --dist loadscope
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev quickstart test test-long lint format types imports constraints clean
+.PHONY: help install install-dev quickstart test test-long lint format types imports docs constraints clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -39,6 +39,10 @@ types: install-dev  ## check types
 
 imports: install-dev  ## check that imports point down
 	@$(BIN)/lint-imports
+
+# Without --quiet, under which mkdocs counts no warnings and --strict lets everything pass.
+docs: install-dev  ## build the documentation into site/, with no broken link or reference
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 constraints: install-dev  ## resolve constraints.txt anew
 	@echo "# Versions that the tests run with, for Python 3.11 to 3.13; made by \`make constraints\`." > constraints.new

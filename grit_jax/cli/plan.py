@@ -13,7 +13,7 @@ HELP = "compile a config's train step for a TPU topology, without a TPU: does it
 EXAMPLES = """\
   grit-jax plan configs/gritlm_7b_v5p_128.yaml --topology v5p-128
   grit-jax plan configs/gritlm_7b_v5p_128.yaml --topology v5p-128 --slices 2 --fill 0.6 --json
-  grit-jax plan configs/gritlm_7b_v5p_128.yaml --topology v5p-128 --data data/medi2 --model.tokenizer tokenizer.model
+  grit-jax plan configs/gritlm_7b_v5p_128.yaml --topology v5p-128 --data data/medi2 --model.tokenizer=tokenizer.model
   grit-jax plan configs/gritlm_7b_v5p_128.yaml --topology v5litepod-256 --search
 """
 TAKES_OVERRIDES = True
