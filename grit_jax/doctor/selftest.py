@@ -103,20 +103,21 @@ def _own_execution() -> Execution:
 
 
 def _attention() -> Iterator[_Measurement]:
-    """The device's kernel against the dense one in float32; on a CPU, the TPU's kernel, interpreted."""
+    """The device's kernel against the dense one in float32; on a CPU also the TPU's kernel, interpreted."""
     own = _own_execution()
-    if own.attention == "dense":
-        own = dataclasses.replace(own, attention="splash", interpret=True)
-    # Interpreting takes long; a compiled kernel should see many blocks.
-    length = 128 if own.interpret else 4096
-    how = f"{own.attention}{', interpreted' if own.interpret else ''}, {own.dtype}"
-    for kind in ("causal", "bidirectional"):
-        for window in (None, length // 4):
-            yield _Measurement(
-                f"attention, {kind}{f', window {window}' if window else ''} ({how})",
-                _TOLERANCE[own.dtype.name],
-                functools.partial(_compare_attention, own, length, causal=kind == "causal", window=window),
-            )
+    # A compiled kernel should see many blocks; interpreting takes long, and so does the dense kernel on a CPU.
+    kernels = [(own, 4096)]
+    if own.attention == "blockwise":
+        kernels = [(own, 512), (dataclasses.replace(own, attention="splash", interpret=True), 128)]
+    for execution, length in kernels:
+        how = f"{execution.attention}{', interpreted' if execution.interpret else ''}, {execution.dtype}"
+        for kind in ("causal", "bidirectional"):
+            for window in (None, length // 4):
+                yield _Measurement(
+                    f"attention, {kind}{f', window {window}' if window else ''} ({how})",
+                    _TOLERANCE[execution.dtype.name],
+                    functools.partial(_compare_attention, execution, length, causal=kind == "causal", window=window),
+                )
 
 
 def _compare_attention(own: Execution, length: int, *, causal: bool, window: int | None) -> float:

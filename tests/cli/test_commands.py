@@ -82,7 +82,7 @@ def test_a_model_survives_export_and_import(run, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["train", "nowhere.yaml"], "error: config file nowhere.yaml: No such file or directory"),
+        (["train", "nowhere.yaml"], "error: config file nowhere.yaml: no such file"),
         (["train", str(ROOT / "configs/tiny.yaml")], "error: data.train is missing"),
         (["train", str(ROOT / "configs/tiny.yaml"), "--train.step=3"], "did you mean 'train.steps'?"),
         (["encode", "nowhere", "--input", "x.csv", "--output", "x.npy"], "x.csv: must end in .jsonl or .txt"),
