@@ -109,14 +109,14 @@ def _attention() -> Iterator[_Measurement]:
     kernels = [(own, 4096)]
     if own.attention == "blockwise":
         kernels = [(own, 512), (dataclasses.replace(own, attention="splash", interpret=True), 128)]
-    for execution, length in kernels:
-        how = f"{execution.attention}{', interpreted' if execution.interpret else ''}, {execution.dtype}"
+    for kernel, length in kernels:
+        how = f"{kernel.attention}{', interpreted' if kernel.interpret else ''}, {kernel.dtype}"
         for kind in ("causal", "bidirectional"):
             for window in (None, length // 4):
                 yield _Measurement(
                     f"attention, {kind}{f', window {window}' if window else ''} ({how})",
-                    _TOLERANCE[execution.dtype.name],
-                    functools.partial(_compare_attention, execution, length, causal=kind == "causal", window=window),
+                    _TOLERANCE[kernel.dtype.name],
+                    functools.partial(_compare_attention, kernel, length, causal=kind == "causal", window=window),
                 )
 
 
