@@ -252,7 +252,7 @@ def test_model_and_data_come_into_a_bucket(world, bucket, folders, tmp_path):
     arguments = [folders / "model", f"{bucket}/model", tmp_path / "data", f"{bucket}/data"]
     done = subprocess.run(
         [sys.executable, "-c", COMPARE, *map(str, arguments)], env=environment(), cwd=ROOT, capture_output=True,
-        text=True, timeout=180,
+        text=True, timeout=300,
     )  # fmt: skip
     assert done.stdout.strip() == "the same", done.stderr
 
@@ -275,7 +275,7 @@ def prepare(world, config, *more):
         (programs / name).chmod(0o755)
     variables = world.environment | {"GRIT_BIN": str(programs), "PYTHONPATH": str(ROOT)}
     arguments = [ROOT / "launch/prepare.sh", f"--config={config}", f"--bucket=gs://{BUCKET}", *more]
-    return subprocess.run(arguments, env=variables, cwd=world.folder, capture_output=True, text=True, timeout=300)
+    return subprocess.run(arguments, env=variables, cwd=world.folder, capture_output=True, text=True, timeout=900)
 
 
 @pytest.mark.long
@@ -290,24 +290,18 @@ def test_from_the_hub_to_a_searched_index(world, bucket, tmp_path):
     }
     config = tmp_path / "config.yaml"
     config.write_text("model: {init: models/org/model}\ndata: {train: [data/medi2, data/tulu2]}\ntrain: {steps: 4}\n")
-    for _ in range(2):
-        done = prepare(world, config, f"--downloads={tmp_path / 'downloads'}")
-        assert done.returncode == 0, done.stderr
-    assert done.stdout.count("is there already") == 3
+    done = prepare(world, config, f"--downloads={tmp_path / 'downloads'}")
+    assert done.returncode == 0, done.stderr
 
     for_hosts = subprocess.run(
         [sys.executable, ROOT / "launch/config.py", config, f"{bucket}/runs/toy", *TINY[5:]],
         env=environment(), capture_output=True, text=True, check=True,
     )  # fmt: skip
     (tmp_path / "hosts.yaml").write_text(for_hosts.stdout)
-    launch.run(TRAIN, tmp_path / "hosts.yaml", num_processes=2, devices_each=2, timeout=600)
+    launch.run(TRAIN, tmp_path / "hosts.yaml", num_processes=2, devices_each=2, timeout=900)
 
-    for arguments in (
-        ["export-hf", f"{bucket}/runs/toy", tmp_path / "exported", "--no-verify"],
-        ["verify-export", tmp_path / "exported"],
-    ):
-        done = grit_jax(*arguments, timeout=600)
-        assert done.returncode == 0, done.stdout + done.stderr
+    done = grit_jax("export-hf", f"{bucket}/runs/toy", tmp_path / "exported", timeout=900)  # and compares with PyTorch
+    assert done.returncode == 0, done.stdout + done.stderr
     texts = [json.loads(line)["pos"][0][1] for line in (rows / "embedding.jsonl").read_text().splitlines()]
     (tmp_path / "texts.txt").write_text("\n".join(texts))
     index = {}

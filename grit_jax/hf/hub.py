@@ -42,9 +42,11 @@ def snapshot(name: str) -> Path:
 
     repository, _, revision = name.partition("@")
     try:
-        with _refusals(name, repository, revision, unknown="not a folder here and not a model on the Hub"):
-            folder = huggingface_hub.snapshot_download(
-                repository, revision=revision or None, allow_patterns=list(MODEL_PATTERNS)
+        with _refusals("model", repository, revision, name, unknown="not a folder here and not a model on the Hub"):
+            folder = Path(
+                huggingface_hub.snapshot_download(
+                    repository, revision=revision or None, allow_patterns=list(MODEL_PATTERNS)
+                )
             )
     except InputError:
         raise
@@ -53,7 +55,6 @@ def snapshot(name: str) -> Path:
             f"{name}: not a folder here, not in the cache, and the Hub cannot be reached ({type(error).__name__}); "
             "check the name and the network"
         ) from error
-    folder = Path(folder)
     if not any(folder.glob("*.safetensors")):
         raise InputError(
             f"{name}: has no safetensors; pickled weights are never opened. Choose a revision that has them"
@@ -112,7 +113,7 @@ def look_up(kind: Kind, name: str, revision: str | None = None) -> Repository:
     import huggingface_hub
 
     hub = huggingface_hub.HfApi()
-    with _trouble(name), _refusals(name, name, revision, unknown=f"not a {kind} on the Hub"):
+    with _trouble(name), _refusals(kind, name, revision):
         info: Any = hub.repo_info(name, repo_type=kind, revision=revision, files_metadata=True)
     card = info.card_data or {}
     licence = card.get("license_name") or card.get("license")
@@ -120,8 +121,8 @@ def look_up(kind: Kind, name: str, revision: str | None = None) -> Repository:
         RemoteFile(file.rfilename, file.size, file.lfs.sha256 if file.lfs else None, None if file.lfs else file.blob_id)
         for file in info.siblings
     ]
-    page = f"{hub.endpoint}/{'datasets/' if kind == 'dataset' else ''}{name}"
-    return Repository(kind, name, info.sha, ", ".join(licence) if isinstance(licence, list) else licence, page, found)
+    licence = ", ".join(licence) if isinstance(licence, list) else licence
+    return Repository(kind, name, info.sha, licence, _page(kind, name), found)
 
 
 def download(repository: Repository, file: RemoteFile, folder: Path) -> tuple[Path, str]:
@@ -133,46 +134,61 @@ def download(repository: Repository, file: RemoteFile, folder: Path) -> tuple[Pa
     """
     import huggingface_hub
 
-    with _trouble(f"{repository.name}: {file.name}"), _refusals(repository.name, repository.name, repository.commit):
-        path = Path(
-            huggingface_hub.hf_hub_download(
-                repository.name, file.name, repo_type=repository.kind, revision=repository.commit, local_dir=folder
-            )
-        )
+    kind, name, commit = repository.kind, repository.name, repository.commit
+    with _trouble(f"{name}: {file.name}"), _refusals(kind, name, commit):
+        path = Path(huggingface_hub.hf_hub_download(name, file.name, repo_type=kind, revision=commit, local_dir=folder))
     sha256, git_sha1 = hashlib.sha256(), hashlib.sha1(b"blob %d\0" % path.stat().st_size, usedforsecurity=False)
     with path.open("rb") as content:
         while block := content.read(_BLOCK):
             sha256.update(block)
             if file.git_sha1:
                 git_sha1.update(block)
-    name, found, wanted = "sha256", sha256.hexdigest(), file.sha256
+    sum_name, found, wanted = "sha256", sha256.hexdigest(), file.sha256
     if file.git_sha1:
-        name, found, wanted = "git sha1", git_sha1.hexdigest(), file.git_sha1
+        sum_name, found, wanted = "git sha1", git_sha1.hexdigest(), file.git_sha1
     if found != wanted:
         path.unlink()
         raise UnreachableError(
-            f"{repository.name}: {file.name} came damaged: its {name} is {found}, the Hub says {wanted}; it is removed"
+            f"{name}: {file.name} came damaged: its {sum_name} is {found}, the Hub says {wanted}; it is removed"
         )
     return path, sha256.hexdigest()
 
 
-@contextlib.contextmanager
-def _refusals(name: str, repository: str, revision: str | None, *, unknown: str = "not on the Hub") -> Generator[None]:
-    """Says plainly what the Hub refuses."""
-    from huggingface_hub import constants, errors
+def _page(kind: Kind, name: str) -> str:
+    from huggingface_hub import constants
 
+    return f"{constants.ENDPOINT}/{'datasets/' if kind == 'dataset' else ''}{name}"
+
+
+@contextlib.contextmanager
+def _refusals(
+    kind: Kind, repository: str, revision: str | None, name: str | None = None, *, unknown: str | None = None
+) -> Generator[None]:
+    """Says plainly what the Hub refuses.
+
+    Args:
+      kind: Model or dataset.
+      repository: `org/name`.
+      revision: What of it is asked for.
+      name: What the user wrote; None for `repository`.
+      unknown: What a repository is that the Hub does not know.
+    """
+    from huggingface_hub import errors
+
+    name = name or repository
     try:
         yield
     except errors.GatedRepoError as error:
         raise InputError(
-            f"{name}: its authors ask for a licence to be accepted; accept it on its page, "
-            f"{constants.ENDPOINT}/{repository}, then log in with `hf auth login` or set HF_TOKEN to a token of that "
-            "account"
+            f"{name}: its authors ask for a licence to be accepted; accept it on its page, {_page(kind, repository)}, "
+            "then log in with `hf auth login` or set HF_TOKEN to a token of that account"
         ) from error
     except errors.RevisionNotFoundError as error:
         raise InputError(f"{name}: the Hub has {repository} but no revision {revision!r} of it") from error
     except errors.RepositoryNotFoundError as error:
-        raise InputError(f"{name}: {unknown}; correct the name, or set HF_TOKEN if it is private") from error
+        raise InputError(
+            f"{name}: {unknown or f'not a {kind} on the Hub'}; correct the name, or set HF_TOKEN if it is private"
+        ) from error
     except errors.HFValidationError as error:
         raise InputError(f"{name}: not a name that the Hub can have; it is ORG/NAME") from error
 
