@@ -100,7 +100,7 @@ def world(tmp_path, folders, monkeypatch):
         }
         server.repositories["org/model"] = {"main": model | more | {"README.md": b"---\nlicense: apache-2.0\n---\n"}}
         server.repositories[MEDI2] = {DATA_SETS["medi2"].revision: FILES | {"README.md": b"# MEDI2"}}
-        yield World(tmp_path, server, variables)
+        yield World(tmp_path, server, variables | {"XLA_FLAGS": environment()["XLA_FLAGS"]})
 
 
 def weights_of(folder):
@@ -239,7 +239,7 @@ print("the same")
 
 
 def test_model_and_data_come_into_a_bucket(world, bucket, folders, tmp_path):
-    large = {"large.jsonl": b"".join(FILES.values()) * 20_000}  # more than one request takes
+    large = {"large.jsonl": b"".join(FILES.values()) * 10_000}  # more than one request takes
     world.server.repositories[MEDI2][DATA_SETS["medi2"].revision] |= large
     for kind, name in (("model", "org/model"), ("data", "medi2"), ("data", "medi2")):
         world.server.requests.clear()
