@@ -1,28 +1,34 @@
 #!/usr/bin/env bash
-# What happens on a TPU host. launch/run.sh and launch/pod.sh call this over ssh; it needs nobody to stay connected.
+# What happens on a host. run.sh, pod.sh and prepare.sh call this over ssh; it needs nobody to stay connected.
 #
 #   host.sh install EXTRAS     this commit and its requirements in .venv, once
+#   host.sh fetch ...          grit-jax fetch, on the CPU
 #   host.sh doctor             grit-jax doctor --selftest, together with all other hosts
 #   host.sh start CONFIG       starts training in the background, or does nothing while it runs
 #   host.sh follow             prints the log of the training, from its last lines on, until it ends
 #   host.sh result             one line: running, ended CODE, stopped CODE (by `stop`), or none
 #   host.sh stop               SIGTERM: training saves and ends with 75
 #
-# doctor and start read GRIT_NAME, GRIT_TYPE, GRIT_SLICES, GRIT_BUCKET, and GRIT_SECRETS: pairs VARIABLE=SECRET, where
-# SECRET is the name of a secret in Secret Manager. Its value goes from there into the environment and nowhere else.
+# doctor and start read GRIT_NAME, GRIT_TYPE, GRIT_SLICES, GRIT_BUCKET. They and fetch read GRIT_SECRETS: pairs
+# VARIABLE=SECRET, where SECRET is the name of a secret in Secret Manager. Its value goes from there into the environment
+# and nowhere else.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
 run=$HOME/grit-jax/run # log, lock and exit code of the training on this host
 mkdir -p "$run"
 
-environment() {
+secrets() {
   local pair secret
-  # shellcheck source=launch/env.sh
-  source "$root/launch/env.sh"
   for pair in ${GRIT_SECRETS:-}; do
     secret=$(gcloud secrets versions access latest --secret="${pair#*=}")
     export "${pair%%=*}=$secret"
   done
+}
+
+environment() {
+  # shellcheck source=launch/env.sh
+  source "$root/launch/env.sh"
+  secrets
 }
 
 install() {
@@ -33,7 +39,7 @@ install() {
   export PATH=$HOME/.local/bin:$PATH
   command -v uv >/dev/null || python3 -m pip install --quiet --user --constraint "$root/constraints.txt" uv
   uv venv --quiet --allow-existing --python '>=3.11,<3.14' "$root/.venv"
-  uv pip install --quiet --python "$root/.venv/bin/python" --constraint "$root/constraints.txt" "${root}[$1]"
+  uv pip install --quiet --python "$root/.venv/bin/python" --constraint "$root/constraints.txt" "$root${1:+[$1]}"
   touch "$root/.installed"
 }
 
@@ -41,6 +47,11 @@ doctor() {
   environment
   # Hosts wait for each other; one that never comes must not hold the others for ever.
   timeout 1800 "$root/.venv/bin/grit-jax" doctor --selftest --checkpoint "$GRIT_BUCKET/launch/$GRIT_NAME/doctor"
+}
+
+fetch() {
+  secrets
+  JAX_PLATFORMS=cpu "$root/.venv/bin/grit-jax" fetch "$@"
 }
 
 # The lock is held by the training and all its processes, and by nothing else: it is free when they are gone, however.

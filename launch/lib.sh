@@ -1,5 +1,6 @@
 # shellcheck shell=bash
-# What launch/run.sh and launch/pod.sh share: options, how commands are shown and run, and the questions to gcloud.
+# What launch/run.sh, launch/pod.sh and launch/prepare.sh share: options, how commands are shown and run, the questions to
+# gcloud, and how hosts get the source.
 #
 # Nothing is remembered between two calls. Whether a pod is there is gcloud's to say; whether this project made it, its
 # label grit_run=NAME; what the run has done, its folder in the bucket; whether a host trains, a lock on that host.
@@ -61,13 +62,17 @@ parse() {
     if ((took_value && !has_value)); then shift; fi
     if ((has_value && !took_value)); then die "$key takes no value"; fi
   done
+  exec 3>&2
+  if ((dry_run)); then exec 3>&1; fi
+}
+
+# Checks NAME and --zone, and leaves the flags that every gcloud command takes in $common.
+check_place() {
   [[ -n $name ]] || die "NAME is missing; see --help"
   [[ $name =~ ^[a-z]([-a-z0-9]{0,50}[a-z0-9])?$ ]] ||
     die "NAME $name: lower-case letters, digits and hyphens, from a letter on, at most 52"
-  [[ -n $zone ]] || die "--zone is missing: where the TPU is, such as us-east5-a"
+  [[ -n $zone ]] || die "--zone is missing: where NAME is, such as us-east5-a"
   common=(--zone="$zone" ${project:+--project="$project"})
-  exec 3>&2
-  if ((dry_run)); then exec 3>&1; fi
 }
 
 needs_value() {
@@ -148,6 +153,32 @@ connect() {
   to "$@"
   show "${ssh[@]}"
   if ((!dry_run)); then "${ssh[@]}"; fi
+}
+
+# The commit that hosts install, in $commit, and where it is put in the bucket, in $archive.
+# shellcheck disable=SC2154 # the scripts have set root and bucket
+find_source() {
+  commit=$(git -C "$root" rev-parse HEAD)
+  if [[ -n $(git -C "$root" status --porcelain --untracked-files=no) ]]; then
+    die "there are changes that are not committed; hosts install a commit: commit or stash them"
+  fi
+  archive=$bucket/launch/source/$commit.tar.gz
+}
+
+# Puts it there. Hosts need no access to the repository: that may be private, or have this commit on this machine only.
+upload_source() {
+  if ((dry_run)); then
+    echo "+ $(quoted git -C "$root" archive --format=tar.gz "$commit") | $(quoted gcloud storage cp - "$archive")"
+  else
+    git -C "$root" archive --format=tar.gz "$commit" | try gcloud storage cp - "$archive"
+  fi
+}
+
+# The command line that brings it from there to a host.
+unpack_source() {
+  local into=grit-jax/$commit fetch
+  fetch="gcloud storage cat $(quoted "$archive") | tar -xzC $into"
+  echo "set -o pipefail; mkdir -p $into && { test -e $into/.installed || $fetch; } && ln -sfn $commit grit-jax/current"
 }
 
 # The command line of launch/host.sh on a host.

@@ -38,6 +38,7 @@ option() {
   esac
 }
 parse "$@"
+check_place
 
 if ((dry_run)); then
   list_nodes

@@ -61,6 +61,7 @@ option() {
   esac
 }
 parse "$@"
+check_place
 
 for key in type config bucket; do [[ -n ${!key} ]] || die "--$key is missing; see --help"; done
 for key in slices retries wait poll; do [[ ${!key} =~ ^[0-9]+$ ]] || die "--$key ${!key} is not a whole number"; done
@@ -85,11 +86,7 @@ fi
 
 bin=${GRIT_BIN:-$root/.venv/bin}
 folder=$bucket/runs/$name
-commit=$(git -C "$root" rev-parse HEAD)
-if [[ -n $(git -C "$root" status --porcelain --untracked-files=no) ]]; then
-  die "there are changes that are not committed; hosts install a commit: commit or stash them"
-fi
-archive=$bucket/launch/source/$commit.tar.gz
+find_source
 uploaded_config=$bucket/launch/$name/config.yaml
 make_config=("$bin/python" "$root/launch/config.py" "$config" "$folder" "${rest[@]}")
 
@@ -265,13 +262,9 @@ all_ready() {
 
 # --- the hosts --------------------------------------------------------------------------------------------------------
 
-# Every host gets the commit as an archive from the bucket, and needs no access to the repository: that may be private,
-# or have this commit on this machine only.
+# Every host gets the commit as an archive from the bucket.
 install() {
-  local into=grit-jax/$commit fetch
-  fetch="gcloud storage cat $(quoted "$archive") | tar -xzC $into"
-  on_hosts try "set -o pipefail; mkdir -p $into && { test -e $into/.installed || $fetch; } &&\
- ln -sfn $commit grit-jax/current && $(host install "$extras")"
+  on_hosts try "$(unpack_source) && $(host install "$extras")"
 }
 
 # Runs a command of launch/host.sh that wants to know the run.
@@ -319,6 +312,12 @@ train() {
 
 show "${make_config[@]}"
 if ((!dry_run)); then resolved=$("${make_config[@]}"); fi
+# What launch/prepare.sh brings has to be there before anything is rented.
+fetched=$("$bin/python" "$root/launch/config.py" --fetched "$config" "${rest[@]}")
+for path in $fetched; do
+  quietly gcloud storage ls "$bucket/$path/fetch.json" >/dev/null ||
+    die "$bucket/$path/fetch.json is not there: launch/prepare.sh --config $config --bucket $bucket brings it"
+done
 
 found=$(look)
 if [[ -z $found ]] && ((plan)); then
@@ -331,11 +330,10 @@ if [[ -z $found ]] && ((plan)); then
   if ((code)); then exit "$code"; fi
 fi
 
+upload_source
 if ((dry_run)); then
-  echo "+ $(quoted git -C "$root" archive --format=tar.gz "$commit") | $(quoted gcloud storage cp - "$archive")"
   echo "+ $(quoted "${make_config[@]}") | $(quoted gcloud storage cp - "$uploaded_config")"
 else
-  git -C "$root" archive --format=tar.gz "$commit" | try gcloud storage cp - "$archive"
   try gcloud storage cp - "$uploaded_config" <<<"$resolved"
 fi
 

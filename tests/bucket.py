@@ -1,6 +1,7 @@
 """A bucket on this machine, for programs that are started with its environment."""
 
 import contextlib
+import functools
 import os
 import socket
 import urllib.parse
@@ -20,6 +21,7 @@ class Bucket:
         from gcp_storage_emulator.handlers.buckets import create_bucket
         from gcp_storage_emulator.storage import Storage
 
+        _send_generations()
         self._storage = Storage(use_memory_fs=True)
         create_bucket(BUCKET, self._storage)
         with socket.socket() as free:
@@ -63,3 +65,20 @@ def emulator():
         yield bucket.environment
     finally:
         bucket.stop()
+
+
+@functools.cache
+def _send_generations():
+    """Adds to the emulator's answers what tensorstore needs to write an object again that it has read."""
+    from gcp_storage_emulator.handlers import objects
+    from gcp_storage_emulator.server import GET, HANDLERS
+
+    def download(request, response, storage, *more, **options):
+        objects.download(request, response, storage, *more, **options)
+        if response.status < 300:
+            about = storage.get_file_obj(request.params["bucket_name"], request.params["object_id"])
+            response["x-goog-generation"] = about["generation"]
+
+    for _, methods in HANDLERS:
+        if methods.get(GET) is objects.download:
+            methods[GET] = download

@@ -7,14 +7,27 @@ import json
 import os
 import re
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
 class Hub:
-    """Repositories by name: branch -> file -> bytes; `gated` ones refuse everybody."""
+    """Repositories by name: branch -> file -> bytes; data sets are called `datasets/org/name`.
+
+    Attributes:
+      gated: Repositories whose files nobody gets.
+      damaged: What is sent in place of a file's content, by the file's name.
+      held: Files that are not sent while they are in it.
+      requests: Method and path of all requests so far.
+    """
 
     def __init__(self):
         self.repositories, self.gated, self.requests, self._objects = {}, set(), [], {}
+        self.damaged, self.held = {}, set()
+
+    def sent(self):
+        """Names of the files that were asked for, in order."""
+        return [path.rpartition("/")[2] for method, path in self.requests if method == "GET" and "/resolve/" in path]
 
     def files(self, repository, revision):
         """The files of a branch or commit."""
@@ -35,14 +48,17 @@ class Hub:
             return 200, {}, {}
         match = (
             re.fullmatch(r"/api/models/([^/]+/[^/]+)/(revision|branch|preupload|commit|tree)/(.+)", path)
-            or re.fullmatch(r"/([^/]+/[^/]+)/(resolve)/(.+)", path)
+            or re.fullmatch(r"/api/models/([^/]+/[^/]+)()()", path)
+            or re.fullmatch(r"/api/(datasets/[^/]+/[^/]+)/(revision)/(.+)", path)
+            or re.fullmatch(r"/((?:datasets/)?[^/]+/[^/]+)/(resolve)/(.+)", path)
             or re.fullmatch(r"/([^/]+/[^/]+)\.git/(info/lfs/objects/batch)()", path)
         )
         if not match or match[1] not in self.repositories:
             return 404, {"X-Error-Code": "RepoNotFound"}, {"error": "Repository not found"}
-        if match[1] in self.gated:
+        call = match[2].split("/")[0] or "revision"
+        if match[1] in self.gated and call != "revision":  # everybody may see what there is
             return 403, {"X-Error-Code": "GatedRepo"}, {"error": "Access to it is restricted"}
-        return getattr(self, "_" + match[2].split("/")[0])(match[1], match[3], body)
+        return getattr(self, "_" + call)(match[1], match[3] or "main", body)
 
     def _revision(self, repository, revision, _):
         try:
@@ -50,7 +66,10 @@ class Hub:
         except StopIteration:
             return 404, {"X-Error-Code": "RevisionNotFound"}, {"error": "Revision not found"}
         about = {"id": repository, "modelId": repository, "sha": commit(files), "private": False, "tags": []}
-        return 200, {}, about | {"downloads": 0, "likes": 0, "siblings": [{"rfilename": name} for name in files]}
+        about |= {"downloads": 0, "likes": 0, "siblings": [sibling(name, content) for name, content in files.items()]}
+        if licence := re.search(r"^license: (.*)$", files.get("README.md", b"").decode(), re.MULTILINE):
+            about["cardData"] = {"license": licence[1]}
+        return 200, {}, about
 
     def _tree(self, repository, revision, _):
         files = self.files(repository, revision).items()
@@ -59,8 +78,10 @@ class Hub:
     def _resolve(self, repository, place, _):
         revision, _, name = place.partition("/")
         content = self.files(repository, revision)[name]
-        tag = hashlib.sha1(content).hexdigest()
-        return 200, {"ETag": f'"{tag}"', "X-Repo-Commit": commit(self.files(repository, revision))}, content
+        about = sibling(name, content)
+        tag = about["lfs"]["sha256"] if "lfs" in about else about["blobId"]
+        headers = {"ETag": f'"{tag}"', "X-Repo-Commit": commit(self.files(repository, revision))}
+        return 200, headers, self.damaged.get(name, content)
 
     def _branch(self, repository, branch, _):
         self.repositories[repository].setdefault(branch, dict(self.repositories[repository]["main"]))
@@ -89,6 +110,15 @@ class Hub:
         return 200, {}, {"success": True, "commitOid": commit(files), "commitUrl": place, "hookOutput": ""}
 
 
+def sibling(name, content):
+    """What the Hub says about a file; large ones have a sha256 of their own."""
+    about = {"rfilename": name, "size": len(content)}
+    about["blobId"] = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+    if name.endswith((".safetensors", ".jsonl")):
+        about["lfs"] = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest(), "pointerSize": 130}
+    return about
+
+
 def commit(files):
     """The commit of some contents."""
     return hashlib.sha1(repr(sorted(files.items())).encode()).hexdigest()
@@ -96,7 +126,7 @@ def commit(files):
 
 def folder_files(folder):
     """Every file of a folder by its path in it."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 @contextlib.contextmanager
@@ -111,6 +141,8 @@ def serve(cache):
             body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
             path = self.path.partition("?")[0].replace("%2F", "/")
             hub.requests.append((self.command, path))
+            while self.command == "GET" and path.rpartition("/")[2] in hub.held:
+                time.sleep(0.02)
             status, headers, content = hub.answer(self.command, path, body)
             if not isinstance(content, bytes):
                 content, headers = json.dumps(content).encode(), headers | {"Content-Type": "application/json"}
@@ -119,7 +151,8 @@ def serve(cache):
                 self.send_header(name, value)
             self.end_headers()
             if self.command != "HEAD":
-                self.wfile.write(content)
+                with contextlib.suppress(ConnectionError):  # the client may be gone
+                    self.wfile.write(content)
 
         do_GET = do_HEAD = do_POST = do_PUT = handle_any
 
@@ -137,3 +170,14 @@ def serve(cache):
     finally:
         server.shutdown()
         server.server_close()
+
+
+def ask_from_here(hub, monkeypatch):
+    """Makes this process ask the hub, as `environment` makes others."""
+    from huggingface_hub import constants
+
+    template = constants.HUGGINGFACE_CO_URL_TEMPLATE
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template.replace(constants.ENDPOINT, hub.address))
+    monkeypatch.setattr(constants, "ENDPOINT", hub.address)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setenv("HF_TOKEN", "hf_test")

@@ -49,8 +49,8 @@ def test_the_papers_models_name_their_base_and_have_its_size(path):
     architecture = config.model.architecture.resolve(32000)
     shapes = abstract_params(abstract_model(architecture))
     count = sum(math.prod(leaf.shape) for leaf in _leaves(shapes))
-    base, size = ("mistralai/Mixtral-8x7B-v0.1", 46_702_792_704) if "8x7b" in path.name else (
-        "mistralai/Mistral-7B-v0.1", 7_241_732_096
+    base, size = ("models/mistralai/Mixtral-8x7B-v0.1", 46_702_792_704) if "8x7b" in path.name else (
+        "models/mistralai/Mistral-7B-v0.1", 7_241_732_096
     )  # fmt: skip
     assert (config.model.init, count) == (base, size)
     assert config.data.train == ["data/medi2", "data/tulu2"]

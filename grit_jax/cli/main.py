@@ -13,6 +13,7 @@ from grit_jax.cli import (
     doctor,
     encode,
     export_hf,
+    fetch,
     generate,
     import_hf,
     plan,
@@ -27,6 +28,7 @@ from grit_jax.config import InputError
 from grit_jax.files import UnreachableError
 
 COMMANDS = {
+    "fetch": fetch,
     "data": data,
     "train": train,
     "status": status,

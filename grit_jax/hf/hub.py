@@ -1,17 +1,25 @@
-"""The Hugging Face Hub: ids such as `org/name@revision`, and publishing a folder."""
+"""The Hugging Face Hub: ids such as `org/name@revision`, checked downloads, and publishing a folder."""
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import os
 import re
+from collections.abc import Generator
 from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
 from etils import epath
 
 from grit_jax.config import InputError
+from grit_jax.files import UnreachableError
+
+Kind = Literal["model", "dataset"]
 
 # What a model is made of. Pickled weights and modelling code are never downloaded.
-_PATTERNS = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja"]
+MODEL_PATTERNS = ("*.json", "*.safetensors", "tokenizer.model", "*.jinja")
+_BLOCK = 1 << 22  # bytes read at a time
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
 
 
@@ -31,24 +39,17 @@ def snapshot(name: str) -> Path:
         be reached and the cache does not have it.
     """
     import huggingface_hub
-    from huggingface_hub import errors
 
     repository, _, revision = name.partition("@")
     try:
-        folder = Path(
-            huggingface_hub.snapshot_download(repository, revision=revision or None, allow_patterns=_PATTERNS)
-        )
-    except errors.GatedRepoError as error:
-        raise InputError(
-            f"{name}: its authors ask for a licence to be accepted; accept it on the model's page, then set HF_TOKEN "
-            "to a token of that account"
-        ) from error
-    except errors.RevisionNotFoundError as error:
-        raise InputError(f"{name}: the Hub has {repository} but no revision {revision!r} of it") from error
-    except errors.RepositoryNotFoundError as error:
-        raise InputError(
-            f"{name}: not a folder here and not a model on the Hub; correct the name, or set HF_TOKEN if it is private"
-        ) from error
+        with _refusals("model", repository, revision, name, unknown="not a folder here and not a model on the Hub"):
+            folder = Path(
+                huggingface_hub.snapshot_download(
+                    repository, revision=revision or None, allow_patterns=list(MODEL_PATTERNS)
+                )
+            )
+    except InputError:
+        raise
     except Exception as error:  # the errors of its HTTP library are not huggingface_hub's own
         raise InputError(
             f"{name}: not a folder here, not in the cache, and the Hub cannot be reached ({type(error).__name__}); "
@@ -59,6 +60,149 @@ def snapshot(name: str) -> Path:
             f"{name}: has no safetensors; pickled weights are never opened. Choose a revision that has them"
         )
     return folder
+
+
+class RemoteFile(NamedTuple):
+    """A file of a repository.
+
+    Attributes:
+      name: Path in the repository.
+      size: Bytes.
+      sha256: Of its content, where the Hub has it: of large files.
+      git_sha1: Of git's blob of it, where the Hub has no sha256.
+    """
+
+    name: str
+    size: int
+    sha256: str | None
+    git_sha1: str | None
+
+
+class Repository(NamedTuple):
+    """A repository of the Hub at one commit.
+
+    Attributes:
+      kind: What it holds.
+      name: `org/name`.
+      commit: All 40 digits.
+      licence: As its card states it; None where it states none.
+      page: Its address.
+      files: All files.
+    """
+
+    kind: Kind
+    name: str
+    commit: str
+    licence: str | None
+    page: str
+    files: list[RemoteFile]
+
+
+def look_up(kind: Kind, name: str, revision: str | None = None) -> Repository:
+    """Asks the Hub for a repository's files and their checksums.
+
+    Args:
+      kind: Model or dataset.
+      name: `org/name`.
+      revision: Branch, tag or commit; None for the main branch.
+
+    Raises:
+      InputError: There is no such repository or revision, or its licence has not been accepted.
+      UnreachableError: The Hub does not answer.
+    """
+    import huggingface_hub
+
+    hub = huggingface_hub.HfApi()
+    with _trouble(name), _refusals(kind, name, revision):
+        info: Any = hub.repo_info(name, repo_type=kind, revision=revision, files_metadata=True)
+    card = info.card_data or {}
+    licence = card.get("license_name") or card.get("license")
+    found = [
+        RemoteFile(file.rfilename, file.size, file.lfs.sha256 if file.lfs else None, None if file.lfs else file.blob_id)
+        for file in info.siblings
+    ]
+    licence = ", ".join(licence) if isinstance(licence, list) else licence
+    return Repository(kind, name, info.sha, licence, _page(kind, name), found)
+
+
+def download(repository: Repository, file: RemoteFile, folder: Path) -> tuple[Path, str]:
+    """A file of a repository on this disk, and its sha256; downloaded where it is not in `folder` yet.
+
+    Raises:
+      InputError: The licence has not been accepted.
+      UnreachableError: The Hub does not answer, or what came does not have the Hub's checksum; it is removed then.
+    """
+    import huggingface_hub
+
+    kind, name, commit = repository.kind, repository.name, repository.commit
+    with _trouble(f"{name}: {file.name}"), _refusals(kind, name, commit):
+        path = Path(huggingface_hub.hf_hub_download(name, file.name, repo_type=kind, revision=commit, local_dir=folder))
+    sha256, git_sha1 = hashlib.sha256(), hashlib.sha1(b"blob %d\0" % path.stat().st_size, usedforsecurity=False)
+    with path.open("rb") as content:
+        while block := content.read(_BLOCK):
+            sha256.update(block)
+            if file.git_sha1:
+                git_sha1.update(block)
+    sum_name, found, wanted = "sha256", sha256.hexdigest(), file.sha256
+    if file.git_sha1:
+        sum_name, found, wanted = "git sha1", git_sha1.hexdigest(), file.git_sha1
+    if found != wanted:
+        path.unlink()
+        raise UnreachableError(
+            f"{name}: {file.name} came damaged: its {sum_name} is {found}, the Hub says {wanted}; it is removed"
+        )
+    return path, sha256.hexdigest()
+
+
+def _page(kind: Kind, name: str) -> str:
+    from huggingface_hub import constants
+
+    return f"{constants.ENDPOINT}/{'datasets/' if kind == 'dataset' else ''}{name}"
+
+
+@contextlib.contextmanager
+def _refusals(
+    kind: Kind, repository: str, revision: str | None, name: str | None = None, *, unknown: str | None = None
+) -> Generator[None]:
+    """Says plainly what the Hub refuses.
+
+    Args:
+      kind: Model or dataset.
+      repository: `org/name`.
+      revision: What of it is asked for.
+      name: What the user wrote; None for `repository`.
+      unknown: What a repository is that the Hub does not know.
+    """
+    from huggingface_hub import errors
+
+    name = name or repository
+    try:
+        yield
+    except errors.GatedRepoError as error:
+        raise InputError(
+            f"{name}: its authors ask for a licence to be accepted; accept it on its page, {_page(kind, repository)}, "
+            "then log in with `hf auth login` or set HF_TOKEN to a token of that account"
+        ) from error
+    except errors.RevisionNotFoundError as error:
+        raise InputError(f"{name}: the Hub has {repository} but no revision {revision!r} of it") from error
+    except errors.RepositoryNotFoundError as error:
+        raise InputError(
+            f"{name}: {unknown or f'not a {kind} on the Hub'}; correct the name, or set HF_TOKEN if it is private"
+        ) from error
+    except errors.HFValidationError as error:
+        raise InputError(f"{name}: not a name that the Hub can have; it is ORG/NAME") from error
+
+
+@contextlib.contextmanager
+def _trouble(what: str) -> Generator[None]:
+    """Turns what may pass into UnreachableError."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:  # the errors of its HTTP library are not huggingface_hub's own
+        reason = " ".join(str(error).split())[:300]
+        raise UnreachableError(f"{what} cannot be had from the Hub ({type(error).__name__}: {reason})") from error
 
 
 def push(

@@ -59,7 +59,7 @@ def test_neither_pickles_nor_code_are_downloaded(world):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("org/gated", "its authors ask for a licence to be accepted; accept it on the model's page, then set HF_TOKEN"),
+        ("org/gated", "its authors ask for a licence to be accepted; accept it on its page, http"),
         ("org/nothing", "not a folder here and not a model on the Hub; correct the name"),
         ("org/model@v9", "the Hub has org/model but no revision 'v9' of it"),
         ("org/pickled", "has no safetensors; pickled weights are never opened"),

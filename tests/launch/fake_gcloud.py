@@ -225,6 +225,9 @@ def storage(verb, paths):
     elif verb == "cat":
         sys.stdout.buffer.write(local(paths[0]).read_bytes())
     elif verb == "ls":
+        if local(paths[0]).is_file():
+            print(paths[0])
+            return
         found = sorted(local(paths[0]).glob("*"))
         if not found:
             raise Failure("ERROR: One or more URLs matched no objects.")

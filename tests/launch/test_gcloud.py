@@ -8,6 +8,7 @@ import subprocess
 import pytest
 
 from tests.launch.cloud import Cloud, make_repository
+from tests.launch.test_prepare import NAMED
 from tests.runs import ROOT
 
 # Runs in gcloud's own Python. From stdin: commands, and resources to filter and print; to stdout: what is wrong with
@@ -57,6 +58,9 @@ def commands(tmp_path_factory):
     more = ["--create-flag=--network=n", "--create-flag=--service-account=a@b.c", "--connect-flag=--internal-ip"]
     printed = [cloud.run(*tier, *more, "--dry-run") for tier in tiers]
     verbs = [["status"], ["logs"], ["stop"], ["delete"], ["ssh", "--", "nproc"]]
+    config = f"--config={cloud.repository / 'configs/tiny.yaml'}"
+    vm = ["vm", "--zone=z", "--bucket=gs://b", config, "--connect-flag=--internal-ip", "--dry-run", *NAMED]
+    printed.append(cloud.call("prepare.sh", *vm))
     printed += [cloud.call("pod.sh", verb, "run", "--zone=z", "--dry-run", *rest) for verb, *rest in verbs]
     assert not any(code for code, _ in printed), printed
     found = []

@@ -337,7 +337,7 @@ def test_wrong_options_are_refused(cloud, arguments, message):
     ("overrides", "message"),
     [
         (["--train.step=3"], "did you mean 'train.steps'?"),
-        (["--data.train=data/medi2"], "data.train: data/medi2 is on this machine, where no host can read it"),
+        (["--data.train=mine/medi2"], "data.train: mine/medi2 is on this machine, where no host can read it"),
     ],
 )
 def test_a_config_that_hosts_cannot_use_is_refused_before_anything_is_rented(cloud, overrides, message):
