@@ -8,6 +8,9 @@ the input and of that by the weights.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import common
 import jax
 import numpy as np
@@ -25,6 +28,10 @@ _PRODUCTS = {
 }
 
 
+def _computed(function: Callable[..., jax.Array], *arrays: jax.Array) -> jax.Array:
+    return function(*arrays).block_until_ready()
+
+
 def main() -> None:
     """Runs the benchmark."""
     args = common.parser(__doc__).parse_args()
@@ -33,13 +40,12 @@ def main() -> None:
         shapes = (_TOKENS, fan_in), (fan_in, fan_out), (_TOKENS, fan_out)
         arrays = [rng.normal(size=shape).astype(np.float32) for shape in shapes]
         for product, function in _PRODUCTS.items():
-            compiled, placed = jax.jit(function), [jax.numpy.asarray(array) for array in arrays]
-            sides = {"ours": lambda: compiled(*placed).block_until_ready()}  # noqa: B023 (called before the next turn)
+            placed = map(jax.numpy.asarray, arrays)
+            sides = {"ours": functools.partial(_computed, jax.jit(function), *placed)}
             if not args.no_torch and common.has_torch():
                 import torch
 
-                tensors = [torch.from_numpy(array) for array in arrays]
-                sides["torch"] = lambda: function(*tensors)  # noqa: B023
+                sides["torch"] = functools.partial(function, *map(torch.from_numpy, arrays))
             seconds, _ = common.alternate(sides, 3 * args.repeats)
             flops = 2 * _TOKENS * fan_in * fan_out
             report[f"{size}: {product}"] = {side: round(flops / each.clock / 1e9) for side, each in seconds.items()}

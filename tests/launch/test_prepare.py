@@ -6,8 +6,6 @@ import shlex
 import pytest
 import yaml
 
-from tests.launch.cloud import Cloud, make_repository
-
 PREPARE = ["--bucket=gs://b", "--config=configs/tiny.yaml"]
 NAMED = ["--", "--model.init=models/org/name", '--data.train=["data/medi2", "data/tulu2"]', "--model.tokenizer=null"]
 PATHS = ["models/org/name", "data/medi2", "data/tulu2"]
@@ -16,15 +14,8 @@ FETCHES = [["model", "org/name", "gs://b/models/org/name"]] + [
 ]
 
 
-@pytest.fixture(scope="module")
-def repository(tmp_path_factory):
-    return make_repository(tmp_path_factory.mktemp("launch"))
-
-
 @pytest.fixture
-def cloud(tmp_path, repository):
-    cloud = Cloud(tmp_path, repository)
-    cloud.trainings(0)
+def cloud(cloud, repository):
     (cloud.home / "configs").symlink_to(repository / "configs")
     return cloud
 

@@ -16,18 +16,6 @@ CREATE = ("compute", "tpus", "queued-resources", "create")
 DELETE = ("compute", "tpus", "queued-resources", "delete")
 
 
-@pytest.fixture(scope="module")
-def repository(tmp_path_factory):
-    return make_repository(tmp_path_factory.mktemp("launch"))
-
-
-@pytest.fixture
-def cloud(tmp_path, repository):
-    cloud = Cloud(tmp_path, repository)
-    cloud.trainings(0)
-    return cloud
-
-
 def trainings(cloud):
     """Hosts in the order in which training was started on them."""
     return [line.split()[0] for line in cloud.hosts_log() if " train" in line]
