@@ -3,12 +3,9 @@
 import os
 from pathlib import Path
 
-os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # an installed libtpu otherwise looks for a TPU host's metadata
-# Small programs take longer to optimise than to run.
-os.environ["XLA_FLAGS"] = (
-    f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-)
+from tests import runs
+
+os.environ.update(runs.environment(devices=8))
 
 import pytest
 from jaxtyping import install_import_hook

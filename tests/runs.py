@@ -32,8 +32,19 @@ def write_data(folder):
 
 
 def environment(devices=1):
-    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
-    return os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    """Variables of a process that runs JAX on virtual devices of the CPU."""
+    return os.environ | {
+        "PYTHONPATH": str(ROOT),
+        "JAX_PLATFORMS": "cpu",
+        "TPU_SKIP_MDS_QUERY": "1",  # an installed libtpu otherwise looks for a TPU host's metadata
+        # Small programs take longer to optimise than to run.
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0",
+        # Each program is compiled once for all processes; the limit on the size makes JAX lock the folder.
+        "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".pytest_cache/d/programs"),
+        "JAX_COMPILATION_CACHE_MAX_SIZE": str(2**30),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
 
 
 def command(*arguments):
