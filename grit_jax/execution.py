@@ -104,7 +104,7 @@ def execution(config: ModelConfig, platform: str) -> Execution:
 
 
 def _attention(platform: str) -> AttentionKernel:
-    """The kernel of a platform's devices; cuDNN's needs a GPU of Ampere's generation (compute capability 8) or newer."""
+    """The kernel of a platform's devices; cuDNN's needs GPUs of compute capability 8, Ampere's, or newer."""
     if platform == "gpu" and any(float(device.compute_capability) < 8 for device in jax.local_devices(backend="gpu")):
         return "dense"
     kernels: dict[str, AttentionKernel] = {"tpu": "splash", "gpu": "cudnn", "cpu": "blockwise"}

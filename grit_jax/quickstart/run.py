@@ -159,7 +159,9 @@ def _corpus(output: Path, packages: Sequence[str] | None, console: rich.console.
     """Writes data and tokenizer, unless an interrupted run has done so."""
     counts_file = output / "data/counts.json"
     if not counts_file.exists():
-        console.print(f"reading docstrings of {', '.join(packages or ['the standard library and the numeric packages'])}")
+        console.print(
+            f"reading docstrings of {', '.join(packages or ['the standard library and the numeric packages'])}"
+        )
         counts = write_corpus(output / "data", None if packages is None else package_roots(packages))
         console.print("training the tokenizer")
         tokenizer = train_bpe(_texts(output / "data/train"), _VOCAB_SIZE)

@@ -75,10 +75,9 @@ if not Path(RUN, "checkpoints").exists():
 # The folder is written in bfloat16, half the size of float32, and compared with PyTorch's numbers: tokens, logits, hidden
 # states and vectors. These commands run on the CPU: this process has the accelerator.
 
-# %%
-%%bash -s "$RUN"
-JAX_PLATFORMS=cpu grit-jax export-hf "$1" my-model --dtype bfloat16 --prompt query="Find the documentation"
-ls -lh my-model
+# %% magic_args="-s \"$RUN\"" language="bash"
+# JAX_PLATFORMS=cpu grit-jax export-hf "$1" my-model --dtype bfloat16 --prompt query="Find the documentation"
+# ls -lh my-model
 
 # %% [markdown]
 # `grit-jax verify-export my-model` compares again, on any machine, and `grit-jax push-hf my-model my-name/my-model
@@ -92,7 +91,11 @@ ls -lh my-model
 # %%
 from sentence_transformers import SentenceTransformer
 
-texts = ["Returns the sum of the elements along an axis.", "Draws a line on the axes.", "Computes the inverse of a matrix."]
+texts = [
+    "Returns the sum of the elements along an axis.",
+    "Draws a line on the axes.",
+    "Computes the inverse of a matrix.",
+]
 sentences = SentenceTransformer("my-model", device="cpu")
 documents = sentences.encode_document(texts)
 query = sentences.encode_query("add up numbers")

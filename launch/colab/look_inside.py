@@ -50,6 +50,7 @@ assert main(["doctor"]) == 0, "the lines above say what is wrong with the instal
 # %% tags=["parameters"]
 PACKAGES = None  # a list of installed packages; None is the standard library and the numeric packages
 STEPS = 260
+WIDTH = 256  # of the residual stream
 SNAPSHOT_EVERY = 20  # steps between the snapshots of which the second picture shows four
 BATCHES = (8, 32, 128)  # the third picture trains one model for each of these
 TEMPERATURES = (0.01, 0.05, 0.2, 1.0)  # and each of these,
@@ -73,6 +74,7 @@ run_quickstart(
     packages=PACKAGES,
     overrides=[
         f"--train.steps={STEPS}",
+        f"--model.architecture.embed_dim={WIDTH}",
         f"--checkpoint.params_every={SNAPSHOT_EVERY}",
         "--model.attention_kernel=dense",
     ],
@@ -113,7 +115,10 @@ def draw_mask(panel, row, *, causal, title, used):
         first += len(one.tokens)
     visible = np.asarray(mask.materialize()[0])
     panel.imshow(visible * (1 + readers[:, None]), cmap=ListedColormap([HIDDEN, SEEN, USED]), vmin=0, vmax=2)
-    labels = [tokenizer.decode([token]).replace("\n", "↵") for one in tokenized for token in one.tokens.tolist()]
+    pieces = [
+        tokenizer.decode([token], skip_special_tokens=False) for one in tokenized for token in one.tokens.tolist()
+    ]
+    labels = [piece.replace("\n", "↵") for piece in pieces]
     panel.set_xticks(range(len(labels)), labels, rotation=90, fontsize=7, family="monospace")
     panel.set_yticks(range(len(labels)), labels, fontsize=7, family="monospace")
     panel.set_xticks(np.arange(len(labels)) - 0.5, minor=True)
@@ -122,6 +127,7 @@ def draw_mask(panel, row, *, causal, title, used):
     panel.tick_params(which="both", length=0)
     panel.spines[:].set_visible(False)
     panel.set_title(title, loc="left", fontsize=11)
+    panel.set(xlabel="token that is read", ylabel="token that reads")
 
 
 special = {"bos": tokenizer.bos, "eos": tokenizer.eos}
@@ -192,13 +198,17 @@ for panel, (step, snapshot) in zip(panels, models.items(), strict=True):
         panel.scatter(*points[packages == name].T, s=9, color=colour, alpha=0.75, linewidths=0, label=name)
     for query, document in zip(query_points, points[task.relevant[tied]], strict=True):
         panel.plot(*zip(query, document), color="black", linewidth=0.8)
-    panel.scatter(*query_points.T, s=34, marker="^", color="white", edgecolors="black", linewidths=1, zorder=3, label="query")
+    panel.scatter(
+        *query_points.T, s=34, marker="^", color="white", edgecolors="black", linewidths=1, zorder=3, label="query"
+    )
     share = np.sum(sizes[:2] ** 2) / np.sum(sizes**2)
     panel.set_title(f"step {step}   nDCG@10 {ndcg(snapshot):.3f}", loc="left", fontsize=11)
     panel.set_xlabel(f"{share:.0%} of the variance", fontsize=9)
     panel.set(xticks=[], yticks=[])
     panel.spines[:].set_color("#c8ced6")
-figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=GROUPS + 1, frameon=False, markerscale=1.6)
+figure.legend(
+    *panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=GROUPS + 1, frameon=False, markerscale=1.6
+)
 plt.show()
 
 # %% [markdown]
@@ -232,7 +242,7 @@ for temperature, line, colour in zip(TEMPERATURES, figures, COLOURS):
     panels[0].plot(BATCHES, line, "o-", color=colour, label=f"temperature {temperature:g}")
 panels[0].set_xscale("log", base=2)
 panels[0].set_xticks(BATCHES, [f"{batch}" for batch in BATCHES])
-panels[0].set(xlabel="queries in a batch", ylabel="nDCG@10", ylim=(0, None))
+panels[0].set(xlabel="queries in a batch", ylabel="nDCG@10", ylim=(0, 1.15 * figures.max()))
 panels[0].set_title(f"after {GRID_STEPS} steps", loc="left", fontsize=11)
 panels[0].grid(alpha=0.25)
 panels[0].spines[["top", "right"]].set_visible(False)
@@ -240,7 +250,8 @@ panels[0].legend(frameon=False, fontsize=9)
 panels[1].imshow(figures, cmap="Blues", vmin=0, vmax=1.3 * figures.max(), aspect="auto")
 for (row, column), value in np.ndenumerate(figures):
     weight = "bold" if value == figures.max() else "normal"
-    panels[1].text(column, row, f"{value:.3f}", ha="center", va="center", weight=weight)
+    colour = "white" if value > 0.8 * figures.max() else "black"
+    panels[1].text(column, row, f"{value:.3f}", ha="center", va="center", weight=weight, color=colour)
 panels[1].set_xticks(range(len(BATCHES)), BATCHES)
 panels[1].set_yticks(range(len(TEMPERATURES)), TEMPERATURES)
 panels[1].set(xlabel="queries in a batch", ylabel="temperature")

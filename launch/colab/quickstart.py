@@ -53,6 +53,7 @@ assert main(["doctor"]) == 0, "the lines above say what is wrong with the instal
 # %% tags=["parameters"]
 PACKAGES = None  # a list of installed packages; None is the standard library and the numeric packages
 STEPS = 260
+WIDTH = 256  # of the residual stream
 BATCH = 64  # queries in a step, each of which has the documents of all others as negatives
 
 # %% [markdown]
@@ -71,7 +72,12 @@ RUN = Path("runs/quickstart")
 run_quickstart(
     RUN,
     packages=PACKAGES,
-    overrides=[f"--train.steps={STEPS}", f"--data.embedding_batch={BATCH}", "--model.attention_kernel=dense"],
+    overrides=[
+        f"--train.steps={STEPS}",
+        f"--data.embedding_batch={BATCH}",
+        f"--model.architecture.embed_dim={WIDTH}",
+        "--model.attention_kernel=dense",
+    ],
 )
 
 # %% [markdown]
@@ -132,7 +138,13 @@ image = panel.imshow(cosines, cmap="Blues", vmin=min(0, cosines.min()), vmax=1, 
 for (row, column), cosine in np.ndenumerate(cosines):
     weight = "bold" if row == column else "normal"
     panel.text(
-        column, row, f"{cosine:.2f}", ha="center", va="center", weight=weight, color="white" if cosine > 0.6 else "black"
+        column,
+        row,
+        f"{cosine:.2f}",
+        ha="center",
+        va="center",
+        weight=weight,
+        color="white" if cosine > 0.6 else "black",
     )
 names = [clipped(task.documents[place].split("(")[0], 34) for place in task.relevant[shown]]
 panel.set_xticks(range(8), names, rotation=30, ha="right", fontsize=8)
