@@ -13,8 +13,8 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/grit_jax/grit_jax/blob/v0.1.0/launch/colab/bring_your_own.ipynb)
 #
-# A pretrained language model learns to embed, and keeps writing. Here the model is a small one from the Hugging Face Hub and
-# the data are the docstrings of packages that you name; both are replaced by yours in the settings.
+# A pretrained language model learns to embed, and keeps writing. Here the model is a small one from the Hugging Face
+# Hub and the data are the docstrings of packages that you name; both are replaced by yours in the settings.
 #
 # In Colab, choose a TPU or a GPU under *Runtime > Change runtime type*; without one everything runs on the CPU, slowly.
 
@@ -53,7 +53,11 @@ assert main(["doctor"]) == 0, "the lines above say what is wrong with the instal
 
 # %% tags=["parameters"]
 BASE = "HuggingFaceTB/SmolLM2-135M"  # a name on the Hub, or a Hugging Face folder of your own
-PACKAGES = ["numpy", "scipy", "matplotlib"]  # whose docstrings are the data
+DATA = None  # a folder with train/ and validation/ of your own; None is the docstrings of PACKAGES
+PACKAGES = ["numpy", "scipy", "matplotlib"]
+INSTRUCTION = "Given a description, find the documentation of the Python object that it describes"
+QUERY = "Draw a line between two points"
+QUESTION = "What does `matplotlib.pyplot.plot` do?"
 STEPS = 200
 BATCH = 32
 MAX_LENGTH = 128  # tokens of a text; a multiple of 128 suits a TPU's attention kernel
@@ -69,25 +73,25 @@ LEARNING_RATE = 5e-5
 # {"text": ["Say hello.", "Hello!"]}
 # ```
 #
-# An entry of `query`, `pos` and `neg` is an instruction and a text. To use your own, upload them to `my-data/train` and
-# leave out the next cell; `grit-jax data convert` reads BEIR, MS MARCO, sentence-transformers, Alpaca, ShareGPT and OpenAI
-# files.
+# An entry of `query`, `pos` and `neg` is an instruction and a text. `grit-jax data convert` makes such rows of BEIR,
+# MS MARCO, sentence-transformers, Alpaca, ShareGPT and OpenAI files.
 
 # %%
 from pathlib import Path
 
 from grit_jax.quickstart.corpus import package_roots, write_corpus
 
-DATA = Path("my-data")
-write_corpus(DATA, package_roots(PACKAGES))
+data = DATA or "my-data"
+if DATA is None:
+    write_corpus(Path(data), package_roots(PACKAGES))
 
 # %% [markdown]
-# Every row is checked, and a few are shown as a model reads them. These commands leave the accelerator alone: this process
-# has it.
+# Every row is checked, and a few are shown as a model reads them. These commands leave the accelerator alone: this
+# process has it.
 
-# %% language="bash"
-# grit-jax data validate my-data/train
-# grit-jax data sample my-data/train --count 2
+# %% magic_args="-s \"$data\"" language="bash"
+# grit-jax data validate "$1/train"
+# grit-jax data sample "$1/train" --count 2
 
 # %% [markdown]
 # ## The model
@@ -118,8 +122,8 @@ from grit_jax.train.loop import Trainer
 config = parse_config(f"""
 model: {{init: {base}, remat: full}}
 data:
-  train: {DATA}/train
-  validation: {DATA}/validation
+  train: {data}/train
+  validation: {data}/validation
   query_max_length: {MAX_LENGTH}
   passage_max_length: {MAX_LENGTH}
   generative_max_length: {MAX_LENGTH}
@@ -135,10 +139,9 @@ train: {{steps: {STEPS}, output: runs/mine}}
 assert not print_checks(dry_run(config))
 
 # %%
-from grit_jax.quickstart.corpus import DESCRIBE
-from grit_jax.quickstart.figures import bm25_scores, model_scores, ranks_of, read_task, retrieval_figures
+from grit_jax.quickstart.figures import bm25_scores, model_scores, ranks_of, retrieval_figures, task_of_records
 
-task = read_task(DATA / "retrieval")
+task = task_of_records(f"{data}/validation")
 
 
 def ndcg(scores):
@@ -147,8 +150,8 @@ def ndcg(scores):
 
 
 def measure(model):
-    """nDCG@10 of a model's own search over held-out documents."""
-    return ndcg(model_scores(model, task, instruction=DESCRIBE, max_lengths=(MAX_LENGTH, MAX_LENGTH)))
+    """nDCG@10 of a model's own search over the held-out documents."""
+    return ndcg(model_scores(model, task, instruction=INSTRUCTION, max_lengths=(MAX_LENGTH, MAX_LENGTH)))
 
 
 trainer = Trainer(config)
@@ -161,9 +164,7 @@ assert trainer.fit()
 # %%
 import matplotlib.pyplot as plt
 
-from grit_jax import GritModel
-
-model = GritModel.load("runs/mine")
+model = trainer.model()
 names = ["base model", "after training", "BM25, keyword search"]
 values = [before, measure(model), ndcg(bm25_scores(task))]
 figure, panel = plt.subplots(figsize=(7, 2.4), layout="constrained")
@@ -171,24 +172,26 @@ bars = panel.barh(names, values, color=["#b9c4d0", "#2563a8", "#d97706"], height
 panel.bar_label(bars, fmt="%.3f", padding=4)
 panel.invert_yaxis()
 panel.set_xlim(0, 1)
-panel.set_title(f"nDCG@10 of {len(task.queries):,} held-out queries over as many documents", loc="left", fontsize=11)
+panel.set_title(
+    f"nDCG@10 of {len(task.queries):,} held-out queries over {len(task.documents):,} documents", loc="left", fontsize=11
+)
 panel.spines[["top", "right", "left"]].set_visible(False)
 panel.tick_params(left=False)
 plt.show()
 
 # %%
 documents = model.encode(task.documents, max_length=MAX_LENGTH)
-query = "Draw a line between two points"
-scores = documents @ model.encode([query], instruction=DESCRIBE)[0]
-print(query)
+scores = documents @ model.encode([QUERY], instruction=INSTRUCTION)[0]
+print(QUERY)
 for place in scores.argsort()[::-1][:3]:
     print(f"  {scores[place]:.3f}  {task.documents[place].splitlines()[0]}")
 print()
-print(model.generate(f"Describe `{PACKAGES[0]}` in detail.", max_new_tokens=60, temperature=0.7, top_p=0.9, seed=1))
+print(QUESTION)
+print(model.generate(QUESTION, max_new_tokens=60, temperature=0.7, top_p=0.9, seed=1))
 
 # %% [markdown]
-# `grit-jax plot runs/mine` draws everything that was logged. The same `Trainer` call with more `STEPS` goes on from
-# `runs/mine`; the notebook *export* takes a run to PyTorch.
+# `GritModel.load("runs/mine")` opens the model in another process, and more `STEPS` go on from there. The notebook *export*
+# takes a run to PyTorch. All that was logged as one picture:
 
 # %% language="bash"
 # grit-jax plot runs/mine

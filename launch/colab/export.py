@@ -13,7 +13,8 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/grit_jax/grit_jax/blob/v0.1.0/launch/colab/export.ipynb)
 #
-# A run becomes a Hugging Face folder that transformers and sentence-transformers open, with the numbers of the JAX model.
+# A run becomes a Hugging Face folder that transformers and sentence-transformers open, with the numbers of the JAX
+# model.
 #
 # In Colab, choose a TPU or a GPU under *Runtime > Change runtime type*; without one everything runs on the CPU, slowly.
 
@@ -72,8 +73,8 @@ if not Path(RUN, "checkpoints").exists():
 # %% [markdown]
 # ## Export
 #
-# The folder is written in bfloat16, half the size of float32, and compared with PyTorch's numbers: tokens, logits, hidden
-# states and vectors. These commands run on the CPU: this process has the accelerator.
+# The folder is written in bfloat16, half the size of float32, and compared with PyTorch's numbers: tokens, logits,
+# hidden states and vectors. These commands run on the CPU: this process has the accelerator.
 
 # %% magic_args="-s \"$RUN\"" language="bash"
 # JAX_PLATFORMS=cpu grit-jax export-hf "$1" my-model --dtype bfloat16 --prompt query="Find the documentation"

@@ -60,8 +60,8 @@ GROUPS = 6  # packages that have a colour of their own
 # %% [markdown]
 # ## A model and its snapshots
 #
-# The quickstart's run, which also writes the parameters every few steps. Rows of this model are shorter than the 128 tokens
-# that a TPU's own attention kernel takes, hence the dense one.
+# The quickstart's run, which also writes the parameters every few steps. Rows of this model are shorter than the 128
+# tokens that a TPU's own attention kernel takes, hence the dense one.
 
 # %%
 from pathlib import Path
@@ -83,9 +83,9 @@ run_quickstart(
 # %% [markdown]
 # ## Who sees whom
 #
-# A row of the picture is a token that reads, a column a token that is read. Texts share a row of the batch and do not see each
-# other. To embed, every token of a text sees all of it, and the text without its prompt is averaged. To write, a token sees what
-# came before, and the answer is scored.
+# A row of the picture is a token that reads, a column a token that is read. Texts share a row of the batch and do not
+# see each other. To embed, every token of a text sees all of it, and the text without its prompt is averaged. To write,
+# a token sees what came before, and the answer is scored.
 
 # %%
 import matplotlib.pyplot as plt
@@ -149,8 +149,8 @@ plt.show()
 # %% [markdown]
 # ## The space while it trains
 #
-# Held-out documents on the first two principal components of their embeddings, coloured by package, and a few queries, each tied
-# to its own document. The first panel is the model before its first step.
+# Held-out documents on the first two principal components of their embeddings, coloured by package, and a few queries,
+# each tied to its own document. The first panel is the model before its first step.
 
 # %%
 from collections import Counter
@@ -214,8 +214,9 @@ plt.show()
 # %% [markdown]
 # ## Batch size and temperature
 #
-# One model for each pair, trained to embed alone, for the same number of steps. A larger batch gives every query more negatives,
-# and the model more text. A low temperature makes the loss look at the hardest negatives only, a high one at all alike.
+# One model for each pair, trained to embed alone, for the same number of steps. A larger batch gives every query more
+# negatives, and the model more text. A low temperature makes the loss look at the hardest negatives only, a high one at
+# all alike.
 
 # %%
 figures = np.zeros((len(TEMPERATURES), len(BATCHES)))

@@ -13,9 +13,10 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/grit_jax/grit_jax/blob/v0.1.0/launch/colab/quickstart.ipynb)
 #
-# A small transformer learns two jobs with the same weights: with bidirectional attention it turns a text into an embedding,
-# with causal attention it writes. Its data are the docstrings of the installed Python packages, so nothing is downloaded.
-# Then you search with it and chat with it. The method is GRIT ([arXiv 2402.09906](https://arxiv.org/abs/2402.09906)).
+# A small transformer learns two jobs with the same weights: with bidirectional attention it turns a text into an
+# embedding, with causal attention it writes. Its data are the docstrings of the installed Python packages, so nothing
+# is downloaded. Then you search with it and chat with it. The method is GRIT ([arXiv
+# 2402.09906](https://arxiv.org/abs/2402.09906)).
 #
 # In Colab, choose a TPU or a GPU under *Runtime > Change runtime type*; without one everything runs on the CPU, slowly.
 
@@ -91,8 +92,8 @@ Image(RUN / "losses.png", width=900)
 # %% [markdown]
 # ## Search
 #
-# The documents are embedded once. A query carries an instruction, which the model reads but does not pool; the product of
-# unit vectors is the cosine.
+# The documents are embedded once. A query carries an instruction, which the model reads but does not pool; the product
+# of unit vectors is the cosine.
 
 # %%
 from grit_jax import GritModel
@@ -158,7 +159,8 @@ plt.show()
 # ## Chat
 #
 # The same weights write. This model has seen a few million tokens: its sentences sound like docstrings and are rarely
-# right. Larger models are a matter of the config ([training](https://github.com/grit_jax/grit_jax/blob/v0.1.0/docs/training.md)).
+# right. Larger models are a matter of the config
+# ([training](https://github.com/grit_jax/grit_jax/blob/v0.1.0/docs/training.md)).
 
 # %%
 print(model.generate("What does `json.dumps` do?", max_new_tokens=40))
