@@ -101,8 +101,8 @@ model = GritModel.load(RUN)
 tokenizer = model.tokenizer
 
 
-def draw_mask(panel, row, *, causal, title, used):
-    """The mask of prompts that share a row; readers that are pooled or scored are darker."""
+def draw_mask(panel, row, *, causal, ahead, title):
+    """The mask of prompts that share a row; darker are the readers `ahead` tokens before those of the prompts' spans."""
     tokenized = prompts.tokenize(row, tokenizer)
     segments = np.concatenate([np.full(len(one.tokens), 1 + place) for place, one in enumerate(tokenized)])
     positions = np.concatenate([np.arange(len(one.tokens)) for one in tokenized])
@@ -111,7 +111,7 @@ def draw_mask(panel, row, *, causal, title, used):
     first = 0
     for one in tokenized:
         for start, end in one.spans:
-            readers[first + start - used : first + end - used] = 1
+            readers[first + start - ahead : first + end - ahead] = 1
         first += len(one.tokens)
     visible = np.asarray(mask.materialize()[0])
     panel.imshow(visible * (1 + readers[:, None]), cmap=ListedColormap([HIDDEN, SEEN, USED]), vmin=0, vmax=2)
@@ -137,8 +137,8 @@ texts = [
 ]
 conversation = prompts.conversation(["what does sort do?", "sorts the values"], **special)
 figure, panels = plt.subplots(1, 2, figsize=(14, 7.4), layout="constrained")
-draw_mask(panels[0], texts, causal=False, used=0, title="embed: bidirectional, two texts in one row")
-draw_mask(panels[1], [conversation], causal=True, used=1, title="write: causal, one conversation")
+draw_mask(panels[0], texts, causal=False, ahead=0, title="embed: bidirectional, two texts in one row")
+draw_mask(panels[1], [conversation], causal=True, ahead=1, title="write: causal, one conversation")
 figure.legend(
     [Patch(color=SEEN), Patch(color=USED), Patch(color=HIDDEN)],
     ["sees", "sees, and is pooled (left) or predicts a scored token (right)", "does not see"],

@@ -28,7 +28,7 @@ from tests.runs import ROOT, environment
 FOLDER = ROOT / "launch/colab"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 REPOSITORY, REF = PROJECT["urls"]["Repository"], f"v{PROJECT['version']}"
-FEW = {"PACKAGES": ["email", "json", "http"]}
+FEW = {"PACKAGES": ["http", "json"]}
 # Settings that take seconds, and how many pictures there are.
 SMALL = {
     "quickstart": ({**FEW, "STEPS": 4, "WIDTH": 32, "BATCH": 8}, 2),
