@@ -197,7 +197,7 @@ for panel, (step, snapshot) in zip(panels, models.items(), strict=True):
     for name, colour in zip(groups, COLOURS):
         panel.scatter(*points[packages == name].T, s=9, color=colour, alpha=0.75, linewidths=0, label=name)
     for query, document in zip(query_points, points[task.relevant[tied]], strict=True):
-        panel.plot(*zip(query, document), color="black", linewidth=0.8)
+        panel.plot(*zip(query, document), color="#555555", linewidth=0.7)
     panel.scatter(
         *query_points.T, s=34, marker="^", color="white", edgecolors="black", linewidths=1, zorder=3, label="query"
     )

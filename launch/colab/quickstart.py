@@ -123,7 +123,7 @@ search("Send a message to a server over the network")
 import matplotlib.pyplot as plt
 import numpy as np
 
-shown = np.linspace(0, len(task.queries) - 1, 8).astype(int)
+shown = np.unique(np.linspace(0, len(task.queries) - 1, 8).astype(int))
 queries = model.encode([task.queries[place] for place in shown], instruction=DESCRIBE)
 cosines = queries @ documents[task.relevant[shown]].T
 
@@ -148,8 +148,8 @@ for (row, column), cosine in np.ndenumerate(cosines):
         color="white" if cosine > 0.6 else "black",
     )
 names = [clipped(task.documents[place].split("(")[0], 34) for place in task.relevant[shown]]
-panel.set_xticks(range(8), names, rotation=30, ha="right", fontsize=8)
-panel.set_yticks(range(8), [clipped(task.queries[place], 52) for place in shown], fontsize=8)
+panel.set_xticks(range(len(shown)), names, rotation=30, ha="right", fontsize=8)
+panel.set_yticks(range(len(shown)), [clipped(task.queries[place], 52) for place in shown], fontsize=8)
 panel.set_title("cosine of a query (row) and a document (column)", loc="left", fontsize=11)
 panel.spines[:].set_visible(False)
 figure.colorbar(image, pad=0.01)

@@ -33,7 +33,7 @@ FEW = {"PACKAGES": ["http", "json"]}
 SMALL = {
     "quickstart": ({**FEW, "STEPS": 4, "WIDTH": 32, "BATCH": 8}, 2),
     "bring_your_own": ({**FEW, "BASE": "org/small", "STEPS": 2, "BATCH": 8}, 2),
-    "export": ({**FEW, "STEPS": 2, "WIDTH": 32}, 1),
+    "export": ({**FEW, "STEPS": 2}, 1),
     "look_inside": (
         {
             **FEW, "STEPS": 4, "SNAPSHOT_EVERY": 1, "BATCHES": (4, 8), "TEMPERATURES": (0.05,), "GRID_STEPS": 2,
