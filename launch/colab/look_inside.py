@@ -46,6 +46,8 @@ assert main(["doctor"]) == 0, "the lines above say what is wrong with the instal
 
 # %% [markdown]
 # ## Settings
+#
+# The third picture alone trains twelve models: on a CPU begin with fewer packages and steps.
 
 # %% tags=["parameters"]
 PACKAGES = None  # a list of installed packages; None is the standard library and the numeric packages
