@@ -7,7 +7,7 @@ INPUTS := pyproject.toml constraints.txt
 TESTS := $(BIN)/python -m pytest -n 2 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev quickstart test test-long lint format types imports docs constraints clean
+.PHONY: help install install-dev quickstart test test-long lint format types imports docs notebooks constraints clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -43,6 +43,9 @@ imports: install-dev  ## check that imports point down
 # Without --quiet, under which mkdocs counts no warnings and --strict lets everything pass.
 docs: install-dev  ## build the documentation into site/, with no broken link or reference
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+notebooks: install-dev  ## write launch/colab/*.ipynb anew from their .py
+	@$(BIN)/jupytext --quiet --update --to ipynb launch/colab/*.py
 
 constraints: install-dev  ## resolve constraints.txt anew
 	@echo "# Versions that the tests run with, for Python 3.11 to 3.13; made by \`make constraints\`." > constraints.new

@@ -93,15 +93,22 @@ def num_chunks(size: int, limit: int | None) -> int:
 
 def execution(config: ModelConfig, platform: str) -> Execution:
     """The settings of a run on devices of a platform: `tpu`, `gpu` or `cpu`."""
-    kernels: dict[str, AttentionKernel] = {"tpu": "splash", "gpu": "cudnn", "cpu": "blockwise"}
     experts: ExpertKernel = "megablox" if platform == "tpu" else "ragged_dot"
     return Execution(
         dtype=compute_dtype(config.compute_dtype, platform),
-        attention=kernels[platform] if config.attention_kernel == "auto" else config.attention_kernel,
+        attention=_attention(platform) if config.attention_kernel == "auto" else config.attention_kernel,
         experts=experts if config.expert_kernel == "auto" else config.expert_kernel,
         remat=config.remat,
         layer_rows=config.layer_rows,
     )
+
+
+def _attention(platform: str) -> AttentionKernel:
+    """The kernel of a platform's devices; cuDNN's needs GPUs of compute capability 8, Ampere's, or newer."""
+    if platform == "gpu" and any(float(device.compute_capability) < 8 for device in jax.local_devices(backend="gpu")):
+        return "dense"
+    kernels: dict[str, AttentionKernel] = {"tpu": "splash", "gpu": "cudnn", "cpu": "blockwise"}
+    return kernels[platform]
 
 
 def compute_dtype(name: Literal["auto", "float32", "bfloat16"], platform: str) -> jnp.dtype:

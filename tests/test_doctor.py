@@ -143,7 +143,11 @@ def test_a_check_that_cannot_be_computed_fails_with_its_reason(tmp_path):
             "jax-cuda12-plugin 0.10.1 does not match jaxlib 0.10.2",
             "'.[cuda12]'",
         ),
-        ({"lock": "another process holds it"}, "/tmp/libtpu_lockfile cannot be taken: another", "sudo rm"),
+        (
+            {"lock": "another process holds it", "devices": CPU},
+            "/tmp/libtpu_lockfile cannot be taken: another",
+            "sudo rm",
+        ),
     ],
 )
 def test_each_problem_is_named_with_its_remedy(changes, text, remedy):
@@ -154,6 +158,9 @@ def test_each_problem_is_named_with_its_remedy(changes, text, remedy):
 
 def test_a_healthy_machine_has_no_problem():
     assert not list(find_problems(HEALTHY))
+    held = dataclasses.replace(HEALTHY, lock="another process holds it")  # so it looks where this process has the TPU
+    assert not list(find_problems(held))
+    assert not list(find_problems(dataclasses.replace(held, device_files={}, devices=CPU)))
     gpu = dataclasses.replace(HEALTHY, device_files=GPU, devices=(Devices("gpu", "NVIDIA H100", 1, None),))
     assert not list(find_problems(dataclasses.replace(gpu, platforms="cuda,cpu")))
 
@@ -203,7 +210,7 @@ def test_doctor_exits_with_1_when_there_is_a_problem_or_a_check_fails(machine, c
     assert main(["doctor"]) == 0
     assert main(["doctor", "--selftest"]) == 1
     assert "FAIL products: largest difference inf" in capsys.readouterr().out
-    machine(dataclasses.replace(HEALTHY, lock="another process holds it"))
+    machine(dataclasses.replace(HEALTHY, lock="another process holds it", devices=CPU))
     assert main(["doctor", "--selftest"]) == 1
     assert "  remedy: end the process" in capsys.readouterr().out
 

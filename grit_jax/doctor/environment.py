@@ -172,12 +172,6 @@ def _devices() -> tuple[Devices, ...]:
 def find_problems(facts: Environment) -> Iterator[Problem]:
     """What the facts say is probably wrong, with its remedy."""
     yield from _version_problems(facts.versions, facts.fitting)
-    if facts.lock:
-        yield Problem(
-            f"{LOCK_FILE} cannot be taken: {facts.lock}",
-            "end the process that uses the TPU (sudo lsof -w /dev/accel* /dev/vfio/*); if there is none, "
-            f"sudo rm {LOCK_FILE}",
-        )
     if facts.error:
         yield Problem(f"JAX does not start: {facts.error}", "see the other problems, and `python -c 'import jax'`")
     found = {device.platform for device in facts.devices}
@@ -212,6 +206,12 @@ def _unused(accelerator: str, support: _Support, facts: Environment) -> Problem:
         return Problem(
             f"JAX has no support for a {accelerator}: {' or '.join(support.packages)} is not installed",
             f"pip install -c constraints.txt '.[{support.extra}]'",
+        )
+    if facts.lock and support.device_platform == "tpu":
+        return Problem(
+            f"{LOCK_FILE} cannot be taken: {facts.lock}",
+            "end the process that uses the TPU (sudo lsof -w /dev/accel* /dev/vfio/*); if there is none, "
+            f"sudo rm {LOCK_FILE}",
         )
     return Problem(
         f"JAX does not use a {accelerator} of this machine",

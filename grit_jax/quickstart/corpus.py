@@ -21,6 +21,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from grit_jax.config import InputError
+
 # Run-time requirements and what they bring along, so that every installation sees the same texts.
 PACKAGES = ("numpy", "scipy", "jax", "flax", "optax", "orbax", "grain", "tensorstore", "ml_dtypes", "matplotlib")
 _SKIPPED_FOLDERS = {"test", "tests", "testing", "_test", "idlelib", "lib2to3", "site-packages", "pydoc_data", "vendor"}
@@ -122,12 +124,23 @@ def collect_objects(roots: Iterable[tuple[str, Path]] | None = None) -> list[Doc
     return objects
 
 
+def package_roots(packages: Iterable[str]) -> Iterator[tuple[str, Path]]:
+    """Pairs of name and source folder of installed packages, for `collect_objects`.
+
+    Raises:
+      InputError: One is not installed, or is a single module.
+    """
+    for package in packages:
+        spec = importlib.util.find_spec(package)
+        if spec is None or not spec.submodule_search_locations:
+            raise InputError(f"{package}: no package of that name is installed; install it or name another")
+        for location in spec.submodule_search_locations:
+            yield package, Path(location)
+
+
 def _installed_roots() -> Iterator[tuple[str, Path]]:
     yield "", Path(sysconfig.get_paths()["stdlib"])
-    for package in PACKAGES:
-        spec = importlib.util.find_spec(package)
-        for location in (spec.submodule_search_locations or ()) if spec else ():
-            yield package, Path(location)
+    yield from package_roots(PACKAGES)
 
 
 def _is_new(thing: DocumentedObject, seen: set[str]) -> bool:

@@ -10,7 +10,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from grit_jax.config import InputError
 from grit_jax.data.examples import tokenize_records
+from grit_jax.data.records import EmbeddingRecord
 from grit_jax.data.sources import find_files, open_source
 from grit_jax.inference import GritModel
 from grit_jax.tokenizer import Tokenizer
@@ -42,6 +44,21 @@ def read_task(folder: Path) -> RetrievalTask:
     return RetrievalTask(
         list(queries.values()), list(documents.values()), np.array([place[relevant[name]] for name in queries])
     )
+
+
+def task_of_records(path: str | Path) -> RetrievalTask:
+    """Makes a task of GRIT data: the queries of embedding records over the first positives of all of them.
+
+    Raises:
+      InputError: No embedding record is there.
+    """
+    sources = map(open_source, find_files(str(path)))
+    records = [record for source in sources for record in source if isinstance(record, EmbeddingRecord)]
+    if not records:
+        raise InputError(f"{path}: no embedding records; a search is measured with held-out queries and positives")
+    places: dict[str, int] = {}
+    relevant = [places.setdefault(record.positives[0].text, len(places)) for record in records]
+    return RetrievalTask([record.query.text for record in records], list(places), np.array(relevant))
 
 
 def retrieval_figures(ranks: np.ndarray) -> dict[str, float]:

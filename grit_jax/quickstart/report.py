@@ -57,13 +57,11 @@ def show_report(report: dict[str, Any]) -> None:
 
 def plot_losses(metrics: Path, out: Path) -> None:
     """Draws both losses of a metrics.jsonl against the step, as PNG: every step faintly, a running mean on top."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure  # pyplot would choose a backend for a notebook that calls this
 
     lines = read_metrics(metrics)
-    figure, panels = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    panels = figure.subplots(1, 2)
     for panel, name, title in zip(
         panels, ("loss/embedding", "loss/generative"), ("contrastive loss", "language-modelling loss"), strict=True
     ):
@@ -77,4 +75,3 @@ def plot_losses(metrics: Path, out: Path) -> None:
         panel.grid(alpha=0.3)
         panel.legend(frameon=False)
     figure.savefig(out, dpi=120)
-    plt.close(figure)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -14,13 +14,11 @@ import jax
 import numpy as np
 import rich.console
 
-from grit_jax import files, sharding
+from grit_jax import files
 from grit_jax.config import InputError, load_config
-from grit_jax.execution import execution
 from grit_jax.hf.export import save_folder
-from grit_jax.inference import GritModel
 from grit_jax.loading import open_model
-from grit_jax.quickstart.corpus import DESCRIBE, write_corpus
+from grit_jax.quickstart.corpus import DESCRIBE, package_roots, write_corpus
 from grit_jax.quickstart.figures import (
     RetrievalTask,
     bm25_scores,
@@ -41,11 +39,18 @@ _SEARCHES, _HITS = 3, 3
 _PROMPTS = ("What does `collections.OrderedDict.move_to_end` do?", "What does `numpy.linalg.inverse` do?")
 
 
-def run_quickstart(output: Path, *, fresh: bool = False, overrides: list[str] | None = None) -> bool:
+def run_quickstart(
+    output: Path,
+    *,
+    packages: Sequence[str] | None = None,
+    fresh: bool = False,
+    overrides: list[str] | None = None,
+) -> bool:
     """Does the whole job in `output`, or shows the report that is there.
 
     Args:
       output: Run folder.
+      packages: Installed packages whose docstrings are read; None takes the standard library and the numeric ones.
       fresh: Whether to remove an earlier quickstart in it and start again.
       overrides: `--section.key=value` on top of configs/quickstart.yaml.
 
@@ -53,7 +58,7 @@ def run_quickstart(output: Path, *, fresh: bool = False, overrides: list[str] | 
       False when a signal stopped training after a checkpoint: the next call goes on.
 
     Raises:
-      InputError: `output` holds something else.
+      InputError: `output` holds something else, or a package is not installed.
     """
     console = rich.console.Console(highlight=False, soft_wrap=True)
     report_file = output / "report.json"
@@ -65,7 +70,7 @@ def run_quickstart(output: Path, *, fresh: bool = False, overrides: list[str] | 
         return True
 
     started = time.monotonic()
-    counts = _corpus(output, console)
+    counts = _corpus(output, packages, console)
     tokenizer_folder = output / "tokenizer"
     config = load_config(
         config_file("quickstart.yaml"),
@@ -94,7 +99,7 @@ def run_quickstart(output: Path, *, fresh: bool = False, overrides: list[str] | 
     lines = read_metrics(output / "metrics.jsonl")
     trained = retrieval_figures(ranks_of(scores, task.relevant)) | {"loss_per_token": lines[-1][_HELD_OUT_LOSS]}
     plot_losses(output / "metrics.jsonl", output / "losses.png")
-    model = _model(trainer)
+    model = trainer.model()
     save_folder(output / "hf", open_model(output), jax.device_get(trainer.state.params))
     tokens = sum(line["tokens"] for line in lines)
     generative = config.data.generative_max_length
@@ -150,12 +155,14 @@ def _remove(output: Path) -> None:
     shutil.rmtree(output)
 
 
-def _corpus(output: Path, console: rich.console.Console) -> dict[str, int]:
+def _corpus(output: Path, packages: Sequence[str] | None, console: rich.console.Console) -> dict[str, int]:
     """Writes data and tokenizer, unless an interrupted run has done so."""
     counts_file = output / "data/counts.json"
     if not counts_file.exists():
-        console.print("reading docstrings of the standard library and the numeric packages")
-        counts = write_corpus(output / "data")
+        console.print(
+            f"reading docstrings of {', '.join(packages or ['the standard library and the numeric packages'])}"
+        )
+        counts = write_corpus(output / "data", None if packages is None else package_roots(packages))
         console.print("training the tokenizer")
         tokenizer = train_bpe(_texts(output / "data/train"), _VOCAB_SIZE)
         (output / "tokenizer").mkdir(exist_ok=True)
@@ -180,22 +187,10 @@ def _texts(folder: Path) -> Iterator[str]:
             yield from strings(row)
 
 
-def _model(trainer: Trainer) -> GritModel:
-    config = trainer.config.model
-    return GritModel(
-        trainer.state.params,
-        config.architecture,
-        config.embedding,
-        trainer.tokenizer,
-        mesh=trainer.mesh,
-        execution=execution(config, sharding.platform(trainer.mesh)),
-    )
-
-
 def _scores(trainer: Trainer, task: RetrievalTask) -> np.ndarray:
     data = trainer.config.data
     lengths = (data.query_max_length, data.passage_max_length)
-    return model_scores(_model(trainer), task, instruction=DESCRIBE, max_lengths=lengths)
+    return model_scores(trainer.model(), task, instruction=DESCRIBE, max_lengths=lengths)
 
 
 def _searches(task: RetrievalTask, scores: np.ndarray) -> Iterator[dict[str, Any]]:

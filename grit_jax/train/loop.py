@@ -19,6 +19,8 @@ from grit_jax.checkpoint import CheckpointMetadata, Checkpoints, DamagedCheckpoi
 from grit_jax.config import Config, InputError, dump_config
 from grit_jax.data.pipeline import Pipeline
 from grit_jax.distributed import Agreement
+from grit_jax.execution import execution
+from grit_jax.inference import GritModel
 from grit_jax.loading import open_model
 from grit_jax.model.pretrained import Pretrained
 from grit_jax.model.transformer import init_params
@@ -204,6 +206,17 @@ class Trainer:
             for name, total in totals.items()
             if name.startswith("loss/")
         }
+
+    def model(self) -> GritModel:
+        """The model as it is now, to embed and generate with; use it before the next `fit`, which takes its memory."""
+        return GritModel(
+            self.state.params,
+            self.config.model.architecture,
+            self.config.model.embedding,
+            self.tokenizer,
+            mesh=self.mesh,
+            execution=execution(self.config.model, sharding.platform(self.mesh)),
+        )
 
     def _save(self, step: int, values: dict[str, float]) -> None:
         metric = self.config.checkpoint.best_metric

@@ -4,9 +4,10 @@ from pathlib import Path
 
 import pytest
 
+from grit_jax.config import InputError
 from grit_jax.data.records import parse_record
 from grit_jax.quickstart import corpus
-from grit_jax.quickstart.corpus import DocumentedObject, collect_objects, write_corpus
+from grit_jax.quickstart.corpus import DocumentedObject, collect_objects, package_roots, write_corpus
 
 
 @pytest.fixture
@@ -195,3 +196,15 @@ def test_the_standard_library_and_the_run_time_packages_are_read():
     objects = {thing.name: thing for thing in collect_objects([("json", roots[""] / "json")])}
     assert objects["json.loads"].signature.startswith("json.loads(s, cls, object_hook")
     assert "Python object" in objects["json.loads"].summary and "object_hook" in objects["json.loads"].body
+
+
+def test_packages_are_read_by_name():
+    objects = collect_objects(package_roots(["json"]))
+    assert "json.dumps" in {thing.name for thing in objects}
+    assert all(thing.name.startswith("json") for thing in objects)
+
+
+@pytest.mark.parametrize("name", ["no_such_package", "this"])
+def test_what_is_no_package_is_named(name):
+    with pytest.raises(InputError, match=f"{name}: no package of that name is installed"):
+        list(package_roots([name]))

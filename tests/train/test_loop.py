@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from grit_jax.config import InputError, load_config
+from grit_jax.inference import GritModel
 from grit_jax.train.loop import Trainer
 from grit_jax.train.metrics import read_metrics
 from grit_jax.watch.lines import read_lines
@@ -243,3 +244,12 @@ def test_goodput_and_metrics_go_on_through_a_restart(data, finished):
     # One file holds all conversations, and the loss is the mean over its tokens.
     assert metrics[0]["loss/generative/generative"] == pytest.approx(metrics[0]["loss/generative"], rel=1e-5)
     assert metrics[0].keys() >= {"embedding/uniformity", "embedding/mean_cosine", "embedding/effective_rank"}
+
+
+def test_a_trainer_gives_the_model_that_its_run_folder_holds(data, tmp_path):
+    trainer = Trainer(config(data, tmp_path / "run", "--train.steps=3"))
+    untrained = trainer.model().encode(["red"])
+    assert trainer.fit()
+    trained = trainer.model().encode(["red"])
+    np.testing.assert_allclose(trained, GritModel.load(tmp_path / "run").encode(["red"]), rtol=0, atol=1e-6)
+    assert np.abs(trained - untrained).max() > 1e-4

@@ -1,0 +1,15 @@
+from types import SimpleNamespace
+
+import jax
+import pytest
+
+from grit_jax.config import ModelConfig
+from grit_jax.execution import execution
+
+
+@pytest.mark.parametrize(("capabilities", "kernel"), [(["9.0", "8.0"], "cudnn"), (["7.5"], "dense")])
+def test_gpus_before_ampere_attend_without_cudnn(monkeypatch, capabilities, kernel):
+    devices = [SimpleNamespace(compute_capability=capability) for capability in capabilities]
+    monkeypatch.setattr(jax, "local_devices", lambda backend: devices)
+    assert execution(ModelConfig(), "gpu").attention == kernel
+    assert execution(ModelConfig(attention_kernel="cudnn"), "gpu").attention == "cudnn"
