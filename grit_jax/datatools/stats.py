@@ -228,18 +228,13 @@ def as_lines(stats: Stats) -> Iterator[str]:
 
 def plot(stats: Stats, out: Path) -> None:
     """Draws lengths against their limits, tokens by file, and the fill, as PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     colors = {"query": "#4c78a8", "positive": "#54a24b", "negative": "#e45756", "conversation": "#b279a2"}
     files = sorted(stats.files, key=lambda file: -file.tokens)
     shown, rest = files[:16], files[16:]
-    figure, axes = plt.subplots(
-        1, 3, figsize=(15, max(4.2, 1.6 + 0.26 * len(shown))), width_ratios=(1.45, 1.15, 0.8), layout="constrained"
-    )
-    lengths_axis, files_axis, fill_axis = axes
+    figure = Figure(figsize=(15, max(4.2, 1.6 + 0.26 * len(shown))), layout="constrained")
+    lengths_axis, files_axis, fill_axis = figure.subplots(1, 3, width_ratios=(1.45, 1.15, 0.8))
 
     limits: dict[int, list[str]] = {}
     longest = 1
@@ -309,12 +304,11 @@ def plot(stats: Stats, out: Path) -> None:
     fill_axis.set_xticks(np.arange(len(bars)), [name for name, _ in bars], fontsize=8)
     fill_axis.set(ylim=(0, 100), ylabel="% of a batch that is no padding", title="Fill")
 
-    for axis in axes:
+    for axis in figure.axes:
         axis.spines[["top", "right"]].set_visible(False)
         axis.title.set_fontweight("bold")
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=130)
-    plt.close(figure)
 
 
 def _short(value: float) -> str:
