@@ -67,8 +67,7 @@ from pathlib import Path
 from grit_jax.quickstart.run import run_quickstart
 
 if not Path(RUN, "checkpoints").exists():
-    overrides = [f"--train.steps={STEPS}", "--model.attention_kernel=dense"]  # rows are short for a TPU's own kernel
-    run_quickstart(Path(RUN), packages=PACKAGES, overrides=overrides)
+    run_quickstart(Path(RUN), packages=PACKAGES, overrides=[f"--train.steps={STEPS}"])
 
 # %% [markdown]
 # ## Export

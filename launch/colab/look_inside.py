@@ -62,8 +62,7 @@ GROUPS = 6  # packages that have a colour of their own
 # %% [markdown]
 # ## A model and its snapshots
 #
-# The quickstart's run, which also writes the parameters every few steps. Rows of this model are shorter than the 128
-# tokens that a TPU's own attention kernel takes, hence the dense one.
+# The quickstart's run, which also writes the parameters every few steps.
 
 # %%
 from pathlib import Path
@@ -78,7 +77,6 @@ run_quickstart(
         f"--train.steps={STEPS}",
         f"--model.architecture.embed_dim={WIDTH}",
         f"--checkpoint.params_every={SNAPSHOT_EVERY}",
-        "--model.attention_kernel=dense",
     ],
 )
 

@@ -61,8 +61,7 @@ BATCH = 64  # queries in a step, each of which has the documents of all others a
 # ## Train
 #
 # The run reads the docstrings, trains a tokenizer, measures the untrained model, trains, measures again and exports. A
-# second call shows the report that is there. Rows of this model are shorter than the 128 tokens that a TPU's own
-# attention kernel takes, hence the dense one.
+# second call shows the report that is there.
 
 # %%
 from pathlib import Path
@@ -77,7 +76,6 @@ run_quickstart(
         f"--train.steps={STEPS}",
         f"--data.embedding_batch={BATCH}",
         f"--model.architecture.embed_dim={WIDTH}",
-        "--model.attention_kernel=dense",
     ],
 )
 
