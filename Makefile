@@ -49,7 +49,7 @@ notebooks: install-dev  ## write launch/colab/*.ipynb anew from their .py
 
 constraints: install-dev  ## resolve constraints.txt anew
 	@echo "# Versions that the tests run with, for Python 3.11 to 3.13; made by \`make constraints\`." > constraints.new
-	@$(BIN)/uv pip compile --quiet --universal --fork-strategy fewest --python-version 3.11 --all-extras --no-emit-index-url \
+	@$(BIN)/uv pip compile --quiet --universal --fork-strategy fewest --python-version 3.11.5 --all-extras --no-emit-index-url \
 		--no-header --no-annotate pyproject.toml >> constraints.new
 	@mv constraints.new constraints.txt
 
