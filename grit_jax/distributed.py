@@ -13,7 +13,7 @@ from grit_jax import sharding
 from grit_jax.chips import DEVICE_FILES
 from grit_jax.config import DistributedConfig, InputError
 
-_WAIT_SECONDS = 300  # hosts of a pod do not boot, nor end, at the same time
+_START_SECONDS = 300  # hosts of a pod do not boot at the same time
 
 
 def start(config: DistributedConfig) -> None:
@@ -35,9 +35,9 @@ def start(config: DistributedConfig) -> None:
             config.coordinator,
             config.num_processes,
             config.process_id,
-            initialization_timeout=_WAIT_SECONDS,
+            initialization_timeout=_START_SECONDS,
             heartbeat_timeout_seconds=config.timeout_seconds,
-            shutdown_timeout_seconds=_WAIT_SECONDS,
+            shutdown_timeout_seconds=config.timeout_seconds,
         )
     except (RuntimeError, ValueError) as error:
         if config.coordinator is None:  # nothing that the user gave: a host is gone, or not there yet
