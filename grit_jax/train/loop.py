@@ -191,6 +191,8 @@ class Trainer:
                 self._checkpoints.wait()
                 if self._params_checkpoints:
                     self._params_checkpoints.wait()
+                # A process that ends while others still save would take their silence for a failure.
+                bool(self._agreement.ask(False))
         return self.step == config.train.steps
 
     def evaluate(self) -> dict[str, float]:
