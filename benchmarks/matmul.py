@@ -1,9 +1,9 @@
 """Float32 matrix products of the benchmark's model here and in PyTorch: the ground under the other ratios.
 
     python benchmarks/matmul.py
+    python benchmarks/matmul.py --tokens 8   # as when 8 answers are written together
 
-For each projection of the model, with the tokens of a packed step: GFLOP/s of the product itself, of its gradient by
-the input and of that by the weights.
+For each projection of the model: GFLOP/s of the product itself, of its gradient by the input and of that by the weights.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import common
 import jax
 import numpy as np
 
-_TOKENS = 3072
 _SIZES = {
     "query, out": (common.ARCHITECTURE.embed_dim, common.ARCHITECTURE.embed_dim),
     "gate, up": (common.ARCHITECTURE.embed_dim, common.ARCHITECTURE.mlp_dim),
@@ -34,10 +33,12 @@ def _computed(function: Callable[..., jax.Array], *arrays: jax.Array) -> jax.Arr
 
 def main() -> None:
     """Runs the benchmark."""
-    args = common.parser(__doc__).parse_args()
+    parser = common.parser(__doc__)
+    parser.add_argument("--tokens", type=int, default=3072, help="tokens of a product (%(default)s, a packed step's)")
+    args = parser.parse_args()
     rng, report = np.random.default_rng(0), {}
     for size, (fan_in, fan_out) in _SIZES.items():
-        shapes = (_TOKENS, fan_in), (fan_in, fan_out), (_TOKENS, fan_out)
+        shapes = (args.tokens, fan_in), (fan_in, fan_out), (args.tokens, fan_out)
         arrays = [rng.normal(size=shape).astype(np.float32) for shape in shapes]
         for product, function in _PRODUCTS.items():
             placed = map(jax.numpy.asarray, arrays)
@@ -47,7 +48,7 @@ def main() -> None:
 
                 sides["torch"] = functools.partial(function, *map(torch.from_numpy, arrays))
             seconds, _ = common.alternate(sides, 3 * args.repeats)
-            flops = 2 * _TOKENS * fan_in * fan_out
+            flops = 2 * args.tokens * fan_in * fan_out
             report[f"{size}: {product}"] = {side: round(flops / each.clock / 1e9) for side, each in seconds.items()}
     common.report(report)
 
