@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import hashlib
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self
@@ -395,6 +397,18 @@ class GritModel:
             if piece:
                 yield piece
 
+    def fingerprint(self) -> str:
+        """Names weights, shape, settings and tokenizer: equal for the same on devices of the same kind."""
+        with jax.set_mesh(self._mesh):
+            sums = jax.device_get(_checksums(self.params))
+        about = [
+            repr(self.architecture),
+            repr(self.embedding),
+            self.tokenizer.fingerprint,
+            *map(int, jax.tree.leaves(sums)),
+        ]
+        return hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
+
     def prompt_lengths(
         self, messages: Sequence[Messages], *, prefix: str | Sequence[str] = "", raw: bool = False
     ) -> np.ndarray:
@@ -499,6 +513,22 @@ def _bucket(size: int, *, at_least: int) -> int:
     while at_least < size:
         at_least *= 2
     return at_least
+
+
+@jax.jit
+def _checksums(params: Params) -> Params:
+    """A number for each array that changes when one of its bits does, or when values change places."""
+
+    def checksum(x):
+        bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}")).astype(jnp.uint32)
+        place = sum(
+            jax.lax.broadcasted_iota(jnp.uint32, x.shape, dim) * np.uint32(factor)
+            for dim, factor in enumerate((0x9E3779B1, 0x85EBCA77, 0xC2B2AE3D, 0x27D4EB2F)[: x.ndim])
+        )
+        mixed = (bits ^ (place + np.uint32(1))) * np.uint32(0x2545F491)
+        return jnp.sum(mixed ^ (mixed >> 15), dtype=jnp.uint32)
+
+    return jax.tree.map(checksum, params)
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames=("settings", "execution"))
