@@ -5,11 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grit_jax import GritModel, prompts, sharding
-from grit_jax.config import EmbeddingConfig, InputError, MeshConfig, TransformerConfig
-from grit_jax.execution import PLAIN
-from grit_jax.model.transformer import abstract_model, bind, init_params
-from grit_jax.tokenizer import Tokenizer
+from grit_jax import GritModel, prompts
+from grit_jax.config import EmbeddingConfig, InputError
+from grit_jax.model.transformer import abstract_model, bind
+from tests.models import make
 
 TEXTS = [
     "short",
@@ -18,15 +17,6 @@ TEXTS = [
     "x",
     "the same length as none of the others",
 ] * 2
-
-
-def make(devices=1, embedding=EmbeddingConfig(), **changes):
-    shape = {"embed_dim": 32, "mlp_dim": 48, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "max_length": 256}
-    config = TransformerConfig(**shape | changes).resolve(258)
-    params = jax.tree.map(lambda x: 3 * x, init_params(config, jax.random.key(0), embedding.projection_dim))
-    mesh = sharding.make_mesh(MeshConfig(devices, 1, 1), jax.devices()[:devices])
-    params = jax.device_put(params, sharding.replicated(mesh))
-    return GritModel(params, config, embedding, Tokenizer.load("bytes"), mesh=mesh, execution=PLAIN)
 
 
 @pytest.fixture(scope="module")

@@ -90,7 +90,7 @@ class PromptedTask(Task):
       group: Key of the rows that names their group; null for one group.
       shots: Examples before each question, the first of `shots_path`, of the row's group where there are groups; null
         for all of them. Where a prompt is too long for the model, its last examples are left out.
-      shots_path: File with examples, relative to the suite's file. A row that is an example is not asked.
+      shots_path: File with examples. A row that is an example is not asked.
     """
 
     instruction: str = ""

@@ -16,12 +16,13 @@ import rich.table
 from grit_jax import files
 from grit_jax.config import InputError
 from grit_jax.evaluation.data import existing
-from grit_jax.evaluation.suite import Suite
+from grit_jax.evaluation.suite import PATHS, Suite
 from grit_jax.evaluation.task import Outcome, Task
 
 Entry = dict[str, Any]
 
 _DRAWS, _COVERAGE = 1000, 0.95
+_NOT_SETTINGS = {"name", *PATHS}  # what is in the files counts, not where they are
 
 
 def interval(outcome: Outcome, seed: int) -> tuple[float, float]:
@@ -53,7 +54,7 @@ def fingerprint(task: Task, suite: Suite, model: str) -> str:
     """Names a result: another where settings, data, model or version are others."""
     settings = {
         field.name: getattr(task, field.name) for field in dataclasses.fields(task)
-        if field.name not in ("name", "path", "shots_path", "passages")  # what is in the files counts, not where they are
+        if field.name not in _NOT_SETTINGS
     }  # fmt: skip
     about = [type(task).__name__, settings, suite.max_length, suite.seed, model, version("grit-jax")]
     digest = hashlib.sha256(json.dumps(about).encode())

@@ -77,7 +77,10 @@ class Reranking(EmbeddingTask):
         """float64 [documents] of each row; largest cosine with one of the row's queries."""
         queries = [_queries(row) for row in rows]
         vectors = [
-            np.split(session.directions(sum(texts, []), told), np.cumsum([len(some) for some in texts])[:-1])
+            np.split(
+                session.directions([text for some in texts for text in some], told),
+                np.cumsum([len(some) for some in texts])[:-1],
+            )
             for texts, told in ((queries, self.instruction or ""), (documents, self.document_instruction))
         ]
         return [np.max(of_queries @ of_documents.T, axis=0).astype(float)

@@ -128,7 +128,7 @@ class Retrieval(EmbeddingTask):
 
 def without_own_ids(ranking: Ranking, collection: Collection) -> Ranking:
     """The ranking with one rank less, in which no document has its query's id."""
-    place = {name: number for number, name in enumerate(collection.documents)}
+    place = {name: rank for rank, name in enumerate(collection.documents)}
     own = np.array([place.get(query, -1) for query in collection.queries])
     last = np.argsort(ranking.documents == own[:, None], axis=1, kind="stable")  # its own document goes to the end
     scores, documents = (np.take_along_axis(x, last, axis=1) for x in ranking)
@@ -140,9 +140,9 @@ def outcome(ranking: Ranking, collection: Collection) -> Outcome:
     """The figures of a ranking."""
     names = list(collection.documents)
     gains, judged = np.zeros(ranking.documents.shape), []
-    for number, relevance in enumerate(collection.judgements.values()):
-        found = [relevance.get(names[place], 0.0) for place in ranking.documents[number]]
-        gains[number] = np.where(np.isfinite(ranking.scores[number]), found, 0.0)
+    for query, relevance in enumerate(collection.judgements.values()):
+        found = [relevance.get(names[place], 0.0) for place in ranking.documents[query]]
+        gains[query] = np.where(np.isfinite(ranking.scores[query]), found, 0.0)
         judged.append(np.array(list(relevance.values())))
     figures = {
         f"recall_at_{_SHALLOW}": metrics.recall(gains, judged, _SHALLOW),

@@ -33,8 +33,8 @@ class Limits(NamedTuple):
       memory_bytes: Address space.
     """
 
-    seconds: float = 5.0
-    memory_bytes: int = 1 << 29
+    seconds: float
+    memory_bytes: int
 
 
 class Verdict(NamedTuple):
@@ -49,7 +49,7 @@ class Verdict(NamedTuple):
     detail: str = ""
 
 
-def run(program: str, limits: Limits = Limits()) -> Verdict:  # noqa: B008  # immutable
+def run(program: str, limits: Limits) -> Verdict:
     """Runs one Python program, without packages beyond the standard library.
 
     Raises:
@@ -57,8 +57,8 @@ def run(program: str, limits: Limits = Limits()) -> Verdict:  # noqa: B008  # im
     """
     if (platform.system(), platform.machine()) not in _SYSTEMS:
         raise InputError(
-            f"programs can be confined on Linux (x86-64, ARM64), not on {platform.system()} {platform.machine()}; leave "
-            "tasks of type code out"
+            f"programs can be confined on Linux (x86-64, ARM64), not on {platform.system()} {platform.machine()}; "
+            "leave tasks of type code out"
         )
     token = secrets.token_hex(8)  # a program that only ends early cannot say that it passed
     read, write = os.pipe()
@@ -70,9 +70,7 @@ def run(program: str, limits: Limits = Limits()) -> Verdict:  # noqa: B008  # im
         )  # fmt: skip
         os.close(write)
         try:
-            process.communicate(
-                f"{token}\n{program}".encode(errors="surrogatepass"), timeout=_START_SECONDS + limits.seconds
-            )
+            process.communicate(f"{token}\n{program}".encode(), timeout=_START_SECONDS + limits.seconds)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
@@ -91,12 +89,7 @@ def run(program: str, limits: Limits = Limits()) -> Verdict:  # noqa: B008  # im
     return Verdict("failed", f"it ended before its end, exit code {process.returncode}")
 
 
-def run_all(
-    programs: Sequence[str],
-    limits: Limits = Limits(),
-    *,
-    done: Callable[[int], None] = lambda _: None,
-) -> list[Verdict]:
+def run_all(programs: Sequence[str], limits: Limits, *, done: Callable[[int], None] = lambda _: None) -> list[Verdict]:
     """Runs programs, as many at a time as there are cores; arguments and errors as of `run`."""
 
     def one(program: str) -> Verdict:

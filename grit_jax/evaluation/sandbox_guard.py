@@ -105,7 +105,7 @@ def main() -> None:
         exec(compile(program, "program", "exec"), {"__name__": "__main__"})
         said = f"passed {token}"
     except BaseException as error:
-        said = f"failed {type(error).__name__}: {' '.join(str(error)[:300].split())}"
+        said = f"failed {type(error).__name__}: {' '.join(str(error)[:300].split())}".rstrip(": ")
     os.write(pipe, said.encode(errors="replace"))
     os._exit(0)
 

@@ -36,7 +36,7 @@ TYPES: Mapping[str, type[Task]] = {
 }
 
 _PACKAGED = "mteb"
-_PATHS = ("path", "shots_path", "passages")
+PATHS = ("path", "shots_path", "passages")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Suite:
     """What is measured.
 
     Attributes:
-      tasks: In the order of the file; their paths can be opened.
+      tasks: In the order of the file; their paths can be opened from here.
       max_length: Tokens kept of an embedded text.
       seed: Of every draw.
     """
@@ -64,18 +64,22 @@ class _Settings:
     seed: int = 0
 
 
-def load_suite(path: str | Path) -> Suite:
+def load_suite(path: str | Path, *, data: str | Path | None = None) -> Suite:
     """Reads a suite.
 
     The file has `tasks`, a list of mappings with `name`, `type`, `path` and the settings of their type; and perhaps
-    `instructions` (`mteb`, or a YAML file of instructions by task name), `max_length` and `seed`. Paths are relative to
-    the file.
+    `instructions` (`mteb`, or a YAML file of instructions by task name), `max_length` and `seed`.
+
+    Args:
+      path: The file.
+      data: Folder that the tasks' paths are relative to; None for the file's own.
 
     Raises:
       InputError: The file is missing or malformed, a key is unknown (with a suggestion), a value of the wrong type, a
         name there twice, or an embedding task without an instruction in `instructions`.
     """
     path = Path(path)
+    data = Path(data) if data else path.parent
     settings = from_mapping(_Settings, _read_mapping(path, "suite"), source=str(path))
     if not settings.tasks:
         raise InputError(f"{path}: tasks is empty; name at least one")
@@ -84,7 +88,7 @@ def load_suite(path: str | Path) -> Suite:
             raise InputError(f"{path}: {key}={getattr(settings, key)} must be at least {least}")
     instructions = _instructions(settings.instructions, path)
     tasks = [
-        _with_instruction(_task(values, number, path), instructions, path)
+        _with_instruction(_task(values, number, path, data), instructions, path)
         for number, values in enumerate(settings.tasks)
     ]
     names = [task.name for task in tasks]
@@ -120,7 +124,7 @@ def _instructions(named: str | None, suite: Path) -> dict[str, str] | None:
     return found
 
 
-def _task(values: Any, number: int, suite: Path) -> Task:
+def _task(values: Any, number: int, suite: Path, data: Path) -> Task:
     if not isinstance(values, dict):
         raise InputError(f"{suite}: tasks[{number}] is {values!r:.60}; it must be a mapping with name, type and path")
     where = f"{suite}: task {values.get('name', number)!r}"
@@ -130,7 +134,7 @@ def _task(values: Any, number: int, suite: Path) -> Task:
         hint = f"did you mean {close[0]!r}?" if close else f"it must be one of {', '.join(TYPES)}"
         raise InputError(f"{where}: type is {kind!r}; {hint}")
     given = {key: value for key, value in values.items() if key != "type"}
-    given |= {key: str(suite.parent / given[key]) for key in _PATHS if isinstance(given.get(key), str)}
+    given |= {key: str(data / given[key]) for key in PATHS if isinstance(given.get(key), str)}
     return from_mapping(TYPES[kind], given, source=where)
 
 

@@ -143,7 +143,7 @@ class Task(abc.ABC):
 
     Attributes:
       name: What the report calls it.
-      path: Its data: a file, or a folder where the type says so; relative to the suite's file.
+      path: Its data: a file, or a folder where the type says so.
     """
 
     name: str

@@ -1,0 +1,63 @@
+import os
+import re
+import time
+
+import pytest
+
+from grit_jax.evaluation.sandbox import Limits, Verdict, run, run_all
+
+LIMITS = Limits(seconds=2.0, memory_bytes=1 << 28)
+
+
+def test_a_program_passes_by_reaching_its_end():
+    assert run("import math, collections\nassert math.sqrt(4) == 2\nprint('x' * 10**6)", LIMITS) == Verdict("passed")
+    assert run("assert 1 == 2, 'no'", LIMITS) == Verdict("failed", "AssertionError: no")
+    assert run("def f(:", LIMITS).detail.startswith("SyntaxError")
+    assert run("import os\nos._exit(0)", LIMITS).status == "failed"
+    assert run("raise SystemExit(0)", LIMITS).status == "failed"
+
+
+@pytest.mark.parametrize("program", ["while True: pass", "import time\ntime.sleep(60)"])
+def test_time_is_limited(program):
+    begun = time.monotonic()
+    assert run(program, Limits(seconds=1.0)) == Verdict("timed out", "stopped after 1 s")
+    assert time.monotonic() - begun < 15
+
+
+def test_memory_is_limited():
+    assert run("x = bytearray(1 << 30)", LIMITS) == Verdict("failed", "MemoryError")
+
+
+@pytest.mark.parametrize(
+    "action",
+    [
+        "open({path!r}, 'w')",
+        "open({path!r}, 'r+')",
+        "os.remove({path!r})",
+        "os.truncate({path!r}, 0)",
+        "os.rename({path!r}, {path!r} + '2')",
+        "os.mkdir({path!r} + '2')",
+        "os.chmod({path!r}, 0)",
+        "os.symlink('a', {path!r} + '2')",
+        "os.fork()",
+        "os.posix_spawn('/bin/true', ['true'], {{}})",
+        "os.execv('/bin/true', ['true'])",
+        "os.kill(os.getppid(), 0)",
+        "__import__('resource').setrlimit(7, (128, 128))",
+        "__import__('_socket').socket()",
+        "__import__('_thread').start_new_thread(print, ())",
+    ],
+)
+def test_the_kernel_refuses_all_but_computing_and_reading(action, tmp_path):
+    file = tmp_path / "file"
+    file.write_text("kept")
+    verdict = run(f"import os\n{action.format(path=str(file))}", LIMITS)
+    assert verdict.status == "failed"
+    assert re.search("permitted|not allowed|can't start new thread", verdict.detail), verdict
+    assert file.read_text() == "kept"
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_many_programs_keep_their_order():
+    verdicts = run_all([f"assert {number} % 2" for number in range(6)], LIMITS)
+    assert [verdict.status for verdict in verdicts] == ["failed", "passed"] * 3
