@@ -25,7 +25,7 @@ class Collection(NamedTuple):
     Attributes:
       queries: Text by id, of the queries that the split's judgements name.
       documents: Text by id: title and text.
-      judgements: Relevance by document id, by query id.
+      judgements: Relevance by document id, by query id; in the order of the queries.
     """
 
     queries: dict[str, str]
@@ -80,10 +80,9 @@ def read_collection(folder: Path, split: str) -> Collection:
             raise InputError(f"{row.where}: query {query!r} is not in {existing(queries_file)}; add or remove it")
         judgements.setdefault(query, {})[row.get("corpus-id")] = number(row, "score")
     documents = read_corpus(corpus_file)
+    queries = {query: text for query, text in texts.items() if query in judgements}
     return Collection(
-        {query: texts[query] for query in judgements},
-        dict(sorted(documents.items(), reverse=True)),
-        judgements,
+        queries, dict(sorted(documents.items(), reverse=True)), {query: judgements[query] for query in queries}
     )
 
 

@@ -18,7 +18,7 @@ STS = {"name": "x", "type": "sts", "path": "x.tsv"}
         ([{**STS, "type": "sentiment"}], "type is 'sentiment'; it must be one of retrieval, sts, "),
         ([{**STS, "instructions": "x"}], r"task 'x': unknown key 'instructions'; did you mean 'instruction'\?"),
         ([{"name": "x", "type": "sts"}], "task 'x': no key 'path'; give all of name, path"),
-        ([{**STS, "instruction": 3}], "task 'x': .*instruction.* str"),
+        ([{**STS, "instruction": 3}], "task 'x': .*instruction.*'str'.*Given value: 3"),
         ([STS, STS], "there are 2 tasks of name 'x'; give each its own"),
         (["sts"], r"tasks\[0\] is 'sts'; it must be a mapping with name, type and path"),
         ([], "tasks is empty"),
