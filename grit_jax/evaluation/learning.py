@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from grit_jax.config import InputError
+from grit_jax.evaluation import metrics
 from grit_jax.evaluation.data import Row, read_rows
 from grit_jax.evaluation.task import EmbeddingTask, Outcome, Session
 
@@ -94,13 +95,12 @@ class Clustering(EmbeddingTask):
         """Clusters each set by itself."""
         rows = read_rows(Path(self.path))
         sets = [_set(row) for row in rows] if "sentences" in rows[0].values else [_one_set(rows)]
-        v_measure = _sklearn("metrics").v_measure_score
         found = [self._clusters(session, texts, labels) for texts, labels in sets]
-        scores = np.array([v_measure(labels, clusters) for labels, clusters in found])
+        scores = np.array([metrics.v_measure(labels, clusters) for labels, clusters in found])
         if len(scores) > 1:
             return Outcome("v_measure", scores)
         # Of one set the examples are its texts.
-        return Outcome("v_measure", np.stack(found[0], axis=1), lambda x: float(v_measure(*x.T)))
+        return Outcome("v_measure", np.stack(found[0], axis=1), lambda x: metrics.v_measure(*x.T))
 
     def _clusters(self, session: Session, texts: list[str], labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         kmeans = _sklearn("cluster").MiniBatchKMeans(

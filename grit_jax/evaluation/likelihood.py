@@ -11,7 +11,7 @@ import numpy as np
 from grit_jax.config import InputError
 from grit_jax.data.examples import tokenize_records
 from grit_jax.data.sources import find_files, open_source
-from grit_jax.evaluation.data import Row
+from grit_jax.evaluation.data import Row, existing
 from grit_jax.evaluation.prompted import PromptedTask, fill, letter_of, lettered, letters_of
 from grit_jax.evaluation.task import Outcome, Session, Task
 from grit_jax.prompts import TokenizedPrompt
@@ -69,7 +69,8 @@ class Perplexity(Task):
 
     def files(self) -> list[Path]:
         """The data files there."""
-        return [Path(str(path)) for path in find_files(self.path)]
+        path = Path(self.path)
+        return [Path(str(file)) for file in find_files(self.path)] if path.is_dir() else [existing(path)]
 
     def evaluate(self, session: Session) -> Outcome:
         """Scores every record."""

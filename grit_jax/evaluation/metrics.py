@@ -69,6 +69,27 @@ def spearman(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.dot(*ranks) / lengths) if lengths else 0.0
 
 
+def v_measure(labels: np.ndarray, clusters: np.ndarray) -> float:
+    """Harmonic mean of homogeneity and completeness (Rosenberg and Hirschberg, 2007), as scikit-learn's.
+
+    Args:
+      labels: int [items], from 0.
+      clusters: int [items], from 0.
+    """
+    counts = np.zeros((labels.max() + 1, clusters.max() + 1))
+    np.add.at(counts, (labels, clusters), 1)
+    of_labels, of_clusters, of_both = (_entropy(x) for x in (counts.sum(axis=1), counts.sum(axis=0), counts.ravel()))
+    shared = of_labels + of_clusters - of_both
+    homogeneity = shared / of_labels if of_labels else 1.0
+    completeness = shared / of_clusters if of_clusters else 1.0
+    return float(2 * homogeneity * completeness / max(homogeneity + completeness, 1e-24))
+
+
+def _entropy(counts: np.ndarray) -> float:
+    shares = counts[counts > 0] / counts.sum()
+    return float(-np.sum(shares * np.log(shares)))
+
+
 def pass_at_k(correct: np.ndarray, samples: int, k: int) -> np.ndarray:
     """Probability that one of k samples is correct, without bias (Chen et al., arXiv 2107.03374, equation 1).
 

@@ -206,10 +206,11 @@ def is_right(answer: str, targets: Sequence[str], comparison: Comparison) -> boo
     """Whether an answer agrees with one of the targets.
 
     `number` compares the last number of the answer, `text` what follows its last "answer is" up to the end of the line
-    (all of it without that), and `span` the first line, without case, punctuation and articles.
+    (the first line without that), and `span` the first line, without case, punctuation and articles. An answer without
+    any of it is wrong.
     """
     given = extracted(answer, comparison)
-    return any(given == extracted(target, comparison) for target in targets)
+    return given not in (None, "") and any(given == extracted(target, comparison) for target in targets)
 
 
 def extracted(answer: str, comparison: Comparison) -> Any:

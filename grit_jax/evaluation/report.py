@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import rich.console
 import rich.table
+from rich.markup import escape
 
 from grit_jax import files
 from grit_jax.config import InputError
@@ -86,10 +87,10 @@ def write_report(path: Path, tasks: dict[str, Entry], about: dict[str, Any]) -> 
 
 def show(tasks: dict[str, Entry], console: rich.console.Console) -> None:
     """Prints the table."""
-    table = rich.table.Table("task", "type", "metric", "score", "95 % interval", "examples")
+    table = rich.table.Table("task", "metric", "score", "95 % interval", "examples")
     for name, one in tasks.items():
         score, bounds = ("-", "-") if one["main_score"] is None else (
             f"{one['main_score']:.4f}", " to ".join(f"{bound:.4f}" for bound in one["interval"])
         )  # fmt: skip
-        table.add_row(name, one["type"], one["metric"] or "-", score, bounds, f"{one['num_examples']:,}")
+        table.add_row(escape(name), one["metric"] or "-", score, bounds, f"{one['num_examples']:,}")
     console.print(table)

@@ -81,7 +81,7 @@ def write_all(folder):
     )
     problem = {"task_id": "0", "prompt": "def f():\n", "entry_point": "f", "test": "def check(f):\n    assert f() == 1"}
     write_jsonl(folder / "problems.jsonl", [problem, problem | {"task_id": "1"}])
-    write_jsonl(folder / "answers.jsonl", [{"text": [f"say {w}", f"{w}!"]} for w in WORDS])
+    write_jsonl(folder / "answers.jsonl.gz", [{"text": [f"say {w}", f"{w}!"]} for w in WORDS])
     (folder / "alpaca.json").write_text(json.dumps([{"instruction": "Say hello.", "dataset": "x"}]))
     short = {"max_new_tokens": 8}
     return write_suite(

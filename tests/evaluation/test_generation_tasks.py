@@ -30,6 +30,11 @@ def test_answers_are_compared_as_their_task_says(answer, target, comparison, rig
     assert is_right(answer, [target, "something else 99"], comparison) == right
 
 
+@pytest.mark.parametrize("comparison", ["number", "text", "span"])
+def test_nothing_is_never_right(comparison):
+    assert not is_right("", [""], comparison)
+
+
 def test_f1_is_the_overlap_of_words():
     assert f1("the black cat sat", ["cat", "black cat"]) == pytest.approx(2 * 2 / 5)
     assert f1("dog", ["cat"]) == 0

@@ -48,6 +48,13 @@ def test_spearman_and_average_precision_are_those_of_their_libraries(seed):
     assert np.isclose(metrics.average_precision(relevant, scores), theirs, atol=1e-12)
 
 
+@pytest.mark.parametrize("seed", SEEDS)
+def test_v_measure_is_scikit_learns(seed):
+    generator = np.random.default_rng(seed)
+    labels, clusters = generator.integers(0, generator.integers(1, 6, 2), (40, 2)).T
+    assert np.isclose(metrics.v_measure(labels, clusters), sklearn.metrics.v_measure_score(labels, clusters), atol=1e-9)
+
+
 def test_a_constant_correlates_with_nothing():
     assert metrics.spearman(np.ones(5), np.arange(5)) == 0
 
