@@ -53,6 +53,8 @@ class Code(Task):
 
     def evaluate(self, session: Session) -> Outcome:
         """Writes and runs the programs."""
+        limits = sandbox.Limits(self.seconds, int(self.memory_gib * 2**30))
+        sandbox.run("", limits)  # a machine that cannot confine programs is told before they are written
         rows = read_rows(Path(self.path))
         synthesize = self.form == "synthesize"
         asked = [row.get("instruction" if synthesize else "prompt") for row in rows]
@@ -68,7 +70,6 @@ class Code(Task):
                 for row, begin, answer in zip(rows, begun, written, strict=True)
             ]
         session.progress.start("running programs", len(programs))
-        limits = sandbox.Limits(self.seconds, int(self.memory_gib * 2**30))
         verdicts = sandbox.run_all(
             [program or "raise SystemExit" for program in programs], limits, done=session.progress.advance
         )

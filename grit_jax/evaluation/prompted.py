@@ -26,13 +26,17 @@ Comparison = Literal["number", "text", "span"]
 
 
 def fill(template: str, row: Row, more: Mapping[str, str] | None = None) -> str:
-    """The template with each `{key}` replaced by the row's value; other braces stay as they are.
+    """The template with each `{key}` replaced by the value in `more` or of the row; other braces stay as they are.
 
     Raises:
       InputError: The row has no such key, or no text or number there.
     """
     more = more or {}
-    return _FIELD.sub(lambda match: more.get(match[1]) or str(row.get(match[1], str, int, float)), template)
+
+    def value(match: re.Match[str]) -> str:
+        return more[match[1]] if match[1] in more else str(row.get(match[1], str, int, float))
+
+    return _FIELD.sub(value, template)
 
 
 def lettered(choices: Sequence[str]) -> str:

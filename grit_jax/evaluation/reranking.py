@@ -12,6 +12,7 @@ import numpy as np
 from grit_jax.config import InputError
 from grit_jax.evaluation import metrics
 from grit_jax.evaluation.data import Row, read_rows
+from grit_jax.evaluation.prompted import fill
 from grit_jax.evaluation.task import EmbeddingTask, Outcome, Session
 
 _MRR_RANKS = 10
@@ -59,9 +60,8 @@ class Reranking(EmbeddingTask):
         if self.method != "embedding":
             orders = [np.argsort(-row, kind="stable")[: self.candidates] for row in scores]
             asked = [[texts[place] for place in order] for texts, order in zip(documents, orders, strict=True)]
-            queries = [_queries(row)[0] for row in rows]
             again = self._pointwise if self.method == "pointwise" else self._permutation
-            ranks, figures = again(session, queries, asked)
+            ranks, figures = again(session, rows, asked)
             for row, order, rank in zip(scores, orders, ranks, strict=True):
                 row[order] = row.max() + 1 - rank / len(rank)
         precision, reciprocal = [], []
@@ -87,32 +87,30 @@ class Reranking(EmbeddingTask):
                 for of_queries, of_documents in zip(*vectors, strict=True)]  # fmt: skip
 
     def _pointwise(
-        self, session: Session, queries: list[str], documents: list[list[str]]
+        self, session: Session, rows: list[Row], documents: list[list[str]]
     ) -> tuple[list[np.ndarray], dict[str, float]]:
         """Rank of each document from 0, by how much likelier Yes is than No."""
         asked = [
-            _filled(self.prompt or _POINTWISE, query=query, passage=text)
-            for query, texts in zip(queries, documents, strict=True)
+            fill(self.prompt or _POINTWISE, row, {"query": _queries(row)[0], "passage": text})
+            for row, texts in zip(rows, documents, strict=True)
             for text in texts
         ]
         scored = session.log_likelihoods([*asked, *asked], ["Yes"] * len(asked) + ["No"] * len(asked))
         yes, no = np.split(scored.values, 2)
         by_row = np.split(yes - no, np.cumsum([len(texts) for texts in documents])[:-1])
-        return [_ranks(np.argsort(-row, kind="stable")) for row in by_row], {
-            "num_truncated": float(scored.num_truncated)
-        }
+        ranks = [_ranks(np.argsort(-row, kind="stable")) for row in by_row]
+        return ranks, {"num_truncated": float(scored.num_truncated)}
 
     def _permutation(
-        self, session: Session, queries: list[str], documents: list[list[str]]
+        self, session: Session, rows: list[Row], documents: list[list[str]]
     ) -> tuple[list[np.ndarray], dict[str, float]]:
         """Rank of each document from 0, as written; what is not written keeps its order behind the others."""
+        numbered = [
+            "\n\n".join(f"[{number}] {text}" for number, text in enumerate(texts, start=1)) for texts in documents
+        ]
         prompts = [
-            _filled(
-                self.prompt or _PERMUTATION,
-                query=query,
-                passages="\n\n".join(f"[{number}] {text}" for number, text in enumerate(texts, start=1)),
-            )
-            for query, texts in zip(queries, documents, strict=True)
+            fill(self.prompt or _PERMUTATION, row, {"query": _queries(row)[0], "passages": passages})
+            for row, passages in zip(rows, numbered, strict=True)
         ]
         room = _TOKENS_PER_NUMBER * max(map(len, documents))
         written = session.answers(prompts, max_new_tokens=room)
@@ -135,7 +133,3 @@ def _ranks(order: np.ndarray) -> np.ndarray:
 
 def _queries(row: Row) -> list[str]:
     return row.strings("query") if isinstance(row.values.get("query"), list) else [row.get("query")]
-
-
-def _filled(template: str, **values: str) -> str:
-    return re.sub(r"\{(\w+)\}", lambda match: values.get(match[1], match[0]), template)

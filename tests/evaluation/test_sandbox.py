@@ -4,6 +4,8 @@ import time
 
 import pytest
 
+from grit_jax.evaluation.code import with_test
+from grit_jax.evaluation.data import read_rows
 from grit_jax.evaluation.sandbox import Limits, Verdict, run, run_all
 
 LIMITS = Limits(seconds=2.0, memory_bytes=1 << 28)
@@ -61,3 +63,12 @@ def test_the_kernel_refuses_all_but_computing_and_reading(action, tmp_path):
 def test_many_programs_keep_their_order():
     verdicts = run_all([f"assert {number} % 2" for number in range(6)], LIMITS)
     assert [verdict.status for verdict in verdicts] == ["failed", "passed"] * 3
+
+
+def test_humanevals_own_solutions_pass(shared):
+    for name, begin in (("humaneval.jsonl", "prompt"), ("humanevalpack_python.jsonl", "declaration")):
+        rows = read_rows(shared / "data/eval/generative" / name)[::12]
+        programs = [with_test(row.get(begin) + row.get("canonical_solution"), row) for row in rows]
+        assert set(run_all(programs, LIMITS)) == {Verdict("passed")}
+        wrong = run_all([with_test(row.get(begin) + "    pass", row) for row in rows], LIMITS)
+        assert {verdict.status for verdict in wrong} == {"failed"}
