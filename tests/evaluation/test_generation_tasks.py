@@ -1,4 +1,5 @@
-import numpy as np
+import dataclasses
+
 import pytest
 
 from grit_jax.config import InputError
@@ -164,10 +165,7 @@ def test_shared_sets_are_read_as_the_shipped_suites_name_them(shared):
         rows = tasks[name].asked(one)[:50]
         prompts = tasks[name].prompts(rows, one, room=10)
         assert set(prompts.shots) <= {"gsm8k": {8}, "bbh": {3, 4, 5}, "xquad_en": {1}, "mmlu": {0}}[name]
-    assert np.all(tasks["mmlu"].evaluate(one).examples == [letter == "A" for letter in _answers(tasks["mmlu"])])
-
-
-def _answers(task):
-    from grit_jax.evaluation.data import read_rows
-
-    return [row.get("answer") for row in read_rows(task.files()[0])]
+    few = dataclasses.replace(tasks["mmlu"], limit=1)
+    first = [row.get("answer") == "A" for row in few.asked(one)]  # of equal letters the first is taken
+    assert len(first) == 57
+    assert few.evaluate(one).examples.tolist() == first

@@ -1,5 +1,4 @@
 import os
-import re
 import time
 
 import pytest
@@ -30,32 +29,43 @@ def test_memory_is_limited():
     assert run("x = bytearray(1 << 30)", LIMITS) == Verdict("failed", "MemoryError")
 
 
-@pytest.mark.parametrize(
-    "action",
-    [
-        "open({path!r}, 'w')",
-        "open({path!r}, 'r+')",
-        "os.remove({path!r})",
-        "os.truncate({path!r}, 0)",
-        "os.rename({path!r}, {path!r} + '2')",
-        "os.mkdir({path!r} + '2')",
-        "os.chmod({path!r}, 0)",
-        "os.symlink('a', {path!r} + '2')",
-        "os.fork()",
-        "os.posix_spawn('/bin/true', ['true'], {{}})",
-        "os.execv('/bin/true', ['true'])",
-        "os.kill(os.getppid(), 0)",
-        "__import__('resource').setrlimit(7, (128, 128))",
-        "__import__('_socket').socket()",
-        "__import__('_thread').start_new_thread(print, ())",
-    ],
-)
-def test_the_kernel_refuses_all_but_computing_and_reading(action, tmp_path):
+FORBIDDEN = [
+    "open(path, 'w')",
+    "open(path, 'r+')",
+    "os.remove(path)",
+    "os.truncate(path, 0)",
+    "os.rename(path, path + '2')",
+    "os.mkdir(path + '2')",
+    "os.chmod(path, 0)",
+    "os.symlink('a', path + '2')",
+    "os.fork()",
+    "os.posix_spawn('/bin/true', ['true'], {})",
+    "os.execv('/bin/true', ['true'])",
+    "os.kill(os.getppid(), 0)",
+    "__import__('resource').setrlimit(7, (9, 9))",
+    "__import__('_socket').socket()",
+    "__import__('_thread').start_new_thread(print, ())",
+]
+
+
+def test_the_kernel_refuses_all_but_computing_and_reading(tmp_path):
     file = tmp_path / "file"
     file.write_text("kept")
-    verdict = run(f"import os\n{action.format(path=str(file))}", LIMITS)
-    assert verdict.status == "failed"
-    assert re.search("permitted|not allowed|can't start new thread", verdict.detail), verdict
+    program = f"""
+import os
+path = {str(file)!r}
+assert open(path).read() == "kept"
+done = []
+for action in {FORBIDDEN!r}:
+    try:
+        eval(action)
+        done.append(action)
+    except (PermissionError, ValueError, RuntimeError) as error:
+        if not any(words in str(error) for words in ("permitted", "not allowed", "can't start new thread")):
+            done.append(f"{{action}}: {{error!r}}")
+assert not done, done
+"""
+    assert run(program, LIMITS) == Verdict("passed")
     assert file.read_text() == "kept"
     assert os.listdir(tmp_path) == ["file"]
 
@@ -67,7 +77,7 @@ def test_many_programs_keep_their_order():
 
 def test_humanevals_own_solutions_pass(shared):
     for name, begin in (("humaneval.jsonl", "prompt"), ("humanevalpack_python.jsonl", "declaration")):
-        rows = read_rows(shared / "data/eval/generative" / name)[::12]
+        rows = read_rows(shared / "data/eval/generative" / name)[::24]
         programs = [with_test(row.get(begin) + row.get("canonical_solution"), row) for row in rows]
         assert set(run_all(programs, LIMITS)) == {Verdict("passed")}
         wrong = run_all([with_test(row.get(begin) + "    pass", row) for row in rows], LIMITS)
