@@ -3,7 +3,7 @@
     python benchmarks/matmul.py
     python benchmarks/matmul.py --tokens 8   # as when 8 answers are written together
 
-For each projection of the model: GFLOP/s of the product itself, of its gradient by the input and of that by the weights.
+For each projection of the model: GFLOP/s of the product, of its gradient by the input and of that by the weights.
 """
 
 from __future__ import annotations

@@ -10,10 +10,13 @@ import dataclasses
 import difflib
 import os
 import typing
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from grit_jax import files
+
+T = TypeVar("T")
 
 Attention = Literal["bidirectional", "causal"]
 Pooling = Literal["mean", "weighted_mean", "cls", "last_token"]
@@ -569,17 +572,8 @@ def load_config(path: str | os.PathLike[str], overrides: list[str] | None = None
 
 def parse_config(text: str, overrides: list[str] | None = None, *, source: str = "config") -> Config:
     """Builds a `Config` from YAML text; see `load_config`."""
-    import yaml
-
     overrides = overrides or []
-    try:
-        mapping = yaml.safe_load(text) or {}
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"{source}:{mark.line + 1}" if mark else source
-        raise InputError(f"{where}: not valid YAML: {getattr(error, 'problem', error)}") from error
-    if not isinstance(mapping, dict):
-        raise InputError(f"{source}: expected a mapping of sections, found {type(mapping).__name__}")
+    mapping = parse_mapping(text, source=source)
     _check_keys(mapping, Config, source)
     for override in overrides:
         _check_override(override)
@@ -595,6 +589,50 @@ def parse_config(text: str, overrides: list[str] | None = None, *, source: str =
         return Config(**{section.name: sections[section.name] for section in dataclasses.fields(Config)})
     except InputError:
         raise
+    except (jsonargparse.ArgumentError, ValueError) as error:
+        raise InputError(f"{source}: {' '.join(str(error).split())}") from error
+
+
+def parse_mapping(text: str, *, source: str) -> dict[str, Any]:
+    """The mapping that a YAML text holds; an empty text holds an empty one.
+
+    Raises:
+      InputError: Malformed YAML, or no mapping; the message starts with `source` and the line.
+    """
+    import yaml
+
+    try:
+        mapping = yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{source}:{mark.line + 1}" if mark else source
+        raise InputError(f"{where}: not valid YAML: {getattr(error, 'problem', error)}") from error
+    if not isinstance(mapping, dict):
+        raise InputError(f"{source}: expected a mapping of sections, found {type(mapping).__name__}")
+    return mapping
+
+
+def from_mapping(section: type[T], values: Mapping[str, Any], *, source: str) -> T:
+    """A flat dataclass from its keys and values as YAML gives them.
+
+    Raises:
+      InputError: Unknown key (with a suggestion), missing key, or a value of the wrong type.
+    """
+    _check_keys(dict(values), section, source)
+    needed = [
+        field.name for field in dataclasses.fields(section)  # ty: ignore[invalid-argument-type]
+        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+    ]  # fmt: skip
+    for name in needed:
+        if name not in values:
+            raise InputError(f"{source}: no key {name!r}; give all of {', '.join(needed)}")
+
+    import jsonargparse
+
+    parser = jsonargparse.ArgumentParser(exit_on_error=False, allow_abbrev=False)
+    parser.add_class_arguments(section, None)
+    try:
+        return section(**vars(parser.parse_object(dict(values))))
     except (jsonargparse.ArgumentError, ValueError) as error:
         raise InputError(f"{source}: {' '.join(str(error).split())}") from error
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import hashlib
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self
@@ -19,6 +21,7 @@ from grit_jax.data.packing import pack
 from grit_jax.data.pipeline import pool_weights
 from grit_jax.execution import Execution, execution
 from grit_jax.loading import load_params, open_model
+from grit_jax.losses import target_log_likelihoods
 from grit_jax.model.decode import decode, prefill
 from grit_jax.model.pooling import embed_rows
 from grit_jax.model.transformer import Params, abstract_model, bind, split_layers
@@ -41,6 +44,31 @@ class Encoded(NamedTuple):
     vectors: np.ndarray
     num_tokens: int
     num_truncated: int
+
+
+class Likelihoods(NamedTuple):
+    """How likely a model finds some texts.
+
+    Attributes:
+      values: float64 [texts]; sum of log p of the scored tokens, in nats.
+      num_tokens: int64 [texts]; scored tokens.
+      greedy: bool [texts]; whether each scored token is the likeliest one.
+      num_truncated: Texts that were cut to the model's limit.
+    """
+
+    values: np.ndarray
+    num_tokens: np.ndarray
+    greedy: np.ndarray
+    num_truncated: int
+
+
+class _Rows(NamedTuple):
+    """Packed rows, int32 [rows, length] each, and which text lies where."""
+
+    tokens: np.ndarray
+    segment_ids: np.ndarray
+    positions: np.ndarray
+    texts: list[tuple[int, int, int, int]]  # number of the text, row, first column, slot
 
 
 class GritModel:
@@ -151,21 +179,29 @@ class GritModel:
                     f"text {place}: its instruction takes {prompt.spans[0, 0]} of {limit} tokens and leaves no room "
                     "for the text; shorten it or raise the maximum length"
                 )
-        lengths = np.array([min(len(prompt.tokens), limit) for prompt in tokenized], np.int64)
         vectors = np.zeros((len(texts), self.embedding.projection_dim or self.architecture.embed_dim), np.float32)
-        if len(texts):
-            for members, rows in self._packed(tokenized, lengths, batch_tokens or self._batch_tokens):
-                with jax.set_mesh(self._mesh):
-                    slots = _embed(self._model, self.params, *rows, settings=self.embedding, execution=self._execution)
-                vectors[list(members.values())] = np.asarray(slots).reshape(-1, vectors.shape[1])[list(members)]
-                progress(len(members))
+        kept = [prompt.tokens[:limit] for prompt in tokenized]
+        for rows in self._packed(kept, batch_tokens or self._batch_tokens):
+            weights = np.zeros(rows.tokens.shape, np.float32)
+            for text, row, start, _ in rows.texts:
+                length = len(kept[text])
+                pooled = pool_weights(tokenized[text].spans, length, self.embedding.pooling)
+                weights[row, start : start + length] = pooled
+            with jax.set_mesh(self._mesh):
+                slots = _embed(
+                    self._model, self.params, *rows[:3], weights, settings=self.embedding, execution=self._execution
+                )
+            members, slot_numbers = ([place[field] for place in rows.texts] for field in (0, 3))
+            vectors[members] = np.asarray(slots).reshape(-1, vectors.shape[1])[slot_numbers]
+            progress(len(members))
         truncated = sum(len(prompt.tokens) > limit for prompt in tokenized)
-        return Encoded(vectors, int(lengths.sum()), truncated)
+        return Encoded(vectors, sum(map(len, kept)), truncated)
 
-    def _packed(
-        self, tokenized: list[prompts.TokenizedPrompt], lengths: np.ndarray, batch_tokens: int
-    ) -> Iterator[tuple[dict[int, int], tuple[np.ndarray, ...]]]:
-        """Batches of packed rows: which text is in which slot, and the arrays that `embed_rows` takes."""
+    def _packed(self, texts: Sequence[np.ndarray], batch_tokens: int) -> Iterator[_Rows]:
+        """Batches of packed rows that hold the tokens of each text once."""
+        if not len(texts):
+            return
+        lengths = np.array([len(tokens) for tokens in texts], np.int64)
         # Attention costs what its rows are long, so short texts get short rows: twice as long, to fill them well.
         longest = _bucket(int(lengths.max()), at_least=self._shortest_row)
         row_lengths = np.array(
@@ -173,25 +209,115 @@ class GritModel:
         )
         shards = sharding.axis_size(self._mesh, "batch")
         for row_length in np.unique(row_lengths).tolist():
-            texts = np.flatnonzero(row_lengths == row_length)
+            of_length = np.flatnonzero(row_lengths == row_length)
             most = max_segments(row_length)
-            packing = pack(lengths[texts], row_length=row_length, max_segments=most)
+            packing = pack(lengths[of_length], row_length=row_length, max_segments=most)
             full = max(1, batch_tokens // (row_length * shards)) * shards
             for first in range(0, packing.num_rows, full):
                 num_rows = min(full, _bucket(min(full, packing.num_rows - first), at_least=shards))
                 tokens, segment_ids, positions = (np.zeros((num_rows, row_length), np.int32) for _ in range(3))
-                weights = np.zeros((num_rows, row_length), np.float32)
-                members = {}
+                placed = []
                 for place in np.flatnonzero((packing.row >= first) & (packing.row < first + num_rows)).tolist():
-                    text, row, segment = int(texts[place]), int(packing.row[place]) - first, int(packing.segment[place])
-                    length = int(lengths[text])
-                    columns = slice(packing.offset[place], packing.offset[place] + length)
-                    tokens[row, columns] = tokenized[text].tokens[:length]
+                    text, row = int(of_length[place]), int(packing.row[place]) - first
+                    segment, start = int(packing.segment[place]), int(packing.offset[place])
+                    columns = slice(start, start + len(texts[text]))
+                    tokens[row, columns] = texts[text]
                     segment_ids[row, columns] = segment
-                    positions[row, columns] = np.arange(length)
-                    weights[row, columns] = pool_weights(tokenized[text].spans, length, self.embedding.pooling)
-                    members[row * most + segment - 1] = text
-                yield members, (tokens, segment_ids, positions, weights)
+                    positions[row, columns] = np.arange(len(texts[text]))
+                    placed.append((text, row, start, row * most + segment - 1))
+                yield _Rows(tokens, segment_ids, positions, placed)
+
+    def log_likelihoods(
+        self,
+        contexts: Sequence[Messages],
+        continuations: Sequence[str],
+        *,
+        prefix: str = "",
+        raw: bool = False,
+        batch_tokens: int | None = None,
+        progress: Callable[[int], None] = lambda _: None,
+    ) -> Likelihoods:
+        """How likely each continuation is after its context. Contexts that are too long lose their first tokens.
+
+        A context that several continuations of one token follow is read once.
+
+        Args:
+          contexts: Conversations, as `generate` takes them.
+          continuations: What follows each; a token that starts in it is scored.
+          prefix: What the answers begin with, before the continuation.
+          raw: Whether a context that is a string is taken as it is, after BOS, and not for a user's message.
+          batch_tokens: Tokens that go through the model at a time; None takes what suits the device.
+          progress: Called with the number of pairs that each batch finished.
+
+        Raises:
+          InputError: No token starts in a continuation, or it is longer than the model's limit.
+        """
+        before = [self._prompt(context, prefix=prefix, raw=raw) for context in contexts]
+        pairs = [
+            prompts.Prompt(text + continuation, ((len(text), len(text) + len(continuation)),))
+            for text, continuation in zip(before, continuations, strict=True)
+        ]
+        tokenized, limit, truncated = prompts.tokenize(pairs, self.tokenizer), self.architecture.max_length, 0
+        num_bos = int(self.tokenizer.bos_id is not None)
+        for place, (tokens, spans) in enumerate(tokenized):
+            over = len(tokens) - limit
+            if not len(spans):
+                raise InputError(f"continuation {place}: no token starts in {continuations[place]!r}")
+            if over > 0 and spans[0, 0] - num_bos > over:
+                kept = np.concatenate([tokens[:num_bos], tokens[num_bos + over :]])
+                tokenized[place] = prompts.TokenizedPrompt(kept, spans - over)
+                truncated += 1
+        scored = self.score(tokenized, batch_tokens=batch_tokens, progress=progress)
+        return scored._replace(num_truncated=truncated)
+
+    def score(
+        self,
+        texts: Sequence[prompts.TokenizedPrompt],
+        *,
+        batch_tokens: int | None = None,
+        progress: Callable[[int], None] = lambda _: None,
+    ) -> Likelihoods:
+        """How likely the spans of texts are, given what is before them.
+
+        Logits are made for the scored tokens only. Texts that differ in their last token alone are read once.
+
+        Args:
+          texts: What is read; the tokens of their spans are scored, the first token of all never.
+          batch_tokens: Tokens that go through the model at a time; None takes what suits the device.
+          progress: Called with the number of texts that each batch finished.
+
+        Raises:
+          InputError: A text has nothing before its scored tokens, or more tokens than the model's limit.
+        """
+        readings: dict[bytes, list[int]] = {}  # what is read of some texts: all but their last token
+        for place, (tokens, spans) in enumerate(texts):
+            if not 1 < len(tokens) <= self.architecture.max_length or not np.any(spans[:, 1] > 1):
+                raise InputError(
+                    f"text {place} has {len(tokens)} tokens; a text has 2 to {self.architecture.max_length}, of which "
+                    "any but the first can be scored"
+                )
+            readings.setdefault(tokens[:-1].tobytes(), []).append(place)
+        values, num_tokens = np.zeros(len(texts)), np.zeros(len(texts), np.int64)
+        greedy = np.ones(len(texts), bool)
+        read, members = [np.frombuffer(key, np.int32) for key in readings], list(readings.values())
+        for rows in self._packed(read, batch_tokens or self._batch_tokens):
+            owners, places, targets = [], [], []
+            for reading, row, start, _ in rows.texts:
+                for text in members[reading]:
+                    for first, last in np.maximum(texts[text].spans, 1).tolist():
+                        owners += [text] * (last - first)
+                        places += range(row * rows.tokens.shape[1] + start + first - 1,
+                                        row * rows.tokens.shape[1] + start + last - 1)  # fmt: skip
+                        targets += texts[text].tokens[first:last].tolist()
+            size = _bucket(len(places), at_least=max(64, sharding.axis_size(self._mesh, "batch")))
+            padded = (np.pad(np.array(x, np.int32), (0, size - len(x))) for x in (places, targets))
+            with jax.set_mesh(self._mesh):
+                scores, likeliest = _score(self._model, self.params, *rows[:3], *padded, execution=self._execution)
+            np.add.at(values, owners, np.asarray(scores, np.float64)[: len(owners)])
+            np.add.at(num_tokens, owners, 1)
+            np.logical_and.at(greedy, owners, np.asarray(likeliest)[: len(owners)])
+            progress(sum(len(members[reading]) for reading, *_ in rows.texts))
+        return Likelihoods(values, num_tokens, greedy, 0)
 
     def logits(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Scores of the next token after BOS and after each token of a text, float32 [tokens, vocab] for each text.
@@ -223,6 +349,7 @@ class GritModel:
         seed: int = 0,
         stop: Sequence[str] = (),
         raw: bool = False,
+        prefix: str | Sequence[str] = "",
     ) -> str | list[str]:
         """Answers one conversation, or each of a list of them in one batch.
 
@@ -234,6 +361,7 @@ class GritModel:
           seed: Seed of the draws; an answer does not depend on the others of its batch.
           stop: The answer ends before the first of these strings.
           raw: Whether a string is continued as it is, after BOS, and not taken for a user's message.
+          prefix: What the answer begins with, or each of a list; it is not returned.
 
         Returns:
           The answer without its end-of-sequence token, or a list of answers.
@@ -245,7 +373,9 @@ class GritModel:
         batch: Any = list(messages) if many else [messages]
         options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
         answers = [""] * len(batch)
-        for pieces in self._answers(batch, stop=stop, raw=raw, **options) if batch else ():
+        prefixes = [prefix] * len(batch) if isinstance(prefix, str) else prefix
+        texts = [self._prompt(one, prefix=begin, raw=raw) for one, begin in zip(batch, prefixes, strict=True)]
+        for pieces in self._answers(texts, stop=stop, **options) if batch else ():
             answers = [answer + piece for answer, piece in zip(answers, pieces, strict=True)]
         return answers if many else answers[0]
 
@@ -259,22 +389,42 @@ class GritModel:
         seed: int = 0,
         stop: Sequence[str] = (),
         raw: bool = False,
+        prefix: str = "",
     ) -> Iterator[str]:
         """The pieces of `generate`'s answer as they come; arguments as there."""
         options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
-        for (piece,) in self._answers([messages], stop=stop, raw=raw, **options):
+        for (piece,) in self._answers([self._prompt(messages, prefix=prefix, raw=raw)], stop=stop, **options):
             if piece:
                 yield piece
 
-    def _answers(self, batch: list[Messages], *, stop: Sequence[str], raw: bool, **options) -> Iterator[list[str]]:
-        """New text of every answer, after each block of tokens."""
-        special = {"bos": self.tokenizer.bos, "eos": self.tokenizer.eos}
-        texts = [
-            self.tokenizer.bos + messages
-            if raw and isinstance(messages, str)
-            else prompts.generation(messages, **special)
-            for messages in batch
+    def fingerprint(self) -> str:
+        """Names weights, shape, settings and tokenizer: equal for the same on devices of the same kind."""
+        with jax.set_mesh(self._mesh):
+            sums = jax.device_get(_checksums(self.params))
+        about = [
+            repr(self.architecture),
+            repr(self.embedding),
+            self.tokenizer.fingerprint,
+            *map(int, jax.tree.leaves(sums)),
         ]
+        return hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
+
+    def prompt_lengths(
+        self, messages: Sequence[Messages], *, prefix: str | Sequence[str] = "", raw: bool = False
+    ) -> np.ndarray:
+        """Tokens of what `generate` reads, int64 [messages]; arguments as there."""
+        prefixes = [prefix] * len(messages) if isinstance(prefix, str) else prefix
+        texts = [self._prompt(one, prefix=begin, raw=raw) for one, begin in zip(messages, prefixes, strict=True)]
+        return np.array([len(encoding.ids) for encoding in self.tokenizer.encode_batch(texts)], np.int64)
+
+    def _prompt(self, messages: Messages, *, prefix: str, raw: bool) -> str:
+        """The text that an answer continues."""
+        if raw and isinstance(messages, str):
+            return self.tokenizer.bos + messages + prefix
+        return prompts.generation(messages, bos=self.tokenizer.bos, eos=self.tokenizer.eos, prefix=prefix)
+
+    def _answers(self, texts: list[str], *, stop: Sequence[str], **options) -> Iterator[list[str]]:
+        """New text of every answer, after each block of tokens."""
         prompt_ids = [encoding.ids for encoding in self.tokenizer.encode_batch(texts)]
         answers = [_Answer(self.tokenizer, ids, stop) for ids in prompt_ids]
         for block in self._tokens(prompt_ids, **options):
@@ -365,10 +515,35 @@ def _bucket(size: int, *, at_least: int) -> int:
     return at_least
 
 
+@jax.jit
+def _checksums(params: Params) -> Params:
+    """A number for each array that changes when one of its bits does, or when values change places."""
+
+    def checksum(x):
+        bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}")).astype(jnp.uint32)
+        place = sum(
+            jax.lax.broadcasted_iota(jnp.uint32, x.shape, dim) * np.uint32(factor)
+            for dim, factor in enumerate((0x9E3779B1, 0x85EBCA77, 0xC2B2AE3D, 0x27D4EB2F)[: x.ndim])
+        )
+        mixed = (bits ^ (place + np.uint32(1))) * np.uint32(0x2545F491)
+        return jnp.sum(mixed ^ (mixed >> 15), dtype=jnp.uint32)
+
+    return jax.tree.map(checksum, params)
+
+
 @functools.partial(jax.jit, static_argnums=0, static_argnames=("settings", "execution"))
 def _embed(model, params, tokens, *rows, settings: EmbeddingConfig, execution: Execution):
     model = bind(model, params)
     return embed_rows(model, model.embed(tokens, execution.dtype), *rows, settings=settings, execution=execution)[0]
+
+
+@functools.partial(jax.jit, static_argnums=0, static_argnames="execution")
+def _score(model, params, tokens, segment_ids, positions, places, targets, *, execution: Execution):
+    """Log p of `targets` after the tokens at `places`, counted through the rows, and whether they are likeliest."""
+    model = bind(model, params)
+    hidden, _ = model(tokens, model.mask(segment_ids, positions, causal=True), execution)
+    chosen = hidden.reshape(-1, hidden.shape[-1])[places]
+    return target_log_likelihoods(chosen, model.output_layer(execution.dtype), targets)
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames="execution")

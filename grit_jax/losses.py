@@ -7,9 +7,9 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
-from grit_jax.execution import num_chunks, wide
+from grit_jax.execution import map_chunks, num_chunks, wide
 from grit_jax.sharding import constrain
 
 # (hidden [tokens, embed], output weights) -> float32 logits [tokens, vocab].
@@ -44,9 +44,13 @@ def next_token_loss(
 def _block_nll(logits: Logits, output_weights, hidden, targets, loss_weights):
     """The weighted sum of a block, and what is summed before it is weighed."""
     scores = constrain(logits(hidden, output_weights), "tokens", "activation_vocab")
-    picked = jnp.take_along_axis(scores, targets[:, None], axis=-1)[:, 0]
-    nll = jax.nn.logsumexp(scores, axis=-1) - picked
+    nll = _nll(scores, targets)
     return jnp.sum(loss_weights * nll), nll
+
+
+def _nll(scores, targets):
+    picked = jnp.take_along_axis(scores, targets[:, None], axis=-1)[:, 0]
+    return jax.nn.logsumexp(scores, axis=-1) - picked
 
 
 def _sum_over_blocks(function, zero, blocks):
@@ -91,6 +95,26 @@ def _weighted_nll_backward(logits, gradients, cotangent):
 
 
 _weighted_nll.defvjp(_weighted_nll_forward, _weighted_nll_backward)
+
+
+def target_log_likelihoods(
+    hidden: Float[Array, "targets embed"],
+    logits: Callable[[jax.Array], jax.Array],
+    targets: Int[Array, " targets"],
+    *,
+    block: int = 1024,
+) -> tuple[Float[Array, " targets"], Bool[Array, " targets"]]:
+    """Log p(target) by the hidden state before it, and whether the target is the likeliest token.
+
+    `logits` are the model's by hidden states; they are made for up to `block` targets at a time.
+    """
+
+    def score(pair):
+        scores = constrain(logits(pair[0]), "tokens", "activation_vocab")
+        return -_nll(scores, pair[1]), jnp.argmax(scores, axis=-1) == pair[1]
+
+    scored = map_chunks(score, (hidden, targets), num_chunks(len(targets), block))
+    return jax.tree.map(lambda x: x.reshape(len(targets)), scored)
 
 
 def balance_loss(

@@ -66,13 +66,14 @@ def plain(text: str, *, bos: str) -> Prompt:
     return Prompt(bos + text, ((len(bos), len(bos) + len(text)),))
 
 
-def generation(messages: str | Sequence[Mapping[str, str]], *, bos: str, eos: str) -> str:
+def generation(messages: str | Sequence[Mapping[str, str]], *, bos: str, eos: str, prefix: str = "") -> str:
     """The prompt that the assistant continues.
 
     Args:
       messages: One user message, or `{"role": "user" | "assistant", "content": str}` in turn, a user's first and last.
       bos: The model's BOS.
       eos: The model's EOS.
+      prefix: What the answer begins with.
 
     Raises:
       InputError: Roles are not user and assistant in turn.
@@ -83,7 +84,7 @@ def generation(messages: str | Sequence[Mapping[str, str]], *, bos: str, eos: st
     if roles != ["user", "assistant"] * (len(roles) // 2) + ["user"]:
         raise InputError(f"messages have the roles {roles}; they must be user and assistant in turn, ending with user")
     history = conversation([message["content"] for message in messages], bos=bos, eos=eos)
-    return f"{history.text}\n{_ASSISTANT}"
+    return f"{history.text}\n{_ASSISTANT}{prefix}"
 
 
 def tokenize(prompts: Sequence[Prompt], tokenizer: Tokenizer) -> list[TokenizedPrompt]:

@@ -5,11 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grit_jax import GritModel, prompts, sharding
-from grit_jax.config import EmbeddingConfig, InputError, MeshConfig, TransformerConfig
-from grit_jax.execution import PLAIN
-from grit_jax.model.transformer import abstract_model, bind, init_params
-from grit_jax.tokenizer import Tokenizer
+from grit_jax import GritModel, prompts
+from grit_jax.config import EmbeddingConfig, InputError
+from grit_jax.model.transformer import abstract_model, bind
+from tests.models import make
 
 TEXTS = [
     "short",
@@ -18,15 +17,6 @@ TEXTS = [
     "x",
     "the same length as none of the others",
 ] * 2
-
-
-def make(devices=1, embedding=EmbeddingConfig(), **changes):
-    shape = {"embed_dim": 32, "mlp_dim": 48, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "max_length": 256}
-    config = TransformerConfig(**shape | changes).resolve(258)
-    params = jax.tree.map(lambda x: 3 * x, init_params(config, jax.random.key(0), embedding.projection_dim))
-    mesh = sharding.make_mesh(MeshConfig(devices, 1, 1), jax.devices()[:devices])
-    params = jax.device_put(params, sharding.replicated(mesh))
-    return GritModel(params, config, embedding, Tokenizer.load("bytes"), mesh=mesh, execution=PLAIN)
 
 
 @pytest.fixture(scope="module")
@@ -122,3 +112,44 @@ def test_a_real_llama_writes_its_recorded_text(shared):
     model = GritModel.load(folder)
     assert model.generate("", raw=True, max_new_tokens=200) == recorded["greedy_text"]
     assert model.encode(["Once upon a time"]).shape == (1, 64)
+
+
+def test_log_likelihoods_are_those_of_all_logits(model):
+    contexts = ["how are you", "héllo", "how are you", "how are you", "a much longer context " * 5]
+    continuations = ["fine", "你好", "a", "b", "!"]
+    scored = model.log_likelihoods(contexts, continuations, prefix="well ")
+    for context, continuation, value, count in zip(contexts, continuations, *scored[:2], strict=True):
+        before = prompts.generation(context, bos="<s>", eos="</s>") + "well "
+        whole, start = before + continuation, len(before.encode()) - len("<s>") + 1
+        logits = model.logits([whole.removeprefix("<s>")])[0]
+        tokens = model.tokenizer.encode(whole).ids
+        log_p = np.array(jax.nn.log_softmax(logits))[np.arange(len(tokens) - 1), tokens[1:]]
+        assert count == len(continuation.encode())
+        assert np.isclose(value, log_p[start - 1 :].sum(), atol=1e-3)
+    sharded = make(devices=4).log_likelihoods(contexts, continuations, prefix="well ", batch_tokens=64)
+    assert np.allclose(sharded.values, scored.values, atol=1e-4)
+
+
+def test_a_greedy_continuation_is_what_generate_writes(model):
+    answer = model.generate("hi", max_new_tokens=3, raw=True)
+    scored = model.log_likelihoods(["hi", "hi"], [answer, "#" + answer], raw=True)
+    if len(model.tokenizer.encode(answer).ids) == 3:  # bytes that are characters
+        assert scored.greedy.tolist() == [True, False]
+
+
+def test_a_context_that_is_too_long_loses_its_beginning(model):
+    long, rest = "x" * 100 + "y" * 300, "y" * 250
+    scored = model.log_likelihoods([long, rest], ["abcde", "abcde"], raw=True)
+    assert scored.num_truncated == 1
+    assert np.isclose(*scored.values, atol=1e-4)
+    with pytest.raises(InputError, match="has 301 tokens; a text has 2 to 256"):
+        model.log_likelihoods(["x"], ["y" * 299], raw=True)
+    with pytest.raises(InputError, match="continuation 0: no token starts in ''"):
+        model.log_likelihoods(["x"], [""])
+
+
+def test_an_answer_continues_its_prefix(model):
+    options = {"max_new_tokens": 12, "temperature": 1.0, "seed": 2}
+    alone = model.generate("one", prefix="Well,", **options)
+    assert model.generate(["two", "one"], prefix=["", "Well,"], **options)[1] == alone
+    assert alone == model.generate("<|user|>\none\n<|assistant|>\nWell,", raw=True, **options)

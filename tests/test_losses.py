@@ -2,7 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from grit_jax.losses import next_token_loss
+from grit_jax.losses import next_token_loss, target_log_likelihoods
 from tests.packing import relative_error
 
 
@@ -65,3 +65,15 @@ def test_no_array_of_all_logits_exists_in_the_compiled_loss():
 
     memory = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(hidden, table).compile().memory_analysis()
     assert memory.temp_size_in_bytes < 4 * 512 * 1000 * 4
+
+
+def test_log_likelihoods_of_targets_do_not_depend_on_the_blocks():
+    keys = jax.random.split(jax.random.key(3), 3)
+    hidden, table = jax.random.normal(keys[0], (48, 8)), jax.random.normal(keys[1], (30, 8))
+    targets = jax.random.randint(keys[2], 48, 0, 30)
+    logits = hidden @ table.T
+    expected = jnp.take_along_axis(jax.nn.log_softmax(logits), targets[:, None], axis=1)[:, 0]
+    for block in (48, 16, 7):
+        values, likeliest = target_log_likelihoods(hidden, lambda x: x @ table.T, targets, block=block)
+        assert jnp.allclose(values, expected, atol=1e-5)
+        assert jnp.array_equal(likeliest, logits.argmax(axis=1) == targets)

@@ -9,8 +9,8 @@ from typing import Any
 
 from grit_jax.config import InputError
 from grit_jax.data.records import RecordError
+from grit_jax.data.rows import Failed, Row, read_cells, read_objects, read_values
 from grit_jax.data.sources import find_files, open_source
-from grit_jax.datatools.files import Failed, Row, read_cells, read_objects, read_values
 
 Rows = Iterator[tuple[str, Row] | Failed]
 

@@ -11,8 +11,8 @@ import numpy as np
 
 from grit_jax.config import InputError
 from grit_jax.data.records import EmbeddingRecord, EmbeddingText
+from grit_jax.data.rows import Failed, Row, read_objects
 from grit_jax.data.sources import Source
-from grit_jax.datatools.files import Failed, Row, read_objects
 
 if TYPE_CHECKING:
     from grit_jax.inference import GritModel
@@ -156,8 +156,8 @@ class ModelSearcher:
         max_lengths: tuple[int, int],
         progress: Callable[[int], None] = lambda _: None,
     ):
-        from grit_jax.datatools.search import Searchable
         from grit_jax.distributed import own_share
+        from grit_jax.search import Searchable
 
         self._model, self._max_lengths, self._size = model, max_lengths, len(passages)
         mine, blocks = own_share(len(passages)), []

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from grit_jax.config import InputError
-from grit_jax.datatools.files import Failed, open_text, read_cells, read_objects
+from grit_jax.data.rows import Failed, open_text, read_cells, read_objects
 
 _WORD = re.compile(r"\w+")
 _FEWEST_WORDS = 4  # of texts that are not known to be queries or documents; "yes" is in every training set

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import csv
-import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -14,6 +12,8 @@ from grit_jax.config import InputError
 from grit_jax.data.examples import tokenize_records
 from grit_jax.data.records import EmbeddingRecord
 from grit_jax.data.sources import find_files, open_source
+from grit_jax.evaluation import metrics
+from grit_jax.evaluation.retrieval import read_collection
 from grit_jax.inference import GritModel
 from grit_jax.tokenizer import Tokenizer
 
@@ -34,16 +34,10 @@ class RetrievalTask(NamedTuple):
 
 def read_task(folder: Path) -> RetrievalTask:
     """Reads a folder in BEIR layout whose queries have one relevant document each."""
-    queries, documents = (
-        {row["_id"]: row["text"] for row in map(json.loads, (folder / f"{name}.jsonl").read_text().split("\n")[:-1])}
-        for name in ("queries", "corpus")
-    )
-    with (folder / "qrels/test.tsv").open() as file:
-        relevant = {row["query-id"]: row["corpus-id"] for row in csv.DictReader(file, delimiter="\t")}
-    place = {name: number for number, name in enumerate(documents)}
-    return RetrievalTask(
-        list(queries.values()), list(documents.values()), np.array([place[relevant[name]] for name in queries])
-    )
+    collection = read_collection(folder, "test")
+    place = {name: number for number, name in enumerate(collection.documents)}
+    relevant = [place[name] for (name,) in collection.judgements.values()]
+    return RetrievalTask(list(collection.queries.values()), list(collection.documents.values()), np.array(relevant))
 
 
 def task_of_records(path: str | Path) -> RetrievalTask:
@@ -64,14 +58,14 @@ def task_of_records(path: str | Path) -> RetrievalTask:
 def retrieval_figures(ranks: np.ndarray) -> dict[str, float]:
     """Figures of a ranking in which each query has one relevant document.
 
-    With one relevant document the ideal gain is 1, so nDCG@10 is the mean of 1 / log2(1 + rank) for ranks up to 10
-    (Järvelin and Kekäläinen, 2002), and recall@10 the share of such ranks.
-
     Args:
       ranks: int [queries]; rank of the relevant document, from 1.
     """
-    found = ranks <= 10
-    return {"ndcg_at_10": float(np.mean(found / np.log2(1 + ranks))), "recall_at_10": float(np.mean(found))}
+    gains, judged = (ranks[:, None] == np.arange(1, 11)).astype(float), [np.ones(1)] * len(ranks)
+    return {
+        "ndcg_at_10": float(np.mean(metrics.ndcg(gains, judged, 10))),
+        "recall_at_10": float(np.mean(metrics.recall(gains, judged, 10))),
+    }
 
 
 def ranks_of(scores: np.ndarray, relevant: np.ndarray) -> np.ndarray:
@@ -86,16 +80,6 @@ def model_scores(
     """Cosine similarities [queries, documents]; queries carry the instruction, documents none."""
     queries = model.encode(task.queries, instruction=instruction, max_length=max_lengths[0])
     return queries @ model.encode(task.documents, max_length=max_lengths[1]).T
-
-
-def bm25_scores(task: RetrievalTask) -> np.ndarray:
-    """BM25 scores [queries, documents] with the defaults of bm25s."""
-    import bm25s
-
-    retriever = bm25s.BM25()
-    retriever.index(bm25s.tokenize(task.documents, show_progress=False), show_progress=False)
-    queries: Any = bm25s.tokenize(task.queries, show_progress=False, return_ids=False)
-    return np.stack([retriever.get_scores(query) if query else np.zeros(len(task.documents)) for query in queries])
 
 
 def unigram_loss(train: Path, held_out: Path, tokenizer: Tokenizer, *, max_length: int) -> float:

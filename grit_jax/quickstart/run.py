@@ -16,12 +16,12 @@ import rich.console
 
 from grit_jax import files
 from grit_jax.config import InputError, load_config
+from grit_jax.evaluation.retrieval import bm25_scores
 from grit_jax.hf.export import save_folder
 from grit_jax.loading import open_model
 from grit_jax.quickstart.corpus import DESCRIBE, package_roots, write_corpus
 from grit_jax.quickstart.figures import (
     RetrievalTask,
-    bm25_scores,
     model_scores,
     ranks_of,
     read_task,
@@ -84,7 +84,7 @@ def run_quickstart(
     )
     trainer = Trainer(config)
     task = read_task(output / "data/retrieval")
-    bm25 = retrieval_figures(ranks_of(bm25_scores(task), task.relevant))
+    bm25 = retrieval_figures(ranks_of(bm25_scores(task.queries, task.documents), task.relevant))
     untrained_file = output / "untrained.json"
     if trainer.step == 0:
         console.print("measuring the untrained model")

@@ -90,6 +90,8 @@ def test_a_model_survives_export_and_import(run, tmp_path):
         (["generate", "nowhere", "--prompt", "x"], "error: nowhere: nothing there"),
         (["generate", "nowhere", "--prompt", "x", "--top-p", "0"], "--top-p=0.0 must be over 0"),
         (["export-hf", "nowhere", "out"], "error: nowhere: nothing there"),
+        (["evaluate", "nowhere", "--suite", "x.yaml"], "error: suite x.yaml: no such file"),
+        (["evaluate", "nowhere", "--suite", "x.yaml", "--output", "x.txt"], "--output x.txt: must end in .json"),
         (["quickstart", "--train.stps=3"], "did you mean 'train.steps'?"),
         (["data", "validate", "nowhere"], "error: nowhere: no such file or folder"),
         (["data", "stats", ".", "--plot", "x.pdf"], "--plot x.pdf: must end in .png"),

@@ -10,7 +10,7 @@ from grit_jax.config import InputError
 from grit_jax.data.records import EmbeddingText
 from grit_jax.data.sources import open_source
 from grit_jax.datatools.negatives import KeywordSearcher, Mining, Passages, choose, mine
-from grit_jax.datatools.search import Searchable
+from grit_jax.search import Searchable
 
 ROWS = [
     {"query": ["find", "red apple fruit"], "pos": [["", "an apple is a red fruit"]], "neg": [["", "stones are hard"]]},

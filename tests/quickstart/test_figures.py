@@ -5,8 +5,6 @@ import pytest
 
 from grit_jax.config import InputError
 from grit_jax.quickstart.figures import (
-    RetrievalTask,
-    bm25_scores,
     ranks_of,
     read_task,
     retrieval_figures,
@@ -25,12 +23,6 @@ def test_figures_of_known_ranks():
 def test_ties_count_against_the_relevant_document():
     scores = np.array([[0.1, 0.5, 0.5], [0.9, 0.1, 0.2]])
     assert ranks_of(scores, np.array([1, 0])).tolist() == [2, 1]
-
-
-def test_bm25_finds_shared_words():
-    documents = ["the cat sat on the mat", "a dog barked", "fish swim in water"]
-    task = RetrievalTask(["dog barked loudly", "where do fish swim", "of"], documents, np.array([1, 2, 0]))
-    assert ranks_of(bm25_scores(task), task.relevant).tolist() == [1, 1, 3]
 
 
 def test_unigram_loss_is_the_cross_entropy_of_smoothed_counts(tmp_path):

@@ -1,0 +1,101 @@
+"""Rows of evaluation files, checked: JSONL and TSV, plain or gzipped."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from grit_jax.config import InputError
+from grit_jax.data.rows import Failed, read_cells, read_objects
+
+_NAMES: dict[type, str] = {str: "a string", int: "a whole number", float: "a number", list: "a list"}
+
+
+class Row(NamedTuple):
+    """One row.
+
+    Attributes:
+      where: File and line.
+      values: Its keys and values.
+    """
+
+    where: str
+    values: dict[str, Any]
+
+    def get(self, key: str, *kinds: type) -> Any:
+        """The value of a key.
+
+        Raises:
+          InputError: There is none, or it is of none of the kinds.
+        """
+        kinds = kinds or (str,)
+        value = self.values.get(key)
+        if isinstance(value, kinds) and not isinstance(value, bool):
+            return value
+        wanted = " or ".join(_NAMES[kind] for kind in kinds)
+        found = f"is {value!r:.60}" if key in self.values else f"is missing; there are {', '.join(self.values)}"
+        raise InputError(f"{self.where}: {key!r} {found}; it must be {wanted}")
+
+    def strings(self, key: str) -> list[str]:
+        """The value of a key that holds a list of strings.
+
+        Raises:
+          InputError: It holds something else.
+        """
+        values = self.get(key, list)
+        if not values or not all(isinstance(value, str) for value in values):
+            raise InputError(f"{self.where}: {key!r} is {values!r:.60}; it must be a list of strings, not empty")
+        return values
+
+
+def existing(path: Path) -> Path:
+    """The file, or the one with .gz.
+
+    Raises:
+      InputError: Neither is there.
+    """
+    packed = path.with_name(f"{path.name}.gz")
+    for candidate in (path, packed):
+        if candidate.is_file():
+            return candidate
+    raise InputError(f"{path}: no such file, nor {packed.name}; correct the task's path")
+
+
+def read_rows(path: Path, *columns: str) -> list[Row]:
+    """All rows of a .jsonl or .tsv file, or of a .json file that holds a list; or of the one with .gz.
+
+    Args:
+      path: The file.
+      columns: Columns that a .tsv file must have, by its header.
+
+    Raises:
+      InputError: It is missing, of another kind, empty or malformed.
+    """
+    file = existing(path)
+    kind = Path(file.name.removesuffix(".gz")).suffix
+    if kind not in (".jsonl", ".json", ".tsv"):
+        raise InputError(f"{file}: must end in .jsonl, .json or .tsv, or those with .gz")
+    rows = []
+    for entry in read_cells(file, frozenset(columns)) if kind == ".tsv" else read_objects(file):
+        if isinstance(entry, Failed):
+            raise entry.error
+        where, values = entry
+        if isinstance(values, list):
+            raise InputError(f"{where}: the first row is no header; it must name {', '.join(columns)}, tabs between")
+        rows.append(Row(where, values))
+    if not rows:
+        raise InputError(f"{file}: the file is empty; put rows in it")
+    return rows
+
+
+def number(row: Row, key: str) -> float:
+    """A number, which a TSV file holds as text.
+
+    Raises:
+      InputError: It is none.
+    """
+    value = row.get(key, str, int, float)
+    try:
+        return float(value)
+    except ValueError as error:
+        raise InputError(f"{row.where}: {key!r} is {value!r:.60}; it must be a number") from error

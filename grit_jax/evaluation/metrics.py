@@ -1,0 +1,102 @@
+"""Scores from rankings, similarities and answers; each equals that of the library it is named after."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+
+def ndcg(gains: np.ndarray, judged: Sequence[np.ndarray], k: int) -> np.ndarray:
+    """Normalised discounted cumulative gain at rank k of each query, as trec_eval's `ndcg_cut`.
+
+    A document's gain is its judged relevance, the discount log2(1 + rank), and the ideal ranking that of all judged
+    documents (Järvelin and Kekäläinen, 2002). Negative relevance gains nothing; a query without relevant documents
+    scores 0.
+
+    Args:
+      gains: float [queries, ranks]; relevance of the documents of a ranking, 0 for those not judged.
+      judged: For each query the relevance of all its judged documents.
+      k: Ranks that count.
+    """
+    ideal = np.zeros((len(judged), k))
+    for row, relevance in zip(ideal, judged, strict=True):
+        best = np.sort(relevance)[::-1][:k]
+        row[: len(best)] = best
+    found, best = (_discounted(x, k) for x in (gains, ideal))
+    return np.divide(found, best, out=np.zeros(len(judged)), where=best > 0)
+
+
+def _discounted(gains: np.ndarray, k: int) -> np.ndarray:
+    gains = np.maximum(gains[:, :k], 0)
+    return np.sum(gains / np.log2(2 + np.arange(gains.shape[1])), axis=1)
+
+
+def recall(gains: np.ndarray, judged: Sequence[np.ndarray], k: int) -> np.ndarray:
+    """Share of each query's relevant documents in the first k ranks; arguments and empty queries as of `ndcg`."""
+    relevant = np.array([np.sum(relevance > 0) for relevance in judged], float)
+    found = np.sum(gains[:, :k] > 0, axis=1).astype(float)
+    return np.divide(found, relevant, out=np.zeros(len(judged)), where=relevant > 0)
+
+
+def reciprocal_rank(gains: np.ndarray, k: int) -> np.ndarray:
+    """1 / rank of the first relevant document of each query in its first k ranks, 0 without one."""
+    found = gains[:, :k] > 0
+    return np.where(found.any(axis=1), 1 / (1 + np.argmax(found, axis=1)), 0.0)
+
+
+def average_precision(relevant: np.ndarray, scores: np.ndarray) -> float:
+    """Mean precision at each relevant item, items of equal score being taken together, as scikit-learn's.
+
+    Args:
+      relevant: bool [items], some of them true.
+      scores: float [items].
+    """
+    order = np.argsort(-scores, kind="stable")
+    hits = np.cumsum(relevant[order])
+    last = np.append(np.flatnonzero(np.diff(scores[order])), len(scores) - 1)  # of each run of equal scores
+    precision = hits[last] / (last + 1)
+    return float(np.sum(np.diff(hits[last], prepend=0) * precision) / hits[-1])
+
+
+def spearman(a: np.ndarray, b: np.ndarray) -> float:
+    """Correlation of ranks, equal values sharing their mean rank, as SciPy's; 0 where either is constant."""
+    import scipy.stats
+
+    ranks = [scipy.stats.rankdata(x) - (len(x) + 1) / 2 for x in (a, b)]
+    lengths = math.prod(math.sqrt(np.sum(np.square(x))) for x in ranks)
+    return float(np.dot(*ranks) / lengths) if lengths else 0.0
+
+
+def v_measure(labels: np.ndarray, clusters: np.ndarray) -> float:
+    """Harmonic mean of homogeneity and completeness (Rosenberg and Hirschberg, 2007), as scikit-learn's.
+
+    Args:
+      labels: int [items], from 0.
+      clusters: int [items], from 0.
+    """
+    counts = np.zeros((labels.max() + 1, clusters.max() + 1))
+    np.add.at(counts, (labels, clusters), 1)
+    of_labels, of_clusters, of_both = (_entropy(x) for x in (counts.sum(axis=1), counts.sum(axis=0), counts.ravel()))
+    shared = of_labels + of_clusters - of_both
+    homogeneity = shared / of_labels if of_labels else 1.0
+    completeness = shared / of_clusters if of_clusters else 1.0
+    return float(2 * homogeneity * completeness / max(homogeneity + completeness, 1e-24))
+
+
+def _entropy(counts: np.ndarray) -> float:
+    shares = counts[counts > 0] / counts.sum()
+    return float(-np.sum(shares * np.log(shares)))
+
+
+def pass_at_k(correct: np.ndarray, samples: int, k: int) -> np.ndarray:
+    """Probability that one of k samples is correct, without bias (Chen et al., arXiv 2107.03374, equation 1).
+
+    Args:
+      correct: int [problems]; correct ones of `samples` samples.
+      samples: At least k.
+      k: Samples that are drawn.
+    """
+    all_wrong = [math.comb(samples - int(right), k) / math.comb(samples, k) for right in correct]
+    return 1 - np.array(all_wrong)

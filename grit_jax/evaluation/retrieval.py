@@ -1,0 +1,155 @@
+"""Retrieval in BEIR layout: exact search over the whole corpus, and BM25 beside it."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from grit_jax.config import InputError
+from grit_jax.evaluation import metrics
+from grit_jax.evaluation.data import existing, number, read_rows
+from grit_jax.evaluation.task import EmbeddingTask, Outcome, Session
+from grit_jax.search import Searchable
+
+_SHALLOW, _DEEP = 10, 100  # ranks that figures look at
+
+
+class Collection(NamedTuple):
+    """A folder in BEIR layout, read for one split.
+
+    Documents are in falling order of their ids: of equal scores trec_eval ranks the larger id first.
+
+    Attributes:
+      queries: Text by id, of the queries that the split's judgements name.
+      documents: Text by id: title and text.
+      judgements: Relevance by document id, by query id; in the order of the queries.
+    """
+
+    queries: dict[str, str]
+    documents: dict[str, str]
+    judgements: dict[str, dict[str, float]]
+
+
+class Ranking(NamedTuple):
+    """The best documents of each query.
+
+    Attributes:
+      scores: float32 [queries, ranks]; minus infinity where there is no document.
+      documents: int [queries, ranks]; places in the collection's documents.
+    """
+
+    scores: np.ndarray
+    documents: np.ndarray
+
+
+def collection_files(folder: Path, split: str) -> list[Path]:
+    """Corpus, queries and judgements."""
+    return [folder / "corpus.jsonl", folder / "queries.jsonl", folder / "qrels" / f"{split}.tsv"]
+
+
+def read_corpus(path: Path) -> dict[str, str]:
+    """Text of each document by id, its title first where it has one.
+
+    Raises:
+      InputError: The file is missing or malformed, or an id comes twice.
+    """
+    documents: dict[str, str] = {}
+    for row in read_rows(path):
+        name = row.get("_id")
+        if name in documents:
+            raise InputError(f"{row.where}: '_id' {name!r} comes a second time; ids must differ")
+        documents[name] = f"{row.values.get('title') or ''} {row.get('text')}".strip()
+    return documents
+
+
+def read_collection(folder: Path, split: str) -> Collection:
+    """Reads a folder in BEIR layout.
+
+    Raises:
+      InputError: A file is missing or malformed, or a judged query is not there.
+    """
+    corpus_file, queries_file, judgements_file = collection_files(folder, split)
+    texts = read_corpus(queries_file)
+    judgements: dict[str, dict[str, float]] = {}
+    for row in read_rows(judgements_file, "query-id", "corpus-id", "score"):
+        query = row.get("query-id")
+        if query not in texts:
+            raise InputError(f"{row.where}: query {query!r} is not in {existing(queries_file)}; add or remove it")
+        judgements.setdefault(query, {})[row.get("corpus-id")] = number(row, "score")
+    documents = read_corpus(corpus_file)
+    queries = {query: text for query, text in texts.items() if query in judgements}
+    return Collection(
+        queries, dict(sorted(documents.items(), reverse=True)), {query: judgements[query] for query in queries}
+    )
+
+
+def bm25_scores(queries: list[str], documents: list[str]) -> np.ndarray:
+    """BM25 scores, float32 [queries, documents], with the defaults of bm25s."""
+    import bm25s
+
+    retriever = bm25s.BM25()
+    retriever.index(bm25s.tokenize(documents, show_progress=False), show_progress=False)
+    words: Any = bm25s.tokenize(queries, show_progress=False, return_ids=False)
+    return np.stack([retriever.get_scores(query) if query else np.zeros(len(documents)) for query in words])
+
+
+@dataclasses.dataclass(frozen=True)
+class Retrieval(EmbeddingTask):
+    """Documents for queries. `path` is a folder in BEIR layout; the main score is nDCG@10.
+
+    Attributes:
+      split: Judgements that count, `qrels/{split}.tsv`.
+      document_instruction: What the model is told about the documents.
+      ignore_identical_ids: Whether a document with the query's own id is left out, where queries are documents too.
+    """
+
+    split: str = "test"
+    document_instruction: str = ""
+    ignore_identical_ids: bool = False
+
+    def files(self) -> list[Path]:
+        """Corpus, queries and judgements."""
+        return collection_files(Path(self.path), self.split)
+
+    def evaluate(self, session: Session) -> Outcome:
+        """Ranks all documents for each judged query."""
+        collection = read_collection(Path(self.path), self.split)
+        queries = session.directions(list(collection.queries.values()), self.instruction or "")
+        documents = session.directions(list(collection.documents.values()), self.document_instruction)
+        ranking = Ranking(*Searchable(documents).top_k(queries, _DEEP + self.ignore_identical_ids))
+        if self.ignore_identical_ids:
+            ranking = without_own_ids(ranking, collection)
+        return outcome(ranking, collection)
+
+
+def without_own_ids(ranking: Ranking, collection: Collection) -> Ranking:
+    """The ranking with one rank less, in which no document has its query's id."""
+    place = {name: rank for rank, name in enumerate(collection.documents)}
+    own = np.array([place.get(query, -1) for query in collection.queries])
+    last = np.argsort(ranking.documents == own[:, None], axis=1, kind="stable")  # its own document goes to the end
+    scores, documents = (np.take_along_axis(x, last, axis=1) for x in ranking)
+    scores[documents == own[:, None]] = -np.inf
+    return Ranking(scores[:, :_DEEP], documents[:, :_DEEP])
+
+
+def outcome(ranking: Ranking, collection: Collection) -> Outcome:
+    """The figures of a ranking."""
+    names = list(collection.documents)
+    gains, judged = np.zeros(ranking.documents.shape), []
+    for query, relevance in enumerate(collection.judgements.values()):
+        found = [relevance.get(names[place], 0.0) for place in ranking.documents[query]]
+        gains[query] = np.where(np.isfinite(ranking.scores[query]), found, 0.0)
+        judged.append(np.array(list(relevance.values())))
+    figures = {
+        f"recall_at_{_SHALLOW}": metrics.recall(gains, judged, _SHALLOW),
+        f"recall_at_{_DEEP}": metrics.recall(gains, judged, _DEEP),
+        f"mrr_at_{_SHALLOW}": metrics.reciprocal_rank(gains, _SHALLOW),
+    }
+    return Outcome(
+        f"ndcg_at_{_SHALLOW}",
+        metrics.ndcg(gains, judged, _SHALLOW),
+        figures={name: float(np.mean(values)) for name, values in figures.items()},
+    )

@@ -1,0 +1,97 @@
+"""Every task of a suite, one after the other, into one report."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import rich.console
+import rich.progress
+
+from grit_jax import files
+from grit_jax.config import InputError
+from grit_jax.evaluation.answers import AlpacaEval
+from grit_jax.evaluation.report import Entry, entry, fingerprint, read_report, show, write_report
+from grit_jax.evaluation.suite import TYPES, Suite
+from grit_jax.evaluation.task import Progress, Session
+from grit_jax.inference import GritModel
+
+_NAMES = {kind: name for name, kind in TYPES.items()}
+
+
+class _Bar(Progress):
+    """A bar on a terminal."""
+
+    def __init__(self, bar: rich.progress.Progress, name: str):
+        self._bar, self._name, self._part = bar, name, None
+
+    def start(self, what: str, total: int) -> None:
+        self.end()
+        self._part = self._bar.add_task(f"{self._name}: {what}", total=total)
+
+    def advance(self, count: int) -> None:
+        assert self._part is not None
+        self._bar.advance(self._part, count)
+
+    def end(self) -> None:
+        if self._part is not None:
+            self._bar.remove_task(self._part)
+        self._part = None
+
+
+def evaluate(
+    model: GritModel, suite: Suite, *, output: Path | None = None, about: dict[str, str] | None = None
+) -> dict[str, Entry]:
+    """Measures a model on every task of a suite, and prints progress and a table.
+
+    A task of the earlier report in `output` is kept if its settings, data, seed and model are the same.
+
+    Args:
+      model: What is measured.
+      suite: What it is measured on.
+      output: JSON file that is written after every task; what tasks' models wrote goes beside it.
+      about: What the report says beside the tasks, such as the model's path.
+
+    Returns:
+      What the report says of each task.
+
+    Raises:
+      InputError: Data are missing or malformed, or `output` is there and no report.
+    """
+    for task in suite.tasks:
+        if isinstance(task, AlpacaEval) and output is None:
+            raise InputError(f"task {task.name!r} only writes answers; give --output, beside which they go")
+    weights = model.fingerprint()
+    marks = {task.name: fingerprint(task, suite, weights) for task in suite.tasks}  # opens every file before any work
+    earlier = read_report(output) if output else {}
+    kept = {name: one for name, one in earlier.items() if one.get("fingerprint") == marks.get(name)}
+    console, report = rich.console.Console(stderr=True, highlight=False, soft_wrap=True), {}
+    columns = (rich.progress.TextColumn("{task.description}"), rich.progress.BarColumn(),
+               rich.progress.MofNCompleteColumn())  # fmt: skip
+    with rich.progress.Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        for number, task in enumerate(suite.tasks, start=1):
+            place = f"{number}/{len(suite.tasks)} {task.name}"
+            if task.name in kept:
+                report[task.name] = kept[task.name]
+                console.print(f"{place}: kept, {_said(kept[task.name])}", markup=False)
+                continue
+            progress, begun = _Bar(bar, place), time.monotonic()
+            session = Session(model, suite.max_length, suite.seed, progress)
+            outcome = task.evaluate(session)
+            progress.end()
+            found = entry(outcome, kind=_NAMES[type(task)], fingerprint=marks[task.name], seed=suite.seed)
+            report[task.name] = found
+            console.print(f"{place}: {_said(found)} in {time.monotonic() - begun:.1f} s", markup=False)
+            if output:
+                if outcome.answers is not None:
+                    file = output.with_name(f"{output.stem}.{task.name}.json")
+                    files.write_text(file, json.dumps(outcome.answers, indent=2, ensure_ascii=False) + "\n")
+                done = {name: report.get(name) or kept.get(name) for name in marks}
+                write_report(output, {name: one for name, one in done.items() if one}, about or {})
+    show(report, rich.console.Console(highlight=False))
+    return report
+
+
+def _said(found: Entry) -> str:
+    return "answered" if found["main_score"] is None else f"{found['metric']} {found['main_score']:.4f}"

@@ -1,0 +1,107 @@
+"""Tasks of pairs: semantic similarity, pair classification, and summaries against human ones."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+
+from grit_jax.config import InputError
+from grit_jax.evaluation import metrics
+from grit_jax.evaluation.data import Row, number, read_rows
+from grit_jax.evaluation.task import EmbeddingTask, Outcome, Session
+
+_FIRST, _SECOND = "sentence1", "sentence2"
+
+
+def _pairs(rows: list[Row]) -> tuple[list[str], list[str]]:
+    return [row.get(_FIRST) for row in rows], [row.get(_SECOND) for row in rows]
+
+
+@dataclasses.dataclass(frozen=True)
+class STS(EmbeddingTask):
+    """Semantic textual similarity: Spearman's correlation of cosine and human score.
+
+    `path` is a .tsv or .jsonl file with `score`, `sentence1`, `sentence2`.
+    """
+
+    def evaluate(self, session: Session) -> Outcome:
+        """Compares the sentences of each row."""
+        rows = read_rows(Path(self.path), "score", _FIRST, _SECOND)
+        gold = np.array([number(row, "score") for row in rows])
+        first, second = (session.directions(texts, self.instruction or "") for texts in _pairs(rows))
+        cosine = np.sum(first * second, axis=1, dtype=np.float64)
+        return Outcome("cosine_spearman", np.stack([cosine, gold], axis=1), lambda x: metrics.spearman(*x.T))
+
+
+@dataclasses.dataclass(frozen=True)
+class PairClassification(EmbeddingTask):
+    """Whether two sentences belong together: average precision of the best of four similarities.
+
+    `path` is a .tsv or .jsonl file with `label` (1 or 0), `sentence1`, `sentence2`. The similarities are cosine, inner
+    product, and negative Euclidean and Manhattan distance.
+    """
+
+    def evaluate(self, session: Session) -> Outcome:
+        """Ranks the pairs of all rows."""
+        rows = read_rows(Path(self.path), "label", _FIRST, _SECOND)
+        labels = np.array([number(row, "label") for row in rows])
+        for row, label in zip(rows, labels, strict=True):
+            if label not in (0, 1):
+                raise InputError(f"{row.where}: 'label' is {label:g}; it must be 1 or 0")
+        if not 0 < labels.sum() < len(labels):
+            raise InputError(f"{self.path}: every 'label' is {labels[0]:g}; there must be pairs of both")
+        a, b = (session.embed(texts, self.instruction or "").astype(np.float64) for texts in _pairs(rows))
+        lengths = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
+        product = np.sum(a * b, axis=1)
+        similarities = {
+            "cosine": product / np.maximum(lengths, 1e-24),
+            "inner_product": product,
+            "euclidean": -np.linalg.norm(a - b, axis=1),
+            "manhattan": -np.sum(np.abs(a - b), axis=1),
+        }
+        examples = np.stack([labels, *similarities.values()], axis=1)
+        each = dict(zip(similarities, _precisions(examples), strict=True))
+        return Outcome(
+            "max_ap",
+            examples,
+            lambda x: max(_precisions(x), default=0.0),
+            figures={f"{name}_ap": value for name, value in each.items()},
+        )
+
+
+def _precisions(examples: np.ndarray) -> list[float]:
+    """Average precision of each column after the first, which holds the labels; none without a positive."""
+    relevant = examples[:, 0] == 1
+    return [metrics.average_precision(relevant, column) for column in examples.T[1:]] if relevant.any() else []
+
+
+@dataclasses.dataclass(frozen=True)
+class Summarization(EmbeddingTask):
+    """Machine summaries judged by their likeness to human ones, by the protocol of MTEB's SummEval.
+
+    `path` is a .jsonl file with lists `machine_summaries`, `relevance` (a score for each of them) and
+    `human_summaries`. A machine summary's score is its largest cosine with a human one; the main score is the mean over
+    texts of Spearman's correlation with `relevance`. Texts in which either is constant are left out.
+    """
+
+    def evaluate(self, session: Session) -> Outcome:
+        """Scores the summaries of each text."""
+        rows = read_rows(Path(self.path))
+        machine, human = ([row.strings(key) for row in rows] for key in ("machine_summaries", "human_summaries"))
+        texts = [text for row in (*machine, *human) for text in row]
+        vectors = session.directions(texts, self.instruction or "")
+        ends = np.cumsum([len(row) for row in (*machine, *human)])[:-1]
+        parts = np.split(vectors, ends)
+        correlations = []
+        for row, ours, theirs in zip(rows, parts[: len(rows)], parts[len(rows) :], strict=True):
+            gold = np.array(row.get("relevance", list), float)
+            if gold.shape != (len(ours),):
+                raise InputError(f"{row.where}: 'relevance' has {len(gold)} scores for {len(ours)} machine summaries")
+            best = np.max(ours @ theirs.T, axis=1)
+            if np.ptp(gold) and np.ptp(best):
+                correlations.append(metrics.spearman(best, gold))
+        if not correlations:
+            raise InputError(f"{self.path}: in every row 'relevance' or the similarity is constant; nothing to rank")
+        return Outcome("cosine_spearman", np.array(correlations))

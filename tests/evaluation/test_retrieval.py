@@ -1,0 +1,55 @@
+import numpy as np
+import pytest
+
+from grit_jax.config import InputError
+from grit_jax.evaluation.retrieval import Collection, Ranking, bm25_scores, outcome, read_collection, without_own_ids
+from tests.evaluation.tasks import write_jsonl, write_retrieval
+
+
+def test_bm25_finds_shared_words():
+    documents = ["the cat sat on the mat", "a dog barked", "fish swim in water"]
+    scores = bm25_scores(["dog barked loudly", "where do fish swim", "of"], documents)
+    assert scores[:2].argmax(axis=1).tolist() == [1, 2]
+    assert not scores[2].any()
+
+
+def test_only_judged_queries_are_read_and_larger_ids_come_first(tmp_path):
+    write_retrieval(tmp_path)
+    collection = read_collection(tmp_path, "test")
+    assert list(collection.queries) == list(collection.judgements) == [f"q{number}" for number in range(10)]
+    assert list(collection.documents)[:3] == ["d9", "d8", "d7"]
+    assert collection.documents["d0"] == "RED red is a word"
+    assert collection.judgements["q2"] == {"d2": 2, "d5": 1}
+
+
+def test_bad_judgements_and_ids_are_named(tmp_path):
+    write_retrieval(tmp_path)
+    with pytest.raises(InputError, match=r"qrels/dev\.tsv: no such file, nor dev\.tsv\.gz"):
+        read_collection(tmp_path, "dev")
+    judgements = tmp_path / "qrels/test.tsv"
+    judgements.write_text("query-id\tcorpus-id\tscore\nq99\td1\t1\n")
+    with pytest.raises(InputError, match=r"test\.tsv:2: query 'q99' is not in .*queries\.jsonl"):
+        read_collection(tmp_path, "test")
+    judgements.write_text("query-id\tcorpus-id\tscore\nq1\td1\tgood\n")
+    with pytest.raises(InputError, match=r"test\.tsv:2: 'score' is 'good'; it must be a number"):
+        read_collection(tmp_path, "test")
+    judgements.write_text("q1\td1\t1\n")
+    with pytest.raises(InputError, match=r"test\.tsv:1: the first row is no header"):
+        read_collection(tmp_path, "test")
+    write_jsonl(tmp_path / "queries.jsonl", [{"_id": "q1", "text": "a"}, {"_id": "q1", "text": "b"}])
+    with pytest.raises(InputError, match=r"queries\.jsonl:2: '_id' 'q1' comes a second time"):
+        read_collection(tmp_path, "test")
+    write_jsonl(tmp_path / "queries.jsonl", [{"_id": "q1", "txt": "a"}])
+    with pytest.raises(
+        InputError, match=r"queries\.jsonl:1: 'text' is missing; there are _id, txt; it must be a string"
+    ):
+        read_collection(tmp_path, "test")
+
+
+def test_a_query_does_not_find_itself_where_it_is_a_document():
+    documents = dict.fromkeys(["c", "b", "a"], "")
+    collection = Collection({"a": "", "x": ""}, documents, {"a": {"b": 1.0}, "x": {"c": 1.0}})
+    ranking = Ranking(np.array([[0.9, 0.8, 0.1], [0.9, 0.8, 0.1]], np.float32), np.array([[2, 1, 0], [1, 0, 2]]))
+    assert np.allclose(outcome(ranking, collection).examples, 1 / np.log2(3))
+    alone = without_own_ids(ranking, collection)
+    assert np.allclose(outcome(alone, collection).examples, [1, 1 / np.log2(3)])

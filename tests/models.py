@@ -1,0 +1,29 @@
+"""Tiny models with random weights and the byte tokenizer."""
+
+import jax
+
+from grit_jax import GritModel, sharding
+from grit_jax.config import EmbeddingConfig, MeshConfig, TransformerConfig
+from grit_jax.execution import PLAIN
+from grit_jax.model.transformer import init_params
+from grit_jax.tokenizer import Tokenizer
+
+
+def shape(**changes):
+    """A resolved architecture of two layers."""
+    sizes = {"embed_dim": 32, "mlp_dim": 48, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "max_length": 256}
+    return TransformerConfig(**sizes | changes).resolve(258)
+
+
+def weights(config, projection_dim=None, seed=0):
+    """Parameters whose layers matter."""
+    return jax.tree.map(lambda x: 3 * x, init_params(config, jax.random.key(seed), projection_dim))
+
+
+def make(devices=1, embedding=EmbeddingConfig(), seed=0, **changes):
+    """A model on some devices."""
+    config = shape(**changes)
+    params = weights(config, embedding.projection_dim, seed)
+    mesh = sharding.make_mesh(MeshConfig(devices, 1, 1), jax.devices()[:devices])
+    params = jax.device_put(params, sharding.replicated(mesh))
+    return GritModel(params, config, embedding, Tokenizer.load("bytes"), mesh=mesh, execution=PLAIN)
