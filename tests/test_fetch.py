@@ -238,6 +238,7 @@ print("the same")
 """
 
 
+@pytest.mark.long
 def test_model_and_data_come_into_a_bucket(world, bucket, folders, tmp_path):
     large = {"large.jsonl": b"".join(FILES.values()) * 10_000}  # more than one request takes
     world.server.repositories[MEDI2][DATA_SETS["medi2"].revision] |= large
