@@ -70,7 +70,6 @@ def run_quickstart(
         return True
 
     started = time.monotonic()
-    counts = _corpus(output, packages, console)
     tokenizer_folder = output / "tokenizer"
     config = load_config(
         config_file("quickstart.yaml"),
@@ -82,6 +81,7 @@ def run_quickstart(
             *(overrides or []),
         ],
     )
+    counts = _corpus(output, packages, console)
     trainer = Trainer(config)
     task = read_task(output / "data/retrieval")
     bm25 = retrieval_figures(ranks_of(bm25_scores(task.queries, task.documents), task.relevant))
