@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence, Sized
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from grit_jax.config import InputError
 from grit_jax.data.rows import Failed, read_cells, read_objects
@@ -99,3 +102,8 @@ def number(row: Row, key: str) -> float:
         return float(value)
     except ValueError as error:
         raise InputError(f"{row.where}: {key!r} is {value!r:.60}; it must be a number") from error
+
+
+def by_row(values: np.ndarray, rows: Sequence[Sized]) -> list[np.ndarray]:
+    """Values of all rows' things, [things, ...], as one array for each row."""
+    return np.split(values, np.cumsum([len(row) for row in rows])[:-1])

@@ -11,7 +11,7 @@ import numpy as np
 from grit_jax.config import InputError
 from grit_jax.data.examples import tokenize_records
 from grit_jax.data.sources import find_files, open_source
-from grit_jax.evaluation.data import Row, existing
+from grit_jax.evaluation.data import Row, by_row, existing
 from grit_jax.evaluation.prompted import PromptedTask, fill, letter_of, lettered, letters_of
 from grit_jax.evaluation.task import Outcome, Session, Task
 from grit_jax.prompts import TokenizedPrompt
@@ -45,8 +45,8 @@ class MultipleChoice(PromptedTask):
         pairs = [(message, f" {letter}") for message, some in zip(prompts.messages, letters, strict=True)
                  for letter in some]  # fmt: skip
         scored = session.log_likelihoods(*map(list, zip(*pairs, strict=True)), prefix=self.prefix)
-        by_row = np.split(scored.values, np.cumsum(list(map(len, letters)))[:-1])
-        chosen = [some[int(np.argmax(values))] for some, values in zip(letters, by_row, strict=True)]
+        values_of_rows = by_row(scored.values, letters)
+        chosen = [some[int(np.argmax(values))] for some, values in zip(letters, values_of_rows, strict=True)]
         hits = np.array([letter == letter_of(row) for letter, row in zip(chosen, rows, strict=True)], float)
         figures = {
             "chance": float(np.mean([1 / len(some) for some in letters])),

@@ -11,7 +11,7 @@ import numpy as np
 
 from grit_jax.config import InputError
 from grit_jax.evaluation import metrics
-from grit_jax.evaluation.data import Row, read_rows
+from grit_jax.evaluation.data import Row, by_row, read_rows
 from grit_jax.evaluation.prompted import fill
 from grit_jax.evaluation.task import EmbeddingTask, Outcome, Session
 
@@ -77,10 +77,7 @@ class Reranking(EmbeddingTask):
         """float64 [documents] of each row; largest cosine with one of the row's queries."""
         queries = [_queries(row) for row in rows]
         vectors = [
-            np.split(
-                session.directions([text for some in texts for text in some], told),
-                np.cumsum([len(some) for some in texts])[:-1],
-            )
+            by_row(session.directions([text for some in texts for text in some], told), texts)
             for texts, told in ((queries, self.instruction or ""), (documents, self.document_instruction))
         ]
         return [np.max(of_queries @ of_documents.T, axis=0).astype(float)
@@ -97,8 +94,7 @@ class Reranking(EmbeddingTask):
         ]
         scored = session.log_likelihoods([*asked, *asked], ["Yes"] * len(asked) + ["No"] * len(asked))
         yes, no = np.split(scored.values, 2)
-        by_row = np.split(yes - no, np.cumsum([len(texts) for texts in documents])[:-1])
-        ranks = [_ranks(np.argsort(-row, kind="stable")) for row in by_row]
+        ranks = [_ranks(np.argsort(-row, kind="stable")) for row in by_row(yes - no, documents)]
         return ranks, {"num_truncated": float(scored.num_truncated)}
 
     def _permutation(

@@ -9,7 +9,7 @@ import numpy as np
 
 from grit_jax.config import InputError
 from grit_jax.evaluation import metrics
-from grit_jax.evaluation.data import Row, number, read_rows
+from grit_jax.evaluation.data import Row, by_row, number, read_rows
 from grit_jax.evaluation.task import EmbeddingTask, Outcome, Session
 
 _FIRST, _SECOND = "sentence1", "sentence2"
@@ -91,9 +91,7 @@ class Summarization(EmbeddingTask):
         rows = read_rows(Path(self.path))
         machine, human = ([row.strings(key) for row in rows] for key in ("machine_summaries", "human_summaries"))
         texts = [text for row in (*machine, *human) for text in row]
-        vectors = session.directions(texts, self.instruction or "")
-        ends = np.cumsum([len(row) for row in (*machine, *human)])[:-1]
-        parts = np.split(vectors, ends)
+        parts = by_row(session.directions(texts, self.instruction or ""), (*machine, *human))
         correlations = []
         for row, ours, theirs in zip(rows, parts[: len(rows)], parts[len(rows) :], strict=True):
             gold = np.array(row.get("relevance", list), float)

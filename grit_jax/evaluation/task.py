@@ -6,7 +6,7 @@ import abc
 import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -18,7 +18,8 @@ def mean(examples: np.ndarray) -> float:
     return float(np.mean(examples))
 
 
-class Outcome(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Outcome:
     """What a task found.
 
     Attributes:
@@ -33,7 +34,7 @@ class Outcome(NamedTuple):
     metric: str | None
     examples: np.ndarray
     score: Callable[[np.ndarray], float] = mean
-    figures: dict[str, float] = {}  # noqa: RUF012  # of a named tuple, never written to
+    figures: dict[str, float] = dataclasses.field(default_factory=dict)
     answers: list[dict[str, Any]] | None = None
 
 
