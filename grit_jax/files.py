@@ -89,6 +89,8 @@ def _described(error: BaseException) -> str:
 def _may_pass(error: Exception) -> bool:
     if isinstance(error, ConnectionError | TimeoutError) or (isinstance(error, OSError) and error.errno in _PASSING):
         return True
+    if any(os.strerror(number) in str(error) for number in _PASSING):
+        return True  # libraries in C++ have errors of their own, with the system's words
     client = sys.modules.get("gcsfs.retry")
     return client is not None and client.is_retriable(error)
 

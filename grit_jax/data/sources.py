@@ -193,6 +193,7 @@ class ArrayRecordSource(Source):
     def _open(self, path: Path) -> None:
         from array_record.python.array_record_module import ArrayRecordReader  # ty: ignore[import-not-found]
 
+        self._local = path
         # Without readahead: records are read in any order.
         self._reader = ArrayRecordReader(str(path), "readahead_buffer_size:0,max_parallelism:0")
         if not self._reader.ok():
@@ -204,7 +205,7 @@ class ArrayRecordSource(Source):
     def lines(self, start: int, stop: int) -> list[bytes]:
         """Entries `start` to `stop`, exclusive."""
         try:
-            return self._reader.read(start, stop)
+            return files.retrying(self._local, lambda: self._reader.read(start, stop))
         except RuntimeError as error:
             raise InputError(f"{self.path}: entries {start + 1} to {stop} cannot be read: {error}") from error
 

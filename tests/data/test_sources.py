@@ -11,6 +11,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from grit_jax import files
 from grit_jax.config import InputError
 from grit_jax.data import sources
 from grit_jax.data.records import GenerativeRecord
@@ -62,6 +63,26 @@ def test_errors_of_an_array_record_name_the_entry(tmp_path):
     source = open_source(write(tmp_path / "f.array_record", '{"text": "one"}\n{"text": 2}'))
     with pytest.raises(InputError, match=r"f.array_record:2: "):
         source[1]
+
+
+@pytest.mark.parametrize("recovers", [True, False])
+def test_a_read_of_an_array_record_that_the_disk_fails_is_tried_again(tmp_path, recovers, monkeypatch):
+    path = write(tmp_path / "f.array_record", "\n".join(f'{{"text": "{n}{"x" * 500}"}}' for n in range(200)))
+    source = open_source(path)
+    folder = "/proc/self/fd"
+    (number,) = [int(fd) for fd in os.listdir(folder) if os.path.realpath(f"{folder}/{fd}") == str(path)]
+    good, failing = os.dup(number), os.open("/proc/self/mem", os.O_RDONLY)  # whose first pages give EIO
+    os.dup2(failing, number)
+    monkeypatch.setattr(files.time, "sleep", lambda _: os.dup2(good, number) if recovers else None)
+    try:
+        if recovers:
+            assert source[100].turns.startswith("100x")
+        else:
+            with pytest.raises(files.UnreachableError, match=r"f.array_record: cannot be reached.*Input/output"):
+                source[100]
+    finally:
+        os.close(good)
+        os.close(failing)
 
 
 @pytest.mark.parametrize("name", ["f.jsonl.gz", "f.jsonl.zst"])
