@@ -35,7 +35,7 @@ format: install-dev  ## rewrite files in the project's format
 	@$(BIN)/ruff format .
 
 types: install-dev  ## check types
-	@$(BIN)/ty check grit_jax
+	@$(BIN)/ty check grit_jax benchmarks
 
 imports: install-dev  ## check that imports point down
 	@$(BIN)/lint-imports

@@ -18,7 +18,7 @@ import jax
 
 from grit_jax import sharding
 from grit_jax.checkpoint import CheckpointMetadata, Checkpoints
-from grit_jax.config import MeshConfig, OptimizerConfig
+from grit_jax.config import CheckpointConfig, MeshConfig, OptimizerConfig
 from grit_jax.loading import load_params, open_model
 from grit_jax.model.transformer import abstract_model, param_axes
 from grit_jax.train.optimizer import make_optimizer
@@ -32,7 +32,7 @@ def ours(model: Path, out: Path, repeats: int) -> dict[str, float]:
     optimizer = make_optimizer(OptimizerConfig(), 1, param_axes(abstract_model(pretrained.architecture)))
     state = jax.block_until_ready(jax.jit(new_state, static_argnums=1)(params, optimizer))
     metadata = CheckpointMetadata(pretrained.architecture, pretrained.embedding, pretrained.tokenizer.files())
-    checkpoints = Checkpoints(out, keep=1)
+    checkpoints = Checkpoints(out, keep=CheckpointConfig(keep=1))
     blocking, writing = [], []
     for step in range(repeats + 1):
         started = time.perf_counter()

@@ -34,7 +34,7 @@ def in_torch(folder: Path, records: dict[str, list[dict[str, Any]]], tokenizer: 
     import transformers
     from torch.utils.data import DataLoader
 
-    tokenize = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenize: Any = transformers.AutoTokenizer.from_pretrained(folder)
 
     def padded(texts: list[prompts.Prompt], limit: int) -> Any:
         return tokenize(
@@ -89,7 +89,7 @@ def main() -> None:
 
         def ours() -> int:
             streams = itertools.chain.from_iterable(pipeline.batches(0))
-            return sum(int((stream.segment_ids > 0).sum()) for stream in streams)
+            return sum(int((stream.segment_ids > 0).sum()) for stream in streams if stream)
 
         sides = {"ours": ours}
         if not args.no_torch and common.has_torch():

@@ -64,7 +64,7 @@ def main() -> None:
     with common.model_folder(args.tokenizer) as folder:
         model = GritModel.load(folder, dtype="float32")
         texts = prompts(args.data, model.tokenizer, args.batch)
-        sides: dict[str, Callable[[], list[str]]] = {
+        sides: dict[str, Callable[[], Any]] = {
             "ours": lambda: model.generate(texts, max_new_tokens=args.new_tokens, raw=True)
         }
         if not args.no_torch and common.has_torch():

@@ -13,6 +13,7 @@ backward pass (activation checkpointing), because their activations alone take a
 from __future__ import annotations
 
 import json
+import math
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -66,8 +67,9 @@ def write_data(folder: Path, source: Path, *, steps: int, at_limits: bool) -> No
         (folder / name).write_text("".join(json.dumps(record) + "\n" for record in records))
 
 
-def embedding_texts(batch: EmbeddingBatch) -> tuple[list[Text], list[Text]]:
+def embedding_texts(batch: EmbeddingBatch | None) -> tuple[list[Text], list[Text]]:
     """The queries and the passages of a packed batch, in order."""
+    assert batch is not None
 
     def text(slot: int) -> Text:
         row, segment = divmod(int(slot), max_segments(batch.tokens.shape[1]))
@@ -77,8 +79,9 @@ def embedding_texts(batch: EmbeddingBatch) -> tuple[list[Text], list[Text]]:
     return [text(slot) for slot in batch.query_slots], [text(slot) for slot in batch.passage_slots]
 
 
-def conversations(batch: GenerativeBatch) -> list[Text]:
+def conversations(batch: GenerativeBatch | None) -> list[Text]:
     """The conversations of a packed batch; a weight is that of the token after."""
+    assert batch is not None
     places = [(row, segment) for row, ids in enumerate(batch.segment_ids) for segment in range(1, ids.max() + 1)]
     found = [(row, batch.segment_ids[row] == segment) for row, segment in places]
     return [(batch.tokens[row, here], batch.loss_weights[row, here]) for row, here in found]
@@ -158,7 +161,7 @@ def in_torch(model: Any, config: Config, batches: list[GritBatch], *, checkpoint
         labels = torch.where(scored, tokens, -100).long()
         generative_loss = model(tokens, attention_mask=mask, labels=labels, use_cache=False).loss
         generative_loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip_norm)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip_norm or math.inf)
         optimizer.step()
         optimizer.zero_grad()
         return embedding_loss.item() + generative_loss.item()

@@ -419,6 +419,28 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
+class ScorecardConfig:
+    """A small suite of both skills that is measured while a run goes on.
+
+    Attributes:
+      suite: Suite file, such as `grit-jax evaluate` takes; null for none.
+      data: Folder that the suite's paths are relative to; null for the suite's own.
+      every: Steps between measurements; the last step is measured too.
+      embedding_weight: Share of the embedding tasks in `scorecard/both`, from 0 to 1.
+    """
+
+    suite: str | None = None
+    data: str | None = None
+    every: int = 500
+    embedding_weight: float = 0.5
+
+    def __post_init__(self):
+        _require_positive("scorecard.every", self.every)
+        if not 0 <= self.embedding_weight <= 1:
+            raise InputError(f"scorecard.embedding_weight={self.embedding_weight} is not from 0 to 1")
+
+
+@dataclass(frozen=True)
 class CheckpointConfig:
     """Saving. A checkpoint is kept while any of the `keep` settings asks for it.
 
@@ -427,8 +449,8 @@ class CheckpointConfig:
       keep: Newest checkpoints that are kept.
       keep_every: Checkpoints of steps that are multiples of it are kept for ever; null keeps none for that.
       keep_best: Best checkpoints that are kept, by `best_metric`.
-      best_metric: A metric of metrics.jsonl, for example `validation/loss/generative`; a checkpoint whose step was not
-        evaluated has none, and is not among the best.
+      best_metric: A metric of metrics.jsonl, for example `validation/loss/generative` or `scorecard/both`; a checkpoint
+        whose step was not evaluated has none, and is not among the best.
       best_is: Whether the best is the smallest or the largest value.
       params_every: Steps between checkpoints of the parameters alone, all kept, in `params/` of the run folder; they
         take a third of the space, open like any other and cannot be resumed from. Null writes none.
@@ -549,6 +571,7 @@ class Config:
     loss: LossConfig = field(default_factory=LossConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    scorecard: ScorecardConfig = field(default_factory=ScorecardConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)

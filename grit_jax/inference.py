@@ -74,6 +74,8 @@ class _Rows(NamedTuple):
 class GritModel:
     """A model with its tokenizer on a mesh.
 
+    Where the mesh spans several processes, all of them make the same calls and get the same answers.
+
     Args:
       params: Parameters, placed on `mesh`.
       architecture: Resolved shape.
@@ -455,10 +457,10 @@ class GritModel:
                 self._model, self.params, tokens, lengths,
                 slots=_bucket(max(longest + _DECODE_STEPS, tokens.shape[1]), at_least=64), dtype=self._execution.dtype,
             )  # fmt: skip
-            keys = jnp.broadcast_to(jax.random.key(seed), num_rows)
+            seeds = np.full(num_rows, seed & 0xFFFFFFFF, np.uint32)
             for done in range(0, max_new_tokens, _DECODE_STEPS):
                 block, logits, cache = decode(
-                    self._model, self.params, logits, cache, lengths + done, keys,
+                    self._model, self.params, logits, cache, lengths + done, seeds,
                     temperature=np.float32(temperature), top_p=np.float32(top_p), steps=_DECODE_STEPS,
                 )  # fmt: skip
                 yield np.asarray(block)[: len(prompt_ids), : max_new_tokens - done]
@@ -534,7 +536,8 @@ def _checksums(params: Params) -> Params:
 @functools.partial(jax.jit, static_argnums=0, static_argnames=("settings", "execution"))
 def _embed(model, params, tokens, *rows, settings: EmbeddingConfig, execution: Execution):
     model = bind(model, params)
-    return embed_rows(model, model.embed(tokens, execution.dtype), *rows, settings=settings, execution=execution)[0]
+    slots, _ = embed_rows(model, model.embed(tokens, execution.dtype), *rows, settings=settings, execution=execution)
+    return sharding.constrain(slots, "whole", "whole", "whole")
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames="execution")
@@ -543,7 +546,8 @@ def _score(model, params, tokens, segment_ids, positions, places, targets, *, ex
     model = bind(model, params)
     hidden, _ = model(tokens, model.mask(segment_ids, positions, causal=True), execution)
     chosen = hidden.reshape(-1, hidden.shape[-1])[places]
-    return target_log_likelihoods(chosen, model.output_layer(execution.dtype), targets)
+    found = target_log_likelihoods(chosen, model.output_layer(execution.dtype), targets)
+    return jax.tree.map(lambda x: sharding.constrain(x, "whole"), found)
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames="execution")
@@ -551,4 +555,4 @@ def _logits(model, params, tokens, segment_ids, *, execution: Execution):
     model = bind(model, params)
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     hidden, _ = model(tokens, model.mask(segment_ids, positions, causal=True), execution)
-    return model.output_layer(execution.dtype)(hidden)
+    return sharding.constrain(model.output_layer(execution.dtype)(hidden), "whole", "whole", "whole")

@@ -7,7 +7,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 _QUERIES_AT_ONCE = 256
 
@@ -32,7 +32,8 @@ class Searchable:
         Args:
           queries: float32 [queries, embed].
         """
-        scores = jax.jit(_products)(self._placed(queries), self._passages)
+        with jax.set_mesh(self._mesh):  # and not the caller's
+            scores = jax.jit(_products)(self._placed(queries), self._passages)
         return np.asarray(scores)[: len(queries), : self._size]
 
     def top_k(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -49,7 +50,8 @@ class Searchable:
         scores, numbers = np.zeros((len(queries), k), np.float32), np.zeros((len(queries), k), np.int32)
         for first in range(0, len(queries), _QUERIES_AT_ONCE):
             some = slice(first, min(first + _QUERIES_AT_ONCE, len(queries)))
-            best = _best(self._placed(queries[some]), self._passages, k=k, size=self._size, mesh=self._mesh)
+            with jax.set_mesh(self._mesh):
+                best = _best(self._placed(queries[some]), self._passages, k=k, size=self._size)
             scores[some], numbers[some] = (np.asarray(x)[: some.stop - first] for x in best)
         return scores, numbers
 
@@ -64,14 +66,12 @@ def _products(queries: jax.Array, passages: jax.Array) -> jax.Array:
     return jnp.matmul(queries, passages.T, precision=jax.lax.Precision.HIGHEST)
 
 
-@functools.partial(jax.jit, static_argnames=("k", "size", "mesh"))
-def _best(queries: jax.Array, passages: jax.Array, *, k: int, size: int, mesh: Mesh) -> tuple[jax.Array, jax.Array]:
+@functools.partial(jax.jit, static_argnames=("k", "size"))
+def _best(queries: jax.Array, passages: jax.Array, *, k: int, size: int) -> tuple[jax.Array, jax.Array]:
     """Each device's best are sorted together: scores of all passages are never in one place."""
     passages_axis = PartitionSpec(None, "passages")
 
-    @functools.partial(
-        jax.shard_map, mesh=mesh, in_specs=(PartitionSpec(), PartitionSpec("passages")), out_specs=passages_axis
-    )
+    @functools.partial(jax.shard_map, in_specs=(PartitionSpec(), PartitionSpec("passages")), out_specs=passages_axis)
     def best_here(queries, passages):
         numbers = jax.lax.axis_index("passages") * len(passages) + jnp.arange(len(passages), dtype=jnp.int32)
         scores = jnp.where(numbers < size, _products(queries, passages), -jnp.inf)

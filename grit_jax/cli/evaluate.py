@@ -22,6 +22,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--output", metavar="REPORT.json", help="report to write; tasks that it has and that are unchanged are kept"
     )
+    parser.add_argument(
+        "--examples",
+        metavar="DIR",
+        help="folder for what each example contributes to a task's score, TASK.npy",
+    )
     parser.add_argument("--step", type=int, metavar="N", help="checkpoint of a run (default: the newest)")
 
 
@@ -37,5 +42,6 @@ def run(args: argparse.Namespace) -> int:
 
     suite = load_suite(args.suite, data=args.data)
     model = GritModel.load(args.model, step=args.step)
-    evaluate(model, suite, output=output, about={"model": args.model, "suite": args.suite})
+    examples = Path(args.examples) if args.examples else None
+    evaluate(model, suite, output=output, examples=examples, about={"model": args.model, "suite": args.suite})
     return 0

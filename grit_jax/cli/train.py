@@ -3,7 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from grit_jax.checks import Check
+    from grit_jax.config import Config
 
 HELP = "train a model, or resume the run folder that train.output names"
 EXAMPLES = """\
@@ -33,15 +40,16 @@ def run(args: argparse.Namespace) -> int:
         from grit_jax.checks import print_checks
         from grit_jax.train.dry_run import dry_run
 
-        return 2 if print_checks(dry_run(config)) else 0
+        return 2 if print_checks(itertools.chain(dry_run(config), _scorecard_check(config))) else 0
 
     from grit_jax import distributed
 
     distributed.start(config.distributed)
 
+    from grit_jax.evaluation.scorecard import Scorecard
     from grit_jax.train.loop import Trainer
 
-    trainer = Trainer(config)
+    trainer = Trainer(config, Scorecard(config.scorecard) if config.scorecard.suite else None)
     try:
         done = trainer.fit()
     except FloatingPointError as error:
@@ -52,3 +60,17 @@ def run(args: argparse.Namespace) -> int:
         return 0
     print(f"told to stop; {config.train.output} is saved at step {trainer.step}: run the same command to go on")
     return 75
+
+
+def _scorecard_check(config: Config) -> Iterator[Check]:
+    """The suite can be read, and its data are there."""
+    from grit_jax.checks import verdict
+    from grit_jax.config import InputError
+    from grit_jax.evaluation.scorecard import Scorecard
+
+    if config.scorecard.suite:
+        try:
+            Scorecard(config.scorecard)
+            yield verdict("scorecard", True, f"{config.scorecard.suite} and its data are there")
+        except InputError as error:
+            yield verdict("scorecard", False, str(error))

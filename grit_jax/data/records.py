@@ -55,6 +55,13 @@ class GenerativeRecord:
 Record = EmbeddingRecord | GenerativeRecord
 
 
+def texts(record: Record) -> list[str]:
+    """What a record says, instructions included. Negatives are left out: most are the positive of another record."""
+    if isinstance(record, GenerativeRecord):
+        return [record.turns] if isinstance(record.turns, str) else list(record.turns)
+    return [text for pair in (record.query, *record.positives) for text in pair]
+
+
 def parse_record(line: str | bytes, *, path: str | os.PathLike[str], line_number: int) -> Record:
     """Parses and checks one line.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -83,7 +84,10 @@ class ExactMatch(PromptedTask):
             for answer, target in zip(written, targets, strict=True)
         ]
         hits = np.array(right, float)
-        figures = {"num_too_long": float(sum(answer is None for answer in written))}
+        figures = {
+            "num_too_long": float(sum(answer is None for answer in written)),
+            "chance": self._chance(rows, targets),
+        }
         if self.compare == "span":
             overlaps = [f1(answer or "", target) for answer, target in zip(written, targets, strict=True)]
             figures["f1"] = float(np.mean(overlaps))
@@ -92,6 +96,13 @@ class ExactMatch(PromptedTask):
             for message, answer, target, hit in zip(prompts.messages, written, targets, right, strict=True)
         ]
         return Outcome("exact_match", hits, figures=figures | self.figures(rows, prompts, hits), answers=answers)
+
+    def _chance(self, rows: Sequence[Row], targets: Sequence[list[str]]) -> float:
+        """What who gives each group's most frequent first answer every time gets right."""
+        frequencies: dict[str, Counter[str]] = {}
+        for row, texts in zip(rows, targets, strict=True):
+            frequencies.setdefault(self.group_of(row), Counter())[texts[0]] += 1
+        return sum(max(counted.values()) for counted in frequencies.values()) / len(rows)
 
     def _texts(self, row: Row, key: str) -> list[str]:
         return row.strings(key) if isinstance(row.values.get(key), list) else [str(row.get(key, str, int, float))]

@@ -88,16 +88,17 @@ class Perplexity(Task):
         session.progress.start("scoring", len(scorable))
         scored = session.model.score(scorable, progress=session.progress.advance)
         examples = np.stack([-scored.values, scored.num_tokens], axis=1)
-        loss = _loss_per_token(examples)
+        loss = loss_per_token(examples)
         figures = {
             "perplexity": float(np.exp(loss)),
             "num_tokens": float(scored.num_tokens.sum()),
             "num_left_out": float(total - len(scorable)),
         }
-        return Outcome("loss_per_token", examples, _loss_per_token, figures)
+        return Outcome("loss_per_token", examples, loss_per_token, figures)
 
 
-def _loss_per_token(examples: np.ndarray) -> float:
+def loss_per_token(examples: np.ndarray) -> float:
+    """Loss per token of records, [records, 2]: the loss of each, and its tokens."""
     losses, tokens = examples.sum(axis=0)
     return float(losses / tokens)
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 
 from grit_jax.config import InputError
@@ -103,11 +104,13 @@ class Retrieval(EmbeddingTask):
     Attributes:
       split: Judgements that count, `qrels/{split}.tsv`.
       document_instruction: What the model is told about the documents.
+      stored_dtype: Type that the documents' vectors are kept in; they are compared in float32.
       ignore_identical_ids: Whether a document with the query's own id is left out, where queries are documents too.
     """
 
     split: str = "test"
     document_instruction: str = ""
+    stored_dtype: Literal["float32", "bfloat16"] = "float32"
     ignore_identical_ids: bool = False
 
     def files(self) -> list[Path]:
@@ -119,7 +122,8 @@ class Retrieval(EmbeddingTask):
         collection = read_collection(Path(self.path), self.split)
         queries = session.directions(list(collection.queries.values()), self.instruction or "")
         documents = session.directions(list(collection.documents.values()), self.document_instruction)
-        ranking = Ranking(*Searchable(documents).top_k(queries, _DEEP + self.ignore_identical_ids))
+        stored = documents.astype(jnp.dtype(self.stored_dtype)).astype(np.float32)
+        ranking = Ranking(*Searchable(stored).top_k(queries, _DEEP + self.ignore_identical_ids))
         if self.ignore_identical_ids:
             ranking = without_own_ids(ranking, collection)
         return outcome(ranking, collection)

@@ -6,6 +6,7 @@ import json
 import time
 from pathlib import Path
 
+import numpy as np
 import rich.console
 import rich.progress
 
@@ -41,7 +42,12 @@ class _Bar(Progress):
 
 
 def evaluate(
-    model: GritModel, suite: Suite, *, output: Path | None = None, about: dict[str, str] | None = None
+    model: GritModel,
+    suite: Suite,
+    *,
+    output: Path | None = None,
+    examples: Path | None = None,
+    about: dict[str, str] | None = None,
 ) -> dict[str, Entry]:
     """Measures a model on every task of a suite, and prints progress and a table.
 
@@ -51,6 +57,8 @@ def evaluate(
       model: What is measured.
       suite: What it is measured on.
       output: JSON file that is written after every task; what tasks' models wrote goes beside it.
+      examples: Folder for what each example contributes to its task's main score, `TASK.npy`: with the files of another
+        model two models can be compared example by example.
       about: What the report says beside the tasks, such as the model's path.
 
     Returns:
@@ -65,7 +73,10 @@ def evaluate(
     weights = model.fingerprint()
     marks = {task.name: fingerprint(task, suite, weights) for task in suite.tasks}  # opens every file before any work
     earlier = read_report(output) if output else {}
-    kept = {name: one for name, one in earlier.items() if one.get("fingerprint") == marks.get(name)}
+    kept = {
+        name: one for name, one in earlier.items()
+        if one.get("fingerprint") == marks.get(name) and (examples is None or (examples / f"{name}.npy").exists())
+    }  # fmt: skip
     console, report = rich.console.Console(stderr=True, highlight=False, soft_wrap=True), {}
     columns = (rich.progress.TextColumn("{task.description}"), rich.progress.BarColumn(),
                rich.progress.MofNCompleteColumn())  # fmt: skip
@@ -83,6 +94,9 @@ def evaluate(
             found = entry(outcome, kind=_NAMES[type(task)], fingerprint=marks[task.name], seed=suite.seed)
             report[task.name] = found
             console.print(f"{place}: {_said(found)} in {time.monotonic() - begun:.1f} s", markup=False)
+            if examples:
+                examples.mkdir(parents=True, exist_ok=True)
+                np.save(examples / f"{task.name}.npy", outcome.examples)
             if output:
                 if outcome.answers is not None:
                     file = output.with_name(f"{output.stem}.{task.name}.json")

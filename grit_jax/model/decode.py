@@ -6,8 +6,9 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Int, Key, UInt32
 
+from grit_jax import sharding
 from grit_jax.model.attention import AttentionMask
 from grit_jax.model.transformer import Cache, KVCache, Params, Transformer, bind
 
@@ -89,7 +90,7 @@ def decode(
     logits: Float[Array, "batch vocab"],
     cache: Cache,
     lengths: Int[Array, " batch"],
-    keys: Key[Array, " batch"],
+    seeds: UInt32[Array, " batch"],
     *,
     temperature: Float[Array, ""],
     top_p: Float[Array, ""],
@@ -103,16 +104,17 @@ def decode(
       logits: Float32 logits of the first of them.
       cache: Keys and values of what came before; its memory is reused.
       lengths: Tokens that came before.
-      keys: One random key per sequence; a token's draw depends on it and the token's position alone.
+      seeds: Of each sequence; a token's draw depends on it and the token's position alone.
       temperature: 0 takes the likeliest token.
       top_p: Probability of the nucleus that is drawn from.
       steps: Number of tokens.
 
     Returns:
-      The tokens, logits of the one after them, and the cache.
+      The tokens, whole on every device; logits of the one after them, and the cache.
     """
     bound = bind(model, params)
     output_layer = bound.output_layer(jax.tree.leaves(cache)[0].dtype)
+    keys = jax.vmap(jax.random.key)(seeds)
 
     def step(carry, position_offset):
         logits, cache = carry
@@ -123,4 +125,4 @@ def decode(
         return (output_layer(hidden[:, 0]), cache), tokens
 
     (logits, cache), tokens = jax.lax.scan(step, (logits, cache), jnp.arange(steps))
-    return tokens.T, logits, cache
+    return sharding.constrain(tokens.T, "whole", "whole"), logits, cache

@@ -334,7 +334,7 @@ def split_layers(params: Params) -> Params:
     it uses them, which costs more than a decoding step itself. A program of many layers takes longer to compile.
     """
     leaves, structure = jax.tree.flatten(params["layers"])
-    split = [list(leaf) for leaf in leaves]
+    split = jax.jit(lambda arrays: [jnp.unstack(array) for array in arrays])(leaves)
     layers = [jax.tree.unflatten(structure, layer) for layer in zip(*split, strict=True)]
     return params | {"layers": layers}
 

@@ -16,6 +16,8 @@ import rich.console
 
 from grit_jax import files
 from grit_jax.config import InputError, load_config
+from grit_jax.data.records import texts
+from grit_jax.data.sources import find_files, open_source
 from grit_jax.evaluation.retrieval import bm25_scores
 from grit_jax.hf.export import save_folder
 from grit_jax.loading import open_model
@@ -173,18 +175,9 @@ def _corpus(output: Path, packages: Sequence[str] | None, console: rich.console.
 
 
 def _texts(folder: Path) -> Iterator[str]:
-    def strings(value: Any) -> Iterator[str]:
-        if isinstance(value, str):
-            yield value
-        else:
-            for part in value.values() if isinstance(value, dict) else value:
-                yield from strings(part)
-
-    for path in sorted(folder.rglob("*.jsonl")):
-        for line in path.read_text().split("\n")[:-1]:
-            row = json.loads(line)
-            row.pop("neg", None)  # every negative is somebody's positive
-            yield from strings(row)
+    for source in map(open_source, find_files(str(folder))):
+        for record in source:
+            yield from texts(record)
 
 
 def _scores(trainer: Trainer, task: RetrievalTask) -> np.ndarray:

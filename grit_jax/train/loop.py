@@ -7,7 +7,7 @@ import functools
 import signal
 import threading
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager, nullcontext
 
 import jax
@@ -39,6 +39,10 @@ from grit_jax.watch.preemption import preemption_notices
 class Trainer:
     """One run: the constructor sets everything up, restoring the run folder's newest checkpoint if there is one.
 
+    Args:
+      config: The run's settings.
+      scorecard: Measures the model as `config.scorecard` says; None where that names no suite.
+
     Attributes:
       config: The resolved config.
       tokenizer: The model's tokenizer.
@@ -50,7 +54,9 @@ class Trainer:
       InputError: The config, the data or the run folder is not usable; nothing has been written then.
     """
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Config, scorecard: Callable[[GritModel], Mapping[str, float]] | None = None):
+        if config.scorecard.suite and scorecard is None:
+            raise InputError(f"scorecard.suite={config.scorecard.suite}: nothing measures it; give Trainer a scorecard")
         self._began = time.monotonic()
         pretrained = open_model(config.model.init) if config.model.init else None
         self.tokenizer = resolve_tokenizer(config, pretrained)
@@ -71,6 +77,11 @@ class Trainer:
             row_multiples=row_multiples(config, self.mesh),
             host_share=sharding.host_share(self.mesh),
         )
+        self._measures: list[tuple[Callable[[], Mapping[str, float]], int | None]] = [
+            (self.evaluate, config.train.eval_every)
+        ]
+        if scorecard:
+            self._measures.append((lambda: scorecard(self.model()), config.scorecard.every))
         self._agreement = Agreement(self.mesh)
         self._checkpoints = Checkpoints(self.folder / folder.CHECKPOINTS, keep=config.checkpoint)
         self._params_checkpoints = Checkpoints(self.folder / folder.PARAMS) if config.checkpoint.params_every else None
@@ -169,13 +180,13 @@ class Trainer:
                 recorder.add(metrics)
                 stopping, vote = bool(vote), self._agreement.ask(stop.is_set())
                 last = step == config.train.steps or stopping
-                evaluate = last or (config.train.eval_every and step % config.train.eval_every == 0)
+                measures = [measure for measure, every in self._measures if last or (every and step % every == 0)]
                 save = last or step % config.checkpoint.every == 0
-                if evaluate or save:
+                if measures or save:
                     values = recorder.read()
-                    if evaluate and not stopping:
+                    for measure in measures if not stopping else ():
                         with recorder.spent("evaluation", watched=False):
-                            values |= self.evaluate()
+                            values |= measure()
                     recorder.log(values)
                     if save:
                         with recorder.spent("checkpoint"):

@@ -14,7 +14,7 @@ from grit_jax.watch import folder
 # What may differ between a run folder's config and the one that resumes it.
 _MAY_DIFFER = (
     "train.steps", "train.output", "train.max_skipped", "train.watchdog_seconds", "train.preemption_notices",
-    "loss.negatives", "mesh.", "logging.", "checkpoint.", "distributed.",
+    "loss.negatives", "mesh.", "logging.", "scorecard.", "checkpoint.", "distributed.",
 )  # fmt: skip
 
 

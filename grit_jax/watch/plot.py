@@ -13,7 +13,7 @@ from grit_jax.config import InputError
 from grit_jax.watch import folder
 from grit_jax.watch.goodput import CAUSES, goodput_of
 from grit_jax.watch.lines import read_lines
-from grit_jax.watch.status import datasets, duration
+from grit_jax.watch.status import datasets, duration, scores
 
 _TRAIN, _HELD_OUT, _OTHER, _BAD = "#2563a8", "#d97706", "#3f8f5f", "#c0392b"
 _MOST_DATASETS = 8
@@ -33,16 +33,17 @@ def plot_run(path: files.PathLike, out: files.PathLike) -> None:
     if not lines:
         raise InputError(f"{path}: no step in {folder.METRICS}; name a run folder whose run has begun")
     bad = read_lines(files.join(path, folder.BAD_BATCHES))
-    figure = Figure(figsize=(18, 8.6), layout="constrained")
-    panels = figure.subplots(2, 4)
+    figure = Figure(figsize=(15, 12), layout="constrained")
+    panels = figure.subplots(3, 3)
     _loss(panels[0, 0], lines, bad, "loss/embedding", "contrastive loss")
     _loss(panels[0, 1], lines, bad, "loss/generative", "language-modelling loss")
-    _datasets(panels[0, 2], lines)
-    _health(panels[0, 3], lines)
-    _gradient(panels[1, 0], lines, bad)
-    _learning_rate(panels[1, 1], lines)
-    _speed(panels[1, 2], lines)
-    _goodput(panels[1, 3], read_lines(files.join(path, folder.GOODPUT)))
+    _scorecard(panels[0, 2], lines)
+    _datasets(panels[1, 0], lines)
+    _health(panels[1, 1], lines)
+    _gradient(panels[1, 2], lines, bad)
+    _learning_rate(panels[2, 0], lines)
+    _speed(panels[2, 1], lines)
+    _goodput(panels[2, 2], read_lines(files.join(path, folder.GOODPUT)))
     figure.suptitle(f"{path}   step {lines[-1]['step']:,}", fontsize=13, x=0.01, ha="left", weight="bold")
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=110, format="png")
@@ -125,6 +126,24 @@ def _loss(panel: Any, lines: Lines, bad: Lines, name: str, title: str) -> None:
         panel.set_ylim(min(low, held_out.min()), max(high, held_out.max()))
     _marks(panel, bad)
     _legend(panel)
+
+
+def _scorecard(panel: Any, lines: Lines) -> None:
+    """Both skills and their weighted mean; single tasks faintly."""
+    _dress(panel, "scorecard")
+    found = {name.removeprefix("scorecard/"): series(lines, name) for name in scores(lines)}
+    if not found:
+        return _nothing(panel, "no scorecard")
+    shown = {"embedding": _TRAIN, "generative": _HELD_OUT, "both": _OTHER}
+    for name, (steps, values) in found.items():
+        if name not in shown and np.all(np.abs(values) <= 1):  # a loss has another scale
+            panel.plot(steps, values, color="#999999", linewidth=0.9, alpha=0.6)
+            panel.annotate(name[-24:], (steps[-1], values[-1]), fontsize=7, color="#777777", ha="right", va="bottom")
+    for name, colour in shown.items():
+        if name in found:
+            panel.plot(*found[name], "o-", color=colour, markersize=4, label=f"{name}  {found[name][1][-1]:.3f}")
+    _legend(panel)
+    return None
 
 
 def _datasets(panel: Any, lines: Lines) -> None:

@@ -6,7 +6,7 @@ import dataclasses
 import math
 import statistics
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from grit_jax import files
@@ -32,7 +32,8 @@ class Status:
       folder: The run folder.
       step: Last step in the log; 0 before the first.
       steps: Steps that the run is to do; None without a config.
-      recent: Means of the metrics over the last `RECENT` steps that have them; of validation and health, the last ones.
+      recent: Means of the metrics over the last `RECENT` steps that have them; of validation, scorecard
+        and health, the last ones.
       goodput: Where the time went.
       checkpoint: Step of the newest complete checkpoint.
       writer: Who holds the folder, dead or alive.
@@ -130,6 +131,8 @@ def as_lines(status: Status) -> Iterator[str]:
     ]
     if held_out:
         yield line("held out", "  ".join(held_out))
+    if card := scores([recent]):
+        yield line("scorecard", "  ".join(f"{name.removeprefix('scorecard/')} {recent[name]:.4f}" for name in card))
     for stream in ("embedding", "generative"):
         worst = sorted(datasets(recent, stream).items(), key=lambda item: -item[1])
         if len(worst) > 1:
@@ -179,6 +182,12 @@ def datasets(values: Mapping[str, Any], stream: str) -> dict[str, float]:
     return {name.removeprefix(start): value for name, value in values.items() if name.startswith(start)}
 
 
+def scores(lines: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Names of the scorecard's metrics that lines have: those of whole skills last."""
+    names = dict.fromkeys(name for line in lines for name in line if name.startswith("scorecard/"))
+    return sorted(names, key=lambda name: name.removeprefix("scorecard/") in ("embedding", "generative", "both"))
+
+
 def duration(seconds: float) -> str:
     """A length of time in its two largest units."""
     minutes, hours = seconds / 60, seconds / 3600
@@ -215,7 +224,7 @@ def _recent(lines: Sequence[Mapping[str, float]]) -> dict[str, float]:
     for name, found in values.items():
         if name in ("step", "time"):
             continue
-        rare = name.startswith(("validation/", "embedding/", "grad_norm/"))
+        rare = name.startswith(("validation/", "scorecard/", "embedding/", "grad_norm/"))
         per_file = name.startswith(("loss/embedding/", "loss/generative/"))
         if rare:
             means[name] = found[-1]

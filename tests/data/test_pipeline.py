@@ -35,13 +35,15 @@ def rows_of(path):
     return map(json.loads, path.read_text().splitlines())
 
 
-def make(folder, *, share=WHOLE, multiples=(4, 4), pooling="mean", loss=LossConfig("token_mean"), **data):
+def make(
+    folder, *, share=WHOLE, multiples=(4, 4), pooling="mean", loss=LossConfig("token_mean"), mode="unified", **data
+):
     limits = {"query_max_length": 64, "passage_max_length": 64, "generative_max_length": 128}
     config = Config(
         model=ModelConfig(embedding=EmbeddingConfig(pooling=pooling)),
         data=DataConfig(train=str(folder), **limits | {"embedding_batch": 4, "generative_batch": 3} | data),
         loss=loss,
-        train=TrainConfig(steps=6),
+        train=TrainConfig(steps=6, mode=mode),
     )
     return Pipeline(config, BYTES, row_multiples=multiples, host_share=share)
 
@@ -201,6 +203,16 @@ def test_workers_and_a_later_start_change_nothing(folder):
 )
 def test_pool_weights_of_a_text_cut_at_five_tokens(pooling, expected):
     assert np.allclose(pool_weights(np.array([[2, 9]]), 5, pooling), expected)
+
+
+@pytest.mark.parametrize("mode", ["embedding", "generative"])
+def test_a_stream_that_is_trained_alone_has_the_batches_that_it_has_beside_the_other(folder, mode):
+    both, alone = list(make(folder).batches(0)), list(make(folder, mode=mode).batches(0))
+    assert len(both) == len(alone) == 6
+    for one, other in zip(both, alone, strict=True):
+        stream = getattr(other, mode)
+        assert [part for part in other if part is not None] == [stream]
+        assert all(np.array_equal(a, b) for a, b in zip(getattr(one, mode), stream, strict=True))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,123 @@
+"""A model for `lm-eval`, EleutherAI's harness: `python -m grit_jax.evaluation.lm_eval_model --model grit_jax ...`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from lm_eval.api.model import LM
+from lm_eval.api.registry import register_model
+from lm_eval.models.utils import normalize_gen_kwargs
+from lm_eval.utils import get_rolling_token_windows
+
+from grit_jax import prompts
+from grit_jax.config import InputError
+from grit_jax.evaluation.task import Session
+from grit_jax.inference import GritModel
+
+if TYPE_CHECKING:
+    from lm_eval.api.instance import Instance
+
+
+@register_model("grit_jax")
+class LMEvalModel(LM):
+    """Scores and writes what lm-eval asks for.
+
+    Contexts are read after BOS as they are; with `--apply_chat_template` they are GRIT's user messages. One that is too
+    long for the model loses its first tokens.
+
+    Args:
+      pretrained: Run folder, checkpoint or Hugging Face folder, or a model.
+      step: Checkpoint of a run; None takes the newest.
+      seed: Of sampled answers.
+      **_: What the harness gives every model, such as batch sizes and devices, which this one chooses by itself.
+    """
+
+    def __init__(self, pretrained: str | GritModel, *, step: int | None = None, seed: int = 0, **_: Any):
+        super().__init__()
+        model = pretrained if isinstance(pretrained, GritModel) else GritModel.load(pretrained, step=step)
+        self._model, self._session = model, Session(model, seed=seed)
+
+    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
+        """Sum of log p of each continuation, and whether all its tokens are the likeliest."""
+        pairs = [request.args for request in requests]
+        contexts, continuations = zip(*pairs, strict=True)
+        scored = self._model.log_likelihoods(contexts, continuations, raw=True)
+        found = list(zip(scored.values.tolist(), scored.greedy.tolist(), strict=True))
+        self._keep("loglikelihood", pairs, found)
+        return found
+
+    def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
+        """Sum of log p of each text, in windows of the model's length where it is longer."""
+        tokenizer, longest = self._model.tokenizer, self._model.architecture.max_length
+        before = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
+        if before is None:
+            raise InputError("the model's tokenizer has neither BOS nor EOS; a text's first token cannot be scored")
+        windows, owners = [], []
+        for place, encoding in enumerate(tokenizer.encode_batch([text for (text,) in (r.args for r in requests)])):
+            for read, scored in get_rolling_token_windows(encoding.ids.tolist(), before, longest - 1, 1):
+                tokens = np.array([*read[: len(read) - len(scored) + 1], *scored], np.int32)
+                span = np.array([[len(tokens) - len(scored), len(tokens)]], np.int32)
+                windows.append(prompts.TokenizedPrompt(tokens, span))
+                owners.append(place)
+        values = np.zeros(len(requests))
+        if windows:
+            np.add.at(values, owners, self._model.score(windows).values)
+        found = values.tolist()
+        self._keep("loglikelihood_rolling", [request.args for request in requests], found)
+        return found
+
+    def generate_until(self, requests: list[Instance]) -> list[str]:
+        """Answers up to the first of their stop strings, many in one batch, with a key/value cache."""
+        found = [""] * len(requests)
+        by_options: dict[str, list[int]] = {}
+        for place, request in enumerate(requests):
+            by_options.setdefault(json.dumps(normalize_gen_kwargs(request.args[1]), sort_keys=True), []).append(place)
+        for options, places in by_options.items():
+            given = json.loads(options)
+            room = int(given["max_gen_toks"])
+            answers = self._session.answers(
+                [self._fitting(requests[place].args[0], room) for place in places],
+                max_new_tokens=room, stop=given["until"], raw=True, temperature=float(given.get("temperature", 0.0)),
+                top_p=float(given.get("top_p", 1.0)),
+            )  # fmt: skip
+            for place, answer in zip(places, answers, strict=True):
+                found[place] = answer or ""
+        self._keep("generate_until", [request.args for request in requests], found)
+        return found
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """GRIT's format without BOS; without `add_generation_prompt` the answer begins with the last message."""
+        history, prefix = (chat_history, "") if add_generation_prompt else (
+            chat_history[:-1], chat_history[-1]["content"]
+        )  # fmt: skip
+        return prompts.generation(history, bos="", eos=self._model.tokenizer.eos, prefix=prefix)
+
+    def chat_template(self, chat_template: bool | str = False) -> str:
+        """Names the one template there is."""
+        return "grit"
+
+    @property
+    def tokenizer_name(self) -> str:
+        """Of request caches."""
+        return self._model.tokenizer.fingerprint
+
+    def _fitting(self, context: str, room: int) -> str:
+        """The context without its first tokens where they leave no room for an answer."""
+        over = int(self._model.prompt_lengths([context], raw=True)[0]) + room - self._model.architecture.max_length
+        if over <= 0:
+            return context
+        (encoding,) = self._model.tokenizer.encode_batch([context])
+        return context[encoding.starts[over] :] if over < len(encoding.starts) else ""
+
+    def _keep(self, kind: str, arguments: Sequence[tuple], found: Sequence[Any]) -> None:
+        for given, value in zip(arguments, found, strict=True):
+            self.cache_hook.add_partial(kind, given, value)
+
+
+if __name__ == "__main__":
+    from lm_eval.__main__ import cli_evaluate
+
+    cli_evaluate()

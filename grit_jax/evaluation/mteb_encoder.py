@@ -1,0 +1,99 @@
+"""A model for `mteb`, the Massive Text Embedding Benchmark's own harness."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+from mteb.models import ModelMeta
+from mteb.models.abs_encoder import AbsEncoder
+from mteb.models.model_implementations import MODEL_REGISTRY
+from mteb.models.model_meta import ScoringFunction
+from mteb.types import PromptType
+
+from grit_jax.evaluation.suite import packaged_instructions
+from grit_jax.evaluation.task import Session
+from grit_jax.inference import GritModel
+
+if TYPE_CHECKING:
+    from mteb.abstasks.task_metadata import TaskMetadata
+    from mteb.types import BatchedInput
+    from torch.utils.data import DataLoader
+
+MAX_LENGTH = 512
+
+
+class MtebEncoder(AbsEncoder):
+    """Embeds what mteb asks for: `mteb.evaluate(MtebEncoder(model), tasks)`.
+
+    Queries and symmetric texts carry their task's instruction, documents none.
+
+    Args:
+      model: What is measured.
+      name: What mteb calls it, `owner/name`.
+      instructions: Instruction by task name; None takes the package's, one for each of MTEB's 56 English tasks. A task
+        that has none takes the prompt that mteb has for it.
+      max_length: Tokens kept of a text, instruction included.
+    """
+
+    def __init__(
+        self,
+        model: GritModel,
+        *,
+        name: str = "grit_jax/model",
+        instructions: Mapping[str, str] | None = None,
+        max_length: int = MAX_LENGTH,
+    ):
+        self.model, self._session = model, Session(model, max_length)
+        self.prompts_dict = packaged_instructions() if instructions is None else dict(instructions)
+        self.mteb_model_meta = _about(
+            name,
+            revision=model.fingerprint(),
+            n_parameters=sum(leaf.size for leaf in jax.tree.leaves(model.params)),
+            max_tokens=model.architecture.max_length,
+            embed_dim=model.embedding.projection_dim or model.architecture.embed_dim,
+        )
+
+    def encode(
+        self,
+        inputs: DataLoader[BatchedInput],
+        *,
+        task_metadata: TaskMetadata,
+        hf_split: str,
+        hf_subset: str,
+        prompt_type: PromptType | None = None,
+        **kwargs: Any,
+    ) -> np.ndarray:
+        """float32 [texts, embed]; a blank text is a zero vector."""
+        texts = [text for batch in inputs for text in batch["text"]]
+        is_document = prompt_type is PromptType.document
+        return self._session.embed(texts, "" if is_document else self.get_instruction(task_metadata, prompt_type))
+
+
+def register(path: str | Path, *, name: str | None = None, **options: Any) -> str:
+    """Makes `mteb.get_model(name)` load a run folder, a checkpoint or a Hugging Face folder.
+
+    Args:
+      path: Where the model is.
+      name: `owner/name`; None takes `grit_jax/` and the folder's name.
+      **options: Of `MtebEncoder`.
+
+    Returns:
+      The name.
+    """
+    name = name or f"grit_jax/{Path(path).resolve().name}"
+
+    def load(model_name: str, revision: str | None = None, device: str | None = None, **_: Any) -> MtebEncoder:
+        return MtebEncoder(GritModel.load(path), name=model_name, **options)
+
+    MODEL_REGISTRY[name] = _about(name, loader=load)
+    return name
+
+
+def _about(name: str, **known: Any) -> ModelMeta:
+    """What mteb writes beside its results."""
+    always = {"name": name, "similarity_fn_name": ScoringFunction.COSINE, "use_instructions": True}
+    return ModelMeta.create_empty(overwrites=always | known)

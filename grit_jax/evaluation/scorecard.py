@@ -1,0 +1,58 @@
+"""A small suite of both skills, measured while a run goes on."""
+
+from __future__ import annotations
+
+import math
+
+from grit_jax.config import InputError, ScorecardConfig
+from grit_jax.evaluation.answers import AlpacaEval
+from grit_jax.evaluation.data import existing
+from grit_jax.evaluation.suite import load_suite
+from grit_jax.evaluation.task import EmbeddingTask, Session
+from grit_jax.inference import GritModel
+
+
+class Scorecard:
+    """Measures a model and sums it up: one score of its embeddings, one of what it writes, one of both.
+
+    Every score lies between 0 and 1 or is a correlation, and more is better: of a loss per token the score is its
+    likelihood per token, exp(-loss).
+
+    Args:
+      config: Names the suite.
+
+    Raises:
+      InputError: There is no suite, it is malformed or lacks data, or a task has no score.
+    """
+
+    def __init__(self, config: ScorecardConfig):
+        if config.suite is None:
+            raise InputError("scorecard.suite is missing; name a suite file")
+        self._suite = load_suite(config.suite, data=config.data)
+        self._embedding_weight = config.embedding_weight
+        for task in self._suite.tasks:
+            for file in task.files():
+                existing(file)
+            if isinstance(task, AlpacaEval):
+                raise InputError(f"{config.suite}: task {task.name!r} has no score; leave it out of a scorecard")
+
+    def __call__(self, model: GritModel) -> dict[str, float]:
+        """Main scores as `scorecard/TASK`, and their means as `scorecard/embedding`, `/generative` and `/both`.
+
+        The mean of a skill without a task is missing, and so is that of both.
+        """
+        session = Session(model, self._suite.max_length, self._suite.seed)
+        figures: dict[str, float] = {}
+        skills: dict[str, list[float]] = {"embedding": [], "generative": []}
+        for task in self._suite.tasks:
+            outcome = task.evaluate(session)
+            score = figures[f"scorecard/{task.name}"] = outcome.score(outcome.examples)
+            quality = math.exp(-score) if outcome.metric == "loss_per_token" else score
+            skills["embedding" if isinstance(task, EmbeddingTask) else "generative"].append(quality)
+        means = {f"scorecard/{skill}": sum(some) / len(some) for skill, some in skills.items() if some}
+        if len(means) == len(skills):
+            weight = self._embedding_weight
+            means["scorecard/both"] = (
+                weight * means["scorecard/embedding"] + (1 - weight) * means["scorecard/generative"]
+            )
+        return figures | means
