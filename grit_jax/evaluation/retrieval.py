@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Container
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -51,17 +52,24 @@ def collection_files(folder: Path, split: str) -> list[Path]:
     return [folder / "corpus.jsonl", folder / "queries.jsonl", folder / "qrels" / f"{split}.tsv"]
 
 
-def read_corpus(path: Path) -> dict[str, str]:
+def read_corpus(path: Path, judged: Container[str] | None = None) -> dict[str, str]:
     """Text of each document by id, its title first where it has one.
 
+    Args:
+      path: The file.
+      judged: Ids that must name one document; None for all. Another id that comes a second time names both: the second
+        is called by its line too.
+
     Raises:
-      InputError: The file is missing or malformed, or an id comes twice.
+      InputError: The file is missing or malformed, or an id that must name one document comes twice.
     """
     documents: dict[str, str] = {}
     for row in read_rows(path):
         name = row.get("_id")
         if name in documents:
-            raise InputError(f"{row.where}: '_id' {name!r} comes a second time; ids must differ")
+            if judged is None or name in judged:
+                raise InputError(f"{row.where}: '_id' {name!r} comes a second time; ids must differ")
+            name = f"{name} at {row.where}"
         documents[name] = f"{row.values.get('title') or ''} {row.get('text')}".strip()
     return documents
 
@@ -80,7 +88,7 @@ def read_collection(folder: Path, split: str) -> Collection:
         if query not in texts:
             raise InputError(f"{row.where}: query {query!r} is not in {existing(queries_file)}; add or remove it")
         judgements.setdefault(query, {})[row.get("corpus-id")] = number(row, "score")
-    documents = read_corpus(corpus_file)
+    documents = read_corpus(corpus_file, {name for judged in judgements.values() for name in judged})
     queries = {query: text for query, text in texts.items() if query in judgements}
     return Collection(
         queries, dict(sorted(documents.items(), reverse=True)), {query: judgements[query] for query in queries}

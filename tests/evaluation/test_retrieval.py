@@ -46,6 +46,19 @@ def test_bad_judgements_and_ids_are_named(tmp_path):
         read_collection(tmp_path, "test")
 
 
+def test_an_id_that_comes_twice_names_two_documents_unless_it_is_judged(tmp_path):
+    write_retrieval(tmp_path)
+    before = read_collection(tmp_path, "test")
+    rows = [{"_id": name, "text": text} for name, text in before.documents.items()]
+    unjudged = ({f"d{n}" for n in range(12)} - {name for some in before.judgements.values() for name in some}).pop()
+    write_jsonl(tmp_path / "corpus.jsonl.gz", [*rows, {"_id": unjudged, "text": "another"}])
+    after = read_collection(tmp_path, "test")
+    assert sorted(after.documents.values()) == sorted([*before.documents.values(), "another"])
+    write_jsonl(tmp_path / "corpus.jsonl.gz", [*rows, {"_id": "d1", "text": "another"}])
+    with pytest.raises(InputError, match=r"corpus\.jsonl\.gz:13: '_id' 'd1' comes a second time"):
+        read_collection(tmp_path, "test")
+
+
 def test_a_query_does_not_find_itself_where_it_is_a_document():
     documents = dict.fromkeys(["c", "b", "a"], "")
     collection = Collection({"a": "", "x": ""}, documents, {"a": {"b": 1.0}, "x": {"c": 1.0}})
