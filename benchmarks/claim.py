@@ -115,9 +115,8 @@ def _made(path: Path) -> Path:
 def suite_of(name: str, data: Path, output: Path) -> Suite:
     """A suite of configs/claim with what the split holds out."""
     suite = load_suite(_CONFIGS / name, data=data / "eval")
-    length = suite.max_length
-    held_out = Perplexity(HELD_OUT, str(output / "data/held_out/generative"), max_length=length)
-    gsm8k = Perplexity(GSM8K, str(output / "data/gsm8k_test.jsonl"), max_length=2 * length)
+    held_out = Perplexity(HELD_OUT, str(output / "data/held_out/generative"))
+    gsm8k = Perplexity(GSM8K, str(output / "data/gsm8k_test.jsonl"))
     return dataclasses.replace(suite, tasks=(held_out, gsm8k, *suite.tasks))
 
 
