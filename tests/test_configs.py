@@ -4,18 +4,33 @@ import math
 from pathlib import Path
 
 import pytest
+import yaml
 
 from grit_jax.config import LossConfig, OptimizerConfig, load_config
 from grit_jax.model.transformer import abstract_model, abstract_params
 from tests.runs import ROOT
 
-FILES = sorted((ROOT / "configs").glob("*.yaml"))
+FILES = [*sorted((ROOT / "configs").glob("*.yaml")), ROOT / "configs/claim/unified.yaml"]
+ABLATIONS = yaml.safe_load((ROOT / "configs/claim/ablations.yaml").read_text())
 PAPER = [path for path in FILES if path.name.startswith("gritlm_")]
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_every_config_loads(path):
     load_config(path)
+
+
+@pytest.mark.parametrize("name", ABLATIONS)
+def test_every_ablation_changes_the_config_of_the_claim_and_sees_as_many_samples(name):
+    base, changes = load_config(ROOT / "configs/claim/unified.yaml", ["--train.steps=100"]), ABLATIONS[name]
+    changed = load_config(
+        ROOT / "configs/claim/unified.yaml",
+        ["--train.steps=100", *(f"--{key}={value}" for key, value in changes.items())],
+    )
+    assert (changed == base) == (not changes)
+    for batch in ("embedding_batch", "generative_batch"):
+        samples = changed.train.steps * getattr(changed.data, batch)
+        assert math.isclose(samples, 100 * getattr(base.data, batch), rel_tol=0.05)
 
 
 @pytest.mark.parametrize("path", PAPER, ids=lambda path: path.stem)

@@ -8,6 +8,7 @@ from grit_jax.evaluation.suite import load_suite, packaged_instructions
 from tests.evaluation.tasks import write_suite
 from tests.runs import ROOT
 
+SUITES = [*sorted((ROOT / "configs/suites").glob("*.yaml")), *sorted((ROOT / "configs/claim").glob("*suite.yaml"))]
 STS = {"name": "x", "type": "sts", "path": "x.tsv"}
 
 
@@ -64,7 +65,7 @@ def test_each_english_task_of_mteb_has_an_instruction():
         assert text == text.strip() and not text.endswith(".") and len(text.split()) > 5
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs/suites").glob("*.yaml")), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", SUITES, ids=lambda path: path.name)
 def test_suites_that_are_shipped_load_and_name_no_machine(path):
     assert load_suite(path).tasks
     assert not re.search(r"(?<![\w.])/\w", path.read_text())
