@@ -38,7 +38,7 @@ import yaml
 from grit_jax import files
 from grit_jax.config import load_config
 from grit_jax.data.records import EmbeddingRecord, Record, texts
-from grit_jax.data.sources import find_files, open_source
+from grit_jax.data.sources import find_files, open_source, read_texts
 from grit_jax.evaluation.compare import Comparison, compare
 from grit_jax.evaluation.likelihood import Perplexity, loss_per_token
 from grit_jax.evaluation.retrieval import Ranking, Retrieval, bm25_scores, outcome, read_collection
@@ -82,7 +82,7 @@ def prepare(data: Path, output: Path) -> None:
         json.dumps({"text": [row["question"], re.sub(r"<<.*?>>", "", row["solution"])]}).encode() for row in problems
     ]
     _write_lines(output / "data/gsm8k_test.jsonl", solved)
-    tokenizer = train_bpe(_texts(output / "data/train"), _VOCAB_SIZE)
+    tokenizer = train_bpe(read_texts(str(output / "data/train")), _VOCAB_SIZE)
     for name, content in tokenizer.files().items():
         files.write_text(_made(output / "tokenizer" / name), content)
     files.write_text(done, "")
@@ -95,12 +95,6 @@ def key(record: Record) -> str:
 
 def _held_out(record: Record) -> bool:
     return int.from_bytes(hashlib.blake2b(key(record).encode(), digest_size=8).digest()) % _ONE_IN == 0
-
-
-def _texts(folder: Path) -> Iterator[str]:
-    for source in map(open_source, find_files(str(folder))):
-        for record in source:
-            yield from texts(record)
 
 
 def _write_lines(path: Path, lines: Sequence[bytes]) -> None:
@@ -125,14 +119,11 @@ def measure(
 ) -> None:
     """Trains a model, or takes it as it is at the start, and evaluates it."""
     folder = output / str(seed) / name
-    train = [output / "data/train"]
-    if name == "one_file":
-        train = [output / "data/one_file", output / "data/train/generative"]
     config = load_config(
         _CONFIGS / "unified.yaml",
         [
             f"--model.tokenizer={output / 'tokenizer'}",
-            f"--data.train=[{', '.join(map(str, train))}]",
+            f"--data.train={output / 'data/train'}",
             f"--data.validation={output / 'data/held_out'}",
             f"--train.output={folder}",
             f"--train.seed={seed}",
@@ -328,6 +319,8 @@ def main() -> None:
         primary = dataclasses.replace(whole, tasks=tuple(t for t in whole.tasks if t.name in (HELD_OUT, *PRIMARY)))
         for name in ablations:
             settings = {"train.steps": _ABLATION_STEPS, **changes[name], **more}
+            if name == "one_file":
+                settings["data.train"] = f"[{args.output / 'data/one_file'}, {args.output / 'data/train/generative'}]"
             measure(args.output, f"ablation_{name}", args.seeds[0], settings, whole if name == "baseline" else primary)
     summary = summarize(args.output, args.seeds, ablations, bm25(suite))
     files.write_text(args.output / "claim.json", json.dumps(summary, indent=2) + "\n")

@@ -14,7 +14,7 @@ from etils import epath
 from grit_jax import files
 from grit_jax.config import InputError
 from grit_jax.data import cache
-from grit_jax.data.records import Record, RecordError, Stream, parse_record, stream_of
+from grit_jax.data.records import Record, RecordError, Stream, parse_record, stream_of, texts
 
 _JSONL = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 ARRAY_RECORD = (".array_record", ".arrayrecord")
@@ -72,6 +72,13 @@ def open_source(path: str | os.PathLike[str], *, skip_bad: bool = False) -> Sour
     path = epath.Path(path)
     kind = ArrayRecordSource if path.name.endswith(ARRAY_RECORD) else JsonlSource
     return kind(path, skip_bad=skip_bad)
+
+
+def read_texts(paths: str | list[str]) -> Iterator[str]:
+    """What the records of files say, negatives left out: for training a tokenizer."""
+    for source in map(open_source, find_files(paths)):
+        for record in source:
+            yield from texts(record)
 
 
 class Source(abc.ABC):

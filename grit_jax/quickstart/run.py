@@ -16,8 +16,7 @@ import rich.console
 
 from grit_jax import files
 from grit_jax.config import InputError, load_config
-from grit_jax.data.records import texts
-from grit_jax.data.sources import find_files, open_source
+from grit_jax.data.sources import read_texts
 from grit_jax.evaluation.retrieval import bm25_scores
 from grit_jax.hf.export import save_folder
 from grit_jax.loading import open_model
@@ -166,18 +165,12 @@ def _corpus(output: Path, packages: Sequence[str] | None, console: rich.console.
         )
         counts = write_corpus(output / "data", None if packages is None else package_roots(packages))
         console.print("training the tokenizer")
-        tokenizer = train_bpe(_texts(output / "data/train"), _VOCAB_SIZE)
+        tokenizer = train_bpe(read_texts(str(output / "data/train")), _VOCAB_SIZE)
         (output / "tokenizer").mkdir(exist_ok=True)
         for name, content in tokenizer.files().items():
             (output / "tokenizer" / name).write_text(content)
         _write_json(counts_file, counts)
     return json.loads(counts_file.read_text())
-
-
-def _texts(folder: Path) -> Iterator[str]:
-    for source in map(open_source, find_files(str(folder))):
-        for record in source:
-            yield from texts(record)
 
 
 def _scores(trainer: Trainer, task: RetrievalTask) -> np.ndarray:
