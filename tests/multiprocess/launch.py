@@ -71,8 +71,9 @@ def free_address():
 def _wait(processes, deadline):
     """Returns when all have ended; kills all once one has failed, the deadline has passed or the test is stopped."""
     try:
-        while any(process.poll() is None for process in processes) and not any(p.returncode for p in processes):
-            if time.monotonic() > deadline:
+        while time.monotonic() < deadline:
+            codes = [process.poll() for process in processes]  # of all: any() would stop at the first that runs
+            if None not in codes or any(codes):
                 break
             time.sleep(0.05)
     finally:
