@@ -25,6 +25,7 @@ from grit_jax.config import InputError
 from grit_jax.data import sources
 from grit_jax.hf import hub, tensors
 from grit_jax.loading import load_for_conversion
+from grit_jax.watch.lock import writer_lock
 
 DONE, BEGUN = "fetch.json", "fetch.begun.json"
 
@@ -71,18 +72,19 @@ def fetch_model(
       report: Gets lines for people.
 
     Raises:
-      InputError: The Hub refuses, the model is not supported, or `output` holds something else.
+      InputError: The Hub refuses, the model is not supported, or `output` holds something else or is being written.
       UnreachableError: The Hub, the disk or the bucket failed in a way that may pass.
     """
     work = _begin("model", repository, output, revision, downloads, report)
     if work is None:
         return
-    for file in _model_files(work):
-        work.get(file, report)
-    pretrained, params = load_for_conversion(work.folder, dtype=_exact_dtype(work.folder))
-    metadata = CheckpointMetadata(pretrained.architecture, pretrained.embedding, pretrained.tokenizer.files())
-    save_params(output, params, metadata)
-    work.finish(keep)
+    with writer_lock(output):
+        for file in _model_files(work):
+            work.get(file, report)
+        pretrained, params = load_for_conversion(work.folder, dtype=_exact_dtype(work.folder))
+        metadata = CheckpointMetadata(pretrained.architecture, pretrained.embedding, pretrained.tokenizer.files())
+        save_params(output, params, metadata)
+        work.finish(keep)
     report(f"{output}: a checkpoint of {repository}; name it as model.init")
 
 
@@ -106,7 +108,8 @@ def fetch_data(
       report: Gets lines for people.
 
     Raises:
-      InputError: There is no such set, the Hub refuses, a file is not GRIT data, or `output` holds something else.
+      InputError: There is no such set, the Hub refuses, a file is not GRIT data, or `output` holds something else or is
+        being written.
       UnreachableError: The Hub, the disk or the bucket failed in a way that may pass.
     """
     if name == "e5s":
@@ -120,16 +123,17 @@ def fetch_data(
     wanted = [file for file in work.repository.files if file.name.endswith(sources.SUFFIXES)]
     if not wanted:
         raise InputError(f"{known.repository}: holds no file that ends in {', '.join(sources.SUFFIXES)}")
-    for file in wanted:
-        if file.name in work.manifest["files"]:
-            continue  # copied by an earlier call
-        path = work.get(file, report)
-        source = sources.open_source(path, skip_bad=True)
-        files.copy(path, files.join(output, file.name))
-        work.record(file.name, records=len(source), stream=source.stream)
-        if not keep:
-            path.unlink()
-    work.finish(keep)
+    with writer_lock(output):
+        for file in wanted:
+            if file.name in work.manifest["files"]:
+                continue  # copied by an earlier call
+            path = work.get(file, report)
+            source = sources.open_source(path, skip_bad=True)
+            files.copy(path, files.join(output, file.name))
+            work.record(file.name, records=len(source), stream=source.stream)
+            if not keep:
+                path.unlink()
+        work.finish(keep)
     entries = work.manifest["files"].values()
     counts: Counter[str] = Counter()
     for entry in entries:

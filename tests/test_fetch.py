@@ -19,6 +19,7 @@ from grit_jax.data.sources import find_files, open_source
 from grit_jax.fetch import DATA_SETS
 from grit_jax.hf.export import save_folder
 from grit_jax.loading import load_for_conversion
+from grit_jax.watch.lock import writer_lock
 from tests import hub
 from tests.bucket import BUCKET, Bucket
 from tests.hf.test_folder import random_model, same
@@ -191,6 +192,9 @@ def test_interrupted_data_goes_on_and_is_what_training_reads(world, tmp_path):
     output = tmp_path / "medi2"
     world.killed_while_sending("npr.jsonl", "data", "medi2", output)
     assert not (output / "fetch.json").exists()
+    with writer_lock(output):
+        code, _, errors = world.run("data", "medi2", output)
+        assert (code, f"{output} is being written by" in errors) == (2, True)
     code, printed, errors = world.run("data", "medi2", output)
     assert code == 0, errors
     assert world.server.sent() == ["npr.jsonl", "xsum.jsonl"]

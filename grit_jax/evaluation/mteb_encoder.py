@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,6 @@ from grit_jax.inference import GritModel
 if TYPE_CHECKING:
     from mteb.abstasks.task_metadata import TaskMetadata
     from mteb.types import BatchedInput
-    from torch.utils.data import DataLoader
 
 MAX_LENGTH = 512
 
@@ -59,7 +58,7 @@ class MtebEncoder(AbsEncoder):
 
     def encode(
         self,
-        inputs: DataLoader[BatchedInput],
+        inputs: Iterable[BatchedInput],
         *,
         task_metadata: TaskMetadata,
         hf_split: str,
