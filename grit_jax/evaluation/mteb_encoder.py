@@ -20,7 +20,6 @@ from grit_jax.inference import GritModel
 
 if TYPE_CHECKING:
     from mteb.abstasks.task_metadata import TaskMetadata
-    from mteb.types import BatchedInput
 
 MAX_LENGTH = 512
 
@@ -58,7 +57,7 @@ class MtebEncoder(AbsEncoder):
 
     def encode(
         self,
-        inputs: Iterable[BatchedInput],
+        inputs: Iterable[dict[str, list[str]]],
         *,
         task_metadata: TaskMetadata,
         hf_split: str,
