@@ -23,7 +23,8 @@ def write_run(folder, *, steps=100, done=60, now=None):
                 "loss/embedding": values[name], f"loss/embedding/{name}": values[name], "grad_norm": 0.5,
                 "learning_rate": 1e-3 * (1 - step / steps), "skipped": float(step == 30), "tokens": 1000,
                 "step_seconds": 1.5, "tokens_per_second": 1000 / 1.5, "goodput": 0.5,
-                **({"embedding/effective_rank": step} if step % 10 == 0 else {}),
+                **({"embedding/effective_rank": step, "scorecard/embedding": step / 100, "scorecard/search": 0.5}
+                   if step % 10 == 0 else {}),
                 "embedding/alignment": 0.4,
             }
         )  # fmt: skip

@@ -39,6 +39,7 @@ def test_the_lines_for_people_name_what_matters(tmp_path):
         "step 60 of 100 (60%), not running",
         "embedding 1.5000  generative 3.0000",
         "highest loss first: msmarco 2.0000, nli 1.0000",
+        "scorecard  search 0.5000  embedding 0.6000",
         "667 tokens/s, 1.5 s a step",
         "49.1% of 3 min 40 s, 2 sessions: startup 36.4%, down 9.1%, compile 5.5%",
         "checkpoint step 40",
