@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import yaml
 
 from grit_jax.inference import GritModel
 from tests.runs import ROOT, grit_jax
@@ -20,8 +21,11 @@ def test_a_pretrained_model_comes_in_is_trained_and_goes_out_verified(shared, tm
     imported = GritModel.load(tmp_path / "imported")
     text = imported.generate("", raw=True, max_new_tokens=len(recorded["greedy_ids_from_bos"]) - 1)
     assert text.strip() == recorded["greedy_text"].strip()
+    config = yaml.safe_load((ROOT / "configs/tiny.yaml").read_text())
+    del config["model"]  # shape and tokenizer are those of the imported model
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
     done = grit_jax(
-        "train", ROOT / "configs/tiny.yaml", f"--model.init={tmp_path / 'imported'}", "--model.tokenizer=null",
+        "train", tmp_path / "config.yaml", f"--model.init={tmp_path / 'imported'}",
         f"--data.train={data}", f"--train.output={tmp_path / 'run'}", "--train.steps=100", *LENGTHS, timeout=1200,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

@@ -1,7 +1,5 @@
 """The same figures from the field's own harnesses: mteb, lm-eval and sentence-transformers' evaluators."""
 
-import os
-
 import numpy as np
 import pytest
 
@@ -15,7 +13,6 @@ from tests.models import weights
 
 # The harnesses and what they import warn of their own affairs.
 pytestmark = pytest.mark.filterwarnings("ignore")
-os.environ["HF_HUB_OFFLINE"] = "1"
 
 FIND = "find"
 
