@@ -31,14 +31,17 @@ def write_data(folder):
     return folder
 
 
-def environment(devices=1):
-    """Variables of a process that runs JAX on virtual devices of the CPU."""
+def environment(devices=1, *, optimized=False):
+    """Variables of a process that runs JAX on virtual devices of the CPU.
+
+    Small programs take longer to optimise than to run; `optimized` is for those that run for minutes.
+    """
+    optimisation = "" if optimized else " --xla_backend_optimization_level=0"
     return os.environ | {
         "PYTHONPATH": str(ROOT),
         "JAX_PLATFORMS": "cpu",
         "TPU_SKIP_MDS_QUERY": "1",  # an installed libtpu otherwise looks for a TPU host's metadata
-        # Small programs take longer to optimise than to run.
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}{optimisation}",
         # Each program is compiled once for all processes; the limit on the size makes JAX lock the folder.
         "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".pytest_cache/d/programs"),
         "JAX_COMPILATION_CACHE_MAX_SIZE": str(2**30),
@@ -56,11 +59,10 @@ def command(*arguments):
     ]
 
 
-def grit_jax(*arguments, devices=1, timeout=300):
+def grit_jax(*arguments, devices=1, optimized=False, timeout=300):
     """Runs a command of the command line in a process of its own."""
-    return subprocess.run(
-        command(*arguments), capture_output=True, text=True, env=environment(devices), timeout=timeout
-    )
+    variables = environment(devices, optimized=optimized)
+    return subprocess.run(command(*arguments), capture_output=True, text=True, env=variables, timeout=timeout)
 
 
 def start(*arguments, devices=1):

@@ -69,7 +69,8 @@ def test_the_whole_comparison_at_toy_size_goes_on_where_it_was_and_its_tables_ar
         "--data.generative_batch=4",
     ]  # fmt: skip
     for _ in range(2):
-        done = subprocess.run(list(map(str, command)), env=environment(), capture_output=True, text=True, timeout=3000)
+        variables = environment(optimized=True)
+        done = subprocess.run(list(map(str, command)), env=variables, capture_output=True, text=True, timeout=3000)
         assert done.returncode == 0, done.stderr[-3000:]
     assert "kept, ndcg_at_10" in done.stderr and "step 1/" not in done.stderr + done.stdout
     summary = json.loads((tmp_path / "docs/claim.json").read_text())

@@ -26,7 +26,8 @@ def test_a_pretrained_model_comes_in_is_trained_and_goes_out_verified(shared, tm
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
     done = grit_jax(
         "train", tmp_path / "config.yaml", f"--model.init={tmp_path / 'imported'}",
-        f"--data.train={data}", f"--train.output={tmp_path / 'run'}", "--train.steps=100", *LENGTHS, timeout=1200,
+        f"--data.train={data}", f"--train.output={tmp_path / 'run'}", "--train.steps=100", *LENGTHS,
+        optimized=True, timeout=1200,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     metrics = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]

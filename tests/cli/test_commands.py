@@ -139,8 +139,9 @@ def test_an_epoch_of_the_tiny_set_and_fifty_steps_of_the_real_one(shared, tmp_pa
             folders = [str(shared / data / stream) for stream in ("embedding", "generative")]
             arguments = [f"--data.train={json.dumps(folders)}"]
         result = grit_jax(
-            "train", config, *arguments, f"--train.steps={steps}", f"--train.output={tmp_path / name}", timeout=1800
-        )
+            "train", config, *arguments, f"--train.steps={steps}", f"--train.output={tmp_path / name}", optimized=True,
+            timeout=1800,
+        )  # fmt: skip
         assert result.returncode == 0, result.stderr
         lines = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
         assert len(lines) == steps
