@@ -191,7 +191,7 @@ def writer_lock(folder: files.PathLike) -> Generator[WriterLock]:
 
 def _refusal(folder: files.PathLike, writer: Writer) -> InputError:
     return InputError(
-        f"{folder} is being written by {writer}; wait for it, end it, or choose another train.output "
+        f"{folder} is being written by {writer}; wait for it, end it, or choose another folder "
         f"(a writer that died is taken over after {LIMIT_SECONDS:.0f} s)"
     )
 
