@@ -3,8 +3,10 @@
 import hashlib
 import json
 
+from grit_jax.checkpoint import CheckpointMetadata, save_params
 from grit_jax.store.corpus import find_corpus
 from grit_jax.store.index import Wanted, add_documents, add_vectors, sole_indexer
+from tests.hf.test_folder import random_model
 
 WORDS = "red green blue one two three four dog cat bird fish tree river stone cloud".split()
 
@@ -24,11 +26,19 @@ def write_corpus(path, numbers=range(25)):
     return path
 
 
-def index(folder, model, *paths, shard_rows=4, **wanted):
+def save_model(folder):
+    """A tiny model with random weights, as a checkpoint."""
+    pretrained, params = random_model(tie_embeddings=False)
+    about = CheckpointMetadata(pretrained.architecture, pretrained.embedding, pretrained.tokenizer.files())
+    save_params(folder, params, about)
+    return folder
+
+
+def index(folder, model, *paths, name="tiny", shard_rows=4, **wanted):
     """Makes or grows a store in this process and returns its manifest."""
     with sole_indexer(folder) as check_writer:
         corpus = find_corpus([str(path) for path in paths])
-        add_documents(folder, corpus, model, Wanted(**wanted), name="tiny", shard_rows=shard_rows)
+        add_documents(folder, corpus, model, Wanted(**wanted), name=name, shard_rows=shard_rows)
         return add_vectors(folder, model, check_writer=check_writer)
 
 
