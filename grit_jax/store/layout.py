@@ -377,7 +377,9 @@ class Store:
         manifest = read_manifest(self.folder)
         if manifest is None:
             raise InputError(f"{folder}: no {MANIFEST}, so it is no store; make one with grit-jax index")
-        if manifest.unfinished or not manifest.shards:
+        if not manifest.shards:
+            raise InputError(f"{folder}: holds no documents; name a corpus to grit-jax index")
+        if manifest.unfinished:
             raise InputError(
                 f"{folder}: {len(manifest.unfinished)} of {len(manifest.shards)} shards have no vectors yet; run the "
                 "same grit-jax index again, which goes on where it was"

@@ -30,7 +30,8 @@ def killing_replace(source, target):
 def killing_write_bytes(path, content):
     path = Path(path)
     moment()
-    moment(lambda: path.with_name(f".{path.name}.{os.urandom(4).hex()}.partial").write_bytes(content[:len(content) // 2]))
+    half = path.with_name(f".{path.name}.{os.urandom(4).hex()}.partial")
+    moment(lambda: half.write_bytes(content[:len(content) // 2]))
     write_bytes(path, content)
 
 os.replace, files.write_bytes = killing_replace, killing_write_bytes

@@ -8,7 +8,23 @@ from grit_jax.store.corpus import find_corpus
 from grit_jax.store.index import Wanted, add_documents, add_vectors, sole_indexer
 from tests.hf.test_folder import random_model
 
-WORDS = "red green blue one two three four dog cat bird fish tree river stone cloud".split()
+WORDS = [
+    "red",
+    "green",
+    "blue",
+    "one",
+    "two",
+    "three",
+    "four",
+    "dog",
+    "cat",
+    "bird",
+    "fish",
+    "tree",
+    "sea",
+    "hut",
+    "sun",
+]
 
 
 def document(number):

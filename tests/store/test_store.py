@@ -184,9 +184,9 @@ def test_a_first_corpus_that_was_bad_binds_nothing(model, tmp_path):
     path.write_text('{"text": " "}\n')
     with pytest.raises(InputError, match=r"c.jsonl: no document with a text"):
         index(store, model, path, dtype="int8")
-    with pytest.raises(InputError, match="0 of 0 shards have no vectors"):
+    with pytest.raises(InputError, match="holds no documents; name a corpus to grit-jax index"):
         Store(store)
-    with pytest.raises(InputError, match="instruction takes .* leaves no room"):
+    with pytest.raises(InputError, match=r"instruction takes .* leaves no room"):
         index(store, model, path, instruction="long" * 100)
     path.write_text('{"text": "a"}\n')
     index(store, model, path)
@@ -199,13 +199,13 @@ def test_folders_that_are_no_stores_are_refused(grows, made, model, tmp_path):
     (tmp_path / "mine/documents-00000.jsonl").write_text("mine\n")
     with pytest.raises(InputError, match=r"mine: holds documents-00000.jsonl and no manifest.json, so it is no store"):
         index(tmp_path / "mine", model, corpus)
-    with pytest.raises(InputError, match="corpus.jsonl: is a file; a store is a folder"):
+    with pytest.raises(InputError, match=r"corpus.jsonl: is a file; a store is a folder"):
         index(corpus, model, corpus)
     with pytest.raises(InputError, match="gs://b/s: a store is read in place and must be on a disk"):
         index("gs://b/s", model, corpus)
     with pytest.raises(InputError, match="gs://b/s: a store is read in place"):
         Store("gs://b/s")
-    with pytest.raises(InputError, match="mine: no manifest.json, so it is no store; make one with grit-jax index"):
+    with pytest.raises(InputError, match=r"mine: no manifest.json, so it is no store; make one with grit-jax index"):
         Store(tmp_path / "mine")
     with writer_lock(grows), pytest.raises(InputError, match="store is being written by process"):
         index(grows, model, corpus)
@@ -214,12 +214,12 @@ def test_folders_that_are_no_stores_are_refused(grows, made, model, tmp_path):
 def test_damage_is_found_before_it_is_searched(grows):
     manifest = grows / "manifest.json"
     kept = manifest.read_text()
-    for content, message in (
+    for damaged, message in (
         (kept.replace('"format": 1', '"format": 2'), "has format 2, this version reads 1; update grit_jax"),
         (kept.replace('"rows"', '"lines"'), "manifest.json: damaged"),
         (kept[:-20], "manifest.json: damaged"),
     ):
-        manifest.write_text(content)
+        manifest.write_text(damaged)
         with pytest.raises(InputError, match=message):
             Store(grows)
     manifest.write_text(kept)
