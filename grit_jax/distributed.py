@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import glob
+from collections.abc import Callable
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +15,10 @@ from grit_jax import sharding
 from grit_jax.chips import DEVICE_FILES
 from grit_jax.config import DistributedConfig, InputError
 
+T = TypeVar("T")
+
 _START_SECONDS = 300  # hosts of a pod do not boot at the same time
+_MESSAGE_BYTES = 1024
 
 
 def start(config: DistributedConfig) -> None:
@@ -63,6 +68,25 @@ class Agreement:
         """Starts the vote of one step; the answer is true when read as a bool if any process voted so."""
         here = np.full(len(self._split.addressable_devices), asked, np.int32)
         return self._sum(jax.make_array_from_process_local_data(self._split, here, (self._size,)))
+
+
+def in_first_process(action: Callable[[], T]) -> T | None:
+    """What `action` gives in process 0, None in the others, which wait for it; an InputError of it is raised in all."""
+    result, message = None, ""
+    if jax.process_index() == 0:
+        try:
+            result = action()
+        except InputError as error:
+            message = str(error)
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        sent = message.encode()[:_MESSAGE_BYTES].ljust(_MESSAGE_BYTES)
+        received = multihost_utils.broadcast_one_to_all(np.frombuffer(sent, np.uint8))
+        message = np.asarray(received).tobytes().decode(errors="ignore").rstrip()
+    if message:
+        raise InputError(message)
+    return result
 
 
 def gathered(rows: np.ndarray) -> np.ndarray:

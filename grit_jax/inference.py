@@ -24,7 +24,7 @@ from grit_jax.loading import load_params, open_model
 from grit_jax.losses import target_log_likelihoods
 from grit_jax.model.decode import decode, prefill
 from grit_jax.model.pooling import embed_rows
-from grit_jax.model.transformer import Params, abstract_model, bind, split_layers
+from grit_jax.model.transformer import Params, abstract_model, bind, split_layers, stack_layers
 from grit_jax.tokenizer import Tokenizer
 
 Messages = str | Sequence[Mapping[str, str]]
@@ -399,10 +399,15 @@ class GritModel:
             if piece:
                 yield piece
 
-    def fingerprint(self) -> str:
-        """Names weights, shape, settings and tokenizer: equal for the same on devices of the same kind."""
+    def fingerprint(self, *, rounded: bool = False) -> str:
+        """Names weights, shape, settings and tokenizer: equal for the same on devices of the same kind.
+
+        Args:
+          rounded: Whether weights are compared as bfloat16 has them: equal on devices of every kind, then, and also for
+            weights that differ by less.
+        """
         with jax.set_mesh(self._mesh):
-            sums = jax.device_get(_checksums(self.params))
+            sums = jax.device_get(_checksums(self.params, rounded=rounded))
         about = [
             repr(self.architecture),
             repr(self.embedding),
@@ -517,11 +522,12 @@ def _bucket(size: int, *, at_least: int) -> int:
     return at_least
 
 
-@jax.jit
-def _checksums(params: Params) -> Params:
+@functools.partial(jax.jit, static_argnames="rounded")
+def _checksums(params: Params, *, rounded: bool) -> Params:
     """A number for each array that changes when one of its bits does, or when values change places."""
 
     def checksum(x):
+        x = x.astype(jnp.bfloat16) if rounded else x
         bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}")).astype(jnp.uint32)
         place = sum(
             jax.lax.broadcasted_iota(jnp.uint32, x.shape, dim) * np.uint32(factor)
@@ -530,7 +536,7 @@ def _checksums(params: Params) -> Params:
         mixed = (bits ^ (place + np.uint32(1))) * np.uint32(0x2545F491)
         return jnp.sum(mixed ^ (mixed >> 15), dtype=jnp.uint32)
 
-    return jax.tree.map(checksum, params)
+    return jax.tree.map(checksum, stack_layers(params))
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames=("settings", "execution"))

@@ -7,7 +7,7 @@ import pytest
 
 from grit_jax import GritModel, prompts
 from grit_jax.config import EmbeddingConfig, InputError
-from grit_jax.model.transformer import abstract_model, bind
+from grit_jax.model.transformer import abstract_model, bind, stack_layers
 from tests.models import make
 
 TEXTS = [
@@ -66,6 +66,15 @@ def test_unpoolable_texts_are_refused_by_place(model):
     with pytest.raises(InputError, match=r"text 0: its instruction takes \d+ of 20 tokens and leaves no room"):
         model.encode(["a"], instruction="a long instruction", max_length=20)
     assert model.encode([]).shape == (0, 32)
+
+
+def test_a_fingerprint_tells_weights_and_rounded_it_is_that_of_every_type_and_mesh(model):
+    rounded = make()
+    rounded.params = stack_layers(jax.tree.map(lambda x: x.astype(jnp.bfloat16), model.params))
+    assert model.fingerprint() == make(devices=4).fingerprint() != rounded.fingerprint()
+    assert model.fingerprint(rounded=True) == make(devices=4).fingerprint(rounded=True)
+    assert model.fingerprint(rounded=True) == rounded.fingerprint(rounded=True)
+    assert model.fingerprint(rounded=True) != make(seed=1).fingerprint(rounded=True)
 
 
 def test_projection_and_raw_vectors():

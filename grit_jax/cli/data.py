@@ -5,11 +5,10 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-from collections.abc import Callable, Generator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from grit_jax.cli.progress import progress_bar
 from grit_jax.config import Config, InputError, load_config, parse_config
 
 if TYPE_CHECKING:
@@ -149,7 +148,7 @@ def _validate(args: argparse.Namespace) -> int:
         raise InputError(f"--ngram={args.ngram} is negative; use 0 for whole texts only")
     paths = find_files(args.paths)
     against = EvaluationTexts(list(map(Path, args.against)), ngram=args.ngram) if args.against else None
-    with _progress("reading") as progress:
+    with progress_bar("reading") as progress:
         report = validate(paths, against=against, progress=progress)
     for file in report.files:
         if file.problem:
@@ -280,13 +279,13 @@ def _mine(args: argparse.Namespace) -> int:
 
         first_process = jax.process_index() == 0
         lengths = (args.query_max_length, args.passage_max_length)
-        with _progress("embedding passages", -(-len(passages) // jax.process_count())) as progress:
+        with progress_bar("embedding passages", -(-len(passages) // jax.process_count())) as progress:
             model = GritModel.load(args.model, devices=jax.local_devices())
             searcher = ModelSearcher(model, passages, max_lengths=lengths, progress=progress)
     else:
         searcher = KeywordSearcher(passages)
     done: list[Mined] = []
-    with _progress("mining", len(source)) as progress:
+    with progress_bar("mining", len(source)) as progress:
         rows = mine(source, passages, searcher, mining, done=done.append, progress=progress)
         if not first_process:  # it takes part in the search, and the first one writes
             for _ in rows:
@@ -305,16 +304,3 @@ def _range(text: str) -> tuple[int, int]:
     if not (first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
         raise InputError(f"--range={text} is no range of ranks; write it as 10-100")
     return int(first), int(last)
-
-
-@contextmanager
-def _progress(what: str, total: int | None = None) -> Generator[Callable[[int], None]]:
-    """A function that moves a bar on stderr; without a terminal there is none."""
-    import rich.console
-    import rich.progress
-
-    columns = (rich.progress.TextColumn(what), rich.progress.BarColumn(), rich.progress.MofNCompleteColumn())
-    console = rich.console.Console(stderr=True)
-    with rich.progress.Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task("", total=total)
-        yield lambda count: bar.advance(task, count)

@@ -7,6 +7,7 @@ import json
 import time
 from pathlib import Path
 
+from grit_jax.cli.progress import progress_bar
 from grit_jax.config import InputError
 
 HELP = "embed the texts of a file"
@@ -42,24 +43,19 @@ def run(args: argparse.Namespace) -> int:
     texts = read_texts(Path(args.input))
 
     import numpy as np
-    import rich.console
-    import rich.progress
 
     from grit_jax.files import replacing
     from grit_jax.inference import GritModel
 
     model = GritModel.load(args.model)
-    columns = (rich.progress.TextColumn("encoding"), rich.progress.BarColumn(), rich.progress.MofNCompleteColumn())
-    console = rich.console.Console(stderr=True)
     started = time.monotonic()
-    with rich.progress.Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task("", total=len(texts))
+    with progress_bar("encoding", len(texts)) as progress:
         encoded = model.encode_with_counts(
             texts,
             instruction=args.instruction,
             max_length=args.max_length,
             batch_tokens=args.batch_tokens,
-            progress=lambda count: bar.advance(task, count),
+            progress=progress,
         )
     seconds = time.monotonic() - started
     with replacing(output) as file:

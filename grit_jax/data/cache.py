@@ -86,7 +86,7 @@ def local_file(path: epath.Path) -> Path:
     for folder in folders:
         try:
             with files.replacing(folder / name) as file:
-                file.writelines(_unpacked(path))
+                file.writelines(unpacked(path))
             return folder / name
         except OSError as error:
             problem = error
@@ -95,8 +95,12 @@ def local_file(path: epath.Path) -> Path:
     ) from problem
 
 
-def _unpacked(path: epath.Path) -> Iterator[bytes]:
-    """The content of a file, block by block; what goes wrong is the file's fault."""
+def unpacked(path: epath.Path) -> Iterator[bytes]:
+    """The content of a file, block by block, on a disk or in a bucket.
+
+    Raises:
+      InputError: It cannot be read, or is damaged.
+    """
     try:
         with files.open_binary(path) as packed:
             if path.suffix == ".gz":

@@ -339,6 +339,13 @@ def split_layers(params: Params) -> Params:
     return params | {"layers": layers}
 
 
+def stack_layers(params: Params) -> Params:
+    """What `split_layers` has split, stacked again; other parameters as they are."""
+    if not isinstance(params["layers"], list):
+        return params
+    return params | {"layers": jax.tree.map(lambda *layers: jnp.stack(layers), *params["layers"])}
+
+
 def bind(model: Transformer, params: Params) -> Transformer:
     """The model with `params` as its weights; cheap, for use inside a JAX transform."""
     layers = params["layers"]

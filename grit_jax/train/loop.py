@@ -24,12 +24,12 @@ from grit_jax.inference import GritModel
 from grit_jax.loading import open_model
 from grit_jax.model.pretrained import Pretrained
 from grit_jax.model.transformer import init_params
+from grit_jax.sole_writer import refuse_other_writers, sole_writer
 from grit_jax.train.metrics import Display, make_trackers
 from grit_jax.train.profile import ProfileWindow
 from grit_jax.train.recorder import Datasets, Recorder
 from grit_jax.train.resolve import check_folder, resolve_architecture, resolve_tokenizer
 from grit_jax.train.setup import Setup, row_multiples, set_up
-from grit_jax.train.sole_writer import refuse_other_writers, sole_writer
 from grit_jax.train.state import TrainState, new_state, shardings_of
 from grit_jax.train.step import make_eval_step, make_gradient_norm
 from grit_jax.watch import folder

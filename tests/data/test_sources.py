@@ -91,7 +91,7 @@ def test_a_packed_file_is_unpacked_once_and_mapped(tmp_path, name, monkeypatch):
     open_source(path)
     (copy,) = (tmp_path / ".grit_index").iterdir()
     assert copy.read_text() == LINES
-    monkeypatch.setattr(sources.cache, "_unpacked", lambda _: pytest.fail("unpacked again"))
+    monkeypatch.setattr(sources.cache, "unpacked", lambda _: pytest.fail("unpacked again"))
     assert len(open_source(path)) == 3
     assert find_files(str(tmp_path)) == [path]  # the copy is no data file
 

@@ -7,7 +7,7 @@ SCRIPT = """
     import sys
     import jax
     from grit_jax.config import InputError
-    from grit_jax.train.sole_writer import refuse_other_writers, sole_writer
+    from grit_jax.sole_writer import refuse_other_writers, sole_writer
     from grit_jax.watch.lock import read_writer
 
     free, taken = sys.argv[1:]

@@ -1,0 +1,33 @@
+"""The command `grit-jax export-faiss`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from grit_jax.config import InputError
+
+HELP = "write a store as an index of FAISS"
+EXAMPLES = """\
+  grit-jax export-faiss stores/news news.faiss
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `export-faiss`."""
+    parser.add_argument("store", metavar="STORE", help="folder from grit-jax index")
+    parser.add_argument("output", metavar="OUT.faiss", help="an IndexFlatIP; the ids go to OUT.faiss.ids.jsonl")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Exports a store."""
+    if not args.output.endswith(".faiss"):
+        raise InputError(f"{args.output}: must end in .faiss")
+
+    from grit_jax.store.faiss_export import export_faiss
+    from grit_jax.store.layout import Store
+
+    store = Store(args.store)
+    ids = export_faiss(store, Path(args.output))
+    print(f"{args.output}: {len(store):,} vectors of {store.settings.embed_dim} numbers; {ids}: their ids")
+    return 0

@@ -1,0 +1,87 @@
+"""The command `grit-jax index`."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+
+from grit_jax.cli.progress import progress_bar
+from grit_jax.config import InputError, parse_config
+
+HELP = "embed a corpus into a store that can be searched; run again, it goes on or adds what is new"
+EXAMPLES = """\
+  grit-jax index runs/mine beir/scifact stores/scifact
+  grit-jax index runs/mine news-1.jsonl.gz news-2.jsonl.zst stores/news --dtype int8 --max-length 512
+  grit-jax index runs/mine news-3.jsonl stores/news
+"""
+TAKES_OVERRIDES = True  # --distributed.key=value
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `index`."""
+    parser.add_argument("model", metavar="MODEL", help="run folder, checkpoint or Hugging Face folder")
+    parser.add_argument(
+        "corpus", metavar="CORPUS", nargs="+",
+        help='.jsonl, .jsonl.gz or .jsonl.zst with {"_id": ..., "title": ..., "text": ...} a line, or folders of them',
+    )  # fmt: skip
+    parser.add_argument("store", metavar="STORE", help="folder on a disk, shared by all processes")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "int8"), help="type of the vectors (default: float32)"
+    )
+    parser.add_argument("--instruction", help="what the model is told about the documents; not pooled (default: none)")
+    parser.add_argument(
+        "--max-length", type=int, metavar="N", help="tokens kept of a document (default: the model's limit)"
+    )
+    parser.add_argument(
+        "--shard-rows", type=int, default=4096, metavar="N",
+        help="documents of a shard, which is what a killed command does again (%(default)s)",
+    )  # fmt: skip
+
+
+def run(args: argparse.Namespace) -> int:
+    """Makes a store, goes on with it or adds to it."""
+    for name in ("max_length", "shard_rows"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise InputError(f"--{name.replace('_', '-')}={getattr(args, name)} must be positive")
+    unknown = [override for override in args.overrides if not override.startswith("--distributed.")]
+    if unknown:
+        raise InputError(f"index does not know {' '.join(unknown)}; see grit-jax index --help")
+    config = parse_config("", args.overrides)
+
+    from grit_jax import distributed
+
+    distributed.start(config.distributed)
+
+    import jax
+
+    from grit_jax.inference import GritModel
+    from grit_jax.store.corpus import find_corpus
+    from grit_jax.store.index import Wanted, add_documents, add_vectors, own_rows, sole_indexer
+
+    corpus = distributed.in_first_process(lambda: find_corpus(args.corpus)) or []
+    with sole_indexer(args.store) as check_writer:
+        store = Path(args.store)
+        model = GritModel.load(args.model, devices=jax.local_devices())
+        wanted = Wanted(args.dtype, args.instruction, args.max_length)
+        with progress_bar("reading") as progress:
+            begun = add_documents(
+                store, corpus, model, wanted, name=args.model, shard_rows=args.shard_rows, progress=progress
+            )
+        started = time.monotonic()
+        with progress_bar("embedding", own_rows(begun)) as progress:
+            manifest = add_vectors(store, model, check_writer=check_writer, progress=progress)
+        seconds = time.monotonic() - started
+    if jax.process_index() == 0:
+        tokens = manifest.num_tokens - begun.num_tokens
+        parts, settings = manifest.parts, manifest.settings
+        size = sum(path.stat().st_size for path in store.iterdir()) / 1e6
+        print(
+            f"{store}: {manifest.num_rows:,} documents in {len(manifest.shards):,} shards, {settings.embed_dim} x "
+            f"{settings.dtype}, {size:,.1f} MB; left out {sum(part.repeated for part in parts):,} with the text of "
+            f"another and {sum(part.empty for part in parts):,} without text; "
+            f"{sum(shard.truncated for shard in manifest.shards):,} cut to {settings.max_length:,} tokens\n"
+            f"embedded now: {manifest.num_embedded - begun.num_embedded:,} documents, {tokens:,} tokens in "
+            f"{seconds:.1f} s ({tokens / seconds:,.0f} tokens/s)"
+        )
+    return 0

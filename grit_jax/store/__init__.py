@@ -1,0 +1,1 @@
+"""A corpus as vectors in files: made once, grown, searched and exported."""

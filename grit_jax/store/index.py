@@ -1,0 +1,269 @@
+"""Makes a store from a corpus, and makes it grow.
+
+First the documents are dealt into shards, then each shard is embedded by itself. So what a vector is rounded to depends
+neither on where the work was interrupted nor on how many processes share it, only on what a process has for devices.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import jax
+import numpy as np
+from etils import epath
+
+from grit_jax.config import InputError
+from grit_jax.distributed import gathered, in_first_process
+from grit_jax.inference import GritModel
+from grit_jax.sole_writer import sole_writer
+from grit_jax.store import layout
+from grit_jax.store.corpus import read_corpus, text_key
+from grit_jax.store.layout import CorpusFile, Document, Manifest, Part, Settings, Shard
+from grit_jax.store.vectors import Dtype, pack
+
+
+@dataclasses.dataclass(frozen=True)
+class Wanted:
+    """Settings that are asked for; None takes the store's, or for a new one float32, no instruction, the model's limit.
+
+    Attributes:
+      dtype: Type of the vectors.
+      instruction: What the model is told about the documents.
+      max_length: Tokens read of a document.
+    """
+
+    dtype: Dtype | None = None
+    instruction: str | None = None
+    max_length: int | None = None
+
+
+@contextmanager
+def sole_indexer(folder: str | Path) -> Generator[Callable[[], None]]:
+    """Holds a store, or a new folder for one, against other writers; gives the check that every shard begins with.
+
+    Raises:
+      InputError: Another writer lives, or the folder holds other things, is in a bucket or cannot be written.
+    """
+    layout.refuse_bucket(folder)
+    in_first_process(lambda: layout.refuse_other_folder(Path(folder)))
+    try:
+        with sole_writer(folder) as check_writer:
+            yield check_writer
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be written ({error}); what is finished is kept, run it again") from error
+
+
+def add_documents(
+    folder: Path,
+    corpus: Sequence[epath.Path],
+    model: GritModel,
+    wanted: Wanted,
+    *,
+    name: str,
+    shard_rows: int,
+    progress: Callable[[int], None] = lambda _: None,
+) -> Manifest:
+    """Deals the documents that a store does not have into new shards, whose vectors are not made yet.
+
+    Process 0 does that, and finds the vectors that an interrupted call has made; the others wait for it.
+
+    Args:
+      folder: The store, which is held.
+      corpus: Files from `find_corpus`; those whose content has been read are not read again.
+      model: What will embed them.
+      wanted: Settings.
+      name: What the model is called.
+      shard_rows: Documents of a new shard.
+      progress: Called with numbers of documents.
+
+    Raises:
+      InputError: The store is another model's or has other settings, a row is malformed, or an id has two texts.
+    """
+
+    def add() -> None:
+        manifest = layout.read_manifest(folder)
+        old = manifest.settings if manifest and manifest.parts else None
+        settings = _settings(model, name, wanted, old)
+        if old is not None:
+            _refuse_other_settings(folder, old, settings)
+            settings = old
+        manifest = Manifest(settings, manifest.parts if manifest else [])
+        layout.write_manifest(folder, manifest)  # from now on, what lies there is the store's
+        layout.remove_unnamed(folder, manifest)
+        manifest = layout.with_finished(folder, manifest)
+        if part := _new_part(folder, manifest, corpus, shard_rows, progress):
+            manifest = dataclasses.replace(manifest, parts=[*manifest.parts, part])
+        layout.write_manifest(folder, manifest)
+
+    in_first_process(add)
+    return _read_by_all(folder)
+
+
+def add_vectors(
+    folder: Path,
+    model: GritModel,
+    *,
+    check_writer: Callable[[], None] = lambda: None,
+    progress: Callable[[int], None] = lambda _: None,
+) -> Manifest:
+    """Makes the vectors that a store lacks; every process a share of them, process 0 writes down that they are there.
+
+    Args:
+      folder: The store, which is held, with `add_documents` done.
+      model: Its model, on this process's own devices.
+      check_writer: Called before every shard.
+      progress: Called with numbers of documents that this process has embedded.
+
+    Raises:
+      InputError: The model's vectors are not finite, or the processes do not share the folder.
+    """
+    manifest = _read_by_all(folder)
+    for number in _own_shards(manifest):
+        check_writer()
+        shard = manifest.shards[number]
+        texts = [document.embedded for document in layout.read_documents(folder, number, shard)]
+        settings = manifest.settings
+        encoded = model.encode_with_counts(
+            texts, instruction=settings.instruction, max_length=settings.max_length, progress=progress
+        )
+        if not np.isfinite(encoded.vectors).all():
+            raise InputError(f"{settings.model}: vectors are not finite; its weights are damaged, or too large for it")
+        shard = dataclasses.replace(shard, tokens=encoded.num_tokens, truncated=encoded.num_truncated)
+        layout.write_vectors(folder, number, shard, pack(encoded.vectors, settings.dtype))
+    gathered(np.zeros(1, np.uint8))  # all are done
+
+    def finish() -> None:
+        finished = layout.with_finished(folder, manifest)
+        if finished.unfinished:
+            path = layout.data_file(folder, "vectors", finished.unfinished[0])
+            raise InputError(
+                f"{path}: made by another process and not seen by the first; put the store on a shared disk"
+            )
+        layout.write_manifest(folder, finished)
+
+    in_first_process(finish)
+    return _read_by_all(folder)
+
+
+def own_rows(manifest: Manifest) -> int:
+    """How many vectors this process makes."""
+    return sum(manifest.shards[number].rows for number in _own_shards(manifest))
+
+
+def _own_shards(manifest: Manifest) -> list[int]:
+    return manifest.unfinished[jax.process_index() :: jax.process_count()]
+
+
+def _read_by_all(folder: Path) -> Manifest:
+    manifest = layout.read_manifest(folder)
+    if manifest is None:
+        raise InputError(f"{folder / layout.MANIFEST}: written by the first process, not seen by process "
+                         f"{jax.process_index()}; put the store on a shared disk")  # fmt: skip
+    return manifest
+
+
+def _settings(model: GritModel, name: str, wanted: Wanted, old: Settings | None) -> Settings:
+    """What a store is made with now: what is wanted, what it was made with, or what a new one has."""
+    defaults = dataclasses.asdict(old) if old else {"dtype": "float32", "instruction": "", "max_length": None}
+    asked = {key: value for key, value in dataclasses.asdict(wanted).items() if value is not None}
+    chosen = {key: (defaults | asked)[key] for key in dataclasses.asdict(wanted)}
+    limit = model.architecture.max_length
+    chosen["max_length"] = min(chosen["max_length"] or limit, limit)
+    # One text says whether the instruction leaves room, before anything is written.
+    one = model.encode(["text"], instruction=chosen["instruction"], max_length=chosen["max_length"])
+    return Settings(name, model.fingerprint(rounded=True), one.shape[1], **chosen)
+
+
+def _refuse_other_settings(folder: Path, old: Settings, new: Settings) -> None:
+    if old.fingerprint != new.fingerprint:
+        raise InputError(layout.other_model(folder, old, new.model))
+    for key in ("dtype", "instruction", "max_length"):
+        if getattr(old, key) != getattr(new, key):
+            option = f"--{key.replace('_', '-')}"
+            raise InputError(
+                f"{folder}: made with {option} {getattr(old, key)!r}, not {getattr(new, key)!r}; leave {option} out, "
+                "or name another folder for another store"
+            )
+
+
+def _new_part(
+    folder: Path, manifest: Manifest, corpus: Sequence[epath.Path], shard_rows: int, progress: Callable[[int], None]
+) -> Part | None:
+    """Reads the files that have not been read and writes their documents; None where there is no such file."""
+    read = {file.sha256 for part in manifest.parts for file in part.files}
+    new: dict[str, epath.Path] = {}
+    for path in corpus:
+        checksum = layout.sha256(path)
+        if checksum not in read:
+            new.setdefault(checksum, path)
+    if not new:
+        return None
+    reader = _Reader(folder, manifest, progress)
+    documents, first, shards = reader.new_documents(new.values()), len(manifest.shards), []
+    while some := list(itertools.islice(documents, shard_rows)):
+        shards.append(Shard(len(some), layout.write_documents(folder, first + len(shards), some)))
+    if not manifest.shards and not shards:
+        raise InputError(f"{', '.join(map(str, new.values()))}: no document with a text; name a corpus that has some")
+    return Part(
+        [CorpusFile(str(path), checksum) for checksum, path in new.items()],
+        reader.num_documents,
+        reader.num_empty,
+        reader.num_repeated,
+        layout.write_duplicates(folder, len(manifest.parts), reader.duplicates) if reader.duplicates else None,
+        shards,
+    )
+
+
+class _Reader:
+    """Tells the documents that a store does not have from those that it has.
+
+    Attributes:
+      num_documents: Documents read.
+      num_empty: Those without a text.
+      num_repeated: Those whose text is a row already.
+      duplicates: Ids of these and the rows, where the id is new.
+    """
+
+    def __init__(self, folder: Path, manifest: Manifest, progress: Callable[[int], None]):
+        self._progress = progress
+        self._rows_by_id: dict[str, int] = {}
+        self._rows_by_text: dict[bytes, int] = {}
+        for number, shard in enumerate(manifest.shards):
+            for document in layout.read_documents(folder, number, shard):
+                self._add(document, text_key(document))
+        self._rows_by_id |= dict(layout.read_duplicates(folder, manifest))
+        self.num_documents = self.num_empty = self.num_repeated = 0
+        self.duplicates: list[tuple[str, int]] = []
+
+    def new_documents(self, paths: Iterable[epath.Path]) -> Iterator[Document]:
+        """The documents of files that become rows."""
+        for path in paths:
+            for where, document in read_corpus(path):
+                self.num_documents += 1
+                self._progress(1)
+                if document.embedded:
+                    if self._is_new(document, where):
+                        yield document
+                else:
+                    self.num_empty += 1
+
+    def _is_new(self, document: Document, where: str) -> bool:
+        key = text_key(document)
+        row, row_of_id = self._rows_by_text.get(key), self._rows_by_id.get(document.id)
+        if row_of_id is not None and row_of_id != row:
+            raise InputError(f"{where}: '_id' {document.id!r} is another text's already; give each text its own id")
+        if row is None:
+            self._add(document, key)
+            return True
+        self.num_repeated += 1
+        if row_of_id is None and document.id != key.hex():
+            self._rows_by_id[document.id] = row
+            self.duplicates.append((document.id, row))
+        return False
+
+    def _add(self, document: Document, key: bytes) -> None:
+        self._rows_by_id[document.id] = self._rows_by_text[key] = len(self._rows_by_text)

@@ -1,0 +1,66 @@
+"""Finds the documents of a store that a text asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from grit_jax.config import InputError
+from grit_jax.inference import GritModel
+from grit_jax.search import Searchable
+from grit_jax.store.layout import Document, Store, other_model
+
+
+class Hit(NamedTuple):
+    """A document that was found.
+
+    Attributes:
+      score: Inner product of its vector, as it is kept, and the query's.
+      row: Its row in the store.
+      document: What it says.
+      duplicates: Ids of other documents with the same text.
+    """
+
+    score: float
+    row: int
+    document: Document
+    duplicates: list[str]
+
+
+class Retriever:
+    """Exact search with all vectors of a store on the devices of this process.
+
+    Args:
+      model: The model that made them.
+      store: What is searched.
+      name: What the model is called in messages.
+
+    Raises:
+      InputError: Another model made the vectors.
+    """
+
+    def __init__(self, model: GritModel, store: Store, *, name: str = "this model"):
+        if model.fingerprint(rounded=True) != store.settings.fingerprint:
+            raise InputError(other_model(store.folder, store.settings, name))
+        self._model, self._store = model, store
+        self._vectors = Searchable(store.vectors, store.scales)
+
+    def find(self, queries: Sequence[str], *, instruction: str = "", k: int = 10) -> list[list[Hit]]:
+        """The best documents of each query, best first; of equal ones the smaller row comes first.
+
+        Args:
+          queries: What is asked.
+          instruction: What the model is told about the queries.
+          k: Documents of each; no more than there are.
+
+        Raises:
+          InputError: A query is empty, or the instruction leaves no room for it.
+        """
+        scores, rows = self._vectors.top_k(self._model.encode(queries, instruction=instruction), k)
+        return [
+            [
+                Hit(score, row, self._store.document(row), self._store.duplicates.get(row, []))
+                for score, row in zip(*found, strict=True)
+            ]
+            for found in zip(scores.tolist(), rows.tolist(), strict=True)
+        ]
