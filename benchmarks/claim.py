@@ -65,16 +65,9 @@ def prepare(data: Path, output: Path) -> None:
     done = output / "data/done"
     if done.exists():
         return
-    for path in map(Path, find_files([str(data / "train/embedding"), str(data / "train/generative")])):
-        source = open_source(path)
-        parts: dict[str, list[bytes]] = {"train": [], "held_out": []}
-        for number, record in enumerate(source):
-            parts["held_out" if _held_out(record) else "train"].append(source.lines(number, number + 1)[0].rstrip())
-        for part, lines in parts.items():
-            _write_lines(output / f"data/{part}/{path.parent.name}/{path.name.split('.')[0]}.jsonl", lines)
-    everything = [
-        line for path in sorted((output / "data/train/embedding").iterdir()) for line in path.read_bytes().splitlines()
-    ]
+    split(data / "train", output / "data")
+    folder = output / "data/train/embedding"
+    everything = [line for path in sorted(folder.iterdir()) for line in path.read_bytes().splitlines()]
     _write_lines(output / "data/one_file/embedding.jsonl", everything)
     with gzip.open(data / "eval/generative/gsm8k_test.jsonl.gz", "rt") as file:
         problems = [json.loads(line) for line in file]
@@ -86,6 +79,17 @@ def prepare(data: Path, output: Path) -> None:
     for name, content in tokenizer.files().items():
         files.write_text(_made(output / "tokenizer" / name), content)
     files.write_text(done, "")
+
+
+def split(data: Path, output: Path) -> None:
+    """Writes the records of each file to `train/` and, a twentieth of them, to `held_out/`."""
+    for path in map(Path, find_files([str(data / "embedding"), str(data / "generative")])):
+        source = open_source(path)
+        parts: dict[str, list[bytes]] = {"train": [], "held_out": []}
+        for number, record in enumerate(source):
+            parts["held_out" if _held_out(record) else "train"].append(source.lines(number, number + 1)[0].rstrip())
+        for part, lines in parts.items():
+            _write_lines(output / part / path.parent.name / f"{path.name.split('.')[0]}.jsonl", lines)
 
 
 def key(record: Record) -> str:

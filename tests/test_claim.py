@@ -48,11 +48,11 @@ def test_several_training_runs_widen_the_interval_by_their_spread():
 
 @needs_shared
 def test_a_twentieth_of_each_source_is_held_out_and_no_query_or_prompt_is_on_both_sides(tmp_path):
-    claim.prepare(SHARED, tmp_path)
+    claim.split(SHARED / "train", tmp_path)
     for stream in ("embedding", "generative"):
-        for path in find_files(str(tmp_path / "data/train" / stream)):
+        for path in find_files(str(tmp_path / "train" / stream)):
             train, held_out = (
-                list(open_source(tmp_path / "data" / part / stream / path.name)) for part in ("train", "held_out")
+                list(open_source(tmp_path / part / stream / path.name)) for part in ("train", "held_out")
             )
             assert 0.02 < len(held_out) / (len(train) + len(held_out)) < 0.09
             keys = [{claim.key(record) for record in records} for records in (train, held_out)]

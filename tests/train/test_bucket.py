@@ -41,6 +41,7 @@ def succeeded(*arguments):
     return done.stdout
 
 
+@pytest.mark.long
 def test_a_run_in_a_bucket_is_stopped_gone_on_with_watched_and_used(bucket, tmp_path):
     data = write_data(tmp_path / "data")
     for file in data.iterdir():
