@@ -5,9 +5,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Container
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 
 from grit_jax.config import InputError
@@ -15,6 +14,7 @@ from grit_jax.evaluation import metrics
 from grit_jax.evaluation.data import existing, number, read_rows
 from grit_jax.evaluation.task import EmbeddingTask, Outcome, Session
 from grit_jax.search import Searchable
+from grit_jax.store.vectors import Dtype, pack
 
 _SHALLOW, _DEEP = 10, 100  # ranks that figures look at
 
@@ -112,13 +112,14 @@ class Retrieval(EmbeddingTask):
     Attributes:
       split: Judgements that count, `qrels/{split}.tsv`.
       document_instruction: What the model is told about the documents.
-      stored_dtype: Type that the documents' vectors are kept in; they are compared in float32.
+      stored_dtype: Type that the documents' vectors are kept in; they are compared in float32, as a store of
+        `grit-jax index` is.
       ignore_identical_ids: Whether a document with the query's own id is left out, where queries are documents too.
     """
 
     split: str = "test"
     document_instruction: str = ""
-    stored_dtype: Literal["float32", "bfloat16"] = "float32"
+    stored_dtype: Dtype = "float32"
     ignore_identical_ids: bool = False
 
     def files(self) -> list[Path]:
@@ -130,8 +131,8 @@ class Retrieval(EmbeddingTask):
         collection = read_collection(Path(self.path), self.split)
         queries = session.directions(list(collection.queries.values()), self.instruction or "")
         documents = session.directions(list(collection.documents.values()), self.document_instruction)
-        stored = documents.astype(jnp.dtype(self.stored_dtype)).astype(np.float32)
-        ranking = Ranking(*Searchable(stored).top_k(queries, _DEEP + self.ignore_identical_ids))
+        searchable = Searchable(**pack(documents, self.stored_dtype))
+        ranking = Ranking(*searchable.top_k(queries, _DEEP + self.ignore_identical_ids))
         if self.ignore_identical_ids:
             ranking = without_own_ids(ranking, collection)
         return outcome(ranking, collection)

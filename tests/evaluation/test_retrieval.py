@@ -1,8 +1,20 @@
+import zlib
+
 import numpy as np
 import pytest
 
 from grit_jax.config import InputError
-from grit_jax.evaluation.retrieval import Collection, Ranking, bm25_scores, outcome, read_collection, without_own_ids
+from grit_jax.evaluation.retrieval import (
+    Collection,
+    Ranking,
+    Retrieval,
+    bm25_scores,
+    outcome,
+    read_collection,
+    without_own_ids,
+)
+from grit_jax.store.vectors import pack, unpack
+from tests.evaluation.fake import session
 from tests.evaluation.tasks import write_jsonl, write_retrieval
 
 
@@ -66,3 +78,23 @@ def test_a_query_does_not_find_itself_where_it_is_a_document():
     assert np.allclose(outcome(ranking, collection).examples, 1 / np.log2(3))
     alone = without_own_ids(ranking, collection)
     assert np.allclose(outcome(alone, collection).examples, [1, 1 / np.log2(3)])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+def test_documents_are_compared_as_they_are_stored(dtype, tmp_path):
+    write_retrieval(tmp_path)
+    collection = read_collection(tmp_path, "test")
+
+    def embed(text):
+        return np.random.default_rng(zlib.crc32(text.encode())).normal(size=8)
+
+    task = Retrieval("t", str(tmp_path), stored_dtype=dtype)
+    found = task.evaluate(session(embed=embed))
+    queries, documents = (
+        np.array([embed(text) / np.linalg.norm(embed(text)) for text in texts.values()], np.float32)
+        for texts in (collection.queries, collection.documents)
+    )
+    scores = queries @ unpack(**pack(documents, dtype)).T
+    best = np.argsort(-scores, axis=1, kind="stable")
+    expected = outcome(Ranking(np.take_along_axis(scores, best, axis=1), best), collection)
+    assert np.allclose(found.examples, expected.examples)
