@@ -54,7 +54,8 @@ def test_a_prompt_is_instruction_examples_and_question(tmp_path):
     one = session(answer=lambda prompt: str(int(prompt.rpartition("Q: ")[2].partition(" ")[0]) + 1))
     found = task.evaluate(one)
     assert found.examples.tolist() == [1] * 4  # two of each group; the examples themselves are not asked
-    assert found.figures == {"num_too_long": 0, "mean_shots": 1, "mean_over_groups": 1}
+    chance = 0.5  # of two different answers in each group, always giving one is right once
+    assert found.figures == {"num_too_long": 0, "mean_shots": 1, "mean_over_groups": 1, "chance": chance}
     assert all(prefix == "Well:" for _, prefix in one.model.asked)
     for prompt, _ in one.model.asked:
         kind = "ab"[int(prompt.rpartition("Q: ")[2][0]) % 2]

@@ -81,14 +81,15 @@ def test_a_trainer_refuses_a_suite_that_nothing_measures(tmp_path):
         Trainer(config)
 
 
-def test_two_processes_log_the_scores_of_the_model_they_save_and_keep_the_best(folder, tmp_path):
+@pytest.mark.parametrize("num_processes", [1, pytest.param(2, marks=pytest.mark.long)])
+def test_a_run_logs_the_scores_of_the_model_that_it_saves_and_keeps_the_best(num_processes, folder, tmp_path):
     suite = write_suite(folder, [SEARCH, LOSS, SUMS])
     _, *arguments = train_arguments(
         write_data(tmp_path / "data"), tmp_path / "run", "--train.steps=6", f"--scorecard.suite={suite}",
         "--scorecard.every=2", "--checkpoint.keep=1", "--checkpoint.keep_best=1", "--optimizer.learning_rate=0.05",
         "--checkpoint.best_metric=scorecard/search", "--checkpoint.best_is=largest",
     )  # fmt: skip
-    launch.run(TRAIN, *arguments)
+    launch.run(TRAIN, *arguments, num_processes=num_processes, devices_each=4 // num_processes)
     logged = {line["step"]: line for line in read_metrics(tmp_path / "run/metrics.jsonl") if "scorecard/both" in line}
     assert list(logged) == [2, 4, 6]
     best = max(logged, key=lambda step: logged[step]["scorecard/search"])

@@ -54,6 +54,7 @@ IMPORT = """
 """
 
 
+@pytest.mark.long
 def test_one_process_exports_what_two_have_saved(tmp_path):
     launch.run(SAVE, tmp_path / "checkpoint")
     pretrained, params = random_model(tie_embeddings=False)
