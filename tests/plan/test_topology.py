@@ -4,9 +4,10 @@ import sys
 
 import pytest
 
-from grit_jax.config import InputError
+from grit_jax.config import InputError, MeshConfig
 from grit_jax.plan import topology
 from grit_jax.plan.topology import devices, parse_topology, topology_names
+from grit_jax.sharding import make_mesh
 
 needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
 
@@ -78,6 +79,15 @@ def test_each_chip_is_one_device_of_the_kind_that_its_facts_name(name):
     found = devices(parsed)
     assert len(found) == parsed.num_chips
     assert {device.device_kind for device in found} == {parsed.chip.device_kind}
+
+
+@needs_libtpu
+@pytest.mark.parametrize("tensor", [2, 4, 8])
+def test_a_mesh_axis_may_be_a_part_of_an_axis_of_the_torus(tensor):
+    chips = devices(parse_topology("v5p-128"))  # 4 x 4 x 4
+    mesh = make_mesh(MeshConfig(fsdp=-1, tensor=tensor), chips)
+    assert dict(mesh.shape) == {"data": 1, "fsdp": 64 // tensor, "tensor": tensor, "expert": 1}
+    assert set(mesh.devices.flat) == set(chips)
 
 
 @needs_libtpu
