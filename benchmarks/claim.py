@@ -261,8 +261,8 @@ def _table(head: Sequence[str], rows: Iterator[Sequence[str]] | Sequence[Sequenc
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def plot(output: Path, summary: Mapping[str, Any]) -> dict[str, Path]:
-    """Draws losses of the three models, and the claim's differences; by name."""
+def plot(output: Path, summary: Mapping[str, Any]) -> None:
+    """Draws losses of the three models and the claim's differences: claim.png."""
     from matplotlib.figure import Figure
 
     colours = {"unified": "#2563a8", "embedding": "#d97706", "generative": "#3f8f5f"}
@@ -294,9 +294,7 @@ def plot(output: Path, summary: Mapping[str, Any]) -> dict[str, Path]:
     for panel in (left, middle, right):
         panel.spines[["top", "right"]].set_visible(False)
         panel.grid(alpha=0.25)
-    path = output / "claim.png"
-    figure.savefig(path, dpi=110)
-    return {"claim.png": path}
+    figure.savefig(output / "claim.png", dpi=110)
 
 
 def main() -> None:
@@ -330,10 +328,10 @@ def main() -> None:
     files.write_text(args.output / "claim.json", json.dumps(summary, indent=2) + "\n")
     for name, table in tables(summary).items():
         print(f"\n{name}\n\n{table}", end="")
-    plots = plot(args.output, summary)
+    plot(args.output, summary)
     if args.docs:
-        for name, path in {"claim.json": args.output / "claim.json", **plots}.items():
-            shutil.copy(path, _made(args.docs / name))
+        for name in ("claim.json", "claim.png"):
+            shutil.copy(args.output / name, _made(args.docs / name))
 
 
 if __name__ == "__main__":

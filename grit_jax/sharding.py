@@ -78,15 +78,12 @@ def _arranged(sizes: Sequence[int], devices: Sequence[jax.Device]) -> np.ndarray
             f"use a multiple of {len(slices)}"
         )
     inner = (sizes[0] // len(slices), *sizes[1:])
-    return np.concatenate([_placed(inner, slice_devices) for slice_devices in slices.values()])
-
-
-def _placed(sizes: Sequence[int], devices: Sequence[jax.Device]) -> np.ndarray:
-    """The devices of a slice; mesh axes are whole axes of its torus where that can be, else parts of them."""
-    try:
-        return mesh_utils.create_device_mesh(sizes, devices)
-    except NotImplementedError:
-        return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    # Where the axes of a mesh cannot be whole axes of a slice's torus, they are parts of them.
+    parts = [
+        mesh_utils.create_device_mesh(inner, slice_devices, allow_split_physical_axes=True)
+        for slice_devices in slices.values()
+    ]
+    return np.concatenate(parts)
 
 
 def platform(mesh: Mesh) -> str:

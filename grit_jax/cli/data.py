@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from grit_jax.cli.overrides import refuse_unknown
 from grit_jax.cli.progress import progress_bar
 from grit_jax.config import Config, InputError, load_config, parse_config
 
@@ -99,9 +100,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Runs a tool; 2 for malformed records, 1 for texts of an evaluation set that are no documents, 0 otherwise."""
     known = {"stats": "--", "sample": "--", "mine-negatives": "--distributed."}.get(args.tool)
-    unknown = [override for override in args.overrides if not known or not override.startswith(known)]
-    if unknown:
-        raise InputError(f"data {args.tool} does not know {' '.join(unknown)}; see grit-jax data {args.tool} --help")
+    refuse_unknown(args.overrides, f"data {args.tool}", known=known)
     return {
         "validate": _validate, "stats": _stats, "convert": _convert, "sample": _sample, "mine-negatives": _mine,
     }[args.tool](args)  # fmt: skip

@@ -6,6 +6,7 @@ import argparse
 import time
 from pathlib import Path
 
+from grit_jax.cli.overrides import refuse_unknown
 from grit_jax.cli.progress import progress_bar
 from grit_jax.config import InputError, parse_config
 
@@ -44,9 +45,7 @@ def run(args: argparse.Namespace) -> int:
     for name in ("max_length", "shard_rows"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise InputError(f"--{name.replace('_', '-')}={getattr(args, name)} must be positive")
-    unknown = [override for override in args.overrides if not override.startswith("--distributed.")]
-    if unknown:
-        raise InputError(f"index does not know {' '.join(unknown)}; see grit-jax index --help")
+    refuse_unknown(args.overrides, "index", known="--distributed.")
     config = parse_config("", args.overrides)
 
     from grit_jax import distributed

@@ -7,12 +7,11 @@ from typing import NamedTuple
 
 import numpy as np
 
+from grit_jax.evaluation.metrics import BOOTSTRAP_DRAWS, percentile_interval
 from grit_jax.evaluation.task import mean
 
 # What each example contributes, by training run and by task.
 Runs = Sequence[Sequence[np.ndarray]]
-
-_DRAWS, _COVERAGE = 1000, 0.95
 
 
 class Comparison(NamedTuple):
@@ -67,9 +66,8 @@ def compare(runs: Runs, reference: Runs, score: Callable[[np.ndarray], float] = 
 
     value, other = figures(range(len(runs)), [np.arange(len(task)) for task in tasks])
     differences = []
-    for _ in range(_DRAWS):
+    for _ in range(BOOTSTRAP_DRAWS):
         drawn = [generator.integers(len(task), size=len(task)) for task in tasks]
         ours, theirs = figures(generator.integers(len(runs), size=len(runs)).tolist(), drawn)
         differences.append((ours - theirs) / theirs)
-    low, high = np.quantile(differences, [(1 - _COVERAGE) / 2, (1 + _COVERAGE) / 2])
-    return Comparison(value, other, (value - other) / other, (float(low), float(high)))
+    return Comparison(value, other, (value - other) / other, percentile_interval(differences))

@@ -56,7 +56,7 @@ class LMEvalModel(LM):
         if before is None:
             raise InputError("the model's tokenizer has neither BOS nor EOS; a text's first token cannot be scored")
         windows, owners = [], []
-        for place, encoding in enumerate(tokenizer.encode_batch([text for (text,) in (r.args for r in requests)])):
+        for place, encoding in enumerate(tokenizer.encode_batch([request.args[0] for request in requests])):
             for read, scored in get_rolling_token_windows(encoding.ids.tolist(), before, longest - 1, 1):
                 tokens = np.array([*read[: len(read) - len(scored) + 1], *scored], np.int32)
                 span = np.array([[len(tokens) - len(scored), len(tokens)]], np.int32)

@@ -7,6 +7,14 @@ from collections.abc import Sequence
 
 import numpy as np
 
+BOOTSTRAP_DRAWS, _COVERAGE = 1000, 0.95
+
+
+def percentile_interval(draws: Sequence[float]) -> tuple[float, float]:
+    """The 95 % interval of a figure, given what it is on bootstrap draws (Efron, 1979)."""
+    low, high = np.quantile(draws, [(1 - _COVERAGE) / 2, (1 + _COVERAGE) / 2])
+    return float(low), float(high)
+
 
 def ndcg(gains: np.ndarray, judged: Sequence[np.ndarray], k: int) -> np.ndarray:
     """Normalised discounted cumulative gain at rank k of each query, as trec_eval's `ndcg_cut`.

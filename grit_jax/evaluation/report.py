@@ -17,12 +17,12 @@ from rich.markup import escape
 from grit_jax import files
 from grit_jax.config import InputError
 from grit_jax.evaluation.data import existing
+from grit_jax.evaluation.metrics import BOOTSTRAP_DRAWS, percentile_interval
 from grit_jax.evaluation.suite import PATHS, Suite
 from grit_jax.evaluation.task import Outcome, Task, mean
 
 Entry = dict[str, Any]
 
-_DRAWS, _COVERAGE = 1000, 0.95
 _NOT_SETTINGS = {"name", *PATHS}  # what is in the files counts, not where they are
 
 
@@ -34,12 +34,12 @@ def interval(outcome: Outcome, seed: int) -> tuple[float, float]:
     """
     generator, examples = np.random.default_rng(seed), outcome.examples
     scores = []
-    for _ in range(_DRAWS):
+    for _ in range(BOOTSTRAP_DRAWS):
         drawn = generator.integers(len(examples), size=len(examples))
         scores.append(outcome.score(examples[drawn]))
-    low, high = np.quantile(scores, [(1 - _COVERAGE) / 2, (1 + _COVERAGE) / 2])
-    bias = 0.0 if outcome.score is mean else np.mean(scores) - outcome.score(examples)
-    return float(low - bias), float(high - bias)
+    low, high = percentile_interval(scores)
+    bias = 0.0 if outcome.score is mean else float(np.mean(scores) - outcome.score(examples))
+    return low - bias, high - bias
 
 
 def entry(outcome: Outcome, *, kind: str, fingerprint: str, seed: int) -> Entry:

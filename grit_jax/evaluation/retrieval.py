@@ -14,6 +14,7 @@ from grit_jax.evaluation import metrics
 from grit_jax.evaluation.data import existing, number, read_rows
 from grit_jax.evaluation.task import EmbeddingTask, Outcome, Session
 from grit_jax.search import Searchable
+from grit_jax.store.layout import Document
 from grit_jax.store.vectors import Dtype, pack
 
 _SHALLOW, _DEEP = 10, 100  # ranks that figures look at
@@ -70,7 +71,7 @@ def read_corpus(path: Path, judged: Container[str] | None = None) -> dict[str, s
             if judged is None or name in judged:
                 raise InputError(f"{row.where}: '_id' {name!r} comes a second time; ids must differ")
             name = f"{name} at {row.where}"
-        documents[name] = f"{row.values.get('title') or ''} {row.get('text')}".strip()
+        documents[name] = Document(name, row.values.get("title") or "", row.get("text")).embedded
     return documents
 
 

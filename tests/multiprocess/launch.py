@@ -8,7 +8,7 @@ import tempfile
 import textwrap
 import time
 
-from tests.runs import environment
+from tests.runs import command, environment
 
 # Every process starts with this; the script after it sees all devices. One that raises ends at once: the usual way
 # out waits for the other processes.
@@ -48,10 +48,18 @@ def run(script, *arguments, num_processes=2, devices_each=2, timeout=300):
     with contextlib.ExitStack() as stack:
         processes, streams = [], []
         for index in range(num_processes):
-            command = [sys.executable, "-c", source, address, str(num_processes), str(index), *map(str, arguments)]
+            process_command = [
+                sys.executable,
+                "-c",
+                source,
+                address,
+                str(num_processes),
+                str(index),
+                *map(str, arguments),
+            ]
             # Files and not pipes: a process that fills a pipe waits for its reader, and the others for it.
             files = [stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(2)]
-            process = subprocess.Popen(command, env=environment(devices_each), stdout=files[0], stderr=files[1])
+            process = subprocess.Popen(process_command, env=environment(devices_each), stdout=files[0], stderr=files[1])
             processes.append(process)
             streams.append(files)
         _wait(processes, time.monotonic() + timeout)
@@ -59,6 +67,31 @@ def run(script, *arguments, num_processes=2, devices_each=2, timeout=300):
     ends = [f"process {i} ended with {p.returncode}:\n{outputs[i][1][-3000:]}" for i, p in enumerate(processes)]
     assert not any(process.returncode for process in processes), "\n".join(ends)
     return [out for out, _ in outputs]
+
+
+def run_commands(*arguments, num_processes=2, devices_each=2, timeout=300):
+    """Runs a command of the command line in processes that find each other.
+
+    Returns:
+      Standard output and error of each process, by its index.
+
+    Raises:
+      AssertionError: A process failed.
+    """
+    address = free_address()
+    processes = [
+        subprocess.Popen(
+            command(
+                *arguments, f"--distributed.coordinator={address}", f"--distributed.num_processes={num_processes}",
+                f"--distributed.process_id={index}",
+            ),
+            env=environment(devices_each), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for index in range(num_processes)
+    ]  # fmt: skip
+    outputs = [process.communicate(timeout=timeout) for process in processes]
+    assert [process.returncode for process in processes] == [0] * num_processes, outputs
+    return outputs
 
 
 def free_address():

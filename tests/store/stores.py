@@ -6,25 +6,10 @@ import json
 from grit_jax.checkpoint import CheckpointMetadata, save_params
 from grit_jax.store.corpus import find_corpus
 from grit_jax.store.index import Wanted, add_documents, add_vectors, sole_indexer
+from tests.evaluation import tasks
 from tests.hf.test_folder import random_model
 
-WORDS = [
-    "red",
-    "green",
-    "blue",
-    "one",
-    "two",
-    "three",
-    "four",
-    "dog",
-    "cat",
-    "bird",
-    "fish",
-    "tree",
-    "sea",
-    "hut",
-    "sun",
-]
+WORDS = [*tasks.WORDS, "sea", "hut", "sun"]
 
 
 def document(number):
