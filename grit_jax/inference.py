@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import json
@@ -16,7 +17,8 @@ from jax.sharding import Mesh
 
 from grit_jax import prompts, sharding
 from grit_jax.batch import max_segments
-from grit_jax.config import EmbeddingConfig, InputError, MeshConfig, ModelConfig, TransformerConfig
+from grit_jax.caching import embed_with_cache, score_after
+from grit_jax.config import Attention, EmbeddingConfig, InputError, MeshConfig, ModelConfig, TransformerConfig
 from grit_jax.data.packing import pack
 from grit_jax.data.pipeline import pool_weights
 from grit_jax.execution import Execution, execution
@@ -24,7 +26,7 @@ from grit_jax.loading import load_params, open_model
 from grit_jax.losses import target_log_likelihoods
 from grit_jax.model.decode import decode, prefill
 from grit_jax.model.pooling import embed_rows
-from grit_jax.model.transformer import Params, abstract_model, bind, split_layers, stack_layers
+from grit_jax.model.transformer import KVCache, Params, abstract_model, bind, split_layers, stack_layers
 from grit_jax.tokenizer import Tokenizer
 
 Messages = str | Sequence[Mapping[str, str]]
@@ -44,6 +46,32 @@ class Encoded(NamedTuple):
     vectors: np.ndarray
     num_tokens: int
     num_truncated: int
+
+
+class EmbeddingTokens(NamedTuple):
+    """Texts as the embedding pass reads them.
+
+    Attributes:
+      tokens: int32 [tokens] of each text, cut to the maximum length.
+      spans: int32 [1, 2] of each text; token range of what is pooled, before it was cut.
+      num_truncated: Texts that were cut.
+    """
+
+    tokens: list[np.ndarray]
+    spans: list[np.ndarray]
+    num_truncated: int
+
+
+class Cached(NamedTuple):
+    """What the embedding pass makes of one text.
+
+    Attributes:
+      vector: float32 [embed].
+      cache: Keys, rotated, and values of its tokens, numpy [layers, tokens, kv_heads, head_dim].
+    """
+
+    vector: np.ndarray
+    cache: KVCache
 
 
 class Likelihoods(NamedTuple):
@@ -170,24 +198,13 @@ class GritModel:
         Raises:
           InputError: A text is empty, or the instruction leaves no room for it; the message names its place.
         """
-        limit = min(max_length or self.architecture.max_length, self.architecture.max_length)
-        formatted = [prompts.embedding(text, instruction, bos=self.tokenizer.bos) for text in texts]
-        tokenized = prompts.tokenize(formatted, self.tokenizer)
-        for place, prompt in enumerate(tokenized):
-            if not len(prompt.spans):
-                raise InputError(f"text {place} is empty; leave it out")
-            if prompt.spans[0, 0] >= limit:
-                raise InputError(
-                    f"text {place}: its instruction takes {prompt.spans[0, 0]} of {limit} tokens and leaves no room "
-                    "for the text; shorten it or raise the maximum length"
-                )
-        vectors = np.zeros((len(texts), self.embedding.projection_dim or self.architecture.embed_dim), np.float32)
-        kept = [prompt.tokens[:limit] for prompt in tokenized]
-        for rows in self._packed(kept, batch_tokens or self._batch_tokens):
+        read = self.embedding_tokens(texts, instruction=instruction, max_length=max_length)
+        vectors = np.zeros((len(texts), self._embed_dim), np.float32)
+        for rows in self._packed(read.tokens, batch_tokens or self._batch_tokens):
             weights = np.zeros(rows.tokens.shape, np.float32)
             for text, row, start, _ in rows.texts:
-                length = len(kept[text])
-                pooled = pool_weights(tokenized[text].spans, length, self.embedding.pooling)
+                length = len(read.tokens[text])
+                pooled = pool_weights(read.spans[text], length, self.embedding.pooling)
                 weights[row, start : start + length] = pooled
             with jax.set_mesh(self._mesh):
                 slots = _embed(
@@ -196,8 +213,108 @@ class GritModel:
             members, slot_numbers = ([place[field] for place in rows.texts] for field in (0, 3))
             vectors[members] = np.asarray(slots).reshape(-1, vectors.shape[1])[slot_numbers]
             progress(len(members))
-        truncated = sum(len(prompt.tokens) > limit for prompt in tokenized)
-        return Encoded(vectors, sum(map(len, kept)), truncated)
+        return Encoded(vectors, sum(map(len, read.tokens)), read.num_truncated)
+
+    def embedding_tokens(
+        self,
+        texts: Sequence[str],
+        *,
+        instruction: str = "",
+        max_length: int | None = None,
+        form: prompts.CacheForm = "first",
+    ) -> EmbeddingTokens:
+        """What the embedding pass reads of texts.
+
+        Args:
+          texts: What is embedded.
+          instruction: What the model is told about all of them.
+          max_length: Tokens kept of each formatted text; None is the model's limit.
+          form: Whether a text begins with BOS, or comes `second`, after the keys and values of another.
+
+        Raises:
+          InputError: A text is empty, or the instruction leaves no room for it; the message names its place.
+        """
+        limit = min(max_length or self.architecture.max_length, self.architecture.max_length)
+        opening = prompts.opening(form, bos=self.tokenizer.bos)
+        tokenized = prompts.tokenize(
+            [prompts.embedding(text, instruction, bos=opening) for text in texts], self.tokenizer
+        )
+        for place, prompt in enumerate(tokenized):
+            if not len(prompt.spans):
+                raise InputError(f"text {place} is empty; leave it out")
+            if prompt.spans[0, 0] >= limit:
+                raise InputError(
+                    f"text {place}: its instruction takes {prompt.spans[0, 0]} of {limit} tokens and leaves no room "
+                    "for the text; shorten it or raise the maximum length"
+                )
+        return EmbeddingTokens(
+            [prompt.tokens[:limit] for prompt in tokenized],
+            [prompt.spans for prompt in tokenized],
+            sum(len(prompt.tokens) > limit for prompt in tokenized),
+        )
+
+    def encode_with_caches(
+        self,
+        texts: Sequence[str],
+        *,
+        instruction: str = "",
+        max_length: int | None = None,
+        form: prompts.CacheForm = "first",
+        attention: Attention | None = None,
+        batch_tokens: int | None = None,
+    ) -> list[Cached]:
+        """Embeds texts and keeps the keys and values of the pass, from which answers can go on.
+
+        Args:
+          texts: What is embedded.
+          instruction: What the model is told about all of them; its keys and values are kept too.
+          max_length: Tokens kept of each formatted text; None is the model's limit.
+          form: Whether a text begins with BOS, or comes `second`, after the keys and values of another.
+          attention: Of the pass; None is the model's own, which vectors are made for.
+          batch_tokens: As of `encode_with_counts`.
+
+        Raises:
+          InputError: As of `encode_with_counts`.
+        """
+        read = self.embedding_tokens(texts, instruction=instruction, max_length=max_length, form=form)
+        found = dict(self.iter_with_caches(read, attention=attention, batch_tokens=batch_tokens))
+        return [found[place] for place in range(len(texts))]
+
+    def iter_with_caches(
+        self, read: EmbeddingTokens, *, attention: Attention | None = None, batch_tokens: int | None = None
+    ) -> Iterator[tuple[int, Cached]]:
+        """`encode_with_caches` of texts as they are read, a batch at a time: each text's place, and what is made of it.
+
+        Each text has a row of its own; texts of like length come together.
+        """
+        settings = dataclasses.replace(self.embedding, attention=attention or self.embedding.attention)
+        shards = sharding.axis_size(self._mesh, "batch")
+        lengths = np.array([_bucket(len(tokens), at_least=self._shortest_row) for tokens in read.tokens], np.int64)
+        for length in np.unique(lengths).tolist():
+            of_length = np.flatnonzero(lengths == length).tolist()
+            full = max(1, (batch_tokens or self._batch_tokens) // (length * shards)) * shards
+            for first in range(0, len(of_length), full):
+                members = of_length[first : first + full]
+                num_rows = min(full, _bucket(len(members), at_least=shards))
+                tokens, segment_ids = (np.zeros((num_rows, length), np.int32) for _ in range(2))
+                weights = np.zeros((num_rows, length), np.float32)
+                for row, text in enumerate(members):
+                    columns = slice(len(read.tokens[text]))
+                    tokens[row, columns], segment_ids[row, columns] = read.tokens[text], 1
+                    weights[row, columns] = pool_weights(read.spans[text], columns.stop, settings.pooling)
+                with jax.set_mesh(self._mesh):
+                    vectors, cache = embed_with_cache(
+                        self._model, self.params, tokens, segment_ids, weights,
+                        settings=settings, dtype=self._execution.dtype,
+                    )  # fmt: skip
+                vectors, keys, values = map(np.asarray, (vectors, *cache))
+                for row, text in enumerate(members):
+                    own = row, slice(len(read.tokens[text]))
+                    yield text, Cached(vectors[row], KVCache(keys[:, *own], values[:, *own]))
+
+    @property
+    def _embed_dim(self) -> int:
+        return self.embedding.projection_dim or self.architecture.embed_dim
 
     def _packed(self, texts: Sequence[np.ndarray], batch_tokens: int) -> Iterator[_Rows]:
         """Batches of packed rows that hold the tokens of each text once."""
@@ -320,6 +437,40 @@ class GritModel:
             np.logical_and.at(greedy, owners, np.asarray(likeliest)[: len(owners)])
             progress(sum(len(members[reading]) for reading, *_ in rows.texts))
         return Likelihoods(values, num_tokens, greedy, 0)
+
+    def log_likelihood_after(self, prefix: KVCache | None, prompt: prompts.TokenizedPrompt) -> tuple[float, int]:
+        """How likely the spans of a text are that comes after keys and values.
+
+        Args:
+          prefix: Numpy [layers, tokens, kv_heads, head_dim], as `encode_with_caches` gives them; None for nothing.
+          prompt: The text; its first token is never scored.
+
+        Returns:
+          Sum of log p of the scored tokens, in nats, and how many there are.
+
+        Raises:
+          InputError: Both together are over the model's limit.
+        """
+        num_cached, length = 0 if prefix is None else prefix.keys.shape[1], len(prompt.tokens)
+        if num_cached + length > self.architecture.max_length:
+            raise InputError(
+                f"{num_cached} cached tokens and {length} more are over the model's {self.architecture.max_length}; "
+                "shorten the text"
+            )
+        scored = np.zeros(length, bool)
+        for first, last in np.maximum(prompt.spans, 1).tolist():
+            scored[first - 1 : last - 1] = True
+        size = _bucket(length, at_least=self._shortest_row)
+        slots = _bucket(num_cached + size, at_least=self._shortest_row)
+        shape = self.architecture.num_layers, slots, self.architecture.num_kv_heads, self.architecture.head_dim
+        cache = KVCache(*(np.zeros(shape, self._execution.dtype) for _ in range(2)))
+        for into, values in zip(cache, prefix or ()):
+            into[:, :num_cached] = values
+        tokens, targets = np.zeros(size, np.int32), np.zeros(size, np.int32)
+        tokens[:length], targets[: length - 1] = prompt.tokens, prompt.tokens[1:]
+        with jax.set_mesh(self._mesh):
+            values = score_after(self._model, self.params, cache, np.int32(num_cached), tokens, targets)
+        return float(np.sum(np.asarray(values, np.float64)[:length][scored])), int(scored.sum())
 
     def logits(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Scores of the next token after BOS and after each token of a text, float32 [tokens, vocab] for each text.

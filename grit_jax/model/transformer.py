@@ -69,6 +69,15 @@ class Context:
         return jax.tree.map(functools.partial(jnp.where, windowed), self.local, self.full)
 
 
+def rotations(
+    positions: Int[Array, "batch length"], config: TransformerConfig
+) -> tuple[Rotation, Rotation | None]:
+    """The rotations of a `Context`: of layers that see everything, and of those with the window where it differs."""
+    rotate_by = functools.partial(rotation, positions, head_dim=config.head_dim)
+    full = rotate_by(theta=config.rope_theta, scaling=config.rope_scaling)
+    return full, rotate_by(theta=config.local_rope_theta, scaling=None) if config.local_rope_theta else None
+
+
 class SelfAttention(nnx.Module):
     """Grouped-query self-attention with rotary positions."""
 
@@ -276,14 +285,10 @@ class Transformer(nnx.Module):
 
         What the steps give comes back stacked where `layers` is, and as a list where it is one.
         """
-        config = self.config
-        rotate_by = functools.partial(rotation, mask.query_positions, head_dim=config.head_dim)
-        full = rotate_by(theta=config.rope_theta, scaling=config.rope_scaling)
-        local = rotate_by(theta=config.local_rope_theta, scaling=None) if config.local_rope_theta else None
         segments = mask.query_segments
         real = jnp.ones(x.shape[:2], bool) if segments is None else segments > 0
-        context = Context(mask, real, full, local, execution)
-        windows = config.layer_windows
+        context = Context(mask, real, *rotations(mask.query_positions, self.config), execution)
+        windows = self.config.layer_windows
         if isinstance(layers, list):
             outs = []
             for layer, windowed in zip(layers, windows, strict=True):
