@@ -15,21 +15,20 @@ import numpy as np
 from jax.sharding import Mesh
 
 from grit_jax import prompts, sharding
+from grit_jax.answer import Answer
 from grit_jax.batch import max_segments
 from grit_jax.config import EmbeddingConfig, InputError, MeshConfig, ModelConfig, TransformerConfig
 from grit_jax.data.packing import pack
 from grit_jax.data.pipeline import pool_weights
+from grit_jax.engine import Continuation, Engine, LaneSize, bucket
 from grit_jax.execution import Execution, execution
 from grit_jax.loading import load_params, open_model
 from grit_jax.losses import target_log_likelihoods
-from grit_jax.model.decode import decode, prefill
 from grit_jax.model.pooling import embed_rows
 from grit_jax.model.transformer import Params, abstract_model, bind, split_layers, stack_layers
 from grit_jax.tokenizer import Tokenizer
 
 Messages = str | Sequence[Mapping[str, str]]
-
-_DECODE_STEPS = 8  # tokens sampled in one call of the device
 
 
 class Encoded(NamedTuple):
@@ -83,6 +82,13 @@ class GritModel:
       tokenizer: The model's tokenizer.
       mesh: Where it runs.
       execution: How it computes.
+
+    Attributes:
+      params: Parameters, as the device computes with them.
+      architecture: Resolved shape.
+      embedding: How vectors are made.
+      tokenizer: The model's tokenizer.
+      batch_tokens: Tokens that go through the model at a time, unless a call says otherwise.
     """
 
     def __init__(
@@ -97,7 +103,7 @@ class GritModel:
     ):
         on_cpu = sharding.platform(mesh) == "cpu"
         self.params = split_layers(params) if on_cpu else params
-        self._batch_tokens = 2048 if on_cpu else 16384  # a CPU is as fast as long as its caches hold the activations
+        self.batch_tokens = 2048 if on_cpu else 16384  # a CPU is as fast as long as its caches hold the activations
         self.architecture, self.embedding, self.tokenizer = architecture, embedding, tokenizer
         self._mesh, self._execution = mesh, execution
         self._shortest_row = max(64, execution.row_unit)
@@ -131,6 +137,11 @@ class GritModel:
         params = load_params(pretrained, placed_on, settings.dtype)
         about = pretrained.architecture, pretrained.embedding, pretrained.tokenizer
         return cls(params, *about, mesh=placed_on, execution=settings)
+
+    @property
+    def embed_dim(self) -> int:
+        """Numbers of a vector."""
+        return self.embedding.projection_dim or self.architecture.embed_dim
 
     def encode(
         self,
@@ -171,6 +182,17 @@ class GritModel:
           InputError: A text is empty, or the instruction leaves no room for it; the message names its place.
         """
         limit = min(max_length or self.architecture.max_length, self.architecture.max_length)
+        tokenized = self.embedding_prompts(texts, instruction=instruction, max_length=limit)
+        kept = [prompt._replace(tokens=prompt.tokens[:limit]) for prompt in tokenized]
+        vectors = self.embed(kept, batch_tokens=batch_tokens, progress=progress)
+        truncated = sum(len(prompt.tokens) > limit for prompt in tokenized)
+        return Encoded(vectors, sum(len(prompt.tokens) for prompt in kept), truncated)
+
+    def embedding_prompts(
+        self, texts: Sequence[str], *, instruction: str = "", max_length: int | None = None
+    ) -> list[prompts.TokenizedPrompt]:
+        """What is read of texts to embed them, however long; arguments and errors as of `encode_with_counts`."""
+        limit = min(max_length or self.architecture.max_length, self.architecture.max_length)
         formatted = [prompts.embedding(text, instruction, bos=self.tokenizer.bos) for text in texts]
         tokenized = prompts.tokenize(formatted, self.tokenizer)
         for place, prompt in enumerate(tokenized):
@@ -181,42 +203,84 @@ class GritModel:
                     f"text {place}: its instruction takes {prompt.spans[0, 0]} of {limit} tokens and leaves no room "
                     "for the text; shorten it or raise the maximum length"
                 )
-        vectors = np.zeros((len(texts), self.embedding.projection_dim or self.architecture.embed_dim), np.float32)
-        kept = [prompt.tokens[:limit] for prompt in tokenized]
-        for rows in self._packed(kept, batch_tokens or self._batch_tokens):
-            weights = np.zeros(rows.tokens.shape, np.float32)
-            for text, row, start, _ in rows.texts:
-                length = len(kept[text])
-                pooled = pool_weights(tokenized[text].spans, length, self.embedding.pooling)
-                weights[row, start : start + length] = pooled
-            with jax.set_mesh(self._mesh):
-                slots = _embed(
-                    self._model, self.params, *rows[:3], weights, settings=self.embedding, execution=self._execution
-                )
-            members, slot_numbers = ([place[field] for place in rows.texts] for field in (0, 3))
-            vectors[members] = np.asarray(slots).reshape(-1, vectors.shape[1])[slot_numbers]
-            progress(len(members))
-        truncated = sum(len(prompt.tokens) > limit for prompt in tokenized)
-        return Encoded(vectors, sum(map(len, kept)), truncated)
+        return tokenized
 
-    def _packed(self, texts: Sequence[np.ndarray], batch_tokens: int) -> Iterator[_Rows]:
+    def embed(
+        self,
+        texts: Sequence[prompts.TokenizedPrompt],
+        *,
+        batch_tokens: int | None = None,
+        progress: Callable[[int], None] = lambda _: None,
+    ) -> np.ndarray:
+        """Vectors of texts, float32 [texts, embed].
+
+        Args:
+          texts: From `embedding_prompts`, of which so many tokens are read as there are, at most the model's limit.
+          batch_tokens: As of `encode_with_counts`.
+          progress: As of `encode_with_counts`.
+        """
+        vectors = np.zeros((len(texts), self.embed_dim), np.float32)
+        for rows in self._packed([text.tokens for text in texts], batch_tokens):
+            weights = np.zeros(rows.tokens.shape, np.float32)
+            for place, row, start, _ in rows.texts:
+                tokens, spans = texts[place]
+                weights[row, start : start + len(tokens)] = pool_weights(spans, len(tokens), self.embedding.pooling)
+            slots = self._slots(*rows[:3], weights)
+            members, slot_numbers = ([place[field] for place in rows.texts] for field in (0, 3))
+            vectors[members] = slots.reshape(-1, vectors.shape[1])[slot_numbers]
+            progress(len(members))
+        return vectors
+
+    def warm_up_embedding(self, max_length: int, progress: Callable[[int], None] = lambda _: None) -> int:
+        """Compiles all programs that `embed` needs for texts of up to `max_length` tokens, and returns how many.
+
+        `progress` is called after each.
+        """
+        shapes = []
+        longest = bucket(max_length, at_least=self._shortest_row)
+        for row_length in _doublings(self._shortest_row, longest):
+            shards = sharding.axis_size(self._mesh, "batch")
+            shapes += [(rows, row_length) for rows in _doublings(shards, self._full_batch(row_length, None))]
+        for shape in shapes:
+            nothing = np.zeros(shape, np.int32)
+            self._slots(nothing, nothing, nothing, np.zeros(shape, np.float32))
+            progress(1)
+        return len(shapes)
+
+    def _slots(
+        self, tokens: np.ndarray, segment_ids: np.ndarray, positions: np.ndarray, weights: np.ndarray
+    ) -> np.ndarray:
+        """Vectors of the texts of packed rows, float32 [rows, segments, embed]."""
+        with jax.set_mesh(self._mesh):
+            slots = _embed(
+                self._model, self.params, tokens, segment_ids, positions, weights,
+                settings=self.embedding, execution=self._execution,
+            )  # fmt: skip
+        return np.asarray(slots)
+
+    def _full_batch(self, row_length: int, batch_tokens: int | None) -> int:
+        """Rows that go through the model at a time."""
+        shards = sharding.axis_size(self._mesh, "batch")
+        return max(1, (batch_tokens or self.batch_tokens) // (row_length * shards)) * shards
+
+    def _packed(self, texts: Sequence[np.ndarray], batch_tokens: int | None) -> Iterator[_Rows]:
         """Batches of packed rows that hold the tokens of each text once."""
         if not len(texts):
             return
         lengths = np.array([len(tokens) for tokens in texts], np.int64)
         # Attention costs what its rows are long, so short texts get short rows: twice as long, to fill them well.
-        longest = _bucket(int(lengths.max()), at_least=self._shortest_row)
+        longest = bucket(int(lengths.max()), at_least=self._shortest_row)
         row_lengths = np.array(
-            [min(2 * _bucket(int(length), at_least=self._shortest_row), longest) for length in lengths]
+            [min(2 * bucket(int(length), at_least=self._shortest_row), longest) for length in lengths]
         )
         shards = sharding.axis_size(self._mesh, "batch")
         for row_length in np.unique(row_lengths).tolist():
             of_length = np.flatnonzero(row_lengths == row_length)
             most = max_segments(row_length)
             packing = pack(lengths[of_length], row_length=row_length, max_segments=most)
-            full = max(1, batch_tokens // (row_length * shards)) * shards
+            full = self._full_batch(row_length, batch_tokens)
             for first in range(0, packing.num_rows, full):
-                num_rows = min(full, _bucket(min(full, packing.num_rows - first), at_least=shards))
+                num_rows = min(full, bucket(min(full, packing.num_rows - first), at_least=shards))
                 tokens, segment_ids, positions = (np.zeros((num_rows, row_length), np.int32) for _ in range(3))
                 placed = []
                 for place in np.flatnonzero((packing.row >= first) & (packing.row < first + num_rows)).tolist():
@@ -302,7 +366,7 @@ class GritModel:
         values, num_tokens = np.zeros(len(texts)), np.zeros(len(texts), np.int64)
         greedy = np.ones(len(texts), bool)
         read, members = [np.frombuffer(key, np.int32) for key in readings], list(readings.values())
-        for rows in self._packed(read, batch_tokens or self._batch_tokens):
+        for rows in self._packed(read, batch_tokens):
             owners, places, targets = [], [], []
             for reading, row, start, _ in rows.texts:
                 for text in members[reading]:
@@ -311,7 +375,7 @@ class GritModel:
                         places += range(row * rows.tokens.shape[1] + start + first - 1,
                                         row * rows.tokens.shape[1] + start + last - 1)  # fmt: skip
                         targets += texts[text].tokens[first:last].tolist()
-            size = _bucket(len(places), at_least=max(64, sharding.axis_size(self._mesh, "batch")))
+            size = bucket(len(places), at_least=max(64, sharding.axis_size(self._mesh, "batch")))
             padded = (np.pad(np.array(x, np.int32), (0, size - len(x))) for x in (places, targets))
             with jax.set_mesh(self._mesh):
                 scores, likeliest = _score(self._model, self.params, *rows[:3], *padded, execution=self._execution)
@@ -333,7 +397,7 @@ class GritModel:
             length = len(encoding.ids)
             if not 0 < length <= self.architecture.max_length:
                 raise InputError(f"text {place} has {length} tokens, not 1 to {self.architecture.max_length}")
-            shape = rows, _bucket(length, at_least=self._shortest_row)
+            shape = rows, bucket(length, at_least=self._shortest_row)
             tokens, segment_ids = (np.zeros(shape, np.int32) for _ in range(2))
             tokens[:, :length], segment_ids[:, :length] = encoding.ids, 1
             with jax.set_mesh(self._mesh):
@@ -375,9 +439,8 @@ class GritModel:
         batch: Any = list(messages) if many else [messages]
         options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
         answers = [""] * len(batch)
-        prefixes = [prefix] * len(batch) if isinstance(prefix, str) else prefix
-        texts = [self._prompt(one, prefix=begin, raw=raw) for one, begin in zip(batch, prefixes, strict=True)]
-        for pieces in self._answers(texts, stop=stop, **options) if batch else ():
+        tokens = self.prompt_tokens(batch, prefix=prefix, raw=raw)
+        for pieces in self._answers(tokens, stop=stop, **options) if batch else ():
             answers = [answer + piece for answer, piece in zip(answers, pieces, strict=True)]
         return answers if many else answers[0]
 
@@ -395,7 +458,8 @@ class GritModel:
     ) -> Iterator[str]:
         """The pieces of `generate`'s answer as they come; arguments as there."""
         options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
-        for (piece,) in self._answers([self._prompt(messages, prefix=prefix, raw=raw)], stop=stop, **options):
+        tokens = self.prompt_tokens([messages], prefix=prefix, raw=raw)
+        for (piece,) in self._answers(tokens, stop=stop, **options):
             if piece:
                 yield piece
 
@@ -416,13 +480,19 @@ class GritModel:
         ]
         return hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
 
+    def prompt_tokens(
+        self, messages: Sequence[Messages], *, prefix: str | Sequence[str] = "", raw: bool = False
+    ) -> list[np.ndarray]:
+        """What `generate` reads, int32 [tokens] of each message; arguments as there."""
+        prefixes = [prefix] * len(messages) if isinstance(prefix, str) else prefix
+        texts = [self._prompt(one, prefix=begin, raw=raw) for one, begin in zip(messages, prefixes, strict=True)]
+        return [encoding.ids for encoding in self.tokenizer.encode_batch(texts)]
+
     def prompt_lengths(
         self, messages: Sequence[Messages], *, prefix: str | Sequence[str] = "", raw: bool = False
     ) -> np.ndarray:
         """Tokens of what `generate` reads, int64 [messages]; arguments as there."""
-        prefixes = [prefix] * len(messages) if isinstance(prefix, str) else prefix
-        texts = [self._prompt(one, prefix=begin, raw=raw) for one, begin in zip(messages, prefixes, strict=True)]
-        return np.array([len(encoding.ids) for encoding in self.tokenizer.encode_batch(texts)], np.int64)
+        return np.array([len(tokens) for tokens in self.prompt_tokens(messages, prefix=prefix, raw=raw)], np.int64)
 
     def _prompt(self, messages: Messages, *, prefix: str, raw: bool) -> str:
         """The text that an answer continues."""
@@ -430,96 +500,45 @@ class GritModel:
             return self.tokenizer.bos + messages + prefix
         return prompts.generation(messages, bos=self.tokenizer.bos, eos=self.tokenizer.eos, prefix=prefix)
 
-    def _answers(self, texts: list[str], *, stop: Sequence[str], **options) -> Iterator[list[str]]:
+    def _answers(
+        self, tokens: Sequence[np.ndarray], *, stop: Sequence[str], max_new_tokens: int, **options: Any
+    ) -> Iterator[list[str]]:
         """New text of every answer, after each block of tokens."""
-        prompt_ids = [encoding.ids for encoding in self.tokenizer.encode_batch(texts)]
-        answers = [_Answer(self.tokenizer, ids, stop) for ids in prompt_ids]
-        for block in self._tokens(prompt_ids, **options):
-            yield [answer.extend(tokens) for answer, tokens in zip(answers, block, strict=True)]
-            if all(answer.done for answer in answers):
-                break
-        yield [answer.finish() for answer in answers]
+        longest = max(map(len, tokens)) + max_new_tokens
+        slots = min(bucket(longest, at_least=64), self.architecture.max_length)
+        rows = bucket(len(tokens), at_least=1)
+        engine = self.engine([LaneSize(rows, slots)])
+        answers = {Continuation(ids, max_new_tokens, **options): Answer(self.tokenizer, ids, stop) for ids in tokens}
+        for continuation in answers:
+            engine.submit(continuation)
+        while engine.is_busy:
+            pieces = dict.fromkeys(answers, "")
+            for block in engine.step():
+                answer = answers[block.continuation]
+                pieces[block.continuation] = answer.extend(block.tokens, last=block.finish is not None)
+                if answer.done:
+                    engine.cancel(block.continuation)
+            yield list(pieces.values())
 
-    def _tokens(
-        self, prompt_ids: list[np.ndarray], *, max_new_tokens: int, temperature: float, top_p: float, seed: int
-    ) -> Iterator[np.ndarray]:
-        """Blocks of sampled tokens, int32 [batch, up to 8]."""
-        lengths = np.array([len(ids) for ids in prompt_ids], np.int32)
-        longest = int(lengths.max()) + max_new_tokens
-        if longest > self.architecture.max_length:
-            raise InputError(
-                f"a prompt of {lengths.max()} tokens and {max_new_tokens} new ones are over the model's "
-                f"{self.architecture.max_length}; shorten the prompt or ask for fewer"
-            )
-        # Rows are filled up with one-token prompts to a size that the mesh divides and that is compiled for.
-        num_rows = _bucket(len(prompt_ids), at_least=sharding.axis_size(self._mesh, "batch"))
-        lengths = np.concatenate([lengths, np.ones(num_rows - len(lengths), np.int32)])
-        tokens = np.zeros((num_rows, _bucket(int(lengths.max()), at_least=32)), np.int32)
-        for row, ids in enumerate(prompt_ids):
-            tokens[row, : len(ids)] = ids
-        with jax.set_mesh(self._mesh):
-            logits, cache = prefill(
-                self._model, self.params, tokens, lengths,
-                slots=_bucket(max(longest + _DECODE_STEPS, tokens.shape[1]), at_least=64), dtype=self._execution.dtype,
-            )  # fmt: skip
-            seeds = np.full(num_rows, seed & 0xFFFFFFFF, np.uint32)
-            for done in range(0, max_new_tokens, _DECODE_STEPS):
-                block, logits, cache = decode(
-                    self._model, self.params, logits, cache, lengths + done, seeds,
-                    temperature=np.float32(temperature), top_p=np.float32(top_p), steps=_DECODE_STEPS,
-                )  # fmt: skip
-                yield np.asarray(block)[: len(prompt_ids), : max_new_tokens - done]
+    def engine(self, lanes: Sequence[LaneSize], *, fewer_rows: bool = False) -> Engine:
+        """What writes texts of this model that come and go; see `Engine`.
+
+        Args:
+          lanes: Its batches, those of the fewest slots first.
+          fewer_rows: Whether a lane of which few rows are in use computes only some of them.
+        """
+        return Engine(
+            self._model, self.params, mesh=self._mesh, dtype=self._execution.dtype, eos_id=self.tokenizer.eos_id,
+            lanes=lanes, read_tokens=self.batch_tokens, fewer_rows=fewer_rows,
+        )  # fmt: skip
 
 
-class _Answer:
-    """Text of one answer, released piece by piece once later tokens cannot change it."""
-
-    def __init__(self, tokenizer: Tokenizer, prompt_ids: np.ndarray, stop: Sequence[str]):
-        self._tokenizer, self._stop = tokenizer, [text for text in stop if text]
-        # A few tokens of the prompt give the decoder what it needs to place spaces.
-        self._ids = prompt_ids[-8:].tolist()
-        self._skip = len(tokenizer.decode(self._ids))
-        self._text, self._released, self.done = "", 0, False
-
-    def extend(self, tokens: np.ndarray) -> str:
-        """Adds tokens and returns the text that is certain by now."""
-        if self.done:
-            return ""
-        ids = tokens.tolist()
-        if self._tokenizer.eos_id in ids:
-            ids, self.done = ids[: ids.index(self._tokenizer.eos_id)], True
-        self._ids += ids
-        self._text = self._tokenizer.decode(self._ids)[self._skip :]
-        ends = [place for place in map(self._text.find, self._stop) if place >= 0]
-        if ends:
-            self._text, self.done = self._text[: min(ends)], True
-        return self._release(len(self._text) if self.done else self._certain())
-
-    def finish(self) -> str:
-        """What was held back."""
-        return self._release(len(self._text))
-
-    def _certain(self) -> int:
-        """Length of the text before an unfinished character or what may become a stop string."""
-        end = len(self._text.rstrip("\N{REPLACEMENT CHARACTER}"))
-        for stop in self._stop:
-            for length in range(min(len(stop) - 1, end), 0, -1):
-                if self._text.endswith(stop[:length], 0, end):
-                    end -= length
-                    break
-        return end
-
-    def _release(self, end: int) -> str:
-        piece = self._text[self._released : end]
-        self._released = max(self._released, end)
-        return piece
-
-
-def _bucket(size: int, *, at_least: int) -> int:
-    """The next power of two times `at_least`, so that few shapes are compiled."""
-    while at_least < size:
-        at_least *= 2
-    return at_least
+def _doublings(first: int, last: int) -> list[int]:
+    """`first` and its doubles, up to `last`."""
+    sizes = [first]
+    while sizes[-1] < last:
+        sizes.append(min(2 * sizes[-1], last))
+    return sizes
 
 
 @functools.partial(jax.jit, static_argnames="rounded")

@@ -24,15 +24,15 @@ Params = dict[str, Any]
 
 
 class KVCache(NamedTuple):
-    """Rotated keys and values of every layer; slot `p` holds the token at position `p`.
+    """Rotated keys and values of every layer, arrays of JAX or NumPy; slot `p` holds the token at position `p`.
 
     Attributes:
       keys: [layers, batch, slots, kv_heads, head_dim].
       values: The same shape.
     """
 
-    keys: Array
-    values: Array
+    keys: Any
+    values: Any
 
 
 Cache = KVCache | list[KVCache]  # of all layers, stacked like their weights, or one of each layer
