@@ -8,8 +8,8 @@ const METHODS = {
   document_first: ["Document, then question", "Both are read as text, the document first. Nothing is reused."],
   document_cache: ["Cached document", "What embedding computed for the document is reused; the question is read after it."],
   query_cache: ["Cached question", "What the search computed for the question is reused; the document is read after it."],
-  query_document_cache: ["Cached question, cached document", "Both are reused, the question first. Hardly anything is read."],
-  document_query_cache: ["Cached document, cached question", "Both are reused, the document first. Hardly anything is read."],
+  query_document_cache: ["Cached question, cached document", "Both are reused, the question first."],
+  document_query_cache: ["Cached document, cached question", "Both are reused, the document first."],
 };
 
 const SNIPPET_LENGTH = 260;
@@ -176,7 +176,10 @@ async function search() {
     const found = await (await request("v1/search", { body, signal: current.signal })).json();
     $("results").replaceChildren(...found.data.map(documentItem));
     $("search-status").textContent = facts(
-      counted(found.data.length, "document"), counted(found.usage.prompt_tokens, "token"), duration(performance.now() - start));
+      counted(found.data.length, "document"),
+      counted(found.usage.prompt_tokens, "token"),
+      duration(performance.now() - start),
+    );
   } catch (error) {
     // A newer search has taken the page over.
     if (current !== searching) return;
@@ -198,7 +201,11 @@ const asMessages = ({ question, answer }) => [{ role: "user", content: question 
 
 function retrieval() {
   if (!$("use-documents").checked) return undefined;
-  return { method: $("method").value, k: $("documents-count").valueAsNumber, instruction: $("chat-instruction").value.trim() };
+  return {
+    method: $("method").value,
+    k: $("documents-count").valueAsNumber,
+    instruction: $("chat-instruction").value.trim(),
+  };
 }
 
 function chatBody(question) {
@@ -348,7 +355,7 @@ function showModel() {
   $("documents-switch").hidden = !index;
   for (const label of document.querySelectorAll(".of-documents")) label.hidden = !index;
   if (!index) return;
-  $("corpus").textContent = `Every query is compared with ${index.documents === 1 ? "the one document" : `all ${count(index.documents)} documents`}.`;
+  $("corpus").textContent = `Your query is compared with every text of ${counted(index.documents, "document")}.`;
   $("method").replaceChildren(...index.methods.map((method) => new Option(METHODS[method]?.[0] ?? method, method)));
   $("method").value = index.methods.find((method) => method !== "none") ?? "none";
   showMethod();
