@@ -12,14 +12,15 @@ from jaxtyping import Array, Float, Int
 from grit_jax.config import EmbeddingConfig, TransformerConfig
 from grit_jax.losses import target_log_likelihoods
 from grit_jax.model.attention import AttentionMask
-from grit_jax.model.decode import empty_cache
+from grit_jax.execution import Execution
+from grit_jax.model.decode import empty_state
 from grit_jax.model.layers import rotate
 from grit_jax.model.pooling import vectors_of
 from grit_jax.model.transformer import Cache, KVCache, Params, Transformer, bind, rotations
 from grit_jax.sharding import constrain
 
 
-@functools.partial(jax.jit, static_argnums=0, static_argnames=("settings", "dtype"))
+@functools.partial(jax.jit, static_argnums=0, static_argnames=("settings", "execution"))
 def embed_with_cache(
     model: Transformer,
     params: Params,
@@ -28,7 +29,7 @@ def embed_with_cache(
     pool_weights: Float[Array, "batch length"],
     *,
     settings: EmbeddingConfig,
-    dtype: jnp.dtype,
+    execution: Execution,
 ) -> tuple[Float[Array, "batch out"], KVCache]:
     """Vectors of texts, one in each row, and the keys and values of all layers; whole on every device.
 
@@ -39,7 +40,7 @@ def embed_with_cache(
       segment_ids: 1 for the tokens of a text, 0 for padding, whose keys and values mean nothing.
       pool_weights: Sums to 1 in each row.
       settings: Attention of the pass, and how vectors are made.
-      dtype: Of activations, keys and values.
+      execution: How to compute; keys and values have the type of activations.
 
     Returns:
       Float32 vectors, and a cache [layers, batch, length, kv_heads, head_dim].
@@ -47,7 +48,9 @@ def embed_with_cache(
     bound = bind(model, params)
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     mask = bound.mask(segment_ids, positions, causal=settings.attention == "causal")
-    hidden, cache = bound.with_cache(tokens, mask, empty_cache(bound, *tokens.shape, dtype), dtype=dtype)
+    rows, slots = tokens.shape
+    empty = empty_state(model, params, rows=rows, slots=slots, dtype=execution.dtype).cache
+    hidden, cache = bound.with_cache(tokens, mask, empty, execution)
     vectors = vectors_of(bound, hidden, segment_ids, pool_weights, num_segments=1, settings=settings)[:, 0]
     return jax.tree.map(lambda x: constrain(x, *["whole"] * x.ndim), (vectors, _stacked(cache)))
 
@@ -77,7 +80,7 @@ def score_after(
     mask = AttentionMask(positions, slots, None, None, causal=True, window=bound.config.sliding_window)
     row = jax.tree.map(lambda x: x[:, None], prefix)
     cache: Cache = [KVCache(*layer) for layer in zip(*row, strict=True)] if bound.is_split else row
-    hidden, _ = bound.with_cache(tokens[None], mask, cache, dtype=dtype)
+    hidden, _ = bound.with_cache(tokens[None], mask, cache, Execution(dtype))
     scores, _ = target_log_likelihoods(hidden[0], bound.output_layer(dtype), targets)
     return constrain(scores, "whole")
 

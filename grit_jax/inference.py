@@ -16,22 +16,21 @@ import numpy as np
 from jax.sharding import Mesh
 
 from grit_jax import prompts, sharding
+from grit_jax.answer import Answer
 from grit_jax.batch import max_segments
 from grit_jax.caching import embed_with_cache, score_after
 from grit_jax.config import Attention, EmbeddingConfig, InputError, MeshConfig, ModelConfig, TransformerConfig
 from grit_jax.data.packing import pack
 from grit_jax.data.pipeline import pool_weights
+from grit_jax.engine import Continuation, Engine, LaneSize, bucket
 from grit_jax.execution import Execution, execution
 from grit_jax.loading import load_params, open_model
 from grit_jax.losses import target_log_likelihoods
-from grit_jax.model.decode import decode, prefill
 from grit_jax.model.pooling import embed_rows
 from grit_jax.model.transformer import KVCache, Params, abstract_model, bind, split_layers, stack_layers
 from grit_jax.tokenizer import Tokenizer
 
 Messages = str | Sequence[Mapping[str, str]]
-
-_DECODE_STEPS = 8  # tokens sampled in one call of the device
 
 
 class Encoded(NamedTuple):
@@ -45,20 +44,6 @@ class Encoded(NamedTuple):
 
     vectors: np.ndarray
     num_tokens: int
-    num_truncated: int
-
-
-class EmbeddingTokens(NamedTuple):
-    """Texts as the embedding pass reads them.
-
-    Attributes:
-      tokens: int32 [tokens] of each text, cut to the maximum length.
-      spans: int32 [1, 2] of each text; token range of what is pooled, before it was cut.
-      num_truncated: Texts that were cut.
-    """
-
-    tokens: list[np.ndarray]
-    spans: list[np.ndarray]
     num_truncated: int
 
 
@@ -111,6 +96,13 @@ class GritModel:
       tokenizer: The model's tokenizer.
       mesh: Where it runs.
       execution: How it computes.
+
+    Attributes:
+      params: Parameters, as the device computes with them.
+      architecture: Resolved shape.
+      embedding: How vectors are made.
+      tokenizer: The model's tokenizer.
+      batch_tokens: Tokens that go through the model at a time, unless a call says otherwise.
     """
 
     def __init__(
@@ -125,7 +117,7 @@ class GritModel:
     ):
         on_cpu = sharding.platform(mesh) == "cpu"
         self.params = split_layers(params) if on_cpu else params
-        self._batch_tokens = 2048 if on_cpu else 16384  # a CPU is as fast as long as its caches hold the activations
+        self.batch_tokens = 2048 if on_cpu else 16384  # a CPU is as fast as long as its caches hold the activations
         self.architecture, self.embedding, self.tokenizer = architecture, embedding, tokenizer
         self._mesh, self._execution = mesh, execution
         self._shortest_row = max(64, execution.row_unit)
@@ -159,6 +151,11 @@ class GritModel:
         params = load_params(pretrained, placed_on, settings.dtype)
         about = pretrained.architecture, pretrained.embedding, pretrained.tokenizer
         return cls(params, *about, mesh=placed_on, execution=settings)
+
+    @property
+    def embed_dim(self) -> int:
+        """Numbers of a vector."""
+        return self.embedding.projection_dim or self.architecture.embed_dim
 
     def encode(
         self,
@@ -198,47 +195,29 @@ class GritModel:
         Raises:
           InputError: A text is empty, or the instruction leaves no room for it; the message names its place.
         """
-        read = self.embedding_tokens(texts, instruction=instruction, max_length=max_length)
-        vectors = np.zeros((len(texts), self._embed_dim), np.float32)
-        for rows in self._packed(read.tokens, batch_tokens or self._batch_tokens):
-            weights = np.zeros(rows.tokens.shape, np.float32)
-            for text, row, start, _ in rows.texts:
-                length = len(read.tokens[text])
-                pooled = pool_weights(read.spans[text], length, self.embedding.pooling)
-                weights[row, start : start + length] = pooled
-            with jax.set_mesh(self._mesh):
-                slots = _embed(
-                    self._model, self.params, *rows[:3], weights, settings=self.embedding, execution=self._execution
-                )
-            members, slot_numbers = ([place[field] for place in rows.texts] for field in (0, 3))
-            vectors[members] = np.asarray(slots).reshape(-1, vectors.shape[1])[slot_numbers]
-            progress(len(members))
-        return Encoded(vectors, sum(map(len, read.tokens)), read.num_truncated)
+        limit = min(max_length or self.architecture.max_length, self.architecture.max_length)
+        tokenized = self.embedding_prompts(texts, instruction=instruction, max_length=limit)
+        kept = [prompt.cut(limit) for prompt in tokenized]
+        vectors = self.embed(kept, batch_tokens=batch_tokens, progress=progress)
+        truncated = sum(len(prompt.tokens) > limit for prompt in tokenized)
+        return Encoded(vectors, sum(len(prompt.tokens) for prompt in kept), truncated)
 
-    def embedding_tokens(
+    def embedding_prompts(
         self,
         texts: Sequence[str],
         *,
         instruction: str = "",
         max_length: int | None = None,
         form: prompts.CacheForm = "first",
-    ) -> EmbeddingTokens:
-        """What the embedding pass reads of texts.
+    ) -> list[prompts.TokenizedPrompt]:
+        """What is read of texts to embed them, however long; other arguments and errors as of `encode_with_counts`.
 
-        Args:
-          texts: What is embedded.
-          instruction: What the model is told about all of them.
-          max_length: Tokens kept of each formatted text; None is the model's limit.
-          form: Whether a text begins with BOS, or comes `second`, after the keys and values of another.
-
-        Raises:
-          InputError: A text is empty, or the instruction leaves no room for it; the message names its place.
+        `form` says whether a text begins with BOS, or comes `second`, after the keys and values of another.
         """
-        limit = min(max_length or self.architecture.max_length, self.architecture.max_length)
         opening = prompts.opening(form, bos=self.tokenizer.bos)
-        tokenized = prompts.tokenize(
-            [prompts.embedding(text, instruction, bos=opening) for text in texts], self.tokenizer
-        )
+        limit = min(max_length or self.architecture.max_length, self.architecture.max_length)
+        formatted = [prompts.embedding(text, instruction, bos=opening) for text in texts]
+        tokenized = prompts.tokenize(formatted, self.tokenizer)
         for place, prompt in enumerate(tokenized):
             if not len(prompt.spans):
                 raise InputError(f"text {place} is empty; leave it out")
@@ -247,11 +226,33 @@ class GritModel:
                     f"text {place}: its instruction takes {prompt.spans[0, 0]} of {limit} tokens and leaves no room "
                     "for the text; shorten it or raise the maximum length"
                 )
-        return EmbeddingTokens(
-            [prompt.tokens[:limit] for prompt in tokenized],
-            [prompt.spans for prompt in tokenized],
-            sum(len(prompt.tokens) > limit for prompt in tokenized),
-        )
+        return tokenized
+
+    def embed(
+        self,
+        texts: Sequence[prompts.TokenizedPrompt],
+        *,
+        batch_tokens: int | None = None,
+        progress: Callable[[int], None] = lambda _: None,
+    ) -> np.ndarray:
+        """Vectors of texts, float32 [texts, embed].
+
+        Args:
+          texts: From `embedding_prompts`, of which so many tokens are read as there are, at most the model's limit.
+          batch_tokens: As of `encode_with_counts`.
+          progress: As of `encode_with_counts`.
+        """
+        vectors = np.zeros((len(texts), self.embed_dim), np.float32)
+        for rows in self._packed([text.tokens for text in texts], batch_tokens):
+            weights = np.zeros(rows.tokens.shape, np.float32)
+            for place, row, start, _ in rows.texts:
+                tokens, spans = texts[place]
+                weights[row, start : start + len(tokens)] = pool_weights(spans, len(tokens), self.embedding.pooling)
+            slots = self._slots(*rows[:3], weights)
+            members, slot_numbers = ([place[field] for place in rows.texts] for field in (0, 3))
+            vectors[members] = slots.reshape(-1, vectors.shape[1])[slot_numbers]
+            progress(len(members))
+        return vectors
 
     def encode_with_caches(
         self,
@@ -276,64 +277,97 @@ class GritModel:
         Raises:
           InputError: As of `encode_with_counts`.
         """
-        read = self.embedding_tokens(texts, instruction=instruction, max_length=max_length, form=form)
-        found = dict(self.iter_with_caches(read, attention=attention, batch_tokens=batch_tokens))
+        read = self.embedding_prompts(texts, instruction=instruction, max_length=max_length, form=form)
+        kept = [prompt.cut(min(max_length or self.architecture.max_length, self.architecture.max_length))
+                for prompt in read]  # fmt: skip
+        found = dict(self.embed_with_caches(kept, attention=attention, batch_tokens=batch_tokens))
         return [found[place] for place in range(len(texts))]
 
-    def iter_with_caches(
-        self, read: EmbeddingTokens, *, attention: Attention | None = None, batch_tokens: int | None = None
+    def embed_with_caches(
+        self,
+        texts: Sequence[prompts.TokenizedPrompt],
+        *,
+        attention: Attention | None = None,
+        batch_tokens: int | None = None,
     ) -> Iterator[tuple[int, Cached]]:
-        """`encode_with_caches` of texts as they are read, a batch at a time: each text's place, and what is made of it.
+        """`embed` that keeps keys and values: the place of each text and what is made of it, a batch at a time.
 
-        Each text has a row of its own; texts of like length come together.
+        Each text has a row of its own; texts of like length come together. Arguments as of `encode_with_caches`.
         """
         settings = dataclasses.replace(self.embedding, attention=attention or self.embedding.attention)
-        shards = sharding.axis_size(self._mesh, "batch")
-        lengths = np.array([_bucket(len(tokens), at_least=self._shortest_row) for tokens in read.tokens], np.int64)
+        lengths = np.array([bucket(len(text.tokens), at_least=self._shortest_row) for text in texts], np.int64)
         for length in np.unique(lengths).tolist():
             of_length = np.flatnonzero(lengths == length).tolist()
-            full = max(1, (batch_tokens or self._batch_tokens) // (length * shards)) * shards
+            full = self._full_batch(length, batch_tokens)
             for first in range(0, len(of_length), full):
                 members = of_length[first : first + full]
-                num_rows = min(full, _bucket(len(members), at_least=shards))
-                tokens, segment_ids = (np.zeros((num_rows, length), np.int32) for _ in range(2))
-                weights = np.zeros((num_rows, length), np.float32)
-                for row, text in enumerate(members):
-                    columns = slice(len(read.tokens[text]))
-                    tokens[row, columns], segment_ids[row, columns] = read.tokens[text], 1
-                    weights[row, columns] = pool_weights(read.spans[text], columns.stop, settings.pooling)
+                shape = min(full, bucket(len(members), at_least=sharding.axis_size(self._mesh, "batch"))), length
+                tokens, segment_ids = (np.zeros(shape, np.int32) for _ in range(2))
+                weights = np.zeros(shape, np.float32)
+                for row, place in enumerate(members):
+                    ids, spans = texts[place]
+                    tokens[row, : len(ids)], segment_ids[row, : len(ids)] = ids, 1
+                    weights[row, : len(ids)] = pool_weights(spans, len(ids), settings.pooling)
                 with jax.set_mesh(self._mesh):
                     vectors, cache = embed_with_cache(
                         self._model, self.params, tokens, segment_ids, weights,
-                        settings=settings, dtype=self._execution.dtype,
+                        settings=settings, execution=self._execution,
                     )  # fmt: skip
                 vectors, keys, values = map(np.asarray, (vectors, *cache))
-                for row, text in enumerate(members):
-                    own = row, slice(len(read.tokens[text]))
-                    yield text, Cached(vectors[row], KVCache(keys[:, *own], values[:, *own]))
+                for row, place in enumerate(members):
+                    own = row, slice(len(texts[place].tokens))
+                    yield place, Cached(vectors[row], KVCache(keys[:, *own], values[:, *own]))
 
-    @property
-    def _embed_dim(self) -> int:
-        return self.embedding.projection_dim or self.architecture.embed_dim
+    def warm_up_embedding(self, max_length: int, progress: Callable[[int], None] = lambda _: None) -> int:
+        """Compiles all programs that `embed` needs for texts of up to `max_length` tokens, and returns how many.
 
-    def _packed(self, texts: Sequence[np.ndarray], batch_tokens: int) -> Iterator[_Rows]:
+        `progress` is called after each.
+        """
+        shapes = []
+        longest = bucket(max_length, at_least=self._shortest_row)
+        for row_length in _doublings(self._shortest_row, longest):
+            shards = sharding.axis_size(self._mesh, "batch")
+            shapes += [(rows, row_length) for rows in _doublings(shards, self._full_batch(row_length, None))]
+        for shape in shapes:
+            nothing = np.zeros(shape, np.int32)
+            self._slots(nothing, nothing, nothing, np.zeros(shape, np.float32))
+            progress(1)
+        return len(shapes)
+
+    def _slots(
+        self, tokens: np.ndarray, segment_ids: np.ndarray, positions: np.ndarray, weights: np.ndarray
+    ) -> np.ndarray:
+        """Vectors of the texts of packed rows, float32 [rows, segments, embed]."""
+        with jax.set_mesh(self._mesh):
+            slots = _embed(
+                self._model, self.params, tokens, segment_ids, positions, weights,
+                settings=self.embedding, execution=self._execution,
+            )  # fmt: skip
+        return np.asarray(slots)
+
+    def _full_batch(self, row_length: int, batch_tokens: int | None) -> int:
+        """Rows that go through the model at a time."""
+        shards = sharding.axis_size(self._mesh, "batch")
+        return max(1, (batch_tokens or self.batch_tokens) // (row_length * shards)) * shards
+
+    def _packed(self, texts: Sequence[np.ndarray], batch_tokens: int | None) -> Iterator[_Rows]:
         """Batches of packed rows that hold the tokens of each text once."""
         if not len(texts):
             return
         lengths = np.array([len(tokens) for tokens in texts], np.int64)
         # Attention costs what its rows are long, so short texts get short rows: twice as long, to fill them well.
-        longest = _bucket(int(lengths.max()), at_least=self._shortest_row)
+        longest = bucket(int(lengths.max()), at_least=self._shortest_row)
         row_lengths = np.array(
-            [min(2 * _bucket(int(length), at_least=self._shortest_row), longest) for length in lengths]
+            [min(2 * bucket(int(length), at_least=self._shortest_row), longest) for length in lengths]
         )
         shards = sharding.axis_size(self._mesh, "batch")
         for row_length in np.unique(row_lengths).tolist():
             of_length = np.flatnonzero(row_lengths == row_length)
             most = max_segments(row_length)
             packing = pack(lengths[of_length], row_length=row_length, max_segments=most)
-            full = max(1, batch_tokens // (row_length * shards)) * shards
+            full = self._full_batch(row_length, batch_tokens)
             for first in range(0, packing.num_rows, full):
-                num_rows = min(full, _bucket(min(full, packing.num_rows - first), at_least=shards))
+                num_rows = min(full, bucket(min(full, packing.num_rows - first), at_least=shards))
                 tokens, segment_ids, positions = (np.zeros((num_rows, row_length), np.int32) for _ in range(3))
                 placed = []
                 for place in np.flatnonzero((packing.row >= first) & (packing.row < first + num_rows)).tolist():
@@ -419,7 +453,7 @@ class GritModel:
         values, num_tokens = np.zeros(len(texts)), np.zeros(len(texts), np.int64)
         greedy = np.ones(len(texts), bool)
         read, members = [np.frombuffer(key, np.int32) for key in readings], list(readings.values())
-        for rows in self._packed(read, batch_tokens or self._batch_tokens):
+        for rows in self._packed(read, batch_tokens):
             owners, places, targets = [], [], []
             for reading, row, start, _ in rows.texts:
                 for text in members[reading]:
@@ -428,7 +462,7 @@ class GritModel:
                         places += range(row * rows.tokens.shape[1] + start + first - 1,
                                         row * rows.tokens.shape[1] + start + last - 1)  # fmt: skip
                         targets += texts[text].tokens[first:last].tolist()
-            size = _bucket(len(places), at_least=max(64, sharding.axis_size(self._mesh, "batch")))
+            size = bucket(len(places), at_least=max(64, sharding.axis_size(self._mesh, "batch")))
             padded = (np.pad(np.array(x, np.int32), (0, size - len(x))) for x in (places, targets))
             with jax.set_mesh(self._mesh):
                 scores, likeliest = _score(self._model, self.params, *rows[:3], *padded, execution=self._execution)
@@ -460,8 +494,8 @@ class GritModel:
         scored = np.zeros(length, bool)
         for first, last in np.maximum(prompt.spans, 1).tolist():
             scored[first - 1 : last - 1] = True
-        size = _bucket(length, at_least=self._shortest_row)
-        slots = _bucket(num_cached + size, at_least=self._shortest_row)
+        size = bucket(length, at_least=self._shortest_row)
+        slots = bucket(num_cached + size, at_least=self._shortest_row)
         shape = self.architecture.num_layers, slots, self.architecture.num_kv_heads, self.architecture.head_dim
         cache = KVCache(*(np.zeros(shape, self._execution.dtype) for _ in range(2)))
         for into, values in zip(cache, prefix or ()):
@@ -484,7 +518,7 @@ class GritModel:
             length = len(encoding.ids)
             if not 0 < length <= self.architecture.max_length:
                 raise InputError(f"text {place} has {length} tokens, not 1 to {self.architecture.max_length}")
-            shape = rows, _bucket(length, at_least=self._shortest_row)
+            shape = rows, bucket(length, at_least=self._shortest_row)
             tokens, segment_ids = (np.zeros(shape, np.int32) for _ in range(2))
             tokens[:, :length], segment_ids[:, :length] = encoding.ids, 1
             with jax.set_mesh(self._mesh):
@@ -526,9 +560,8 @@ class GritModel:
         batch: Any = list(messages) if many else [messages]
         options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
         answers = [""] * len(batch)
-        prefixes = [prefix] * len(batch) if isinstance(prefix, str) else prefix
-        texts = [self._prompt(one, prefix=begin, raw=raw) for one, begin in zip(batch, prefixes, strict=True)]
-        for pieces in self._answers(texts, stop=stop, **options) if batch else ():
+        tokens = self.prompt_tokens(batch, prefix=prefix, raw=raw)
+        for pieces in self._answers(tokens, stop=stop, **options) if batch else ():
             answers = [answer + piece for answer, piece in zip(answers, pieces, strict=True)]
         return answers if many else answers[0]
 
@@ -546,7 +579,8 @@ class GritModel:
     ) -> Iterator[str]:
         """The pieces of `generate`'s answer as they come; arguments as there."""
         options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
-        for (piece,) in self._answers([self._prompt(messages, prefix=prefix, raw=raw)], stop=stop, **options):
+        tokens = self.prompt_tokens([messages], prefix=prefix, raw=raw)
+        for (piece,) in self._answers(tokens, stop=stop, **options):
             if piece:
                 yield piece
 
@@ -567,13 +601,19 @@ class GritModel:
         ]
         return hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
 
+    def prompt_tokens(
+        self, messages: Sequence[Messages], *, prefix: str | Sequence[str] = "", raw: bool = False
+    ) -> list[np.ndarray]:
+        """What `generate` reads, int32 [tokens] of each message; arguments as there."""
+        prefixes = [prefix] * len(messages) if isinstance(prefix, str) else prefix
+        texts = [self._prompt(one, prefix=begin, raw=raw) for one, begin in zip(messages, prefixes, strict=True)]
+        return [encoding.ids for encoding in self.tokenizer.encode_batch(texts)]
+
     def prompt_lengths(
         self, messages: Sequence[Messages], *, prefix: str | Sequence[str] = "", raw: bool = False
     ) -> np.ndarray:
         """Tokens of what `generate` reads, int64 [messages]; arguments as there."""
-        prefixes = [prefix] * len(messages) if isinstance(prefix, str) else prefix
-        texts = [self._prompt(one, prefix=begin, raw=raw) for one, begin in zip(messages, prefixes, strict=True)]
-        return np.array([len(encoding.ids) for encoding in self.tokenizer.encode_batch(texts)], np.int64)
+        return np.array([len(tokens) for tokens in self.prompt_tokens(messages, prefix=prefix, raw=raw)], np.int64)
 
     def _prompt(self, messages: Messages, *, prefix: str, raw: bool) -> str:
         """The text that an answer continues."""
@@ -581,96 +621,45 @@ class GritModel:
             return self.tokenizer.bos + messages + prefix
         return prompts.generation(messages, bos=self.tokenizer.bos, eos=self.tokenizer.eos, prefix=prefix)
 
-    def _answers(self, texts: list[str], *, stop: Sequence[str], **options) -> Iterator[list[str]]:
+    def _answers(
+        self, tokens: Sequence[np.ndarray], *, stop: Sequence[str], max_new_tokens: int, **options: Any
+    ) -> Iterator[list[str]]:
         """New text of every answer, after each block of tokens."""
-        prompt_ids = [encoding.ids for encoding in self.tokenizer.encode_batch(texts)]
-        answers = [_Answer(self.tokenizer, ids, stop) for ids in prompt_ids]
-        for block in self._tokens(prompt_ids, **options):
-            yield [answer.extend(tokens) for answer, tokens in zip(answers, block, strict=True)]
-            if all(answer.done for answer in answers):
-                break
-        yield [answer.finish() for answer in answers]
+        longest = max(map(len, tokens)) + max_new_tokens
+        slots = min(bucket(longest, at_least=64), self.architecture.max_length)
+        rows = bucket(len(tokens), at_least=1)
+        engine = self.engine([LaneSize(rows, slots)])
+        answers = {Continuation(ids, max_new_tokens, **options): Answer(self.tokenizer, ids, stop) for ids in tokens}
+        for continuation in answers:
+            engine.submit(continuation)
+        while engine.is_busy:
+            pieces = dict.fromkeys(answers, "")
+            for block in engine.step():
+                answer = answers[block.continuation]
+                pieces[block.continuation] = answer.extend(block.tokens, last=block.finish is not None)
+                if answer.done:
+                    engine.cancel(block.continuation)
+            yield list(pieces.values())
 
-    def _tokens(
-        self, prompt_ids: list[np.ndarray], *, max_new_tokens: int, temperature: float, top_p: float, seed: int
-    ) -> Iterator[np.ndarray]:
-        """Blocks of sampled tokens, int32 [batch, up to 8]."""
-        lengths = np.array([len(ids) for ids in prompt_ids], np.int32)
-        longest = int(lengths.max()) + max_new_tokens
-        if longest > self.architecture.max_length:
-            raise InputError(
-                f"a prompt of {lengths.max()} tokens and {max_new_tokens} new ones are over the model's "
-                f"{self.architecture.max_length}; shorten the prompt or ask for fewer"
-            )
-        # Rows are filled up with one-token prompts to a size that the mesh divides and that is compiled for.
-        num_rows = _bucket(len(prompt_ids), at_least=sharding.axis_size(self._mesh, "batch"))
-        lengths = np.concatenate([lengths, np.ones(num_rows - len(lengths), np.int32)])
-        tokens = np.zeros((num_rows, _bucket(int(lengths.max()), at_least=32)), np.int32)
-        for row, ids in enumerate(prompt_ids):
-            tokens[row, : len(ids)] = ids
-        with jax.set_mesh(self._mesh):
-            logits, cache = prefill(
-                self._model, self.params, tokens, lengths,
-                slots=_bucket(max(longest + _DECODE_STEPS, tokens.shape[1]), at_least=64), dtype=self._execution.dtype,
-            )  # fmt: skip
-            seeds = np.full(num_rows, seed & 0xFFFFFFFF, np.uint32)
-            for done in range(0, max_new_tokens, _DECODE_STEPS):
-                block, logits, cache = decode(
-                    self._model, self.params, logits, cache, lengths + done, seeds,
-                    temperature=np.float32(temperature), top_p=np.float32(top_p), steps=_DECODE_STEPS,
-                )  # fmt: skip
-                yield np.asarray(block)[: len(prompt_ids), : max_new_tokens - done]
+    def engine(self, lanes: Sequence[LaneSize], *, fewer_rows: bool = False) -> Engine:
+        """What writes texts of this model that come and go; see `Engine`.
+
+        Args:
+          lanes: Its batches, those of the fewest slots first.
+          fewer_rows: Whether a lane of which few rows are in use computes only some of them.
+        """
+        return Engine(
+            self._model, self.params, mesh=self._mesh, dtype=self._execution.dtype, eos_id=self.tokenizer.eos_id,
+            lanes=lanes, read_tokens=self.batch_tokens, fewer_rows=fewer_rows,
+        )  # fmt: skip
 
 
-class _Answer:
-    """Text of one answer, released piece by piece once later tokens cannot change it."""
-
-    def __init__(self, tokenizer: Tokenizer, prompt_ids: np.ndarray, stop: Sequence[str]):
-        self._tokenizer, self._stop = tokenizer, [text for text in stop if text]
-        # A few tokens of the prompt give the decoder what it needs to place spaces.
-        self._ids = prompt_ids[-8:].tolist()
-        self._skip = len(tokenizer.decode(self._ids))
-        self._text, self._released, self.done = "", 0, False
-
-    def extend(self, tokens: np.ndarray) -> str:
-        """Adds tokens and returns the text that is certain by now."""
-        if self.done:
-            return ""
-        ids = tokens.tolist()
-        if self._tokenizer.eos_id in ids:
-            ids, self.done = ids[: ids.index(self._tokenizer.eos_id)], True
-        self._ids += ids
-        self._text = self._tokenizer.decode(self._ids)[self._skip :]
-        ends = [place for place in map(self._text.find, self._stop) if place >= 0]
-        if ends:
-            self._text, self.done = self._text[: min(ends)], True
-        return self._release(len(self._text) if self.done else self._certain())
-
-    def finish(self) -> str:
-        """What was held back."""
-        return self._release(len(self._text))
-
-    def _certain(self) -> int:
-        """Length of the text before an unfinished character or what may become a stop string."""
-        end = len(self._text.rstrip("\N{REPLACEMENT CHARACTER}"))
-        for stop in self._stop:
-            for length in range(min(len(stop) - 1, end), 0, -1):
-                if self._text.endswith(stop[:length], 0, end):
-                    end -= length
-                    break
-        return end
-
-    def _release(self, end: int) -> str:
-        piece = self._text[self._released : end]
-        self._released = max(self._released, end)
-        return piece
-
-
-def _bucket(size: int, *, at_least: int) -> int:
-    """The next power of two times `at_least`, so that few shapes are compiled."""
-    while at_least < size:
-        at_least *= 2
-    return at_least
+def _doublings(first: int, last: int) -> list[int]:
+    """`first` and its doubles, up to `last`."""
+    sizes = [first]
+    while sizes[-1] < last:
+        sizes.append(min(2 * sizes[-1], last))
+    return sizes
 
 
 @functools.partial(jax.jit, static_argnames="rounded")

@@ -66,6 +66,10 @@ class TokenizedPrompt(NamedTuple):
     tokens: np.ndarray
     spans: np.ndarray
 
+    def cut(self, limit: int) -> TokenizedPrompt:
+        """The first `limit` tokens; spans are as they were."""
+        return self._replace(tokens=self.tokens[:limit])
+
 
 def embedding(text: str, instruction: str = "", *, bos: str) -> Prompt:
     r"""`<s><|user|>\n{instruction}\n<|embed|>\n{text}`, or `<s><|embed|>\n{text}`; the text is pooled."""

@@ -139,6 +139,11 @@ class Tokenizer:
         """Largest id plus one."""
         return max(self._backend.get_vocab(with_added_tokens=True).values()) + 1
 
+    @functools.cached_property
+    def longest_token(self) -> int:
+        """Most characters that one token stands for."""
+        return max(map(len, self._backend.get_vocab(with_added_tokens=True)))
+
     @property
     def bos_id(self) -> int | None:
         """Id of `bos`, None when there is none."""

@@ -111,7 +111,7 @@ def test_an_answer_ends_before_a_stop_string_wherever_blocks_split_it(model):
 
 def test_max_new_tokens_is_kept_and_too_long_a_prompt_refused(model):
     assert len(model.tokenizer.encode(model.generate("hi", max_new_tokens=5, raw=True)).ids) <= 15
-    with pytest.raises(InputError, match=r"over the model's 256; shorten the prompt"):
+    with pytest.raises(InputError, match=r"over the limit of 256; shorten the prompt"):
         model.generate("hi", max_new_tokens=250)
 
 

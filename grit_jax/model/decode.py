@@ -1,47 +1,172 @@
-"""Generation with a key/value cache."""
+"""Generation with a key/value cache: reads tokens into rows of a batch, and samples what comes next."""
 
 from __future__ import annotations
 
 import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key, UInt32
+from jaxtyping import Array, Bool, Float, Int, Key
 
-from grit_jax import sharding
+from grit_jax.execution import Execution
 from grit_jax.model.attention import AttentionMask
 from grit_jax.model.transformer import Cache, KVCache, Params, Transformer, bind
+from grit_jax.sharding import constrain
+
+TOP_LOGPROBS = 20  # likeliest tokens that are told with each sampled one
 
 
-def empty_cache(model: Transformer, batch: int, slots: int, dtype: jnp.dtype) -> Cache:
-    """A cache for sequences of up to `slots` tokens."""
-    config = model.config
-    shape = (batch, slots, config.num_kv_heads, config.head_dim)
-    if model.is_split:
-        return [KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(config.num_layers)]
-    shape = (config.num_layers, *shape)
-    return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+Values = Any  # an array of JAX or NumPy
 
 
-def _advance(
-    model: Transformer, tokens: Int[Array, "batch length"], positions: Int[Array, "batch length"], cache: Cache
-) -> tuple[Float[Array, "batch length embed"], Cache]:
-    """Hidden states of `tokens`, which see the cache up to their own position.
+class DecodeState(NamedTuple):
+    """What the rows of a batch have read.
 
-    Slot p holds position p, so what is written beyond a sequence's end is overwritten before any token sees it.
+    Attributes:
+      cache: Keys and values.
+      logits: float32 [rows, vocab]; of the token after what each row has read.
     """
-    keys = jax.tree.leaves(cache)[0]
-    slots = jnp.arange(keys.shape[-3])[None]
-    mask = AttentionMask(positions, slots, None, None, causal=True, window=model.config.sliding_window)
-    return model.with_cache(tokens, mask, cache, dtype=keys.dtype)
+
+    cache: Cache
+    logits: Float[Array, "rows vocab"]
+
+
+class Sampling(NamedTuple):
+    """How the next tokens of some rows are chosen.
+
+    Attributes:
+      seeds: uint32 [batch]; a token's draw depends on its row's seed and its position alone.
+      temperature: float32 [batch]; 0 takes the likeliest token.
+      top_p: float32 [batch]; probability of the nucleus that is drawn from.
+      logprobs: Whether log p of the tokens is computed.
+    """
+
+    seeds: Values
+    temperature: Values
+    top_p: Values
+    logprobs: Values
+
+
+class Logprobs(NamedTuple):
+    """Log p of sampled tokens and of the likeliest ones, at temperature 1; zeros where they are not wanted.
+
+    Attributes:
+      chosen: float32 [batch, steps].
+      likeliest: int32 [batch, steps, up to 20]; tokens, likeliest first.
+      values: float32 of the same shape; their log p.
+    """
+
+    chosen: Values
+    likeliest: Values
+    values: Values
+
+
+@functools.partial(jax.jit, static_argnums=0, static_argnames=("rows", "slots", "dtype"))
+def empty_state(model: Transformer, params: Params, *, rows: int, slots: int, dtype: jnp.dtype) -> DecodeState:
+    """A state of rows of up to `slots` tokens that have read nothing; its layers are stacked as those of `params`."""
+    config = model.config
+
+    def zeros():
+        shape = (rows, slots, config.num_kv_heads, config.head_dim)
+        return constrain(jnp.zeros(shape, dtype), "batch", "length", "activation_heads", "head_dim")
+
+    layers = [KVCache(zeros(), zeros()) for _ in range(config.num_layers)]
+    cache = layers if bind(model, params).is_split else jax.tree.map(lambda *each: jnp.stack(each), *layers)
+    return DecodeState(cache, jnp.zeros((rows, config.vocab_size), jnp.float32))
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnames="state")
+def extend(
+    model: Transformer,
+    params: Params,
+    state: DecodeState,
+    tokens: Int[Array, "batch length"],
+    starts: Int[Array, " batch"],
+    lengths: Int[Array, " batch"],
+    rows: Int[Array, " batch"] | None = None,
+) -> DecodeState:
+    """Reads more tokens of some rows.
+
+    Args:
+      model: Abstract model.
+      params: Its parameters.
+      state: What has been read; its memory is reused.
+      tokens: Padded on the right to a common length.
+      starts: Tokens that each row has read before.
+      lengths: Tokens that each row reads now; a row of none is left as it is.
+      rows: Their places in the state; None for all of them, in order. One beyond the state is padding.
+    """
+    model, part = bind(model, params), _take(state, rows)
+    hidden, cache = _advance(model, tokens, starts[:, None] + jnp.arange(tokens.shape[1]), part.cache)
+    last = jnp.take_along_axis(hidden, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)[:, 0]
+    logits = model.output_layer(_dtype(cache))(last).astype(jnp.float32)
+    return _put(state, DecodeState(cache, jnp.where(lengths[:, None] > 0, logits, part.logits)), rows)
+
+
+@functools.partial(jax.jit, donate_argnames="state")
+def write_prefix(state: DecodeState, prefix: KVCache, row: Int[Array, ""], start: Int[Array, ""]) -> DecodeState:
+    """Puts keys and values, [layers, tokens, kv_heads, head_dim], into the slots of a row from `start` on."""
+    slots = start + jnp.arange(prefix.keys.shape[1])
+
+    def write(into, values):
+        place = (slice(None), row, slots)[-(into.ndim - 2) :]
+        return into.at[place].set(values.astype(into.dtype), mode="drop")
+
+    if isinstance(state.cache, KVCache):
+        return state._replace(cache=jax.tree.map(write, state.cache, prefix))
+    layers = [KVCache(*layer) for layer in zip(*prefix, strict=True)]
+    return state._replace(cache=jax.tree.map(write, state.cache, layers))
+
+
+@functools.partial(jax.jit, static_argnums=0, static_argnames="steps", donate_argnames="state")
+def decode(
+    model: Transformer,
+    params: Params,
+    state: DecodeState,
+    lengths: Int[Array, " batch"],
+    sampling: Sampling,
+    rows: Int[Array, " batch"] | None = None,
+    *,
+    steps: int,
+) -> tuple[Int[Array, "batch steps"], Logprobs, DecodeState]:
+    """Samples the next `steps` tokens of some rows.
+
+    Args:
+      model: Abstract model.
+      params: Its parameters.
+      state: What has been read; its memory is reused.
+      lengths: Tokens that each row has read.
+      sampling: How tokens are chosen.
+      rows: As of `extend`.
+      steps: Number of tokens.
+
+    Returns:
+      The tokens and their log p, whole on every device, and the state after them.
+    """
+    bound, part = bind(model, params), _take(state, rows)
+    output_layer = bound.output_layer(_dtype(part.cache))
+    keys = jax.vmap(jax.random.key)(sampling.seeds)
+
+    def step(carry: DecodeState, position_offset):
+        positions = lengths + position_offset
+        draw_keys = jax.vmap(jax.random.fold_in)(keys, positions)
+        tokens = sample(carry.logits, draw_keys, temperature=sampling.temperature, top_p=sampling.top_p)
+        logprobs = _logprobs(carry.logits, tokens, sampling.logprobs)
+        hidden, cache = _advance(bound, tokens[:, None], positions[:, None], carry.cache)
+        return DecodeState(cache, output_layer(hidden[:, 0]).astype(jnp.float32)), (tokens, logprobs)
+
+    part, by_step = jax.lax.scan(step, part, jnp.arange(steps))
+    tokens, logprobs = jax.tree.map(lambda x: constrain(x.swapaxes(0, 1), *["whole"] * x.ndim), by_step)
+    return tokens, logprobs, _put(state, part, rows)
 
 
 def sample(
     logits: Float[Array, "batch vocab"],
     keys: Key[Array, " batch"],
     *,
-    temperature: Float[Array, ""],
-    top_p: Float[Array, ""],
+    temperature: Float[Array, " batch"],
+    top_p: Float[Array, " batch"],
 ) -> Int[Array, " batch"]:
     """One token per row: the likeliest at temperature 0, else a draw from the nucleus.
 
@@ -49,7 +174,7 @@ def sample(
     `keys` holds one random key per row.
     """
 
-    def draw(row_logits, key):
+    def draw(row_logits, key, temperature, top_p):
         scaled = row_logits / jnp.maximum(temperature, 1e-6)
         descending = jnp.sort(scaled)[::-1]
         before = jnp.cumsum(jax.nn.softmax(descending)) - jax.nn.softmax(descending)
@@ -58,71 +183,56 @@ def sample(
         return jax.random.categorical(key, jnp.where(scaled >= threshold, scaled, -jnp.inf))
 
     greedy = jnp.argmax(logits, axis=-1)
-    return jax.lax.cond(temperature > 0, lambda: jax.vmap(draw)(logits, keys), lambda: greedy)
+
+    def drawn():
+        return jnp.where(temperature > 0, jax.vmap(draw)(logits, keys, temperature, top_p), greedy)
+
+    return jax.lax.cond(jnp.any(temperature > 0), drawn, lambda: greedy)
 
 
-@functools.partial(jax.jit, static_argnums=0, static_argnames=("slots", "dtype"))
-def prefill(
-    model: Transformer,
-    params: Params,
-    tokens: Int[Array, "batch length"],
-    lengths: Int[Array, " batch"],
-    *,
-    slots: int,
-    dtype: jnp.dtype,
-) -> tuple[Float[Array, "batch vocab"], Cache]:
-    """Reads prompts, padded on the right to a common length.
+def _logprobs(logits: Float[Array, "batch vocab"], tokens: Int[Array, " batch"], wanted: Bool[Array, ""]) -> Logprobs:
+    count = min(TOP_LOGPROBS, logits.shape[-1])
 
-    Returns:
-      Float32 logits of the token after each prompt, and the cache.
+    def computed():
+        log_p = jax.nn.log_softmax(logits)
+        values, likeliest = jax.lax.top_k(log_p, count)
+        return Logprobs(jnp.take_along_axis(log_p, tokens[:, None], axis=1)[:, 0], likeliest, values)
+
+    none = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(computed))
+    return jax.lax.cond(wanted, computed, lambda: none)
+
+
+def _advance(
+    model: Transformer, tokens: Int[Array, "batch length"], positions: Int[Array, "batch length"], cache: Cache
+) -> tuple[Float[Array, "batch length embed"], Cache]:
+    """Hidden states of `tokens`, which see the cache up to their own position.
+
+    Slot p holds position p, so what is written beyond a row's end is overwritten before any token sees it. What would
+    be written beyond the last slot is left out.
     """
-    model = bind(model, params)
-    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    hidden, cache = _advance(model, tokens, positions, empty_cache(model, tokens.shape[0], slots, dtype))
-    last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
-    return model.output_layer(dtype)(last), cache
+    slots = jnp.arange(jax.tree.leaves(cache)[0].shape[-3])[None]
+    mask = AttentionMask(positions, slots, None, None, causal=True, window=model.config.sliding_window)
+    return model.with_cache(tokens, mask, cache, Execution(_dtype(cache)))
 
 
-@functools.partial(jax.jit, static_argnums=0, static_argnames="steps", donate_argnames="cache")
-def decode(
-    model: Transformer,
-    params: Params,
-    logits: Float[Array, "batch vocab"],
-    cache: Cache,
-    lengths: Int[Array, " batch"],
-    seeds: UInt32[Array, " batch"],
-    *,
-    temperature: Float[Array, ""],
-    top_p: Float[Array, ""],
-    steps: int,
-) -> tuple[Int[Array, "batch steps"], Float[Array, "batch vocab"], Cache]:
-    """Samples the next `steps` tokens of every sequence.
+def _dtype(cache: Cache) -> jnp.dtype:
+    return jax.tree.leaves(cache)[0].dtype
 
-    Args:
-      model: Abstract model.
-      params: Its parameters.
-      logits: Float32 logits of the first of them.
-      cache: Keys and values of what came before; its memory is reused.
-      lengths: Tokens that came before.
-      seeds: Of each sequence; a token's draw depends on it and the token's position alone.
-      temperature: 0 takes the likeliest token.
-      top_p: Probability of the nucleus that is drawn from.
-      steps: Number of tokens.
 
-    Returns:
-      The tokens, whole on every device; logits of the one after them, and the cache.
-    """
-    bound = bind(model, params)
-    output_layer = bound.output_layer(jax.tree.leaves(cache)[0].dtype)
-    keys = jax.vmap(jax.random.key)(seeds)
+def _dim_of_rows(cache: Cache) -> int:
+    return 1 if isinstance(cache, KVCache) else 0
 
-    def step(carry, position_offset):
-        logits, cache = carry
-        positions = lengths + position_offset
-        draw_keys = jax.vmap(jax.random.fold_in)(keys, positions)
-        tokens = sample(logits, draw_keys, temperature=temperature, top_p=top_p)
-        hidden, cache = _advance(bound, tokens[:, None], positions[:, None], cache)
-        return (output_layer(hidden[:, 0]), cache), tokens
 
-    (logits, cache), tokens = jax.lax.scan(step, (logits, cache), jnp.arange(steps))
-    return sharding.constrain(tokens.T, "whole", "whole"), logits, cache
+def _take(state: DecodeState, rows: Array | None) -> DecodeState:
+    if rows is None:
+        return state
+    take = functools.partial(jnp.take, indices=rows, axis=_dim_of_rows(state.cache), mode="clip")
+    return DecodeState(jax.tree.map(take, state.cache), jnp.take(state.logits, rows, axis=0, mode="clip"))
+
+
+def _put(state: DecodeState, part: DecodeState, rows: Array | None) -> DecodeState:
+    if rows is None:
+        return part
+    before = (slice(None),) * _dim_of_rows(state.cache)
+    cache = jax.tree.map(lambda x, new: x.at[(*before, rows)].set(new, mode="drop"), state.cache, part.cache)
+    return DecodeState(cache, state.logits.at[rows].set(part.logits, mode="drop"))

@@ -24,15 +24,15 @@ Params = dict[str, Any]
 
 
 class KVCache(NamedTuple):
-    """Rotated keys and values of every layer; slot `p` holds the token at position `p`.
+    """Rotated keys and values of every layer, arrays of JAX or NumPy; slot `p` holds the token at position `p`.
 
     Attributes:
       keys: [layers, batch, slots, kv_heads, head_dim].
       values: The same shape.
     """
 
-    keys: Array
-    values: Array
+    keys: Any
+    values: Any
 
 
 Cache = KVCache | list[KVCache]  # of all layers, stacked like their weights, or one of each layer
@@ -267,7 +267,7 @@ class Transformer(nnx.Module):
         return self.final_norm(x), _summed(stats)
 
     def with_cache(
-        self, tokens: Int[Array, "batch length"], mask: AttentionMask, cache: Cache, *, dtype: jnp.dtype
+        self, tokens: Int[Array, "batch length"], mask: AttentionMask, cache: Cache, execution: Execution
     ) -> tuple[Float[Array, "batch length embed"], Cache]:
         """Final-norm hidden states of tokens that attend to `cache`, and the cache with them written in."""
 
@@ -277,7 +277,7 @@ class Transformer(nnx.Module):
             return x, cache
 
         layers: Any = list(zip(self.layers, cache, strict=True)) if self.is_split else (self.layers, cache)
-        x, cache = self._scan(step, self.embed(tokens, dtype), layers, mask, Execution(dtype))
+        x, cache = self._scan(step, self.embed(tokens, execution.dtype), layers, mask, execution)
         return self.final_norm(x), cache
 
     def _scan(self, step, x: Array, layers: Any, mask: AttentionMask, execution: Execution) -> tuple[Array, Any]:

@@ -164,16 +164,18 @@ def _encode_with_caches(
     path: Path, dtype: Dtype, model: GritModel, texts: list[str], settings: Settings, progress: Callable[[int], None]
 ) -> Encoded:
     """Embeds the documents of a shard and writes the file of their keys and values."""
-    read = model.embedding_tokens(
-        texts, instruction=settings.instruction, max_length=settings.max_length, form=settings.cache_form
+    limit = settings.max_length
+    read = model.embedding_prompts(
+        texts, instruction=settings.instruction, max_length=limit, form=settings.cache_form
     )
-    vectors, lengths = np.zeros((len(texts), settings.embed_dim), np.float32), list(map(len, read.tokens))
+    kept = [prompt.cut(limit) for prompt in read]
+    vectors, lengths = np.zeros((len(texts), settings.embed_dim), np.float32), [len(text.tokens) for text in kept]
     with caches.writing(path, lengths, model.architecture, dtype) as write:
-        for place, cached in model.iter_with_caches(read):
+        for place, cached in model.embed_with_caches(kept):
             vectors[place] = cached.vector
             write(place, cached.cache)
             progress(1)
-    return Encoded(vectors, sum(lengths), read.num_truncated)
+    return Encoded(vectors, sum(lengths), sum(len(prompt.tokens) > limit for prompt in read))
 
 
 def own_rows(manifest: Manifest) -> int:

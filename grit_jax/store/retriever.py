@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
+
 from grit_jax.config import InputError
 from grit_jax.inference import GritModel
 from grit_jax.search import Searchable
@@ -45,6 +47,11 @@ class Retriever:
         self._model, self._store = model, store
         self._vectors = Searchable(store.vectors, store.scales)
 
+    @property
+    def num_documents(self) -> int:
+        """Documents that are searched."""
+        return len(self._store)
+
     def find(self, queries: Sequence[str], *, instruction: str = "", k: int = 10) -> list[list[Hit]]:
         """The best documents of each query, best first; of equal ones the smaller row comes first.
 
@@ -56,7 +63,11 @@ class Retriever:
         Raises:
           InputError: A query is empty, or the instruction leaves no room for it.
         """
-        scores, rows = self._vectors.top_k(self._model.encode(queries, instruction=instruction), k)
+        return self.nearest(self._model.encode(queries, instruction=instruction), k)
+
+    def nearest(self, queries: np.ndarray, k: int) -> list[list[Hit]]:
+        """`find` with the queries' vectors, float32 [queries, embed]."""
+        scores, rows = self._vectors.top_k(queries, k)
         return [
             [
                 Hit(score, row, self._store.document(row), self._store.duplicates.get(row, []))

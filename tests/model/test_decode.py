@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from grit_jax.config import TransformerConfig
-from grit_jax.model.decode import decode, prefill, sample
+from grit_jax.model.decode import Sampling, decode, empty_state, extend, sample, write_prefix
 from grit_jax.model.transformer import abstract_model, bind, init_params, split_layers
 
 SHAPE = {"embed_dim": 32, "mlp_dim": 48, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2}
@@ -33,6 +33,11 @@ def full_forward_greedy(model, params, prompt, steps):
     return ids[len(prompt) :]
 
 
+def greedy(rows, logprobs=False):
+    zeros = np.zeros(rows, np.float32)
+    return Sampling(np.zeros(rows, np.uint32), zeros, zeros + 1, np.bool_(logprobs))
+
+
 @pytest.mark.parametrize("split", [False, True])
 @pytest.mark.parametrize("window", [None, 4])
 def test_cached_decoding_of_a_ragged_batch_equals_full_forward_passes(window, split):
@@ -43,11 +48,10 @@ def test_cached_decoding_of_a_ragged_batch_equals_full_forward_passes(window, sp
     tokens = np.zeros((3, 16), np.int32)
     for row, prompt in enumerate(PROMPTS):
         tokens[row, : len(prompt)] = prompt
-    logits, cache = prefill(model, given, tokens, lengths, slots=32, dtype=jnp.dtype("float32"))
-    seeds = np.zeros(3, np.uint32)
-    options = {"temperature": np.float32(0), "top_p": np.float32(1), "steps": 4}
-    first, logits, cache = decode(model, given, logits, cache, lengths, seeds, **options)
-    second, _, _ = decode(model, given, logits, cache, lengths + 4, seeds, **options)
+    state = empty_state(model, given, rows=3, slots=24, dtype=jnp.dtype("float32"))
+    state = extend(model, given, state, tokens, np.zeros(3, np.int32), lengths)
+    first, _, state = decode(model, given, state, lengths, greedy(3), steps=4)
+    second, _, _ = decode(model, given, state, lengths + 4, greedy(3), steps=4)
     for row, prompt in enumerate(PROMPTS):
         expected = full_forward_greedy(model, params, prompt, 8)
         assert [*first[row].tolist(), *second[row].tolist()] == expected
@@ -57,7 +61,12 @@ def draws(top_p, temperature=1.0, count=400):
     logits = jnp.log(jnp.array([[0.5, 0.3, 0.15, 0.05]]))
     keys = jax.random.split(jax.random.key(0), count)
     return np.asarray(
-        sample(jnp.repeat(logits, count, 0), keys, temperature=jnp.float32(temperature), top_p=jnp.float32(top_p))
+        sample(
+            jnp.repeat(logits, count, 0),
+            keys,
+            temperature=jnp.full(count, temperature, jnp.float32),
+            top_p=jnp.full(count, top_p, jnp.float32),
+        )
     )
 
 

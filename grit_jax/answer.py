@@ -1,0 +1,62 @@
+"""The text of an answer, released piece by piece."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from grit_jax.tokenizer import Tokenizer
+
+
+class Answer:
+    """Text of one answer; a piece is released once later tokens cannot change it.
+
+    Args:
+      tokenizer: Of the model that writes it.
+      prompt_ids: int32 [tokens]; what it continues.
+      stop: The answer ends before the first of these strings.
+
+    Attributes:
+      done: Whether a stop string has ended it.
+      num_tokens: Tokens that it has, up to the one that completes a stop string.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, prompt_ids: np.ndarray, stop: Sequence[str]):
+        self._tokenizer, self._stop = tokenizer, [text for text in stop if text]
+        # A few tokens of the prompt give the decoder what it needs to place spaces.
+        self._ids = prompt_ids[-8:].tolist()
+        self._skip = len(tokenizer.decode(self._ids))
+        self._text, self._released, self.done, self.num_tokens = "", 0, False, 0
+
+    def extend(self, tokens: np.ndarray, *, last: bool) -> str:
+        """Adds tokens and returns the text that is certain by now.
+
+        Args:
+          tokens: int32 [tokens].
+          last: Whether there will be no more, so that nothing is held back.
+        """
+        if self.done:
+            return ""
+        # With stop strings token by token, to know which of them completes one.
+        for some in np.split(tokens, len(tokens)) if self._stop and len(tokens) else [tokens]:
+            self._ids += some.tolist()
+            self.num_tokens += len(some)
+            self._text = self._tokenizer.decode(self._ids)[self._skip :]
+            ends = [place for place in map(self._text.find, self._stop) if place >= 0]
+            if ends:
+                self._text, self.done = self._text[: min(ends)], True
+                break
+        piece = self._text[self._released : len(self._text) if self.done or last else self._certain()]
+        self._released += len(piece)
+        return piece
+
+    def _certain(self) -> int:
+        """Length of the text before an unfinished character or what may become a stop string."""
+        end = len(self._text.rstrip("\N{REPLACEMENT CHARACTER}"))
+        for stop in self._stop:
+            for length in range(min(len(stop) - 1, end), 0, -1):
+                if self._text.endswith(stop[:length], 0, end):
+                    end -= length
+                    break
+        return end

@@ -1,0 +1,108 @@
+"""The command `grit-jax serve`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+from pathlib import Path
+
+from grit_jax.cli.overrides import refuse_unknown
+from grit_jax.config import InputError, parse_config
+
+HELP = "answer embedding and chat requests over HTTP, as OpenAI's API does, with one copy of a model"
+EXAMPLES = """\
+  grit-jax serve runs/mine
+  grit-jax serve runs/mine --index stores/news --port 8080 --max-length 4096
+  GRIT_JAX_API_KEY=$(cat key) grit-jax serve runs/mine --host 0.0.0.0 --mesh.tensor=4
+"""
+TAKES_OVERRIDES = True  # --mesh.key=value
+
+_KEY = "GRIT_JAX_API_KEY"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `serve`."""
+    parser.add_argument("model", metavar="MODEL", help="run folder, checkpoint or Hugging Face folder")
+    parser.add_argument("--index", metavar="STORE", help="folder from grit-jax index, for search and answers from it")
+    parser.add_argument("--name", help="what clients call the model (default: the folder's name)")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen at (%(default)s)")
+    parser.add_argument("--port", type=int, default=8000, help="port to listen at (%(default)s)")
+    parser.add_argument(
+        "--max-length", type=int, metavar="N",
+        help="tokens of a prompt and its answer, or of an embedded text (default: the model's limit, at most 4096)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--rows", type=int, default=16, metavar="N",
+        help="answers of up to 512 tokens that are written at a time, fewer of longer ones (%(default)s)",
+    )  # fmt: skip
+    parser.add_argument("--queue", type=int, default=256, metavar="N", help="requests that may wait (%(default)s)")
+    parser.add_argument("--max-body", type=int, default=8 << 20, metavar="BYTES", help="largest request (%(default)s)")
+    parser.add_argument("--timeout", type=float, default=300.0, metavar="S", help="seconds of a request (%(default)s)")
+    parser.add_argument(
+        "--drain", type=int, default=30, metavar="S",
+        help="seconds that requests get to finish after SIGTERM (%(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--prompts", metavar="FILE", help='JSON {"name": "instruction"}; embedding requests may name one as prompt_name'
+    )
+    parser.add_argument(
+        "--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="of weights (default: %(default)s)"
+    )
+    parser.epilog = f"{parser.epilog}\nThe API key, if there is one, is the environment variable {_KEY}.\n"
+
+
+def run(args: argparse.Namespace) -> int:
+    """Serves until it is told to stop."""
+    for name in ("max_length", "rows", "queue", "max_body", "timeout", "drain"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise InputError(f"--{name.replace('_', '-')}={getattr(args, name)} must be positive")
+    refuse_unknown(args.overrides, "serve", known="--mesh.")
+    mesh = parse_config("", args.overrides).mesh if args.overrides else None
+    instructions = _instructions(Path(args.prompts)) if args.prompts else {}
+    try:
+        import uvicorn
+
+        from grit_jax.serve.app import Limits, Server
+        from grit_jax.serve.http import PatientProtocol
+    except ModuleNotFoundError as error:
+        raise InputError(f"the server needs {error.name}; pip install 'grit-jax[serve]'") from error
+    from grit_jax.inference import GritModel
+    from grit_jax.store.layout import Store
+    from grit_jax.store.retriever import Retriever
+
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    model = GritModel.load(args.model, mesh=mesh, dtype=args.dtype)
+    limit = model.architecture.max_length
+    if (args.max_length or 0) > limit:
+        raise InputError(f"--max-length={args.max_length} is over the model's {limit}; choose that at most")
+    name = args.name or Path(args.model).resolve().name
+    limits = Limits(
+        max_length=args.max_length or min(limit, 4096), rows=args.rows, queue=args.queue,
+        body_bytes=args.max_body, seconds=args.timeout,
+    )  # fmt: skip
+    server = Server(
+        model, name=name, limits=limits, instructions=instructions, api_key=os.environ.get(_KEY) or None,
+        retriever=Retriever(model, Store(args.index), name=args.model) if args.index else None,
+    )  # fmt: skip
+    print(
+        f"{name} at http://{args.host}:{args.port} once it is ready; weights {server.weights_bytes / 1e6:,.1f} MB, "
+        f"keys and values of answers {server.cache_bytes / 1e6:,.1f} MB",
+        flush=True,
+    )
+    uvicorn.run(
+        server.app, host=args.host, port=args.port, http=PatientProtocol, log_config=None, access_log=False,
+        timeout_graceful_shutdown=args.drain,
+    )  # fmt: skip
+    return 0
+
+
+def _instructions(path: Path) -> dict[str, str]:
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"--prompts {path}: cannot be read: {error}") from error
+    if not isinstance(found, dict) or not all(isinstance(text, str) for text in found.values()):
+        raise InputError(f'--prompts {path}: must be an object such as {{"query": "Find the answer"}}')
+    return found

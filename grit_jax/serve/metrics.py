@@ -1,0 +1,53 @@
+"""What the server counts, for Prometheus."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import jax
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 60, 120)
+
+
+class Metrics:
+    """Counters of one server.
+
+    Attributes:
+      requests: Requests by endpoint and status.
+      seconds: Time from a request's head to the end of its response, by endpoint.
+      first_token_seconds: Time to the first text of a streamed answer.
+      device_seconds: Time of one turn of the device, by what it does: `embed` or `write`.
+      tokens: Tokens that were `embedded`, `read` as prompts, taken from a `cached` prefix, or `written`.
+      compilations: Programs that were compiled.
+    """
+
+    def __init__(self):
+        self._registry = registry = CollectorRegistry()
+        self.requests = Counter("grit_jax_requests", "Requests", ["endpoint", "status"], registry=registry)
+        self.seconds = Histogram(
+            "grit_jax_request_seconds", "Time of a request", ["endpoint"], registry=registry, buckets=_SECONDS
+        )
+        self.first_token_seconds = Histogram(
+            "grit_jax_first_token_seconds", "Time to the first text of a streamed answer", registry=registry,
+            buckets=_SECONDS,
+        )  # fmt: skip
+        self.device_seconds = Histogram(
+            "grit_jax_device_seconds", "Time of a turn of the device", ["work"], registry=registry, buckets=_SECONDS
+        )
+        self.tokens = Counter("grit_jax_tokens", "Tokens", ["kind"], registry=registry)
+        self.compilations = Counter("grit_jax_compilations", "Programs that were compiled", registry=registry)
+        jax.monitoring.register_event_duration_secs_listener(self._on_duration)
+
+    def gauges(self, values: Mapping[str, tuple[str, Callable[[], float]]]) -> None:
+        """Adds numbers that are asked for when they are read: by name what they are, and a function that tells them."""
+        for name, (help_text, function) in values.items():
+            Gauge(f"grit_jax_{name}", help_text, registry=self._registry).set_function(function)
+
+    def text(self) -> bytes:
+        """All of it in Prometheus' text format."""
+        return generate_latest(self._registry)
+
+    def _on_duration(self, event: str, duration_secs: float, **_: str | int) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            self.compilations.inc()

@@ -1,0 +1,247 @@
+"""The thread that owns the model: packs texts of many requests together, and writes answers in between."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import AsyncGenerator, Callable, Generator, Sequence
+from contextlib import contextmanager
+from typing import TypeVar, cast
+
+import numpy as np
+from prometheus_client import Histogram
+
+from grit_jax.config import InputError
+from grit_jax.engine import Block, Continuation, Engine
+from grit_jax.inference import GritModel
+from grit_jax.prompts import TokenizedPrompt
+from grit_jax.serve.metrics import Metrics
+from grit_jax.serve.protocol import RequestError
+
+T = TypeVar("T")
+
+_log = logging.getLogger(__name__)
+
+
+class _Texts:
+    """Texts of one request that are embedded."""
+
+    def __init__(self, texts: Sequence[TokenizedPrompt], future: asyncio.Future[np.ndarray]):
+        self.waiting, self.future = deque(texts), future
+        self.vectors: list[np.ndarray] = []
+
+
+class Scheduler:
+    """Runs a model for requests of an event loop, in a thread of its own.
+
+    Each turn embeds one packed batch of the texts that wait and writes one block of the answers that are under way, so
+    neither kind of request keeps the other waiting for longer.
+
+    Args:
+      model: Embeds.
+      engine: Writes.
+      metrics: What is counted.
+      queue: Most requests of a kind that are under way or wait.
+      prepare: Called in the thread before anything else.
+      idle: Called while nothing else is to do; returns whether it did anything.
+    """
+
+    def __init__(
+        self,
+        model: GritModel,
+        engine: Engine,
+        metrics: Metrics,
+        *,
+        queue: int,
+        prepare: Callable[[], None] = lambda: None,
+        idle: Callable[[], bool] = lambda: False,
+    ):
+        self._model, self._engine, self._metrics, self._queue, self._idle = model, engine, metrics, queue, idle
+        self._prepare = prepare
+        self._wake = threading.Condition()
+        self._commands: deque[Callable[[], None]] = deque()
+        self._texts: deque[_Texts] = deque()
+        self._sinks: dict[Continuation, Callable[[Block | Exception], None]] = {}
+        self._calls: deque[Callable[[], None]] = deque()
+        self._under_way: dict[str, dict[object, Callable[[Exception], None]]] = {"embed": {}, "write": {}}
+        self._stopped = False
+        self._thread = threading.Thread(target=self._run, name="device", daemon=True)
+        self.failure: RequestError | None = None
+
+    def start(self) -> None:
+        """Starts the thread."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Ends the thread after its turn; what is under way then is not answered."""
+        self._command(lambda: setattr(self, "_stopped", True))
+        self._thread.join()
+
+    async def embed(self, texts: Sequence[TokenizedPrompt]) -> np.ndarray:
+        """Vectors of texts, float32 [texts, embed].
+
+        Raises:
+          RequestError: Too many requests wait, or the model has failed.
+        """
+        job = _Texts(texts, asyncio.get_running_loop().create_future())
+        with self._job("embed", lambda error: _settle(job.future, error=error)):
+            self._command(lambda: self._texts.append(job))
+            return await job.future
+
+    async def write(self, continuation: Continuation) -> AsyncGenerator[Block]:
+        """Blocks of an answer as they are written; ends it when the caller leaves.
+
+        Raises:
+          RequestError: Too many requests wait, or the model has failed.
+          InputError: Prompt and answer do not fit.
+        """
+        loop, blocks = asyncio.get_running_loop(), asyncio.Queue[Block | Exception]()
+
+        def tell(found: Block | Exception) -> None:
+            loop.call_soon_threadsafe(blocks.put_nowait, found)
+
+        def submit() -> None:
+            try:
+                self._engine.submit(continuation)
+                self._sinks[continuation] = tell
+            except InputError as error:
+                tell(error)
+
+        def leave() -> None:
+            self._sinks.pop(continuation, None)
+            self._engine.cancel(continuation)
+
+        with self._job("write", tell):
+            self._command(submit)
+            try:
+                while True:
+                    block = await blocks.get()
+                    if isinstance(block, Exception):
+                        raise block
+                    yield block
+                    if block.finish:
+                        return
+            finally:
+                self._command(leave)
+
+    async def call(self, function: Callable[[], T]) -> T:
+        """The result of a function that runs on the device, such as a search.
+
+        Raises:
+          RequestError: Too many requests wait, or the model has failed.
+        """
+        future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+
+        def run() -> None:
+            try:
+                _settle(future, function())
+            except InputError as error:
+                _settle(future, error=error)
+
+        with self._job("embed", lambda error: _settle(future, error=error)):
+            self._command(lambda: self._calls.append(run))
+            return await future
+
+    @contextmanager
+    def _job(self, kind: str, fail: Callable[[Exception], None]) -> Generator[None]:
+        """Counts a request while it is under way; `fail` is called where the model fails meanwhile."""
+        jobs, key = self._under_way[kind], object()
+        if len(jobs) >= self._queue:
+            raise RequestError(429, f"{len(jobs)} such requests wait or are under way; try again later", "queue_full")
+        jobs[key] = fail
+        try:
+            if self.failure:
+                raise self.failure
+            yield
+        finally:
+            del jobs[key]
+
+    def _command(self, action: Callable[[], None]) -> None:
+        with self._wake:
+            self._commands.append(action)
+            self._wake.notify()
+
+    def _run(self) -> None:
+        try:
+            self._prepare()
+            while not self._stopped:
+                self._take_commands()
+                if self._calls:
+                    self._calls.popleft()()
+                self._embed_some()
+                self._write_some()
+        except Exception:  # of the device, whose state is lost
+            _log.exception("the model failed; every request is answered with 503 from now on")
+            self.failure = RequestError(503, "the model has failed; see the server's log", "model_failed")
+            for fail in [fail for jobs in self._under_way.values() for fail in list(jobs.values())]:
+                fail(self.failure)
+
+    def _take_commands(self) -> None:
+        """Does what the event loop asks for, and waits for it where there is nothing else to do."""
+        while True:
+            with self._wake:
+                commands, self._commands = self._commands, deque()
+            for command in commands:
+                command()
+            if self._stopped or self._texts or self._calls or self._engine.is_busy or self._idle():
+                return
+            with self._wake:
+                if not self._commands:
+                    self._wake.wait()
+
+    def _embed_some(self) -> None:
+        """Embeds the texts that have waited longest, as many as go through the model at a time."""
+        taken: list[tuple[_Texts, TokenizedPrompt]] = []
+        num_tokens = 0
+        while self._texts:
+            job = self._texts[0]
+            if job.future.cancelled() or not job.waiting:
+                self._texts.popleft()
+                continue
+            num_tokens += len(job.waiting[0].tokens)
+            if taken and num_tokens > self._model.batch_tokens:
+                break
+            taken.append((job, job.waiting.popleft()))
+        if not taken:
+            return
+        with _timed(self._metrics.device_seconds.labels("embed")):
+            vectors = self._model.embed([text for _, text in taken])
+        self._metrics.tokens.labels("embedded").inc(sum(len(text.tokens) for _, text in taken))
+        for (job, _), vector in zip(taken, vectors, strict=True):
+            job.vectors.append(vector)
+        for job in dict.fromkeys(job for job, _ in taken):
+            if not job.waiting:
+                _settle(job.future, np.stack(job.vectors))
+
+    def _write_some(self) -> None:
+        if not self._engine.is_busy:
+            return
+        with _timed(self._metrics.device_seconds.labels("write")):
+            blocks = self._engine.step()
+        for block in blocks:
+            self._metrics.tokens.labels("written").inc(len(block.tokens))
+            sink = self._sinks.pop(block.continuation) if block.finish else self._sinks[block.continuation]
+            sink(block)
+
+
+def _settle(future: asyncio.Future[T], result: T | None = None, *, error: Exception | None = None) -> None:
+    """Gives a future its result from another thread; one that nobody waits for any more is let be."""
+
+    def settle() -> None:
+        if not future.done():
+            if error:
+                future.set_exception(error)
+            else:
+                future.set_result(cast(T, result))
+
+    future.get_loop().call_soon_threadsafe(settle)
+
+
+@contextmanager
+def _timed(histogram: Histogram) -> Generator[None]:
+    started = time.perf_counter()
+    yield
+    histogram.observe(time.perf_counter() - started)
