@@ -560,8 +560,8 @@ class GritModel:
         batch: Any = list(messages) if many else [messages]
         options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
         answers = [""] * len(batch)
-        tokens = self.prompt_tokens(batch, prefix=prefix, raw=raw)
-        for pieces in self._answers(tokens, stop=stop, **options) if batch else ():
+        texts = [Continuation(ids, **options) for ids in self.prompt_tokens(batch, prefix=prefix, raw=raw)]
+        for pieces in self.write(texts, stop=stop) if batch else ():
             answers = [answer + piece for answer, piece in zip(answers, pieces, strict=True)]
         return answers if many else answers[0]
 
@@ -579,8 +579,8 @@ class GritModel:
     ) -> Iterator[str]:
         """The pieces of `generate`'s answer as they come; arguments as there."""
         options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
-        tokens = self.prompt_tokens([messages], prefix=prefix, raw=raw)
-        for (piece,) in self._answers(tokens, stop=stop, **options):
+        (tokens,) = self.prompt_tokens([messages], prefix=prefix, raw=raw)
+        for (piece,) in self.write([Continuation(tokens, **options)], stop=stop):
             if piece:
                 yield piece
 
@@ -621,15 +621,20 @@ class GritModel:
             return self.tokenizer.bos + messages + prefix
         return prompts.generation(messages, bos=self.tokenizer.bos, eos=self.tokenizer.eos, prefix=prefix)
 
-    def _answers(
-        self, tokens: Sequence[np.ndarray], *, stop: Sequence[str], max_new_tokens: int, **options: Any
-    ) -> Iterator[list[str]]:
-        """New text of every answer, after each block of tokens."""
-        longest = max(map(len, tokens)) + max_new_tokens
+    def write(self, texts: Sequence[Continuation], *, stop: Sequence[str] = ()) -> Iterator[list[str]]:
+        """New text of every answer, after each block of tokens.
+
+        Args:
+          texts: At least one; what the answers continue.
+          stop: An answer ends before the first of these strings.
+
+        Raises:
+          InputError: A text and its answer do not fit the model.
+        """
+        longest = max(text.num_slots for text in texts)
         slots = min(bucket(longest, at_least=64), self.architecture.max_length)
-        rows = bucket(len(tokens), at_least=1)
-        engine = self.engine([LaneSize(rows, slots)])
-        answers = {Continuation(ids, max_new_tokens, **options): Answer(self.tokenizer, ids, stop) for ids in tokens}
+        engine = self.engine([LaneSize(bucket(len(texts), at_least=1), slots)])
+        answers = {text: Answer(self.tokenizer, text.tokens, stop) for text in texts}
         for continuation in answers:
             engine.submit(continuation)
         while engine.is_busy:
