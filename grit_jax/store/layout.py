@@ -55,6 +55,11 @@ class Document(NamedTuple):
         """What the model reads: title and text."""
         return f"{self.title} {self.text}".strip()
 
+    @property
+    def fields(self) -> dict[str, str]:
+        """The document as a line of a corpus has it."""
+        return {"_id": self.id, "title": self.title, "text": self.text}
+
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
@@ -270,8 +275,7 @@ def _data_files(folder: Path, manifest: Manifest) -> dict[Path, str | None]:
 
 def write_documents(folder: Path, number: int, documents: Sequence[Document]) -> str:
     """Writes the documents of a shard and returns the sha256 of their file."""
-    rows = [{"_id": document.id, "title": document.title, "text": document.text} for document in documents]
-    return _write_lines(data_file(folder, "documents", number), rows)
+    return _write_lines(data_file(folder, "documents", number), [document.fields for document in documents])
 
 
 def read_documents(folder: Path, number: int, shard: Shard) -> list[Document]:
