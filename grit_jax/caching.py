@@ -10,9 +10,9 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from grit_jax.config import EmbeddingConfig, TransformerConfig
+from grit_jax.execution import Execution
 from grit_jax.losses import target_log_likelihoods
 from grit_jax.model.attention import AttentionMask
-from grit_jax.execution import Execution
 from grit_jax.model.decode import empty_state
 from grit_jax.model.layers import rotate
 from grit_jax.model.pooling import vectors_of

@@ -67,8 +67,9 @@ class TokenizedPrompt(NamedTuple):
     spans: np.ndarray
 
     def cut(self, limit: int) -> TokenizedPrompt:
-        """The first `limit` tokens; spans are as they were."""
-        return self._replace(tokens=self.tokens[:limit])
+        """The first `limit` tokens, with what is left of the spans."""
+        spans = np.minimum(self.spans, limit)
+        return TokenizedPrompt(self.tokens[:limit], spans[spans[:, 0] < spans[:, 1]])
 
 
 def embedding(text: str, instruction: str = "", *, bos: str) -> Prompt:
@@ -97,7 +98,7 @@ def document_form(method: RagMethod) -> CacheForm:
 
 
 def rag(method: RagMethod, query: str, passage: str = "", *, bos: str) -> str:
-    """What is read after the keys and values of a method, or whole where it has none; the model goes on with the answer.
+    """What is read after the keys and values of a method, or on its own where it has none; the answer continues it.
 
     It ends with `The answer is`. After keys and values it has no BOS.
 

@@ -21,7 +21,9 @@ _WIDTH = 100  # characters of a document that are shown
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `answer`."""
     parser.add_argument("model", metavar="MODEL", help="the model that made the store")
-    parser.add_argument("store", metavar="STORE", help="folder from grit-jax index, with --caches for the default method")
+    parser.add_argument(
+        "store", metavar="STORE", help="folder from grit-jax index, with --caches for the default method"
+    )
     parser.add_argument("--query", action="append", required=True, metavar="TEXT", help="what is asked; may repeat")
     parser.add_argument(
         "--method", choices=RAG_METHODS, default="document_cache",

@@ -85,7 +85,9 @@ def run(args: argparse.Namespace) -> int:
         parts, settings = manifest.parts, manifest.settings
         size = sum(path.stat().st_size for path in store.iterdir()) / 1e6
         cached = sum(path.stat().st_size for path in store.glob("caches-*")) / 1e6
-        kept = f"{cached:,.1f} MB of these keys and values in {settings.caches}, {cached / manifest.num_rows:,.3f} MB each"
+        kept = (
+            f"{cached:,.1f} MB of these keys and values in {settings.caches}, {cached / manifest.num_rows:,.3f} MB each"
+        )
         print(
             f"{store}: {manifest.num_rows:,} documents in {len(manifest.shards):,} shards, {settings.embed_dim} x "
             f"{settings.dtype}, {size:,.1f} MB{f', {kept}' if settings.caches else ''}; left out "

@@ -69,9 +69,7 @@ class Context:
         return jax.tree.map(functools.partial(jnp.where, windowed), self.local, self.full)
 
 
-def rotations(
-    positions: Int[Array, "batch length"], config: TransformerConfig
-) -> tuple[Rotation, Rotation | None]:
+def rotations(positions: Int[Array, "batch length"], config: TransformerConfig) -> tuple[Rotation, Rotation | None]:
     """The rotations of a `Context`: of layers that see everything, and of those with the window where it differs."""
     rotate_by = functools.partial(rotation, positions, head_dim=config.head_dim)
     full = rotate_by(theta=config.rope_theta, scaling=config.rope_scaling)

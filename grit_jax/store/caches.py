@@ -65,7 +65,8 @@ def read(path: Path, row: int) -> KVCache:
     with safetensors.safe_open(path, "np") as file:
         ends = file.get_slice("ends")[max(0, row - 1) : row + 1].tolist()
         tokens = slice(ends[0] if row else 0, ends[-1])
-        tensors = {name: file.get_slice(name)[tokens] for name in file.keys() if name != "ends"}
+        names: set[str] = {*file.keys()} - {"ends"}
+        tensors = {name: file.get_slice(name)[tokens] for name in names}
     keys, values = (
         unpack(tensors[f"{name}s"], tensors.get(f"{name}_scales")).swapaxes(0, 1) for name in ("key", "value")
     )

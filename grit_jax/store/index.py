@@ -11,6 +11,7 @@ import itertools
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -19,8 +20,8 @@ from etils import epath
 from grit_jax.config import InputError
 from grit_jax.distributed import gathered, in_first_process
 from grit_jax.inference import Encoded, GritModel
-from grit_jax.sole_writer import sole_writer
 from grit_jax.prompts import CacheForm
+from grit_jax.sole_writer import sole_writer
 from grit_jax.store import caches, layout
 from grit_jax.store.corpus import read_corpus, text_key
 from grit_jax.store.layout import CorpusFile, Document, Manifest, Part, Settings, Shard
@@ -165,9 +166,7 @@ def _encode_with_caches(
 ) -> Encoded:
     """Embeds the documents of a shard and writes the file of their keys and values."""
     limit = settings.max_length
-    read = model.embedding_prompts(
-        texts, instruction=settings.instruction, max_length=limit, form=settings.cache_form
-    )
+    read = model.embedding_prompts(texts, instruction=settings.instruction, max_length=limit, form=settings.cache_form)
     kept = [prompt.cut(limit) for prompt in read]
     vectors, lengths = np.zeros((len(texts), settings.embed_dim), np.float32), [len(text.tokens) for text in kept]
     with caches.writing(path, lengths, model.architecture, dtype) as write:
@@ -197,7 +196,13 @@ def _read_by_all(folder: Path) -> Manifest:
 
 def _settings(model: GritModel, name: str, wanted: Wanted, old: Settings | None) -> Settings:
     """What a store is made with now: what is wanted, what it was made with, or what a new one has."""
-    new = {"dtype": "float32", "instruction": "", "max_length": None, "caches": None, "cache_form": "first"}
+    new: dict[str, Any] = {
+        "dtype": "float32",
+        "instruction": "",
+        "max_length": None,
+        "caches": None,
+        "cache_form": "first",
+    }
     defaults = dataclasses.asdict(old) if old else new
     asked = {key: value for key, value in dataclasses.asdict(wanted).items() if value is not None}
     chosen = {key: (defaults | asked)[key] for key in new}
@@ -216,9 +221,10 @@ def _refuse_other_settings(folder: Path, old: Settings, new: Settings) -> None:
     for key in ("dtype", "instruction", "max_length", "caches", "cache_form"):
         if getattr(old, key) != getattr(new, key):
             option, made = f"--{key.replace('_', '-')}", getattr(old, key)
+            with_it = f"without {option}" if made is None else f"with {option} {made!r}"
             raise InputError(
-                f"{folder}: made {'without ' if made is None else 'with '}{option}{'' if made is None else f' {made!r}'}"
-                f", not {getattr(new, key)!r}; leave {option} out, or name another folder for another store"
+                f"{folder}: made {with_it}, not {getattr(new, key)!r}; leave {option} out, or name another folder for "
+                "another store"
             )
 
 
