@@ -266,7 +266,7 @@ def quality(
                 low, high = interval(outcome, seed=0)
                 measured[metric] = {"value": outcome.score(outcome.examples), "interval": [low, high]}
             result[name][label] = measured
-            print(name, label, {metric: round(one["value"], 4) for metric, one in measured.items()}, flush=True)
+            print(name, label, {metric: f"{one['value']:.4f}" for metric, one in measured.items()}, flush=True)
     return result
 
 

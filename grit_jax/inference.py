@@ -558,9 +558,9 @@ class GritModel:
         """
         many = not isinstance(messages, str) and (not messages or not isinstance(messages[0], Mapping))
         batch: Any = list(messages) if many else [messages]
-        options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
         answers = [""] * len(batch)
-        texts = [Continuation(ids, **options) for ids in self.prompt_tokens(batch, prefix=prefix, raw=raw)]
+        prompt_tokens = self.prompt_tokens(batch, prefix=prefix, raw=raw)
+        texts = [Continuation(tokens, max_new_tokens, temperature, top_p, seed) for tokens in prompt_tokens]
         for pieces in self.write(texts, stop=stop) if batch else ():
             answers = [answer + piece for answer, piece in zip(answers, pieces, strict=True)]
         return answers if many else answers[0]
@@ -578,9 +578,8 @@ class GritModel:
         prefix: str = "",
     ) -> Iterator[str]:
         """The pieces of `generate`'s answer as they come; arguments as there."""
-        options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
         (tokens,) = self.prompt_tokens([messages], prefix=prefix, raw=raw)
-        for (piece,) in self.write([Continuation(tokens, **options)], stop=stop):
+        for (piece,) in self.write([Continuation(tokens, max_new_tokens, temperature, top_p, seed)], stop=stop):
             if piece:
                 yield piece
 

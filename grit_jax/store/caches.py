@@ -40,7 +40,7 @@ def writing(
     """
     ends = np.cumsum(lengths, dtype=np.int64)
     of_token = architecture.num_layers, architecture.num_kv_heads, architecture.head_dim
-    shapes = {"ends": ("int64", (len(ends),))}
+    shapes: dict[str, tuple[str, tuple[int, ...]]] = {"ends": ("int64", (len(ends),))}
     if dtype == "int8":
         shapes |= {name: ("float32", (int(ends[-1]), *of_token[:2])) for name in ("key_scales", "value_scales")}
     shapes |= {name: (dtype, (int(ends[-1]), *of_token)) for name in ("keys", "values")}

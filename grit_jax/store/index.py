@@ -196,16 +196,9 @@ def _read_by_all(folder: Path) -> Manifest:
 
 def _settings(model: GritModel, name: str, wanted: Wanted, old: Settings | None) -> Settings:
     """What a store is made with now: what is wanted, what it was made with, or what a new one has."""
-    new: dict[str, Any] = {
-        "dtype": "float32",
-        "instruction": "",
-        "max_length": None,
-        "caches": None,
-        "cache_form": "first",
-    }
-    defaults = dataclasses.asdict(old) if old else new
-    asked = {key: value for key, value in dataclasses.asdict(wanted).items() if value is not None}
-    chosen = {key: (defaults | asked)[key] for key in new}
+    defaults: dict[str, Any] = dataclasses.asdict(old or Wanted("float32", "", None, None, "first"))
+    asked = dataclasses.asdict(wanted)
+    chosen = {key: defaults[key] if value is None else value for key, value in asked.items()}
     if wanted.cache_form and not chosen["caches"]:
         raise InputError(f"--cache-form={wanted.cache_form} is about keys and values, which are not kept; add --caches")
     limit = model.architecture.max_length
