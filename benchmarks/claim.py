@@ -25,7 +25,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -210,7 +210,7 @@ def _ablation(tasks: Mapping[str, Any]) -> dict[str, float]:
 
 def tables(summary: Mapping[str, Any]) -> dict[str, str]:
     """The summary's tables in Markdown, by what they show."""
-    claim = _table(
+    claim = markdown_table(
         ["figure", "unified", "specialist", "relative difference, 95 % interval", "margin ±2 %"],
         (
             [
@@ -221,7 +221,7 @@ def tables(summary: Mapping[str, Any]) -> dict[str, str]:
         ),
     )  # fmt: skip
     first = summary["models"]["unified"][str(summary["seeds"][0])]
-    tasks = _table(
+    tasks = markdown_table(
         ["task", "metric", "BM25", "untrained", *(f"{name}{'' if name == 'unified' else '-only'}" for name in MODELS)],
         (
             [
@@ -241,7 +241,7 @@ def tables(summary: Mapping[str, Any]) -> dict[str, str]:
             [name.removeprefix(start), f"{value:.4f}", ""]
             for name, value in summary["ablations"]["baseline"].items() if name.startswith(start)
         ]  # fmt: skip
-        found["ablations"] = _table(["", "mean nDCG@10", "loss per token"], rows + variants)
+        found["ablations"] = markdown_table(["", "mean nDCG@10", "loss per token"], rows + variants)
     return found
 
 
@@ -256,7 +256,8 @@ def _cell(by_seed: Mapping[str, Any], task: str) -> str:
     return text + (" at chance" if "chance" in found[0] and low <= found[0]["chance"] else "")
 
 
-def _table(head: Sequence[str], rows: Iterator[Sequence[str]] | Sequence[Sequence[str]]) -> str:
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table in Markdown."""
     lines = [head, ["---"] * len(head), *rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 

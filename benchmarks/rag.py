@@ -30,6 +30,7 @@ from typing import Any, NamedTuple
 import common
 import jax
 import numpy as np
+from claim import markdown_table
 
 from grit_jax import GritModel, files, prompts, sharding
 from grit_jax.checkpoint import CheckpointMetadata, save_params
@@ -266,8 +267,29 @@ def quality(
                 low, high = interval(outcome, seed=0)
                 measured[metric] = {"value": outcome.score(outcome.examples), "interval": [low, high]}
             result[name][label] = measured
-            print(name, label, {metric: f"{one['value']:.4f}" for metric, one in measured.items()}, flush=True)
     return result
+
+
+def latency_table(found: Sequence[dict[str, Any]]) -> str:
+    """Seconds, a row for each side and length."""
+    return markdown_table(
+        ["growing", "tokens", "keys and values", *(f"seconds to {count}" for count in WRITTEN)],
+        (
+            [row["growing"], f"{row['tokens']:,}", row["keys_and_values"],
+             *(f"{row['seconds'][count]:.2f}" for count in WRITTEN)]
+            for row in found
+        ),
+    )  # fmt: skip
+
+
+def quality_table(measured: dict[str, Any]) -> str:
+    """Figures of a collection with their intervals, a row for each side."""
+    metrics = list(next(iter(measured.values())))
+
+    def cell(one: dict[str, Any]) -> str:
+        return f"{one['value']:.3f} ({one['interval'][0]:.3f} to {one['interval'][1]:.3f})"
+
+    return markdown_table(["", *metrics], ([side, *map(cell, row.values())] for side, row in measured.items()))
 
 
 def main() -> None:
@@ -291,10 +313,13 @@ def main() -> None:
     if args.command == "latency":
         found: Any = latency(args.output, args.lengths, args.repeats)
         plot_latency(args.output / "rag_latency.png", found)
+        tables = [latency_table(found)]
     else:
         found = quality(args.model, args.data, args.output, limit=args.limit, max_length=args.max_length)
+        tables = [f"{name}\n\n{quality_table(measured)}" for name, measured in found.items()]
     files.write_text(args.output / f"rag_{args.command}.json", json.dumps(found, indent=2) + "\n")
-    common.report({args.command: found})
+    print("\n" + "\n".join(tables))
+    common.report({"device": jax.devices()[0].device_kind, "written": f"{args.output}/rag_{args.command}.json"})
 
 
 if __name__ == "__main__":
