@@ -37,7 +37,12 @@ _log = logging.getLogger(__name__)
 
 _SHORTEST_LANE, _LANE_GROWTH = 512, 4
 _NEW_TOKENS = 256  # of an answer whose request does not say
-_PAGE_TYPES = {"index.html": "text/html", "style.css": "text/css", "app.js": "text/javascript"}
+_PAGE_TYPES = {
+    "index.html": "text/html",
+    "style.css": "text/css",
+    "app.js": "text/javascript",
+    "icon.svg": "image/svg+xml",
+}
 _PAGE_HEADERS = {"content-security-policy": "default-src 'self'", "x-content-type-options": "nosniff"}
 
 
