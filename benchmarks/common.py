@@ -27,7 +27,7 @@ from grit_jax.model.pretrained import Pretrained
 from grit_jax.model.transformer import init_params
 from grit_jax.tokenizer import Tokenizer
 
-_SHARED = Path(__file__).parents[2] / "shared" / "data"
+SHARED = Path(__file__).parents[2] / "shared" / "data"
 # 58 million parameters with a vocabulary of 32,000.
 ARCHITECTURE = TransformerConfig(
     family="llama", embed_dim=512, mlp_dim=1536, num_layers=8, num_heads=8, num_kv_heads=4, tie_embeddings=False
@@ -40,12 +40,12 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     result.add_argument(
         "--data",
         type=Path,
-        default=_SHARED / "train",
+        default=SHARED / "train",
         help="folder with GRIT JSONL files (.jsonl or .jsonl.gz) in embedding/ and generative/ (%(default)s)",
     )
     result.add_argument(
         "--tokenizer",
-        default=str(_SHARED / "tokenizers" / "mistral-v1.tokenizer.model"),
+        default=str(SHARED / "tokenizers" / "mistral-v1.tokenizer.model"),
         help="tokenizer.model, tokenizer.json or a folder with one (%(default)s)",
     )
     result.add_argument("--repeats", type=int, default=7, help="timed runs of each side (%(default)s)")

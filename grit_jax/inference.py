@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import json
@@ -17,7 +18,8 @@ from jax.sharding import Mesh
 from grit_jax import prompts, sharding
 from grit_jax.answer import Answer
 from grit_jax.batch import max_segments
-from grit_jax.config import EmbeddingConfig, InputError, MeshConfig, ModelConfig, TransformerConfig
+from grit_jax.caching import embed_with_cache, score_after
+from grit_jax.config import Attention, EmbeddingConfig, InputError, MeshConfig, ModelConfig, TransformerConfig
 from grit_jax.data.packing import pack
 from grit_jax.data.pipeline import pool_weights
 from grit_jax.engine import Continuation, Engine, LaneSize, bucket
@@ -25,7 +27,7 @@ from grit_jax.execution import Execution, execution
 from grit_jax.loading import load_params, open_model
 from grit_jax.losses import target_log_likelihoods
 from grit_jax.model.pooling import embed_rows
-from grit_jax.model.transformer import Params, abstract_model, bind, split_layers, stack_layers
+from grit_jax.model.transformer import KVCache, Params, abstract_model, bind, split_layers, stack_layers
 from grit_jax.tokenizer import Tokenizer
 
 Messages = str | Sequence[Mapping[str, str]]
@@ -43,6 +45,18 @@ class Encoded(NamedTuple):
     vectors: np.ndarray
     num_tokens: int
     num_truncated: int
+
+
+class Cached(NamedTuple):
+    """What the embedding pass makes of one text.
+
+    Attributes:
+      vector: float32 [embed].
+      cache: Keys, rotated, and values of its tokens, numpy [layers, tokens, kv_heads, head_dim].
+    """
+
+    vector: np.ndarray
+    cache: KVCache
 
 
 class Likelihoods(NamedTuple):
@@ -183,17 +197,26 @@ class GritModel:
         """
         limit = min(max_length or self.architecture.max_length, self.architecture.max_length)
         tokenized = self.embedding_prompts(texts, instruction=instruction, max_length=limit)
-        kept = [prompt._replace(tokens=prompt.tokens[:limit]) for prompt in tokenized]
+        kept = [prompt.cut(limit) for prompt in tokenized]
         vectors = self.embed(kept, batch_tokens=batch_tokens, progress=progress)
         truncated = sum(len(prompt.tokens) > limit for prompt in tokenized)
         return Encoded(vectors, sum(len(prompt.tokens) for prompt in kept), truncated)
 
     def embedding_prompts(
-        self, texts: Sequence[str], *, instruction: str = "", max_length: int | None = None
+        self,
+        texts: Sequence[str],
+        *,
+        instruction: str = "",
+        max_length: int | None = None,
+        form: prompts.CacheForm = "first",
     ) -> list[prompts.TokenizedPrompt]:
-        """What is read of texts to embed them, however long; arguments and errors as of `encode_with_counts`."""
+        """What is read of texts to embed them, however long; other arguments and errors as of `encode_with_counts`.
+
+        `form` says whether a text begins with BOS, or comes `second`, after the keys and values of another.
+        """
+        opening = prompts.opening(form, bos=self.tokenizer.bos)
         limit = min(max_length or self.architecture.max_length, self.architecture.max_length)
-        formatted = [prompts.embedding(text, instruction, bos=self.tokenizer.bos) for text in texts]
+        formatted = [prompts.embedding(text, instruction, bos=opening) for text in texts]
         tokenized = prompts.tokenize(formatted, self.tokenizer)
         for place, prompt in enumerate(tokenized):
             if not len(prompt.spans):
@@ -230,6 +253,70 @@ class GritModel:
             vectors[members] = slots.reshape(-1, vectors.shape[1])[slot_numbers]
             progress(len(members))
         return vectors
+
+    def encode_with_caches(
+        self,
+        texts: Sequence[str],
+        *,
+        instruction: str = "",
+        max_length: int | None = None,
+        form: prompts.CacheForm = "first",
+        attention: Attention | None = None,
+        batch_tokens: int | None = None,
+    ) -> list[Cached]:
+        """Embeds texts and keeps the keys and values of the pass, from which answers can go on.
+
+        Args:
+          texts: What is embedded.
+          instruction: What the model is told about all of them; its keys and values are kept too.
+          max_length: Tokens kept of each formatted text; None is the model's limit.
+          form: Whether a text begins with BOS, or comes `second`, after the keys and values of another.
+          attention: Of the pass; None is the model's own, which vectors are made for.
+          batch_tokens: As of `encode_with_counts`.
+
+        Raises:
+          InputError: As of `encode_with_counts`.
+        """
+        read = self.embedding_prompts(texts, instruction=instruction, max_length=max_length, form=form)
+        kept = [prompt.cut(min(max_length or self.architecture.max_length, self.architecture.max_length))
+                for prompt in read]  # fmt: skip
+        found = dict(self.embed_with_caches(kept, attention=attention, batch_tokens=batch_tokens))
+        return [found[place] for place in range(len(texts))]
+
+    def embed_with_caches(
+        self,
+        texts: Sequence[prompts.TokenizedPrompt],
+        *,
+        attention: Attention | None = None,
+        batch_tokens: int | None = None,
+    ) -> Iterator[tuple[int, Cached]]:
+        """`embed` that keeps keys and values: the place of each text and what is made of it, a batch at a time.
+
+        Each text has a row of its own; texts of like length come together. Arguments as of `encode_with_caches`.
+        """
+        settings = dataclasses.replace(self.embedding, attention=attention or self.embedding.attention)
+        lengths = np.array([bucket(len(text.tokens), at_least=self._shortest_row) for text in texts], np.int64)
+        for length in np.unique(lengths).tolist():
+            of_length = np.flatnonzero(lengths == length).tolist()
+            full = self._full_batch(length, batch_tokens)
+            for first in range(0, len(of_length), full):
+                members = of_length[first : first + full]
+                shape = min(full, bucket(len(members), at_least=sharding.axis_size(self._mesh, "batch"))), length
+                tokens, segment_ids = (np.zeros(shape, np.int32) for _ in range(2))
+                weights = np.zeros(shape, np.float32)
+                for row, place in enumerate(members):
+                    ids, spans = texts[place]
+                    tokens[row, : len(ids)], segment_ids[row, : len(ids)] = ids, 1
+                    weights[row, : len(ids)] = pool_weights(spans, len(ids), settings.pooling)
+                with jax.set_mesh(self._mesh):
+                    vectors, cache = embed_with_cache(
+                        self._model, self.params, tokens, segment_ids, weights,
+                        settings=settings, execution=self._execution,
+                    )  # fmt: skip
+                vectors, keys, values = map(np.asarray, (vectors, *cache))
+                for row, place in enumerate(members):
+                    own = row, slice(len(texts[place].tokens))
+                    yield place, Cached(vectors[row], KVCache(keys[:, *own], values[:, *own]))
 
     def warm_up_embedding(self, max_length: int, progress: Callable[[int], None] = lambda _: None) -> int:
         """Compiles all programs that `embed` needs for texts of up to `max_length` tokens, and returns how many.
@@ -385,6 +472,40 @@ class GritModel:
             progress(sum(len(members[reading]) for reading, *_ in rows.texts))
         return Likelihoods(values, num_tokens, greedy, 0)
 
+    def log_likelihood_after(self, prefix: KVCache | None, prompt: prompts.TokenizedPrompt) -> tuple[float, int]:
+        """How likely the spans of a text are that comes after keys and values.
+
+        Args:
+          prefix: Numpy [layers, tokens, kv_heads, head_dim], as `encode_with_caches` gives them; None for nothing.
+          prompt: The text; its first token is never scored.
+
+        Returns:
+          Sum of log p of the scored tokens, in nats, and how many there are.
+
+        Raises:
+          InputError: Both together are over the model's limit.
+        """
+        num_cached, length = 0 if prefix is None else prefix.keys.shape[1], len(prompt.tokens)
+        if num_cached + length > self.architecture.max_length:
+            raise InputError(
+                f"{num_cached} cached tokens and {length} more are over the model's {self.architecture.max_length}; "
+                "shorten the text"
+            )
+        scored = np.zeros(length, bool)
+        for first, last in np.maximum(prompt.spans, 1).tolist():
+            scored[first - 1 : last - 1] = True
+        size = bucket(length, at_least=self._shortest_row)
+        slots = bucket(num_cached + size, at_least=self._shortest_row)
+        shape = self.architecture.num_layers, slots, self.architecture.num_kv_heads, self.architecture.head_dim
+        cache = KVCache(*(np.zeros(shape, self._execution.dtype) for _ in range(2)))
+        for into, values in zip(cache, prefix or ()):
+            into[:, :num_cached] = values
+        tokens, targets = np.zeros(size, np.int32), np.zeros(size, np.int32)
+        tokens[:length], targets[: length - 1] = prompt.tokens, prompt.tokens[1:]
+        with jax.set_mesh(self._mesh):
+            values = score_after(self._model, self.params, cache, np.int32(num_cached), tokens, targets)
+        return float(np.sum(np.asarray(values, np.float64)[:length][scored])), int(scored.sum())
+
     def logits(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Scores of the next token after BOS and after each token of a text, float32 [tokens, vocab] for each text.
 
@@ -439,8 +560,8 @@ class GritModel:
         batch: Any = list(messages) if many else [messages]
         options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
         answers = [""] * len(batch)
-        tokens = self.prompt_tokens(batch, prefix=prefix, raw=raw)
-        for pieces in self._answers(tokens, stop=stop, **options) if batch else ():
+        texts = [Continuation(ids, **options) for ids in self.prompt_tokens(batch, prefix=prefix, raw=raw)]
+        for pieces in self.write(texts, stop=stop) if batch else ():
             answers = [answer + piece for answer, piece in zip(answers, pieces, strict=True)]
         return answers if many else answers[0]
 
@@ -458,8 +579,8 @@ class GritModel:
     ) -> Iterator[str]:
         """The pieces of `generate`'s answer as they come; arguments as there."""
         options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
-        tokens = self.prompt_tokens([messages], prefix=prefix, raw=raw)
-        for (piece,) in self._answers(tokens, stop=stop, **options):
+        (tokens,) = self.prompt_tokens([messages], prefix=prefix, raw=raw)
+        for (piece,) in self.write([Continuation(tokens, **options)], stop=stop):
             if piece:
                 yield piece
 
@@ -500,15 +621,20 @@ class GritModel:
             return self.tokenizer.bos + messages + prefix
         return prompts.generation(messages, bos=self.tokenizer.bos, eos=self.tokenizer.eos, prefix=prefix)
 
-    def _answers(
-        self, tokens: Sequence[np.ndarray], *, stop: Sequence[str], max_new_tokens: int, **options: Any
-    ) -> Iterator[list[str]]:
-        """New text of every answer, after each block of tokens."""
-        longest = max(map(len, tokens)) + max_new_tokens
+    def write(self, texts: Sequence[Continuation], *, stop: Sequence[str] = ()) -> Iterator[list[str]]:
+        """New text of every answer, after each block of tokens.
+
+        Args:
+          texts: At least one; what the answers continue.
+          stop: An answer ends before the first of these strings.
+
+        Raises:
+          InputError: A text and its answer do not fit the model.
+        """
+        longest = max(text.num_slots for text in texts)
         slots = min(bucket(longest, at_least=64), self.architecture.max_length)
-        rows = bucket(len(tokens), at_least=1)
-        engine = self.engine([LaneSize(rows, slots)])
-        answers = {Continuation(ids, max_new_tokens, **options): Answer(self.tokenizer, ids, stop) for ids in tokens}
+        engine = self.engine([LaneSize(bucket(len(texts), at_least=1), slots)])
+        answers = {text: Answer(self.tokenizer, text.tokens, stop) for text in texts}
         for continuation in answers:
             engine.submit(continuation)
         while engine.is_busy:

@@ -6,7 +6,7 @@ The markers are plain text. BOS and EOS are the model's own strings; they become
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 
@@ -14,6 +14,33 @@ from grit_jax.config import InputError
 from grit_jax.tokenizer import Tokenizer
 
 _USER, _ASSISTANT, _EMBED = "<|user|>\n", "<|assistant|>\n", "<|embed|>\n"
+
+RagMethod = Literal[
+    "none",
+    "query_first",
+    "document_first",
+    "document_cache",
+    "query_cache",
+    "query_document_cache",
+    "document_query_cache",
+]
+RAG_METHODS: tuple[RagMethod, ...] = get_args(RagMethod)
+# What an embedding's text begins with: BOS, or what parts it from another text that was read before it.
+CacheForm = Literal["first", "second"]
+CACHE_FORMS: tuple[CacheForm, ...] = get_args(CacheForm)
+
+_AFTER = "Optionally using the prior context answer the query prior to it"
+_BEFORE = "Answer the prior query while optionally using the context prior to it"
+# What a method takes from the embedding pass, in its order, and what the user then says.
+_RAG: dict[RagMethod, tuple[tuple[Literal["query", "document"], ...], str]] = {
+    "none": ((), "{query}"),
+    "query_first": ((), f"{{query}}\n\n{{passage}}\n\n{_AFTER}"),
+    "document_first": ((), f"{{passage}}\n\n{{query}}\n\n{_BEFORE}"),
+    "document_cache": (("document",), f"{{query}}\n\n{_BEFORE}"),
+    "query_cache": (("query",), f"{{passage}}\n\n{_AFTER}"),
+    "query_document_cache": (("query", "document"), _AFTER),
+    "document_query_cache": (("document", "query"), _BEFORE),
+}
 
 
 class Prompt(NamedTuple):
@@ -39,11 +66,51 @@ class TokenizedPrompt(NamedTuple):
     tokens: np.ndarray
     spans: np.ndarray
 
+    def cut(self, limit: int) -> TokenizedPrompt:
+        """The first `limit` tokens, with what is left of the spans."""
+        spans = np.minimum(self.spans, limit)
+        return TokenizedPrompt(self.tokens[:limit], spans[spans[:, 0] < spans[:, 1]])
+
 
 def embedding(text: str, instruction: str = "", *, bos: str) -> Prompt:
     r"""`<s><|user|>\n{instruction}\n<|embed|>\n{text}`, or `<s><|embed|>\n{text}`; the text is pooled."""
     head = f"{bos}{_USER}{instruction}\n{_EMBED}" if instruction else f"{bos}{_EMBED}"
     return Prompt(head + text, ((len(head), len(head) + len(text)),))
+
+
+def opening(form: CacheForm, *, bos: str) -> str:
+    r"""What stands for BOS in `embedding` where keys and values are kept: BOS itself, or `\n` after a first text.
+
+    The halves of `document_query_cache` both keep their BOS and are of the first form; the document of
+    `query_document_cache` is of the second.
+    """
+    return bos if form == "first" else "\n"
+
+
+def cached_parts(method: RagMethod) -> tuple[Literal["query", "document"], ...]:
+    """What a method reads from the embedding pass's keys and values, in its order."""
+    return _RAG[method][0]
+
+
+def document_form(method: RagMethod) -> CacheForm:
+    """The form in which a method's document is embedded, where its keys and values are used."""
+    return "second" if cached_parts(method) == ("query", "document") else "first"
+
+
+def rag(method: RagMethod, query: str, passage: str = "", *, bos: str) -> str:
+    """What is read after the keys and values of a method, or on its own where it has none; the answer continues it.
+
+    It ends with `The answer is`. After keys and values it has no BOS.
+
+    Args:
+      method: How query and passage come to the model.
+      query: What is asked.
+      passage: Title and text of what was found.
+      bos: The model's BOS.
+    """
+    parts, user = _RAG[method]
+    text = user.format(query=query, passage=passage)
+    return generation(text, bos=opening("second" if parts else "first", bos=bos), eos="", prefix="The answer is")
 
 
 def conversation(turns: Sequence[str], *, bos: str, eos: str) -> Prompt:

@@ -56,3 +56,29 @@ def test_token_spans_hold_exactly_the_answers(source, request):
 def test_an_empty_text_has_no_span():
     (tokenized,) = prompts.tokenize([prompts.embedding("", "do this", bos="<s>")], Tokenizer.load("bytes"))
     assert len(tokenized.spans) == 0
+
+
+BEFORE = "Answer the prior query while optionally using the context prior to it"
+AFTER = "Optionally using the prior context answer the query prior to it"
+
+
+@pytest.mark.parametrize(
+    ("method", "text"),
+    [
+        ("none", "<s><|user|>\nQ{\n"),
+        ("query_first", f"<s><|user|>\nQ{{\n\nP\n\n{AFTER}\n"),
+        ("document_first", f"<s><|user|>\nP\n\nQ{{\n\n{BEFORE}\n"),
+        ("document_cache", f"\n<|user|>\nQ{{\n\n{BEFORE}\n"),
+        ("query_cache", f"\n<|user|>\nP\n\n{AFTER}\n"),
+        ("query_document_cache", f"\n<|user|>\n{AFTER}\n"),
+        ("document_query_cache", f"\n<|user|>\n{BEFORE}\n"),
+    ],
+)
+def test_formats_of_answers_from_documents(method, text):
+    assert prompts.rag(method, "Q{", "P", bos="<s>") == f"{text}<|assistant|>\nThe answer is"
+
+
+def test_a_cached_text_begins_with_bos_unless_it_comes_after_the_query():
+    forms = {method: prompts.document_form(method) for method in prompts.RAG_METHODS if prompts.cached_parts(method)}
+    assert [method for method, form in forms.items() if form == "second"] == ["query_document_cache"]
+    assert (prompts.opening("first", bos="<s>"), prompts.opening("second", bos="<s>")) == ("<s>", "\n")

@@ -15,6 +15,7 @@ EXAMPLES = """\
   grit-jax index runs/mine beir/scifact stores/scifact
   grit-jax index runs/mine news-1.jsonl.gz news-2.jsonl.zst stores/news --dtype int8 --max-length 512
   grit-jax index runs/mine news-3.jsonl stores/news
+  grit-jax index runs/mine faq.jsonl stores/faq --caches bfloat16 --max-length 512
 """
 TAKES_OVERRIDES = True  # --distributed.key=value
 
@@ -34,6 +35,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-length", type=int, metavar="N", help="tokens kept of a document (default: the model's limit)"
     )
+    parser.add_argument(
+        "--caches", choices=("float32", "bfloat16", "int8"),
+        help="keep the keys and values of documents too, in this type, for grit-jax answer (default: none)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--cache-form", choices=("first", "second"),
+        help="whether a document is read first, or second, after a cached query (default: first)",
+    )  # fmt: skip
     parser.add_argument(
         "--shard-rows", type=int, default=4096, metavar="N",
         help="documents of a shard, which is what a killed command does again (%(default)s)",
@@ -62,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
     with sole_indexer(args.store) as check_writer:
         store = Path(args.store)
         model = GritModel.load(args.model, devices=jax.local_devices())
-        wanted = Wanted(args.dtype, args.instruction, args.max_length)
+        wanted = Wanted(args.dtype, args.instruction, args.max_length, args.caches, args.cache_form)
         with progress_bar("reading") as progress:
             begun = add_documents(
                 store, corpus, model, wanted, name=args.model, shard_rows=args.shard_rows, progress=progress
@@ -75,9 +84,14 @@ def run(args: argparse.Namespace) -> int:
         tokens = manifest.num_tokens - begun.num_tokens
         parts, settings = manifest.parts, manifest.settings
         size = sum(path.stat().st_size for path in store.iterdir()) / 1e6
+        cached = sum(path.stat().st_size for path in store.glob("caches-*")) / 1e6
+        kept = (
+            f"{cached:,.1f} MB of these keys and values in {settings.caches}, {cached / manifest.num_rows:,.3f} MB each"
+        )
         print(
             f"{store}: {manifest.num_rows:,} documents in {len(manifest.shards):,} shards, {settings.embed_dim} x "
-            f"{settings.dtype}, {size:,.1f} MB; left out {sum(part.repeated for part in parts):,} with the text of "
+            f"{settings.dtype}, {size:,.1f} MB{f', {kept}' if settings.caches else ''}; left out "
+            f"{sum(part.repeated for part in parts):,} with the text of "
             f"another and {sum(part.empty for part in parts):,} without text; "
             f"{sum(shard.truncated for shard in manifest.shards):,} cut to {settings.max_length:,} tokens\n"
             f"embedded now: {manifest.num_embedded - begun.num_embedded:,} documents, {tokens:,} tokens in "

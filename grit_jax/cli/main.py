@@ -9,6 +9,7 @@ import sys
 
 from grit_jax.chips import DEVICE_FILES
 from grit_jax.cli import (
+    answer,
     data,
     doctor,
     encode,
@@ -42,6 +43,7 @@ COMMANDS = {
     "encode": encode,
     "index": index,
     "search": search,
+    "answer": answer,
     "export-faiss": export_faiss,
     "generate": generate,
     "serve": serve,

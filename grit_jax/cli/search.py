@@ -53,9 +53,7 @@ def run(args: argparse.Namespace) -> int:
                 {
                     "rank": rank,
                     "score": hit.score,
-                    "_id": hit.document.id,
-                    "title": hit.document.title,
-                    "text": hit.document.text,
+                    **hit.document.fields,
                     "same_text": hit.duplicates,
                 }
                 for rank, hit in enumerate(hits, start=1)

@@ -81,7 +81,7 @@ class Perplexity(Task):
             if source.stream != "generative":
                 raise InputError(f"{source.path}: holds embedding records; perplexity needs generative ones")
             total += len(source)
-            texts += [_cut(text, limit) for (text,) in tokenize_records(list(source), session.model.tokenizer)]
+            texts += [text.cut(limit) for (text,) in tokenize_records(list(source), session.model.tokenizer)]
         scorable = [text for text in texts if np.any(text.spans[:, 1] > 1)]
         if not scorable:
             raise InputError(f"{self.path}: no record has a token to score within {limit} tokens")
@@ -101,8 +101,3 @@ def loss_per_token(examples: np.ndarray) -> float:
     """Loss per token of records, [records, 2]: the loss of each, and its tokens."""
     losses, tokens = examples.sum(axis=0)
     return float(losses / tokens)
-
-
-def _cut(text: TokenizedPrompt, limit: int) -> TokenizedPrompt:
-    spans = np.minimum(text.spans, limit)
-    return TokenizedPrompt(text.tokens[:limit], spans[spans[:, 0] < spans[:, 1]])

@@ -217,6 +217,15 @@ def is_right(answer: str, targets: Sequence[str], comparison: Comparison) -> boo
     return given not in (None, "") and any(given == extracted(target, comparison) for target in targets)
 
 
+def contains(answer: str, targets: Sequence[str]) -> bool:
+    """Whether one of the targets is in an answer, word by word and compared as a `span`: the `match` of RAG.
+
+    All lines of the answer count.
+    """
+    given, *wanted = (" ".join(_words(" ".join(text.split()))) for text in (answer, *targets))
+    return any(target and f" {target} " in f" {given} " for target in wanted)
+
+
 def extracted(answer: str, comparison: Comparison) -> Any:
     """What is compared; see `is_right`."""
     match comparison:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from grit_jax.execution import Execution
 from grit_jax.model.attention import AttentionMask
 from grit_jax.model.transformer import Cache, KVCache, Params, Transformer, bind
 from grit_jax.sharding import constrain
@@ -211,7 +212,7 @@ def _advance(
     """
     slots = jnp.arange(jax.tree.leaves(cache)[0].shape[-3])[None]
     mask = AttentionMask(positions, slots, None, None, causal=True, window=model.config.sliding_window)
-    return model.with_cache(tokens, mask, cache, dtype=_dtype(cache))
+    return model.with_cache(tokens, mask, cache, Execution(_dtype(cache)))
 
 
 def _dtype(cache: Cache) -> jnp.dtype:

@@ -32,6 +32,27 @@ def normalize(x: Float[Array, "... embed"]) -> Float[Array, "... embed"]:
     return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(jnp.square(x), axis=-1, keepdims=True), 1e-24))
 
 
+def vectors_of(
+    model: Transformer,
+    hidden: Float[Array, "batch length embed"],
+    segment_ids: Int[Array, "batch length"],
+    pool_weights: Float[Array, "batch length"],
+    *,
+    num_segments: int,
+    settings: EmbeddingConfig,
+) -> Float[Array, "batch num_segments out"]:
+    """Float32 vectors of texts from the hidden states of their rows.
+
+    Hidden states are pooled, projected where the model has a head, and of unit length if the settings ask for it. The
+    head is linear and pool weights sum to 1, so projecting after pooling equals projecting every token.
+    """
+    vectors = pool(hidden, pool_weights, segment_ids, num_segments=num_segments)
+    if settings.projection_dim is not None:
+        with jax.default_matmul_precision("highest"):
+            vectors = gathered(model.projection, vectors.dtype)(vectors)
+    return normalize(vectors) if settings.normalized else vectors
+
+
 def embed_rows(
     model: Transformer,
     x: Float[Array, "batch length embed"],
@@ -45,14 +66,9 @@ def embed_rows(
     """Float32 vectors of the texts of packed rows, in the slots of `EmbeddingBatch`, and the routers' sums.
 
     `x` are the rows' embedded tokens.
-
-    Hidden states are pooled, projected where the model has a head, and of unit length if the settings ask for it. The
-    head is linear and pool weights sum to 1, so projecting after pooling equals projecting every token.
     """
     mask = model.mask(segment_ids, positions, causal=settings.attention == "causal")
     hidden, stats = model.hidden(x, mask, execution)
-    vectors = pool(hidden, pool_weights, segment_ids, num_segments=max_segments(x.shape[1]))
-    if settings.projection_dim is not None:
-        with jax.default_matmul_precision("highest"):
-            vectors = gathered(model.projection, vectors.dtype)(vectors)
-    return normalize(vectors) if settings.normalized else vectors, stats
+    num_segments = max_segments(x.shape[1])
+    vectors = vectors_of(model, hidden, segment_ids, pool_weights, num_segments=num_segments, settings=settings)
+    return vectors, stats

@@ -69,6 +69,13 @@ class Context:
         return jax.tree.map(functools.partial(jnp.where, windowed), self.local, self.full)
 
 
+def rotations(positions: Int[Array, "batch length"], config: TransformerConfig) -> tuple[Rotation, Rotation | None]:
+    """The rotations of a `Context`: of layers that see everything, and of those with the window where it differs."""
+    rotate_by = functools.partial(rotation, positions, head_dim=config.head_dim)
+    full = rotate_by(theta=config.rope_theta, scaling=config.rope_scaling)
+    return full, rotate_by(theta=config.local_rope_theta, scaling=None) if config.local_rope_theta else None
+
+
 class SelfAttention(nnx.Module):
     """Grouped-query self-attention with rotary positions."""
 
@@ -258,7 +265,7 @@ class Transformer(nnx.Module):
         return self.final_norm(x), _summed(stats)
 
     def with_cache(
-        self, tokens: Int[Array, "batch length"], mask: AttentionMask, cache: Cache, *, dtype: jnp.dtype
+        self, tokens: Int[Array, "batch length"], mask: AttentionMask, cache: Cache, execution: Execution
     ) -> tuple[Float[Array, "batch length embed"], Cache]:
         """Final-norm hidden states of tokens that attend to `cache`, and the cache with them written in."""
 
@@ -268,7 +275,7 @@ class Transformer(nnx.Module):
             return x, cache
 
         layers: Any = list(zip(self.layers, cache, strict=True)) if self.is_split else (self.layers, cache)
-        x, cache = self._scan(step, self.embed(tokens, dtype), layers, mask, Execution(dtype))
+        x, cache = self._scan(step, self.embed(tokens, execution.dtype), layers, mask, execution)
         return self.final_norm(x), cache
 
     def _scan(self, step, x: Array, layers: Any, mask: AttentionMask, execution: Execution) -> tuple[Array, Any]:
@@ -276,14 +283,10 @@ class Transformer(nnx.Module):
 
         What the steps give comes back stacked where `layers` is, and as a list where it is one.
         """
-        config = self.config
-        rotate_by = functools.partial(rotation, mask.query_positions, head_dim=config.head_dim)
-        full = rotate_by(theta=config.rope_theta, scaling=config.rope_scaling)
-        local = rotate_by(theta=config.local_rope_theta, scaling=None) if config.local_rope_theta else None
         segments = mask.query_segments
         real = jnp.ones(x.shape[:2], bool) if segments is None else segments > 0
-        context = Context(mask, real, full, local, execution)
-        windows = config.layer_windows
+        context = Context(mask, real, *rotations(mask.query_positions, self.config), execution)
+        windows = self.config.layer_windows
         if isinstance(layers, list):
             outs = []
             for layer, windowed in zip(layers, windows, strict=True):

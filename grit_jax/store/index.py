@@ -11,6 +11,7 @@ import itertools
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -18,9 +19,10 @@ from etils import epath
 
 from grit_jax.config import InputError
 from grit_jax.distributed import gathered, in_first_process
-from grit_jax.inference import GritModel
+from grit_jax.inference import Encoded, GritModel
+from grit_jax.prompts import CacheForm
 from grit_jax.sole_writer import sole_writer
-from grit_jax.store import layout
+from grit_jax.store import caches, layout
 from grit_jax.store.corpus import read_corpus, text_key
 from grit_jax.store.layout import CorpusFile, Document, Manifest, Part, Settings, Shard
 from grit_jax.store.vectors import Dtype, pack
@@ -30,15 +32,21 @@ from grit_jax.store.vectors import Dtype, pack
 class Wanted:
     """Settings that are asked for; None takes the store's, or for a new one float32, no instruction, the model's limit.
 
+    Of a store that keeps keys and values the vectors are from the same pass.
+
     Attributes:
       dtype: Type of the vectors.
       instruction: What the model is told about the documents.
       max_length: Tokens read of a document.
+      caches: Type that keys and values are kept in; a new store keeps none.
+      cache_form: How documents begin there; a new store's are `first`.
     """
 
     dtype: Dtype | None = None
     instruction: str | None = None
     max_length: int | None = None
+    caches: Dtype | None = None
+    cache_form: CacheForm | None = None
 
 
 @contextmanager
@@ -127,9 +135,13 @@ def add_vectors(
         shard = manifest.shards[number]
         texts = [document.embedded for document in layout.read_documents(folder, number, shard)]
         settings = manifest.settings
-        encoded = model.encode_with_counts(
-            texts, instruction=settings.instruction, max_length=settings.max_length, progress=progress
-        )
+        if settings.caches:
+            path = layout.data_file(folder, "caches", number)
+            encoded = _encode_with_caches(path, settings.caches, model, texts, settings, progress)
+        else:
+            encoded = model.encode_with_counts(
+                texts, instruction=settings.instruction, max_length=settings.max_length, progress=progress
+            )
         if not np.isfinite(encoded.vectors).all():
             raise InputError(f"{settings.model}: vectors are not finite; its weights are damaged, or too large for it")
         shard = dataclasses.replace(shard, tokens=encoded.num_tokens, truncated=encoded.num_truncated)
@@ -147,6 +159,22 @@ def add_vectors(
 
     in_first_process(finish)
     return _read_by_all(folder)
+
+
+def _encode_with_caches(
+    path: Path, dtype: Dtype, model: GritModel, texts: list[str], settings: Settings, progress: Callable[[int], None]
+) -> Encoded:
+    """Embeds the documents of a shard and writes the file of their keys and values."""
+    limit = settings.max_length
+    read = model.embedding_prompts(texts, instruction=settings.instruction, max_length=limit, form=settings.cache_form)
+    kept = [prompt.cut(limit) for prompt in read]
+    vectors, lengths = np.zeros((len(texts), settings.embed_dim), np.float32), [len(text.tokens) for text in kept]
+    with caches.writing(path, lengths, model.architecture, dtype) as write:
+        for place, cached in model.embed_with_caches(kept):
+            vectors[place] = cached.vector
+            write(place, cached.cache)
+            progress(1)
+    return Encoded(vectors, sum(lengths), sum(len(prompt.tokens) > limit for prompt in read))
 
 
 def own_rows(manifest: Manifest) -> int:
@@ -168,9 +196,18 @@ def _read_by_all(folder: Path) -> Manifest:
 
 def _settings(model: GritModel, name: str, wanted: Wanted, old: Settings | None) -> Settings:
     """What a store is made with now: what is wanted, what it was made with, or what a new one has."""
-    defaults = dataclasses.asdict(old) if old else {"dtype": "float32", "instruction": "", "max_length": None}
+    new: dict[str, Any] = {
+        "dtype": "float32",
+        "instruction": "",
+        "max_length": None,
+        "caches": None,
+        "cache_form": "first",
+    }
+    defaults = dataclasses.asdict(old) if old else new
     asked = {key: value for key, value in dataclasses.asdict(wanted).items() if value is not None}
-    chosen = {key: (defaults | asked)[key] for key in dataclasses.asdict(wanted)}
+    chosen = {key: (defaults | asked)[key] for key in new}
+    if wanted.cache_form and not chosen["caches"]:
+        raise InputError(f"--cache-form={wanted.cache_form} is about keys and values, which are not kept; add --caches")
     limit = model.architecture.max_length
     chosen["max_length"] = min(chosen["max_length"] or limit, limit)
     # One text says whether the instruction leaves room, before anything is written.
@@ -181,12 +218,13 @@ def _settings(model: GritModel, name: str, wanted: Wanted, old: Settings | None)
 def _refuse_other_settings(folder: Path, old: Settings, new: Settings) -> None:
     if old.fingerprint != new.fingerprint:
         raise InputError(layout.other_model(folder, old, new.model))
-    for key in ("dtype", "instruction", "max_length"):
+    for key in ("dtype", "instruction", "max_length", "caches", "cache_form"):
         if getattr(old, key) != getattr(new, key):
-            option = f"--{key.replace('_', '-')}"
+            option, made = f"--{key.replace('_', '-')}", getattr(old, key)
+            with_it = f"without {option}" if made is None else f"with {option} {made!r}"
             raise InputError(
-                f"{folder}: made with {option} {getattr(old, key)!r}, not {getattr(new, key)!r}; leave {option} out, "
-                "or name another folder for another store"
+                f"{folder}: made {with_it}, not {getattr(new, key)!r}; leave {option} out, or name another folder for "
+                "another store"
             )
 
 

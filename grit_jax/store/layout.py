@@ -3,6 +3,7 @@
     manifest.json             settings, what has been read, shards; a shard whose vectors are not made has no checksum
     documents-00000.jsonl     the documents of a shard, {"_id", "title", "text"} a line
     vectors-00000.safetensors  their vectors, the scales of int8, and the ends of the lines: row n is line n
+    caches-00000.safetensors  the keys and values of the pass that made them, where the settings ask for it
     duplicates-00000.jsonl    ids of documents of a part that repeat the text of a row, {"_id", "row"} a line
 
 Each appears when all of it is written. Rows are counted through all shards, and shards and parts only become more.
@@ -27,13 +28,16 @@ import safetensors.numpy
 
 from grit_jax import files
 from grit_jax.config import InputError
+from grit_jax.model.transformer import KVCache
+from grit_jax.prompts import CacheForm
+from grit_jax.store import caches
 from grit_jax.store.vectors import Dtype
 from grit_jax.watch import lock
 
 FORMAT = 1
 MANIFEST = "manifest.json"
 
-_SUFFIXES = {"documents": "jsonl", "vectors": "safetensors", "duplicates": "jsonl"}
+_SUFFIXES = {"documents": "jsonl", "vectors": "safetensors", "caches": "safetensors", "duplicates": "jsonl"}
 _DATA_FILE = re.compile(rf"({'|'.join(_SUFFIXES)})-\d{{5,}}\.({'|'.join(_SUFFIXES.values())})")
 _PARTIAL = re.compile(r"\..+\.[0-9a-f]{8}\.partial")  # of `files.replacing`, left by a process that was killed
 _ENDS = "document_ends"
@@ -51,6 +55,11 @@ class Document(NamedTuple):
         """What the model reads: title and text."""
         return f"{self.title} {self.text}".strip()
 
+    @property
+    def fields(self) -> dict[str, str]:
+        """The document as a line of a corpus has it."""
+        return {"_id": self.id, "title": self.title, "text": self.text}
+
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
@@ -63,6 +72,8 @@ class Settings:
       dtype: Type that they are kept in.
       instruction: What the model is told about the documents.
       max_length: Tokens read of a document.
+      caches: Type that keys and values of the pass are kept in; None where they are not kept.
+      cache_form: How a document begins there, see `prompts.opening`.
     """
 
     model: str
@@ -71,6 +82,8 @@ class Settings:
     dtype: Dtype
     instruction: str
     max_length: int
+    caches: Dtype | None = None
+    cache_form: CacheForm = "first"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +94,7 @@ class Shard:
       rows: How many.
       documents: sha256 of their file of documents.
       vectors: The same of their file of vectors; None while they are not made.
+      caches: The same of their file of keys and values, where there is one.
       tokens: Tokens that were read.
       truncated: Documents that were cut.
     """
@@ -88,6 +102,7 @@ class Shard:
     rows: int
     documents: str
     vectors: str | None = None
+    caches: str | None = None
     tokens: int = 0
     truncated: int = 0
 
@@ -232,7 +247,7 @@ def other_model(folder: str | Path, settings: Settings, model: str) -> str:
 
 
 def data_file(folder: Path, kind: str, number: int) -> Path:
-    """A file of a shard (`documents`, `vectors`) or of a part (`duplicates`)."""
+    """A file of a shard (`documents`, `vectors`, `caches`) or of a part (`duplicates`)."""
     return folder / f"{kind}-{number:05}.{_SUFFIXES[kind]}"
 
 
@@ -250,6 +265,8 @@ def _data_files(folder: Path, manifest: Manifest) -> dict[Path, str | None]:
     for number, shard in enumerate(manifest.shards):
         named[data_file(folder, "documents", number)] = shard.documents
         named[data_file(folder, "vectors", number)] = shard.vectors
+        if manifest.settings.caches:
+            named[data_file(folder, "caches", number)] = shard.caches
     for number, part in enumerate(manifest.parts):
         if part.duplicates:
             named[data_file(folder, "duplicates", number)] = part.duplicates
@@ -258,8 +275,7 @@ def _data_files(folder: Path, manifest: Manifest) -> dict[Path, str | None]:
 
 def write_documents(folder: Path, number: int, documents: Sequence[Document]) -> str:
     """Writes the documents of a shard and returns the sha256 of their file."""
-    rows = [{"_id": document.id, "title": document.title, "text": document.text} for document in documents]
-    return _write_lines(data_file(folder, "documents", number), rows)
+    return _write_lines(data_file(folder, "documents", number), [document.fields for document in documents])
 
 
 def read_documents(folder: Path, number: int, shard: Shard) -> list[Document]:
@@ -288,7 +304,7 @@ def read_duplicates(folder: Path, manifest: Manifest) -> list[tuple[str, int]]:
 
 
 def write_vectors(folder: Path, number: int, shard: Shard, tensors: dict[str, np.ndarray]) -> None:
-    """Writes the vectors of a shard whose documents are there.
+    """Writes the vectors of a shard whose documents are there, and so are its keys and values if they are kept.
 
     Args:
       folder: The store.
@@ -308,13 +324,16 @@ def with_finished(folder: Path, manifest: Manifest) -> Manifest:
     shards = manifest.shards
 
     def finished(number: int) -> Shard:
-        path = data_file(folder, "vectors", number)
+        kinds = ("vectors", "caches") if manifest.settings.caches else ("vectors",)
+        paths, metadata = {kind: data_file(folder, kind, number) for kind in kinds}, {}
         try:
-            with safetensors.safe_open(path, "np") as file:
-                encoded = json.loads(file.metadata()["encoded"])
+            for kind, path in paths.items():
+                with safetensors.safe_open(path, "np") as file:
+                    metadata[kind] = file.metadata()
         except (OSError, safetensors.SafetensorError):
             return shards[number]  # missing, or cut by a disk that failed: made anew
-        return dataclasses.replace(shards[number], vectors=sha256(path), **encoded)
+        encoded = json.loads(metadata["vectors"]["encoded"])
+        return dataclasses.replace(shards[number], **encoded, **{kind: sha256(path) for kind, path in paths.items()})
 
     for number, shard in zip(manifest.unfinished, _in_threads(finished, manifest.unfinished)):
         shards[number] = shard
@@ -385,7 +404,7 @@ class Store:
                 "same grit-jax index again, which goes on where it was"
             )
         self.settings, self._manifest = manifest.settings, manifest
-        self._check()
+        self._check(caches=False)
         self._ends = np.cumsum([shard.rows for shard in manifest.shards])
         self.vectors = self._rows("vectors")
         self.scales = self._rows("scales") if self.settings.dtype == "int8" else None
@@ -395,14 +414,31 @@ class Store:
 
     def document(self, row: int) -> Document:
         """The document of a row."""
-        number = int(np.searchsorted(self._ends, row, side="right"))
-        place = row - (int(self._ends[number - 1]) if number else 0)
+        number, place = self._place(row)
         with safetensors.safe_open(data_file(self.folder, "vectors", number), "np") as file:
             ends = file.get_slice(_ENDS)[max(0, place - 1) : place + 1].tolist()
         begin = ends[0] if place else 0
         with files.open_binary(data_file(self.folder, "documents", number)) as file:
             file.seek(begin)
             return _document(file.read(ends[-1] - begin))
+
+    def check_caches(self) -> None:
+        """Compares the files of keys and values with their checksums, which opening a store does not.
+
+        Raises:
+          InputError: The store has none, or a file is missing or damaged.
+        """
+        if not self.settings.caches:
+            raise InputError(
+                f"{self.folder}: made without keys and values; index the corpus into another folder with --caches, or "
+                "choose a method that needs none"
+            )
+        self._check(caches=True)
+
+    def cache(self, row: int) -> KVCache:
+        """Keys and values of a row's document, float32 [layers, tokens, kv_heads, head_dim]; see `check_caches`."""
+        number, place = self._place(row)
+        return caches.read(data_file(self.folder, "caches", number), place)
 
     def documents(self) -> Iterator[Document]:
         """All documents, row by row."""
@@ -417,13 +453,19 @@ class Store:
             found.setdefault(row, []).append(name)
         return found
 
+    def _place(self, row: int) -> tuple[int, int]:
+        """The shard of a row, and its place there."""
+        number = int(np.searchsorted(self._ends, row, side="right"))
+        return number, row - (int(self._ends[number - 1]) if number else 0)
+
     def _rows(self, name: str) -> ShardedRows:
         paths = [data_file(self.folder, "vectors", number) for number in range(len(self._manifest.shards))]
         return ShardedRows(paths, self._ends, name)
 
-    def _check(self) -> None:
-        """Compares every file with its checksum."""
-        expected = _data_files(self.folder, self._manifest)
+    def _check(self, *, caches: bool) -> None:
+        """Compares the files of keys and values, or all others, with their checksums."""
+        named = _data_files(self.folder, self._manifest)
+        expected = {path: sha for path, sha in named.items() if path.name.startswith("caches") == caches}
         for path, found in zip(expected, _in_threads(sha256, list(expected))):
             _compare(path, found, expected[path])
 

@@ -7,7 +7,7 @@ from grit_jax.evaluation.answers import ExactMatch
 from grit_jax.evaluation.code import Code, with_test
 from grit_jax.evaluation.data import Row
 from grit_jax.evaluation.likelihood import MultipleChoice
-from grit_jax.evaluation.prompted import f1, is_right
+from grit_jax.evaluation.prompted import contains, f1, is_right
 from tests.evaluation.fake import session
 from tests.evaluation.tasks import write_jsonl
 
@@ -170,3 +170,18 @@ def test_shared_sets_are_read_as_the_shipped_suites_name_them(shared):
     first = [row.get("answer") == "A" for row in few.asked(one)]  # of equal letters the first is taken
     assert len(first) == 57
     assert few.evaluate(one).examples.tolist() == first
+
+
+@pytest.mark.parametrize(
+    ("answer", "targets", "right"),
+    [
+        ("It was the Kawann Short.", ["Jared Allen", "kawann short"], True),
+        ("one line\nand 308, another", ["308"], True),
+        ("3081", ["308"], False),
+        ("", ["308"], False),
+        ("", ["the"], False),
+        ("four of\nthem", ["of them"], True),
+    ],
+)
+def test_an_answer_that_contains_a_target_word_by_word_matches(answer, targets, right):
+    assert contains(answer, targets) == right

@@ -5,11 +5,13 @@ import sys
 
 from tests.runs import environment
 
-# Moments: before a file is written, with half of it written beside its place, before it is put there, and after.
+# Moments: before a file is written, with half of it written beside its place, before it is put there, and after; and
+# before each piece of a file of keys and values is written.
 _SCRIPT = """
 import os, signal, sys
 from pathlib import Path
 from grit_jax import files
+from grit_jax.store import caches
 
 left = int(sys.argv.pop(1))
 
@@ -20,7 +22,7 @@ def moment(before_death=lambda: None):
         before_death()
         os.kill(os.getpid(), signal.SIGKILL)
 
-replace, write_bytes = os.replace, files.write_bytes
+replace, write_bytes, quantize = os.replace, files.write_bytes, caches.quantize
 
 def killing_replace(source, target):
     moment()
@@ -34,7 +36,11 @@ def killing_write_bytes(path, content):
     moment(lambda: half.write_bytes(content[:len(content) // 2]))
     write_bytes(path, content)
 
-os.replace, files.write_bytes = killing_replace, killing_write_bytes
+def killing_quantize(*arguments):
+    moment()
+    return quantize(*arguments)
+
+os.replace, files.write_bytes, caches.quantize = killing_replace, killing_write_bytes, killing_quantize
 from grit_jax.cli.main import main
 code = main()
 print("moments left:", left, file=sys.stderr)

@@ -13,13 +13,17 @@ from tests.runs import start
 from tests.store import killing
 from tests.store.stores import content, index, save_model, write_corpus
 
-OPTIONS = {"dtype": "int8", "shard_rows": 4}
+KINDS = {
+    "vectors": {"dtype": "int8", "shard_rows": 4},
+    "vectors, keys and values": {"caches": "int8", "cache_form": "second", "shard_rows": 4},
+}
 
 
 class Undisturbed:
     """A store that was made and then grown, by itself; how many moments and seconds making it took."""
 
-    def __init__(self, folder):
+    def __init__(self, folder, options):
+        self.options = options
         self.model = save_model(folder / "model")
         self.loaded = GritModel.load(self.model, devices=jax.devices()[:2])
         self.corpora = [[write_corpus(folder / "a.jsonl")], [write_corpus(folder / "b.jsonl", range(20, 40))]]
@@ -34,17 +38,17 @@ class Undisturbed:
 
     def command(self, step, store):
         """Makes the store, or makes it grow."""
-        options = [f"--{name.replace('_', '-')}={value}" for name, value in OPTIONS.items()]
+        options = [f"--{name.replace('_', '-')}={value}" for name, value in self.options.items()]
         return ["index", self.model, *self.corpora[step], store, *options]
 
     def finish(self, step, store):
         """The same command in this process, with as many devices."""
-        index(store, self.loaded, *self.corpora[step], name=str(self.model), **OPTIONS)
+        index(store, self.loaded, *self.corpora[step], name=str(self.model), **self.options)
 
 
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory):
-    return Undisturbed(tmp_path_factory.mktemp("index"))
+@pytest.fixture(scope="module", params=KINDS)
+def undisturbed(request, tmp_path_factory):
+    return Undisturbed(tmp_path_factory.mktemp("index"), KINDS[request.param])
 
 
 def trial(undisturbed, store, seed, *, kills):

@@ -1,0 +1,301 @@
+"""Answers from a store with and without cached keys and values: how long they take, and how good they are.
+
+    python benchmarks/rag.py latency --output runs/rag
+    python benchmarks/rag.py quality runs/claim/0/unified --output runs/rag --limit 300
+
+`latency` answers from a store of one document with a model of random weights, 58 million parameters with a vocabulary
+of 32,000, whose tokens are bytes. One side grows while the other is one token: the document, of which keys and values
+are read from the store, or the query, which is embedded for the search anyway. Time runs from the query to the written
+tokens: embedding, search, reading of files and prompts, writing. Tokens are written eight at a time, so that one takes
+as long as eight.
+
+`quality` asks the questions of XQuAD and MedQuAD with every method. A gold answer of XQuAD is a span of the judged
+passage, of MedQuAD the first sentence of the judged answer. `match` is whether the output contains a gold answer,
+`loss` the loss per token of the first gold answer after `The answer is`, `found` whether the judged document is the
+one used.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import re
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import common
+import jax
+import numpy as np
+
+from grit_jax import GritModel, files, prompts, sharding
+from grit_jax.checkpoint import CheckpointMetadata, save_params
+from grit_jax.cli.main import main as grit_jax
+from grit_jax.config import EmbeddingConfig, MeshConfig
+from grit_jax.engine import Continuation, Engine, LaneSize
+from grit_jax.evaluation.data import read_rows
+from grit_jax.evaluation.likelihood import loss_per_token
+from grit_jax.evaluation.prompted import contains, is_right
+from grit_jax.evaluation.report import interval
+from grit_jax.evaluation.retrieval import read_collection
+from grit_jax.evaluation.task import Outcome
+from grit_jax.model.transformer import init_params
+from grit_jax.prompts import RagMethod
+from grit_jax.rag import Positions, Prepared, Rag
+from grit_jax.store.layout import Store
+from grit_jax.tokenizer import Tokenizer
+
+WRITTEN = (1, 16, 64)
+STORES = {
+    "float32": ("--caches=float32",),
+    "int8": ("--caches=int8",),
+    "second": ("--caches=float32", "--cache-form=second"),
+}
+_AT_ONCE = 16  # answers that are written together
+_NEW_TOKENS = 16
+
+
+class Side(NamedTuple):
+    """A way to an answer.
+
+    Attributes:
+      method: How query and document come to the model.
+      store: Which store is answered from.
+      positions: Of a cached text after another.
+      causal: Whether documents have been read causally before they are used.
+    """
+
+    method: RagMethod
+    store: str = "float32"
+    positions: Positions = "own"
+    causal: bool = False
+
+    def prepare(self, rag: Rag, query: str) -> Prepared:
+        """What an answer goes on from."""
+        prepared = rag.prepare(query, method=self.method, positions=self.positions)
+        if self.causal and rag.read_causally():
+            prepared = rag.prepare(query, method=self.method, positions=self.positions)
+        return prepared
+
+
+SIDES = {
+    "no document": Side("none"),
+    "query first": Side("query_first"),
+    "document first": Side("document_first"),
+    "document cache": Side("document_cache"),
+    "document cache, int8": Side("document_cache", "int8"),
+    "document cache, read causally": Side("document_cache", causal=True),
+    "query cache": Side("query_cache"),
+    "query-document cache": Side("query_document_cache", "second"),
+    "query-document cache, corrected": Side("query_document_cache", "second", "corrected"),
+    "document-query cache": Side("document_query_cache"),
+    "document-query cache, corrected": Side("document_query_cache", positions="corrected"),
+}
+GROWING = {
+    "document": {"without": Side("document_first"), "float32": Side("document_cache"),
+                 "int8": Side("document_cache", "int8")},
+    "query": {"without": Side("query_first"), "float32": Side("query_cache")},
+}  # fmt: skip
+
+
+def index(model: Path, corpus: Path, store: Path, *options: str) -> Store:
+    """A store that `grit-jax index` makes, or has made."""
+    if grit_jax(["index", str(model), str(corpus), str(store), *options]):
+        raise SystemExit(f"{store}: not made")
+    return Store(store)
+
+
+def write_corpus(path: Path, documents: dict[str, str]) -> Path:
+    """A corpus file of texts by id."""
+    lines = [json.dumps({"_id": name, "text": text}, ensure_ascii=False) for name, text in documents.items()]
+    files.write_text(path, "\n".join(lines) + "\n")
+    return path
+
+
+def random_model(folder: Path, longest: int) -> Path:
+    """A checkpoint of random weights that reads bytes; made once."""
+    if not folder.exists():
+        tokenizer = Tokenizer.load("bytes")
+        shape = dataclasses.replace(common.ARCHITECTURE, vocab_size=32_000, max_length=longest + 1024)
+        architecture = shape.resolve(tokenizer.vocab_size)
+        params = jax.jit(init_params, static_argnums=0)(architecture, jax.random.key(0))
+        mesh = sharding.make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
+        about = CheckpointMetadata(architecture, EmbeddingConfig(), tokenizer.files())
+        save_params(folder, jax.device_put(params, sharding.replicated(mesh)), about)
+    return folder
+
+
+def timed(side: Side, rag: Rag, engine: Engine, query: str) -> tuple[float, ...]:
+    """Seconds until so many tokens as in `WRITTEN` are there."""
+    started, seconds, written = time.perf_counter(), {}, 0
+    prepared = side.prepare(rag, query)
+    engine.submit(Continuation(prepared.tokens, max(WRITTEN), prefix=prepared.prefix))
+    while engine.is_busy:
+        for block in engine.step():
+            written += len(block.tokens)
+            for count in WRITTEN:
+                if written >= count:
+                    seconds.setdefault(count, time.perf_counter() - started)
+    if written < max(WRITTEN):
+        raise SystemExit(f"the random model ended its answer after {written} tokens; choose another seed")
+    return tuple(seconds.values())
+
+
+def latency(output: Path, lengths: Sequence[int], repeats: int) -> list[dict[str, Any]]:
+    """Median seconds of every growing side, length and number of written tokens."""
+    folder = random_model(output / f"random-{max(lengths)}", max(lengths))
+    model, words = GritModel.load(folder), "the quick brown fox jumps over the lazy dog "
+    found = []
+    for growing, sides in GROWING.items():
+        for length in lengths:
+            head = len(prompts.embedding("", bos="")[0]) + 1
+            text = (words * (length // len(words) + 1))[: length - head]
+            document, query = (text, "x") if growing == "document" else ("x", text)
+            corpus = write_corpus(output / f"{growing}-{length}.jsonl", {"d": document})
+            stores = {side.store for side in sides.values()}
+            rags = {
+                name: Rag(model, index(folder, corpus, output / f"stores/{growing}-{length}-{name}", *STORES[name]))
+                for name in stores
+            }
+            engine = model.engine([LaneSize(1, model.architecture.max_length)])
+            seconds = {name: [] for name in sides}
+            for run in range(repeats + 1):
+                for name, side in sides.items():
+                    once = timed(side, rags[side.store], engine, query)
+                    if run:  # the first one compiles
+                        seconds[name].append(once)
+            for name, runs in seconds.items():
+                medians = dict(zip(WRITTEN, map(statistics.median, zip(*runs)), strict=True))
+                found.append({"growing": growing, "tokens": length, "keys_and_values": name, "seconds": medians})
+    return found
+
+
+def plot_latency(path: Path, found: Sequence[dict[str, Any]]) -> None:
+    """Draws seconds until 16 tokens are written against the length of what grows."""
+    from matplotlib.figure import Figure
+
+    colours = {"without": "#d97706", "float32": "#2563a8", "int8": "#3f8f5f"}
+    labels = {"without": "read anew", "float32": "cached, float32", "int8": "cached, int8"}
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    for panel, growing in zip(figure.subplots(1, 2, sharey=True), GROWING, strict=True):
+        for name in GROWING[growing]:
+            rows = [row for row in found if (row["growing"], row["keys_and_values"]) == (growing, name)]
+            panel.plot(
+                [row["tokens"] for row in rows], [row["seconds"][16] for row in rows], "o-", color=colours[name],
+                linewidth=1.5, label=labels[name],
+            )  # fmt: skip
+        panel.set_title(f"{growing} of so many tokens", loc="left")
+        panel.set_xlabel(f"tokens of the {growing}")
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.grid(alpha=0.25)
+        panel.legend(frameon=False)
+    figure.axes[0].set_ylabel("seconds to 16 tokens")
+    figure.savefig(path, dpi=110)
+
+
+class Question(NamedTuple):
+    """A question, its gold answers and the ids of the documents that are judged to hold one."""
+
+    text: str
+    answers: list[str]
+    documents: set[str]
+
+
+def read_questions(data: Path, name: str) -> tuple[dict[str, str], list[Question]]:
+    """The documents of a collection by id, and its questions."""
+    collection = read_collection(data / f"retrieval/{name}", "test")
+    if name == "xquad_en":
+        rows = read_rows(data / "generative/xquad_qa_en.jsonl")
+        asked = [Question(row.get("question"), row.strings("answers"), {row.get("doc")}) for row in rows]
+        return collection.documents, asked
+    asked = []
+    for query, judged in collection.judgements.items():
+        names = {document for document, relevance in judged.items() if relevance > 0}
+        sentence = re.split(r"(?<=[.?!])\s", collection.documents[min(names)].strip())[0]
+        asked.append(Question(collection.queries[query], [sentence], names))
+    return collection.documents, asked
+
+
+def figures(side: Side, rag: Rag, model: GritModel, questions: Sequence[Question]) -> Iterator[tuple[str, Outcome]]:
+    """The figures of one side over questions."""
+    matches, exact, found, losses = [], [], [], []
+    for first in range(0, len(questions), _AT_ONCE):
+        texts = []
+        some = questions[first : first + _AT_ONCE]
+        for question in some:
+            prepared = side.prepare(rag, question.text)
+            texts.append(Continuation(prepared.tokens, _NEW_TOKENS, prefix=prepared.prefix))
+            gold = prompts.Prompt(
+                f"{prepared.text} {question.answers[0]}",
+                ((len(prepared.text), len(prepared.text) + 1 + len(question.answers[0])),),
+            )
+            (tokenized,) = prompts.tokenize([gold], model.tokenizer)
+            losses.append(model.log_likelihood_after(prepared.prefix, tokenized))
+            found.append(any(hit.document.id in question.documents for hit in prepared.hits))
+        written = ["".join(pieces) for pieces in zip(*model.write(texts), strict=True)]
+        matches += [contains(answer, question.answers) for answer, question in zip(written, some, strict=True)]
+        exact += [is_right(answer, question.answers, "span") for answer, question in zip(written, some, strict=True)]
+    yield "match", Outcome("match", np.array(matches, float))
+    yield "exact", Outcome("exact", np.array(exact, float))
+    yield "found", Outcome("found", np.array(found, float))
+    yield "loss", Outcome("loss", np.array(losses) * [-1, 1], score=loss_per_token)
+
+
+def quality(
+    model_folder: Path, data: Path, output: Path, *, limit: int | None, max_length: int
+) -> dict[str, dict[str, Any]]:
+    """Figures with 95 % intervals by collection and side."""
+    model, result = GritModel.load(model_folder), {}
+    for name in ("xquad_en", "medquad"):
+        documents, questions = read_questions(data, name)
+        order = np.random.default_rng(0).permutation(len(questions))[:limit]
+        asked = [questions[place] for place in order]
+        corpus = write_corpus(output / f"{name}.jsonl", documents)
+        stores = {
+            kind: index(model_folder, corpus, output / f"stores/{name}-{kind}", *options, f"--max-length={max_length}")
+            for kind, options in STORES.items()
+        }
+        result[name] = {}
+        for label, side in SIDES.items():
+            rag = Rag(model, stores[side.store], causal_bytes=(1 << 30) * side.causal)
+            measured = {}
+            for metric, outcome in figures(side, rag, model, asked):
+                low, high = interval(outcome, seed=0)
+                measured[metric] = {"value": outcome.score(outcome.examples), "interval": [low, high]}
+            result[name][label] = measured
+            print(name, label, {metric: round(one["value"], 4) for metric, one in measured.items()}, flush=True)
+    return result
+
+
+def main() -> None:
+    """Measures, writes and draws."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    speed = commands.add_parser("latency", help="seconds with and without keys and values")
+    speed.add_argument("--lengths", type=int, nargs="+", default=[250, 500, 1000, 2000, 4000], help="tokens")
+    speed.add_argument("--repeats", type=int, default=5, help="timed runs of each side (%(default)s)")
+    good = commands.add_parser("quality", help="answers of a trained model")
+    good.add_argument("model", type=Path, help="run folder")
+    good.add_argument(
+        "--data", type=Path, default=common.SHARED / "eval", help="folder with retrieval/ and generative/"
+    )
+    good.add_argument("--limit", type=int, help="questions of each collection, drawn (all of them)")
+    good.add_argument("--max-length", type=int, default=256, help="tokens kept of a document (%(default)s)")
+    for command in (speed, good):
+        command.add_argument("--output", type=Path, default=Path("runs/rag"), help="folder (%(default)s)")
+    args = parser.parse_args()
+    args.output.mkdir(parents=True, exist_ok=True)
+    if args.command == "latency":
+        found: Any = latency(args.output, args.lengths, args.repeats)
+        plot_latency(args.output / "rag_latency.png", found)
+    else:
+        found = quality(args.model, args.data, args.output, limit=args.limit, max_length=args.max_length)
+    files.write_text(args.output / f"rag_{args.command}.json", json.dumps(found, indent=2) + "\n")
+    common.report({args.command: found})
+
+
+if __name__ == "__main__":
+    main()

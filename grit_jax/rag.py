@@ -1,0 +1,243 @@
+"""Answers from a store: what is found is read anew, or gone on from with the keys and values of the embedding pass.
+
+What a cached text and the text after it read is `prompts.rag`. The embedding pass is bidirectional, so that answers
+from its keys and values are not those of a causal pass over the same tokens; with a model whose embedding pass is
+causal, or once a document has been read causally (`Rag.read_causally`), they are.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Literal, NamedTuple, get_args
+
+import numpy as np
+
+from grit_jax import prompts
+from grit_jax.caching import joined
+from grit_jax.config import InputError
+from grit_jax.engine import Continuation
+from grit_jax.inference import GritModel
+from grit_jax.model.transformer import KVCache
+from grit_jax.prompts import RagMethod
+from grit_jax.store.layout import Document, Store
+from grit_jax.store.retriever import Hit, Retriever
+
+# Whether a text after another cached one keeps the positions it was read at, or is moved on behind the other.
+Positions = Literal["own", "corrected"]
+POSITIONS: tuple[Positions, ...] = get_args(Positions)
+
+
+class Prepared(NamedTuple):
+    """What the model goes on from.
+
+    Attributes:
+      prefix: Keys and values, numpy [layers, tokens, kv_heads, head_dim]; None for nothing.
+      text: What is read after them.
+      tokens: int32 [tokens] of it.
+      hits: The documents that are used, best first.
+    """
+
+    prefix: KVCache | None
+    text: str
+    tokens: np.ndarray
+    hits: list[Hit]
+
+
+class Answered(NamedTuple):
+    """An answer.
+
+    Attributes:
+      text: The answer, after `The answer is`.
+      hits: The documents that it was made from, best first.
+      num_cached: Tokens whose keys and values were there.
+      num_read: Tokens that were read.
+    """
+
+    text: str
+    hits: list[Hit]
+    num_cached: int
+    num_read: int
+
+
+class Rag:
+    """Answers queries from a store with the model that made it. To be used by one thread at a time.
+
+    Args:
+      model: The model.
+      store: What answers are found in.
+      name: What the model is called in messages.
+      causal_bytes: Most bytes of the keys and values of documents that have been read causally; those that were used
+        last are kept.
+
+    Raises:
+      InputError: Another model made the store, or a file of it is missing or damaged.
+    """
+
+    def __init__(self, model: GritModel, store: Store, *, name: str = "this model", causal_bytes: int = 0):
+        self._retriever = Retriever(model, store, name=name)
+        self._model, self._store = model, store
+        self._causal = _CausalMemory(causal_bytes)
+        if store.settings.caches:
+            store.check_caches()
+
+    def prepare(
+        self,
+        query: str,
+        *,
+        method: RagMethod,
+        instruction: str = "",
+        k: int = 1,
+        positions: Positions = "own",
+    ) -> Prepared:
+        """Finds documents and puts together what an answer goes on from.
+
+        Where the query's keys and values are used, they are those of the pass that embeds it for the search.
+
+        Args:
+          query: What is asked.
+          method: How query and documents come to the model.
+          instruction: What the model is told about the query when it is embedded; part of a cached query.
+          k: How many documents are used.
+          positions: Of a cached text that comes after another: its `own`, as in the paper, or `corrected`.
+
+        Raises:
+          InputError: The query is empty, or the store lacks keys and values that the method needs.
+        """
+        parts = prompts.cached_parts(method)
+        self._refuse_unfit(method)
+        hits, caches = [], {"query": [], "document": []}
+        if "query" in parts:
+            (cached,) = self._model.encode_with_caches([query], instruction=instruction)
+            caches["query"] = [cached.cache]
+            (hits,) = self._retriever.nearest(cached.vector[None], k)
+        elif method != "none":
+            (hits,) = self._retriever.find([query], instruction=instruction, k=k)
+        if "document" in parts:
+            caches["document"] = [self._cache(hit.row) for hit in hits]
+        prefix = joined(
+            [cache for part in parts for cache in caches[part]],
+            self._model.architecture,
+            corrected=positions == "corrected",
+        )
+        passage = "\n\n".join(self._passage(hit.document) for hit in hits)
+        text = prompts.rag(method, query, passage, bos=self._model.tokenizer.bos)
+        return Prepared(prefix, text, self._model.tokenizer.encode(text).ids, hits)
+
+    def answer(
+        self,
+        query: str,
+        *,
+        method: RagMethod,
+        instruction: str = "",
+        k: int = 1,
+        positions: Positions = "own",
+        max_new_tokens: int = 64,
+        stop: Sequence[str] = (),
+    ) -> Answered:
+        """Answers a query with the likeliest tokens; other arguments as of `prepare`.
+
+        Args:
+          query: What is asked.
+          method: As of `prepare`.
+          instruction: As of `prepare`.
+          k: As of `prepare`.
+          positions: As of `prepare`.
+          max_new_tokens: Most tokens of the answer.
+          stop: The answer ends before the first of these strings.
+
+        Raises:
+          InputError: As of `prepare`, or query, documents and answer do not fit the model.
+        """
+        prepared = self.prepare(query, method=method, instruction=instruction, k=k, positions=positions)
+        continuation = Continuation(prepared.tokens, max_new_tokens, prefix=prepared.prefix)
+        text = "".join(piece for (piece,) in self._model.write([continuation], stop=stop))
+        return Answered(text, prepared.hits, continuation.num_cached, len(prepared.tokens))
+
+    @property
+    def num_waiting(self) -> int:
+        """Documents that have been used and wait to be read causally."""
+        return len(self._causal.waiting)
+
+    def read_causally(self) -> bool:
+        """Reads one document that has been used, so that answers from it are from now on those without keys and values.
+
+        That takes as long as reading the document in a prompt; a server does it while nobody waits.
+
+        Returns:
+          Whether there was one.
+        """
+        if not self._causal.waiting:
+            return False
+        row, _ = self._causal.waiting.popitem(last=False)
+        (cached,) = self._model.encode_with_caches(
+            [self._store.document(row).embedded],
+            instruction=self._store.settings.instruction,
+            max_length=self._store.settings.max_length,
+            attention="causal",
+        )
+        self._causal.put(row, cached.cache)
+        return True
+
+    def _cache(self, row: int) -> KVCache:
+        """Keys and values of a document: of a causal pass where there has been one."""
+        if found := self._causal.get(row):
+            return found
+        cache = self._store.cache(row)
+        if self._store.settings.cache_form == "first":  # what comes second would be read after the query
+            self._causal.ask(row, cache)
+        return cache
+
+    def _passage(self, document: Document) -> str:
+        """What the store's model read of a document."""
+        settings, tokenizer = self._store.settings, self._model.tokenizer
+        opening = prompts.opening(settings.cache_form, bos=tokenizer.bos)
+        prompt = prompts.embedding(document.embedded, settings.instruction, bos=opening)
+        starts = tokenizer.encode(prompt.text).starts
+        end = starts[settings.max_length] if len(starts) > settings.max_length else len(prompt.text)
+        return prompt.text[prompt.spans[0][0] : end]
+
+    def _refuse_unfit(self, method: RagMethod) -> None:
+        if "document" not in prompts.cached_parts(method):
+            return
+        if not self._store.settings.caches:
+            self._store.check_caches()
+        form, needed = self._store.settings.cache_form, prompts.document_form(method)
+        if form != needed:
+            raise InputError(
+                f"{self._store.folder}: made with --cache-form {form}, and {method} needs {needed}; index the corpus "
+                f"into another folder with --cache-form {needed}, or choose another method"
+            )
+
+
+class _CausalMemory:
+    """Keys and values of documents, the last used ones that fit, and which documents are wanted.
+
+    Attributes:
+      waiting: Rows that are wanted, those that have waited longest first.
+    """
+
+    def __init__(self, limit: int):
+        self._limit, self._size = limit, 0
+        self._caches: OrderedDict[int, KVCache] = OrderedDict()
+        self.waiting: OrderedDict[int, None] = OrderedDict()
+
+    def get(self, row: int) -> KVCache | None:
+        if row in self._caches:
+            self._caches.move_to_end(row)
+        return self._caches.get(row)
+
+    def ask(self, row: int, like: KVCache) -> None:
+        """Wants a row whose keys and values are as large as these, if they fit at all."""
+        if _num_bytes(like) <= self._limit:
+            self.waiting[row] = None
+
+    def put(self, row: int, cache: KVCache) -> None:
+        self._caches[row] = cache
+        self._size += _num_bytes(cache)
+        while self._size > self._limit:
+            self._size -= _num_bytes(self._caches.popitem(last=False)[1])
+
+
+def _num_bytes(cache: KVCache) -> int:
+    return cache.keys.nbytes + cache.values.nbytes
