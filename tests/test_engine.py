@@ -110,7 +110,10 @@ def test_nothing_is_compiled_after_warming_up(model):
     jax.monitoring.register_event_duration_secs_listener(
         lambda event, duration_secs, **_: compiled.append(event) if "backend_compile" in event else None
     )
-    run(engine, arriving=[Continuation(prompt(length), 9, logprobs=length > 40) for length in (1, 3, 50, 33, 200, 2)])
+    config = model.architecture
+    prefix = KVCache(*[np.zeros((config.num_layers, 70, config.num_kv_heads, config.head_dim), np.float16)] * 2)
+    asked = [Continuation(prompt(length), 9, logprobs=length > 40) for length in (1, 3, 50, 33, 200, 2)]
+    run(engine, arriving=[*asked, Continuation(prompt(9), 9, prefix=prefix)])
     assert compiled == []
 
 

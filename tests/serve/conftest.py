@@ -9,10 +9,10 @@ import httpx
 import pytest
 import uvicorn
 
+from grit_jax.rag import Rag
 from grit_jax.serve.app import Limits, Server
 from grit_jax.serve.http import PatientProtocol
 from grit_jax.store.layout import Store
-from grit_jax.store.retriever import Retriever
 from tests.models import make
 from tests.store import stores
 
@@ -57,16 +57,16 @@ def model():
 
 
 @pytest.fixture(scope="session")
-def retriever(model, tmp_path_factory):
+def rag(model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("serve")
     corpus = folder / "corpus.jsonl"
     corpus.write_text("".join(json.dumps(document) + "\n" for document in DOCUMENTS))
-    stores.index(folder / "store", model, corpus)
-    return Retriever(model, Store(folder / "store"))
+    stores.index(folder / "store", model, corpus, caches="float32")
+    return Rag(model, Store(folder / "store"))
 
 
 @pytest.fixture(scope="session")
-def server(model, retriever):
+def server(model, rag):
     limits = Limits(max_length=1024, rows=4, queue=64, body_bytes=200_000)
-    with running(Server(model, name=NAME, limits=limits, instructions=PROMPTS, retriever=retriever)) as address:
+    with running(Server(model, name=NAME, limits=limits, instructions=PROMPTS, rag=rag)) as address:
         yield address

@@ -134,7 +134,7 @@ def test_log_p_is_the_librarys(client, model):
     assert np.isclose(told.token_logprobs[0], log_p.max(), atol=1e-4)
 
 
-def test_documents_are_put_in_order_and_found(server, model, retriever):
+def test_documents_are_put_in_order_and_found(server, model, rag):
     texts = [document["text"] for document in DOCUMENTS]
     body = {"model": NAME, "query": "wood", "documents": texts, "top_n": 2, "instruction": "Find"}
     reranked = httpx.post(f"{server}/v1/rerank", json=body).json()
@@ -144,8 +144,45 @@ def test_documents_are_put_in_order_and_found(server, model, retriever):
     assert np.allclose([one["relevance_score"] for one in reranked["results"]], scores[order], atol=1e-5)
     assert reranked["results"][0]["document"] == {"text": texts[order[0]]}
     found = httpx.post(f"{server}/v1/search", json={"query": "wood", "k": 2}).json()["data"]
-    hits = retriever.find(["wood"], k=2)[0]
+    hits = rag.retriever.find(["wood"], k=2)[0]
     assert [(one["id"], one["same_text"]) for one in found] == [(hit.document.id, hit.duplicates) for hit in hits]
+
+
+METHODS = ["none", "query_first", "document_first", "document_cache", "query_cache", "document_query_cache"]
+
+
+def test_an_answer_from_documents_is_the_librarys(server, client, rag):
+    (told,) = client.models.list()
+    assert told.index == {"documents": 3, "methods": METHODS}
+    compiled = metric(server, "compilations_total")
+    for method in METHODS:
+        response = client.chat.completions.create(
+            model=NAME, messages=[{"role": "user", "content": "what is salt?"}], max_tokens=12, temperature=0,
+            extra_body={"retrieval": {"method": method, "k": 1, "instruction": "Find"}},
+        )  # fmt: skip
+        assert metric(server, "compilations_total") == compiled
+        answered = rag.answer("what is salt?", method=method, instruction="Find", max_new_tokens=12)
+        compiled = metric(server, "compilations_total")  # the library's own
+        assert response.choices[0].message.content == answered.text
+        assert [one["id"] for one in response.documents] == [hit.document.id for hit in answered.hits]
+        usage = response.usage
+        assert usage.prompt_tokens_details.cached_tokens == answered.num_cached
+        assert usage.prompt_tokens == answered.num_cached + answered.num_read
+    events = client.chat.completions.create(
+        model=NAME, messages=[{"role": "user", "content": "salt"}], max_tokens=12, stream=True,
+        extra_body={"retrieval": {"method": "document_cache"}},
+    )  # fmt: skip
+    assert next(iter(events)).documents[0]["rank"] == 1
+
+
+def test_what_retrieval_cannot_do_is_told(client):
+    for messages, method, message in [
+        (TURNS, "document_cache", "send one user message"),
+        (QUESTION, "query_document_cache", "made with --cache-form first"),
+        (QUESTION, "magic", "retrieval.method"),
+    ]:
+        with pytest.raises(openai.BadRequestError, match=message):
+            client.chat.completions.create(model=NAME, messages=messages, extra_body={"retrieval": {"method": method}})
 
 
 def test_the_model_is_told_and_no_other_is_there(client):
