@@ -6,6 +6,7 @@ import argparse
 import json
 import logging
 import os
+import signal
 from pathlib import Path
 
 from grit_jax.cli.overrides import refuse_unknown
@@ -97,6 +98,9 @@ def run(args: argparse.Namespace) -> int:
         f"keys and values of answers {server.cache_bytes / 1e6:,.1f} MB",
         flush=True,
     )
+    # Having finished what was begun, uvicorn raises the signal again, for this handler: a stop that was asked for is no
+    # failure.
+    signal.signal(signal.SIGTERM, lambda *_: None)
     uvicorn.run(
         server.app, host=args.host, port=args.port, http=PatientProtocol, log_config=None, access_log=False,
         timeout_graceful_shutdown=args.drain,
