@@ -291,7 +291,7 @@ def plot(output: Path, summary: Mapping[str, Any]) -> None:
     right.axvline(0, color="#888888", linewidth=1)
     right.set(yticks=range(len(summary["claim"])), ylim=(-0.5, len(summary["claim"]) - 0.5))
     right.set_yticklabels([f"{name}\nagainst {one['against']}-only" for name, one in summary["claim"].items()])
-    right.set_xlabel("relative difference of the unified model, %; grey: the margin")
+    right.set_xlabel("relative difference, % (grey: margin)")
     for panel in (left, middle, right):
         panel.spines[["top", "right"]].set_visible(False)
         panel.grid(alpha=0.25)

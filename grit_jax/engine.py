@@ -240,10 +240,14 @@ class _Lane:
             self.state: DecodeState = empty_state(model, params, rows=size.rows, slots=size.slots, dtype=dtype)
 
     def warm_up(self, progress: Callable[[int], None]) -> int:
+        config = self._model.config
+        layers, of_token = config.num_layers, (config.num_kv_heads, config.head_dim)
         calls = [
             *(lambda rows=rows, length=length: self._extend([], rows, length)
               for rows in self._row_counts for length in self._read_lengths(rows)),
             *(lambda rows=rows: self._sample([], rows) for rows in self._row_counts),
+            *(lambda length=length: self._write_prefix(KVCache(*[np.zeros((layers, length, *of_token))] * 2), 0, 0)
+              for length in self._read_lengths(1)),
         ]  # fmt: skip
         for call in calls:
             call()
@@ -266,14 +270,19 @@ class _Lane:
     def _new_row(self, continuation: Continuation) -> _Row:
         row = _Row(self._free.pop(), continuation)
         if continuation.prefix:
-            for start in range(0, continuation.num_cached, _LONGEST_READ):
-                piece = KVCache(*(x[:, start : start + _LONGEST_READ] for x in continuation.prefix))
-                padding = bucket(piece.keys.shape[1], at_least=_SHORTEST_READ) - piece.keys.shape[1]
-                piece = KVCache(*(np.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))) for x in piece))
-                with jax.set_mesh(self._mesh):
-                    self.state = write_prefix(self.state, piece, np.int32(row.number), np.int32(start))
+            longest = self._read_lengths(1)[-1]
+            for start in range(0, continuation.num_cached, longest):
+                piece = KVCache(*(x[:, start : start + longest] for x in continuation.prefix))
+                self._write_prefix(piece, row.number, start)
             row.length = continuation.num_cached
         return row
+
+    def _write_prefix(self, piece: KVCache, row: int, start: int) -> None:
+        padding = bucket(piece.keys.shape[1], at_least=_SHORTEST_READ) - piece.keys.shape[1]
+        dtype = jax.tree.leaves(self.state.cache)[0].dtype
+        padded = KVCache(*(np.pad(x.astype(dtype), ((0, 0), (0, padding), (0, 0), (0, 0))) for x in piece))
+        with jax.set_mesh(self._mesh):
+            self.state = write_prefix(self.state, padded, np.int32(row), np.int32(start))
 
     def _read(self, unread: list[_Row]) -> None:
         """Reads the next tokens of the prompts that have waited longest."""

@@ -324,8 +324,7 @@ class GritModel:
         `progress` is called after each.
         """
         shapes = []
-        longest = bucket(max_length, at_least=self._shortest_row)
-        for row_length in _doublings(self._shortest_row, longest):
+        for row_length in self.row_lengths(max_length):
             shards = sharding.axis_size(self._mesh, "batch")
             shapes += [(rows, row_length) for rows in _doublings(shards, self._full_batch(row_length, None))]
         for shape in shapes:
@@ -333,6 +332,10 @@ class GritModel:
             self._slots(nothing, nothing, nothing, np.zeros(shape, np.float32))
             progress(1)
         return len(shapes)
+
+    def row_lengths(self, max_length: int) -> list[int]:
+        """Lengths of the rows that texts of up to `max_length` tokens are read in."""
+        return _doublings(self._shortest_row, bucket(max_length, at_least=self._shortest_row))
 
     def _slots(
         self, tokens: np.ndarray, segment_ids: np.ndarray, positions: np.ndarray, weights: np.ndarray

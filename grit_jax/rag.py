@@ -7,8 +7,9 @@ causal, or once a document has been read causally (`Rag.read_causally`), they ar
 
 from __future__ import annotations
 
+import functools
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple, get_args
 
 import numpy as np
@@ -70,16 +71,40 @@ class Rag:
       causal_bytes: Most bytes of the keys and values of documents that have been read causally; those that were used
         last are kept.
 
+    Attributes:
+      retriever: What finds documents.
+
     Raises:
       InputError: Another model made the store, or a file of it is missing or damaged.
     """
 
     def __init__(self, model: GritModel, store: Store, *, name: str = "this model", causal_bytes: int = 0):
-        self._retriever = Retriever(model, store, name=name)
+        self.retriever = Retriever(model, store, name=name)
         self._model, self._store = model, store
         self._causal = _CausalMemory(causal_bytes)
         if store.settings.caches:
             store.check_caches()
+
+    @property
+    def methods(self) -> list[RagMethod]:
+        """The methods for which the store has what they need."""
+        return [method for method in prompts.RAG_METHODS if self._lack(method) is None]
+
+    def warm_up(self, max_length: int, progress: Callable[[int], None] = lambda _: None) -> int:
+        """Compiles the programs that keep keys and values of a text of up to `max_length` tokens, and returns how many.
+
+        `progress` is called after each.
+        """
+        calls = [
+            functools.partial(self._model.embed_with_caches, [prompts.TokenizedPrompt(tokens, spans)], attention=how)
+            for length in self._model.row_lengths(max_length)
+            for tokens, spans in [(np.zeros(length, np.int32), np.array([[0, length]], np.int32))]
+            for how in (None, "causal")
+        ]
+        for call in calls:
+            list(call())
+            progress(1)
+        return len(calls)
 
     def prepare(
         self,
@@ -105,14 +130,15 @@ class Rag:
           InputError: The query is empty, or the store lacks keys and values that the method needs.
         """
         parts = prompts.cached_parts(method)
-        self._refuse_unfit(method)
+        if lack := self._lack(method):
+            raise InputError(lack)
         hits, caches = [], {"query": [], "document": []}
         if "query" in parts:
             (cached,) = self._model.encode_with_caches([query], instruction=instruction)
             caches["query"] = [cached.cache]
-            (hits,) = self._retriever.nearest(cached.vector[None], k)
+            (hits,) = self.retriever.nearest(cached.vector[None], k)
         elif method != "none":
-            (hits,) = self._retriever.find([query], instruction=instruction, k=k)
+            (hits,) = self.retriever.find([query], instruction=instruction, k=k)
         if "document" in parts:
             caches["document"] = [self._cache(hit.row) for hit in hits]
         prefix = joined(
@@ -197,17 +223,18 @@ class Rag:
         end = starts[settings.max_length] if len(starts) > settings.max_length else len(prompt.text)
         return prompt.text[prompt.spans[0][0] : end]
 
-    def _refuse_unfit(self, method: RagMethod) -> None:
+    def _lack(self, method: RagMethod) -> str | None:
+        """What the store lacks for a method, and the remedy."""
         if "document" not in prompts.cached_parts(method):
-            return
-        if not self._store.settings.caches:
-            self._store.check_caches()
-        form, needed = self._store.settings.cache_form, prompts.document_form(method)
-        if form != needed:
-            raise InputError(
-                f"{self._store.folder}: made with --cache-form {form}, and {method} needs {needed}; index the corpus "
-                f"into another folder with --cache-form {needed}, or choose another method"
-            )
+            return None
+        settings, needed = self._store.settings, prompts.document_form(method)
+        if settings.caches and settings.cache_form == needed:
+            return None
+        found = f"made with --cache-form {settings.cache_form}" if settings.caches else "has no keys and values"
+        return (
+            f"{self._store.folder}: {found}, and {method} needs those of --cache-form {needed}; index the corpus into "
+            f"another folder with --caches bfloat16 --cache-form {needed}, or choose another method"
+        )
 
 
 class _CausalMemory:

@@ -11,6 +11,7 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 _QUERIES_AT_ONCE = 256
+_FEWEST_BEST, _GROWTH = 16, 8  # of the best that a program finds, and from one program to the next
 _PASSAGES_AT_ONCE = 16384  # of a device: what is in float32 at a time, and what is sorted at a time
 
 
@@ -83,13 +84,28 @@ class Searchable:
           Inner products, float32 [queries, k], and numbers of passages, int32 [queries, k].
         """
         k = min(k, self._size)
+        most = next(most for most in self._counts() if most >= k)
         scores, numbers = np.zeros((len(queries), k), np.float32), np.zeros((len(queries), k), np.int32)
         for first in range(0, len(queries), _QUERIES_AT_ONCE):
             some = slice(first, min(first + _QUERIES_AT_ONCE, len(queries)))
             with jax.set_mesh(self._mesh):
-                best = _best(self._placed(queries[some]), *self._passages, k=k, size=self._size)
-            scores[some], numbers[some] = (np.asarray(x)[: some.stop - first] for x in best)
+                best = _best(self._placed(queries[some]), *self._passages, k=most, size=self._size)
+            scores[some], numbers[some] = (np.asarray(x)[: some.stop - first, :k] for x in best)
         return scores, numbers
+
+    def warm_up(self, k: int) -> int:
+        """Compiles the programs that find up to `k` passages for up to 8 queries, and returns how many."""
+        needed = [most for most in self._counts() if most < _GROWTH * k]
+        for most in needed:
+            self.top_k(np.zeros((1, self._passages[0].shape[1]), np.float32), most)
+        return len(needed)
+
+    def _counts(self) -> list[int]:
+        """How many of the best programs find: a handful, so that any number is had without a program of its own."""
+        counts = [min(_FEWEST_BEST, self._size)]
+        while counts[-1] < self._size:
+            counts.append(min(_GROWTH * counts[-1], self._size))
+        return counts
 
     def _placed(self, queries: np.ndarray) -> jax.Array:
         rows = 1 << max(3, (len(queries) - 1).bit_length())  # a handful of shapes to compile for

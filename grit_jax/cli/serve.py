@@ -6,6 +6,7 @@ import argparse
 import json
 import logging
 import os
+import signal
 from pathlib import Path
 
 from grit_jax.cli.overrides import refuse_unknown
@@ -26,6 +27,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `serve`."""
     parser.add_argument("model", metavar="MODEL", help="run folder, checkpoint or Hugging Face folder")
     parser.add_argument("--index", metavar="STORE", help="folder from grit-jax index, for search and answers from it")
+    parser.add_argument(
+        "--causal-mb", type=int, default=0, metavar="N",
+        help="memory for keys and values of documents that are read causally while nobody waits, in MiB (%(default)s)",
+    )  # fmt: skip
     parser.add_argument("--name", help="what clients call the model (default: the folder's name)")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at (%(default)s)")
     parser.add_argument("--port", type=int, default=8000, help="port to listen at (%(default)s)")
@@ -58,6 +63,8 @@ def run(args: argparse.Namespace) -> int:
     for name in ("max_length", "rows", "queue", "max_body", "timeout", "drain"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise InputError(f"--{name.replace('_', '-')}={getattr(args, name)} must be positive")
+    if args.causal_mb < 0:
+        raise InputError(f"--causal-mb={args.causal_mb} must not be negative")
     refuse_unknown(args.overrides, "serve", known="--mesh.")
     mesh = parse_config("", args.overrides).mesh if args.overrides else None
     instructions = _instructions(Path(args.prompts)) if args.prompts else {}
@@ -69,8 +76,8 @@ def run(args: argparse.Namespace) -> int:
     except ModuleNotFoundError as error:
         raise InputError(f"the server needs {error.name}; pip install 'grit-jax[serve]'") from error
     from grit_jax.inference import GritModel
+    from grit_jax.rag import Rag
     from grit_jax.store.layout import Store
-    from grit_jax.store.retriever import Retriever
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     model = GritModel.load(args.model, mesh=mesh, dtype=args.dtype)
@@ -84,13 +91,16 @@ def run(args: argparse.Namespace) -> int:
     )  # fmt: skip
     server = Server(
         model, name=name, limits=limits, instructions=instructions, api_key=os.environ.get(_KEY) or None,
-        retriever=Retriever(model, Store(args.index), name=args.model) if args.index else None,
+        rag=Rag(model, Store(args.index), name=args.model, causal_bytes=args.causal_mb << 20) if args.index else None,
     )  # fmt: skip
     print(
         f"{name} at http://{args.host}:{args.port} once it is ready; weights {server.weights_bytes / 1e6:,.1f} MB, "
         f"keys and values of answers {server.cache_bytes / 1e6:,.1f} MB",
         flush=True,
     )
+    # Having finished what was begun, uvicorn raises the signal again, for this handler: a stop that was asked for is no
+    # failure.
+    signal.signal(signal.SIGTERM, lambda *_: None)
     uvicorn.run(
         server.app, host=args.host, port=args.port, http=PatientProtocol, log_config=None, access_log=False,
         timeout_graceful_shutdown=args.drain,

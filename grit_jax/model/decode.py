@@ -106,12 +106,15 @@ def extend(
 
 @functools.partial(jax.jit, donate_argnames="state")
 def write_prefix(state: DecodeState, prefix: KVCache, row: Int[Array, ""], start: Int[Array, ""]) -> DecodeState:
-    """Puts keys and values, [layers, tokens, kv_heads, head_dim], into the slots of a row from `start` on."""
+    """Puts keys and values, [layers, tokens, kv_heads, head_dim], into the slots of a row from `start` on.
+
+    They have the state's type.
+    """
     slots = start + jnp.arange(prefix.keys.shape[1])
 
     def write(into, values):
         place = (slice(None), row, slots)[-(into.ndim - 2) :]
-        return into.at[place].set(values.astype(into.dtype), mode="drop")
+        return into.at[place].set(values, mode="drop")
 
     if isinstance(state.cache, KVCache):
         return state._replace(cache=jax.tree.map(write, state.cache, prefix))

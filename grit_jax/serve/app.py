@@ -25,19 +25,25 @@ from grit_jax.answer import Answer
 from grit_jax.engine import Continuation, Engine, LaneSize
 from grit_jax.inference import GritModel
 from grit_jax.model.decode import Logprobs
+from grit_jax.model.transformer import KVCache
 from grit_jax.prompts import TokenizedPrompt
+from grit_jax.rag import Prepared, Rag
 from grit_jax.serve import protocol
 from grit_jax.serve.http import Endpoint, Handler, check_key, http_error
 from grit_jax.serve.metrics import Metrics
 from grit_jax.serve.protocol import RequestError
 from grit_jax.serve.scheduler import Scheduler
-from grit_jax.store.retriever import Retriever
 
 _log = logging.getLogger(__name__)
 
 _SHORTEST_LANE, _LANE_GROWTH = 512, 4
 _NEW_TOKENS = 256  # of an answer whose request does not say
-_PAGE_TYPES = {"index.html": "text/html", "style.css": "text/css", "app.js": "text/javascript"}
+_PAGE_TYPES = {
+    "index.html": "text/html",
+    "style.css": "text/css",
+    "app.js": "text/javascript",
+    "icon.svg": "image/svg+xml",
+}
 _PAGE_HEADERS = {"content-security-policy": "default-src 'self'", "x-content-type-options": "nosniff"}
 
 
@@ -75,7 +81,7 @@ class Server:
       name: What clients call it.
       limits: What is taken on.
       instructions: Named instructions of `/v1/embeddings`.
-      retriever: The store that is searched; None for none.
+      rag: The store that is searched and answered from; None for none.
       api_key: What clients must send; None for nothing.
 
     Attributes:
@@ -89,14 +95,17 @@ class Server:
         name: str,
         limits: Limits,
         instructions: Mapping[str, str] | None = None,
-        retriever: Retriever | None = None,
+        rag: Rag | None = None,
         api_key: str | None = None,
     ):
         self._model, self._name, self._limits, self._instructions = model, name, limits, instructions or {}
-        self._retriever, self._api_key = retriever, api_key
+        self._rag, self._api_key = rag, api_key
         self._metrics = Metrics()
         self._engine: Engine = model.engine(limits.lanes(), fewer_rows=True)
-        self._scheduler = Scheduler(model, self._engine, self._metrics, queue=limits.queue, prepare=self._warm_up)
+        self._scheduler = Scheduler(
+            model, self._engine, self._metrics, queue=limits.queue, prepare=self._warm_up,
+            idle=rag.read_causally if rag else lambda: False,
+        )  # fmt: skip
         self._is_warm = False
         self._metrics.gauges(
             {
@@ -145,6 +154,8 @@ class Server:
         """Compiles every program that requests need."""
         started = time.monotonic()
         count = self._model.warm_up_embedding(self._limits.max_length) + self._engine.warm_up()
+        if self._rag:
+            count += self._rag.retriever.warm_up(protocol.MOST_FOUND) + self._rag.warm_up(self._limits.max_length)
         self._is_warm = True
         _log.info("ready: %d programs in %.1f s", count, time.monotonic() - started)
 
@@ -191,7 +202,7 @@ class Server:
 
     async def _models(self, request: Request) -> Response:
         check_key(request, self._api_key)
-        index = self._retriever and {"documents": self._retriever.num_documents}
+        index = self._rag and {"documents": self._rag.retriever.num_documents, "methods": self._rag.methods}
         model = {
             "id": self._name,
             "object": "model",
@@ -243,17 +254,17 @@ class Server:
     async def _search(self, body: bytes) -> Mapping[str, Any]:
         request = protocol.parse(protocol.SearchRequest, body)
         self._refuse_other_model(request.model or self._name)
-        retriever = self._needed_retriever()
+        rag = self._needed_rag()
         prompts = await self._embedding_prompts([request.query], request.instruction)
         vectors = await self._scheduler.embed(prompts)
-        (hits,) = await self._scheduler.call(lambda: retriever.nearest(vectors, request.k))
+        (hits,) = await self._scheduler.call(lambda: rag.retriever.nearest(vectors, request.k))
         read = _num_tokens(prompts)
         return {"object": "list", "model": self._name, "data": protocol.documents(hits), "usage": protocol.usage(read)}
 
-    def _needed_retriever(self) -> Retriever:
-        if self._retriever is None:
+    def _needed_rag(self) -> Rag:
+        if self._rag is None:
             raise RequestError(400, "this server has no documents; start it with --index STORE", "no_index")
-        return self._retriever
+        return self._rag
 
     async def _embedding_prompts(
         self, texts: Sequence[str], instruction: str, *, truncate: bool = False
@@ -294,11 +305,24 @@ class Server:
         self._refuse_other_model(request.model)
         messages = [message.turn() for message in request.messages]
         self._refuse_huge("".join(message["content"] for message in messages), "the conversation")
-        (tokens,) = await asyncio.to_thread(self._model.prompt_tokens, [messages])
+        prefix, more = None, {}
+        if request.retrieval is None:
+            (tokens,) = await asyncio.to_thread(self._model.prompt_tokens, [messages])
+        else:
+            prefix, _, tokens, hits = await self._prepared(messages, request.retrieval)
+            more["documents"] = protocol.documents(hits)
         wanted = request.max_completion_tokens or request.max_tokens
         form = protocol.ChatForm(self._model.tokenizer, request.top_logprobs or 0)
-        continuations = self._continuations(request, [tokens], wanted, logprobs=bool(request.logprobs))
-        return await self._answered(request, continuations, form)
+        continuations = self._continuations(request, [tokens], wanted, logprobs=bool(request.logprobs), prefix=prefix)
+        return await self._answered(request, continuations, form, **more)
+
+    async def _prepared(self, messages: Sequence[Mapping[str, str]], retrieval: protocol.Retrieval) -> Prepared:
+        """What an answer from documents goes on from."""
+        rag = self._needed_rag()
+        if len(messages) != 1 or messages[0]["role"] != "user":
+            raise RequestError(400, "messages: with retrieval a question is answered by itself; send one user message")
+        how = retrieval.model_dump()
+        return await self._scheduler.call(lambda: rag.prepare(messages[0]["content"], **how))
 
     async def _completions(self, body: bytes) -> Mapping[str, Any] | AsyncGenerator[Mapping[str, Any]]:
         request = protocol.parse(protocol.CompletionRequest, body)
@@ -313,26 +337,29 @@ class Server:
         return await self._answered(request, continuations, form)
 
     def _continuations(
-        self, request: protocol.WrittenRequest, prompts: Sequence[np.ndarray], max_tokens: int | None, *, logprobs: bool
+        self,
+        request: protocol.WrittenRequest,
+        prompts: Sequence[np.ndarray],
+        max_tokens: int | None,
+        *,
+        logprobs: bool,
+        prefix: KVCache | None = None,
     ) -> list[Continuation]:
         """What the engine does for a request: every answer of the first prompt, then of the next."""
-        longest = max(map(len, prompts))
+        num_cached = 0 if prefix is None else prefix.keys.shape[1]
+        longest = num_cached + max(map(len, prompts))
         room = self._limits.max_length - longest
         if room < (max_tokens or 1):
             raise _too_long(f"a prompt of {longest} tokens and {max_tokens or 1} new ones", self._limits.max_length)
         seed = secrets.randbits(32) if request.seed is None else request.seed
         return [
             Continuation(
-                tokens,
-                max_tokens or min(room, _NEW_TOKENS),
-                request.temperature,
-                request.top_p,
-                seed + number,
-                logprobs,
+                tokens, max_tokens or min(room, _NEW_TOKENS), request.temperature, request.top_p, seed + number,
+                logprobs, prefix,
             )
             for tokens in prompts
             for number in range(request.n)
-        ]
+        ]  # fmt: skip
 
     async def _answered(
         self,

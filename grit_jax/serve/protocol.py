@@ -15,10 +15,13 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from grit_jax.model.decode import TOP_LOGPROBS, Logprobs
+from grit_jax.prompts import RagMethod
+from grit_jax.rag import Positions
 from grit_jax.store.retriever import Hit
 from grit_jax.tokenizer import Tokenizer
 
 MOST_INPUTS = 2048  # texts of a request, as at OpenAI
+MOST_FOUND = 1000  # documents of a search
 _MOST_CHOICES = 16
 
 T = TypeVar("T", bound=BaseModel)
@@ -182,19 +185,21 @@ class Message(BaseModel):
 
 
 class Retrieval(BaseModel):
-    """How an answer uses the documents of the server's store.
+    """How an answer uses the documents of the server's store; see `Rag.prepare`.
 
     Attributes:
-      method: Of `grit_jax.rag`.
-      k: Documents.
-      instruction: What the model is told about the question when it looks for documents.
+      method: How query and documents come to the model.
+      k: How many documents are used.
+      instruction: What the model is told about the query when it is embedded.
+      positions: Of a cached text that comes after another.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    method: str = "document_cache"
+    method: RagMethod = "document_cache"
     k: Annotated[int, Field(ge=1, le=20)] = 1
     instruction: str = ""
+    positions: Positions = "own"
 
 
 class ChatRequest(WrittenRequest):
@@ -282,7 +287,7 @@ class SearchRequest(BaseModel):
 
     model: str | None = None
     query: str
-    k: Annotated[int, Field(ge=1, le=1000)] = 10
+    k: Annotated[int, Field(ge=1, le=MOST_FOUND)] = 10
     instruction: str = ""
 
 

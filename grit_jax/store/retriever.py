@@ -65,6 +65,10 @@ class Retriever:
         """
         return self.nearest(self._model.encode(queries, instruction=instruction), k)
 
+    def warm_up(self, k: int) -> int:
+        """Compiles the programs that find up to `k` documents of a query, and returns how many."""
+        return self._vectors.warm_up(k)
+
     def nearest(self, queries: np.ndarray, k: int) -> list[list[Hit]]:
         """`find` with the queries' vectors, float32 [queries, embed]."""
         scores, rows = self._vectors.top_k(queries, k)

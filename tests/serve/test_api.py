@@ -1,0 +1,271 @@
+"""OpenAI's own client against the server: every answer is the library's."""
+
+import asyncio
+import base64
+import time
+
+import httpx
+import numpy as np
+import openai
+import pytest
+
+from grit_jax.serve.app import Limits, Server
+from tests.serve.conftest import DOCUMENTS, NAME, PROMPTS, running
+
+QUESTION = [{"role": "user", "content": "What is the sea?"}]
+TURNS = [*QUESTION, {"role": "assistant", "content": "Water."}, {"role": "user", "content": "More?"}]
+
+LONG = {"model": NAME, "messages": QUESTION, "max_tokens": 900, "temperature": 0}
+
+
+@pytest.fixture(scope="module")
+def client(server):
+    return openai.OpenAI(base_url=f"{server}/v1", api_key="none", max_retries=0)
+
+
+def metric(server, name):
+    lines = httpx.get(f"{server}/metrics").text.splitlines()
+    return sum(float(line.split()[-1]) for line in lines if line.startswith(f"grit_jax_{name}"))
+
+
+def until(condition):
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("form", ["float", "base64"])
+def test_embeddings_are_the_librarys(client, model, form):
+    texts = ["one", "a longer text " * 20, "three"]
+    response = client.embeddings.create(model=NAME, input=texts, encoding_format=form)
+    vectors = [one.embedding for one in response.data]
+    if form == "base64":
+        vectors = [np.frombuffer(base64.b64decode(vector), "<f4") for vector in vectors]
+    encoded = model.encode_with_counts(texts)
+    assert np.allclose(vectors, encoded.vectors, atol=1e-5)
+    assert [one.index for one in response.data] == [0, 1, 2]
+    assert response.usage.prompt_tokens == response.usage.total_tokens == encoded.num_tokens
+
+
+def test_an_instruction_is_given_or_named(client, model):
+    expected = model.encode(["x"], instruction=PROMPTS["question"])[0]
+    for more in ({"instruction": PROMPTS["question"]}, {"prompt_name": "question"}):
+        response = client.embeddings.create(model=NAME, input="x", extra_body=more)
+        assert np.allclose(response.data[0].embedding, expected, atol=1e-5)
+    with pytest.raises(openai.BadRequestError, match="'other' is not known; there are: question"):
+        client.embeddings.create(model=NAME, input="x", extra_body={"prompt_name": "other"})
+
+
+def test_dimensions_are_those_of_the_model(client):
+    assert len(client.embeddings.create(model=NAME, input="x", dimensions=32).data[0].embedding) == 32
+    with pytest.raises(openai.BadRequestError, match="vectors of this model have 32"):
+        client.embeddings.create(model=NAME, input="x", dimensions=16)
+
+
+def test_texts_that_are_too_long_are_refused_or_cut(client, model):
+    long = "word " * 300
+    with pytest.raises(openai.BadRequestError, match=r"text 1 has \d+ tokens; the limit is 1024"):
+        client.embeddings.create(model=NAME, input=["short", long])
+    response = client.embeddings.create(model=NAME, input=long, extra_body={"truncate": True})
+    assert np.allclose(response.data[0].embedding, model.encode([long])[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{"temperature": 0}, {"temperature": 1.2, "top_p": 0.8, "seed": 7}])
+def test_answers_are_the_librarys_whole_and_streamed(client, model, options):
+    expected = model.generate(TURNS, max_new_tokens=40, **options)
+    whole = client.chat.completions.create(model=NAME, messages=TURNS, max_tokens=40, **options)
+    assert whole.choices[0].message.content == expected
+    events = list(
+        client.chat.completions.create(
+            model=NAME, messages=TURNS, max_completion_tokens=40, stream=True,
+            stream_options={"include_usage": True}, **options,
+        )
+    )  # fmt: skip
+    pieces = [event.choices[0].delta.content for event in events if event.choices]
+    assert "".join(pieces) == expected
+    assert len(pieces) > 1
+    assert events[-1].usage == whole.usage
+    assert whole.usage.prompt_tokens == len(model.prompt_tokens([TURNS])[0])
+    assert [e.choices[0].finish_reason for e in events if e.choices][-1] == whole.choices[0].finish_reason
+
+
+def test_texts_are_continued_as_they_are(client, model):
+    texts = ["Once", "The sea"]
+    response = client.completions.create(model=NAME, prompt=texts, max_tokens=20, temperature=0)
+    assert [choice.text for choice in response.choices] == model.generate(
+        texts, raw=True, max_new_tokens=20, temperature=0
+    )
+    assert response.usage.completion_tokens <= 40
+
+
+def test_each_of_several_answers_has_its_own_seed(client, model):
+    response = client.chat.completions.create(model=NAME, messages=QUESTION, n=3, seed=5, max_tokens=16, temperature=1)
+    expected = [model.generate(QUESTION, max_new_tokens=16, temperature=1.0, seed=5 + number) for number in range(3)]
+    assert [choice.message.content for choice in response.choices] == expected
+    again = [
+        client.chat.completions.create(model=NAME, messages=QUESTION, max_tokens=16, temperature=1) for _ in range(2)
+    ]
+    assert again[0].choices[0].message.content != again[1].choices[0].message.content
+
+
+def test_an_answer_ends_before_a_stop_string(client, model):
+    whole = model.generate(QUESTION, max_new_tokens=60, temperature=1.0, seed=5)
+    stop = whole[20:22]
+    response = client.chat.completions.create(
+        model=NAME, messages=QUESTION, max_tokens=60, temperature=1, seed=5, stop=stop
+    )
+    assert response.choices[0].message.content == whole[: whole.index(stop)]
+    assert response.choices[0].finish_reason == "stop"
+    assert response.usage.completion_tokens < 60
+
+
+def test_log_p_is_the_librarys(client, model):
+    response = client.completions.create(model=NAME, prompt="Once", max_tokens=12, temperature=0, logprobs=3)
+    told = response.choices[0].logprobs
+    chat = client.chat.completions.create(
+        model=NAME, messages=QUESTION, max_tokens=12, temperature=0, logprobs=True, top_logprobs=2
+    )
+    content = chat.choices[0].logprobs.content
+    assert len(told.tokens) == response.usage.completion_tokens
+    assert all(len(one.top_logprobs) == 2 and one.top_logprobs[0].logprob == one.logprob for one in content)
+    first = model.logits(["Once"])[0][-1]
+    log_p = first - np.log(np.sum(np.exp(first - first.max()))) - first.max()
+    assert np.isclose(told.token_logprobs[0], log_p.max(), atol=1e-4)
+
+
+def test_documents_are_put_in_order_and_found(server, model, rag):
+    texts = [document["text"] for document in DOCUMENTS]
+    body = {"model": NAME, "query": "wood", "documents": texts, "top_n": 2, "instruction": "Find"}
+    reranked = httpx.post(f"{server}/v1/rerank", json=body).json()
+    scores = model.encode(texts) @ model.encode(["wood"], instruction="Find")[0]
+    order = np.argsort(-scores, kind="stable")[:2].tolist()
+    assert [one["index"] for one in reranked["results"]] == order
+    assert np.allclose([one["relevance_score"] for one in reranked["results"]], scores[order], atol=1e-5)
+    assert reranked["results"][0]["document"] == {"text": texts[order[0]]}
+    found = httpx.post(f"{server}/v1/search", json={"query": "wood", "k": 2}).json()["data"]
+    hits = rag.retriever.find(["wood"], k=2)[0]
+    assert [(one["id"], one["same_text"]) for one in found] == [(hit.document.id, hit.duplicates) for hit in hits]
+
+
+METHODS = ["none", "query_first", "document_first", "document_cache", "query_cache", "document_query_cache"]
+
+
+def test_an_answer_from_documents_is_the_librarys(server, client, rag):
+    (told,) = client.models.list()
+    assert told.index == {"documents": 3, "methods": METHODS}
+    compiled = metric(server, "compilations_total")
+    for method in METHODS:
+        response = client.chat.completions.create(
+            model=NAME, messages=[{"role": "user", "content": "what is salt?"}], max_tokens=12, temperature=0,
+            extra_body={"retrieval": {"method": method, "k": 1, "instruction": "Find"}},
+        )  # fmt: skip
+        assert metric(server, "compilations_total") == compiled
+        answered = rag.answer("what is salt?", method=method, instruction="Find", max_new_tokens=12)
+        compiled = metric(server, "compilations_total")  # the library's own
+        assert response.choices[0].message.content == answered.text
+        assert [one["id"] for one in response.documents] == [hit.document.id for hit in answered.hits]
+        usage = response.usage
+        assert usage.prompt_tokens_details.cached_tokens == answered.num_cached
+        assert usage.prompt_tokens == answered.num_cached + answered.num_read
+    events = client.chat.completions.create(
+        model=NAME, messages=[{"role": "user", "content": "salt"}], max_tokens=12, stream=True,
+        extra_body={"retrieval": {"method": "document_cache"}},
+    )  # fmt: skip
+    assert next(iter(events)).documents[0]["rank"] == 1
+
+
+def test_what_retrieval_cannot_do_is_told(client):
+    for messages, method, message in [
+        (TURNS, "document_cache", "send one user message"),
+        (QUESTION, "query_document_cache", "made with --cache-form first"),
+        (QUESTION, "magic", "retrieval.method"),
+    ]:
+        with pytest.raises(openai.BadRequestError, match=message):
+            client.chat.completions.create(model=NAME, messages=messages, extra_body={"retrieval": {"method": method}})
+
+
+def test_the_model_is_told_and_no_other_is_there(client):
+    assert [one.id for one in client.models.list()] == [NAME]
+    assert client.models.retrieve(NAME).max_length == 1024
+    for name in ("other", "../../etc/passwd", "a/../tiny", "tiny\x00"):
+        with pytest.raises(openai.NotFoundError, match="there is no model"):
+            client.embeddings.create(model=name, input="x")
+    with pytest.raises(openai.NotFoundError, match="there is no model"):
+        client.models.retrieve("a/b")
+
+
+def test_clients_at_the_same_time_get_the_librarys_answers_and_nothing_is_compiled(server, model):
+    options = {"temperature": 1.0, "top_p": 0.9}
+    asks = [(f"question {number} " * (1 + number % 7), number, 5 + 3 * (number % 6)) for number in range(24)]
+    compiled = metric(server, "compilations_total")
+
+    async def all_of_them():
+        async with openai.AsyncOpenAI(base_url=f"{server}/v1", api_key="none", max_retries=0) as client:
+            answers = [
+                client.chat.completions.create(
+                    model=NAME, messages=[{"role": "user", "content": text}], seed=seed, max_tokens=most, **options
+                )
+                for text, seed, most in asks
+            ]
+            vectors = [client.embeddings.create(model=NAME, input=[text, "and"]) for text, *_ in asks]
+            return await asyncio.gather(*answers, *vectors)
+
+    found = asyncio.run(all_of_them())
+    assert metric(server, "compilations_total") == compiled
+    for (text, seed, most), answer, embedded in zip(asks, found[: len(asks)], found[len(asks) :], strict=True):
+        assert answer.choices[0].message.content == model.generate(text, seed=seed, max_new_tokens=most, **options)
+        assert np.allclose([one.embedding for one in embedded.data], model.encode([text, "and"]), atol=5e-5)
+
+
+def test_a_client_that_leaves_frees_its_row(server):
+    with httpx.stream("POST", f"{server}/v1/chat/completions", json=LONG | {"n": 16, "stream": True}) as response:
+        lines = response.iter_lines()
+        next(lines)
+        assert metric(server, "answers_active") > 0
+    until(lambda: metric(server, "answers_active") == 0)
+    assert metric(server, 'requests_total{endpoint="/v1/chat/completions",status="499"}') >= 1
+
+
+def test_a_full_queue_and_a_short_time_are_told(model):
+    limits = Limits(max_length=1024, rows=4, queue=1)
+    with running(Server(model, name=NAME, limits=limits)) as address:
+        with httpx.stream("POST", f"{address}/v1/chat/completions", json=LONG | {"stream": True}) as response:
+            lines = response.iter_lines()
+            next(lines)
+            refused = httpx.post(f"{address}/v1/chat/completions", json=LONG)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (429, "queue_full")
+        assert "retry-after" in refused.headers
+    limits = Limits(max_length=1024, rows=4, seconds=0.1)
+    with running(Server(model, name=NAME, limits=limits)) as address:
+        late = httpx.post(f"{address}/v1/chat/completions", json=LONG | {"n": 16})
+        assert (late.status_code, late.json()["error"]["code"]) == (503, "timeout")
+        events = httpx.post(f"{address}/v1/chat/completions", json=LONG | {"n": 16, "stream": True}).text.split("\n\n")
+        assert '"code": "timeout"' in events[-2]
+        until(lambda: metric(address, "answers_active") == 0)
+
+
+def test_a_key_is_asked_for(model):
+    limits = Limits(max_length=1024, rows=4)
+    with running(Server(model, name=NAME, limits=limits, api_key="secret")) as address:
+        for key in ("wrong", "secrét"):
+            header = {"authorization": f"Bearer {key}".encode()}
+            assert httpx.get(f"{address}/v1/models", headers=header).status_code == 401
+            refused = httpx.post(f"{address}/v1/embeddings", headers=header, json={"model": NAME, "input": "x"})
+            assert (refused.status_code, refused.json()["error"]["code"]) == (401, "invalid_api_key")
+        client = openai.OpenAI(base_url=f"{address}/v1", api_key="secret")
+        assert client.embeddings.create(model=NAME, input="x").data
+        assert httpx.get(f"{address}/").status_code == 200
+
+
+def test_both_skills_use_one_copy_of_the_weights(model):
+    import jax
+
+    def bytes_in_use():
+        return sum(array.nbytes for array in jax.live_arrays())
+
+    before = bytes_in_use()
+    server = Server(model, name=NAME, limits=Limits(max_length=1024, rows=4))
+    logits = 258 * 4 * (4 + 2)
+    assert bytes_in_use() - before == server.cache_bytes + logits
+    assert server.weights_bytes == sum(leaf.nbytes for leaf in jax.tree.leaves(model.params))

@@ -1,0 +1,135 @@
+"""Input that is wrong, on purpose or not: each gets its status, and the server goes on."""
+
+import json
+import socket
+from urllib.parse import urlsplit
+
+import httpx
+import numpy as np
+import pytest
+
+from tests.serve.conftest import NAME
+
+CHAT = {"model": NAME, "messages": [{"role": "user", "content": "hi"}], "max_tokens": 4}
+EMBED = {"model": NAME, "input": "x"}
+
+
+def message(role="user", content="hi"):
+    return CHAT | {"messages": [{"role": role, "content": content}]}
+
+
+@pytest.fixture(autouse=True)
+def goes_on(server, model):
+    yield
+    answer = httpx.post(f"{server}/v1/embeddings", json=EMBED).json()
+    assert np.allclose(answer["data"][0]["embedding"], model.encode(["x"])[0], atol=1e-5)
+    assert httpx.get(f"{server}/health").status_code == 200
+
+
+def refusal(response):
+    error = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    return response.status_code, error["message"]
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status", "told"),
+    [
+        ("embeddings", b"{", 400, "Invalid JSON"),
+        ("embeddings", b"", 400, "Invalid JSON"),
+        ("embeddings", b"\xff\xfe", 400, "Invalid JSON"),
+        ("embeddings", b'{"model": "tiny", "input": "\xff"}', 400, "Invalid JSON"),
+        ("embeddings", b'{"model": "tiny", "input": "\\ud800"}', 400, "Invalid JSON"),
+        ("embeddings", b"[" * 100_000, 400, "Invalid JSON"),
+        ("embeddings", [], 400, "body"),
+        ("embeddings", {"input": "x"}, 400, "model: Field required"),
+        ("embeddings", EMBED | {"input": []}, 400, "at least 1 item"),
+        ("embeddings", EMBED | {"input": 5}, 400, "input"),
+        ("embeddings", EMBED | {"input": [1, 2]}, 400, "tokens are not taken"),
+        ("embeddings", EMBED | {"input": ["x", None]}, 400, "input"),
+        ("embeddings", EMBED | {"input": ""}, 400, "text 0 is empty"),
+        ("embeddings", EMBED | {"input": ["x"] * 2049}, 400, "at most 2048 items"),
+        ("embeddings", EMBED | {"more": 1}, 400, "more: Extra inputs are not permitted"),
+        ("embeddings", EMBED | {"input": "a " * 80_000}, 400, "160000 characters; the limit is 1024 tokens"),
+        ("embeddings", EMBED | {"input": "a " * 1_000_000}, 413, "over 200000 bytes"),
+        ("embeddings", EMBED | {"instruction": "x" * 2000}, 400, "leaves no room for the text"),
+        ("chat/completions", CHAT | {"messages": []}, 400, "messages"),
+        ("chat/completions", message("system"), 400, "has no 'system'"),
+        ("chat/completions", message("assistant"), 400, "must be user and assistant in turn"),
+        ("chat/completions", message(content=[{"type": "image_url", "image_url": "x"}]), 400, "messages.0.content"),
+        ("chat/completions", message(content=None), 400, "messages.0.content"),
+        ("chat/completions", message(content="word " * 250), 400, "the limit is 1024 tokens"),
+        ("chat/completions", message(content="a " * 80_000), 400, "characters; the limit is 1024 tokens"),
+        ("chat/completions", CHAT | {"max_tokens": 0}, 400, "max_tokens"),
+        ("chat/completions", CHAT | {"max_tokens": 2**70}, 400, "the limit is 1024 tokens"),
+        ("chat/completions", CHAT | {"max_tokens": "5"}, 400, "max_tokens"),
+        ("chat/completions", CHAT | {"temperature": -1}, 400, "temperature"),
+        ("chat/completions", b'{"model": "tiny", "messages": [], "temperature": NaN}', 400, "temperature"),
+        ("chat/completions", CHAT | {"n": 1000}, 400, "n: "),
+        ("chat/completions", CHAT | {"stop": ["a"] * 5}, 400, "stop"),
+        ("chat/completions", CHAT | {"frequency_penalty": 1.5}, 400, "frequency_penalty"),
+        ("chat/completions", CHAT | {"tools": []}, 400, "tools: Extra inputs"),
+        ("chat/completions", CHAT | {"retrieval": {"method": "x", "k": 0}}, 400, "retrieval.k"),
+        ("completions", {"model": NAME, "prompt": "x", "echo": True}, 400, "echo"),
+        ("rerank", {"model": NAME, "query": "", "documents": ["x"]}, 400, "is empty"),
+        ("search", {"query": "x", "k": 10**9}, 400, "k: "),
+        ("nothing", {}, 404, "POST /v1/nothing"),
+    ],
+)
+def test_a_bad_request_gets_its_status(server, path, body, status, told):
+    content = body if isinstance(body, bytes) else json.dumps(body).encode()
+    found = refusal(httpx.post(f"{server}/v1/{path}", content=content))
+    assert found[0] == status
+    assert told in found[1]
+
+
+def test_seeds_of_any_size_and_harmless_fields_are_taken(server):
+    for more in ({"seed": -1}, {"seed": 2**60}, {"frequency_penalty": 0.0}, {"stop": []}, {"user": "me"}):
+        assert httpx.post(f"{server}/v1/chat/completions", json=CHAT | more).status_code == 200
+
+
+@pytest.mark.parametrize("path", ["/page/../app.py", "/page/%2e%2e/app.py", "/page/app.py", "/../../etc/passwd", "/v2"])
+def test_only_the_pages_files_are_given(server, path):
+    with connected(server) as connection:
+        connection.sendall(f"GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode())
+        assert b" 404 " in received(connection).split(b"\r\n")[0]
+
+
+def test_other_methods_are_refused(server):
+    assert httpx.get(f"{server}/v1/embeddings").status_code == 405
+    assert httpx.post(f"{server}/health").status_code == 405
+
+
+def test_what_is_no_http_is_refused(server):
+    with connected(server) as connection:
+        connection.sendall(b"\x16\x03\x01\x00 no http at all\r\n\r\n")
+        assert b" 400 " in received(connection).split(b"\r\n")[0]
+
+
+def test_a_body_larger_than_it_says_or_without_a_size_is_refused(server):
+    pieces = (b"x" * 50_000 for _ in range(10))
+    assert httpx.post(f"{server}/v1/embeddings", content=pieces).status_code == 413
+    with connected(server) as connection:
+        connection.sendall(b"POST /v1/embeddings HTTP/1.1\r\nHost: x\r\nContent-Length: 99999999\r\n\r\n")
+        assert b" 413 " in connection.recv(1000).split(b"\r\n")[0]
+
+
+def test_clients_that_vanish_leave_nothing_behind(server):
+    body = json.dumps(CHAT | {"max_tokens": 800, "stream": True}).encode()
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+    for sent in (head[:20], head, head + body[:10], head + body):
+        for _ in range(3):
+            with connected(server) as connection:
+                connection.sendall(sent)
+
+
+def connected(server):
+    address = urlsplit(server)
+    return socket.create_connection((address.hostname, address.port), timeout=30)
+
+
+def received(connection):
+    found = b""
+    while piece := connection.recv(65536):
+        found += piece
+    return found
