@@ -64,7 +64,7 @@ def test_every_method_answers_from_the_best_documents(bidirectional, method):
     rag = bidirectional.rag(method)
     answers = [rag.answer(QUERY, method=method, instruction="find", k=2, positions=positions, max_new_tokens=8)
                for positions in POSITIONS]  # fmt: skip
-    found = rag._retriever.find([QUERY], instruction="find", k=2)[0] if method != "none" else []
+    found = rag.retriever.find([QUERY], instruction="find", k=2)[0] if method != "none" else []
     for answered in answers:
         assert [hit.row for hit in answered.hits] == [hit.row for hit in found]
         assert (answered.num_cached > 0) == bool(prompts.cached_parts(method))
@@ -155,14 +155,18 @@ def test_the_memory_of_causal_keys_forgets_what_was_not_used_for_longest(bidirec
 
 def test_a_store_that_does_not_fit_is_refused(bidirectional):
     first, second, none = (Rag(bidirectional.model, bidirectional.stores[name]) for name in ("first", "second", "none"))
-    message = (
-        "made with --cache-form first, and query_document_cache needs second; index the corpus into another folder"
-    )
+    assert none.methods == ["none", "query_first", "document_first", "query_cache"]
+    assert set(prompts.RAG_METHODS) - set(first.methods) == {"query_document_cache"}
+    message = "and query_document_cache needs those of --cache-form second; index the corpus into another folder with"
     with pytest.raises(InputError, match=message):
         first.prepare(QUERY, method="query_document_cache")
-    with pytest.raises(InputError, match="made with --cache-form second, and document_query_cache needs first"):
+    with pytest.raises(
+        InputError, match="made with --cache-form second, and document_query_cache needs those of --cache-form fi"
+    ):
         second.prepare(QUERY, method="document_query_cache")
-    with pytest.raises(InputError, match="none: made without keys and values; index the corpus into another folder"):
+    with pytest.raises(
+        InputError, match="none: has no keys and values, and document_cache needs those of --cache-form first"
+    ):
         none.prepare(QUERY, method="document_cache")
     assert none.answer(QUERY, method="query_cache", max_new_tokens=1).num_cached
     with pytest.raises(InputError, match=r"made by tiny .*, and other has other weights"):
