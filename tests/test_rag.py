@@ -94,13 +94,15 @@ def test_what_is_cached_and_what_is_read_is_the_text_of_the_method(bidirectional
 
 
 def test_plain_methods_read_of_a_document_what_the_store_did(bidirectional):
-    prepared = bidirectional.rag("document_first").prepare("Title 2 blue", method="document_first")
-    (hit,) = prepared.hits
-    passage = prepared.text.partition("<|user|>\n")[2].partition("\n\nTitle 2 blue")[0]
-    assert hit.document.embedded.startswith(passage)
-    cached = bidirectional.stores["first"].cache(hit.row).keys.shape[1]
-    whole = prompts.embedding(hit.document.embedded, "keep", bos="<s>").text
-    assert len(whole) - len(hit.document.embedded) + len(passage) == cached + len("<s>") - 1
+    store = bidirectional.stores["first"]
+    query = max((document.embedded for document in store.documents()), key=len)
+    prepared = bidirectional.rag("document_first").prepare(query, method="document_first")
+    passage = prepared.text.partition("<|user|>\n")[2].partition(f"\n\n{query}")[0]
+    document = prepared.hits[0].document.embedded
+    assert document.startswith(passage) and passage != document
+    # A byte is a token here, and BOS another.
+    head = len(prompts.embedding("", "keep", bos="").text)
+    assert 1 + head + len(passage) == store.cache(prepared.hits[0].row).keys.shape[1] == 60
 
 
 @pytest.mark.parametrize("method", ["document_cache", "query_cache"])
