@@ -93,16 +93,16 @@ def test_what_is_cached_and_what_is_read_is_the_text_of_the_method(bidirectional
     assert prepared.text == prompts.rag(method, QUERY, passage, bos=bos)
 
 
-def test_plain_methods_read_of_a_document_what_the_store_did(bidirectional):
+def test_plain_methods_read_of_documents_what_the_store_did(bidirectional):
     store = bidirectional.stores["first"]
-    query = max((document.embedded for document in store.documents()), key=len)
-    prepared = bidirectional.rag("document_first").prepare(query, method="document_first")
-    passage = prepared.text.partition("<|user|>\n")[2].partition(f"\n\n{query}")[0]
-    document = prepared.hits[0].document.embedded
-    assert document.startswith(passage) and passage != document
-    # A byte is a token here, and BOS another.
+    prepared = bidirectional.rag("document_first").prepare(QUERY, method="document_first", k=len(store))
+    passages = prepared.text.partition("<|user|>\n")[2].partition(f"\n\n{QUERY}\n\n")[0].split("\n\n")
     head = len(prompts.embedding("", "keep", bos="").text)
-    assert 1 + head + len(passage) == store.cache(prepared.hits[0].row).keys.shape[1] == 60
+    for hit, passage in zip(prepared.hits, passages, strict=True):
+        assert hit.document.embedded.startswith(passage)
+        # A byte is a token here, and BOS another.
+        assert 1 + head + len(passage) == store.cache(hit.row).keys.shape[1]
+    assert any(hit.document.embedded != passage for hit, passage in zip(prepared.hits, passages, strict=True))
 
 
 @pytest.mark.parametrize("method", ["document_cache", "query_cache"])
