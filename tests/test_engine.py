@@ -48,14 +48,15 @@ def log_probabilities(model, text):
     return jax.nn.log_softmax(bound.output_layer(hidden.dtype)(hidden[0]), axis=-1)
 
 
-@pytest.mark.parametrize("fewer_rows", [False, True])
-def test_texts_that_come_and_go_are_written_as_if_alone(model, fewer_rows):
+@pytest.mark.parametrize(("fewer_rows", "devices"), [(False, 1), (True, 1), (True, 4)])
+def test_texts_that_come_and_go_are_written_as_if_alone(model, fewer_rows, devices):
     lengths = [3, 40, 700, 9, 130, 2, 33, 300]
     many = [
         Continuation(prompt(length, seed), 5 + 6 * seed, temperature=float(seed % 2), top_p=0.9, seed=seed)
         for seed, length in enumerate(lengths)
     ]
-    engine = model.engine([LaneSize(3, 256), LaneSize(2, 1024)], fewer_rows=fewer_rows)
+    shared = make(devices, max_length=1024)
+    engine = shared.engine([LaneSize(3, 256), LaneSize(2, 1024)], fewer_rows=fewer_rows)
     found = run(engine, arriving=many)
     for continuation in many:
         assert tokens(found[continuation]) == alone(model, continuation)
