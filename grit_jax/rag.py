@@ -150,32 +150,17 @@ class Rag:
         text = prompts.rag(method, query, passage, bos=self._model.tokenizer.bos)
         return Prepared(prefix, text, self._model.tokenizer.encode(text).ids, hits)
 
-    def answer(
-        self,
-        query: str,
-        *,
-        method: RagMethod,
-        instruction: str = "",
-        k: int = 1,
-        positions: Positions = "own",
-        max_new_tokens: int = 64,
-        stop: Sequence[str] = (),
-    ) -> Answered:
-        """Answers a query with the likeliest tokens; other arguments as of `prepare`.
+    def answer(self, prepared: Prepared, *, max_new_tokens: int = 64, stop: Sequence[str] = ()) -> Answered:
+        """Writes an answer with the likeliest tokens.
 
         Args:
-          query: What is asked.
-          method: As of `prepare`.
-          instruction: As of `prepare`.
-          k: As of `prepare`.
-          positions: As of `prepare`.
+          prepared: From `prepare`.
           max_new_tokens: Most tokens of the answer.
           stop: The answer ends before the first of these strings.
 
         Raises:
-          InputError: As of `prepare`, or query, documents and answer do not fit the model.
+          InputError: Query, documents and answer do not fit the model.
         """
-        prepared = self.prepare(query, method=method, instruction=instruction, k=k, positions=positions)
         continuation = Continuation(prepared.tokens, max_new_tokens, prefix=prepared.prefix)
         text = "".join(piece for (piece,) in self._model.write([continuation], stop=stop))
         return Answered(text, prepared.hits, continuation.num_cached, len(prepared.tokens))

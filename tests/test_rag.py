@@ -62,8 +62,9 @@ def uncached(made, method, hit):
 @pytest.mark.parametrize("method", prompts.RAG_METHODS)
 def test_every_method_answers_from_the_best_documents(bidirectional, method):
     rag = bidirectional.rag(method)
-    answers = [rag.answer(QUERY, method=method, instruction="find", k=2, positions=positions, max_new_tokens=8)
-               for positions in POSITIONS]  # fmt: skip
+    options = {"method": method, "instruction": "find", "k": 2}
+    prepared = [rag.prepare(QUERY, positions=positions, **options) for positions in POSITIONS]
+    answers = [rag.answer(one, max_new_tokens=8) for one in prepared]
     found = rag.retriever.find([QUERY], instruction="find", k=2)[0] if method != "none" else []
     for answered in answers:
         assert [hit.row for hit in answered.hits] == [hit.row for hit in found]
@@ -170,13 +171,13 @@ def test_a_store_that_does_not_fit_is_refused(bidirectional):
         InputError, match="none: has no keys and values, and document_cache needs those of --cache-form first"
     ):
         none.prepare(QUERY, method="document_cache")
-    assert none.answer(QUERY, method="query_cache", max_new_tokens=1).num_cached
+    assert none.prepare(QUERY, method="query_cache").prefix
     with pytest.raises(InputError, match=r"made by tiny .*, and other has other weights"):
         Rag(make(seed=1), bidirectional.stores["first"], name="other")
     with pytest.raises(InputError, match="are over the limit of 1024; shorten the prompt or ask for fewer"):
-        first.answer(QUERY, method="document_cache", max_new_tokens=1000)
+        first.answer(first.prepare(QUERY, method="document_cache"), max_new_tokens=1000)
     with pytest.raises(InputError, match="text 0 is empty"):
-        first.answer("", method="query_cache")
+        first.prepare("", method="query_cache")
 
 
 def test_the_command_answers_and_names_its_documents(tmp_path, capsys):
@@ -187,7 +188,8 @@ def test_the_command_answers_and_names_its_documents(tmp_path, capsys):
     arguments = ["answer", str(folder), store, "--query", QUERY, "--k", "2", "--max-new-tokens", "4"]
     assert main([*arguments, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    expected = Rag(GritModel.load(folder), Store(store)).answer(QUERY, method="document_cache", k=2, max_new_tokens=4)
+    rag = Rag(GritModel.load(folder), Store(store))
+    expected = rag.answer(rag.prepare(QUERY, method="document_cache", k=2), max_new_tokens=4)
     assert found["answer"] == expected.text.strip()
     assert [one["_id"] for one in found["documents"]] == [hit.document.id for hit in expected.hits]
     assert (found["cached_tokens"], found["read_tokens"]) == (expected.num_cached, expected.num_read)

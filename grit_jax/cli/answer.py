@@ -56,10 +56,10 @@ def run(args: argparse.Namespace) -> int:
     store = Store(args.store)
     rag = Rag(GritModel.load(args.model), store, name=args.model)
     for query in args.query:
-        answered = rag.answer(
-            query, method=args.method, instruction=args.instruction, k=args.k, positions=args.positions,
-            max_new_tokens=args.max_new_tokens, stop=args.stop,
-        )  # fmt: skip
+        prepared = rag.prepare(
+            query, method=args.method, instruction=args.instruction, k=args.k, positions=args.positions
+        )
+        answered = rag.answer(prepared, max_new_tokens=args.max_new_tokens, stop=args.stop)
         if args.json:
             documents = [{"score": hit.score, **hit.document.fields} for hit in answered.hits]
             print(json.dumps({"query": query, "answer": answered.text.strip(), "documents": documents,

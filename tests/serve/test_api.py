@@ -161,7 +161,7 @@ def test_an_answer_from_documents_is_the_librarys(server, client, rag):
             extra_body={"retrieval": {"method": method, "k": 1, "instruction": "Find"}},
         )  # fmt: skip
         assert metric(server, "compilations_total") == compiled
-        answered = rag.answer("what is salt?", method=method, instruction="Find", max_new_tokens=12)
+        answered = rag.answer(rag.prepare("what is salt?", method=method, instruction="Find"), max_new_tokens=12)
         compiled = metric(server, "compilations_total")  # the library's own
         assert response.choices[0].message.content == answered.text
         assert [one["id"] for one in response.documents] == [hit.document.id for hit in answered.hits]
