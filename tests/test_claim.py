@@ -82,3 +82,10 @@ def test_the_whole_comparison_at_toy_size_goes_on_where_it_was_and_its_tables_ar
     ours = summary["claim"]["mean nDCG@10"]
     scores = [summary["models"]["unified"]["0"][task]["main_score"] for task in claim.PRIMARY]
     assert np.isclose(ours["value"], np.mean(scores))
+
+
+def test_the_page_has_the_tables_that_the_script_wrote():
+    page = (ROOT / "docs/claim.md").read_text()
+    summary = json.loads((ROOT / "docs/claim/claim.json").read_text())
+    for table in claim.tables(summary).values():
+        assert table in page
