@@ -86,7 +86,7 @@ class Process:
         return next(int(line.split()[1]) / 1000 for line in lines if line.startswith(field))
 
     def metric(self, name: str) -> float:
-        """A figure of /metrics."""
+        """A figure of /metrics, by name and labels."""
         lines = httpx.get(f"{self.address}/metrics").text.splitlines()
         return sum(float(line.split()[1]) for line in lines if line.startswith(f"grit_jax_{name} "))
 
@@ -164,6 +164,7 @@ def main() -> None:
             seconds = time.perf_counter() - started
             after, peak = server.memory("VmRSS"), server.memory("VmHWM")
             compiled = server.metric("compilations_total") - compiled
+            device = {work: server.metric(f'device_seconds_sum{{work="{work}"}}') for work in ("embed", "write")}
             weights, caches = server.metric("weights_bytes") / 1e6, server.metric("cache_bytes") / 1e6
         model = GritModel.load(folder, dtype="float32")
         by_library(model, done)  # compiles
@@ -179,6 +180,7 @@ def main() -> None:
         "library_seconds": round(alone, 1),
     }
     figures["overhead"] = round(seconds / alone - 1, 3)
+    figures["device_seconds"] = {work: round(value, 1) for work, value in device.items()}
     for name, some in (("embeddings", embedded), ("answers", asked)):
         waits = np.array([one.seconds for one in some])
         figures[name] = {

@@ -104,7 +104,7 @@ class Engine:
       dtype: Type of activations and caches.
       eos_id: Token that ends a text.
       lanes: Sizes, shortest slots first; rows are rounded up to what the mesh divides.
-      read_tokens: Tokens of prompts that are read in one call, padding included.
+      read_tokens: Tokens of prompts that are read in one step, padding included, before it writes.
       fewer_rows: Whether a lane of which few rows are in use computes only some of them. That is faster, and takes a
         program for each of a few numbers of rows.
     """
@@ -264,7 +264,9 @@ class _Lane:
         while self.waiting and self._free:
             continuation = self.waiting.popleft()
             self.active[continuation] = self._new_row(continuation)
-        self._read([row for row in self.active.values() if len(row.unread)])
+        num_read = 0
+        while num_read < self._read_tokens and (unread := [row for row in self.active.values() if len(row.unread)]):
+            num_read += self._read(unread)
         return self._write([row for row in self.active.values() if not len(row.unread)])
 
     def _new_row(self, continuation: Continuation) -> _Row:
@@ -284,17 +286,20 @@ class _Lane:
         with jax.set_mesh(self._mesh):
             self.state = write_prefix(self.state, padded, np.int32(row), np.int32(start))
 
-    def _read(self, unread: list[_Row]) -> None:
-        """Reads the next tokens of the prompts that have waited longest."""
-        if not unread:
-            return
-        most = self._enough(len(unread))
-        for rows in reversed([rows for rows in self._row_counts if rows <= most]):
+    def _read(self, unread: list[_Row]) -> int:
+        """Reads the next tokens of the prompts that have waited longest, and returns how many, padding included.
+
+        Of the numbers of rows that are compiled for, it takes the one that pads least.
+        """
+        calls = []
+        for rows in reversed([rows for rows in self._row_counts if rows <= self._enough(len(unread))]):
             longest, lengths = max(len(row.unread) for row in unread[:rows]), self._read_lengths(rows)
-            if lengths[-1] >= longest or rows == self._row_counts[0]:
-                length = next((length for length in lengths if length >= longest), lengths[-1])
-                self._extend(unread[:rows], rows, length)
-                return
+            length = next((length for length in lengths if length >= longest), lengths[-1])
+            useful = sum(min(len(row.unread), length) for row in unread[:rows])
+            calls.append((rows * length / useful, rows, length))
+        _, rows, length = min(calls, key=lambda call: call[0])
+        self._extend(unread[:rows], rows, length)
+        return rows * length
 
     def _extend(self, some: list[_Row], rows: int, length: int) -> None:
         tokens, starts, lengths = np.zeros((rows, length), np.int32), np.zeros(rows, np.int32), np.zeros(rows, np.int32)

@@ -363,6 +363,8 @@ class GritModel:
         row_lengths = np.array(
             [min(2 * bucket(int(length), at_least=self._shortest_row), longest) for length in lengths]
         )
+        if lengths.sum() <= (batch_tokens or self.batch_tokens):
+            row_lengths[:] = longest  # one batch: several would leave more of their rows empty
         shards = sharding.axis_size(self._mesh, "batch")
         for row_length in np.unique(row_lengths).tolist():
             of_length = np.flatnonzero(row_lengths == row_length)
