@@ -79,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
     from grit_jax.rag import Rag
     from grit_jax.store.layout import Store
 
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)  # JAX has set up its own
     model = GritModel.load(args.model, mesh=mesh, dtype=args.dtype)
     limit = model.architecture.max_length
     if (args.max_length or 0) > limit:
