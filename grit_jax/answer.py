@@ -38,11 +38,13 @@ class Answer:
         """
         if self.done:
             return ""
-        # With stop strings token by token, to know which of them completes one.
-        for some in np.split(tokens, len(tokens)) if self._stop and len(tokens) else [tokens]:
+        # Token by token where there is a stop string, to know which of them completes it.
+        whole = self._decoded(tokens)
+        stops = any(text in whole for text in self._stop)
+        for some in np.split(tokens, len(tokens)) if stops and len(tokens) else [tokens]:
+            self._text = self._decoded(some)
             self._ids += some.tolist()
             self.num_tokens += len(some)
-            self._text = self._tokenizer.decode(self._ids)[self._skip :]
             ends = [place for place in map(self._text.find, self._stop) if place >= 0]
             if ends:
                 self._text, self.done = self._text[: min(ends)], True
@@ -50,6 +52,10 @@ class Answer:
         piece = self._text[self._released : len(self._text) if self.done or last else self._certain()]
         self._released += len(piece)
         return piece
+
+    def _decoded(self, more: np.ndarray) -> str:
+        """The text so far with that of more tokens."""
+        return self._tokenizer.decode([*self._ids, *more.tolist()])[self._skip :]
 
     def _certain(self) -> int:
         """Length of the text before an unfinished character or what may become a stop string."""

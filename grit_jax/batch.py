@@ -86,3 +86,11 @@ class HostShare(NamedTuple):
 def max_segments(row_length: int) -> int:
     """Most texts a packed row may hold: the number of pooling slots that a row has."""
     return max(1, row_length // 8)
+
+
+def sizes(first: int, last: int, *, growth: int) -> list[int]:
+    """`first`, `growth` times that, and so on, and `last`: the few sizes that programs are compiled for."""
+    found = [min(first, last)]
+    while found[-1] < last:
+        found.append(min(growth * found[-1], last))
+    return found

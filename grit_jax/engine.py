@@ -8,7 +8,6 @@ that has been read. Shapes are few and known before: after `Engine.warm_up` noth
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
@@ -18,6 +17,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from grit_jax import sharding
+from grit_jax.batch import sizes
 from grit_jax.config import InputError
 from grit_jax.model.decode import (
     DecodeState,
@@ -122,13 +122,13 @@ class Engine:
         fewer_rows: bool = False,
     ):
         shards = sharding.axis_size(mesh, "batch")
-        sizes = [LaneSize(-(-size.rows // shards) * shards, size.slots) for size in lanes]
+        whole = [LaneSize(-(-size.rows // shards) * shards, size.slots) for size in lanes]
         self._lanes = [
             _Lane(
                 model, params, mesh, np.dtype(dtype), eos_id, size,
                 read_tokens=read_tokens, fewest_rows=shards if fewer_rows else size.rows,
             )
-            for size in sizes
+            for size in whole
         ]  # fmt: skip
 
     @property
@@ -231,10 +231,7 @@ class _Lane:
         self.active: dict[Continuation, _Row] = {}
         self._free = list(reversed(range(size.rows)))
         # A call computes as few rows as hold what there is, of these numbers.
-        fewer = itertools.takewhile(
-            lambda rows: rows < size.rows, (fewest_rows * _GROWTH**k for k in itertools.count())
-        )
-        self._row_counts = [*fewer, size.rows]
+        self._row_counts = sizes(fewest_rows, size.rows, growth=_GROWTH)
         self._read_tokens = read_tokens
         with jax.set_mesh(mesh):
             self.state: DecodeState = empty_state(model, params, rows=size.rows, slots=size.slots, dtype=dtype)

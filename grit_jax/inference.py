@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 
 from grit_jax import prompts, sharding
 from grit_jax.answer import Answer
-from grit_jax.batch import max_segments
+from grit_jax.batch import max_segments, sizes
 from grit_jax.caching import embed_with_cache, score_after
 from grit_jax.config import Attention, EmbeddingConfig, InputError, MeshConfig, ModelConfig, TransformerConfig
 from grit_jax.data.packing import pack
@@ -326,7 +326,7 @@ class GritModel:
         shapes = []
         for row_length in self.row_lengths(max_length):
             shards = sharding.axis_size(self._mesh, "batch")
-            shapes += [(rows, row_length) for rows in _doublings(shards, self._full_batch(row_length, None))]
+            shapes += [(rows, row_length) for rows in sizes(shards, self._full_batch(row_length, None), growth=2)]
         for shape in shapes:
             nothing = np.zeros(shape, np.int32)
             self._slots(nothing, nothing, nothing, np.zeros(shape, np.float32))
@@ -335,7 +335,7 @@ class GritModel:
 
     def row_lengths(self, max_length: int) -> list[int]:
         """Lengths of the rows that texts of up to `max_length` tokens are read in."""
-        return _doublings(self._shortest_row, bucket(max_length, at_least=self._shortest_row))
+        return sizes(self._shortest_row, bucket(max_length, at_least=self._shortest_row), growth=2)
 
     def _slots(
         self, tokens: np.ndarray, segment_ids: np.ndarray, positions: np.ndarray, weights: np.ndarray
@@ -661,14 +661,6 @@ class GritModel:
             self._model, self.params, mesh=self._mesh, dtype=self._execution.dtype, eos_id=self.tokenizer.eos_id,
             lanes=lanes, read_tokens=self.batch_tokens, fewer_rows=fewer_rows,
         )  # fmt: skip
-
-
-def _doublings(first: int, last: int) -> list[int]:
-    """`first` and its doubles, up to `last`."""
-    sizes = [first]
-    while sizes[-1] < last:
-        sizes.append(min(2 * sizes[-1], last))
-    return sizes
 
 
 @functools.partial(jax.jit, static_argnames="rounded")

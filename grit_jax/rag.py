@@ -16,7 +16,7 @@ import numpy as np
 
 from grit_jax import prompts
 from grit_jax.caching import joined
-from grit_jax.config import InputError
+from grit_jax.config import Attention, InputError
 from grit_jax.engine import Continuation
 from grit_jax.inference import GritModel
 from grit_jax.model.transformer import KVCache
@@ -95,11 +95,12 @@ class Rag:
 
         `progress` is called after each.
         """
+        passes: list[Attention | None] = [None, "causal"] if self._causal.limit else [None]
         calls = [
             functools.partial(self._model.embed_with_caches, [prompts.TokenizedPrompt(tokens, spans)], attention=how)
             for length in self._model.row_lengths(max_length)
             for tokens, spans in [(np.zeros(length, np.int32), np.array([[0, length]], np.int32))]
-            for how in (None, "causal")
+            for how in passes
         ]
         for call in calls:
             list(call())
@@ -226,11 +227,12 @@ class _CausalMemory:
     """Keys and values of documents, the last used ones that fit, and which documents are wanted.
 
     Attributes:
+      limit: Most bytes.
       waiting: Rows that are wanted, those that have waited longest first.
     """
 
     def __init__(self, limit: int):
-        self._limit, self._size = limit, 0
+        self.limit, self._size = limit, 0
         self._caches: OrderedDict[int, KVCache] = OrderedDict()
         self.waiting: OrderedDict[int, None] = OrderedDict()
 
@@ -241,13 +243,13 @@ class _CausalMemory:
 
     def ask(self, row: int, like: KVCache) -> None:
         """Wants a row whose keys and values are as large as these, if they fit at all."""
-        if _num_bytes(like) <= self._limit:
+        if _num_bytes(like) <= self.limit:
             self.waiting[row] = None
 
     def put(self, row: int, cache: KVCache) -> None:
         self._caches[row] = cache
         self._size += _num_bytes(cache)
-        while self._size > self._limit:
+        while self._size > self.limit:
             self._size -= _num_bytes(self._caches.popitem(last=False)[1])
 
 

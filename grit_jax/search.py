@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from grit_jax.batch import sizes
+
 _QUERIES_AT_ONCE = 256
 _FEWEST_BEST, _GROWTH = 16, 8  # of the best that a program finds, and from one program to the next
 _PASSAGES_AT_ONCE = 16384  # of a device: what is in float32 at a time, and what is sorted at a time
@@ -102,10 +104,7 @@ class Searchable:
 
     def _counts(self) -> list[int]:
         """How many of the best programs find: a handful, so that any number is had without a program of its own."""
-        counts = [min(_FEWEST_BEST, self._size)]
-        while counts[-1] < self._size:
-            counts.append(min(_GROWTH * counts[-1], self._size))
-        return counts
+        return sizes(_FEWEST_BEST, self._size, growth=_GROWTH)
 
     def _placed(self, queries: np.ndarray) -> jax.Array:
         rows = 1 << max(3, (len(queries) - 1).bit_length())  # a handful of shapes to compile for

@@ -22,6 +22,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from grit_jax.answer import Answer
+from grit_jax.batch import sizes
 from grit_jax.engine import Continuation, Engine, LaneSize
 from grit_jax.inference import GritModel
 from grit_jax.model.decode import Logprobs
@@ -67,9 +68,7 @@ class Limits:
 
     def lanes(self) -> list[LaneSize]:
         """Batches of the engine, of about as many tokens each."""
-        slots = [min(_SHORTEST_LANE, self.max_length)]
-        while slots[-1] < self.max_length:
-            slots.append(min(_LANE_GROWTH * slots[-1], self.max_length))
+        slots = sizes(_SHORTEST_LANE, self.max_length, growth=_LANE_GROWTH)
         return [LaneSize(max(1, self.rows * slots[0] // size), size) for size in slots]
 
 
@@ -276,18 +275,17 @@ class Server:
           InputError: A text is empty, or the instruction leaves no room for it.
         """
         limit = self._limits.max_length
-        for place, text in enumerate(texts):
-            if not truncate:
-                self._refuse_huge(text, f"text {place}")
         if truncate:
             texts = [text[: self._most_characters] for text in texts]
+        for place, text in enumerate(texts):
+            self._refuse_huge(text, f"text {place}")
         prompts = await asyncio.to_thread(
             self._model.embedding_prompts, texts, instruction=instruction, max_length=limit
         )
         for place, prompt in enumerate(prompts):
             if len(prompt.tokens) > limit and not truncate:
                 raise _too_long(f"text {place} has {len(prompt.tokens)} tokens", limit)
-        return [prompt._replace(tokens=prompt.tokens[:limit]) for prompt in prompts]
+        return [prompt.cut(limit) for prompt in prompts]
 
     def _refuse_huge(self, text: str, what: str) -> None:
         """Refuses what is too long whatever its tokens are, before it is tokenized."""

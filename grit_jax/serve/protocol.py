@@ -49,10 +49,14 @@ class RequestError(Exception):
         return {"error": {"message": self.message, "type": kind, "param": None, "code": self.code}}
 
 
-class Strict(BaseModel):
-    """A request: types are exact, and unknown fields are errors."""
+class Exact(BaseModel):
+    """JSON whose types are exact, and whose unknown fields are errors."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class Strict(Exact):
+    """A request to a model."""
 
     model: str
 
@@ -86,15 +90,13 @@ class EmbeddingRequest(Strict):
         return value
 
 
-class StreamOptions(BaseModel):
+class StreamOptions(Exact):
     """How an answer is streamed.
 
     Attributes:
       include_usage: Whether the last event tells the numbers of tokens.
       include_obfuscation: Not used; OpenAI pads events with it.
     """
-
-    model_config = ConfigDict(extra="forbid", strict=True)
 
     include_usage: bool = False
     include_obfuscation: bool = False
@@ -147,16 +149,14 @@ class WrittenRequest(Strict):
         return self.stream_options is not None and self.stream_options.include_usage
 
 
-class TextPart(BaseModel):
+class TextPart(Exact):
     """A piece of a message's content; images and sound have no place in the model."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
 
     type: Literal["text"]
     text: str
 
 
-class Message(BaseModel):
+class Message(Exact):
     """A turn of a conversation.
 
     Attributes:
@@ -164,8 +164,6 @@ class Message(BaseModel):
       content: What is said.
       name: Not used.
     """
-
-    model_config = ConfigDict(extra="forbid", strict=True)
 
     role: Literal["user", "assistant"]
     content: str | list[TextPart]
@@ -184,7 +182,7 @@ class Message(BaseModel):
         return {"role": self.role, "content": "".join(part.text for part in parts) if parts else str(self.content)}
 
 
-class Retrieval(BaseModel):
+class Retrieval(Exact):
     """How an answer uses the documents of the server's store; see `Rag.prepare`.
 
     Attributes:
@@ -193,8 +191,6 @@ class Retrieval(BaseModel):
       instruction: What the model is told about the query when it is embedded.
       positions: Of a cached text that comes after another.
     """
-
-    model_config = ConfigDict(extra="forbid", strict=True)
 
     method: RagMethod = "document_cache"
     k: Annotated[int, Field(ge=1, le=20)] = 1
@@ -240,10 +236,8 @@ class CompletionRequest(WrittenRequest):
     best_of: Literal[1] | None = None
 
 
-class RerankDocument(BaseModel):
+class RerankDocument(Exact):
     """A document of a reranking request."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
 
     text: str
 
@@ -273,7 +267,7 @@ class RerankRequest(Strict):
         return [one if isinstance(one, str) else one.text for one in self.documents]
 
 
-class SearchRequest(BaseModel):
+class SearchRequest(Exact):
     """`POST /v1/search`: documents of the server's store.
 
     Attributes:
@@ -282,8 +276,6 @@ class SearchRequest(BaseModel):
       k: How many documents.
       instruction: What the model is told about the query.
     """
-
-    model_config = ConfigDict(extra="forbid", strict=True)
 
     model: str | None = None
     query: str
