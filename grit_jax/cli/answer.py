@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import textwrap
 
-from grit_jax.config import InputError
+from grit_jax.cli.arguments import refuse_below_one, refuse_empty, shortened
 from grit_jax.prompts import RAG_METHODS
 
 HELP = "answer queries from a store, with or without its documents' keys and values"
@@ -14,8 +13,6 @@ EXAMPLES = """\
   grit-jax answer runs/mine stores/faq --query "how do I reset my password?"
   grit-jax answer runs/mine stores/news --query "who won the election?" --method document_first --k 3 --json
 """
-
-_WIDTH = 100  # characters of a document that are shown
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,12 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prints the answer of each query and the documents that it was made from."""
-    for name in ("k", "max_new_tokens"):
-        if getattr(args, name) < 1:
-            raise InputError(f"--{name.replace('_', '-')}={getattr(args, name)} must be positive")
-    for query in args.query:
-        if not query.strip():
-            raise InputError(f"query {query!r} is empty; leave it out")
+    refuse_below_one(args, "k", "max_new_tokens")
+    refuse_empty(args.query)
 
     from grit_jax.inference import GritModel
     from grit_jax.rag import Rag
@@ -68,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
             continue
         print(f"{query}\n  {answered.text.strip()}")
         for hit in answered.hits:
-            shown = textwrap.shorten(hit.document.embedded, _WIDTH, placeholder=" ...")
+            shown = shortened(hit.document.embedded)
             print(f"  from {hit.document.id} ({hit.score:.4f})  {shown}")
         print(f"  {answered.num_cached:,} tokens cached, {answered.num_read:,} read")
     return 0

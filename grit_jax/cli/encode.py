@@ -7,6 +7,7 @@ import json
 import time
 from pathlib import Path
 
+from grit_jax.cli.arguments import refuse_below_one
 from grit_jax.cli.progress import progress_bar
 from grit_jax.config import InputError
 
@@ -34,9 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Embeds a file."""
-    for name in ("batch_tokens", "max_length"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise InputError(f"--{name.replace('_', '-')}={getattr(args, name)} must be positive")
+    refuse_below_one(args, "batch_tokens", "max_length")
     output = Path(args.output)
     if output.suffix != ".npy":
         raise InputError(f"--output {output}: must end in .npy")

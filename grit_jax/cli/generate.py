@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from grit_jax.cli.arguments import refuse_below_one
 from grit_jax.config import InputError
 
 HELP = "answer a prompt"
@@ -29,8 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prints an answer as it is made."""
-    if args.max_new_tokens < 1:
-        raise InputError(f"--max-new-tokens={args.max_new_tokens} must be positive")
+    refuse_below_one(args, "max_new_tokens")
     if args.temperature < 0:
         raise InputError(f"--temperature={args.temperature} must not be negative")
     if not 0 < args.top_p <= 1:

@@ -6,9 +6,10 @@ import argparse
 import time
 from pathlib import Path
 
+from grit_jax.cli.arguments import refuse_below_one
 from grit_jax.cli.overrides import refuse_unknown
 from grit_jax.cli.progress import progress_bar
-from grit_jax.config import InputError, parse_config
+from grit_jax.config import parse_config
 
 HELP = "embed a corpus into a store that can be searched; run again, it goes on or adds what is new"
 EXAMPLES = """\
@@ -51,9 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Makes a store, goes on with it or adds to it."""
-    for name in ("max_length", "shard_rows"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise InputError(f"--{name.replace('_', '-')}={getattr(args, name)} must be positive")
+    refuse_below_one(args, "max_length", "shard_rows")
     refuse_unknown(args.overrides, "index", known="--distributed.")
     config = parse_config("", args.overrides)
 

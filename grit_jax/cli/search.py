@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import textwrap
 from pathlib import Path
 
+from grit_jax.cli.arguments import refuse_below_one, refuse_empty, shortened
 from grit_jax.cli.encode import read_texts
 from grit_jax.config import InputError
 
@@ -15,8 +15,6 @@ EXAMPLES = """\
   grit-jax search runs/mine stores/news --query "who won the election?" --instruction "Find the answer"
   grit-jax search runs/mine stores/scifact --queries questions.txt --k 100 --json > found.jsonl
 """
-
-_WIDTH = 100  # characters of a text that are shown
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,14 +30,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prints the best documents of each query."""
-    if args.k < 1:
-        raise InputError(f"--k={args.k} must be positive")
+    refuse_below_one(args, "k")
     queries = args.query + (read_texts(Path(args.queries), option="--queries") if args.queries else [])
     if not queries:
         raise InputError("there is nothing to search for; give --query or --queries")
-    for query in queries:
-        if not query.strip():
-            raise InputError(f"query {query!r} is empty; leave it out")
+    refuse_empty(queries)
 
     from grit_jax.inference import GritModel
     from grit_jax.store.layout import Store
@@ -62,6 +57,6 @@ def run(args: argparse.Namespace) -> int:
             continue
         print(query)
         for rank, hit in enumerate(hits, start=1):
-            shown = textwrap.shorten(hit.document.embedded, _WIDTH, placeholder=" ...")
+            shown = shortened(hit.document.embedded)
             print(f"{rank:4}  {hit.score:.4f}  {', '.join([hit.document.id, *hit.duplicates])}  {shown}")
     return 0

@@ -9,6 +9,7 @@ import os
 import signal
 from pathlib import Path
 
+from grit_jax.cli.arguments import refuse_below_one
 from grit_jax.cli.overrides import refuse_unknown
 from grit_jax.config import InputError, parse_config
 
@@ -60,9 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Serves until it is told to stop."""
-    for name in ("max_length", "rows", "queue", "max_body", "timeout", "drain"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise InputError(f"--{name.replace('_', '-')}={getattr(args, name)} must be positive")
+    refuse_below_one(args, "max_length", "rows", "queue", "max_body", "timeout", "drain")
     if args.causal_mb < 0:
         raise InputError(f"--causal-mb={args.causal_mb} must not be negative")
     refuse_unknown(args.overrides, "serve", known="--mesh.")

@@ -1,0 +1,39 @@
+"""What several commands ask of their arguments."""
+
+from __future__ import annotations
+
+import argparse
+import textwrap
+from collections.abc import Iterable
+
+from grit_jax.config import InputError
+
+_WIDTH = 100  # characters of a document that are shown
+
+
+def refuse_below_one(args: argparse.Namespace, *names: str) -> None:
+    """Returns where each of these arguments is at least 1 or left out.
+
+    Raises:
+      InputError: One is not.
+    """
+    for name in names:
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise InputError(f"--{name.replace('_', '-')}={value} must be positive")
+
+
+def refuse_empty(queries: Iterable[str]) -> None:
+    """Returns where every query says something.
+
+    Raises:
+      InputError: One does not.
+    """
+    for query in queries:
+        if not query.strip():
+            raise InputError(f"query {query!r} is empty; leave it out")
+
+
+def shortened(text: str) -> str:
+    """As much of a text as a line shows."""
+    return textwrap.shorten(text, _WIDTH, placeholder=" ...")
