@@ -37,8 +37,9 @@ format: install-dev  ## rewrite files in the project's format
 types: install-dev  ## check types
 	@$(BIN)/ty check grit_jax benchmarks
 
-imports: install-dev  ## check that imports point down
+imports: install-dev  ## check that imports point down, and that what is imported is declared
 	@$(BIN)/lint-imports
+	@$(BIN)/deptry .
 
 # Without --quiet, under which mkdocs counts no warnings and --strict lets everything pass.
 docs: install-dev  ## build the documentation into site/, with no broken link or reference

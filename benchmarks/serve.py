@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import common
-import httpx
+import httpx2
 import numpy as np
 import openai
 
@@ -69,9 +69,9 @@ class Process:
     def __enter__(self) -> Process:
         while self._process.poll() is None:
             try:
-                if httpx.get(f"{self.address}/ready").status_code == 200:
+                if httpx2.get(f"{self.address}/ready").status_code == 200:
                     return self
-            except httpx.ConnectError:
+            except httpx2.ConnectError:
                 pass
             time.sleep(0.2)
         raise SystemExit("the server did not start")
@@ -87,7 +87,7 @@ class Process:
 
     def metric(self, name: str) -> float:
         """A figure of /metrics, by name and labels."""
-        lines = httpx.get(f"{self.address}/metrics").text.splitlines()
+        lines = httpx2.get(f"{self.address}/metrics").text.splitlines()
         return sum(float(line.split()[1]) for line in lines if line.startswith(f"grit_jax_{name} "))
 
 

@@ -5,7 +5,7 @@ import json
 import threading
 import time
 
-import httpx
+import httpx2
 import pytest
 import uvicorn
 
@@ -38,8 +38,8 @@ def running(server):
             assert thread.is_alive()
             time.sleep(0.01)
         address = f"http://127.0.0.1:{runner.servers[0].sockets[0].getsockname()[1]}"
-        while httpx.get(f"{address}/ready").status_code == 503:
-            assert httpx.get(f"{address}/health").status_code == 200
+        while httpx2.get(f"{address}/ready").status_code == 503:
+            assert httpx2.get(f"{address}/health").status_code == 200
             time.sleep(0.1)
         yield address
     finally:

@@ -4,7 +4,7 @@ import asyncio
 import base64
 import time
 
-import httpx
+import httpx2
 import numpy as np
 import openai
 import pytest
@@ -24,7 +24,7 @@ def client(server):
 
 
 def metric(server, name):
-    lines = httpx.get(f"{server}/metrics").text.splitlines()
+    lines = httpx2.get(f"{server}/metrics").text.splitlines()
     return sum(float(line.split()[-1]) for line in lines if line.startswith(f"grit_jax_{name}"))
 
 
@@ -137,13 +137,13 @@ def test_log_p_is_the_librarys(client, model):
 def test_documents_are_put_in_order_and_found(server, model, rag):
     texts = [document["text"] for document in DOCUMENTS]
     body = {"model": NAME, "query": "wood", "documents": texts, "top_n": 2, "instruction": "Find"}
-    reranked = httpx.post(f"{server}/v1/rerank", json=body).json()
+    reranked = httpx2.post(f"{server}/v1/rerank", json=body).json()
     scores = model.encode(texts) @ model.encode(["wood"], instruction="Find")[0]
     order = np.argsort(-scores, kind="stable")[:2].tolist()
     assert [one["index"] for one in reranked["results"]] == order
     assert np.allclose([one["relevance_score"] for one in reranked["results"]], scores[order], atol=1e-5)
     assert reranked["results"][0]["document"] == {"text": texts[order[0]]}
-    found = httpx.post(f"{server}/v1/search", json={"query": "wood", "k": 2}).json()["data"]
+    found = httpx2.post(f"{server}/v1/search", json={"query": "wood", "k": 2}).json()["data"]
     hits = rag.retriever.find(["wood"], k=2)[0]
     assert [(one["id"], one["same_text"]) for one in found] == [(hit.document.id, hit.duplicates) for hit in hits]
 
@@ -219,7 +219,7 @@ def test_clients_at_the_same_time_get_the_librarys_answers_and_nothing_is_compil
 
 
 def test_a_client_that_leaves_frees_its_row(server):
-    with httpx.stream("POST", f"{server}/v1/chat/completions", json=LONG | {"n": 16, "stream": True}) as response:
+    with httpx2.stream("POST", f"{server}/v1/chat/completions", json=LONG | {"n": 16, "stream": True}) as response:
         lines = response.iter_lines()
         next(lines)
         assert metric(server, "answers_active") > 0
@@ -230,17 +230,17 @@ def test_a_client_that_leaves_frees_its_row(server):
 def test_a_full_queue_and_a_short_time_are_told(model):
     limits = Limits(max_length=1024, rows=4, queue=1)
     with running(Server(model, name=NAME, limits=limits)) as address:
-        with httpx.stream("POST", f"{address}/v1/chat/completions", json=LONG | {"stream": True}) as response:
+        with httpx2.stream("POST", f"{address}/v1/chat/completions", json=LONG | {"stream": True}) as response:
             lines = response.iter_lines()
             next(lines)
-            refused = httpx.post(f"{address}/v1/chat/completions", json=LONG)
+            refused = httpx2.post(f"{address}/v1/chat/completions", json=LONG)
         assert (refused.status_code, refused.json()["error"]["code"]) == (429, "queue_full")
         assert "retry-after" in refused.headers
     limits = Limits(max_length=1024, rows=4, seconds=0.1)
     with running(Server(model, name=NAME, limits=limits)) as address:
-        late = httpx.post(f"{address}/v1/chat/completions", json=LONG | {"n": 16})
+        late = httpx2.post(f"{address}/v1/chat/completions", json=LONG | {"n": 16})
         assert (late.status_code, late.json()["error"]["code"]) == (503, "timeout")
-        events = httpx.post(f"{address}/v1/chat/completions", json=LONG | {"n": 16, "stream": True}).text.split("\n\n")
+        events = httpx2.post(f"{address}/v1/chat/completions", json=LONG | {"n": 16, "stream": True}).text.split("\n\n")
         assert '"code": "timeout"' in events[-2]
         until(lambda: metric(address, "answers_active") == 0)
 
@@ -250,12 +250,12 @@ def test_a_key_is_asked_for(model):
     with running(Server(model, name=NAME, limits=limits, api_key="secret")) as address:
         for key in ("wrong", "secrét"):
             header = {"authorization": f"Bearer {key}".encode()}
-            assert httpx.get(f"{address}/v1/models", headers=header).status_code == 401
-            refused = httpx.post(f"{address}/v1/embeddings", headers=header, json={"model": NAME, "input": "x"})
+            assert httpx2.get(f"{address}/v1/models", headers=header).status_code == 401
+            refused = httpx2.post(f"{address}/v1/embeddings", headers=header, json={"model": NAME, "input": "x"})
             assert (refused.status_code, refused.json()["error"]["code"]) == (401, "invalid_api_key")
         client = openai.OpenAI(base_url=f"{address}/v1", api_key="secret")
         assert client.embeddings.create(model=NAME, input="x").data
-        assert httpx.get(f"{address}/").status_code == 200
+        assert httpx2.get(f"{address}/").status_code == 200
 
 
 def test_both_skills_use_one_copy_of_the_weights(model):

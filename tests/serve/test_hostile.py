@@ -4,7 +4,7 @@ import json
 import socket
 from urllib.parse import urlsplit
 
-import httpx
+import httpx2
 import numpy as np
 import pytest
 
@@ -21,9 +21,9 @@ def message(role="user", content="hi"):
 @pytest.fixture(autouse=True)
 def goes_on(server, model):
     yield
-    answer = httpx.post(f"{server}/v1/embeddings", json=EMBED).json()
+    answer = httpx2.post(f"{server}/v1/embeddings", json=EMBED).json()
     assert np.allclose(answer["data"][0]["embedding"], model.encode(["x"])[0], atol=1e-5)
-    assert httpx.get(f"{server}/health").status_code == 200
+    assert httpx2.get(f"{server}/health").status_code == 200
 
 
 def refusal(response):
@@ -78,14 +78,14 @@ def refusal(response):
 )
 def test_a_bad_request_gets_its_status(server, path, body, status, told):
     content = body if isinstance(body, bytes) else json.dumps(body).encode()
-    found = refusal(httpx.post(f"{server}/v1/{path}", content=content))
+    found = refusal(httpx2.post(f"{server}/v1/{path}", content=content))
     assert found[0] == status
     assert told in found[1]
 
 
 def test_seeds_of_any_size_and_harmless_fields_are_taken(server):
     for more in ({"seed": -1}, {"seed": 2**60}, {"frequency_penalty": 0.0}, {"stop": []}, {"user": "me"}):
-        assert httpx.post(f"{server}/v1/chat/completions", json=CHAT | more).status_code == 200
+        assert httpx2.post(f"{server}/v1/chat/completions", json=CHAT | more).status_code == 200
 
 
 @pytest.mark.parametrize("path", ["/page/../app.py", "/page/%2e%2e/app.py", "/page/app.py", "/../../etc/passwd", "/v2"])
@@ -96,8 +96,8 @@ def test_only_the_pages_files_are_given(server, path):
 
 
 def test_other_methods_are_refused(server):
-    assert httpx.get(f"{server}/v1/embeddings").status_code == 405
-    assert httpx.post(f"{server}/health").status_code == 405
+    assert httpx2.get(f"{server}/v1/embeddings").status_code == 405
+    assert httpx2.post(f"{server}/health").status_code == 405
 
 
 def test_what_is_no_http_is_refused(server):
@@ -108,7 +108,7 @@ def test_what_is_no_http_is_refused(server):
 
 def test_a_body_larger_than_it_says_or_without_a_size_is_refused(server):
     pieces = (b"x" * 50_000 for _ in range(10))
-    assert httpx.post(f"{server}/v1/embeddings", content=pieces).status_code == 413
+    assert httpx2.post(f"{server}/v1/embeddings", content=pieces).status_code == 413
     with connected(server) as connection:
         connection.sendall(b"POST /v1/embeddings HTTP/1.1\r\nHost: x\r\nContent-Length: 99999999\r\n\r\n")
         assert b" 413 " in connection.recv(1000).split(b"\r\n")[0]

@@ -6,7 +6,7 @@ import socket
 import subprocess
 import time
 
-import httpx
+import httpx2
 import pytest
 
 from grit_jax.checkpoint import CheckpointMetadata, save_params
@@ -42,11 +42,11 @@ def test_a_stopped_server_finishes_what_it_has_begun(model):
             time.sleep(0.2)
             assert process.poll() is None
             try:
-                ready = httpx.get(f"{address}/ready").status_code
-            except httpx.ConnectError:
+                ready = httpx2.get(f"{address}/ready").status_code
+            except httpx2.ConnectError:
                 continue
         body = {"model": "mine", "prompt": "a", "max_tokens": 60, "temperature": 0, "n": 16, "stream": True}
-        with httpx.stream("POST", f"{address}/v1/completions", json=body, timeout=60) as response:
+        with httpx2.stream("POST", f"{address}/v1/completions", json=body, timeout=60) as response:
             lines = response.iter_lines()
             first = next(lines)
             process.send_signal(signal.SIGTERM)
@@ -55,8 +55,8 @@ def test_a_stopped_server_finishes_what_it_has_begun(model):
         finished = [choice for event in events[:-1] for choice in json.loads(event)["choices"]]
         assert [choice["finish_reason"] for choice in finished].count("length") == 16
         assert process.wait(60) == 0
-    with pytest.raises(httpx.ConnectError):
-        httpx.get(f"{address}/health")
+    with pytest.raises(httpx2.ConnectError):
+        httpx2.get(f"{address}/health")
 
 
 @pytest.mark.parametrize(
