@@ -11,6 +11,7 @@ import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from typing import Any
 
+import h11
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
@@ -25,30 +26,46 @@ _log = logging.getLogger(__name__)
 
 Handler = Callable[[bytes], Awaitable[Mapping[str, Any] | AsyncGenerator[Mapping[str, Any]]]]
 
-_HEAD_SECONDS = 20.0  # for a client to send the head of its first request
-
 
 class PatientProtocol(H11Protocol):
-    """HTTP/1.1 that ends a connection whose first request does not come."""
+    """HTTP/1.1 that ends a connection when the head of its next request does not come.
 
-    _impatience: asyncio.TimerHandle | None = None
+    Attributes:
+      head_seconds: For a client to send it.
+    """
+
+    head_seconds = 20.0
+    _clock: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         """Starts the clock."""
         super().connection_made(transport)
-        self._impatience = self.loop.call_later(_HEAD_SECONDS, transport.close)
+        self._wait()
 
     def handle_events(self) -> None:
-        """Stops the clock when the head is there."""
+        """Stops the clock when a head is there, and starts it after the response."""
         super().handle_events()
-        if self._impatience and self.cycle:
-            self._impatience.cancel()
+        self._wait()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Stops the clock."""
-        if self._impatience:
-            self._impatience.cancel()
+        self._stop()
         super().connection_lost(exc)
+
+    def _wait(self) -> None:
+        if self.conn.their_state is not h11.IDLE:
+            self._stop()
+        elif self._clock is None:
+            self._clock = self.loop.call_later(self.head_seconds, self._give_up)
+
+    def _stop(self) -> None:
+        if self._clock:
+            self._clock.cancel()
+            self._clock = None
+
+    def _give_up(self) -> None:
+        self.transport.write(b"HTTP/1.1 408 Request Timeout\r\nconnection: close\r\ncontent-length: 0\r\n\r\n")
+        self.transport.close()
 
 
 class Endpoint:

@@ -27,9 +27,9 @@ DOCUMENTS = [
 
 
 @contextlib.contextmanager
-def running(server):
+def running(server, protocol=PatientProtocol):
     """Runs a server until the block ends; gives its address once it is ready."""
-    config = uvicorn.Config(server.app, port=0, http=PatientProtocol, log_config=None, timeout_graceful_shutdown=10)
+    config = uvicorn.Config(server.app, port=0, http=protocol, log_config=None, timeout_graceful_shutdown=10)
     runner = uvicorn.Server(config)
     thread = threading.Thread(target=runner.run)
     thread.start()

@@ -1,14 +1,19 @@
 """Input that is wrong, on purpose or not: each gets its status, and the server goes on."""
 
+import contextlib
 import json
+import re
 import socket
+import time
 from urllib.parse import urlsplit
 
 import httpx2
 import numpy as np
 import pytest
 
-from tests.serve.conftest import NAME
+from grit_jax.serve.app import Limits, Server
+from grit_jax.serve.http import PatientProtocol
+from tests.serve.conftest import NAME, running
 
 CHAT = {"model": NAME, "messages": [{"role": "user", "content": "hi"}], "max_tokens": 4}
 EMBED = {"model": NAME, "input": "x"}
@@ -121,6 +126,38 @@ def test_clients_that_vanish_leave_nothing_behind(server):
         for _ in range(3):
             with connected(server) as connection:
                 connection.sendall(sent)
+
+
+def test_slow_clients_are_let_go(model):
+    class Impatient(PatientProtocol):
+        head_seconds = 0.5
+
+    body = json.dumps(EMBED).encode()
+    head = f"POST /v1/embeddings HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+    limits = Limits(max_length=1024, rows=4, seconds=1.0)
+    with running(Server(model, name=NAME, limits=limits), Impatient) as address:
+        for before, slow, told in (
+            (b"", head[:20], [b"408"]),
+            (head + body, head[:20], [b"200", b"408"]),
+            (b"", head + body[:5], [b"408"]),
+        ):
+            with connected(address) as connection:
+                connection.sendall(before)
+                trickle(connection, slow)
+                assert re.findall(rb"HTTP/1.1 (\d+)", received(connection)) == told
+        with connected(address) as connection:
+            for piece in (head, body):
+                connection.sendall(piece)
+                time.sleep(0.6)  # longer than a head may take, between a head and its body
+            assert b" 200 " in connection.recv(1000).split(b"\r\n")[0]
+
+
+def trickle(connection, content):
+    """Sends the bytes one by one, and none after the server has closed."""
+    for number in range(len(content)):
+        with contextlib.suppress(OSError):
+            connection.sendall(content[number : number + 1])
+        time.sleep(0.01)
 
 
 def connected(server):
