@@ -12,7 +12,7 @@ as long as eight.
 `quality` asks the questions of XQuAD and MedQuAD with every method. A gold answer of XQuAD is a span of the judged
 passage, of MedQuAD the first sentence of the judged answer. `match` is whether the output contains a gold answer,
 `loss` the loss per token of the first gold answer after `The answer is`, `found` whether the judged document is the
-one used.
+one used. Losses are compared in pairs, question by question, with those of what a method is to replace.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import json
 import re
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,6 +37,7 @@ from grit_jax.checkpoint import CheckpointMetadata, save_params
 from grit_jax.cli.main import main as grit_jax
 from grit_jax.config import EmbeddingConfig, MeshConfig
 from grit_jax.engine import Continuation, Engine, LaneSize
+from grit_jax.evaluation.compare import compare
 from grit_jax.evaluation.data import read_rows
 from grit_jax.evaluation.likelihood import loss_per_token
 from grit_jax.evaluation.prompted import contains, is_right
@@ -67,12 +68,14 @@ class Side(NamedTuple):
       store: Which store is answered from.
       positions: Of a cached text after another.
       causal: Whether documents have been read causally before they are used.
+      against: The side whose loss its loss is compared with.
     """
 
     method: RagMethod
     store: str = "float32"
     positions: Positions = "own"
     causal: bool = False
+    against: str | None = None
 
     def prepare(self, rag: Rag, query: str) -> Prepared:
         """What an answer goes on from."""
@@ -84,16 +87,20 @@ class Side(NamedTuple):
 
 SIDES = {
     "no document": Side("none"),
-    "query first": Side("query_first"),
-    "document first": Side("document_first"),
-    "document cache": Side("document_cache"),
-    "document cache, int8": Side("document_cache", "int8"),
-    "document cache, read causally": Side("document_cache", causal=True),
-    "query cache": Side("query_cache"),
-    "query-document cache": Side("query_document_cache", "second"),
-    "query-document cache, corrected": Side("query_document_cache", "second", "corrected"),
-    "document-query cache": Side("document_query_cache"),
-    "document-query cache, corrected": Side("document_query_cache", positions="corrected"),
+    "query first": Side("query_first", against="no document"),
+    "document first": Side("document_first", against="no document"),
+    "document cache": Side("document_cache", against="document first"),
+    "document cache, int8": Side("document_cache", "int8", against="document cache"),
+    "document cache, read causally": Side("document_cache", causal=True, against="document cache"),
+    "query cache": Side("query_cache", against="query first"),
+    "query-document cache": Side("query_document_cache", "second", against="query first"),
+    "query-document cache, corrected": Side(
+        "query_document_cache", "second", "corrected", against="query-document cache"
+    ),
+    "document-query cache": Side("document_query_cache", against="document first"),
+    "document-query cache, corrected": Side(
+        "document_query_cache", positions="corrected", against="document-query cache"
+    ),
 }
 GROWING = {
     "document": {"without": Side("document_first"), "float32": Side("document_cache"),
@@ -220,8 +227,8 @@ def read_questions(data: Path, name: str) -> tuple[dict[str, str], list[Question
     return collection.documents, asked
 
 
-def figures(side: Side, rag: Rag, model: GritModel, questions: Sequence[Question]) -> Iterator[tuple[str, Outcome]]:
-    """The figures of one side over questions."""
+def figures(side: Side, rag: Rag, model: GritModel, questions: Sequence[Question]) -> dict[str, Outcome]:
+    """The figures of one side over questions, by metric."""
     matches, exact, found, losses = [], [], [], []
     for first in range(0, len(questions), _AT_ONCE):
         texts = []
@@ -239,16 +246,15 @@ def figures(side: Side, rag: Rag, model: GritModel, questions: Sequence[Question
         written = ["".join(pieces) for pieces in zip(*model.write(texts), strict=True)]
         matches += [contains(answer, question.answers) for answer, question in zip(written, some, strict=True)]
         exact += [is_right(answer, question.answers, "span") for answer, question in zip(written, some, strict=True)]
-    yield "match", Outcome("match", np.array(matches, float))
-    yield "exact", Outcome("exact", np.array(exact, float))
-    yield "found", Outcome("found", np.array(found, float))
-    yield "loss", Outcome("loss", np.array(losses) * [-1, 1], score=loss_per_token)
+    shares = {"match": matches, "exact": exact, "found": found}
+    outcomes = {name: Outcome(name, np.array(values, float)) for name, values in shares.items()}
+    return outcomes | {"loss": Outcome("loss", np.array(losses) * [-1, 1], score=loss_per_token)}
 
 
 def quality(
     model_folder: Path, data: Path, output: Path, *, limit: int | None, max_length: int
 ) -> dict[str, dict[str, Any]]:
-    """Figures with 95 % intervals by collection and side."""
+    """Figures with 95 % intervals by collection and side, of losses also the difference to another side's."""
     model, result = GritModel.load(model_folder), {}
     for name in ("xquad_en", "medquad"):
         documents, questions = read_questions(data, name)
@@ -260,12 +266,19 @@ def quality(
             for kind, options in STORES.items()
         }
         result[name] = {}
+        losses: dict[str, np.ndarray] = {}
         for label, side in SIDES.items():
+            print(f"{name}, {label}", flush=True)
             rag = Rag(model, stores[side.store], causal_bytes=(1 << 30) * side.causal)
-            measured = {}
-            for metric, outcome in figures(side, rag, model, asked):
-                low, high = interval(outcome, seed=0)
-                measured[metric] = {"value": outcome.score(outcome.examples), "interval": [low, high]}
+            outcomes = figures(side, rag, model, asked)
+            measured: dict[str, Any] = {
+                metric: {"value": outcome.score(outcome.examples), "interval": interval(outcome, seed=0)}
+                for metric, outcome in outcomes.items()
+            }
+            losses[label] = outcomes["loss"].examples
+            if side.against:
+                compared = compare([[losses[label]]], [[losses[side.against]]], loss_per_token)
+                measured["loss against"] = compared._asdict() | {"against": side.against}
             result[name][label] = measured
     return result
 
@@ -284,12 +297,22 @@ def latency_table(found: Sequence[dict[str, Any]]) -> str:
 
 def quality_table(measured: dict[str, Any]) -> str:
     """Figures of a collection with their intervals, a row for each side."""
-    metrics = list(next(iter(measured.values())))
 
     def cell(one: dict[str, Any]) -> str:
         return f"{one['value']:.3f} ({one['interval'][0]:.3f} to {one['interval'][1]:.3f})"
 
-    return markdown_table(["", *metrics], ([side, *map(cell, row.values())] for side, row in measured.items()))
+    def difference(one: dict[str, Any]) -> str:
+        return f"{one['difference']:+.2%} ({one['interval'][0]:+.2%} to {one['interval'][1]:+.2%}) of {one['against']}"
+
+    metrics = ("match", "exact", "found", "loss")
+    return markdown_table(
+        ["", *metrics, "loss against"],
+        (
+            [side, *(cell(row[metric]) for metric in metrics),
+             difference(row["loss against"]) if "loss against" in row else ""]
+            for side, row in measured.items()
+        ),
+    )  # fmt: skip
 
 
 def main() -> None:
