@@ -50,7 +50,7 @@ from grit_jax.train.metrics import read_metrics
 from grit_jax.watch.plot import running_mean, series
 
 _ROOT = Path(__file__).parents[1]
-_CONFIGS = _ROOT / "configs/claim"
+CONFIGS = _ROOT / "configs/claim"
 PRIMARY = ("medquad", "wordnet_wsd", "scifact")
 HELD_OUT, GSM8K = "held-out answers", "gsm8k"
 MARGIN = 0.02
@@ -112,7 +112,7 @@ def _made(path: Path) -> Path:
 
 def suite_of(name: str, data: Path, output: Path) -> Suite:
     """A suite of configs/claim with what the split holds out."""
-    suite = load_suite(_CONFIGS / name, data=data / "eval")
+    suite = load_suite(CONFIGS / name, data=data / "eval")
     held_out = Perplexity(HELD_OUT, str(output / "data/held_out/generative"))
     gsm8k = Perplexity(GSM8K, str(output / "data/gsm8k_test.jsonl"))
     return dataclasses.replace(suite, tasks=(held_out, gsm8k, *suite.tasks))
@@ -124,7 +124,7 @@ def measure(
     """Trains a model, or takes it as it is at the start, and evaluates it."""
     folder = output / str(seed) / name
     config = load_config(
-        _CONFIGS / "unified.yaml",
+        CONFIGS / "unified.yaml",
         [
             f"--model.tokenizer={output / 'tokenizer'}",
             f"--data.train={output / 'data/train'}",
@@ -316,7 +316,7 @@ def main() -> None:
             measure(args.output, mode, seed, {"train.mode": mode, **more}, suite)
     ablations: list[str] = []
     if args.ablations is not None:
-        changes = yaml.safe_load((_CONFIGS / "ablations.yaml").read_text())
+        changes = yaml.safe_load((CONFIGS / "ablations.yaml").read_text())
         ablations = args.ablations or list(changes)
         whole = suite_of("ablation_suite.yaml", args.data, args.output)
         primary = dataclasses.replace(whole, tasks=tuple(t for t in whole.tasks if t.name in (HELD_OUT, *PRIMARY)))

@@ -9,10 +9,11 @@ are read from the store, or the query, which is embedded for the search anyway. 
 tokens: embedding, search, reading of files and prompts, writing. Tokens are written eight at a time, so that one takes
 as long as eight.
 
-`quality` asks the questions of XQuAD and MedQuAD with every method. A gold answer of XQuAD is a span of the judged
-passage, of MedQuAD the first sentence of the judged answer. `match` is whether the output contains a gold answer,
-`loss` the loss per token of the first gold answer after `The answer is`, `found` whether the judged document is the
-one used. Losses are compared in pairs, question by question, with those of what a method is to replace.
+`quality` asks the questions of XQuAD and MedQuAD with every method; queries are embedded with the instructions of
+configs/claim/suite.yaml. A gold answer of XQuAD is a span of the judged passage, of MedQuAD the first sentence of the
+judged answer. `match` is whether the output contains a gold answer, `loss` the loss per token of the first gold answer
+after `The answer is`, `found` whether the judged document is the one used. Losses are compared in pairs, question by
+question, with those of what a method is to replace.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from typing import Any, NamedTuple
 import common
 import jax
 import numpy as np
-from claim import markdown_table
+from claim import CONFIGS, markdown_table
 
 from grit_jax import GritModel, files, prompts, sharding
 from grit_jax.checkpoint import CheckpointMetadata, save_params
@@ -42,7 +43,8 @@ from grit_jax.evaluation.data import read_rows
 from grit_jax.evaluation.likelihood import loss_per_token
 from grit_jax.evaluation.prompted import contains, is_right
 from grit_jax.evaluation.report import interval
-from grit_jax.evaluation.retrieval import read_collection
+from grit_jax.evaluation.retrieval import Retrieval, read_collection
+from grit_jax.evaluation.suite import load_suite
 from grit_jax.evaluation.task import Outcome
 from grit_jax.model.transformer import init_params
 from grit_jax.prompts import RagMethod
@@ -77,11 +79,12 @@ class Side(NamedTuple):
     causal: bool = False
     against: str | None = None
 
-    def prepare(self, rag: Rag, query: str) -> Prepared:
+    def prepare(self, rag: Rag, query: str, instruction: str = "") -> Prepared:
         """What an answer goes on from."""
-        prepared = rag.prepare(query, method=self.method, positions=self.positions)
+        options: Any = {"method": self.method, "positions": self.positions, "instruction": instruction}
+        prepared = rag.prepare(query, **options)
         if self.causal and rag.read_causally():
-            prepared = rag.prepare(query, method=self.method, positions=self.positions)
+            prepared = rag.prepare(query, **options)
         return prepared
 
 
@@ -227,14 +230,16 @@ def read_questions(data: Path, name: str) -> tuple[dict[str, str], list[Question
     return collection.documents, asked
 
 
-def figures(side: Side, rag: Rag, model: GritModel, questions: Sequence[Question]) -> dict[str, Outcome]:
+def figures(
+    side: Side, rag: Rag, model: GritModel, questions: Sequence[Question], instruction: str
+) -> dict[str, Outcome]:
     """The figures of one side over questions, by metric."""
     matches, exact, found, losses = [], [], [], []
     for first in range(0, len(questions), _AT_ONCE):
         texts = []
         some = questions[first : first + _AT_ONCE]
         for question in some:
-            prepared = side.prepare(rag, question.text)
+            prepared = side.prepare(rag, question.text, instruction)
             texts.append(Continuation(prepared.tokens, _NEW_TOKENS, prefix=prepared.prefix))
             gold = prompts.Prompt(
                 f"{prepared.text} {question.answers[0]}",
@@ -256,6 +261,8 @@ def quality(
 ) -> dict[str, dict[str, Any]]:
     """Figures with 95 % intervals by collection and side, of losses also the difference to another side's."""
     model, result = GritModel.load(model_folder), {}
+    tasks = load_suite(CONFIGS / "suite.yaml", data=data).tasks
+    instructions = {task.name: task.instruction or "" for task in tasks if isinstance(task, Retrieval)}
     for name in ("xquad_en", "medquad"):
         documents, questions = read_questions(data, name)
         order = np.random.default_rng(0).permutation(len(questions))[:limit]
@@ -270,7 +277,7 @@ def quality(
         for label, side in SIDES.items():
             print(f"{name}, {label}", flush=True)
             rag = Rag(model, stores[side.store], causal_bytes=(1 << 30) * side.causal)
-            outcomes = figures(side, rag, model, asked)
+            outcomes = figures(side, rag, model, asked, instructions[name])
             measured: dict[str, Any] = {
                 metric: {"value": outcome.score(outcome.examples), "interval": interval(outcome, seed=0)}
                 for metric, outcome in outcomes.items()
