@@ -14,7 +14,6 @@ from grit_jax.execution import Execution
 from grit_jax.losses import target_log_likelihoods
 from grit_jax.model.attention import AttentionMask
 from grit_jax.model.decode import empty_state
-from grit_jax.model.layers import rotate
 from grit_jax.model.pooling import vectors_of
 from grit_jax.model.transformer import Cache, KVCache, Params, Transformer, bind, rotations
 from grit_jax.sharding import constrain
@@ -106,11 +105,14 @@ def joined(caches: list[KVCache], config: TransformerConfig, *, corrected: bool)
 def _rotated(keys: np.ndarray, by: int, config: TransformerConfig) -> np.ndarray:
     """Keys as at positions that are `by` higher.
 
-    Rotations add up: every kind of scaling multiplies a position with a frequency that does not depend on it.
+    Rotations add up: every kind of scaling multiplies a position with a frequency that does not depend on it. In numpy,
+    as XLA would compile a program for every length.
     """
-    full, local = rotations(jnp.full((1, keys.shape[1]), by), config)
+    full, local = rotations(jnp.full((1, 1), by), config)
     by_layer = [local if windowed and local is not None else full for windowed in config.layer_windows]
-    return np.stack([np.asarray(rotate(layer[None], one)[0]) for layer, one in zip(jnp.asarray(keys), by_layer)])
+    cos, sin = (np.stack([np.asarray(one[part])[0] for one in by_layer])[:, :, None] for part in (0, 1))
+    first, second = np.split(keys, 2, axis=-1)
+    return np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(keys.dtype)
 
 
 def _stacked(cache: Cache) -> KVCache:

@@ -91,21 +91,29 @@ class Rag:
         return [method for method in prompts.RAG_METHODS if self._lack(method) is None]
 
     def warm_up(self, max_length: int, progress: Callable[[int], None] = lambda _: None) -> int:
-        """Compiles the programs that keep keys and values of a text of up to `max_length` tokens, and returns how many.
+        """Compiles what answers need beside writing, for queries of up to `max_length` tokens, and returns how much.
 
-        `progress` is called after each.
+        `progress` is called after each program.
         """
-        passes: list[Attention | None] = [None, "causal"] if self._causal.limit else [None]
-        calls = [
-            functools.partial(self._model.embed_with_caches, [prompts.TokenizedPrompt(tokens, spans)], attention=how)
-            for length in self._model.row_lengths(max_length)
-            for tokens, spans in [(np.zeros(length, np.int32), np.array([[0, length]], np.int32))]
-            for how in passes
+        passes: list[tuple[Attention | None, int]] = [(None, max_length)]
+        if self._causal.limit:
+            passes.append(("causal", self._store.settings.max_length))
+        config = self._model.architecture
+        token = KVCache(*[np.zeros((config.num_layers, 1, config.num_kv_heads, config.head_dim), np.float32)] * 2)
+        calls: list[Callable[[], object]] = [
+            functools.partial(self._read_nothing, length, attention)
+            for attention, longest in passes
+            for length in self._model.row_lengths(longest)
         ]
+        calls.append(functools.partial(joined, [token, token], config, corrected=True))
         for call in calls:
-            list(call())
+            call()
             progress(1)
         return len(calls)
+
+    def _read_nothing(self, length: int, attention: Attention | None) -> None:
+        nothing = prompts.TokenizedPrompt(np.zeros(length, np.int32), np.array([[0, length]], np.int32))
+        list(self._model.embed_with_caches([nothing], attention=attention))
 
     def prepare(
         self,
@@ -115,6 +123,7 @@ class Rag:
         instruction: str = "",
         k: int = 1,
         positions: Positions = "own",
+        max_length: int | None = None,
     ) -> Prepared:
         """Finds documents and puts together what an answer goes on from.
 
@@ -126,9 +135,11 @@ class Rag:
           instruction: What the model is told about the query when it is embedded; part of a cached query.
           k: How many documents are used.
           positions: Of a cached text that comes after another: its `own`, as in the paper, or `corrected`.
+          max_length: Most tokens of the documents, of which more are not brought to memory; None for any number.
 
         Raises:
-          InputError: The query is empty, or the store lacks keys and values that the method needs.
+          InputError: The query is empty, the store lacks keys and values that the method needs, or the documents are
+            too long.
         """
         parts = prompts.cached_parts(method)
         if lack := self._lack(method):
@@ -141,6 +152,9 @@ class Rag:
         elif method != "none":
             (hits,) = self.retriever.find([query], instruction=instruction, k=k)
         if "document" in parts:
+            num_tokens = sum(self._store.cache_length(hit.row) for hit in hits)
+            if max_length is not None and num_tokens > max_length:
+                raise InputError(f"k={k}: the documents have {num_tokens} tokens; the limit is {max_length}: use fewer")
             caches["document"] = [self._cache(hit.row) for hit in hits]
         prefix = joined(
             [cache for part in parts for cache in caches[part]],

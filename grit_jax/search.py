@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import jax
@@ -95,11 +96,15 @@ class Searchable:
             scores[some], numbers[some] = (np.asarray(x)[: some.stop - first, :k] for x in best)
         return scores, numbers
 
-    def warm_up(self, k: int) -> int:
-        """Compiles the programs that find up to `k` passages for up to 8 queries, and returns how many."""
+    def warm_up(self, k: int, progress: Callable[[int], None] = lambda _: None) -> int:
+        """Compiles the programs that find up to `k` passages for up to 8 queries, and returns how many.
+
+        `progress` is called after each.
+        """
         needed = [most for most in self._counts() if most < _GROWTH * k]
         for most in needed:
             self.top_k(np.zeros((1, self._passages[0].shape[1]), np.float32), most)
+            progress(1)
         return len(needed)
 
     def _counts(self) -> list[int]:

@@ -6,6 +6,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -165,6 +166,25 @@ class Tokenizer:
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
         """Text of token ids."""
         return self._backend.decode([int(token) for token in ids], skip_special_tokens=skip_special_tokens)
+
+    def token_bytes(self, token: int) -> bytes:
+        """What a token stands for, which may be a part of a character; nothing where there is no such token."""
+        piece = self._backend.id_to_token(token)
+        if piece is None or token in self._backend.get_added_tokens_decoder():
+            return (piece or "").encode()
+        if "ByteLevel(" in repr(self._backend.decoder):
+            return bytes(map(_byte_level_alphabet().__getitem__, piece))
+        if byte := re.fullmatch("<0x([0-9A-F]{2})>", piece):
+            return bytes.fromhex(byte[1])
+        return piece.replace("▁", " ").encode()
+
+
+@functools.cache
+def _byte_level_alphabet() -> dict[str, int]:
+    """The byte of each character of a byte-level vocabulary: its own if printable, those left in their order."""
+    printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + place): byte for place, byte in enumerate(others)}
 
 
 def _encoding(encoded: tokenizers.Encoding) -> Encoding:

@@ -174,6 +174,8 @@ def test_a_store_that_does_not_fit_is_refused(bidirectional):
     assert none.prepare(QUERY, method="query_cache").prefix
     with pytest.raises(InputError, match=r"made by tiny .*, and other has other weights"):
         Rag(make(seed=1), bidirectional.stores["first"], name="other")
+    with pytest.raises(InputError, match=r"k=2: the documents have \d+ tokens; the limit is 20: use fewer"):
+        first.prepare(QUERY, method="document_cache", k=2, max_length=20)
     with pytest.raises(InputError, match="are over the limit of 1024; shorten the prompt or ask for fewer"):
         first.answer(first.prepare(QUERY, method="document_cache"), max_new_tokens=1000)
     with pytest.raises(InputError, match="text 0 is empty"):

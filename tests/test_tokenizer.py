@@ -45,6 +45,22 @@ def test_batch_encoding_equals_single_encoding(bpe):
         assert np.array_equal(single.starts, batched.starts)
 
 
+def joined_bytes(tokenizer, text):
+    return b"".join(map(tokenizer.token_bytes, tokenizer.encode(text).ids.tolist()))
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_the_bytes_of_a_texts_tokens_are_the_texts(text, bpe):
+    for tokenizer in (bpe, Tokenizer.load("bytes")):
+        assert joined_bytes(tokenizer, text) == text.encode()
+        assert tokenizer.token_bytes(tokenizer.vocab_size) == b""
+
+
+@pytest.mark.parametrize("text", [text for text in TEXTS if "<s>" not in text])
+def test_a_word_of_sentencepiece_begins_with_a_space(text, shared):
+    assert joined_bytes(Tokenizer.load(shared / "golden/tokenizer"), text) == f" {text}".encode()
+
+
 def test_files_round_trip(bpe, tmp_path):
     for name, text in bpe.files().items():
         (tmp_path / name).write_text(text)

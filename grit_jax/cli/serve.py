@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import signal
+import socket
 from pathlib import Path
 
 from grit_jax.cli.arguments import refuse_below_one
@@ -78,6 +79,7 @@ def run(args: argparse.Namespace) -> int:
     from grit_jax.rag import Rag
     from grit_jax.store.layout import Store
 
+    listening = _bound(args.host, args.port)
     logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)  # JAX has set up its own
     model = GritModel.load(args.model, mesh=mesh, dtype=args.dtype)
     limit = model.architecture.max_length
@@ -92,19 +94,31 @@ def run(args: argparse.Namespace) -> int:
         model, name=name, limits=limits, instructions=instructions, api_key=os.environ.get(_KEY) or None,
         rag=Rag(model, Store(args.index), name=args.model, causal_bytes=args.causal_mb << 20) if args.index else None,
     )  # fmt: skip
+    address = f"http://{args.host}:{listening.getsockname()[1]}"
     print(
-        f"{name} at http://{args.host}:{args.port} once it is ready; weights {server.weights_bytes / 1e6:,.1f} MB, "
+        f"{name} at {address} once it is ready; weights {server.weights_bytes / 1e6:,.1f} MB, "
         f"keys and values of answers {server.cache_bytes / 1e6:,.1f} MB",
         flush=True,
     )
     # Having finished what was begun, uvicorn raises the signal again, for this handler: a stop that was asked for is no
     # failure.
     signal.signal(signal.SIGTERM, lambda *_: None)
-    uvicorn.run(
-        server.app, host=args.host, port=args.port, http=PatientProtocol, log_config=None, access_log=False,
-        timeout_graceful_shutdown=args.drain,
-    )  # fmt: skip
+    config = uvicorn.Config(
+        server.app, http=PatientProtocol, log_config=None, access_log=False, timeout_graceful_shutdown=args.drain
+    )
+    uvicorn.Server(config).run([listening])
     return 0
+
+
+def _bound(host: str, port: int) -> socket.socket:
+    """A socket at this address, which nobody else has then while the model is loaded."""
+    bound = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        bound.bind((host, port))
+    except (OSError, OverflowError) as error:
+        raise InputError(f"--host {host} --port {port}: {error}; choose others") from error
+    return bound
 
 
 def _instructions(path: Path) -> dict[str, str]:

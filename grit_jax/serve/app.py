@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import functools
 import logging
 import secrets
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
-from contextlib import aclosing, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager, nullcontext
 from importlib import resources
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -33,12 +33,13 @@ from grit_jax.serve import protocol
 from grit_jax.serve.http import Endpoint, Handler, check_key, http_error
 from grit_jax.serve.metrics import Metrics
 from grit_jax.serve.protocol import RequestError
-from grit_jax.serve.scheduler import Scheduler
+from grit_jax.serve.scheduler import Kind, Scheduler
 
 _log = logging.getLogger(__name__)
 
 _SHORTEST_LANE, _LANE_GROWTH = 512, 4
 _NEW_TOKENS = 256  # of an answer whose request does not say
+_MOST_TOKENS = 300_000  # of the texts of a request, as at OpenAI
 _PAGE_TYPES = {
     "index.html": "text/html",
     "style.css": "text/css",
@@ -105,6 +106,8 @@ class Server:
             model, self._engine, self._metrics, queue=limits.queue, prepare=self._warm_up,
             idle=rag.read_causally if rag else lambda: False,
         )  # fmt: skip
+        # No more keys and values of documents are in memory than there are rows for.
+        self._with_documents = asyncio.Semaphore(limits.rows)
         self._is_warm = False
         self._metrics.gauges(
             {
@@ -125,14 +128,14 @@ class Server:
                 Route("/v1/models", self._models),
                 Route("/v1/models/{name:path}", self._models),
                 *(
-                    Route(path, self._endpoint(handler), methods=["POST"])
-                    for path, handler in {
-                        "/v1/embeddings": self._embeddings,
-                        "/v1/chat/completions": self._chat,
-                        "/v1/completions": self._completions,
-                        "/v1/rerank": self._rerank,
-                        "/v1/search": self._search,
-                    }.items()
+                    Route(path, self._endpoint(handler, kind), methods=["POST"])
+                    for path, handler, kind in (
+                        ("/v1/embeddings", self._embeddings, "embed"),
+                        ("/v1/chat/completions", self._chat, "write"),
+                        ("/v1/completions", self._completions, "write"),
+                        ("/v1/rerank", self._rerank, "embed"),
+                        ("/v1/search", self._search, "embed"),
+                    )
                 ),
             ],
             exception_handlers={HTTPException: http_error, RequestError: http_error},
@@ -149,12 +152,12 @@ class Server:
         """Memory of the caches of all answers."""
         return self._engine.cache_bytes
 
-    def _warm_up(self) -> None:
+    def _warm_up(self, progress: Callable[[int], None]) -> None:
         """Compiles every program that requests need."""
-        started = time.monotonic()
-        count = self._model.warm_up_embedding(self._limits.max_length) + self._engine.warm_up()
+        started, longest = time.monotonic(), self._limits.max_length
+        count = self._model.warm_up_embedding(longest, progress) + self._engine.warm_up(progress)
         if self._rag:
-            count += self._rag.retriever.warm_up(protocol.MOST_FOUND) + self._rag.warm_up(self._limits.max_length)
+            count += self._rag.retriever.warm_up(protocol.MOST_FOUND, progress) + self._rag.warm_up(longest, progress)
         self._is_warm = True
         _log.info("ready: %d programs in %.1f s", count, time.monotonic() - started)
 
@@ -164,10 +167,10 @@ class Server:
         yield
         await asyncio.to_thread(self._scheduler.stop)
 
-    def _endpoint(self, handler: Handler) -> Endpoint:
+    def _endpoint(self, handler: Handler, kind: Kind) -> Endpoint:
         return Endpoint(
-            handler, metrics=self._metrics, check=self._refuse_if_unready, api_key=self._api_key,
-            most_bytes=self._limits.body_bytes, seconds=self._limits.seconds,
+            handler, metrics=self._metrics, check=self._refuse_if_unready, place=lambda: self._scheduler.place(kind),
+            api_key=self._api_key, most_bytes=self._limits.body_bytes, seconds=self._limits.seconds,
         )  # fmt: skip
 
     def _refuse_if_failed(self) -> None:
@@ -271,10 +274,15 @@ class Server:
         """Tokens of texts that are embedded.
 
         Raises:
-          RequestError: A text is too long and is not to be cut.
+          RequestError: A text is too long and is not to be cut, or there are too many of them.
           InputError: A text is empty, or the instruction leaves no room for it.
         """
         limit = self._limits.max_length
+        self._refuse_huge(instruction, "the instruction")
+        if len(instruction) * len(texts) > self._limits.body_bytes:
+            raise RequestError(
+                413, f"{len(texts)} texts, each with the instruction, are too much; send fewer at a time"
+            )
         if truncate:
             texts = [text[: self._most_characters] for text in texts]
         for place, text in enumerate(texts):
@@ -285,7 +293,10 @@ class Server:
         for place, prompt in enumerate(prompts):
             if len(prompt.tokens) > limit and not truncate:
                 raise _too_long(f"text {place} has {len(prompt.tokens)} tokens", limit)
-        return [prompt.cut(limit) for prompt in prompts]
+        prompts = [prompt.cut(limit) for prompt in prompts]
+        if (num_tokens := _num_tokens(prompts)) > _MOST_TOKENS:
+            raise RequestError(400, f"the texts have {num_tokens} tokens; the limit of a request is {_MOST_TOKENS}")
+        return prompts
 
     def _refuse_huge(self, text: str, what: str) -> None:
         """Refuses what is too long whatever its tokens are, before it is tokenized."""
@@ -303,24 +314,31 @@ class Server:
         self._refuse_other_model(request.model)
         messages = [message.turn() for message in request.messages]
         self._refuse_huge("".join(message["content"] for message in messages), "the conversation")
-        prefix, more = None, {}
+        form = protocol.ChatForm(self._model.tokenizer, request.top_logprobs or 0)
+        return await self._answered(request, self._chat_begun(request, messages), form)
+
+    @asynccontextmanager
+    async def _chat_begun(
+        self, request: protocol.ChatRequest, messages: Sequence[Mapping[str, str]]
+    ) -> AsyncGenerator[_Begun]:
+        most, wants = request.max_completion_tokens or request.max_tokens, bool(request.logprobs)
         if request.retrieval is None:
             (tokens,) = await asyncio.to_thread(self._model.prompt_tokens, [messages])
-        else:
+            yield self._begun(request, [tokens], most, logprobs=wants)
+            return
+        async with self._with_documents:
             prefix, _, tokens, hits = await self._prepared(messages, request.retrieval)
-            more["documents"] = protocol.documents(hits)
-        wanted = request.max_completion_tokens or request.max_tokens
-        form = protocol.ChatForm(self._model.tokenizer, request.top_logprobs or 0)
-        continuations = self._continuations(request, [tokens], wanted, logprobs=bool(request.logprobs), prefix=prefix)
-        return await self._answered(request, continuations, form, **more)
+            more = {"documents": protocol.documents(hits)}
+            yield self._begun(request, [tokens], most, logprobs=wants, prefix=prefix, more=more)
 
     async def _prepared(self, messages: Sequence[Mapping[str, str]], retrieval: protocol.Retrieval) -> Prepared:
         """What an answer from documents goes on from."""
         rag = self._needed_rag()
         if len(messages) != 1 or messages[0]["role"] != "user":
             raise RequestError(400, "messages: with retrieval a question is answered by itself; send one user message")
-        how = retrieval.model_dump()
-        return await self._scheduler.call(lambda: rag.prepare(messages[0]["content"], **how))
+        query, how = messages[0]["content"], retrieval.model_dump()
+        await self._embedding_prompts([query], retrieval.instruction)  # refuses what is too long
+        return await self._scheduler.call(lambda: rag.prepare(query, **how, max_length=self._limits.max_length))
 
     async def _completions(self, body: bytes) -> Mapping[str, Any] | AsyncGenerator[Mapping[str, Any]]:
         request = protocol.parse(protocol.CompletionRequest, body)
@@ -331,10 +349,10 @@ class Server:
         prompts = await asyncio.to_thread(self._model.prompt_tokens, texts, raw=True)
         form = protocol.CompletionForm(self._model.tokenizer, request.logprobs or 0)
         wants = request.logprobs is not None
-        continuations = self._continuations(request, prompts, request.max_tokens, logprobs=wants)
-        return await self._answered(request, continuations, form)
+        begun = self._begun(request, prompts, request.max_tokens, logprobs=wants)
+        return await self._answered(request, nullcontext(begun), form)
 
-    def _continuations(
+    def _begun(
         self,
         request: protocol.WrittenRequest,
         prompts: Sequence[np.ndarray],
@@ -342,15 +360,18 @@ class Server:
         *,
         logprobs: bool,
         prefix: KVCache | None = None,
-    ) -> list[Continuation]:
-        """What the engine does for a request: every answer of the first prompt, then of the next."""
+        more: Mapping[str, Any] = MappingProxyType({}),
+    ) -> _Begun:
+        """What the engine does for a request, after a prefix and with more to tell where documents are used."""
         num_cached = 0 if prefix is None else prefix.keys.shape[1]
         longest = num_cached + max(map(len, prompts))
         room = self._limits.max_length - longest
         if room < (max_tokens or 1):
             raise _too_long(f"a prompt of {longest} tokens and {max_tokens or 1} new ones", self._limits.max_length)
+        if (count := len(prompts) * request.n) > self._limits.queue:
+            raise RequestError(400, f"n: the request is for {count} answers; the limit is {self._limits.queue}")
         seed = secrets.randbits(32) if request.seed is None else request.seed
-        return [
+        continuations = [
             Continuation(
                 tokens, max_tokens or min(room, _NEW_TOKENS), request.temperature, request.top_p, seed + number,
                 logprobs, prefix,
@@ -358,47 +379,39 @@ class Server:
             for tokens in prompts
             for number in range(request.n)
         ]  # fmt: skip
+        num_read = sum(map(len, prompts))
+        self._metrics.tokens.labels("read").inc(num_read)
+        self._metrics.tokens.labels("cached").inc(num_cached)
+        return _Begun(continuations, num_cached + num_read, num_cached, more)
 
     async def _answered(
-        self,
-        request: protocol.WrittenRequest,
-        continuations: Sequence[Continuation],
-        form: protocol.Form,
-        **more: Any,
+        self, request: protocol.WrittenRequest, beginning: AbstractAsyncContextManager[_Begun], form: protocol.Form
     ) -> Mapping[str, Any] | AsyncGenerator[Mapping[str, Any]]:
-        """A response, or the events of one; `more` is told with it."""
-        read = sum(one.num_cached + len(one.tokens) for one in continuations[:: request.n])
-        cached = sum(one.num_cached for one in continuations[:: request.n])
-        self._metrics.tokens.labels("read").inc(read - cached)
-        self._metrics.tokens.labels("cached").inc(cached)
-        pieces = self._pieces(continuations, request.stops)
+        """A response, or the events of one."""
         about = form.about(self._name, streams=request.stream)
         if request.stream:
-            return self._events(
-                pieces, form, about, more, functools.partial(protocol.usage, read, cached=cached), request
-            )
-        by_index: list[list[protocol.Piece]] = [[] for _ in continuations]
-        async with aclosing(pieces):
-            async for piece in pieces:
-                by_index[piece.index].append(piece)
+            return self._events(request, beginning, form, about)
+        async with beginning as begun:
+            by_index: list[list[protocol.Piece]] = [[] for _ in begun.continuations]
+            async with aclosing(self._pieces(begun.continuations, request.stops)) as pieces:
+                async for piece in pieces:
+                    by_index[piece.index].append(piece)
         wholes = [_joined(some) for some in by_index]
         written = sum(len(piece.tokens) for piece in wholes)
         choices = [form.whole(piece) for piece in wholes]
-        return about | more | {"choices": choices, "usage": protocol.usage(read, written, cached)}
+        return {**about, **begun.more, "choices": choices, "usage": begun.usage(written)}
 
     async def _events(
         self,
-        pieces: AsyncGenerator[protocol.Piece],
+        request: protocol.WrittenRequest,
+        beginning: AbstractAsyncContextManager[_Begun],
         form: protocol.Form,
         about: Mapping[str, Any],
-        more: Mapping[str, Any],
-        usage: Callable[[int], Mapping[str, Any]],
-        request: protocol.WrittenRequest,
     ) -> AsyncGenerator[Mapping[str, Any]]:
         started, written = time.perf_counter(), 0
-        if more:
-            yield {**about, **more, "choices": []}
-        async with aclosing(pieces):
+        async with beginning as begun, aclosing(self._pieces(begun.continuations, request.stops)) as pieces:
+            if begun.more:
+                yield {**about, **begun.more, "choices": []}
             async for piece in pieces:
                 if not written:
                     self._metrics.first_token_seconds.observe(time.perf_counter() - started)
@@ -406,7 +419,7 @@ class Server:
                 if piece.text or piece.finish or piece.logprobs:
                     yield {**about, "choices": [form.part(piece)]}
         if request.includes_usage:
-            yield {**about, "choices": [], "usage": usage(written)}
+            yield {**about, "choices": [], "usage": begun.usage(written)}
 
     async def _pieces(
         self, continuations: Sequence[Continuation], stops: Sequence[str]
@@ -443,6 +456,25 @@ class Server:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+
+
+class _Begun(NamedTuple):
+    """What is written for a request.
+
+    Attributes:
+      continuations: Every answer of the first prompt, then of the next.
+      num_tokens: Of the prompts, once each.
+      num_cached: Of these, tokens whose keys and values were there.
+      more: What is told beside the answers.
+    """
+
+    continuations: list[Continuation]
+    num_tokens: int
+    num_cached: int
+    more: Mapping[str, Any]
+
+    def usage(self, num_written: int) -> Mapping[str, Any]:
+        return protocol.usage(self.num_tokens, num_written, self.num_cached)
 
 
 def _joined(pieces: Sequence[protocol.Piece]) -> protocol.Piece:

@@ -9,6 +9,7 @@ import json
 import logging
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import h11
@@ -75,6 +76,7 @@ class Endpoint:
       handle: From the body to an object, or to the objects of a stream.
       metrics: What is counted.
       check: Raises RequestError where requests are not taken now.
+      place: Where a request is among others until it is answered; entering raises RequestError where it is full.
       api_key: What clients must send; None for nothing.
       most_bytes: Of a body.
       seconds: Within which a body is sent and a response is made.
@@ -86,12 +88,13 @@ class Endpoint:
         *,
         metrics: Metrics,
         check: Callable[[], None],
+        place: Callable[[], AbstractContextManager[None]],
         api_key: str | None,
         most_bytes: int,
         seconds: float,
     ):
-        self._handle, self._metrics, self._check, self._api_key = handle, metrics, check, api_key
-        self._most_bytes, self._seconds = most_bytes, seconds
+        self._handle, self._metrics, self._check, self._place = handle, metrics, check, place
+        self._api_key, self._most_bytes, self._seconds = api_key, most_bytes, seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers a request."""
@@ -101,12 +104,14 @@ class Endpoint:
             check_key(request, self._api_key)
             self._check()
             body = await self._body(request)
-            async with asyncio.timeout(self._seconds):
-                await _while_connected(receive, self._respond(body, answered))
+            answered.keeps_alive = True
+            with self._place():
+                async with asyncio.timeout(self._seconds):
+                    await _while_connected(receive, self._respond(body, answered))
             status = 200
         except ClientDisconnect:
             pass
-        except Exception as error:
+        except (Exception, asyncio.CancelledError) as error:
             refusal = as_refusal(error)
             status = refusal.status
             await answered.refuse(refusal)
@@ -143,13 +148,20 @@ class Endpoint:
 
 
 class _Answered:
-    """A response on its way."""
+    """A response on its way.
+
+    Attributes:
+      keeps_alive: Whether the connection is of use afterwards: not while a body is on its way that nobody reads.
+    """
 
     def __init__(self, send: Send):
         self._send, self._streams = send, False
+        self.keeps_alive = False
 
     async def send_json(self, status: int, content: Mapping[str, Any]) -> None:
-        headers = {"retry-after": "1"} if status in (429, 503) else {}
+        headers = {} if self.keeps_alive else {"connection": "close"}
+        if status in (429, 503):
+            headers["retry-after"] = "1"
         response = JSONResponse(content, status, headers)
         await self._send({"type": "http.response.start", "status": status, "headers": response.raw_headers})
         await self._send({"type": "http.response.body", "body": response.body})
@@ -175,10 +187,12 @@ class _Answered:
                     await self.send_json(error.status, error.content())
 
 
-def as_refusal(error: Exception) -> RequestError:
+def as_refusal(error: BaseException) -> RequestError:
     """What a client is told about an error."""
     if isinstance(error, RequestError):
         return error
+    if isinstance(error, asyncio.CancelledError):
+        return RequestError(503, "the server is being stopped; ask again later", "stopped")
     if isinstance(error, InputError):
         return RequestError(400, str(error))
     if isinstance(error, TimeoutError):

@@ -9,10 +9,10 @@ import base64
 import time
 import uuid
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal, NamedTuple, Protocol, TypeVar
+from typing import Annotated, Any, Literal, NamedTuple, Protocol, Self, TypeVar
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from grit_jax.model.decode import TOP_LOGPROBS, Logprobs
 from grit_jax.prompts import RagMethod
@@ -50,9 +50,14 @@ class RequestError(Exception):
 
 
 class Exact(BaseModel):
-    """JSON whose types are exact, and whose unknown fields are errors."""
+    """JSON whose types are exact, and whose unknown fields are errors; a field that is null is not there."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, given: Any) -> Any:
+        return {key: value for key, value in given.items() if value is not None} if isinstance(given, dict) else given
 
 
 class Strict(Exact):
@@ -166,7 +171,7 @@ class Message(Exact):
     """
 
     role: Literal["user", "assistant"]
-    content: str | list[TextPart]
+    content: str | Annotated[list[TextPart], Field(min_length=1)]
     name: str | None = None
 
     @field_validator("role", mode="before")
@@ -178,8 +183,8 @@ class Message(Exact):
 
     def turn(self) -> dict[str, str]:
         """The turn as the model's format takes it."""
-        parts = self.content if isinstance(self.content, list) else []
-        return {"role": self.role, "content": "".join(part.text for part in parts) if parts else str(self.content)}
+        content = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        return {"role": self.role, "content": content}
 
 
 class Retrieval(Exact):
@@ -216,6 +221,12 @@ class ChatRequest(WrittenRequest):
     top_logprobs: Annotated[int, Field(ge=0, le=TOP_LOGPROBS)] | None = None
     response_format: dict[Literal["type"], Literal["text"]] | None = None
     retrieval: Retrieval | None = None
+
+    @model_validator(mode="after")
+    def _has_logprobs(self) -> Self:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ValueError("top_logprobs is told with logprobs alone; send logprobs: true too")
+        return self
 
 
 class CompletionRequest(WrittenRequest):
@@ -374,7 +385,7 @@ class Form(Protocol):
 
 
 class ChatForm:
-    """Answers of `/v1/chat/completions`.
+    """Answers of one request to `/v1/chat/completions`.
 
     Args:
       tokenizer: The model's.
@@ -383,6 +394,7 @@ class ChatForm:
 
     def __init__(self, tokenizer: Tokenizer, top: int):
         self._tokenizer, self._top = tokenizer, top
+        self._begun: set[int] = set()
 
     def whole(self, piece: Piece) -> dict[str, Any]:
         """A choice of a response."""
@@ -390,8 +402,10 @@ class ChatForm:
         return {"message": message, **self._ending(piece)}
 
     def part(self, piece: Piece) -> dict[str, Any]:
-        """A choice of an event."""
-        return {"delta": {"role": "assistant", "content": piece.text}, **self._ending(piece)}
+        """A choice of an event; the first of each answer says who speaks, as clients join what all of them say."""
+        role = {} if piece.index in self._begun else {"role": "assistant"}
+        self._begun.add(piece.index)
+        return {"delta": {**role, "content": piece.text}, **self._ending(piece)}
 
     def about(self, model: str, *, streams: bool) -> dict[str, Any]:
         """What a response begins with, and every event of it."""
@@ -408,8 +422,8 @@ class ChatForm:
         ]
 
     def _told(self, token: int, value: float) -> dict[str, Any]:
-        text = self._tokenizer.decode([token], skip_special_tokens=False)
-        return {"token": text, "logprob": value, "bytes": list(text.encode())}
+        content = self._tokenizer.token_bytes(token)
+        return {"token": _text(content), "logprob": value, "bytes": list(content)}
 
 
 class CompletionForm:
@@ -438,7 +452,15 @@ class CompletionForm:
         }
 
     def _text(self, token: int) -> str:
-        return self._tokenizer.decode([token], skip_special_tokens=False)
+        return _text(self._tokenizer.token_bytes(token))
+
+
+def _text(content: bytes) -> str:
+    r"""The text of a token; bytes that are a part of a character only are told as `bytes:\xf0\x9f`, as at OpenAI."""
+    try:
+        return content.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in content)
 
 
 def _told_tokens(piece: Piece, top: int) -> list[tuple[int, float, list[tuple[int, float]]]]:

@@ -9,13 +9,15 @@ import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Generator, Sequence
 from contextlib import contextmanager
-from typing import TypeVar, cast
+from typing import Literal, TypeVar, cast
 
 import numpy as np
 from prometheus_client import Histogram
+from safetensors import SafetensorError
 
 from grit_jax.config import InputError
 from grit_jax.engine import Block, Continuation, Engine
+from grit_jax.files import UnreachableError
 from grit_jax.inference import GritModel
 from grit_jax.prompts import TokenizedPrompt
 from grit_jax.serve.metrics import Metrics
@@ -24,6 +26,15 @@ from grit_jax.serve.protocol import RequestError
 T = TypeVar("T")
 
 _log = logging.getLogger(__name__)
+
+Kind = Literal["embed", "write"]
+
+# What a call may raise without harm to the device: it is asked for what cannot be, or a file cannot be read.
+_NOT_OF_THE_DEVICE = (InputError, OSError, UnreachableError, SafetensorError)
+
+
+class _Stopped(Exception):
+    """The thread is to end."""
 
 
 class _Texts:
@@ -45,7 +56,7 @@ class Scheduler:
       engine: Writes.
       metrics: What is counted.
       queue: Most requests of a kind that are under way or wait.
-      prepare: Called in the thread before anything else.
+      prepare: Called in the thread before anything else, with what it calls now and then to be ended by `stop`.
       idle: Called while nothing else is to do; returns whether it did anything.
     """
 
@@ -56,7 +67,7 @@ class Scheduler:
         metrics: Metrics,
         *,
         queue: int,
-        prepare: Callable[[], None] = lambda: None,
+        prepare: Callable[[Callable[[int], None]], None] = lambda progress: None,
         idle: Callable[[], bool] = lambda: False,
     ):
         self._model, self._engine, self._metrics, self._queue, self._idle = model, engine, metrics, queue, idle
@@ -66,7 +77,8 @@ class Scheduler:
         self._texts: deque[_Texts] = deque()
         self._sinks: dict[Continuation, Callable[[Block | Exception], None]] = {}
         self._calls: deque[Callable[[], None]] = deque()
-        self._under_way: dict[str, dict[object, Callable[[Exception], None]]] = {"embed": {}, "write": {}}
+        self._places: dict[Kind, int] = {"embed": 0, "write": 0}
+        self._fail: dict[object, Callable[[Exception], None]] = {}
         self._stopped = False
         self._thread = threading.Thread(target=self._run, name="device", daemon=True)
         self.failure: RequestError | None = None
@@ -77,17 +89,34 @@ class Scheduler:
 
     def stop(self) -> None:
         """Ends the thread after its turn; what is under way then is not answered."""
-        self._command(lambda: setattr(self, "_stopped", True))
+        self._stopped = True
+        self._command(lambda: None)
         self._thread.join()
+
+    @contextmanager
+    def place(self, kind: Kind) -> Generator[None]:
+        """A request's place among those of its kind that wait or are under way.
+
+        Raises:
+          RequestError: There is none left.
+        """
+        taken = self._places[kind]
+        if taken >= self._queue:
+            raise RequestError(429, f"{taken} such requests wait or are under way; try again later", "queue_full")
+        self._places[kind] += 1
+        try:
+            yield
+        finally:
+            self._places[kind] -= 1
 
     async def embed(self, texts: Sequence[TokenizedPrompt]) -> np.ndarray:
         """Vectors of texts, float32 [texts, embed].
 
         Raises:
-          RequestError: Too many requests wait, or the model has failed.
+          RequestError: The model has failed.
         """
         job = _Texts(texts, asyncio.get_running_loop().create_future())
-        with self._job("embed", lambda error: _settle(job.future, error=error)):
+        with self._told_of_failure(lambda error: _settle(job.future, error=error)):
             self._command(lambda: self._texts.append(job))
             return await job.future
 
@@ -95,7 +124,7 @@ class Scheduler:
         """Blocks of an answer as they are written; ends it when the caller leaves.
 
         Raises:
-          RequestError: Too many requests wait, or the model has failed.
+          RequestError: The model has failed.
           InputError: Prompt and answer do not fit.
         """
         loop, blocks = asyncio.get_running_loop(), asyncio.Queue[Block | Exception]()
@@ -114,7 +143,7 @@ class Scheduler:
             self._sinks.pop(continuation, None)
             self._engine.cancel(continuation)
 
-        with self._job("write", tell):
+        with self._told_of_failure(tell):
             self._command(submit)
             try:
                 while True:
@@ -128,36 +157,36 @@ class Scheduler:
                 self._command(leave)
 
     async def call(self, function: Callable[[], T]) -> T:
-        """The result of a function that runs on the device, such as a search.
+        """The result of a function that runs on the device, such as a search, and what it raises.
 
         Raises:
-          RequestError: Too many requests wait, or the model has failed.
+          RequestError: The model has failed.
         """
         future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
 
         def run() -> None:
+            if future.done():  # whoever asked has left
+                return
             try:
                 _settle(future, function())
-            except InputError as error:
+            except _NOT_OF_THE_DEVICE as error:
                 _settle(future, error=error)
 
-        with self._job("embed", lambda error: _settle(future, error=error)):
+        with self._told_of_failure(lambda error: _settle(future, error=error)):
             self._command(lambda: self._calls.append(run))
             return await future
 
     @contextmanager
-    def _job(self, kind: str, fail: Callable[[Exception], None]) -> Generator[None]:
-        """Counts a request while it is under way; `fail` is called where the model fails meanwhile."""
-        jobs, key = self._under_way[kind], object()
-        if len(jobs) >= self._queue:
-            raise RequestError(429, f"{len(jobs)} such requests wait or are under way; try again later", "queue_full")
-        jobs[key] = fail
+    def _told_of_failure(self, fail: Callable[[Exception], None]) -> Generator[None]:
+        """Calls `fail` where the model fails meanwhile."""
+        if self.failure:
+            raise self.failure
+        key = object()
+        self._fail[key] = fail
         try:
-            if self.failure:
-                raise self.failure
             yield
         finally:
-            del jobs[key]
+            del self._fail[key]
 
     def _command(self, action: Callable[[], None]) -> None:
         with self._wake:
@@ -166,18 +195,24 @@ class Scheduler:
 
     def _run(self) -> None:
         try:
-            self._prepare()
+            self._prepare(self._end_if_stopped)
             while not self._stopped:
                 self._take_commands()
                 if self._calls:
                     self._calls.popleft()()
                 self._embed_some()
                 self._write_some()
+        except _Stopped:
+            pass
         except Exception:  # of the device, whose state is lost
             _log.exception("the model failed; every request is answered with 503 from now on")
             self.failure = RequestError(503, "the model has failed; see the server's log", "model_failed")
-            for fail in [fail for jobs in self._under_way.values() for fail in list(jobs.values())]:
+            for fail in list(self._fail.values()):
                 fail(self.failure)
+
+    def _end_if_stopped(self, _: int) -> None:
+        if self._stopped:
+            raise _Stopped
 
     def _take_commands(self) -> None:
         """Does what the event loop asks for, and waits for it where there is nothing else to do."""
@@ -186,14 +221,24 @@ class Scheduler:
                 commands, self._commands = self._commands, deque()
             for command in commands:
                 command()
-            if self._stopped or self._texts or self._calls or self._engine.is_busy or self._idle():
+            if self._stopped or self._texts or self._calls or self._engine.is_busy or self._did_idle():
                 return
             with self._wake:
                 if not self._commands:
                     self._wake.wait()
 
+    def _did_idle(self) -> bool:
+        try:
+            return self._idle()
+        except _NOT_OF_THE_DEVICE:
+            _log.exception("what is done while nobody waits failed")
+            return True
+
     def _embed_some(self) -> None:
-        """Embeds the texts that have waited longest, as many as go through the model at a time."""
+        """Embeds the texts that have waited longest, as many as go through the model at a time.
+
+        A request with more of them comes last then, so that it does not keep the others waiting.
+        """
         taken: list[tuple[_Texts, TokenizedPrompt]] = []
         num_tokens = 0
         while self._texts:
@@ -203,6 +248,8 @@ class Scheduler:
                 continue
             num_tokens += len(job.waiting[0].tokens)
             if taken and num_tokens > self._model.batch_tokens:
+                if taken[-1][0] is job:
+                    self._texts.rotate(-1)
                 break
             taken.append((job, job.waiting.popleft()))
         if not taken:

@@ -14,6 +14,7 @@ import math
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import safetensors
@@ -63,14 +64,25 @@ def writing(
 def read(path: Path, row: int) -> KVCache:
     """Keys and values of a row as they are kept, float32 [layers, tokens, kv_heads, head_dim]; nothing else is read."""
     with safetensors.safe_open(path, "np") as file:
-        ends = file.get_slice("ends")[max(0, row - 1) : row + 1].tolist()
-        tokens = slice(ends[0] if row else 0, ends[-1])
+        tokens = _tokens(file, row)
         names: set[str] = {*file.keys()} - {"ends"}
         tensors = {name: file.get_slice(name)[tokens] for name in names}
     keys, values = (
         unpack(tensors[f"{name}s"], tensors.get(f"{name}_scales")).swapaxes(0, 1) for name in ("key", "value")
     )
     return KVCache(keys, values)
+
+
+def length(path: Path, row: int) -> int:
+    """Tokens whose keys and values `read` gives."""
+    with safetensors.safe_open(path, "np") as file:
+        tokens = _tokens(file, row)
+    return tokens.stop - tokens.start
+
+
+def _tokens(file: Any, row: int) -> slice:
+    ends = file.get_slice("ends")[max(0, row - 1) : row + 1].tolist()
+    return slice(ends[0] if row else 0, ends[-1])
 
 
 def _header(shapes: dict[str, tuple[str, tuple[int, ...]]]) -> tuple[bytes, dict[str, int]]:

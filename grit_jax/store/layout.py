@@ -437,8 +437,11 @@ class Store:
 
     def cache(self, row: int) -> KVCache:
         """Keys and values of a row's document, float32 [layers, tokens, kv_heads, head_dim]; see `check_caches`."""
-        number, place = self._place(row)
-        return caches.read(data_file(self.folder, "caches", number), place)
+        return caches.read(*self._cache_place(row))
+
+    def cache_length(self, row: int) -> int:
+        """Tokens of `cache`."""
+        return caches.length(*self._cache_place(row))
 
     def documents(self) -> Iterator[Document]:
         """All documents, row by row."""
@@ -452,6 +455,10 @@ class Store:
         for name, row in read_duplicates(self.folder, self._manifest):
             found.setdefault(row, []).append(name)
         return found
+
+    def _cache_place(self, row: int) -> tuple[Path, int]:
+        number, place = self._place(row)
+        return data_file(self.folder, "caches", number), place
 
     def _place(self, row: int) -> tuple[int, int]:
         """The shard of a row, and its place there."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -65,9 +65,12 @@ class Retriever:
         """
         return self.nearest(self._model.encode(queries, instruction=instruction), k)
 
-    def warm_up(self, k: int) -> int:
-        """Compiles the programs that find up to `k` documents of a query, and returns how many."""
-        return self._vectors.warm_up(k)
+    def warm_up(self, k: int, progress: Callable[[int], None] = lambda _: None) -> int:
+        """Compiles the programs that find up to `k` documents of a query, and returns how many.
+
+        `progress` is called after each.
+        """
+        return self._vectors.warm_up(k, progress)
 
     def nearest(self, queries: np.ndarray, k: int) -> list[list[Hit]]:
         """`find` with the queries' vectors, float32 [queries, embed]."""

@@ -27,9 +27,9 @@ DOCUMENTS = [
 
 
 @contextlib.contextmanager
-def running(server, protocol=PatientProtocol):
+def running(server, *, protocol=PatientProtocol, drain=10):
     """Runs a server until the block ends; gives its address once it is ready."""
-    config = uvicorn.Config(server.app, port=0, http=protocol, log_config=None, timeout_graceful_shutdown=10)
+    config = uvicorn.Config(server.app, port=0, http=protocol, log_config=None, timeout_graceful_shutdown=drain)
     runner = uvicorn.Server(config)
     thread = threading.Thread(target=runner.run)
     thread.start()

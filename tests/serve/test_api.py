@@ -2,6 +2,8 @@
 
 import asyncio
 import base64
+import concurrent.futures
+import gc
 import time
 
 import httpx2
@@ -90,6 +92,21 @@ def test_answers_are_the_librarys_whole_and_streamed(client, model, options):
     assert [e.choices[0].finish_reason for e in events if e.choices][-1] == whole.choices[0].finish_reason
 
 
+def test_an_answer_goes_on_as_a_conversation(client, model):
+    stop = model.generate(QUESTION, max_new_tokens=12, temperature=0)[6:9]  # the client takes a whole answer alone
+    options = {"max_tokens": 12, "temperature": 0, "stop": stop}
+    with client.chat.completions.stream(model=NAME, messages=QUESTION, **options) as stream:
+        (choice,) = stream.get_final_completion().choices
+    whole = client.chat.completions.create(model=NAME, messages=QUESTION, **options).choices[0]
+    assert (choice.message.role, choice.message.content) == ("assistant", whole.message.content)
+    more = {"role": "user", "content": "More?"}
+    turns = [*QUESTION, {"role": "assistant", "content": whole.message.content}, more]
+    for message in (choice.message, whole.message, whole.message.model_dump()):
+        answer = client.chat.completions.create(model=NAME, messages=[*QUESTION, message, more], **options)
+        expected = model.generate(turns, max_new_tokens=12, temperature=0, stop=[stop])
+        assert answer.choices[0].message.content == expected
+
+
 def test_texts_are_continued_as_they_are(client, model):
     texts = ["Once", "The sea"]
     response = client.completions.create(model=NAME, prompt=texts, max_tokens=20, temperature=0)
@@ -97,6 +114,10 @@ def test_texts_are_continued_as_they_are(client, model):
         texts, raw=True, max_new_tokens=20, temperature=0
     )
     assert response.usage.completion_tokens <= 40
+    options = {"model": NAME, "prompt": texts, "max_tokens": 20, "temperature": 0}
+    pieces = [event.choices[0] for event in client.completions.create(**options, stream=True)]
+    for choice in response.choices:
+        assert "".join(piece.text for piece in pieces if piece.index == choice.index) == choice.text
 
 
 def test_each_of_several_answers_has_its_own_seed(client, model):
@@ -129,6 +150,11 @@ def test_log_p_is_the_librarys(client, model):
     content = chat.choices[0].logprobs.content
     assert len(told.tokens) == response.usage.completion_tokens
     assert all(len(one.top_logprobs) == 2 and one.top_logprobs[0].logprob == one.logprob for one in content)
+    assert all(bytes(one.bytes).decode() == one.token for one in content if not one.token.startswith("bytes:"))
+    events = client.chat.completions.create(
+        model=NAME, messages=QUESTION, max_tokens=12, temperature=0, logprobs=True, top_logprobs=2, stream=True
+    )
+    assert [one for event in events for one in event.choices[0].logprobs.content] == content
     first = model.logits(["Once"])[0][-1]
     log_p = first - np.log(np.sum(np.exp(first - first.max()))) - first.max()
     assert np.isclose(told.token_logprobs[0], log_p.max(), atol=1e-4)
@@ -155,13 +181,14 @@ def test_an_answer_from_documents_is_the_librarys(server, client, rag):
     (told,) = client.models.list()
     assert told.index == {"documents": 3, "methods": METHODS}
     compiled = metric(server, "compilations_total")
-    for method in METHODS:
+    for method, positions in [*((method, "own") for method in METHODS), ("document_query_cache", "corrected")]:
+        how = {"method": method, "positions": positions, "instruction": "Find"}
         response = client.chat.completions.create(
             model=NAME, messages=[{"role": "user", "content": "what is salt?"}], max_tokens=12, temperature=0,
-            extra_body={"retrieval": {"method": method, "k": 1, "instruction": "Find"}},
+            extra_body={"retrieval": how},
         )  # fmt: skip
         assert metric(server, "compilations_total") == compiled
-        answered = rag.answer(rag.prepare("what is salt?", method=method, instruction="Find"), max_new_tokens=12)
+        answered = rag.answer(rag.prepare("what is salt?", **how), max_new_tokens=12)
         compiled = metric(server, "compilations_total")  # the library's own
         assert response.choices[0].message.content == answered.text
         assert [one["id"] for one in response.documents] == [hit.document.id for hit in answered.hits]
@@ -245,6 +272,15 @@ def test_a_full_queue_and_a_short_time_are_told(model):
         until(lambda: metric(address, "answers_active") == 0)
 
 
+def test_what_has_no_time_to_finish_is_told(model):
+    server = Server(model, name=NAME, limits=Limits(max_length=1024, rows=4))
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        with running(server, drain=0.2) as address:
+            cut = pool.submit(httpx2.post, f"{address}/v1/chat/completions", json=LONG | {"n": 16})
+            until(lambda: metric(address, "answers_active") > 0)
+        assert (cut.result().status_code, cut.result().json()["error"]["code"]) == (503, "stopped")
+
+
 def test_a_key_is_asked_for(model):
     limits = Limits(max_length=1024, rows=4)
     with running(Server(model, name=NAME, limits=limits, api_key="secret")) as address:
@@ -253,6 +289,7 @@ def test_a_key_is_asked_for(model):
             assert httpx2.get(f"{address}/v1/models", headers=header).status_code == 401
             refused = httpx2.post(f"{address}/v1/embeddings", headers=header, json={"model": NAME, "input": "x"})
             assert (refused.status_code, refused.json()["error"]["code"]) == (401, "invalid_api_key")
+            assert refused.headers["connection"] == "close"  # nobody reads the rest of the body
         client = openai.OpenAI(base_url=f"{address}/v1", api_key="secret")
         assert client.embeddings.create(model=NAME, input="x").data
         assert httpx2.get(f"{address}/").status_code == 200
@@ -262,10 +299,15 @@ def test_both_skills_use_one_copy_of_the_weights(model):
     import jax
 
     def bytes_in_use():
+        gc.collect()
         return sum(array.nbytes for array in jax.live_arrays())
 
     before = bytes_in_use()
     server = Server(model, name=NAME, limits=Limits(max_length=1024, rows=4))
     logits = 258 * 4 * (4 + 2)
-    assert bytes_in_use() - before == server.cache_bytes + logits
+    with running(server) as address:
+        client = openai.OpenAI(base_url=f"{address}/v1", api_key="none")
+        assert client.embeddings.create(model=NAME, input="x").data
+        assert client.chat.completions.create(model=NAME, messages=QUESTION, max_tokens=20).choices
+        assert bytes_in_use() - before == server.cache_bytes + logits
     assert server.weights_bytes == sum(leaf.nbytes for leaf in jax.tree.leaves(model.params))

@@ -58,11 +58,15 @@ def refusal(response):
         ("embeddings", EMBED | {"input": "a " * 80_000}, 400, "160000 characters; the limit is 1024 tokens"),
         ("embeddings", EMBED | {"input": "a " * 1_000_000}, 413, "over 200000 bytes"),
         ("embeddings", EMBED | {"instruction": "x" * 2000}, 400, "leaves no room for the text"),
+        ("embeddings", EMBED | {"instruction": "x" * 50_000}, 400, "the instruction has 50000 characters"),
+        ("embeddings", EMBED | {"input": ["x"] * 2000, "instruction": "x" * 200}, 413, "send fewer"),
+        ("embeddings", EMBED | {"input": ["x" * 60] * 2048, "instruction": "x" * 95}, 400, "of a request is 300000"),
         ("chat/completions", CHAT | {"messages": []}, 400, "messages"),
         ("chat/completions", message("system"), 400, "has no 'system'"),
         ("chat/completions", message("assistant"), 400, "must be user and assistant in turn"),
         ("chat/completions", message(content=[{"type": "image_url", "image_url": "x"}]), 400, "messages.0.content"),
         ("chat/completions", message(content=None), 400, "messages.0.content"),
+        ("chat/completions", message(content=[]), 400, "messages.0.content"),
         ("chat/completions", message(content="word " * 250), 400, "the limit is 1024 tokens"),
         ("chat/completions", message(content="a " * 80_000), 400, "characters; the limit is 1024 tokens"),
         ("chat/completions", CHAT | {"max_tokens": 0}, 400, "max_tokens"),
@@ -71,11 +75,15 @@ def refusal(response):
         ("chat/completions", CHAT | {"temperature": -1}, 400, "temperature"),
         ("chat/completions", b'{"model": "tiny", "messages": [], "temperature": NaN}', 400, "temperature"),
         ("chat/completions", CHAT | {"n": 1000}, 400, "n: "),
+        ("chat/completions", CHAT | {"top_logprobs": 2}, 400, "send logprobs: true"),
         ("chat/completions", CHAT | {"stop": ["a"] * 5}, 400, "stop"),
         ("chat/completions", CHAT | {"frequency_penalty": 1.5}, 400, "frequency_penalty"),
         ("chat/completions", CHAT | {"tools": []}, 400, "tools: Extra inputs"),
         ("chat/completions", CHAT | {"retrieval": {"method": "x", "k": 0}}, 400, "retrieval.k"),
+        ("chat/completions", CHAT | {"retrieval": {"instruction": "x" * 50_000}}, 400, "the instruction has 50000"),
+        ("chat/completions", message(content="word " * 250) | {"retrieval": {}}, 400, "the limit is 1024 tokens"),
         ("completions", {"model": NAME, "prompt": "x", "echo": True}, 400, "echo"),
+        ("completions", {"model": NAME, "prompt": ["x"] * 33, "n": 2, "max_tokens": 1}, 400, "the limit is 64"),
         ("rerank", {"model": NAME, "query": "", "documents": ["x"]}, 400, "is empty"),
         ("search", {"query": "x", "k": 10**9}, 400, "k: "),
         ("nothing", {}, 404, "POST /v1/nothing"),
@@ -89,7 +97,8 @@ def test_a_bad_request_gets_its_status(server, path, body, status, told):
 
 
 def test_seeds_of_any_size_and_harmless_fields_are_taken(server):
-    for more in ({"seed": -1}, {"seed": 2**60}, {"frequency_penalty": 0.0}, {"stop": []}, {"user": "me"}):
+    nothing = {"temperature": None, "n": None, "stream": None, "retrieval": None, "tools": None}
+    for more in ({"seed": -1}, {"seed": 2**60}, {"frequency_penalty": 0.0}, {"stop": []}, {"user": "me"}, nothing):
         assert httpx2.post(f"{server}/v1/chat/completions", json=CHAT | more).status_code == 200
 
 
@@ -135,7 +144,7 @@ def test_slow_clients_are_let_go(model):
     body = json.dumps(EMBED).encode()
     head = f"POST /v1/embeddings HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n".encode()
     limits = Limits(max_length=1024, rows=4, seconds=1.0)
-    with running(Server(model, name=NAME, limits=limits), Impatient) as address:
+    with running(Server(model, name=NAME, limits=limits), protocol=Impatient) as address:
         for before, slow, told in (
             (b"", head[:20], [b"408"]),
             (head + body, head[:20], [b"200", b"408"]),

@@ -25,26 +25,23 @@ def model(tmp_path_factory):
     return folder
 
 
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+def until_it_answers(process, url):
+    status = None
+    while status != 200:
+        time.sleep(0.1)
+        assert process.poll() is None
+        try:
+            status = httpx2.get(url).status_code
+        except httpx2.ConnectError:
+            continue
 
 
 def test_a_stopped_server_finishes_what_it_has_begun(model):
-    port = free_port()
-    address = f"http://127.0.0.1:{port}"
-    serve = command("serve", model, "--port", port, "--max-length", 64, "--rows", 1)
+    serve = command("serve", model, "--port", 0, "--max-length", 64, "--rows", 1)
     with subprocess.Popen(serve, env=environment(), stdout=subprocess.PIPE, text=True) as process:
-        assert f"mine at {address} once it is ready" in process.stdout.readline()
-        ready = None
-        while ready != 200:
-            time.sleep(0.2)
-            assert process.poll() is None
-            try:
-                ready = httpx2.get(f"{address}/ready").status_code
-            except httpx2.ConnectError:
-                continue
+        name, _, address, *_ = process.stdout.readline().split()
+        assert name == "mine"
+        until_it_answers(process, f"{address}/ready")
         body = {"model": "mine", "prompt": "a", "max_tokens": 60, "temperature": 0, "n": 16, "stream": True}
         with httpx2.stream("POST", f"{address}/v1/completions", json=body, timeout=60) as response:
             lines = response.iter_lines()
@@ -59,6 +56,25 @@ def test_a_stopped_server_finishes_what_it_has_begun(model):
         httpx2.get(f"{address}/health")
 
 
+def test_a_port_in_use_is_told_before_the_model_is_loaded(model):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        ended = grit_jax("serve", str(model), "--port", str(port))
+    assert ended.returncode == 2
+    assert f"--port {port}: [Errno 98]" in ended.stderr
+
+
+def test_a_server_can_be_stopped_while_it_compiles(model):
+    with subprocess.Popen(
+        command("serve", model, "--port", 0), env=environment(), stdout=subprocess.PIPE, text=True
+    ) as process:
+        address = process.stdout.readline().split()[2]
+        until_it_answers(process, f"{address}/health")
+        assert httpx2.get(f"{address}/ready").status_code == 503
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0
+
+
 @pytest.mark.parametrize(
     ("more", "told"),
     [
@@ -68,6 +84,8 @@ def test_a_stopped_server_finishes_what_it_has_begun(model):
         (["--index", "nowhere"], "nowhere"),
         (["--mesh.tensors=2"], "mesh.tensors"),
         (["--verbose"], "--verbose"),
+        (["--port", "99999"], "--port 99999"),
+        (["--host", "256.0.0.1"], "--host 256.0.0.1"),
     ],
 )
 def test_wrong_settings_are_told_before_anything_is_served(model, more, told):
