@@ -128,13 +128,17 @@ def test_a_body_larger_than_it_says_or_without_a_size_is_refused(server):
         assert b" 413 " in connection.recv(1000).split(b"\r\n")[0]
 
 
-def test_clients_that_vanish_leave_nothing_behind(server):
-    body = json.dumps(CHAT | {"max_tokens": 800, "stream": True}).encode()
+@pytest.mark.parametrize("more", [{}, {"retrieval": {"k": 2}}], ids=["plain", "with documents"])
+def test_clients_that_vanish_leave_nothing_behind(server, more):
+    body = json.dumps(CHAT | {"max_tokens": 400, "stream": True} | more).encode()
     head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n".encode()
     for sent in (head[:20], head, head + body[:10], head + body):
-        for _ in range(3):
+        for waits in range(5):  # for one more answer than there are rows
             with connected(server) as connection:
                 connection.sendall(sent)
+                if sent == head + body:
+                    time.sleep(0.1 * waits)
+    assert httpx2.post(f"{server}/v1/chat/completions", json=CHAT | more).status_code == 200
 
 
 def test_slow_clients_are_let_go(model):
