@@ -99,7 +99,7 @@ def load_suite(path: str | Path, *, data: str | Path | None = None) -> Suite:
 
 
 def packaged_instructions() -> dict[str, str]:
-    """One instruction for each of MTEB's 56 English tasks, by task name."""
+    """One instruction for each of MTEB's 56 English tasks and the parts of CQADupstack, by task name."""
     file = resources.files("grit_jax.evaluation") / f"instructions/{_PACKAGED}.yaml"
     return parse_mapping(file.read_text(encoding="utf-8"), source=file.name)
 

@@ -60,7 +60,8 @@ def test_instructions_come_by_name_and_a_task_s_own_wins(tmp_path):
 
 def test_each_english_task_of_mteb_has_an_instruction():
     instructions = packaged_instructions()
-    assert len(instructions) == 56
+    parts = [name for name in instructions if name.startswith("CQADupstack") and name != "CQADupstackRetrieval"]
+    assert (len(instructions) - len(parts), len(parts)) == (56, 12)
     for text in instructions.values():
         assert text == text.strip() and not text.endswith(".") and len(text.split()) > 5
 
