@@ -20,6 +20,13 @@ STS = {"name": "x", "type": "sts", "path": "x.tsv"}
         ([{**STS, "instructions": "x"}], r"task 'x': unknown key 'instructions'; did you mean 'instruction'\?"),
         ([{"name": "x", "type": "sts"}], "task 'x': no key 'path'; give all of name, path"),
         ([{**STS, "instruction": 3}], "task 'x': .*instruction.*'str'.*Given value: 3"),
+        (
+            [{**STS, "name": "a/b"}],
+            r"suite.yaml: name 'a/b' of a task cannot be a file's; it must not be empty or have /",
+        ),
+        ([{**STS, "name": "a\\b"}], r"name 'a\\\\b' of a task cannot be a file's"),
+        ([{**STS, "name": "a\0"}], r"name 'a\\x00' of a task cannot be a file's"),
+        ([{**STS, "name": ""}], "name '' of a task cannot be a file's"),
         ([STS, STS], "there are 2 tasks of name 'x'; give each its own"),
         (["sts"], r"tasks\[0\] is 'sts'; it must be a mapping with name, type and path"),
         ([], "tasks is empty"),
