@@ -59,10 +59,10 @@ class LMEvalModel(LM):
         texts = [context + continuation for context, continuation in pairs]
         divided = []
         encodings = self._model.tokenizer.encode_batch([bos + text for text in texts])
-        for (context, _), text, encoding in zip(pairs, texts, encodings, strict=True):
+        for (context, _), text, (_, starts) in zip(pairs, texts, encodings, strict=True):
             place = len(context if prompts.awaits_answer(context) else context.rstrip())
-            if len(encoding.starts) > most:
-                place = max(place, int(encoding.starts[-most]) - len(bos))
+            if len(starts) > most:  # a character of several tokens is scored whole or not at all
+                place = max(place, int(starts[starts > starts[-most - 1]][0]) - len(bos))
             divided.append((text[:place], text[place:]))
         return divided
 

@@ -250,7 +250,9 @@ def test_of_a_continuation_longer_than_the_model_the_last_tokens_are_scored(lm_e
     from grit_jax.evaluation.lm_eval_model import LMEvalModel
 
     text = "".join(WORDS) * 30
-    ((value, _),) = LMEvalModel(model).loglikelihood(asked("loglikelihood", ("say", text)))
+    longer = text, "\N{GRINNING FACE}" * 400
+    (value, _), (other, _) = LMEvalModel(model).loglikelihood(asked("loglikelihood", *(("say", one) for one in longer)))
+    assert other < 0
     most = model.architecture.max_length - 2  # after BOS and one token
     expected = model.log_likelihoods([text[-most - 1 : -most]], [text[-most:]], raw=True).values[0]
     assert value == pytest.approx(expected, rel=1e-5)
