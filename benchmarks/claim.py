@@ -11,8 +11,10 @@ model of a seed begin with the same weights and see the same samples of their st
 
 Fixed before any of it was run: the figure of embedding is the mean nDCG@10 of medquad, wordnet_wsd and scifact, that of
 generation the loss per token on held-out answers; models are equivalent where the 95 % interval of the relative
-difference lies within 2 %. Intervals are of the paired bootstrap over examples and, where there are several, seeds.
-Several seeds also have Student's interval of the mean of their differences, and the wider of the two counts.
+difference lies within 2 %.
+
+Intervals are of the paired bootstrap over examples and, where there are several, seeds. Several seeds also have
+Student's interval of the mean of their differences, and the wider of the two counts.
 
 Writes --output/claim.json, prints its tables in Markdown and, with --docs, copies them and their plots there.
 """
@@ -200,6 +202,10 @@ def summarize(output: Path, seeds: Sequence[int], suite: Suite) -> dict[str, Any
     def compared(comparison: Comparison, **better: bool) -> dict[str, Any]:
         return comparison._asdict() | {"verdict": comparison.verdict(MARGIN, **better)}
 
+    def seconds(seed: int) -> list[float]:
+        paths = [output / str(seed) / name / _SECONDS for name in ("untrained", *MODELS)]
+        return [float(path.read_text()) for path in paths] if all(path.exists() for path in paths) else []
+
     lines = {name: read_metrics(output / str(seeds[0]) / name / "metrics.jsonl") for name in MODELS}
     config = load_config(output / str(seeds[0]) / "unified/config.yaml")
     keyword = bm25(suite)
@@ -214,6 +220,7 @@ def summarize(output: Path, seeds: Sequence[int], suite: Suite) -> dict[str, Any
         "conversations_per_step": config.data.generative_batch,
         "tokens": {name: sum(line["tokens"] for line in some) for name, some in lines.items()},
         "training_seconds": {name: sum(line["step_seconds"] for line in some) for name, some in lines.items()},
+        "wall_seconds": {str(seed): sum(known) for seed in seeds if (known := seconds(seed))},
         "claim": {
             "mean nDCG@10": compared(ndcg) | {"against": "embedding"},
             "loss per token": compared(loss, smaller_is_better=True) | {"against": "generative"},
@@ -222,13 +229,6 @@ def summarize(output: Path, seeds: Sequence[int], suite: Suite) -> dict[str, Any
         "bm25_intervals": {name: interval(found, suite.seed) for name, found in keyword.items()},
         "models": {name: {str(seed): _scores(report(seed, name)) for seed in seeds} for name in ("untrained", *MODELS)},
     }
-    seconds = {
-        seed: [output / str(seed) / name / _SECONDS for name in ("untrained", *MODELS)] for seed in seeds
-    }  # fmt: skip
-    summary["wall_seconds"] = {
-        str(seed): sum(float(path.read_text()) for path in paths)
-        for seed, paths in seconds.items() if all(path.exists() for path in paths)
-    }  # fmt: skip
     measured = {name: report(seeds[0], f"ablation_{name}") for name in known_ablations()}
     ablations = {
         name: _ablation(tasks) for name, tasks in measured.items() if {HELD_OUT, *PRIMARY} <= tasks.keys()
@@ -401,9 +401,9 @@ def main() -> None:
     prepare(args.data, args.output)
     suite = suite_of("suite.yaml", args.data, args.output)
     for seed in args.seeds:
-        measure(args.config, args.output, "untrained", seed, more, suite, trained=False)
-        for mode in MODELS:
+        for mode in MODELS:  # refuse other settings before anything is measured again
             measure(args.config, args.output, mode, seed, {"train.mode": mode, **more}, suite)
+        measure(args.config, args.output, "untrained", seed, more, suite, trained=False)
     whole = suite_of("ablation_suite.yaml", args.data, args.output)
     primary = dataclasses.replace(whole, tasks=tuple(t for t in whole.tasks if t.name in (HELD_OUT, *PRIMARY)))
     for name in ablations:
