@@ -154,6 +154,11 @@ def generation(messages: str | Sequence[Mapping[str, str]], *, bos: str, eos: st
     return f"{history.text}\n{_ASSISTANT}{prefix}"
 
 
+def awaits_answer(text: str) -> bool:
+    """Whether a text ends where the assistant's answer begins."""
+    return text.endswith(_ASSISTANT)
+
+
 def tokenize(prompts: Sequence[Prompt], tokenizer: Tokenizer) -> list[TokenizedPrompt]:
     """Tokenizes each prompt whole, then finds the tokens of its spans by character offset."""
     encodings = tokenizer.encode_batch([prompt.text for prompt in prompts])

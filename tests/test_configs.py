@@ -10,7 +10,8 @@ from grit_jax.config import LossConfig, OptimizerConfig, load_config
 from grit_jax.model.transformer import abstract_model, abstract_params
 from tests.runs import ROOT
 
-FILES = [*sorted((ROOT / "configs").glob("*.yaml")), ROOT / "configs/claim/unified.yaml"]
+CLAIM = [ROOT / f"configs/claim/{name}.yaml" for name in ("unified", "large")]
+FILES = [*sorted((ROOT / "configs").glob("*.yaml")), *CLAIM]
 ABLATIONS = yaml.safe_load((ROOT / "configs/claim/ablations.yaml").read_text())
 PAPER = [path for path in FILES if path.name.startswith("gritlm_")]
 
@@ -31,6 +32,11 @@ def test_every_ablation_changes_the_config_of_the_claim_and_sees_as_many_samples
     for batch in ("embedding_batch", "generative_batch"):
         samples = changed.train.steps * getattr(changed.data, batch)
         assert math.isclose(samples, 100 * getattr(base.data, batch), rel_tol=0.05)
+
+
+def test_the_larger_model_of_the_claim_sees_the_same_samples_in_each_step():
+    small, large = map(load_config, CLAIM)
+    assert (small.data, small.loss) == (large.data, large.loss)
 
 
 @pytest.mark.parametrize("path", PAPER, ids=lambda path: path.stem)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from pathlib import Path
 from typing import Literal
 
@@ -13,13 +14,32 @@ from grit_jax.evaluation import metrics, sandbox
 from grit_jax.evaluation.data import Row, read_rows
 from grit_jax.evaluation.task import Outcome, Session, Task
 
+# What bigcode-evaluation-harness has before every Python program, but for numpy, which is not there when programs run.
+_IMPORTS = """import math
+import re
+import sys
+import copy
+import datetime
+import itertools
+import collections
+import heapq
+import statistics
+import functools
+import hashlib
+import string
+from typing import *
+from collections import *
+"""
+
 
 @dataclasses.dataclass(frozen=True)
 class Code(Task):
     """Whether programs pass their tests: pass@k.
 
     `path` is a .jsonl file in HumanEval's or HumanEvalPack's format. `complete` continues `prompt` as it is;
-    `synthesize` asks for what `instruction` says, in an answer that begins with `declaration`.
+    `synthesize` asks for what `instruction` says, in an answer that begins with `declaration`. Of that answer what
+    HumanEvalSynthesize (OctoPack, arXiv 2308.07124) takes is run: the lines before the first that is neither blank nor
+    indented, after common imports of the standard library.
 
     Attributes:
       form: How the model is asked.
@@ -39,7 +59,9 @@ class Code(Task):
     temperature: float = 0.2
     top_p: float = 0.95
     max_new_tokens: int = 512
-    stop: list[str] = dataclasses.field(default_factory=lambda: ["\nclass ", "\ndef ", "\n#", "\nif ", "\nprint("])
+    stop: list[str] = dataclasses.field(
+        default_factory=lambda: ["\nclass ", "\ndef ", "\n#", "\n@", "\nif ", "\nprint(", "\nassert"]
+    )
     seconds: float = 5.0
     memory_gib: float = 0.5
 
@@ -66,9 +88,10 @@ class Code(Task):
                 max_new_tokens=self.max_new_tokens, temperature=self.temperature, top_p=self.top_p,
             )  # fmt: skip
             programs += [
-                None if answer is None else with_test(begin + answer, row)
+                None if answer is None
+                else with_test(_IMPORTS + begin + indented(answer) if synthesize else begin + answer, row)
                 for row, begin, answer in zip(rows, begun, written, strict=True)
-            ]
+            ]  # fmt: skip
         session.progress.start("running programs", len(programs))
         verdicts = sandbox.run_all(
             [program or "raise SystemExit" for program in programs], limits, done=session.progress.advance
@@ -84,6 +107,12 @@ class Code(Task):
             for place, (program, verdict) in enumerate(zip(programs, verdicts, strict=True))
         ]
         return Outcome(f"pass_at_{self.k[0]}", scores[self.k[0]], figures=figures, answers=answers)
+
+
+def indented(answer: str) -> str:
+    """The lines before the first one that is neither blank nor indented."""
+    lines = answer.split("\n")
+    return "\n".join(itertools.takewhile(lambda line: not line.strip() or line[0] in " \t", lines))
 
 
 def with_test(program: str, row: Row) -> str:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from grit_jax.evaluation.metrics import BOOTSTRAP_DRAWS, percentile_interval
+from grit_jax.evaluation.metrics import BOOTSTRAP_DRAWS, percentile_interval, t_interval
 from grit_jax.evaluation.task import mean
 
 # What each example contributes, by training run and by task.
@@ -21,21 +21,27 @@ class Comparison(NamedTuple):
       value: Of the first.
       reference: Of the second.
       difference: (value - reference) / reference.
-      interval: 95 % interval of the difference.
+      interval: 95 % interval of the difference by the bootstrap.
+      by_run: The difference in each training run.
+      run_interval: 95 % interval of the mean of `by_run` by Student's t, as of a paired test; None for one run. The
+        bootstrap's is too narrow where there are few runs: for three it draws from three.
     """
 
     value: float
     reference: float
     difference: float
     interval: tuple[float, float]
+    by_run: tuple[float, ...]
+    run_interval: tuple[float, float] | None
 
     def verdict(self, margin: float, *, smaller_is_better: bool = False) -> str:
         """`equivalent`, `better`, `worse` or `undecided`.
 
-        Equivalent where the interval lies within the relative margin; else better or worse where it lies on one side of
-        zero.
+        Equivalent where every interval lies within the relative margin; else better or worse where all lie on one side
+        of zero.
         """
-        low, high = self.interval
+        lows, highs = zip(self.interval, self.run_interval or self.interval, strict=True)
+        low, high = min(lows), max(highs)
         if -margin <= low and high <= margin:
             return "equivalent"
         if low <= 0 <= high:
@@ -64,10 +70,20 @@ def compare(runs: Runs, reference: Runs, score: Callable[[np.ndarray], float] = 
 
         return figure(runs), figure(reference)
 
-    value, other = figures(range(len(runs)), [np.arange(len(task)) for task in tasks])
+    def difference(places: Sequence[int], drawn: Sequence[np.ndarray]) -> float:
+        ours, theirs = figures(places, drawn)
+        return (ours - theirs) / theirs
+
+    everything = [np.arange(len(task)) for task in tasks]
     differences = []
     for _ in range(BOOTSTRAP_DRAWS):
         drawn = [generator.integers(len(task), size=len(task)) for task in tasks]
-        ours, theirs = figures(generator.integers(len(runs), size=len(runs)).tolist(), drawn)
-        differences.append((ours - theirs) / theirs)
-    return Comparison(value, other, (value - other) / other, percentile_interval(differences))
+        differences.append(difference(generator.integers(len(runs), size=len(runs)).tolist(), drawn))
+    by_run = tuple(difference([place], everything) for place in range(len(runs)))
+    return Comparison(
+        *figures(range(len(runs)), everything),
+        difference(range(len(runs)), everything),
+        percentile_interval(differences),
+        by_run,
+        t_interval(by_run) if len(runs) > 1 else None,
+    )

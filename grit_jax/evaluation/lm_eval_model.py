@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +27,9 @@ class LMEvalModel(LM):
     """Scores and writes what lm-eval asks for.
 
     Contexts are read after BOS as they are; with `--apply_chat_template` they are GRIT's user messages. One that is too
-    long for the model loses its first tokens.
+    long for the model loses its first tokens, and of a continuation that is too long the last ones are scored. White
+    space at the end of a context counts as the continuation's, as it does for the harness's own models; the end of the
+    line that says that an answer follows does not.
 
     Args:
       pretrained: Run folder, checkpoint or Hugging Face folder, or a model.
@@ -43,11 +46,25 @@ class LMEvalModel(LM):
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
         """Sum of log p of each continuation, and whether all its tokens are the likeliest."""
         pairs = [request.args for request in requests]
-        contexts, continuations = zip(*pairs, strict=True)
+        contexts, continuations = zip(*self._divided(pairs), strict=True)
         scored = self._model.log_likelihoods(contexts, continuations, raw=True)
         found = list(zip(scored.values.tolist(), scored.greedy.tolist(), strict=True))
         self._keep("loglikelihood", pairs, found)
         return found
+
+    def _divided(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+        """Where scoring begins: before white space at a context's end, and not before the last tokens that fit."""
+        bos, num_bos = self._model.tokenizer.bos, int(self._model.tokenizer.bos_id is not None)
+        most = self._model.architecture.max_length - num_bos - 1
+        texts = [context + continuation for context, continuation in pairs]
+        divided = []
+        encodings = self._model.tokenizer.encode_batch([bos + text for text in texts])
+        for (context, _), text, (_, starts) in zip(pairs, texts, encodings, strict=True):
+            place = len(context if prompts.awaits_answer(context) else context.rstrip())
+            if len(starts) > most:  # a character of several tokens is scored whole or not at all
+                place = max(place, int(starts[starts > starts[-most - 1]][0]) - len(bos))
+            divided.append((text[:place], text[place:]))
+        return divided
 
     def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
         """Sum of log p of each text, in windows of the model's length where it is longer."""
@@ -70,21 +87,37 @@ class LMEvalModel(LM):
         return found
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
-        """Answers up to the first of their stop strings, many in one batch, with a key/value cache."""
-        found = [""] * len(requests)
-        by_options: dict[str, list[int]] = {}
+        """Answers up to the first of their stop strings, many in one batch, with a key/value cache.
+
+        What is asked several times with a temperature is drawn anew each time.
+
+        Raises:
+          InputError: An answer may be as long as the model.
+        """
+        longest, found = self._model.architecture.max_length, [""] * len(requests)
+        asked, batches = Counter[tuple[str, str]](), dict[tuple[str, int], list[int]]()
         for place, request in enumerate(requests):
-            by_options.setdefault(json.dumps(normalize_gen_kwargs(request.args[1]), sort_keys=True), []).append(place)
-        for options, places in by_options.items():
-            given = json.loads(options)
-            room = int(given["max_gen_toks"])
+            context, options = request.args
+            given = normalize_gen_kwargs(options)
+            if given["max_gen_toks"] >= longest:
+                raise InputError(
+                    f"max_gen_toks={given['max_gen_toks']} leaves no room for a context in the model's {longest} "
+                    "tokens; lower it, for all tasks with --gen_kwargs max_gen_toks=..."
+                )
+            key = json.dumps(given, sort_keys=True)
+            batches.setdefault((key, asked[context, key] if given.get("temperature") else 0), []).append(place)
+            asked[context, key] += 1
+        for (key, sample), places in batches.items():
+            given = json.loads(key)
+            room = given["max_gen_toks"]
             answers = self._session.answers(
                 [self._fitting(requests[place].args[0], room) for place in places],
                 max_new_tokens=room, stop=given["until"], raw=True, temperature=float(given.get("temperature", 0.0)),
-                top_p=float(given.get("top_p", 1.0)),
+                top_p=float(given.get("top_p", 1.0)), sample=sample,
             )  # fmt: skip
             for place, answer in zip(places, answers, strict=True):
-                found[place] = answer or ""
+                assert answer is not None
+                found[place] = answer
         self._keep("generate_until", [request.args for request in requests], found)
         return found
 
@@ -106,11 +139,12 @@ class LMEvalModel(LM):
 
     def _fitting(self, context: str, room: int) -> str:
         """The context without its first tokens where they leave no room for an answer."""
-        over = int(self._model.prompt_lengths([context], raw=True)[0]) + room - self._model.architecture.max_length
-        if over <= 0:
-            return context
-        (encoding,) = self._model.tokenizer.encode_batch([context])
-        return context[encoding.starts[over] :] if over < len(encoding.starts) else ""
+        limit = self._model.architecture.max_length - room
+        while (over := int(self._model.prompt_lengths([context], raw=True)[0]) - limit) > 0:
+            starts = self._model.tokenizer.encode(context).starts
+            # A character may be several tokens, and what is left be more tokens than it was before.
+            context = context[max(1, starts[over]) :] if over < len(starts) else ""
+        return context
 
     def _keep(self, kind: str, arguments: Sequence[tuple], found: Sequence[Any]) -> None:
         for given, value in zip(arguments, found, strict=True):

@@ -16,6 +16,14 @@ def percentile_interval(draws: Sequence[float]) -> tuple[float, float]:
     return float(low), float(high)
 
 
+def t_interval(values: Sequence[float]) -> tuple[float, float]:
+    """The 95 % interval of the mean of two or more draws from a normal distribution (Student, 1908)."""
+    import scipy.stats
+
+    half = scipy.stats.t.ppf((1 + _COVERAGE) / 2, len(values) - 1) * np.std(values, ddof=1) / math.sqrt(len(values))
+    return float(np.mean(values) - half), float(np.mean(values) + half)
+
+
 def ndcg(gains: np.ndarray, judged: Sequence[np.ndarray], k: int) -> np.ndarray:
     """Normalised discounted cumulative gain at rank k of each query, as trec_eval's `ndcg_cut`.
 

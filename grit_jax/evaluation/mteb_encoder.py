@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +29,8 @@ MAX_LENGTH = 512
 class MtebEncoder(AbsEncoder):
     """Embeds what mteb asks for: `mteb.evaluate(MtebEncoder(model), tasks)`.
 
-    Queries and symmetric texts carry their task's instruction, documents none.
+    Queries and symmetric texts carry their task's instruction, documents none. mteb keeps results by name, the model's
+    fingerprint, `max_length` and the instructions, so that none of them is taken for another's.
 
     Args:
       model: What is measured.
@@ -47,12 +50,18 @@ class MtebEncoder(AbsEncoder):
     ):
         self.model, self._session = model, Session(model, max_length)
         self.prompts_dict = packaged_instructions() if instructions is None else dict(instructions)
-        self.mteb_model_meta = _about(
-            name,
-            revision=model.fingerprint(),
-            n_parameters=sum(leaf.size for leaf in jax.tree.leaves(model.params)),
-            max_tokens=model.architecture.max_length,
-            embed_dim=model.embedding.projection_dim or model.architecture.embed_dim,
+        told = json.dumps(self.prompts_dict, sort_keys=True).encode()
+        self.mteb_model_meta = ModelMeta.create_empty(
+            overwrites={
+                "name": name,
+                "revision": model.fingerprint(),
+                "experiment_kwargs": {"max_length": max_length, "instructions": hashlib.sha256(told).hexdigest()[:16]},
+                "similarity_fn_name": ScoringFunction.COSINE,
+                "use_instructions": True,
+                "n_parameters": sum(leaf.size for leaf in jax.tree.leaves(model.params)),
+                "max_tokens": model.architecture.max_length,
+                "embed_dim": model.embed_dim,
+            }
         )
 
     def encode(
@@ -72,7 +81,7 @@ class MtebEncoder(AbsEncoder):
 
 
 def register(path: str | Path, *, name: str | None = None, **options: Any) -> str:
-    """Makes `mteb.get_model(name)` load a run folder, a checkpoint or a Hugging Face folder.
+    """Loads a run folder, a checkpoint or a Hugging Face folder, and makes `mteb.get_model(name)` find it.
 
     Args:
       path: Where the model is.
@@ -83,15 +92,11 @@ def register(path: str | Path, *, name: str | None = None, **options: Any) -> st
       The name.
     """
     name = name or f"grit_jax/{Path(path).resolve().name}"
+    encoder = MtebEncoder(GritModel.load(path), name=name, **options)
 
-    def load(model_name: str, revision: str | None = None, device: str | None = None, **_: Any) -> MtebEncoder:
-        return MtebEncoder(GritModel.load(path), name=model_name, **options)
+    def load(*_: Any, **__: Any) -> MtebEncoder:
+        return encoder
 
-    MODEL_REGISTRY[name] = _about(name, loader=load)
+    assert encoder.mteb_model_meta is not None
+    MODEL_REGISTRY[name] = encoder.mteb_model_meta.model_copy(update={"loader": load})
     return name
-
-
-def _about(name: str, **known: Any) -> ModelMeta:
-    """What mteb writes beside its results."""
-    always = {"name": name, "similarity_fn_name": ScoringFunction.COSINE, "use_instructions": True}
-    return ModelMeta.create_empty(overwrites=always | known)

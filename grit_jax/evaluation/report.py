@@ -62,12 +62,19 @@ def fingerprint(task: Task, suite: Suite, model: str) -> str:
         field.name: getattr(task, field.name) for field in dataclasses.fields(task)
         if field.name not in _NOT_SETTINGS
     }  # fmt: skip
-    about = [type(task).__name__, settings, suite.max_length, suite.seed, model, version("grit-jax")]
+    about: list[Any] = [type(task).__name__, settings, suite.max_length, suite.seed, model, version("grit-jax")]
+    if shots := getattr(task, "shots_path", None):  # rows of `path` are examples then; files are named after groups
+        about += [shots == task.path, [file.name for file in task.files() if file.parent == Path(shots)]]
     digest = hashlib.sha256(json.dumps(about).encode())
     for path in map(existing, task.files()):
-        with files.open_binary(path) as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
+        digest.update(bytes.fromhex(file_digest(path)))
     return digest.hexdigest()[:16]
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file's content."""
+    with files.open_binary(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_report(path: Path) -> dict[str, Entry]:

@@ -13,7 +13,7 @@ import rich.progress
 from grit_jax import files
 from grit_jax.config import InputError
 from grit_jax.evaluation.answers import AlpacaEval
-from grit_jax.evaluation.report import Entry, entry, fingerprint, read_report, show, write_report
+from grit_jax.evaluation.report import Entry, entry, file_digest, fingerprint, read_report, show, write_report
 from grit_jax.evaluation.suite import TYPES, Suite
 from grit_jax.evaluation.task import Progress, Session
 from grit_jax.inference import GritModel
@@ -51,7 +51,8 @@ def evaluate(
 ) -> dict[str, Entry]:
     """Measures a model on every task of a suite, and prints progress and a table.
 
-    A task of the earlier report in `output` is kept if its settings, data, seed and model are the same.
+    A task of the earlier report in `output` is kept if its settings, data, seed and model are the same, and what it
+    wrote beside the report is there still.
 
     Args:
       model: What is measured.
@@ -75,7 +76,7 @@ def evaluate(
     earlier = read_report(output) if output else {}
     kept = {
         name: one for name, one in earlier.items()
-        if one.get("fingerprint") == marks.get(name) and (examples is None or (examples / f"{name}.npy").exists())
+        if one.get("fingerprint") == marks.get(name) and _is_whole(one, _side_files(name, output, examples))
     }  # fmt: skip
     console, report = rich.console.Console(stderr=True, highlight=False, soft_wrap=True), {}
     columns = (rich.progress.TextColumn("{task.description}"), rich.progress.BarColumn(),
@@ -94,17 +95,42 @@ def evaluate(
             found = entry(outcome, kind=_NAMES[type(task)], fingerprint=marks[task.name], seed=suite.seed)
             report[task.name] = found
             console.print(f"{place}: {_said(found)} in {time.monotonic() - begun:.1f} s", markup=False)
-            if examples:
-                examples.mkdir(parents=True, exist_ok=True)
-                np.save(examples / f"{task.name}.npy", outcome.examples)
+            written = _side_files(task.name, output, examples)
+            if "examples" in written:
+                written["examples"].parent.mkdir(parents=True, exist_ok=True)
+                np.save(written["examples"], outcome.examples)
+            if outcome.answers is None:
+                written.pop("answers", None)
+            elif "answers" in written:
+                text = json.dumps(outcome.answers, indent=2, ensure_ascii=False)
+                files.write_text(written["answers"], f"{text}\n")
+            found["written"] = {kind: file_digest(path) for kind, path in written.items()}
             if output:
-                if outcome.answers is not None:
-                    file = output.with_name(f"{output.stem}.{task.name}.json")
-                    files.write_text(file, json.dumps(outcome.answers, indent=2, ensure_ascii=False) + "\n")
                 done = {name: report.get(name) or kept.get(name) for name in marks}
                 write_report(output, {name: one for name, one in done.items() if one}, about or {})
     show(report, rich.console.Console(highlight=False))
     return report
+
+
+def _side_files(name: str, output: Path | None, examples: Path | None) -> dict[str, Path]:
+    """What a task may write beside the report."""
+    return (
+        ({"examples": examples / f"{name}.npy"} if examples else {})
+        | ({"answers": output.with_name(f"{output.stem}.{name}.json")} if output else {})
+    )  # fmt: skip
+
+
+def _is_whole(found: Entry, side_files: dict[str, Path]) -> bool:
+    """Whether the files of a finished task are there, with what it wrote.
+
+    A report of an earlier version does not say what that was; there examples need only be there.
+    """
+    written = found.get("written")
+    wanted = [kind for kind in side_files if kind == "examples" or kind in (written or {})]
+    return all(
+        side_files[kind].exists() and (written is None or written.get(kind) == file_digest(side_files[kind]))
+        for kind in wanted
+    )
 
 
 def _said(found: Entry) -> str:

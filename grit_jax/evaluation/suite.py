@@ -76,7 +76,7 @@ def load_suite(path: str | Path, *, data: str | Path | None = None) -> Suite:
 
     Raises:
       InputError: The file is missing or malformed, a key is unknown (with a suggestion), a value of the wrong type, a
-        name there twice, or an embedding task without an instruction in `instructions`.
+        name that cannot be a file's or is there twice, or an embedding task without an instruction in `instructions`.
     """
     path = Path(path)
     data = Path(data) if data else path.parent
@@ -93,13 +93,17 @@ def load_suite(path: str | Path, *, data: str | Path | None = None) -> Suite:
     ]
     names = [task.name for task in tasks]
     for name in names:
+        if not name or set(name) & set("/\\\0"):
+            raise InputError(
+                f"{path}: name {name!r} of a task cannot be a file's; it must not be empty or have / or \\ in it"
+            )
         if names.count(name) > 1:
             raise InputError(f"{path}: there are {names.count(name)} tasks of name {name!r}; give each its own")
     return Suite(tuple(tasks), settings.max_length, settings.seed)
 
 
 def packaged_instructions() -> dict[str, str]:
-    """One instruction for each of MTEB's 56 English tasks, by task name."""
+    """One instruction for each of MTEB's 56 English tasks and the parts of CQADupstack, by task name."""
     file = resources.files("grit_jax.evaluation") / f"instructions/{_PACKAGED}.yaml"
     return parse_mapping(file.read_text(encoding="utf-8"), source=file.name)
 

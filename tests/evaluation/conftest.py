@@ -9,6 +9,14 @@ from tests.evaluation.tasks import write_all
 from tests.models import make, shape, weights
 
 
+def save_checkpoint(folder, seed=0):
+    """A model of random weights as a checkpoint."""
+    config = shape(max_length=1024)
+    metadata = CheckpointMetadata(config, EmbeddingConfig(), Tokenizer.load("bytes").files())
+    save_params(folder, weights(config, seed=seed), metadata)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def model():
     return make(max_length=1024)
@@ -17,11 +25,7 @@ def model():
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory):
     """The same model as a checkpoint."""
-    folder = tmp_path_factory.mktemp("evaluation") / "checkpoint"
-    config = shape(max_length=1024)
-    metadata = CheckpointMetadata(config, EmbeddingConfig(), Tokenizer.load("bytes").files())
-    save_params(folder, weights(config), metadata)
-    return folder
+    return save_checkpoint(tmp_path_factory.mktemp("evaluation") / "checkpoint")
 
 
 @pytest.fixture(scope="session")

@@ -141,6 +141,31 @@ def test_programs_are_tested_in_both_forms(tmp_path):
         assert [answer["status"] for answer in found.answers] == ["passed", "failed"] * 2
 
 
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "    return 1\n\nThis returns one.",
+        "    return 1\n```\n\nIt is used so:\n",
+        "    return math.floor(statistics.mean([Counter('a')['a'], len(hashlib.sha256(b'').digest()) - 31]))",
+        "\tx: List[int] = [1]\n\n\treturn x[0]",
+    ],
+)
+def test_an_asked_program_may_end_in_prose_and_use_common_imports(answer, tmp_path):
+    problem = {"declaration": "def one():\n", "instruction": "Write one.", "entry_point": "one",
+               "test": "def check(f):\n    assert f() == 1"}  # fmt: skip
+    write_jsonl(tmp_path / "p.jsonl", [problem])
+    task = Code("x", str(tmp_path / "p.jsonl"), form="synthesize", samples=1)
+    assert task.evaluate(session(answer=lambda _: answer)).examples.tolist() == [1]
+
+
+def test_a_completed_program_is_run_as_it_is(tmp_path):
+    problem = {"prompt": "def one():\n", "entry_point": "one", "test": "def check(f):\n    assert f() == 1"}
+    write_jsonl(tmp_path / "p.jsonl", [problem])
+    for answer, passes in (("    return g()\ng = lambda: 1", 1), ("    return math.floor(1.5)", 0)):
+        task = Code("x", str(tmp_path / "p.jsonl"), samples=1)
+        assert task.evaluate(session(answer=lambda _, answer=answer: answer)).examples.tolist() == [passes]
+
+
 def test_a_test_is_called_once():
     row = Row("x:1", {"test": "def check(f): pass\n\ncheck(g)", "entry_point": "g"})
     assert with_test("x", row).count("check(") == 2

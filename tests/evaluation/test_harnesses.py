@@ -3,11 +3,13 @@
 import numpy as np
 import pytest
 
+from grit_jax.config import InputError
 from grit_jax.evaluation.retrieval import read_collection
 from grit_jax.evaluation.suite import load_suite
 from grit_jax.evaluation.task import Session
 from grit_jax.hf.export import save_folder
 from grit_jax.loading import open_model
+from tests.evaluation.conftest import save_checkpoint
 from tests.evaluation.tasks import WORDS, write_all, write_jsonl, write_suite
 from tests.models import weights
 
@@ -39,14 +41,21 @@ def mteb():
     return pytest.importorskip("mteb")
 
 
-def run_mteb(mteb, model, name, dataset):
-    """The scores of one of mteb's tasks on other data."""
-    from grit_jax.evaluation.mteb_encoder import MtebEncoder
-
+def on_data(mteb, name, dataset):
+    """One of mteb's tasks on other data."""
     task = mteb.get_task(name)
     task.dataset, task.data_loaded = dataset, True
-    encoder = MtebEncoder(model, instructions={name: FIND})
-    (result,) = mteb.evaluate(encoder, task, cache=None, show_progress_bar=False, co2_tracker=False).task_results
+    return task
+
+
+def run_mteb(mteb, model, task, *, cache=None):
+    """The scores of a task; the model is one of mteb's, or ours."""
+    from grit_jax.evaluation.mteb_encoder import MtebEncoder
+    from grit_jax.inference import GritModel
+
+    if isinstance(model, GritModel):
+        model = MtebEncoder(model, instructions={task.metadata.name: FIND})
+    (result,) = mteb.evaluate(model, task, cache=cache, show_progress_bar=False, co2_tracker=False).task_results
     return result.scores["test"][0]
 
 
@@ -64,21 +73,26 @@ def test_mteb_scores_a_retrieval_task_as_we_do(mteb, model, folder):
         },
         "top_ranked": None,
     }
-    scores = run_mteb(mteb, model, "SciFact", {"default": {"test": split}})
+    scores = run_mteb(mteb, model, on_data(mteb, "SciFact", {"default": {"test": split}}))
     assert scores["ndcg_at_10"] == pytest.approx(score(found), abs=1e-5)
     assert scores["recall_at_10"] == pytest.approx(found.figures["recall_at_10"], abs=1e-5)
 
 
-def test_mteb_scores_a_similarity_task_as_we_do(mteb, model, folder):
+def similarity(mteb, folder):
+    """STSBenchmark on the rows of a file."""
     datasets = pytest.importorskip("datasets")
-    found = ours(model, folder, {"name": "t", "type": "sts", "path": "sts.tsv", "instruction": FIND})
     lines = [line.split("\t") for line in (folder / "sts.tsv").read_text().splitlines()[1:]]
     rows = [{"score": float(one), "sentence1": left, "sentence2": right} for one, left, right in lines]
-    scores = run_mteb(mteb, model, "STSBenchmark", {"test": datasets.Dataset.from_list(rows)})
+    return on_data(mteb, "STSBenchmark", {"test": datasets.Dataset.from_list(rows)})
+
+
+def test_mteb_scores_a_similarity_task_as_we_do(mteb, model, folder):
+    found = ours(model, folder, {"name": "t", "type": "sts", "path": "sts.tsv", "instruction": FIND})
+    scores = run_mteb(mteb, model, similarity(mteb, folder))
     assert scores["cosine_spearman"] == pytest.approx(score(found), abs=1e-6)
 
 
-def test_mteb_finds_a_registered_model_and_each_of_its_tasks_has_an_instruction(mteb, checkpoint):
+def test_mteb_finds_a_registered_model_and_each_of_its_tasks_and_their_parts_has_an_instruction(mteb, checkpoint):
     from mteb.types import PromptType
 
     from grit_jax.evaluation import mteb_encoder
@@ -86,8 +100,31 @@ def test_mteb_finds_a_registered_model_and_each_of_its_tasks_has_an_instruction(
 
     encoder = mteb.get_model(mteb_encoder.register(checkpoint, name="grit_jax/test"))
     assert encoder.mteb_model_meta.name == "grit_jax/test"
-    for name, instruction in packaged_instructions().items():
-        assert encoder.get_instruction(mteb.get_task(name).metadata, PromptType.query) == instruction
+    told, parts = packaged_instructions(), set()
+    for task in mteb.get_benchmark("MTEB(eng, v1)").tasks:
+        for part in getattr(task, "tasks", [task]):
+            assert encoder.get_instruction(part.metadata, PromptType.query) == told[task.metadata.name]
+            parts |= {task.metadata.name, part.metadata.name}
+    assert parts == set(told)
+
+
+def test_mteb_keeps_the_scores_of_each_checkpoint_and_each_setting_apart(mteb, checkpoint, folder, tmp_path):
+    from grit_jax.evaluation import mteb_encoder
+
+    other = save_checkpoint(tmp_path / "other", seed=1)
+    cache = mteb.ResultCache(tmp_path / "cache")
+    given = {"first": (checkpoint, {}), "second": (other, {}), "short": (checkpoint, {"max_length": 100}),
+             "told": (checkpoint, {"instructions": {"STSBenchmark": FIND}})}  # fmt: skip
+    found, metas = {}, {}
+    for case, (path, options) in given.items():
+        name = mteb_encoder.register(path, name="grit_jax/same", **options)
+        for asked in (mteb.get_model_meta(name), mteb.get_model(name)):
+            scores = run_mteb(mteb, asked, similarity(mteb, folder), cache=cache)
+            value = round(scores["cosine_spearman"], 5)  # as mteb keeps it, nearly
+            assert found.setdefault(case, value) == value
+        metas[case] = mteb.get_model(name).mteb_model_meta
+    assert len(set(found.values())) == len(given)
+    assert metas["first"].revision == metas["short"].revision != metas["second"].revision
 
 
 @pytest.fixture(scope="module")
@@ -150,14 +187,82 @@ def test_lm_eval_gets_our_answers_and_contexts_that_are_too_long_lose_their_begi
     assert [written[text] for text in questions] == expected
 
 
-def test_a_text_longer_than_the_model_is_scored_in_windows(lm_eval, model):
+def asked(kind, *arguments):
+    """What the harness asks a model."""
     from lm_eval.api.instance import Instance
 
+    return [Instance(kind, {}, given, 0) for given in arguments]
+
+
+def test_answers_that_are_drawn_several_times_differ_and_come_again(lm_eval, model, tmp_path):
+    write_jsonl(tmp_path / "rows.jsonl", [{"question": text, "answer": "a"} for text in ("say red", "how many words")])
+
+    def drawn(temperature):
+        _, samples = run_lm_eval(
+            lm_eval, model, tmp_path,
+            {
+                "dataset_kwargs": {"data_files": {"test": str(tmp_path / "rows.jsonl")}}, "repeats": 2,
+                "output_type": "generate_until", "doc_to_text": "{{question}}", "doc_to_target": "answer",
+                "generation_kwargs": {"until": ["\n\n"], "max_gen_toks": 12, "temperature": temperature,
+                                      "do_sample": temperature > 0},
+                "metric_list": [{"metric": "exact_match"}],
+            },
+        )  # fmt: skip
+        return [sample["resps"][0] for sample in samples]
+
+    for one, other in drawn(0.0):
+        assert one == other
+    several = drawn(1.0)
+    for one, other in several:
+        assert one != other
+    assert drawn(1.0) == several
+
+
+def test_answers_as_long_as_the_model_are_refused_before_any_is_written(lm_eval, model):
+    from grit_jax.evaluation.lm_eval_model import LMEvalModel
+
+    requests = asked("generate_until", ("a", {"max_gen_toks": 4}), ("b", {"max_gen_toks": 1024}))
+    with pytest.raises(InputError, match=r"max_gen_toks=1024 leaves no room for a context in the model's 1024 tokens"):
+        LMEvalModel(model).generate_until(requests)
+
+
+def test_a_context_of_characters_of_several_tokens_is_cut_until_it_fits(lm_eval, model):
+    from grit_jax.evaluation.lm_eval_model import LMEvalModel
+
+    (found,) = LMEvalModel(model).generate_until(
+        asked("generate_until", ("\N{GRINNING FACE}" * 400, {"max_gen_toks": 8}))
+    )
+    kept = "\N{GRINNING FACE}" * ((model.architecture.max_length - 8 - 1) // 4)
+    assert found == model.generate(kept, raw=True, max_new_tokens=8)
+
+
+def test_white_space_between_context_and_continuation_is_scored_unless_an_answer_begins_there(lm_eval, model):
+    from grit_jax.evaluation.lm_eval_model import LMEvalModel
+
+    answered = LMEvalModel(model).apply_chat_template([{"role": "user", "content": "say"}])
+    assert answered.endswith("\n")
+    values = LMEvalModel(model).loglikelihood(asked("loglikelihood", ("say ", "red"), (answered, "red")))
+    expected = model.log_likelihoods(["say", answered], [" red", "red"], raw=True).values
+    assert np.allclose([value for value, _ in values], expected, rtol=1e-5)
+
+
+def test_of_a_continuation_longer_than_the_model_the_last_tokens_are_scored(lm_eval, model):
+    from grit_jax.evaluation.lm_eval_model import LMEvalModel
+
+    text = "".join(WORDS) * 30
+    longer = text, "\N{GRINNING FACE}" * 400
+    (value, _), (other, _) = LMEvalModel(model).loglikelihood(asked("loglikelihood", *(("say", one) for one in longer)))
+    assert other < 0
+    most = model.architecture.max_length - 2  # after BOS and one token
+    expected = model.log_likelihoods([text[-most - 1 : -most]], [text[-most:]], raw=True).values[0]
+    assert value == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_text_longer_than_the_model_is_scored_in_windows(lm_eval, model):
     from grit_jax.evaluation.lm_eval_model import LMEvalModel
 
     short, longer = "a few words", "word " * 500
-    requests = [Instance("loglikelihood_rolling", {}, (text,), 0) for text in (short, longer)]
-    values = LMEvalModel(model).loglikelihood_rolling(requests)
+    values = LMEvalModel(model).loglikelihood_rolling(asked("loglikelihood_rolling", (short,), (longer,)))
     assert values[0] == pytest.approx(model.log_likelihoods([""], [short], raw=True).values[0], rel=1e-5)
     limit = model.architecture.max_length - 1
     first = model.log_likelihoods([""], [longer[:limit]], raw=True).values[0]

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from grit_jax.config import InputError
+from grit_jax.evaluation.report import fingerprint
 from grit_jax.evaluation.run import evaluate
 from grit_jax.evaluation.suite import TYPES, load_suite
 from tests.evaluation.tasks import WORDS, write_jsonl, write_suite
@@ -70,6 +71,51 @@ def test_finished_tasks_are_kept_until_something_changes(model, tmp_path, capsys
     output.write_text("[]")
     with pytest.raises(InputError, match="is there and is no report"):
         kept()
+
+
+def test_a_finished_task_is_kept_only_with_the_files_that_it_wrote(model, tmp_path, capsys):
+    write_jsonl(tmp_path / "sums.jsonl", [{"question": f"{n} + {n}?", "answer": str(2 * n)} for n in range(3)])
+    task = {"name": "sums", "type": "exact_match", "path": "sums.jsonl", "max_new_tokens": 2}
+    suite, output = load_suite(write_suite(tmp_path, [task])), tmp_path / "report.json"
+    answers, examples = tmp_path / "report.sums.json", tmp_path / "examples/sums.npy"
+
+    def kept(folder=examples.parent):
+        evaluate(model, suite, output=output, examples=folder)
+        return capsys.readouterr().err.count(": kept, ")
+
+    assert (kept(None), kept(None)) == (0, 1)
+    examples.parent.mkdir()
+    np.save(examples, np.ones(3))  # another model's
+    assert (kept(), kept(), kept(None)) == (0, 1, 1)
+    for change in (lambda: np.save(examples, np.ones(3)), examples.unlink, lambda: answers.write_text("[]"),
+                   answers.unlink):  # fmt: skip
+        change()
+        assert (kept(), kept()) == (0, 1)
+    report = json.loads(output.read_text())
+    del report["tasks"]["sums"]["written"]  # as an earlier version wrote it
+    output.write_text(json.dumps(report))
+    np.save(examples, np.ones(3))
+    assert kept() == 1
+    examples.unlink()
+    assert kept() == 0
+
+
+def test_a_fingerprint_changes_with_the_rows_that_are_examples_and_with_the_groups_of_written_ones(tmp_path):
+    rows = [{"question": f"{n}?", "answer": "1", "kind": "a"} for n in range(3)]
+    for name in ("rows.jsonl", "same.jsonl"):
+        write_jsonl(tmp_path / name, rows)
+    (tmp_path / "shots").mkdir()
+    (tmp_path / "shots/a.txt").write_text("Q: 0?\nA: the answer is 1.")
+
+    def mark(**settings):
+        task = {"name": "t", "type": "exact_match", "path": "rows.jsonl", "group": "kind", **settings}
+        suite = load_suite(write_suite(tmp_path, [task]))
+        return fingerprint(suite.tasks[0], suite, "model")
+
+    assert mark(shots_path="rows.jsonl") != mark(shots_path="same.jsonl")
+    before = mark(shots_path="shots")
+    (tmp_path / "shots/a.txt").rename(tmp_path / "shots/b.txt")
+    assert mark(shots_path="shots") != before
 
 
 def test_loss_per_token_is_that_of_the_logits(report, model):
