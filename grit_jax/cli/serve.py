@@ -80,7 +80,8 @@ def run(args: argparse.Namespace) -> int:
     from grit_jax.store.layout import Store
 
     listening = _bound(args.host, args.port)
-    logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)  # JAX has set up its own
+    logging.basicConfig(format="%(message)s", force=True)  # JAX has set up its own
+    logging.getLogger("grit_jax").setLevel(logging.INFO)
     model = GritModel.load(args.model, mesh=mesh, dtype=args.dtype)
     limit = model.architecture.max_length
     if (args.max_length or 0) > limit:

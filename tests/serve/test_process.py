@@ -65,14 +65,16 @@ def test_a_port_in_use_is_told_before_the_model_is_loaded(model):
 
 
 def test_a_server_can_be_stopped_while_it_compiles(model):
+    serve = command("serve", model, "--port", 0)
     with subprocess.Popen(
-        command("serve", model, "--port", 0), env=environment(), stdout=subprocess.PIPE, text=True
+        serve, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
         address = process.stdout.readline().split()[2]
         until_it_answers(process, f"{address}/health")
         assert httpx2.get(f"{address}/ready").status_code == 503
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 0
+        assert process.stderr.read() == ""  # nothing of what other libraries log as they load a checkpoint
 
 
 @pytest.mark.parametrize(
