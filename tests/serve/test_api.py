@@ -12,6 +12,7 @@ import openai
 import pytest
 
 from grit_jax.serve.app import Limits, Server
+from tests.models import make
 from tests.serve.conftest import DOCUMENTS, NAME, PROMPTS, running
 
 QUESTION = [{"role": "user", "content": "What is the sea?"}]
@@ -270,6 +271,20 @@ def test_a_full_queue_and_a_short_time_are_told(model):
         events = httpx2.post(f"{address}/v1/chat/completions", json=LONG | {"n": 16, "stream": True}).text.split("\n\n")
         assert '"code": "timeout"' in events[-2]
         until(lambda: metric(address, "answers_active") == 0)
+
+
+def test_several_devices_answer_as_one_does(model):
+    several = make(devices=4, max_length=1024)
+    several.params["embedding"] = several.params["embedding"].at[model.tokenizer.eos_id].set(0)
+    with running(Server(several, name=NAME, limits=Limits(max_length=128, rows=4))) as address:
+        client = openai.OpenAI(base_url=f"{address}/v1", api_key="none")
+        embedded = client.embeddings.create(model=NAME, input=["x", "and"])
+        assert np.allclose([one.embedding for one in embedded.data], model.encode(["x", "and"]), atol=1e-5)
+        written = client.chat.completions.create(model=NAME, messages=QUESTION, n=5, seed=3, max_tokens=10)
+        expected = [
+            model.generate(QUESTION, max_new_tokens=10, temperature=1.0, seed=3 + number) for number in range(5)
+        ]
+        assert [choice.message.content for choice in written.choices] == expected
 
 
 def test_what_has_no_time_to_finish_is_told(model):
