@@ -152,9 +152,12 @@ class Rag:
         elif method != "none":
             (hits,) = self.retriever.find([query], instruction=instruction, k=k)
         if "document" in parts:
-            num_tokens = sum(self._store.cache_length(hit.row) for hit in hits)
-            if max_length is not None and num_tokens > max_length:
-                raise InputError(f"k={k}: the documents have {num_tokens} tokens; the limit is {max_length}: use fewer")
+            if max_length is not None:
+                num_tokens = sum(self._store.cache_length(hit.row) for hit in hits)
+                if num_tokens > max_length:
+                    raise InputError(
+                        f"k={k}: the documents have {num_tokens} tokens; the limit is {max_length}: use fewer"
+                    )
             caches["document"] = [self._cache(hit.row) for hit in hits]
         prefix = joined(
             [cache for part in parts for cache in caches[part]],

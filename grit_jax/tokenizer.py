@@ -170,13 +170,21 @@ class Tokenizer:
     def token_bytes(self, token: int) -> bytes:
         """What a token stands for, which may be a part of a character; nothing where there is no such token."""
         piece = self._backend.id_to_token(token)
-        if piece is None or token in self._backend.get_added_tokens_decoder():
+        if piece is None or token in self._added:
             return (piece or "").encode()
-        if "ByteLevel(" in repr(self._backend.decoder):
+        if self._is_byte_level:
             return bytes(map(_byte_level_alphabet().__getitem__, piece))
         if byte := re.fullmatch("<0x([0-9A-F]{2})>", piece):
             return bytes.fromhex(byte[1])
         return piece.replace("▁", " ").encode()
+
+    @functools.cached_property
+    def _added(self) -> frozenset[int]:
+        return frozenset(self._backend.get_added_tokens_decoder())
+
+    @functools.cached_property
+    def _is_byte_level(self) -> bool:
+        return "ByteLevel(" in repr(self._backend.decoder)
 
 
 @functools.cache
