@@ -184,7 +184,17 @@ class Engine:
 
     def step(self) -> list[Block]:
         """Reads some, writes a block of each text that has been read, and returns what is new."""
-        return [block for lane in self._lanes for block in lane.step()]
+        self.start()
+        return self.finish()
+
+    def start(self) -> None:
+        """The first half of `step`: the device has its work afterwards, and other work can be done meanwhile."""
+        for lane in self._lanes:
+            lane.start()
+
+    def finish(self) -> list[Block]:
+        """The second half: waits for what was started; a text that was cancelled since has no block."""
+        return [block for lane in self._lanes for block in lane.finish()]
 
 
 @dataclasses.dataclass(eq=False)
@@ -210,6 +220,14 @@ class _Row:
         return self.continuation.tokens[self.num_read :]
 
 
+class _Started(NamedTuple):
+    """Rows whose next block the device writes, by their place in it."""
+
+    places: list[tuple[int, _Row]]
+    tokens: jax.Array
+    logprobs: Logprobs | None
+
+
 class _Lane:
     """Rows of one length, and the texts that wait for one."""
 
@@ -233,6 +251,7 @@ class _Lane:
         # A call computes as few rows as hold what there is, of these numbers.
         self._row_counts = sizes(fewest_rows, size.rows, growth=_GROWTH)
         self._read_tokens = read_tokens
+        self._started: _Started | None = None
         with jax.set_mesh(mesh):
             self.state: DecodeState = empty_state(model, params, rows=size.rows, slots=size.slots, dtype=dtype)
 
@@ -248,6 +267,7 @@ class _Lane:
         ]  # fmt: skip
         for call in calls:
             call()
+            jax.block_until_ready(self.state)
             progress(1)
         return len(calls)
 
@@ -257,14 +277,28 @@ class _Lane:
         elif continuation in self.waiting:
             self.waiting.remove(continuation)
 
-    def step(self) -> list[Block]:
+    def start(self) -> None:
         while self.waiting and self._free:
             continuation = self.waiting.popleft()
             self.active[continuation] = self._new_row(continuation)
         num_read = 0
         while num_read < self._read_tokens and (unread := [row for row in self.active.values() if len(row.unread)]):
             num_read += self._read(unread)
-        return self._write([row for row in self.active.values() if not len(row.unread)])
+        ready = [row for row in self.active.values() if not len(row.unread)]
+        if ready:
+            rows = self._enough(len(ready))
+            self._started = _Started(self._places(ready, rows), *self._sample(ready, rows))
+
+    def finish(self) -> list[Block]:
+        started, self._started = self._started, None
+        if not started:
+            return []
+        tokens, logprobs = jax.tree.map(np.asarray, (started.tokens, started.logprobs))
+        return [
+            self._block(row, tokens[place], jax.tree.map(lambda x, place=place: x[place], logprobs))
+            for place, row in started.places
+            if row.continuation in self.active
+        ]
 
     def _new_row(self, continuation: Continuation) -> _Row:
         row = _Row(self._free.pop(), continuation)
@@ -313,17 +347,7 @@ class _Lane:
             row.length += int(lengths[place])
             row.num_read += int(lengths[place])
 
-    def _write(self, ready: list[_Row]) -> list[Block]:
-        if not ready:
-            return []
-        rows = self._enough(len(ready))
-        tokens, logprobs = self._sample(ready, rows)
-        return [
-            self._block(row, tokens[place], jax.tree.map(lambda x, place=place: x[place], logprobs))
-            for place, row in self._places(ready, rows)
-        ]
-
-    def _sample(self, some: list[_Row], rows: int) -> tuple[np.ndarray, Logprobs | None]:
+    def _sample(self, some: list[_Row], rows: int) -> tuple[jax.Array, Logprobs | None]:
         seeds, lengths = np.zeros(rows, np.uint32), np.zeros(rows, np.int32)
         temperature, top_p = np.zeros(rows, np.float32), np.ones(rows, np.float32)
         for place, row in self._places(some, rows):
@@ -338,7 +362,7 @@ class _Lane:
             tokens, logprobs, self.state = decode(
                 self._model, self._params, self.state, lengths, sampling, self._numbers(some, rows), steps=BLOCK
             )
-        return np.asarray(tokens), jax.tree.map(np.asarray, logprobs) if wanted else None
+        return tokens, logprobs if wanted else None
 
     def _block(self, row: _Row, tokens: np.ndarray, logprobs: Logprobs | None) -> Block:
         """What is kept of the tokens of a row, which is free afterwards where the text has ended."""

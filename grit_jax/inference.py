@@ -8,7 +8,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, Literal, NamedTuple, Self, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +29,8 @@ from grit_jax.losses import target_log_likelihoods
 from grit_jax.model.pooling import embed_rows
 from grit_jax.model.transformer import KVCache, Params, abstract_model, bind, split_layers, stack_layers
 from grit_jax.tokenizer import Tokenizer
+
+T = TypeVar("T")
 
 Messages = str | Sequence[Mapping[str, str]]
 
@@ -82,6 +84,24 @@ class _Rows(NamedTuple):
     segment_ids: np.ndarray
     positions: np.ndarray
     texts: list[tuple[int, int, int, int]]  # number of the text, row, first column, slot
+
+
+class EmbeddingBatch(NamedTuple):
+    """Texts that the device embeds.
+
+    Attributes:
+      places: Of the texts among those that were given.
+      slots: Where the vector of each is.
+      output: float32 [rows, segments, embed], perhaps not there yet.
+    """
+
+    places: list[int]
+    slots: list[int]
+    output: jax.Array
+
+    def vectors(self) -> np.ndarray:
+        """The vectors of the texts, float32 [texts, embed]; waits for them."""
+        return np.asarray(self.output).reshape(-1, self.output.shape[-1])[self.slots]
 
 
 class GritModel:
@@ -243,16 +263,22 @@ class GritModel:
           progress: As of `encode_with_counts`.
         """
         vectors = np.zeros((len(texts), self.embed_dim), np.float32)
+        for batch in _one_behind(self.start_embedding(texts, batch_tokens=batch_tokens)):
+            vectors[batch.places] = batch.vectors()
+            progress(len(batch.places))
+        return vectors
+
+    def start_embedding(
+        self, texts: Sequence[prompts.TokenizedPrompt], *, batch_tokens: int | None = None
+    ) -> Iterator[EmbeddingBatch]:
+        """`embed` for a caller with other work: the device has a batch when it comes, and need not be done with it."""
         for rows in self._packed([text.tokens for text in texts], batch_tokens):
             weights = np.zeros(rows.tokens.shape, np.float32)
             for place, row, start, _ in rows.texts:
                 tokens, spans = texts[place]
                 weights[row, start : start + len(tokens)] = pool_weights(spans, len(tokens), self.embedding.pooling)
-            slots = self._slots(*rows[:3], weights)
-            members, slot_numbers = ([place[field] for place in rows.texts] for field in (0, 3))
-            vectors[members] = slots.reshape(-1, vectors.shape[1])[slot_numbers]
-            progress(len(members))
-        return vectors
+            places, slots = ([text[field] for text in rows.texts] for field in (0, 3))
+            yield EmbeddingBatch(places, slots, self._slots(*rows[:3], weights))
 
     def encode_with_caches(
         self,
@@ -329,7 +355,7 @@ class GritModel:
             shapes += [(rows, row_length) for rows in sizes(shards, self._full_batch(row_length, None), growth=2)]
         for shape in shapes:
             nothing = np.zeros(shape, np.int32)
-            self._slots(nothing, nothing, nothing, np.zeros(shape, np.float32))
+            jax.block_until_ready(self._slots(nothing, nothing, nothing, np.zeros(shape, np.float32)))
             progress(1)
         return len(shapes)
 
@@ -339,14 +365,13 @@ class GritModel:
 
     def _slots(
         self, tokens: np.ndarray, segment_ids: np.ndarray, positions: np.ndarray, weights: np.ndarray
-    ) -> np.ndarray:
+    ) -> jax.Array:
         """Vectors of the texts of packed rows, float32 [rows, segments, embed]."""
         with jax.set_mesh(self._mesh):
-            slots = _embed(
+            return _embed(
                 self._model, self.params, tokens, segment_ids, positions, weights,
                 settings=self.embedding, execution=self._execution,
             )  # fmt: skip
-        return np.asarray(slots)
 
     def _full_batch(self, row_length: int, batch_tokens: int | None) -> int:
         """Rows that go through the model at a time."""
@@ -457,8 +482,19 @@ class GritModel:
             readings.setdefault(tokens[:-1].tobytes(), []).append(place)
         values, num_tokens = np.zeros(len(texts)), np.zeros(len(texts), np.int64)
         greedy = np.ones(len(texts), bool)
-        read, members = [np.frombuffer(key, np.int32) for key in readings], list(readings.values())
-        for rows in self._packed(read, batch_tokens):
+        for owners, scores, likeliest, num_texts in _one_behind(self._start_scoring(texts, readings, batch_tokens)):
+            np.add.at(values, owners, np.asarray(scores, np.float64)[: len(owners)])
+            np.add.at(num_tokens, owners, 1)
+            np.logical_and.at(greedy, owners, np.asarray(likeliest)[: len(owners)])
+            progress(num_texts)
+        return Likelihoods(values, num_tokens, greedy, 0)
+
+    def _start_scoring(
+        self, texts: Sequence[prompts.TokenizedPrompt], readings: Mapping[bytes, list[int]], batch_tokens: int | None
+    ) -> Iterator[tuple[list[int], jax.Array, jax.Array, int]]:
+        """Gives the device a batch at a time: the text of each score, the scores, if they are likeliest, and texts."""
+        members = list(readings.values())
+        for rows in self._packed([np.frombuffer(key, np.int32) for key in readings], batch_tokens):
             owners, places, targets = [], [], []
             for reading, row, start, _ in rows.texts:
                 for text in members[reading]:
@@ -471,11 +507,7 @@ class GritModel:
             padded = (np.pad(np.array(x, np.int32), (0, size - len(x))) for x in (places, targets))
             with jax.set_mesh(self._mesh):
                 scores, likeliest = _score(self._model, self.params, *rows[:3], *padded, execution=self._execution)
-            np.add.at(values, owners, np.asarray(scores, np.float64)[: len(owners)])
-            np.add.at(num_tokens, owners, 1)
-            np.logical_and.at(greedy, owners, np.asarray(likeliest)[: len(owners)])
-            progress(sum(len(members[reading]) for reading, *_ in rows.texts))
-        return Likelihoods(values, num_tokens, greedy, 0)
+            yield owners, scores, likeliest, sum(len(members[reading]) for reading, *_ in rows.texts)
 
     def log_likelihood_after(self, prefix: KVCache | None, prompt: prompts.TokenizedPrompt) -> tuple[float, int]:
         """How likely the spans of a text are that comes after keys and values.
@@ -661,6 +693,15 @@ class GritModel:
             self._model, self.params, mesh=self._mesh, dtype=self._execution.dtype, eos_id=self.tokenizer.eos_id,
             lanes=lanes, read_tokens=self.batch_tokens, fewer_rows=fewer_rows,
         )  # fmt: skip
+
+
+def _one_behind(batches: Iterator[T]) -> Iterator[T]:
+    """Each batch when the device has the next, so that it works while the host takes this one's results."""
+    earlier: list[T] = []
+    for batch in batches:
+        yield from earlier
+        earlier = [batch]
+    yield from earlier
 
 
 @functools.partial(jax.jit, static_argnames="rounded")

@@ -77,6 +77,18 @@ def test_a_row_that_was_left_is_used_again_without_a_trace(model):
     assert tokens(run(engine)[second]) == alone(model, second)
 
 
+def test_a_text_that_is_cancelled_while_its_block_is_written_has_none(model):
+    engine = model.engine([LaneSize(2, 256)])
+    left, stays = Continuation(prompt(30, 1), 40), Continuation(prompt(20, 2), 20)
+    engine.submit(left)
+    engine.submit(stays)
+    engine.start()
+    engine.cancel(left)
+    blocks = engine.finish()
+    assert [block.continuation for block in blocks] == [stays] and engine.num_active == 1
+    assert tokens([*blocks, *run(engine)[stays]]) == alone(model, stays)
+
+
 def test_a_text_continues_from_keys_and_values_that_it_is_given(model):
     whole = prompt(90, 3)
     reader = model.engine([LaneSize(1, 1024)])

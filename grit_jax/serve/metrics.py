@@ -17,7 +17,8 @@ class Metrics:
       requests: Requests by endpoint and status.
       seconds: Time from a request's head to the end of its response, by endpoint.
       first_token_seconds: Time to the first text of a streamed answer.
-      device_seconds: Time of one turn of the device, by what it does: `embed` or `write`.
+      device_seconds: Time that the device's thread was busy, waiting for results included, by what it did: `embed` or
+        `write`.
       tokens: Tokens that were `embedded`, `read` as prompts, taken from a `cached` prefix, or `written`.
       compilations: Programs that were compiled.
     """
@@ -32,8 +33,8 @@ class Metrics:
             "grit_jax_first_token_seconds", "Time to the first text of a streamed answer", registry=registry,
             buckets=_SECONDS,
         )  # fmt: skip
-        self.device_seconds = Histogram(
-            "grit_jax_device_seconds", "Time of a turn of the device", ["work"], registry=registry, buckets=_SECONDS
+        self.device_seconds = Counter(
+            "grit_jax_device_seconds", "Time that the device's thread was busy", ["work"], registry=registry
         )
         self.tokens = Counter("grit_jax_tokens", "Tokens", ["kind"], registry=registry)
         self.compilations = Counter("grit_jax_compilations", "Programs that were compiled", registry=registry)

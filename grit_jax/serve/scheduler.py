@@ -9,16 +9,15 @@ import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Generator, Sequence
 from contextlib import contextmanager
-from typing import Literal, TypeVar, cast
+from typing import Literal, NamedTuple, TypeVar, cast
 
 import numpy as np
-from prometheus_client import Histogram
 from safetensors import SafetensorError
 
 from grit_jax.config import InputError
 from grit_jax.engine import Block, Continuation, Engine
 from grit_jax.files import UnreachableError
-from grit_jax.inference import GritModel
+from grit_jax.inference import EmbeddingBatch, GritModel
 from grit_jax.prompts import TokenizedPrompt
 from grit_jax.serve.metrics import Metrics
 from grit_jax.serve.protocol import RequestError
@@ -38,18 +37,26 @@ class _Stopped(Exception):
 
 
 class _Texts:
-    """Texts of one request that are embedded."""
+    """Texts of one request that are embedded: those that wait with their places, and the vectors of the others."""
 
     def __init__(self, texts: Sequence[TokenizedPrompt], future: asyncio.Future[np.ndarray]):
-        self.waiting, self.future = deque(texts), future
-        self.vectors: list[np.ndarray] = []
+        self.waiting, self.future = deque(enumerate(texts)), future
+        self.vectors: dict[int, np.ndarray] = {}
+
+
+class _Embedding(NamedTuple):
+    """Texts under way: the request of each and its place there, and the batches that hold them."""
+
+    owners: list[tuple[_Texts, int]]
+    batches: list[EmbeddingBatch]
 
 
 class Scheduler:
     """Runs a model for requests of an event loop, in a thread of its own.
 
     Each turn embeds one packed batch of the texts that wait and writes one block of the answers that are under way, so
-    neither kind of request keeps the other waiting for longer.
+    neither kind of request keeps the other waiting for longer. While the device does one of them, the thread takes the
+    results of the other and makes its next call ready.
 
     Args:
       model: Embeds.
@@ -75,6 +82,7 @@ class Scheduler:
         self._wake = threading.Condition()
         self._commands: deque[Callable[[], None]] = deque()
         self._texts: deque[_Texts] = deque()
+        self._embedding: _Embedding | None = None
         self._sinks: dict[Continuation, Callable[[Block | Exception], None]] = {}
         self._calls: deque[Callable[[], None]] = deque()
         self._places: dict[Kind, int] = {"embed": 0, "write": 0}
@@ -200,8 +208,13 @@ class Scheduler:
                 self._take_commands()
                 if self._calls:
                     self._calls.popleft()()
-                self._embed_some()
-                self._write_some()
+                with self._timed("write"):
+                    self._engine.start()
+                with self._timed("embed"):
+                    self._finish_embedding()
+                    self._embedding = self._start_embedding()
+                with self._timed("write"):
+                    self._finish_writing()
         except _Stopped:
             pass
         except Exception:  # of the device, whose state is lost
@@ -221,7 +234,8 @@ class Scheduler:
                 commands, self._commands = self._commands, deque()
             for command in commands:
                 command()
-            if self._stopped or self._texts or self._calls or self._engine.is_busy or self._did_idle():
+            busy = self._texts or self._embedding or self._calls or self._engine.is_busy
+            if self._stopped or busy or self._did_idle():
                 return
             with self._wake:
                 if not self._commands:
@@ -234,44 +248,55 @@ class Scheduler:
             _log.exception("what is done while nobody waits failed")
             return True
 
-    def _embed_some(self) -> None:
-        """Embeds the texts that have waited longest, as many as go through the model at a time.
+    def _start_embedding(self) -> _Embedding | None:
+        """Gives the device the texts that have waited longest, as many as go through the model at a time.
 
         A request with more of them comes last then, so that it does not keep the others waiting.
         """
-        taken: list[tuple[_Texts, TokenizedPrompt]] = []
+        taken: list[tuple[_Texts, int, TokenizedPrompt]] = []
         num_tokens = 0
         while self._texts:
             job = self._texts[0]
             if job.future.cancelled() or not job.waiting:
                 self._texts.popleft()
                 continue
-            num_tokens += len(job.waiting[0].tokens)
+            place, text = job.waiting[0]
+            num_tokens += len(text.tokens)
             if taken and num_tokens > self._model.batch_tokens:
                 if taken[-1][0] is job:
                     self._texts.rotate(-1)
                 break
-            taken.append((job, job.waiting.popleft()))
+            job.waiting.popleft()
+            taken.append((job, place, text))
         if not taken:
-            return
-        with _timed(self._metrics.device_seconds.labels("embed")):
-            vectors = self._model.embed([text for _, text in taken])
-        self._metrics.tokens.labels("embedded").inc(sum(len(text.tokens) for _, text in taken))
-        for (job, _), vector in zip(taken, vectors, strict=True):
-            job.vectors.append(vector)
-        for job in dict.fromkeys(job for job, _ in taken):
-            if not job.waiting:
-                _settle(job.future, np.stack(job.vectors))
+            return None
+        texts = [text for *_, text in taken]
+        self._metrics.tokens.labels("embedded").inc(sum(len(text.tokens) for text in texts))
+        return _Embedding([(job, place) for job, place, _ in taken], list(self._model.start_embedding(texts)))
 
-    def _write_some(self) -> None:
-        if not self._engine.is_busy:
+    def _finish_embedding(self) -> None:
+        if not self._embedding:
             return
-        with _timed(self._metrics.device_seconds.labels("write")):
-            blocks = self._engine.step()
-        for block in blocks:
+        owners, batches = self._embedding
+        for batch in batches:
+            for number, vector in zip(batch.places, batch.vectors(), strict=True):
+                job, place = owners[number]
+                job.vectors[place] = vector
+        for job in dict.fromkeys(job for job, _ in owners):
+            if not job.waiting:
+                _settle(job.future, np.stack([vector for _, vector in sorted(job.vectors.items())]))
+
+    def _finish_writing(self) -> None:
+        for block in self._engine.finish():
             self._metrics.tokens.labels("written").inc(len(block.tokens))
             sink = self._sinks.pop(block.continuation) if block.finish else self._sinks[block.continuation]
             sink(block)
+
+    @contextmanager
+    def _timed(self, work: Kind) -> Generator[None]:
+        started = time.perf_counter()
+        yield
+        self._metrics.device_seconds.labels(work).inc(time.perf_counter() - started)
 
 
 def _settle(future: asyncio.Future[T], result: T | None = None, *, error: Exception | None = None) -> None:
@@ -285,10 +310,3 @@ def _settle(future: asyncio.Future[T], result: T | None = None, *, error: Except
                 future.set_result(cast(T, result))
 
     future.get_loop().call_soon_threadsafe(settle)
-
-
-@contextmanager
-def _timed(histogram: Histogram) -> Generator[None]:
-    started = time.perf_counter()
-    yield
-    histogram.observe(time.perf_counter() - started)

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 
+import numpy as np
 import pytest
 from safetensors import SafetensorError
 
@@ -38,6 +39,19 @@ def test_a_large_request_does_not_keep_a_small_one_waiting(model):
 
     with running(model) as scheduler:
         assert asyncio.run(both()) == ["small", "large"]
+
+
+def test_vectors_of_many_batches_come_in_the_order_of_their_texts(model):
+    texts = model.embedding_prompts(["word " * (1 + number % 60) + str(number) for number in range(300)])
+    assert sum(len(text.tokens) for text in texts) > 3 * model.batch_tokens
+
+    async def both():
+        return await asyncio.gather(scheduler.embed(texts), scheduler.embed(texts[::-1]))
+
+    with running(model) as scheduler:
+        forwards, backwards = asyncio.run(both())
+    np.testing.assert_allclose(forwards, backwards[::-1], atol=1e-5)
+    np.testing.assert_allclose(forwards, [model.embed([text])[0] for text in texts], atol=1e-5)
 
 
 @pytest.mark.parametrize("error", [OSError("gone"), SafetensorError("cut")])
