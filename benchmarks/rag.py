@@ -31,7 +31,8 @@ from typing import Any, NamedTuple
 import common
 import jax
 import numpy as np
-from claim import CONFIGS, markdown_table
+from claim import CONFIGS
+from claim_report import markdown_table
 
 from grit_jax import GritModel, files, prompts, sharding
 from grit_jax.checkpoint import CheckpointMetadata, save_params

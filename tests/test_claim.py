@@ -1,10 +1,13 @@
 """The script that compares one model of both skills with one of each."""
 
-import importlib.util
+import dataclasses
+import gzip
 import json
 import subprocess
 import sys
 
+import claim
+import claim_report
 import numpy as np
 import pytest
 import scipy.stats
@@ -15,9 +18,6 @@ from grit_jax.evaluation.compare import compare
 from grit_jax.evaluation.suite import Suite
 from tests.runs import ROOT, environment
 
-spec = importlib.util.spec_from_file_location("claim", ROOT / "benchmarks/claim.py")
-claim = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(claim)
 SHARED = ROOT.parent / "shared/data"
 needs_shared = pytest.mark.skipif(not SHARED.exists(), reason="needs the shared data beside the checkout")
 
@@ -86,22 +86,47 @@ def prepared(tmp_path):
     return tmp_path / "output"
 
 
-def test_what_was_made_from_other_data_is_refused_and_an_old_mark_is_filled_in(prepared):
+def test_what_was_made_from_other_data_is_refused(prepared):
     data = prepared.parent / "data"
     claim.prepare(data, prepared)
     with pytest.raises(InputError, match=r"output was made from --data .*/data, not .*/other; choose another --output"):
         claim.prepare(data.parent / "other", prepared)
-    (prepared / "data/done").write_text("")
-    claim.prepare(data, prepared)
-    assert (prepared / "data/done").read_text() == str(data.resolve())
 
 
 def test_a_run_of_other_steps_is_refused(tmp_path):
     folder = tmp_path / "0/unified"
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text("train: {steps: 200}\n")
-    with pytest.raises(InputError, match=r"0/unified is a run of train.steps=200, not 20; give --train.steps=200, or"):
-        claim.measure(claim.CONFIGS / "unified.yaml", tmp_path, "unified", 0, {"train.steps": 20}, Suite((), 8, 0))
+    study = claim.Study(claim.CONFIGS / "unified.yaml", {"train.steps": 20}, tmp_path)
+    with pytest.raises(InputError, match=r"0/unified was trained with other settings \(train.steps: 200 -> 20\); put"):
+        study.measure("unified", 0, Suite((), 8, 0), {})
+
+
+def test_a_kept_result_stands_for_its_model_with_the_same_settings_and_tasks_only(tmp_path, monkeypatch):
+    class Trained(Exception):
+        pass
+
+    def train(config):
+        raise Trained
+
+    monkeypatch.setattr(claim, "Trainer", train)
+    study = claim.Study(claim.CONFIGS / "unified.yaml", {"train.steps": 20}, tmp_path)
+    with pytest.raises(Trained):
+        study.measure("embedding", 3, Suite((), 8, 0), {"train.mode": "embedding"})
+    config = claim.load_config(study.config, ["--train.seed=3", "--train.mode=embedding", "--train.steps=20"])
+    kept = result({claim_report.HELD_OUT: "loss_per_token"}, config=claim.dump_config(config))
+    claim_report.write_result(tmp_path / "results", 3, "embedding", kept)
+    task = claim.Perplexity(claim_report.HELD_OUT, "held_out.jsonl")
+    study.measure("embedding", 3, Suite((task,), 8, 0), {"train.mode": "embedding"})
+    with pytest.raises(Trained):
+        study.measure("embedding", 3, Suite((dataclasses.replace(task, name="other"),), 8, 0),
+                      {"train.mode": "embedding"})  # fmt: skip
+    other = claim.Study(study.config, {"train.steps": 20, "loss.temperature": 0.5}, tmp_path)
+    with pytest.raises(InputError, match=r"seed 3's embedding .* settings \(loss.temperature: 0.05 -> 0.5\); put them"):
+        other.measure("embedding", 3, Suite((task,), 8, 0), {"train.mode": "embedding"})
+    (tmp_path / "results/3/embedding.json").write_text("{}")
+    with pytest.raises(InputError, match=r"results/3/embedding.json: is no result of this script; remove it"):
+        study.measure("embedding", 3, Suite((task,), 8, 0), {"train.mode": "embedding"})
 
 
 def test_unknown_ablations_are_refused_before_any_work(monkeypatch, tmp_path, capsys):
@@ -112,53 +137,67 @@ def test_unknown_ablations_are_refused_before_any_work(monkeypatch, tmp_path, ca
     assert not list(tmp_path.iterdir())
 
 
+def result(metrics, rng=np.random.default_rng(0), **fields):
+    """What is kept of a model with random scores."""
+    examples = {task: rng.uniform(0.3, 0.5, (50, 2) if task == claim_report.HELD_OUT else 50) for task in metrics}
+    tasks = {
+        task: {"metric": metric, "main_score": float(examples[task].mean()), "interval": [0.3, 0.5]}
+        for task, metric in metrics.items()
+    }
+    fields = {"config": "train: {steps: 200}\n", "wall_seconds": 10.0} | fields
+    return claim_report.Result(
+        devices="1 x cpu", tasks=tasks, examples={task: values.tolist() for task, values in examples.items()},
+        losses={"embedding": [[1, 2], [3.0, 2.0]], "generative": [[1, 2], [9.0, 8.0]]}, tokens=10,
+        training_seconds=4.0, **fields,
+    )  # fmt: skip
+
+
 @pytest.fixture
 def measured(tmp_path):
-    """Two seeds of reports and examples; of ablations, one that is whole and one that is not."""
+    """Results of two seeds, of which one was stopped in between, and of an ablation."""
     rng = np.random.default_rng(0)
-    metrics = {claim.HELD_OUT: "loss_per_token", **dict.fromkeys(claim.PRIMARY, "ndcg_at_10"), "mmlu": "accuracy"}
+    metrics = {claim_report.HELD_OUT: "loss_per_token", **dict.fromkeys(claim_report.PRIMARY, "ndcg_at_10")}
     for seed in (0, 1):
-        for name in ("untrained", *claim.MODELS, "ablation_no_packing", "ablation_causal"):
-            folder = tmp_path / str(seed) / name
-            (folder / "examples").mkdir(parents=True)
-            tasks = {}
-            for task, metric in metrics.items():
-                shape = (50, 2) if task == claim.HELD_OUT else 50
-                values = rng.uniform(0.3, 0.5, shape)
-                np.save(folder / f"examples/{task}.npy", values)
-                tasks[task] = {"metric": metric, "main_score": float(values.mean()), "interval": [0.3, 0.5]}
-            if name == "ablation_causal":
-                del tasks[claim.HELD_OUT]
-            tasks["mmlu"]["chance"] = 0.6
-            (folder / "report.json").write_text(json.dumps({"tasks": tasks}))
-            if name != "untrained" or seed:
-                (folder / "seconds.txt").write_text("10.0\n")
-            (folder / "metrics.jsonl").write_text('{"step": 1, "tokens": 5, "step_seconds": 2.0}\n')
-            (folder / "config.yaml").write_text("train: {steps: 200}\n")
+        for name in ("untrained", *claim_report.MODELS, "ablation_no_packing"):
+            found = result(metrics | {"mmlu": "accuracy"}, rng)
+            found.tasks["mmlu"]["chance"] = 0.6
+            if name == "untrained" and not seed:
+                found = dataclasses.replace(found, wall_seconds=None)
+            claim_report.write_result(tmp_path, seed, name, found)
+    claim_report.write_bm25(tmp_path, {"scifact": {"main_score": 0.6, "interval": [0.55, 0.65]}})
     return tmp_path
 
 
-def test_every_ablation_that_is_whole_is_summed_up_and_seconds_where_all_are_known(measured):
-    summary = claim.summarize(measured, [0, 1], Suite((), 8, 0))
+def summary_of(results, seeds):
+    return claim_report.summarize(results, seeds, claim.known_ablations())
+
+
+def test_every_ablation_that_was_measured_is_summed_up_and_seconds_where_all_are_known(measured):
+    summary = summary_of(measured, [0, 1])
     assert list(summary["ablations"]) == ["no_packing"] and "packing" not in summary
-    assert "no_packing" in claim.tables(summary)["ablations"]
+    assert "no_packing" in claim_report.tables(summary)["ablations"]
     assert summary["wall_seconds"] == {"1": 40.0}
-    baseline = measured / "0/ablation_baseline"
-    baseline.mkdir()
-    (baseline / "report.json").write_text((measured / "0/unified/report.json").read_text())
-    summary = claim.summarize(measured, [0, 1], Suite((), 8, 0))
+    claim_report.write_result(measured, 0, "ablation_baseline", claim_report.read_result(measured, 0, "unified"))
+    summary = summary_of(measured, [0, 1])
     one, other = (summary["ablations"][name]["loss per token"] for name in ("baseline", "no_packing"))
     assert summary["packing"]["loss per token"] == pytest.approx(one / other - 1)
-    assert f"{one / other - 1:+.1e}" in claim.tables(summary)["packing"]
+    assert f"{one / other - 1:+.1e}" in claim_report.tables(summary)["packing"]
+
+
+def test_a_seed_without_all_models_is_refused(measured):
+    (measured / "1/generative.json").unlink()
+    with pytest.raises(InputError, match="has no generative model of seed 1; leave the seed out or measure it"):
+        summary_of(measured, [0, 1])
 
 
 def test_tables_of_several_seeds_say_what_their_brackets_are_and_have_both_intervals(measured):
-    several = claim.summarize(measured, [0, 1], Suite((), 8, 0))
-    found = claim.tables(several)
+    several = summary_of(measured, [0, 1])
+    found = claim_report.tables(several)
     assert found["tasks"].startswith("| task: mean (lowest to highest of 2 seeds) |")
+    assert "| 0.600 (0.550 to 0.650) |" in found["tasks"]
     assert "of the seeds by t" in found["claim"]
     assert all(len(one["by_run"]) == 2 and one["run_interval"] for one in several["claim"].values())
-    alone = claim.tables(claim.summarize(measured, [0], Suite((), 8, 0)))
+    alone = claim_report.tables(summary_of(measured, [0]))
     assert alone["tasks"].startswith("| task | metric | BM25 |") and "by t" not in alone["claim"]
 
 
@@ -166,37 +205,80 @@ def test_tables_of_several_seeds_say_what_their_brackets_are_and_have_both_inter
     ("chance", "mark"), [(0.2, ""), (0.3, " at chance"), (0.4, " at chance"), (0.6, " below chance")]
 )
 def test_what_an_interval_says_of_chance_stands_behind_a_score(chance, mark):
-    seeds = {str(seed): {"t": {"main_score": 0.4, "interval": bounds, "chance": chance}}
-             for seed, bounds in enumerate(([0.25, 0.45], [0.35, 0.55]))}  # fmt: skip
-    assert claim._cell(seeds, "t") == f"0.400 (0.400 to 0.400){mark}"
+    seeds = [{"main_score": 0.4, "interval": bounds, "chance": chance} for bounds in ([0.25, 0.45], [0.35, 0.55])]
+    assert claim_report._cell(seeds) == f"0.400 (0.400 to 0.400){mark}"
+
+
+def smaller(source, target):
+    """Every twentieth line of each file of training and evaluation data; of a collection all that some queries need."""
+    for path in (*source.glob("train/*/*.jsonl*"), *source.glob("eval/**/*.jsonl*"), *source.glob("eval/sts/*.tsv")):
+        if path.parent.parent.name != "retrieval":
+            write(target / path.relative_to(source), lines(path)[::20])
+    for qrels in source.glob("eval/retrieval/*/qrels/test.tsv"):
+        folder = qrels.parents[1]
+        head, *judgements = lines(qrels)
+        judged = set().union(*(row.split()[:2] for row in judgements[:30]))
+        write(target / qrels.relative_to(source), [head, *(row for row in judgements if row.split()[0] in judged)])
+        for path in folder.glob("*.jsonl*"):
+            wanted = judged | {row.split()[1] for row in judgements if row.split()[0] in judged}
+            rows = [row for row in lines(path) if json.loads(row)["_id"] in wanted]
+            write(target / path.relative_to(source), rows)
+
+
+def lines(path):
+    with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
+        return list(file)
+
+
+def write(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = "".join(rows).encode()
+    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
 
 
 @pytest.mark.long
 @needs_shared
 def test_the_whole_comparison_at_toy_size_goes_on_where_it_was_and_its_tables_are_its_figures(tmp_path):
-    command = [
-        sys.executable, ROOT / "benchmarks/claim.py", "--output", tmp_path / "claim", "--docs", tmp_path / "docs",
-        "--ablations", "baseline", "no_packing", "--model.architecture.embed_dim=32", "--train.steps=2",
-        "--model.architecture.mlp_dim=48", "--model.architecture.num_layers=1", "--data.embedding_batch=8",
-        "--data.generative_batch=4",
-    ]  # fmt: skip
-    for _ in range(2):
-        variables = environment(optimized=True)
-        done = subprocess.run(list(map(str, command)), env=variables, capture_output=True, text=True, timeout=3000)
+    smaller(SHARED, tmp_path / "data")
+
+    def run(output):
+        command = [
+            sys.executable, ROOT / "benchmarks/claim.py", "--data", tmp_path / "data", "--output", output,
+            "--docs", tmp_path / "docs", "--ablations", "baseline", "no_packing", "one_file", "--train.steps=2",
+            "--model.architecture.embed_dim=32", "--model.architecture.mlp_dim=48", "--model.architecture.num_layers=1",
+            "--data.embedding_batch=8", "--data.generative_batch=4",
+        ]  # fmt: skip
+        done = subprocess.run(
+            list(map(str, command)), env=environment(optimized=True), capture_output=True, text=True, timeout=3000
+        )
         assert done.returncode == 0, done.stderr[-3000:]
-    assert "kept, ndcg_at_10" in done.stderr and "step 1/" not in done.stderr + done.stdout
+        return done.stdout
+
+    tables = run(tmp_path / "claim").split("\nclaim\n")[1]
     summary = json.loads((tmp_path / "docs/claim.json").read_text())
     assert (tmp_path / "docs/claim.png").stat().st_size > 10_000
     assert all(abs(difference) < 1e-3 for difference in summary["packing"].values())
-    for table in claim.tables(summary).values():
-        assert table in done.stdout
+    for table in claim_report.tables(summary).values():
+        assert table in tables
     ours = summary["claim"]["mean nDCG@10"]
-    scores = [summary["models"]["unified"]["0"][task]["main_score"] for task in claim.PRIMARY]
+    scores = [summary["models"]["unified"]["0"][task]["main_score"] for task in claim_report.PRIMARY]
     assert np.isclose(ours["value"], np.mean(scores))
 
+    # A kept result is enough; without one the run's checkpoint and report are.
+    (tmp_path / "claim/results/0/embedding.json").unlink()
+    again = run(tmp_path / "claim")
+    assert again.count(": kept\n") == 6 and "step 1/" not in again and again.endswith(tables)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "docs/results").rename(tmp_path / "elsewhere/results")
+    elsewhere = run(tmp_path / "elsewhere")
+    assert elsewhere.count(": kept\n") == 7 and elsewhere.endswith(tables)
+    assert json.loads((tmp_path / "docs/claim.json").read_text()) == summary
 
-def test_the_page_has_the_tables_that_the_script_wrote():
+
+def test_the_page_has_the_tables_that_the_script_wrote_and_they_follow_from_the_results():
     page = (ROOT / "docs/claim.md").read_text()
     summary = json.loads((ROOT / "docs/claim/claim.json").read_text())
-    for table in claim.tables(summary).values():
+    for table in claim_report.tables(summary).values():
         assert table in page
+    again = summary_of(ROOT / "docs/claim/results", summary["seeds"])
+    assert json.loads(json.dumps(again)) == summary

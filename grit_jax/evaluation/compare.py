@@ -71,8 +71,7 @@ def compare(runs: Runs, reference: Runs, score: Callable[[np.ndarray], float] = 
         return figure(runs), figure(reference)
 
     def difference(places: Sequence[int], drawn: Sequence[np.ndarray]) -> float:
-        ours, theirs = figures(places, drawn)
-        return (ours - theirs) / theirs
+        return _relative(*figures(places, drawn))
 
     everything = [np.arange(len(task)) for task in tasks]
     differences = []
@@ -80,10 +79,16 @@ def compare(runs: Runs, reference: Runs, score: Callable[[np.ndarray], float] = 
         drawn = [generator.integers(len(task), size=len(task)) for task in tasks]
         differences.append(difference(generator.integers(len(runs), size=len(runs)).tolist(), drawn))
     by_run = tuple(difference([place], everything) for place in range(len(runs)))
+    value, theirs = figures(range(len(runs)), everything)
     return Comparison(
-        *figures(range(len(runs)), everything),
-        difference(range(len(runs)), everything),
+        value,
+        theirs,
+        _relative(value, theirs),
         percentile_interval(differences),
         by_run,
         t_interval(by_run) if len(runs) > 1 else None,
     )
+
+
+def _relative(value: float, reference: float) -> float:
+    return (value - reference) / reference

@@ -121,15 +121,11 @@ def _side_files(name: str, output: Path | None, examples: Path | None) -> dict[s
 
 
 def _is_whole(found: Entry, side_files: dict[str, Path]) -> bool:
-    """Whether the files of a finished task are there, with what it wrote.
-
-    A report of an earlier version does not say what that was; there examples need only be there.
-    """
-    written = found.get("written")
-    wanted = [kind for kind in side_files if kind == "examples" or kind in (written or {})]
-    return all(
-        side_files[kind].exists() and (written is None or written.get(kind) == file_digest(side_files[kind]))
-        for kind in wanted
+    """Whether the files of a finished task are there, with what it wrote."""
+    written = found.get("written", {})
+    wanted = {"examples", *written} & side_files.keys()
+    return "written" in found and all(
+        side_files[kind].exists() and written.get(kind) == file_digest(side_files[kind]) for kind in wanted
     )
 
 
