@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -116,8 +117,10 @@ def candidates(config: Config, topology: Topology, lengths: Lengths) -> Iterator
         work = (
             3 + {"dots": 0.1, "full": 1.0, "offload": 1.05}[remat] + (chunks > 1) * embedding / (embedding + generative)
         )
-        # Tensor parallelism adds a collective to every product.
-        yield Candidate(changed, overrides, memory, work * (1 + 0.05 * (tensor - 1)))
+        # Tensor parallelism adds a collective to every product, and smaller products run at a lower rate.
+        passes = -(-rows // (layer_rows or rows))
+        work *= (1 + 0.05 * (tensor - 1)) * (1 + 0.1 * math.log2(passes))
+        yield Candidate(changed, overrides, memory, work)
 
 
 def _memory(config: Config, tensor: int, shards: int, rows: int) -> float:
