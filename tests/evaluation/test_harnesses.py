@@ -1,7 +1,12 @@
 """The same figures from the field's own harnesses: mteb, lm-eval and sentence-transformers' evaluators."""
 
+import json
+import subprocess
+import sys
+
 import numpy as np
 import pytest
+import yaml
 
 from grit_jax.config import InputError
 from grit_jax.evaluation.retrieval import read_collection
@@ -12,6 +17,7 @@ from grit_jax.loading import open_model
 from tests.evaluation.conftest import save_checkpoint
 from tests.evaluation.tasks import WORDS, write_all, write_jsonl, write_suite
 from tests.models import weights
+from tests.runs import environment
 
 # The harnesses and what they import warn of their own affairs.
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -132,15 +138,19 @@ def lm_eval():
     return pytest.importorskip("lm_eval")
 
 
+def write_task(folder, task):
+    """A task of lm-eval's own format, `local`, on local rows."""
+    given = {"task": "local", "dataset_path": "json", "test_split": "test", **task}
+    (folder / "local.yaml").write_text(yaml.safe_dump(given))
+
+
 def run_lm_eval(lm_eval, model, folder, task, **options):
-    """The scores of a task of its own format on local rows."""
-    import yaml
+    """Its scores and samples."""
     from lm_eval.tasks import TaskManager
 
     from grit_jax.evaluation.lm_eval_model import LMEvalModel
 
-    given = {"task": "local", "dataset_path": "json", "test_split": "test", **task}
-    (folder / "local.yaml").write_text(yaml.safe_dump(given))
+    write_task(folder, task)
     manager = TaskManager(include_path=str(folder), include_defaults=False)
     result = lm_eval.simple_evaluate(
         LMEvalModel(model), tasks=["local"], task_manager=manager, bootstrap_iters=0, **options
@@ -148,24 +158,46 @@ def run_lm_eval(lm_eval, model, folder, task, **options):
     return result["results"]["local"], result["samples"]["local"]
 
 
-def test_lm_eval_chooses_as_we_do(lm_eval, model, tmp_path):
+@pytest.fixture(scope="module")
+def choices(tmp_path_factory):
+    """Rows of multiple choice, and lm-eval's task of them."""
+    folder = tmp_path_factory.mktemp("choices")
     rows = [
         {"question": f"What is {word}?", "choices": ["color", "number", "animal"], "answer": "ABC"[n % 3]}
         for n, word in enumerate(WORDS)
     ]
-    write_jsonl(tmp_path / "choices.jsonl", rows)
-    found = ours(model, tmp_path, {"name": "t", "type": "multiple_choice", "path": "choices.jsonl"})
-    scores, _ = run_lm_eval(
-        lm_eval, model, tmp_path,
-        {
-            "dataset_kwargs": {"data_files": {"test": str(tmp_path / "choices.jsonl")}},
-            "output_type": "multiple_choice",
-            "doc_to_text": "{{question}}\nA. {{choices[0]}}\nB. {{choices[1]}}\nC. {{choices[2]}}\nAnswer:",
-            "doc_to_choice": ["A", "B", "C"], "doc_to_target": "answer", "gen_prefix": "The answer is",
-            "metric_list": [{"metric": "acc"}],
-        },
-        apply_chat_template=True,
-    )  # fmt: skip
+    write_jsonl(folder / "choices.jsonl", rows)
+    return folder, {
+        "dataset_kwargs": {"data_files": {"test": str(folder / "choices.jsonl")}},
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{question}}\nA. {{choices[0]}}\nB. {{choices[1]}}\nC. {{choices[2]}}\nAnswer:",
+        "doc_to_choice": ["A", "B", "C"], "doc_to_target": "answer", "gen_prefix": "The answer is",
+        "metric_list": [{"metric": "acc"}],
+    }  # fmt: skip
+
+
+def test_lm_eval_chooses_as_we_do(lm_eval, model, choices):
+    folder, task = choices
+    found = ours(model, folder, {"name": "t", "type": "multiple_choice", "path": "choices.jsonl"})
+    scores, _ = run_lm_eval(lm_eval, model, folder, task, apply_chat_template=True)
+    assert scores["acc,none"] == pytest.approx(score(found))
+
+
+def test_lm_eval_s_command_knows_the_model_by_name(lm_eval, checkpoint, choices):
+    from grit_jax.inference import GritModel
+
+    folder, task = choices
+    found = ours(GritModel.load(checkpoint), folder, {"name": "t", "type": "multiple_choice", "path": "choices.jsonl"})
+    write_task(folder, task)
+    command = [
+        sys.executable, "-m", "grit_jax.evaluation.lm_eval_model", "--model", "grit_jax",
+        "--model_args", f"pretrained={checkpoint}", "--include_path", folder, "--tasks", "local",
+        "--apply_chat_template", "--output_path", folder / "scores.json",
+    ]  # fmt: skip
+    done = subprocess.run(list(map(str, command)), env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (path,) = folder.rglob("scores*.json")
+    scores = json.loads(path.read_text())["results"]["local"]
     assert scores["acc,none"] == pytest.approx(score(found))
 
 
