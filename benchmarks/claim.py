@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import gzip
 import hashlib
 import json
@@ -56,17 +57,18 @@ from claim_report import (
 )
 
 from grit_jax import files
-from grit_jax.config import Config, InputError, config_differences, dump_config, load_config, parse_config
+from grit_jax.config import InputError, config_differences, dump_config, load_config, parse_config
 from grit_jax.data.records import EmbeddingRecord, Record, texts
 from grit_jax.data.sources import find_files, open_source, read_texts
 from grit_jax.evaluation.likelihood import Perplexity
-from grit_jax.evaluation.report import interval
+from grit_jax.evaluation.report import file_digest, fingerprint, interval
 from grit_jax.evaluation.retrieval import Ranking, Retrieval, bm25_scores, outcome, read_collection
 from grit_jax.evaluation.run import evaluate
 from grit_jax.evaluation.suite import Suite, load_suite
 from grit_jax.tokenizer import train_bpe
 from grit_jax.train.loop import Trainer
 from grit_jax.train.metrics import read_metrics
+from grit_jax.train.resolve import MAY_DIFFER
 from grit_jax.watch.folder import CONFIG
 from grit_jax.watch.plot import series
 
@@ -78,6 +80,8 @@ _ONE_IN = 20
 _VOCAB_SIZE = 8192
 _ABLATION_STEPS = 100
 _KEPT = ("metric", "main_score", "interval", "chance")  # of what the report says of a task
+_PATHS = ("model.tokenizer", "data.train", "data.validation", "train.output")
+_MAY_DIFFER = tuple(key for key in MAY_DIFFER if key != "train.steps")
 
 
 def prepare(data: Path, output: Path) -> None:
@@ -173,25 +177,31 @@ class Study:
         Raises:
           InputError: It was trained or measured with other settings.
         """
-        settings = load_config(self.config, _options({"train.seed": seed, **changes, **self.settings}))
+        text = dump_config(load_config(self.config, _options({"train.seed": seed, **changes, **self.settings})))
+        marks = {task.name: fingerprint(task, suite, "") for task in suite.tasks}
         earlier = read_result(self.output / RESULTS, seed, name)
         if earlier:
-            _refuse(config_differences(parse_config(earlier.config), settings), self.output, f"seed {seed}'s {name}")
-            if earlier.tasks.keys() >= {task.name for task in suite.tasks}:
+            self._check(f"seed {seed}'s {name}", earlier, text)
+            if earlier.marks == marks:
                 print(f"seed {seed}, {name}: kept")
                 return
+            print(f"seed {seed}, {name}: measured again, as tasks or their data have changed")
         folder, begun = self.output / str(seed) / name, time.monotonic()
         is_new = not folder.exists()
-        paths = {
-            "model.tokenizer": self.output / "tokenizer",
-            "data.train": train_data or self.output / "data/train",
-            "data.validation": self.output / "data/held_out",
-            "train.output": folder,
-        }
-        text = dump_config(settings)
-        given = parse_config(text, _options(paths))
+        paths = (
+            self.output / "tokenizer",
+            train_data or self.output / "data/train",
+            self.output / "data/held_out",
+            folder,
+        )
+        given = parse_config(text, _options(dict(zip(_PATHS, paths, strict=True))))
         if (folder / CONFIG).exists():  # the trainer compares all else
-            _refuse(_steps_differ(load_config(folder / CONFIG), given), self.output, str(folder))
+            steps = load_config(folder / CONFIG).train.steps
+            if steps != given.train.steps:
+                raise InputError(
+                    f"{folder} is a run of train.steps={steps}, not {given.train.steps}; give --train.steps={steps}, "
+                    "or choose another --output"
+                )
         trainer = Trainer(given)
         if trained and not trainer.fit():
             raise SystemExit(75)
@@ -202,7 +212,9 @@ class Study:
         lines = read_metrics(folder / "metrics.jsonl")
         result = Result(
             config=text,
+            data=self.data,
             devices=f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+            marks=marks,
             tasks={task: {key: one[key] for key in _KEPT if key in one} for task, one in report.items()},
             examples={
                 task: np.load(folder / "examples" / f"{task}.npy").tolist() for task in (HELD_OUT, *PRIMARY)
@@ -213,25 +225,31 @@ class Study:
             },
             tokens=int(sum(line["tokens"] for line in lines)),
             training_seconds=sum(line["step_seconds"] for line in lines),
-            wall_seconds=time.monotonic() - begun if is_new else None,
+            wall_seconds=time.monotonic() - begun if is_new else earlier.wall_seconds if earlier else None,
         )  # fmt: skip
         write_result(self.output / RESULTS, seed, name, result)
+
+    @functools.cached_property
+    def data(self) -> str:
+        """Digest of the training data and the tokenizer."""
+        digest = hashlib.sha256()
+        for path in sorted([*self.output.glob("data/train/*/*"), *self.output.glob("tokenizer/*")]):
+            digest.update(bytes.fromhex(file_digest(path)))
+        return digest.hexdigest()[:16]
+
+    def _check(self, what: str, earlier: Result, config: str) -> None:
+        differences = config_differences(parse_config(earlier.config), parse_config(config), ignore=_MAY_DIFFER)
+        if earlier.data != self.data:
+            differences.append(f"data: {earlier.data} -> {self.data}")
+        if differences:
+            raise InputError(
+                f"{what} was trained with something else ({'; '.join(differences)}); put it back, or choose another "
+                f"--output than {self.output}"
+            )
 
 
 def _options(settings: Mapping[str, Any]) -> list[str]:
     return [f"--{key}={value}" for key, value in settings.items()]
-
-
-def _steps_differ(old: Config, new: Config) -> list[str]:
-    return [line for line in config_differences(old, new) if line.startswith("train.steps:")]
-
-
-def _refuse(differences: Sequence[str], output: Path, what: str) -> None:
-    if differences:
-        raise InputError(
-            f"{what} was trained with other settings ({'; '.join(differences)}); put them back, or choose another "
-            f"--output than {output}"
-        )
 
 
 def bm25(suite: Suite) -> dict[str, Any]:
@@ -260,13 +278,15 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/claim"), help="where everything goes (%(default)s)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of weights and data order (%(default)s)")
     parser.add_argument("--ablations", nargs="*", help="measure these ablations too; without names all of them")
-    parser.add_argument("--docs", type=Path, help="folder that claim.json and its plot are copied to")
+    parser.add_argument("--docs", type=Path, help="folder that the results, claim.json and its plot are copied to")
     args, overrides = parser.parse_known_args()
     more = dict(override.removeprefix("--").split("=", 1) for override in overrides)
     changes = known_ablations()
     ablations = [] if args.ablations is None else args.ablations or list(changes)
     if unknown := [name for name in ablations if name not in changes]:
         parser.error(f"--ablations: no {', '.join(unknown)}; there are {', '.join(changes)}")
+    if fixed := more.keys() & {*_PATHS, "train.seed", "train.mode"}:
+        parser.error(f"{', '.join(sorted(fixed))}: the script chooses these; give --data, --output or --seeds")
     prepare(args.data, args.output)
     study = Study(args.config, more, args.output)
     suite = suite_of("suite.yaml", args.data, args.output)
@@ -283,7 +303,7 @@ def main() -> None:
             {"train.steps": _ABLATION_STEPS, **changes[name]}, train_data=one_file if name == "one_file" else None,
         )  # fmt: skip
     results = args.output / RESULTS
-    if not read_bm25(results):
+    if read_bm25(results).keys() != {task.name for task in suite.tasks if isinstance(task, Retrieval)}:
         write_bm25(results, bm25(suite))
     summary = summarize(results, args.seeds, changes)
     files.write_text(args.output / SUMMARY, json.dumps(summary, indent=2) + "\n")

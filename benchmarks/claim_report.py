@@ -38,7 +38,9 @@ class Result:
 
     Attributes:
       config: Its config as YAML, without paths.
-      devices: What it was trained on.
+      data: Digest of what it was trained on, and of its tokenizer.
+      devices: What it was trained with.
+      marks: Digests of the tasks: their settings and data.
       tasks: Of each task the metric, the main score, its interval and, where there is one, the score of chance.
       examples: Of the primary tasks and the held-out answers, what each example contributes to the main score.
       losses: Of each stream the steps that had samples of it, and the losses there.
@@ -48,7 +50,9 @@ class Result:
     """
 
     config: str
+    data: str
     devices: str
+    marks: dict[str, str]
     tasks: Scores
     examples: dict[str, list[Any]]
     losses: dict[str, list[list[float]]]
@@ -107,10 +111,14 @@ def summarize(results: Path, seeds: Sequence[int], ablations: Iterable[str]) -> 
       ablations: Those of the first seed that have been measured are shown, in this order.
 
     Raises:
-      InputError: A seed's model has not been measured.
+      InputError: A seed's model has not been measured, or on other tasks than the others.
     """
     models = {name: {seed: _needed(results, seed, name) for seed in seeds} for name in (UNTRAINED, *MODELS)}
     first = {name: by_seed[seeds[0]] for name, by_seed in models.items()}
+    if any(result.marks != first["unified"].marks for by_seed in models.values() for result in by_seed.values()):
+        raise InputError(
+            f"{results}: its models were measured on different tasks or data; run the script on them again"
+        )
     config = parse_config(first["unified"].config)
     walls = {
         str(seed): [wall for by_seed in models.values() if (wall := by_seed[seed].wall_seconds) is not None]

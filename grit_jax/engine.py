@@ -188,7 +188,7 @@ class Engine:
         return self.finish()
 
     def start(self) -> None:
-        """The first half of `step`: the device has its work afterwards, and other work can be done meanwhile."""
+        """The first half of `step`: the device has its work then, and the host is free until it calls `finish`."""
         for lane in self._lanes:
             lane.start()
 
@@ -278,6 +278,7 @@ class _Lane:
             self.waiting.remove(continuation)
 
     def start(self) -> None:
+        assert self._started is None, "the last step is not finished"
         while self.waiting and self._free:
             continuation = self.waiting.popleft()
             self.active[continuation] = self._new_row(continuation)

@@ -3,6 +3,7 @@
 import dataclasses
 import gzip
 import json
+import shutil
 import subprocess
 import sys
 
@@ -93,40 +94,73 @@ def test_what_was_made_from_other_data_is_refused(prepared):
         claim.prepare(data.parent / "other", prepared)
 
 
+def result(metrics, rng=np.random.default_rng(0), **fields):
+    """What is kept of a model with random scores."""
+    examples = {task: rng.uniform(0.3, 0.5, (50, 2) if task == claim_report.HELD_OUT else 50) for task in metrics}
+    tasks = {
+        task: {"metric": metric, "main_score": float(examples[task].mean()), "interval": [0.3, 0.5]}
+        for task, metric in metrics.items()
+    }
+    fields = {"config": "train: {steps: 200}\n", "data": "d", "marks": {}, "wall_seconds": 10.0} | fields
+    return claim_report.Result(
+        devices="1 x cpu", tasks=tasks, examples={task: values.tolist() for task, values in examples.items()},
+        losses={"embedding": [[1, 2], [3.0, 2.0]], "generative": [[1, 2], [9.0, 8.0]]}, tokens=10,
+        training_seconds=4.0, **fields,
+    )  # fmt: skip
+
+
 def test_a_run_of_other_steps_is_refused(tmp_path):
     folder = tmp_path / "0/unified"
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text("train: {steps: 200}\n")
     study = claim.Study(claim.CONFIGS / "unified.yaml", {"train.steps": 20}, tmp_path)
-    with pytest.raises(InputError, match=r"0/unified was trained with other settings \(train.steps: 200 -> 20\); put"):
+    with pytest.raises(InputError, match=r"0/unified is a run of train.steps=200, not 20; give --train.steps=200, or"):
         study.measure("unified", 0, Suite((), 8, 0), {})
 
 
-def test_a_kept_result_stands_for_its_model_with_the_same_settings_and_tasks_only(tmp_path, monkeypatch):
+def test_a_kept_result_stands_for_a_model_of_the_same_settings_data_and_tasks_only(tmp_path, monkeypatch):
     class Trained(Exception):
         pass
 
     def train(config):
         raise Trained
 
+    def measure(*, steps=20, length=8, study=claim.Study, **more):
+        settings = {"train.steps": steps, **{name.replace("__", "."): value for name, value in more.items()}}
+        task = claim.Perplexity(claim_report.HELD_OUT, str(tmp_path / "held_out.jsonl"))
+        study(claim.CONFIGS / "unified.yaml", settings, tmp_path).measure(
+            "embedding", 3, Suite((task,), length, 0), {"train.mode": "embedding"}
+        )
+
     monkeypatch.setattr(claim, "Trainer", train)
-    study = claim.Study(claim.CONFIGS / "unified.yaml", {"train.steps": 20}, tmp_path)
+    write(tmp_path / "held_out.jsonl", ['{"text": ["a", "b"]}\n'])
+    write(tmp_path / "data/train/generative/a.jsonl", ['{"text": ["a", "b"]}\n'])
     with pytest.raises(Trained):
-        study.measure("embedding", 3, Suite((), 8, 0), {"train.mode": "embedding"})
+        measure()
+    study = claim.Study(claim.CONFIGS / "unified.yaml", {}, tmp_path)
     config = claim.load_config(study.config, ["--train.seed=3", "--train.mode=embedding", "--train.steps=20"])
-    kept = result({claim_report.HELD_OUT: "loss_per_token"}, config=claim.dump_config(config))
+    task = claim.Perplexity(claim_report.HELD_OUT, str(tmp_path / "held_out.jsonl"))
+    marks = {claim_report.HELD_OUT: claim.fingerprint(task, Suite((task,), 8, 0), "")}
+    kept = result({claim_report.HELD_OUT: "loss_per_token"}, config=claim.dump_config(config), marks=marks,
+                  data=study.data)  # fmt: skip
     claim_report.write_result(tmp_path / "results", 3, "embedding", kept)
-    task = claim.Perplexity(claim_report.HELD_OUT, "held_out.jsonl")
-    study.measure("embedding", 3, Suite((task,), 8, 0), {"train.mode": "embedding"})
+    measure()
+    measure(mesh__fsdp=2, checkpoint__every=7)
     with pytest.raises(Trained):
-        study.measure("embedding", 3, Suite((dataclasses.replace(task, name="other"),), 8, 0),
-                      {"train.mode": "embedding"})  # fmt: skip
-    other = claim.Study(study.config, {"train.steps": 20, "loss.temperature": 0.5}, tmp_path)
-    with pytest.raises(InputError, match=r"seed 3's embedding .* settings \(loss.temperature: 0.05 -> 0.5\); put them"):
-        other.measure("embedding", 3, Suite((task,), 8, 0), {"train.mode": "embedding"})
+        measure(length=9)
+    with pytest.raises(InputError, match=r"3's embedding .*something else \(loss.temperature: 0.05 -> 0.5\); put it"):
+        measure(loss__temperature=0.5)
+    with pytest.raises(InputError, match=r"train.steps: 20 -> 30"):
+        measure(steps=30)
+    write(tmp_path / "held_out.jsonl", ['{"text": ["a", "c"]}\n'])
+    with pytest.raises(Trained):
+        measure()
+    write(tmp_path / "data/train/generative/a.jsonl", ['{"text": ["a", "c"]}\n'])
+    with pytest.raises(InputError, match=r"data: [0-9a-f]{16} -> [0-9a-f]{16}"):
+        measure()
     (tmp_path / "results/3/embedding.json").write_text("{}")
     with pytest.raises(InputError, match=r"results/3/embedding.json: is no result of this script; remove it"):
-        study.measure("embedding", 3, Suite((task,), 8, 0), {"train.mode": "embedding"})
+        measure()
 
 
 def test_unknown_ablations_are_refused_before_any_work(monkeypatch, tmp_path, capsys):
@@ -135,21 +169,6 @@ def test_unknown_ablations_are_refused_before_any_work(monkeypatch, tmp_path, ca
         claim.main()
     assert "--ablations: no no_pack; there are baseline, causal, last_token" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
-
-
-def result(metrics, rng=np.random.default_rng(0), **fields):
-    """What is kept of a model with random scores."""
-    examples = {task: rng.uniform(0.3, 0.5, (50, 2) if task == claim_report.HELD_OUT else 50) for task in metrics}
-    tasks = {
-        task: {"metric": metric, "main_score": float(examples[task].mean()), "interval": [0.3, 0.5]}
-        for task, metric in metrics.items()
-    }
-    fields = {"config": "train: {steps: 200}\n", "wall_seconds": 10.0} | fields
-    return claim_report.Result(
-        devices="1 x cpu", tasks=tasks, examples={task: values.tolist() for task, values in examples.items()},
-        losses={"embedding": [[1, 2], [3.0, 2.0]], "generative": [[1, 2], [9.0, 8.0]]}, tokens=10,
-        training_seconds=4.0, **fields,
-    )  # fmt: skip
 
 
 @pytest.fixture
@@ -187,6 +206,13 @@ def test_every_ablation_that_was_measured_is_summed_up_and_seconds_where_all_are
 def test_a_seed_without_all_models_is_refused(measured):
     (measured / "1/generative.json").unlink()
     with pytest.raises(InputError, match="has no generative model of seed 1; leave the seed out or measure it"):
+        summary_of(measured, [0, 1])
+
+
+def test_models_that_were_measured_on_different_tasks_are_refused(measured):
+    other = dataclasses.replace(claim_report.read_result(measured, 1, "untrained"), marks={"mmlu": "other"})
+    claim_report.write_result(measured, 1, "untrained", other)
+    with pytest.raises(InputError, match="measured on different tasks or data; run the script on them again"):
         summary_of(measured, [0, 1])
 
 
@@ -265,14 +291,14 @@ def test_the_whole_comparison_at_toy_size_goes_on_where_it_was_and_its_tables_ar
     assert np.isclose(ours["value"], np.mean(scores))
 
     # A kept result is enough; without one the run's checkpoint and report are.
-    (tmp_path / "claim/results/0/embedding.json").unlink()
-    again = run(tmp_path / "claim")
-    assert again.count(": kept\n") == 6 and "step 1/" not in again and again.endswith(tables)
     (tmp_path / "elsewhere").mkdir()
-    (tmp_path / "docs/results").rename(tmp_path / "elsewhere/results")
+    shutil.copytree(tmp_path / "docs/results", tmp_path / "elsewhere/results")
     elsewhere = run(tmp_path / "elsewhere")
     assert elsewhere.count(": kept\n") == 7 and elsewhere.endswith(tables)
     assert json.loads((tmp_path / "docs/claim.json").read_text()) == summary
+    (tmp_path / "claim/results/0/embedding.json").unlink()
+    again = run(tmp_path / "claim")
+    assert again.count(": kept\n") == 6 and "step 1/" not in again and again.endswith(tables)
 
 
 def test_the_page_has_the_tables_that_the_script_wrote_and_they_follow_from_the_results():
@@ -280,5 +306,11 @@ def test_the_page_has_the_tables_that_the_script_wrote_and_they_follow_from_the_
     summary = json.loads((ROOT / "docs/claim/claim.json").read_text())
     for table in claim_report.tables(summary).values():
         assert table in page
-    again = summary_of(ROOT / "docs/claim/results", summary["seeds"])
-    assert json.loads(json.dumps(again)) == summary
+    again = json.loads(json.dumps(summary_of(ROOT / "docs/claim/results", summary["seeds"])))
+    for name, one in summary.pop("claim").items():
+        assert again["claim"][name].pop("verdict") == one.pop("verdict")
+        assert again["claim"][name].pop("against") == one.pop("against")
+        for value, other in zip(one.values(), again["claim"][name].values(), strict=True):
+            assert value == pytest.approx(other, rel=1e-9)
+    del again["claim"]
+    assert again == summary

@@ -7,6 +7,7 @@ import pytest
 
 from grit_jax import GritModel, prompts
 from grit_jax.config import EmbeddingConfig, InputError
+from grit_jax.inference import _one_behind
 from grit_jax.model.transformer import abstract_model, bind, stack_layers
 from tests.models import make
 
@@ -36,6 +37,22 @@ def test_batch_mates_batch_size_and_devices_change_nothing(model):
     assert np.allclose(model.encode(TEXTS[::-1], batch_tokens=64)[::-1], vectors, atol=1e-5)
     assert np.allclose(np.concatenate([model.encode([text]) for text in TEXTS[:3]]), vectors[:3], atol=1e-5)
     assert np.allclose(make(devices=4).encode(TEXTS), vectors, atol=1e-5)
+
+
+def test_results_of_a_batch_are_taken_when_the_device_has_the_next():
+    for count in range(4):
+        happened = []
+
+        def batches(count=count, happened=happened):
+            for number in range(count):
+                happened.append(f"given {number}")
+                yield number
+
+        for number in _one_behind(batches()):
+            happened.append(f"taken {number}")
+        assert [event for event in happened if "taken" in event] == [f"taken {number}" for number in range(count)]
+        for number in range(count - 1):
+            assert happened.index(f"given {number + 1}") < happened.index(f"taken {number}")
 
 
 def test_a_vector_is_the_mean_of_the_texts_bidirectional_hidden_states(model):

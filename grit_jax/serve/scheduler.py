@@ -205,16 +205,17 @@ class Scheduler:
         try:
             self._prepare(self._end_if_stopped)
             while not self._stopped:
+                self._wait_for_work()
+                if not self._embedding:
+                    self._start_embedding()
+                with self._timed("write"):
+                    self._engine.start()
+                self._finish_embedding()
                 self._take_commands()
                 if self._calls:
                     self._calls.popleft()()
-                with self._timed("write"):
-                    self._engine.start()
-                with self._timed("embed"):
-                    self._finish_embedding()
-                    self._embedding = self._start_embedding()
-                with self._timed("write"):
-                    self._finish_writing()
+                self._start_embedding()
+                self._finish_writing()
         except _Stopped:
             pass
         except Exception:  # of the device, whose state is lost
@@ -227,19 +228,22 @@ class Scheduler:
         if self._stopped:
             raise _Stopped
 
-    def _take_commands(self) -> None:
-        """Does what the event loop asks for, and waits for it where there is nothing else to do."""
+    def _wait_for_work(self) -> None:
         while True:
-            with self._wake:
-                commands, self._commands = self._commands, deque()
-            for command in commands:
-                command()
+            self._take_commands()
             busy = self._texts or self._embedding or self._calls or self._engine.is_busy
             if self._stopped or busy or self._did_idle():
                 return
             with self._wake:
                 if not self._commands:
                     self._wake.wait()
+
+    def _take_commands(self) -> None:
+        """Does what the event loop has asked for."""
+        with self._wake:
+            commands, self._commands = self._commands, deque()
+        for command in commands:
+            command()
 
     def _did_idle(self) -> bool:
         try:
@@ -248,7 +252,7 @@ class Scheduler:
             _log.exception("what is done while nobody waits failed")
             return True
 
-    def _start_embedding(self) -> _Embedding | None:
+    def _start_embedding(self) -> None:
         """Gives the device the texts that have waited longest, as many as go through the model at a time.
 
         A request with more of them comes last then, so that it does not keep the others waiting.
@@ -269,25 +273,34 @@ class Scheduler:
             job.waiting.popleft()
             taken.append((job, place, text))
         if not taken:
-            return None
+            return
         texts = [text for *_, text in taken]
+        with self._timed("embed"):
+            batches = list(self._model.start_embedding(texts))
         self._metrics.tokens.labels("embedded").inc(sum(len(text.tokens) for text in texts))
-        return _Embedding([(job, place) for job, place, _ in taken], list(self._model.start_embedding(texts)))
+        self._embedding = _Embedding([(job, place) for job, place, _ in taken], batches)
 
     def _finish_embedding(self) -> None:
         if not self._embedding:
             return
-        owners, batches = self._embedding
-        for batch in batches:
-            for number, vector in zip(batch.places, batch.vectors(), strict=True):
-                job, place = owners[number]
-                job.vectors[place] = vector
+        (owners, batches), self._embedding = self._embedding, None
+        with self._timed("embed"):
+            vectors = [
+                (place, vector)
+                for batch in batches
+                for place, vector in zip(batch.places, batch.vectors(), strict=True)
+            ]
+        for number, vector in vectors:
+            job, place = owners[number]
+            job.vectors[place] = vector
         for job in dict.fromkeys(job for job, _ in owners):
             if not job.waiting:
                 _settle(job.future, np.stack([vector for _, vector in sorted(job.vectors.items())]))
 
     def _finish_writing(self) -> None:
-        for block in self._engine.finish():
+        with self._timed("write"):
+            blocks = self._engine.finish()
+        for block in blocks:
             self._metrics.tokens.labels("written").inc(len(block.tokens))
             sink = self._sinks.pop(block.continuation) if block.finish else self._sinks[block.continuation]
             sink(block)

@@ -12,7 +12,7 @@ from grit_jax.tokenizer import Tokenizer
 from grit_jax.watch import folder
 
 # What may differ between a run folder's config and the one that resumes it.
-_MAY_DIFFER = (
+MAY_DIFFER = (
     "train.steps", "train.output", "train.max_skipped", "train.watchdog_seconds", "train.preemption_notices",
     "loss.negatives", "mesh.", "logging.", "scorecard.", "checkpoint.", "distributed.",
 )  # fmt: skip
@@ -70,7 +70,7 @@ def check_folder(config: Config) -> None:
     saved = files.join(output, folder.CONFIG)
     if not files.exists(saved) or not files.exists(files.join(output, folder.CHECKPOINTS)):
         return
-    changed = config_differences(load_config(saved), config, ignore=_MAY_DIFFER)
+    changed = config_differences(load_config(saved), config, ignore=MAY_DIFFER)
     if changed:
         raise InputError(
             f"{output} holds a run with another config ({'; '.join(changed)}); "

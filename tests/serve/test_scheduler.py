@@ -2,12 +2,16 @@
 
 import asyncio
 import contextlib
+import threading
+from collections import deque
 
 import numpy as np
 import pytest
 from safetensors import SafetensorError
 
-from grit_jax.engine import LaneSize
+from grit_jax.engine import Block, Continuation, LaneSize
+from grit_jax.inference import EmbeddingBatch
+from grit_jax.prompts import TokenizedPrompt
 from grit_jax.serve.metrics import Metrics
 from grit_jax.serve.protocol import RequestError
 from grit_jax.serve.scheduler import Scheduler
@@ -100,3 +104,105 @@ def test_requests_beyond_the_queue_are_refused_until_one_ends(model):
         assert refused.value.status == 429
         with scheduler.place("embed"):
             pass
+
+
+class Device:
+    """A model and an engine that say what they do; what `fails` raises."""
+
+    batch_tokens = 100
+
+    def __init__(self, *, fails=None):
+        self.fails, self.said, self.written = fails, [], deque()
+
+    def say(self, what):
+        self.said.append(what)
+        if what == self.fails:
+            raise RuntimeError(what)
+
+    def start_embedding(self, texts):
+        self.say("embed")
+        yield EmbeddingBatch([0], [0], self)
+
+    def __array__(self, dtype=None, copy=None):
+        self.say("vectors")
+        return np.ones((1, 1, 2), np.float32)
+
+    shape = (1, 1, 2)
+
+    @property
+    def is_busy(self):
+        return bool(self.written)
+
+    def submit(self, continuation):
+        self.written.append(continuation)
+
+    def cancel(self, continuation):
+        pass
+
+    def start(self):
+        if self.written:
+            self.say("write")
+
+    def finish(self):
+        if not self.written:
+            return []
+        self.say("blocks")
+        return [Block(self.written.popleft(), np.ones(1, np.int32), None, "length")]
+
+
+TEXT = TokenizedPrompt(np.ones(3, np.int32), np.array([[0, 3]]))
+
+
+async def both(scheduler):
+    """What becomes of a text that is embedded and an answer."""
+
+    async def written():
+        return [block.finish async for block in scheduler.write(Continuation(np.ones(3, np.int32), 1))]
+
+    tasks = [asyncio.create_task(scheduler.embed([TEXT])), asyncio.create_task(written())]
+    await asyncio.sleep(0)  # both wait before the thread starts
+    scheduler.start()
+    return await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def test_the_device_writes_while_vectors_are_taken():
+    device = Device()
+    scheduler = Scheduler(device, device, Metrics(), queue=2)
+    vectors, finish = asyncio.run(both(scheduler))
+    scheduler.stop()
+    assert vectors.tolist() == [[1, 1]] and finish == ["length"]
+    assert device.said == ["embed", "write", "vectors", "blocks"]
+
+
+@pytest.mark.parametrize("fails", ["embed", "vectors", "write", "blocks"])
+def test_a_device_that_fails_late_or_early_is_told_to_everyone(fails):
+    device = Device(fails=fails)
+    scheduler = Scheduler(device, device, Metrics(), queue=2)
+    answers = asyncio.run(both(scheduler))
+    scheduler.stop()
+    assert {error.status for error in answers if isinstance(error, RequestError)} == {503}
+    assert fails == "blocks" or all(isinstance(error, RequestError) for error in answers)
+    assert scheduler.failure.status == 503
+
+
+def test_vectors_that_are_there_do_not_wait_for_a_call_that_came_later():
+    device, called = Device(), threading.Event()
+
+    def call():
+        device.say("call")
+        called.wait()
+
+    async def run():
+        embedded = asyncio.create_task(scheduler.embed([TEXT]))
+        await asyncio.sleep(0)
+        waiting = asyncio.create_task(scheduler.call(call))
+        await asyncio.sleep(0)
+        scheduler.start()
+        await embedded
+        called.set()
+        await waiting
+
+    scheduler = Scheduler(device, device, Metrics(), queue=2)
+    asyncio.run(asyncio.wait_for(run(), 60))
+    scheduler.stop()
+    assert device.said == ["embed", "vectors", "call"]
