@@ -74,7 +74,7 @@ from grit_jax.watch.plot import series
 
 _ROOT = Path(__file__).parents[1]
 CONFIGS = _ROOT / "configs/claim"
-RESULTS, SUMMARY, PLOT = "results", "claim.json", "claim.png"
+RESULTS, SUMMARY = "results", "claim.json"
 GSM8K = "gsm8k"
 _ONE_IN = 20
 _VOCAB_SIZE = 8192
@@ -217,7 +217,8 @@ class Study:
             marks=marks,
             tasks={task: {key: one[key] for key in _KEPT if key in one} for task, one in report.items()},
             examples={
-                task: np.load(folder / "examples" / f"{task}.npy").tolist() for task in (HELD_OUT, *PRIMARY)
+                task: np.load(folder / "examples" / f"{task}.npy").tolist()
+                for task in report if task.startswith((HELD_OUT, *PRIMARY))
             },
             losses={
                 stream: [values.tolist() for values in series(lines, f"loss/{stream}")]
@@ -278,7 +279,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/claim"), help="where everything goes (%(default)s)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of weights and data order (%(default)s)")
     parser.add_argument("--ablations", nargs="*", help="measure these ablations too; without names all of them")
-    parser.add_argument("--docs", type=Path, help="folder that the results, claim.json and its plot are copied to")
+    parser.add_argument("--docs", type=Path, help="folder that the results, claim.json and its plots are copied to")
     args, overrides = parser.parse_known_args()
     more = dict(override.removeprefix("--").split("=", 1) for override in overrides)
     changes = known_ablations()
@@ -307,13 +308,13 @@ def main() -> None:
         write_bm25(results, bm25(suite))
     summary = summarize(results, args.seeds, changes)
     files.write_text(args.output / SUMMARY, json.dumps(summary, indent=2) + "\n")
-    plot(results, summary, args.output / PLOT)
+    plots = plot(results, summary, args.output)
     for name, table in tables(summary).items():
         print(f"\n{name}\n\n{table}", end="")
     if args.docs:
         shutil.copytree(results, args.docs / RESULTS, dirs_exist_ok=True)
-        for name in (SUMMARY, PLOT):
-            shutil.copy(args.output / name, args.docs / name)
+        for path in (args.output / SUMMARY, *plots):
+            shutil.copy(path, args.docs / path.name)
 
 
 if __name__ == "__main__":

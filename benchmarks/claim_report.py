@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from grit_jax import files
 from grit_jax.config import InputError, parse_config
 from grit_jax.evaluation.compare import Comparison, compare
 from grit_jax.evaluation.likelihood import loss_per_token
+from grit_jax.evaluation.task import mean
 from grit_jax.watch.plot import running_mean
 
 PRIMARY = ("medquad", "wordnet_wsd", "scifact")
@@ -26,8 +27,8 @@ MARGIN = 0.02
 MODELS = ("unified", "embedding", "generative")
 UNTRAINED = "untrained"
 _ABLATION = "ablation_"
-_SAME = ("baseline", "no_packing")  # ablations whose figures must be equal
 _BM25 = "bm25.json"
+_COLOURS = {"unified": "#2563a8", "embedding": "#d97706", "generative": "#3f8f5f"}
 
 Scores = dict[str, dict[str, Any]]
 
@@ -42,7 +43,8 @@ class Result:
       devices: What it was trained with.
       marks: Digests of the tasks: their settings and data.
       tasks: Of each task the metric, the main score, its interval and, where there is one, the score of chance.
-      examples: Of the primary tasks and the held-out answers, what each example contributes to the main score.
+      examples: Of the held-out answers, and the primary tasks and their variants, what each example contributes to the
+        main score.
       losses: Of each stream the steps that had samples of it, and the losses there.
       tokens: It was trained on.
       training_seconds: Steps alone, compilation included.
@@ -59,6 +61,28 @@ class Result:
     tokens: int
     training_seconds: float
     wall_seconds: float | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Figure:
+    """What models are compared by: the mean of some tasks' scores."""
+
+    name: str
+    tasks: tuple[str, ...]
+    score: Callable[[np.ndarray], float] = mean
+    smaller_is_better: bool = False
+
+    def compare(self, results: Iterable[Result], reference: Iterable[Result]) -> Comparison:
+        """Compares two models, each trained once or several times."""
+        ours, theirs = (
+            [[np.array(result.examples[task]) for task in self.tasks] for result in some]
+            for some in (results, reference)
+        )
+        return compare(ours, theirs, self.score)
+
+
+NDCG = Figure("mean nDCG@10", PRIMARY)
+LOSS = Figure("loss per token", (HELD_OUT,), loss_per_token, smaller_is_better=True)
 
 
 def ablation(name: str) -> str:
@@ -125,14 +149,11 @@ def summarize(results: Path, seeds: Sequence[int], ablations: Iterable[str]) -> 
         for seed in seeds
     }
 
-    def examples(name: str, tasks: Sequence[str]) -> list[list[np.ndarray]]:
-        return [[np.array(result.examples[task]) for task in tasks] for result in models[name].values()]
+    def compared(name: str, specialist: str, figure: Figure) -> dict[str, Any]:
+        comparison = figure.compare(models[name].values(), models[specialist].values())
+        verdict = comparison.verdict(MARGIN, smaller_is_better=figure.smaller_is_better)
+        return comparison._asdict() | {"verdict": verdict, "against": specialist}
 
-    def compared(comparison: Comparison, **better: bool) -> dict[str, Any]:
-        return comparison._asdict() | {"verdict": comparison.verdict(MARGIN, **better)}
-
-    ndcg = compare(examples("unified", PRIMARY), examples("embedding", PRIMARY))
-    loss = compare(examples("unified", [HELD_OUT]), examples("generative", [HELD_OUT]), loss_per_token)
     summary: dict[str, Any] = {
         "seeds": list(seeds),
         "margin": MARGIN,
@@ -144,8 +165,8 @@ def summarize(results: Path, seeds: Sequence[int], ablations: Iterable[str]) -> 
         "training_seconds": {name: first[name].training_seconds for name in MODELS},
         "wall_seconds": {seed: sum(known) for seed, known in walls.items() if len(known) == len(models)},
         "claim": {
-            "mean nDCG@10": compared(ndcg) | {"against": "embedding"},
-            "loss per token": compared(loss, smaller_is_better=True) | {"against": "generative"},
+            NDCG.name: compared("unified", "embedding", NDCG),
+            LOSS.name: compared("unified", "generative", LOSS),
         },
         "bm25": read_bm25(results),
         "models": {
@@ -153,13 +174,33 @@ def summarize(results: Path, seeds: Sequence[int], ablations: Iterable[str]) -> 
         },
     }
     measured = {name: read_result(results, seeds[0], ablation(name)) for name in ablations}
-    figures = {name: _figures(result.tasks) for name, result in measured.items() if result}
-    if figures:
-        summary["ablations"] = figures
-    if figures.keys() >= set(_SAME):
-        one, other = (figures[name] for name in _SAME)
-        summary["packing"] = {name: one[name] / value - 1 for name, value in other.items()}
+    found = {name: result for name, result in measured.items() if result}
+    if "baseline" in found:
+        baseline = found["baseline"]
+        summary["ablations"] = {
+            name: _ablation(result, baseline, [NDCG, LOSS]) for name, result in found.items()
+        }  # fmt: skip
+        summary["variants"] = _variants(baseline)
     return summary
+
+
+def _ablation(result: Result, baseline: Result, figures: Sequence[Figure]) -> dict[str, Any]:
+    """Its figures, each with the relative difference from the baseline's, and the seconds of its training."""
+    compared = {figure.name: figure.compare([result], [baseline])._asdict() for figure in figures}
+    kept = ("value", "difference", "interval")
+    return {name: {key: one[key] for key in kept} for name, one in compared.items()} | {
+        "training_seconds": result.training_seconds
+    }
+
+
+def _variants(baseline: Result) -> dict[str, Any]:
+    """The same of the primary tasks when they are measured in other ways, by what is behind their names."""
+    others = [name.removeprefix(PRIMARY[0]) for name in baseline.tasks if name.startswith(f"{PRIMARY[0]} ")]
+    found = {}
+    for variant in others:
+        renamed = {name: baseline.examples[f"{name}{variant}"] for name in PRIMARY}
+        found[variant.strip()] = _ablation(dataclasses.replace(baseline, examples=renamed), baseline, [NDCG])
+    return found
 
 
 def _needed(results: Path, seed: int, name: str) -> Result:
@@ -167,15 +208,6 @@ def _needed(results: Path, seed: int, name: str) -> Result:
     if result is None:
         raise InputError(f"{results}: has no {name} model of seed {seed}; leave the seed out or measure it")
     return result
-
-
-def _figures(tasks: Scores) -> dict[str, float]:
-    """Loss per token, and the mean nDCG@10 of the primary tasks and of each of their variants."""
-    figures = {"loss per token": tasks[HELD_OUT]["main_score"]}
-    for variant in [name.removeprefix(PRIMARY[0]) for name in tasks if name.startswith(PRIMARY[0])]:
-        scores = [tasks[f"{name}{variant}"]["main_score"] for name in PRIMARY]
-        figures[f"mean nDCG@10{variant}"] = float(np.mean(scores))
-    return figures
 
 
 def tables(summary: Mapping[str, Any]) -> dict[str, str]:
@@ -217,18 +249,22 @@ def tables(summary: Mapping[str, Any]) -> dict[str, str]:
     )  # fmt: skip
     found = {"claim": claim, "tasks": tasks}
     if "ablations" in summary:
-        rows = [[name, f"{one['mean nDCG@10']:.4f}", f"{one['loss per token']:.4f}"]
-                for name, one in summary["ablations"].items()]  # fmt: skip
-        start = "mean nDCG@10 "
-        variants = [
-            [name.removeprefix(start), f"{value:.4f}", ""]
-            for name, value in summary["ablations"].get("baseline", {}).items() if name.startswith(start)
-        ]  # fmt: skip
-        found["ablations"] = markdown_table(["", "mean nDCG@10", "loss per token"], rows + variants)
-    if "packing" in summary:
-        head = ["figure", "baseline against no_packing, relative difference"]
-        found["packing"] = markdown_table(head, ([name, f"{value:+.1e}"] for name, value in summary["packing"].items()))
+        head = ["", *(column for figure in (NDCG, LOSS) for column in (figure.name, "against baseline")), "seconds"]
+        rows = [
+            [name, *_against(one, NDCG), *_against(one, LOSS), f"{one['training_seconds']:.0f}"]
+            for name, one in summary["ablations"].items()
+        ]
+        rows += [[name, *_against(one, NDCG), "", "", ""] for name, one in summary["variants"].items()]
+        found["ablations"] = markdown_table(head, rows)
     return found
+
+
+def _against(one: Mapping[str, Any], figure: Figure) -> list[str]:
+    """A figure of an ablation, and how far it is from the baseline's."""
+    found = one[figure.name]
+    difference = found["difference"]
+    shown = f"{difference:+.1%}" if abs(difference) >= 0.0005 else f"{100 * difference:+.1g}%"
+    return [f"{found['value']:.4f}", f"{shown} ({_bounds(found['interval'])})"]
 
 
 def _bounds(of: Sequence[float]) -> str:
@@ -254,37 +290,51 @@ def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def plot(results: Path, summary: Mapping[str, Any], out: Path) -> None:
-    """Draws losses of the three models and the claim's differences as PNG."""
-    from matplotlib.figure import Figure
+def plot(results: Path, summary: Mapping[str, Any], folder: Path) -> list[Path]:
+    """Draws the losses of the three models, the claim's differences and those of ablations; returns the files."""
+    from matplotlib.figure import Figure as Drawing
 
-    colours = {"unified": "#2563a8", "embedding": "#d97706", "generative": "#3f8f5f"}
-    figure = Figure(figsize=(13, 4.2), layout="constrained")
-    left, middle, right = figure.subplots(1, 3)
+    drawing = Drawing(figsize=(13, 4.2), layout="constrained")
+    left, middle, right = drawing.subplots(1, 3)
     for panel, stream, title in ((left, "embedding", "contrastive loss"), (middle, "generative", "loss per token")):
         for name in ("unified", stream):
             for seed in summary["seeds"]:
                 steps, values = map(np.array, _needed(results, seed, name).losses[stream])
                 label = name if name == "unified" else f"{name}-only"
                 panel.plot(
-                    steps, running_mean(values, max(1, len(values) // 15)), color=colours[name], linewidth=1.5,
+                    steps, running_mean(values, max(1, len(values) // 15)), color=_COLOURS[name], linewidth=1.5,
                     label=label if seed == summary["seeds"][0] else None,
                 )  # fmt: skip
         panel.set_title(f"{title}, training", loc="left")
         panel.set_xlabel("step")
         panel.legend(frameon=False)
-    for row, one in enumerate(summary["claim"].values()):
-        for bounds, width in ((one["interval"], 3), (one["run_interval"], 1)):
+    claim = summary["claim"]
+    _differences(right, {f"{name}\nagainst {one['against']}-only": one for name, one in claim.items()})
+    for row, one in enumerate(claim.values()):
+        right.text(100 * one["difference"], row - 0.12, one["verdict"], ha="center")
+    drawn = {"claim.png": drawing}
+    if "ablations" in summary:
+        drawing = drawn["ablations.png"] = Drawing(figsize=(13, 7), layout="constrained")
+        for panel, figure in zip(drawing.subplots(1, 2), (NDCG, LOSS), strict=True):
+            some = summary["ablations"] | (summary["variants"] if figure is NDCG else {})
+            _differences(panel, {name: one[figure.name] for name, one in some.items() if name != "baseline"})
+            panel.set_title(f"{figure.name}, against the baseline", loc="left")
+    for name, drawing in drawn.items():
+        for panel in drawing.axes:
+            panel.spines[["top", "right"]].set_visible(False)
+            panel.grid(alpha=0.25)
+        drawing.savefig(folder / name, dpi=110)
+    return [folder / name for name in drawn]
+
+
+def _differences(panel: Any, found: Mapping[str, Mapping[str, Any]]) -> None:
+    """Relative differences with their intervals, over the margin."""
+    for row, one in enumerate(found.values()):
+        for bounds, width in ((one["interval"], 3), (one.get("run_interval"), 1)):
             if bounds:
-                right.plot([100 * bound for bound in bounds], [row, row], color=colours["unified"], linewidth=width)
-        right.plot(100 * one["difference"], row, "o", color=colours["unified"], markersize=8)
-        right.text(100 * one["difference"], row + 0.12, one["verdict"], ha="center")
-    right.axvspan(-100 * MARGIN, 100 * MARGIN, color="#dddddd", zorder=0)
-    right.axvline(0, color="#888888", linewidth=1)
-    right.set(yticks=range(len(summary["claim"])), ylim=(-0.5, len(summary["claim"]) - 0.5))
-    right.set_yticklabels([f"{name}\nagainst {one['against']}-only" for name, one in summary["claim"].items()])
-    right.set_xlabel("relative difference, % (grey: margin)")
-    for panel in (left, middle, right):
-        panel.spines[["top", "right"]].set_visible(False)
-        panel.grid(alpha=0.25)
-    figure.savefig(out, dpi=110)
+                panel.plot([100 * bound for bound in bounds], [row, row], color=_COLOURS["unified"], linewidth=width)
+        panel.plot(100 * one["difference"], row, "o", color=_COLOURS["unified"], markersize=8)
+    panel.axvspan(-100 * MARGIN, 100 * MARGIN, color="#dddddd", zorder=0)
+    panel.axvline(0, color="#888888", linewidth=1)
+    panel.set(yticks=range(len(found)), yticklabels=list(found), ylim=(len(found) - 0.5, -0.5))
+    panel.set_xlabel("relative difference, % (grey: margin)")

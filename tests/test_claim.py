@@ -191,16 +191,34 @@ def summary_of(results, seeds):
     return claim_report.summarize(results, seeds, claim.known_ablations())
 
 
-def test_every_ablation_that_was_measured_is_summed_up_and_seconds_where_all_are_known(measured):
+def test_seconds_are_told_of_seeds_that_were_not_stopped_in_between(measured):
+    assert summary_of(measured, [0, 1])["wall_seconds"] == {"1": 40.0}
+
+
+def test_ablations_that_were_measured_are_compared_with_the_baseline(measured, tmp_path):
+    assert "ablations" not in summary_of(measured, [0, 1])
+    unified = claim_report.read_result(measured, 0, "unified")
+    stored = {f"{name} stored": values for name, values in unified.examples.items() if name in claim_report.PRIMARY}
+    baseline = dataclasses.replace(
+        unified, examples=unified.examples | stored, tasks=unified.tasks | {name: {} for name in stored}
+    )
+    claim_report.write_result(measured, 0, "ablation_baseline", baseline)
     summary = summary_of(measured, [0, 1])
-    assert list(summary["ablations"]) == ["no_packing"] and "packing" not in summary
-    assert "no_packing" in claim_report.tables(summary)["ablations"]
-    assert summary["wall_seconds"] == {"1": 40.0}
-    claim_report.write_result(measured, 0, "ablation_baseline", claim_report.read_result(measured, 0, "unified"))
-    summary = summary_of(measured, [0, 1])
-    one, other = (summary["ablations"][name]["loss per token"] for name in ("baseline", "no_packing"))
-    assert summary["packing"]["loss per token"] == pytest.approx(one / other - 1)
-    assert f"{one / other - 1:+.1e}" in claim_report.tables(summary)["packing"]
+    assert list(summary["ablations"]) == ["baseline", "no_packing"]
+    ours, theirs = (
+        np.mean([claim_report.read_result(measured, 0, name).examples[task] for task in claim_report.PRIMARY])
+        for name in ("ablation_no_packing", "unified")
+    )
+    found = summary["ablations"]["no_packing"]["mean nDCG@10"]
+    assert found["value"] == pytest.approx(ours) and found["difference"] == pytest.approx(ours / theirs - 1)
+    assert found["interval"][0] < found["difference"] < found["interval"][1]
+    assert summary["variants"]["stored"]["mean nDCG@10"]["difference"] == 0
+    table = claim_report.tables(summary)["ablations"]
+    assert f"| no_packing | {ours:.4f} | {ours / theirs - 1:+.1%} (" in table
+    assert f"| stored | {theirs:.4f} | +0% (+0.0% to +0.0%) |" in table
+    plots = claim_report.plot(measured, summary, tmp_path)
+    assert [path.name for path in plots] == ["claim.png", "ablations.png"]
+    assert all(path.stat().st_size > 10_000 for path in plots)
 
 
 def test_a_seed_without_all_models_is_refused(measured):
@@ -282,8 +300,9 @@ def test_the_whole_comparison_at_toy_size_goes_on_where_it_was_and_its_tables_ar
 
     tables = run(tmp_path / "claim").split("\nclaim\n")[1]
     summary = json.loads((tmp_path / "docs/claim.json").read_text())
-    assert (tmp_path / "docs/claim.png").stat().st_size > 10_000
-    assert all(abs(difference) < 1e-3 for difference in summary["packing"].values())
+    assert all((tmp_path / f"docs/{name}.png").stat().st_size > 10_000 for name in ("claim", "ablations"))
+    packing = summary["ablations"]["no_packing"]
+    assert all(abs(packing[name]["difference"]) < 1e-3 for name in ("mean nDCG@10", "loss per token"))
     for table in claim_report.tables(summary).values():
         assert table in tables
     ours = summary["claim"]["mean nDCG@10"]
