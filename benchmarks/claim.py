@@ -5,6 +5,7 @@
     python benchmarks/claim.py --train.steps=20                 settings of the config can be changed
     python benchmarks/claim.py --config configs/claim/large.yaml --output runs/claim_large      for a GPU
 
+It needs the package's extra `evaluate`.
 A run that was stopped goes on where it was, with the same settings. Of each file of --data's train/ a twentieth of the
 records is held out, by a hash of the query or the first turn. The unified, the embedding-only and the generation-only
 model of a seed begin with the same weights and see the same samples of their streams in the same order.

@@ -5,7 +5,7 @@ import jax
 from grit_jax import GritModel, sharding
 from grit_jax.config import EmbeddingConfig, MeshConfig, TransformerConfig
 from grit_jax.execution import PLAIN
-from grit_jax.model.transformer import init_params
+from grit_jax.model.transformer import abstract_model, init_params, param_axes
 from grit_jax.tokenizer import Tokenizer
 
 
@@ -20,10 +20,11 @@ def weights(config, projection_dim=None, seed=0):
     return jax.tree.map(lambda x: 3 * x, init_params(config, jax.random.key(seed), projection_dim))
 
 
-def make(devices=1, embedding=EmbeddingConfig(), seed=0, **changes):
-    """A model on some devices."""
+def make(devices=1, embedding=EmbeddingConfig(), seed=0, tensor=1, **changes):
+    """A model with a copy on each of some devices, or with each copy on `tensor` of them."""
     config = shape(**changes)
     params = weights(config, embedding.projection_dim, seed)
-    mesh = sharding.make_mesh(MeshConfig(devices, 1, 1), jax.devices()[:devices])
-    params = jax.device_put(params, sharding.replicated(mesh))
+    mesh = sharding.make_mesh(MeshConfig(devices // tensor, 1, tensor), jax.devices()[:devices])
+    axes = param_axes(abstract_model(config, embedding.projection_dim))
+    params = jax.device_put(params, sharding.shardings(mesh, params, axes))
     return GritModel(params, config, embedding, Tokenizer.load("bytes"), mesh=mesh, execution=PLAIN)

@@ -29,7 +29,13 @@ def _sklearn(module: str) -> Any:
 
 
 @dataclasses.dataclass(frozen=True)
-class Classification(EmbeddingTask):
+class _LearningTask(EmbeddingTask):
+    def __post_init__(self):
+        _sklearn("base")  # missing is told when a suite is read, before any task has run
+
+
+@dataclasses.dataclass(frozen=True)
+class Classification(_LearningTask):
     """Logistic regression on a few examples of each label: mean accuracy over repeated draws.
 
     `path` is a folder with `train.jsonl` and `{split}.jsonl`, rows of `text` and `label`.
@@ -84,7 +90,7 @@ def undersample(labels: np.ndarray, per_label: int, generator: np.random.Generat
 
 
 @dataclasses.dataclass(frozen=True)
-class Clustering(EmbeddingTask):
+class Clustering(_LearningTask):
     """Mini-batch k-means with as many clusters as labels: mean v-measure over sets.
 
     `path` is a .jsonl file. A row with lists `sentences` and `labels` is a set; rows of `text` and `label` are one set

@@ -68,12 +68,11 @@ def empty_state(model: Transformer, params: Params, *, rows: int, slots: int, dt
     config = model.config
 
     def zeros():
-        shape = (rows, slots, config.num_kv_heads, config.head_dim)
-        return constrain(jnp.zeros(shape, dtype), "batch", "length", "activation_heads", "head_dim")
+        return jnp.zeros((rows, slots, config.num_kv_heads, config.head_dim), dtype)
 
     layers = [KVCache(zeros(), zeros()) for _ in range(config.num_layers)]
     cache = layers if bind(model, params).is_split else jax.tree.map(lambda *each: jnp.stack(each), *layers)
-    return DecodeState(cache, jnp.zeros((rows, config.vocab_size), jnp.float32))
+    return _placed(DecodeState(cache, jnp.zeros((rows, config.vocab_size), jnp.float32)))
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnames="state")
@@ -117,9 +116,9 @@ def write_prefix(state: DecodeState, prefix: KVCache, row: Int[Array, ""], start
         return into.at[place].set(values, mode="drop")
 
     if isinstance(state.cache, KVCache):
-        return state._replace(cache=jax.tree.map(write, state.cache, prefix))
+        return _placed(state._replace(cache=jax.tree.map(write, state.cache, prefix)))
     layers = [KVCache(*layer) for layer in zip(*prefix, strict=True)]
-    return state._replace(cache=jax.tree.map(write, state.cache, layers))
+    return _placed(state._replace(cache=jax.tree.map(write, state.cache, layers)))
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames="steps", donate_argnames="state")
@@ -235,7 +234,16 @@ def _take(state: DecodeState, rows: Array | None) -> DecodeState:
 
 def _put(state: DecodeState, part: DecodeState, rows: Array | None) -> DecodeState:
     if rows is None:
-        return part
+        return _placed(part)
     before = (slice(None),) * _dim_of_rows(state.cache)
     cache = jax.tree.map(lambda x, new: x.at[(*before, rows)].set(new, mode="drop"), state.cache, part.cache)
-    return DecodeState(cache, state.logits.at[rows].set(part.logits, mode="drop"))
+    return _placed(DecodeState(cache, state.logits.at[rows].set(part.logits, mode="drop")))
+
+
+def _placed(state: DecodeState) -> DecodeState:
+    """The state, split over the mesh in the one way for which programs are compiled."""
+
+    def place(x):
+        return constrain(x, *["layers"] * (x.ndim - 4), "batch", "length", "activation_heads", "head_dim")
+
+    return DecodeState(jax.tree.map(place, state.cache), constrain(state.logits, "batch", "activation_vocab"))

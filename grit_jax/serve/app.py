@@ -30,7 +30,7 @@ from grit_jax.model.transformer import KVCache
 from grit_jax.prompts import TokenizedPrompt
 from grit_jax.rag import Prepared, Rag
 from grit_jax.serve import protocol
-from grit_jax.serve.http import Endpoint, Handler, check_key, http_error
+from grit_jax.serve.http import Bodies, Endpoint, Handler, check_key, http_error
 from grit_jax.serve.metrics import Metrics
 from grit_jax.serve.protocol import RequestError
 from grit_jax.serve.scheduler import Kind, Scheduler
@@ -58,6 +58,7 @@ class Limits:
       rows: Answers of up to 512 tokens that are written at a time; fewer of longer ones.
       queue: Requests of a kind that wait or are under way.
       body_bytes: Bytes of a request.
+      all_bodies: Bytes of all requests under way, in units of `body_bytes`.
       seconds: Of a request.
     """
 
@@ -65,6 +66,7 @@ class Limits:
     rows: int = 16
     queue: int = 256
     body_bytes: int = 8 << 20
+    all_bodies: int = 16
     seconds: float = 300.0
 
     def lanes(self) -> list[LaneSize]:
@@ -100,6 +102,7 @@ class Server:
     ):
         self._model, self._name, self._limits, self._instructions = model, name, limits, instructions or {}
         self._rag, self._api_key = rag, api_key
+        self._bodies = Bodies(limits.body_bytes, limits.all_bodies * limits.body_bytes)
         self._metrics = Metrics()
         self._engine: Engine = model.engine(limits.lanes(), fewer_rows=True)
         self._scheduler = Scheduler(
@@ -170,7 +173,7 @@ class Server:
     def _endpoint(self, handler: Handler, kind: Kind) -> Endpoint:
         return Endpoint(
             handler, metrics=self._metrics, check=self._refuse_if_unready, place=lambda: self._scheduler.place(kind),
-            api_key=self._api_key, most_bytes=self._limits.body_bytes, seconds=self._limits.seconds,
+            api_key=self._api_key, bodies=self._bodies, seconds=self._limits.seconds,
         )  # fmt: skip
 
     def _refuse_if_failed(self) -> None:

@@ -8,7 +8,7 @@ import hmac
 import json
 import logging
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -69,6 +69,50 @@ class PatientProtocol(H11Protocol):
         self.transport.close()
 
 
+class Bodies:
+    """Room for the bodies of all requests under way.
+
+    Args:
+      most_bytes: Of one of them.
+      all_bytes: Of all of them together.
+    """
+
+    def __init__(self, most_bytes: int, all_bytes: int):
+        self._most_bytes, self._free = most_bytes, all_bytes
+
+    def check(self, count: int) -> None:
+        """Refuses a body of so many bytes where it is too large.
+
+        Raises:
+          RequestError: It is.
+        """
+        if count > self._most_bytes:
+            raise RequestError(413, f"the body is over {self._most_bytes} bytes; send less at a time", "too_large")
+
+    @contextlib.contextmanager
+    def room(self) -> Generator[Callable[[int], None]]:
+        """Gives what takes room for so many bytes, which are free again after the block.
+
+        Raises:
+          RequestError: There is no room for them.
+        """
+        taken = 0
+
+        def take(count: int) -> None:
+            nonlocal taken
+            self.check(taken + count)
+            if count > self._free:
+                raise RequestError(
+                    503, "the requests under way fill the server's memory; try again later", "overloaded"
+                )
+            taken, self._free = taken + count, self._free - count
+
+        try:
+            yield take
+        finally:
+            self._free += taken
+
+
 class Endpoint:
     """An ASGI application that answers POST requests with JSON or a stream of events.
 
@@ -78,7 +122,7 @@ class Endpoint:
       check: Raises RequestError where requests are not taken now.
       place: Where a request is among others until it is answered; entering raises RequestError where it is full.
       api_key: What clients must send; None for nothing.
-      most_bytes: Of a body.
+      bodies: Room for their bodies, which several endpoints share.
       seconds: Within which a body is sent and a response is made.
     """
 
@@ -90,11 +134,11 @@ class Endpoint:
         check: Callable[[], None],
         place: Callable[[], AbstractContextManager[None]],
         api_key: str | None,
-        most_bytes: int,
+        bodies: Bodies,
         seconds: float,
     ):
         self._handle, self._metrics, self._check, self._place = handle, metrics, check, place
-        self._api_key, self._most_bytes, self._seconds = api_key, most_bytes, seconds
+        self._api_key, self._bodies, self._seconds = api_key, bodies, seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers a request."""
@@ -103,11 +147,12 @@ class Endpoint:
         try:
             check_key(request, self._api_key)
             self._check()
-            body = await self._body(request)
-            answered.keeps_alive = True
-            with self._place():
-                async with asyncio.timeout(self._seconds):
-                    await _while_connected(receive, self._respond(body, answered))
+            with self._bodies.room() as take:
+                body = await self._body(request, take)
+                answered.keeps_alive = True
+                with self._place():
+                    async with asyncio.timeout(self._seconds):
+                        await _while_connected(receive, self._respond(body, answered))
             status = 200
         except ClientDisconnect:
             pass
@@ -119,21 +164,17 @@ class Endpoint:
             self._metrics.requests.labels(scope["path"], status).inc()
             self._metrics.seconds.labels(scope["path"]).observe(time.perf_counter() - started)
 
-    async def _body(self, request: Request) -> bytes:
-        too_large = RequestError(413, f"the body is over {self._most_bytes} bytes; send less at a time", "too_large")
-        length = request.headers.get("content-length", "0")
-        if not length.isdecimal() or int(length) > self._most_bytes:
-            raise too_large
-        body = b""
+    async def _body(self, request: Request, take: Callable[[int], None]) -> bytes:
+        self._bodies.check(int(request.headers.get("content-length", 0)))
+        pieces = []
         try:
             async with asyncio.timeout(self._seconds):
                 async for piece in request.stream():
-                    body += piece
-                    if len(body) > self._most_bytes:
-                        raise too_large
+                    take(len(piece))
+                    pieces.append(piece)
         except TimeoutError:
             raise RequestError(408, f"the body did not come within {self._seconds:g} s", "timeout") from None
-        return body
+        return b"".join(pieces)
 
     async def _respond(self, body: bytes, answered: _Answered) -> None:
         result = await self._handle(body)

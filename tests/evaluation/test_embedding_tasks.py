@@ -135,8 +135,8 @@ def test_bad_rows_are_named(tmp_path):
         STS("x", str(tmp_path / "x.csv")).evaluate(one)
 
 
-def test_without_scikit_learn_the_extra_is_named(tmp_path, monkeypatch):
-    write_classification(tmp_path)
-    monkeypatch.setitem(sys.modules, "sklearn.linear_model", None)
+@pytest.mark.parametrize("kind", [Classification, Clustering])
+def test_without_scikit_learn_the_extra_is_named_before_anything_runs(monkeypatch, kind):
+    monkeypatch.setitem(sys.modules, "sklearn.base", None)
     with pytest.raises(InputError, match=r"need scikit-learn; pip install 'grit-jax\[evaluate\]'"):
-        Classification("x", str(tmp_path)).evaluate(session(embed=lambda _: [1.0]))
+        kind("x", "data")

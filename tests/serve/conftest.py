@@ -47,6 +47,18 @@ def running(server, *, protocol=PatientProtocol, drain=10):
         thread.join()
 
 
+def metric(server, name):
+    lines = httpx2.get(f"{server}/metrics").text.splitlines()
+    return sum(float(line.split()[-1]) for line in lines if line.startswith(f"grit_jax_{name}"))
+
+
+def until(condition):
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
 @pytest.fixture(scope="session")
 def model():
     """A model whose greedy answers never end by themselves."""

@@ -4,16 +4,19 @@ import asyncio
 import base64
 import concurrent.futures
 import gc
-import time
+import json
 
 import httpx2
 import numpy as np
 import openai
 import pytest
 
+from grit_jax.rag import Rag
 from grit_jax.serve.app import Limits, Server
+from grit_jax.store.layout import Store
 from tests.models import make
-from tests.serve.conftest import DOCUMENTS, NAME, PROMPTS, running
+from tests.serve.conftest import DOCUMENTS, NAME, PROMPTS, metric, running, until
+from tests.store import stores
 
 QUESTION = [{"role": "user", "content": "What is the sea?"}]
 TURNS = [*QUESTION, {"role": "assistant", "content": "Water."}, {"role": "user", "content": "More?"}]
@@ -24,18 +27,6 @@ LONG = {"model": NAME, "messages": QUESTION, "max_tokens": 900, "temperature": 0
 @pytest.fixture(scope="module")
 def client(server):
     return openai.OpenAI(base_url=f"{server}/v1", api_key="none", max_retries=0)
-
-
-def metric(server, name):
-    lines = httpx2.get(f"{server}/metrics").text.splitlines()
-    return sum(float(line.split()[-1]) for line in lines if line.startswith(f"grit_jax_{name}"))
-
-
-def until(condition):
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 @pytest.mark.parametrize("form", ["float", "base64"])
@@ -273,18 +264,52 @@ def test_a_full_queue_and_a_short_time_are_told(model):
         until(lambda: metric(address, "answers_active") == 0)
 
 
-def test_several_devices_answer_as_one_does(model):
-    several = make(devices=4, max_length=1024)
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_several_devices_answer_as_one_does(model, tensor):
+    several = make(devices=4, tensor=tensor, max_length=1024)
     several.params["embedding"] = several.params["embedding"].at[model.tokenizer.eos_id].set(0)
     with running(Server(several, name=NAME, limits=Limits(max_length=128, rows=4))) as address:
+        compiled = metric(address, "compilations_total")
         client = openai.OpenAI(base_url=f"{address}/v1", api_key="none")
         embedded = client.embeddings.create(model=NAME, input=["x", "and"])
-        assert np.allclose([one.embedding for one in embedded.data], model.encode(["x", "and"]), atol=1e-5)
         written = client.chat.completions.create(model=NAME, messages=QUESTION, n=5, seed=3, max_tokens=10)
+        assert metric(address, "compilations_total") == compiled
+        assert np.allclose([one.embedding for one in embedded.data], model.encode(["x", "and"]), atol=1e-5)
         expected = [
             model.generate(QUESTION, max_new_tokens=10, temperature=1.0, seed=3 + number) for number in range(5)
         ]
         assert [choice.message.content for choice in written.choices] == expected
+
+
+@pytest.mark.parametrize("method", ["document_cache", "query_document_cache"])
+def test_documents_of_either_form_are_answered_from_and_read_causally_in_between(model, tmp_path, method):
+    form = "second" if method == "query_document_cache" else "first"
+    (tmp_path / "corpus.jsonl").write_text("".join(json.dumps(document) + "\n" for document in DOCUMENTS))
+    stores.index(tmp_path / "store", model, tmp_path / "corpus.jsonl", caches="float32", cache_form=form)
+    causal_bytes = (1 << 20) if form == "first" else 0
+    asked, read = (Rag(model, Store(tmp_path / "store"), causal_bytes=causal_bytes) for _ in range(2))
+
+    def ask(client):
+        return client.chat.completions.create(
+            model=NAME, messages=[{"role": "user", "content": "what is salt?"}], max_tokens=12, temperature=0,
+            extra_body={"retrieval": {"method": method, "instruction": "Find"}},
+        ).choices[0].message.content  # fmt: skip
+
+    def expected():
+        return read.answer(read.prepare("what is salt?", method=method, instruction="Find"), max_new_tokens=12).text
+
+    with running(Server(model, name=NAME, limits=Limits(max_length=1024, rows=4), rag=asked)) as address:
+        client = openai.OpenAI(base_url=f"{address}/v1", api_key="none")
+        compiled = metric(address, "compilations_total")
+        first = ask(client)
+        until(lambda: not asked.num_waiting)
+        again = ask(client)
+        assert metric(address, "compilations_total") == compiled
+    assert first == expected()
+    while read.read_causally():
+        pass
+    assert again == expected()
+    assert (again != first) == bool(causal_bytes)
 
 
 def test_what_has_no_time_to_finish_is_told(model):

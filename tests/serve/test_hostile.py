@@ -13,7 +13,7 @@ import pytest
 
 from grit_jax.serve.app import Limits, Server
 from grit_jax.serve.http import PatientProtocol
-from tests.serve.conftest import NAME, running
+from tests.serve.conftest import NAME, metric, running, until
 
 CHAT = {"model": NAME, "messages": [{"role": "user", "content": "hi"}], "max_tokens": 4}
 EMBED = {"model": NAME, "input": "x"}
@@ -163,6 +163,46 @@ def test_slow_clients_are_let_go(model):
                 connection.sendall(piece)
                 time.sleep(0.6)  # longer than a head may take, between a head and its body
             assert b" 200 " in connection.recv(1000).split(b"\r\n")[0]
+
+
+def test_bodies_under_way_have_a_limit_together(model):
+    body = json.dumps(EMBED).encode().ljust(1000)
+    head = f"POST /v1/embeddings HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+    limits = Limits(max_length=1024, rows=4, body_bytes=1000, all_bodies=3)
+    with running(Server(model, name=NAME, limits=limits)) as address, contextlib.ExitStack() as clients:
+        waiting = [clients.enter_context(connected(address)) for _ in range(3)]
+        for connection in waiting:
+            connection.sendall(head + body[:900])
+        deadline = time.monotonic() + 30
+        while (refused := httpx2.post(f"{address}/v1/embeddings", content=body)).status_code == 200:
+            assert time.monotonic() < deadline
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "overloaded")
+        assert httpx2.get(f"{address}/health").status_code == 200
+        waiting[0].sendall(body[900:])
+        assert b" 200 " in waiting[0].recv(1000).split(b"\r\n")[0]
+        assert httpx2.post(f"{address}/v1/embeddings", content=body).status_code == 200
+
+
+def test_a_client_that_does_not_read_its_answers_keeps_no_row(model):
+    body = json.dumps(
+        CHAT | {"max_tokens": 900, "n": 16, "stream": True, "logprobs": True, "top_logprobs": 20}
+    ).encode()
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+    limits = Limits(max_length=1024, rows=4, seconds=5.0)
+    with running(Server(model, name=NAME, limits=limits)) as address, connected(address) as connection:
+        connection.sendall(head + body)
+        assert httpx2.post(f"{address}/v1/embeddings", json=EMBED).status_code == 200
+        until(lambda: metric(address, "answers_active") > 0)
+        until(lambda: metric(address, "answers_active") == 0)
+        assert httpx2.post(f"{address}/v1/chat/completions", json=CHAT).status_code == 200
+
+
+def test_a_million_tokens_are_refused_at_the_usual_limits(model):
+    with running(Server(model, name=NAME, limits=Limits(max_length=1024, rows=4))) as address:
+        text = "a " * 1_000_000
+        for path, body in (("embeddings", EMBED | {"input": text}), ("chat/completions", message(content=text))):
+            found = refusal(httpx2.post(f"{address}/v1/{path}", json=body))
+            assert found[0] == 400 and "characters; the limit is 1024 tokens" in found[1]
 
 
 def trickle(connection, content):
