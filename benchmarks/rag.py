@@ -1,7 +1,7 @@
 """Answers from a store with and without cached keys and values: how long they take, and how good they are.
 
-    python benchmarks/rag.py latency --output runs/rag
-    python benchmarks/rag.py quality runs/claim/0/unified --output runs/rag --limit 300
+    python benchmarks/rag.py latency --output runs/rag --docs docs/rag
+    python benchmarks/rag.py quality runs/claim/0/unified --output runs/rag --docs docs/rag --limit 300
 
 `latency` answers from a store of one document with a model of random weights, 58 million parameters with a vocabulary
 of 32,000, whose tokens are bytes. One side grows while the other is one token: the document, of which keys and values
@@ -22,9 +22,10 @@ import argparse
 import dataclasses
 import json
 import re
+import shutil
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -56,6 +57,7 @@ from grit_jax.tokenizer import Tokenizer
 WRITTEN = (1, 16, 64)
 STORES = {
     "float32": ("--caches=float32",),
+    "bfloat16": ("--caches=bfloat16",),
     "int8": ("--caches=int8",),
     "second": ("--caches=float32", "--cache-form=second"),
 }
@@ -94,6 +96,7 @@ SIDES = {
     "query first": Side("query_first", against="no document"),
     "document first": Side("document_first", against="no document"),
     "document cache": Side("document_cache", against="document first"),
+    "document cache, bfloat16": Side("document_cache", "bfloat16", against="document cache"),
     "document cache, int8": Side("document_cache", "int8", against="document cache"),
     "document cache, read causally": Side("document_cache", causal=True, against="document cache"),
     "query cache": Side("query_cache", against="query first"),
@@ -108,8 +111,12 @@ SIDES = {
 }
 GROWING = {
     "document": {"without": Side("document_first"), "float32": Side("document_cache"),
-                 "int8": Side("document_cache", "int8")},
-    "query": {"without": Side("query_first"), "float32": Side("query_cache")},
+                 "bfloat16": Side("document_cache", "bfloat16"), "int8": Side("document_cache", "int8"),
+                 "float32, query-document": Side("query_document_cache", "second"),
+                 "float32, document-query": Side("document_query_cache")},
+    "query": {"without": Side("query_first"), "float32": Side("query_cache"),
+              "float32, query-document": Side("query_document_cache", "second"),
+              "float32, document-query": Side("document_query_cache")},
 }  # fmt: skip
 
 
@@ -186,25 +193,50 @@ def latency(output: Path, lengths: Sequence[int], repeats: int) -> list[dict[str
 
 
 def plot_latency(path: Path, found: Sequence[dict[str, Any]]) -> None:
-    """Draws seconds until 16 tokens are written against the length of what grows."""
+    """Draws seconds against the length of what grows, and against the number of written tokens."""
     from matplotlib.figure import Figure
 
-    colours = {"without": "#d97706", "float32": "#2563a8", "int8": "#3f8f5f"}
-    labels = {"without": "read anew", "float32": "cached, float32", "int8": "cached, int8"}
-    figure = Figure(figsize=(9, 4), layout="constrained")
-    for panel, growing in zip(figure.subplots(1, 2, sharey=True), GROWING, strict=True):
-        for name in GROWING[growing]:
+    colours = {"without": "#d97706", "float32": "#2563a8", "bfloat16": "#8b5cf6", "int8": "#3f8f5f"}
+    figure = Figure(figsize=(13, 4), layout="constrained")
+    *panels, last = figure.subplots(1, 3)
+    longest = max(row["tokens"] for row in found)
+    for name, colour in colours.items():
+        for panel, growing in zip(panels, GROWING, strict=True):
             rows = [row for row in found if (row["growing"], row["keys_and_values"]) == (growing, name)]
-            panel.plot(
-                [row["tokens"] for row in rows], [row["seconds"][16] for row in rows], "o-", color=colours[name],
-                linewidth=1.5, label=labels[name],
-            )  # fmt: skip
-        panel.set_title(f"{growing} of so many tokens", loc="left")
-        panel.set_xlabel(f"tokens of the {growing}")
+            panel.plot([row["tokens"] for row in rows], [row["seconds"][16] for row in rows], "o-", color=colour)
+            panel.set_title(f"16 written tokens, {growing} growing", loc="left")
+            panel.set_xlabel(f"tokens of the {growing}")
+        for row in found:
+            if (row["growing"], row["keys_and_values"], row["tokens"]) == ("document", name, longest):
+                last.plot(WRITTEN, [row["seconds"][count] for count in WRITTEN], "o-", color=colour, label=name)
+    last.set_title(f"document of {longest:,} tokens", loc="left")
+    last.set_xlabel("written tokens")
+    last.legend(frameon=False, title="keys and values")
+    for panel in figure.axes:
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.set_ylim(bottom=0)
+        panel.grid(alpha=0.25)
+    panels[0].set_ylabel("seconds")
+    figure.savefig(path, dpi=110)
+
+
+def plot_quality(path: Path, measured: dict[str, dict[str, Any]]) -> None:
+    """Draws how far the loss of each side is from that of what it replaces."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(13, 4.5), layout="constrained")
+    for panel, (name, sides) in zip(figure.subplots(1, 2, sharey=True), measured.items(), strict=True):
+        compared = {label: row["loss against"] for label, row in sides.items() if "loss against" in row}
+        for row, one in enumerate(compared.values()):
+            panel.plot([100 * bound for bound in one["interval"]], [row, row], color="#2563a8", linewidth=3)
+            panel.plot(100 * one["difference"], row, "o", color="#2563a8")
+        panel.axvline(0, color="#888888", linewidth=1)
+        labels = [f"{label}\nagainst {one['against']}" for label, one in compared.items()]
+        panel.set(yticks=range(len(compared)), yticklabels=labels, ylim=(len(compared) - 0.5, -0.5))
+        panel.set_title(f"{name}: loss of the gold answer", loc="left")
+        panel.set_xlabel("relative difference, %")
         panel.spines[["top", "right"]].set_visible(False)
         panel.grid(alpha=0.25)
-        panel.legend(frameon=False)
-    figure.axes[0].set_ylabel("seconds to 16 tokens")
     figure.savefig(path, dpi=110)
 
 
@@ -292,12 +324,12 @@ def quality(
 
 
 def latency_table(found: Sequence[dict[str, Any]]) -> str:
-    """Seconds, a row for each side and length."""
+    """Seconds as the file has them, a row for each side and length."""
     return markdown_table(
         ["growing", "tokens", "keys and values", *(f"seconds to {count}" for count in WRITTEN)],
         (
             [row["growing"], f"{row['tokens']:,}", row["keys_and_values"],
-             *(f"{row['seconds'][count]:.2f}" for count in WRITTEN)]
+             *(f"{row['seconds'][str(count)]:.2f}" for count in WRITTEN)]
             for row in found
         ),
     )  # fmt: skip
@@ -323,6 +355,12 @@ def quality_table(measured: dict[str, Any]) -> str:
     )  # fmt: skip
 
 
+TABLES: dict[str, Callable[[Any], list[str]]] = {
+    "latency": lambda found: [latency_table(found)],
+    "quality": lambda measured: [f"{name}\n\n{quality_table(sides)}" for name, sides in measured.items()],
+}
+
+
 def main() -> None:
     """Measures, writes and draws."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -339,18 +377,22 @@ def main() -> None:
     good.add_argument("--max-length", type=int, default=256, help="tokens kept of a document (%(default)s)")
     for command in (speed, good):
         command.add_argument("--output", type=Path, default=Path("runs/rag"), help="folder (%(default)s)")
+        command.add_argument("--docs", type=Path, help="folder that figures and plot are copied to")
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
     if args.command == "latency":
         found: Any = latency(args.output, args.lengths, args.repeats)
-        plot_latency(args.output / "rag_latency.png", found)
-        tables = [latency_table(found)]
+        plot_latency(args.output / "latency.png", found)
     else:
         found = quality(args.model, args.data, args.output, limit=args.limit, max_length=args.max_length)
-        tables = [f"{name}\n\n{quality_table(measured)}" for name, measured in found.items()]
-    files.write_text(args.output / f"rag_{args.command}.json", json.dumps(found, indent=2) + "\n")
-    print("\n" + "\n".join(tables))
-    common.report({"device": jax.devices()[0].device_kind, "written": f"{args.output}/rag_{args.command}.json"})
+        plot_quality(args.output / "quality.png", found)
+    files.write_text(args.output / f"{args.command}.json", json.dumps(found, indent=2) + "\n")
+    written = json.loads((args.output / f"{args.command}.json").read_text())
+    print("\n" + "\n".join(TABLES[args.command](written)))
+    if args.docs:
+        for kind in ("json", "png"):
+            shutil.copy(args.output / f"{args.command}.{kind}", args.docs / f"{args.command}.{kind}")
+    common.report({"device": jax.devices()[0].device_kind, "written": f"{args.output}/{args.command}.json"})
 
 
 if __name__ == "__main__":

@@ -7,7 +7,8 @@ Half of the clients embed 1 to 4 passages of --data at a time, half ask for answ
 instructions; each sends its next request when the last is answered. `grit-jax serve` runs in a process of its own, the
 clients in this one on the same cores. Afterwards the library embeds and answers the same, one call of `encode` and then
 `generate`'s engine with as many rows as the server has, and every response is compared: vectors to 1e-4, answers by
-their text. `overhead` is the server's time over the library's, less 1.
+their text; a difference, or a program that was compiled under load, is an error at the end. `overhead` is the server's
+time over the library's, less 1.
 """
 
 from __future__ import annotations
@@ -200,6 +201,8 @@ def main() -> None:
         "process_peak": peak,
     }  # fmt: skip
     common.report(figures)
+    if wrong or different or compiled:
+        raise SystemExit("the server did not answer as the library does, or compiled a program under load")
 
 
 if __name__ == "__main__":
