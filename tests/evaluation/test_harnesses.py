@@ -1,6 +1,7 @@
 """The same figures from the field's own harnesses: mteb, lm-eval and sentence-transformers' evaluators."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -194,7 +195,7 @@ def test_lm_eval_s_command_knows_the_model_by_name(lm_eval, checkpoint, choices)
         "--model_args", f"pretrained={checkpoint}", "--include_path", folder, "--tasks", "local",
         "--apply_chat_template", "--output_path", folder / "scores.json",
     ]  # fmt: skip
-    done = subprocess.run(list(map(str, command)), env=environment(), capture_output=True, text=True)
+    done = subprocess.run(list(map(str, command)), env=environment(), capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     (path,) = folder.rglob("scores*.json")
     scores = json.loads(path.read_text())["results"]["local"]
@@ -310,13 +311,18 @@ def test_the_export_gives_sentence_transformers_evaluators_our_figures(checkpoin
     model = GritModel.load(checkpoint)
     save_folder(tmp_path / "hf", open_model(checkpoint), weights(model.architecture))
     exported = sentence_transformers.SentenceTransformer(str(tmp_path / "hf"), device="cpu")
-    found = ours(model, folder, {"name": "t", "type": "retrieval", "path": "retrieval", "instruction": FIND})
-    collection = read_collection(folder / "retrieval", "test")
+    # Its evaluator knows no degrees of relevance.
+    shutil.copytree(folder / "retrieval", tmp_path / "retrieval")
+    qrels = tmp_path / "retrieval/qrels/test.tsv"
+    qrels.write_text(qrels.read_text().replace("\t2\n", "\t1\n"))
+    found = ours(model, tmp_path, {"name": "t", "type": "retrieval", "path": "retrieval", "instruction": FIND})
+    collection = read_collection(tmp_path / "retrieval", "test")
     relevant = {query: set(judged) for query, judged in collection.judgements.items()}
     prompts = {"query_prompt": f"<|user|>\n{FIND}\n<|embed|>\n", "corpus_prompt": "<|embed|>\n"}
     scores = evaluation.InformationRetrievalEvaluator(collection.queries, collection.documents, relevant, **prompts)(
         exported
     )
+    assert scores["cosine_ndcg@10"] == pytest.approx(score(found), abs=1e-6)
     assert scores["cosine_recall@10"] == pytest.approx(found.figures["recall_at_10"], abs=1e-6)
     assert scores["cosine_mrr@10"] == pytest.approx(found.figures["mrr_at_10"], abs=1e-6)
     similar = ours(model, folder, {"name": "t", "type": "sts", "path": "sts.tsv"})
