@@ -121,7 +121,7 @@ class Device:
 
     def start_embedding(self, texts):
         self.say("embed")
-        yield EmbeddingBatch([0], [0], self)
+        yield EmbeddingBatch(list(range(len(texts))), [0] * len(texts), self)
 
     def __array__(self, dtype=None, copy=None):
         self.say("vectors")
@@ -172,6 +172,21 @@ def test_the_device_writes_while_vectors_are_taken():
     scheduler.stop()
     assert vectors.tolist() == [[1, 1]] and finish == ["length"]
     assert device.said == ["embed", "write", "vectors", "blocks"]
+
+
+def test_texts_of_several_requests_are_embedded_together():
+    device = Device()
+    scheduler = Scheduler(device, device, Metrics(), queue=9)
+
+    async def run():
+        requests = [asyncio.create_task(scheduler.embed([TEXT] * count)) for count in (2, 1, 3)]
+        await asyncio.sleep(0)
+        scheduler.start()
+        return await asyncio.gather(*requests)
+
+    assert [len(vectors) for vectors in asyncio.run(run())] == [2, 1, 3]
+    scheduler.stop()
+    assert device.said == ["embed", "vectors"]
 
 
 @pytest.mark.parametrize("fails", ["embed", "vectors", "write", "blocks"])
