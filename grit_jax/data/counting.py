@@ -179,7 +179,8 @@ def _count_shard(shard: Shard, sources: Sequence[Source], tokenizer: Tokenizer) 
         counts = count_records(sources[shard.source], shard.start, shard.stop, tokenizer)
         content = io.BytesIO()
         np.savez(content, allow_pickle=False, **counts._asdict())
-        files.write_bytes(shard.path, content.getvalue())
+        with contextlib.suppress(FileNotFoundError):  # another host has joined all shards and removed their folder
+            files.write_bytes(shard.path, content.getvalue())
     return counts.bad_records()
 
 

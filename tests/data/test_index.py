@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import os
 import pickle
 import shutil
 import subprocess
@@ -173,6 +174,20 @@ def test_hosts_that_start_together_count_in_processes_and_agree(tmp_path):
     assert outputs[0].startswith(str(expected))
     assert outputs[0] == outputs[1]
     assert len(list((tmp_path / ".grit_index").iterdir())) == 2  # no shards and nothing partial is left
+
+
+def test_a_host_whose_shards_another_has_joined_and_removed_has_the_others_index(tmp_path, small_shards, monkeypatch):
+    source, others, replace = many(tmp_path / "f.jsonl"), [], os.replace
+
+    def late(partial, path):
+        if not others and ".shards" in str(path):
+            others.append(None)
+            others[0] = build_index(source, BYTES)
+        replace(partial, path)
+
+    monkeypatch.setattr(os, "replace", late)
+    assert same(build_index(source, BYTES), others[0])
+    assert len(list((tmp_path / ".grit_index").iterdir())) == 1
 
 
 BAD = ['{"text": ["u", "a"]}', "{", '{"text": 1}', '{"query": "q", "pos": ["p"]}', "[", '{"text": ["u", "b"]}']
