@@ -120,7 +120,8 @@ def split(data: Path, output: Path) -> None:
         for number, record in enumerate(source):
             parts["held_out" if _held_out(record) else "train"].append(source.lines(number, number + 1)[0].rstrip())
         for part, lines in parts.items():
-            _write_lines(output / part / path.parent.name / f"{path.name.split('.')[0]}.jsonl", lines)
+            if lines:  # a twentieth of a small file may be nothing
+                _write_lines(output / part / path.parent.name / f"{path.name.split('.')[0]}.jsonl", lines)
 
 
 def key(record: Record) -> str:
