@@ -236,7 +236,8 @@ class Study:
     def data(self) -> str:
         """Digest of the training data and the tokenizer."""
         digest = hashlib.sha256()
-        for path in sorted([*self.output.glob("data/train/*/*"), *self.output.glob("tokenizer/*")]):
+        train = map(Path, find_files(str(self.output / "data/train")))
+        for path in sorted([*train, *self.output.glob("tokenizer/*")]):
             digest.update(bytes.fromhex(file_digest(path)))
         return digest.hexdigest()[:16]
 
