@@ -60,10 +60,11 @@ class ExpertMLP(nnx.Module):
         Padding is sent to no expert. The router computes in float32, like its softmax.
         """
         with jax.default_matmul_precision("highest"):
-            probabilities = jax.nn.softmax(self.router(x.astype(wide(x))))
-        weights, chosen = jax.lax.top_k(probabilities, self.experts_per_token)
-        weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
-        num_experts = probabilities.shape[-1]
+            logits = self.router(x.astype(wide(x)))
+        probabilities, num_experts = jax.nn.softmax(logits), logits.shape[-1]
+        # The chosen experts' probabilities over their sum, whose gradient is exactly 0 where there is one.
+        largest, chosen = jax.lax.top_k(logits, self.experts_per_token)
+        weights = jax.nn.softmax(largest)
         one_hot = jax.nn.one_hot(chosen, num_experts, dtype=jnp.float32)
         stats = RouterStats(
             choices=jnp.einsum("blke,bl->ke", one_hot, real.astype(jnp.float32)),

@@ -26,7 +26,8 @@ LONG = {"model": NAME, "messages": QUESTION, "max_tokens": 900, "temperature": 0
 
 @pytest.fixture(scope="module")
 def client(server):
-    return openai.OpenAI(base_url=f"{server}/v1", api_key="none", max_retries=0)
+    with openai.OpenAI(base_url=f"{server}/v1", api_key="none", max_retries=0) as client:
+        yield client
 
 
 @pytest.mark.parametrize("form", ["float", "base64"])
@@ -270,15 +271,15 @@ def test_several_devices_answer_as_one_does(model, tensor):
     several.params["embedding"] = several.params["embedding"].at[model.tokenizer.eos_id].set(0)
     with running(Server(several, name=NAME, limits=Limits(max_length=128, rows=4))) as address:
         compiled = metric(address, "compilations_total")
-        client = openai.OpenAI(base_url=f"{address}/v1", api_key="none")
-        embedded = client.embeddings.create(model=NAME, input=["x", "and"])
-        written = client.chat.completions.create(model=NAME, messages=QUESTION, n=5, seed=3, max_tokens=10)
-        assert metric(address, "compilations_total") == compiled
-        assert np.allclose([one.embedding for one in embedded.data], model.encode(["x", "and"]), atol=1e-5)
-        expected = [
-            model.generate(QUESTION, max_new_tokens=10, temperature=1.0, seed=3 + number) for number in range(5)
-        ]
-        assert [choice.message.content for choice in written.choices] == expected
+        with openai.OpenAI(base_url=f"{address}/v1", api_key="none") as client:
+            embedded = client.embeddings.create(model=NAME, input=["x", "and"])
+            written = client.chat.completions.create(model=NAME, messages=QUESTION, n=5, seed=3, max_tokens=10)
+            assert metric(address, "compilations_total") == compiled
+            assert np.allclose([one.embedding for one in embedded.data], model.encode(["x", "and"]), atol=1e-5)
+            expected = [
+                model.generate(QUESTION, max_new_tokens=10, temperature=1.0, seed=3 + number) for number in range(5)
+            ]
+            assert [choice.message.content for choice in written.choices] == expected
 
 
 @pytest.mark.parametrize("method", ["document_cache", "query_document_cache"])
@@ -298,8 +299,10 @@ def test_documents_of_either_form_are_answered_from_and_read_causally_in_between
     def expected():
         return read.answer(read.prepare("what is salt?", method=method, instruction="Find"), max_new_tokens=12).text
 
-    with running(Server(model, name=NAME, limits=Limits(max_length=1024, rows=4), rag=asked)) as address:
-        client = openai.OpenAI(base_url=f"{address}/v1", api_key="none")
+    with (
+        running(Server(model, name=NAME, limits=Limits(max_length=1024, rows=4), rag=asked)) as address,
+        openai.OpenAI(base_url=f"{address}/v1", api_key="none") as client,
+    ):
         compiled = metric(address, "compilations_total")
         first = ask(client)
         until(lambda: not asked.num_waiting)
@@ -330,9 +333,9 @@ def test_a_key_is_asked_for(model):
             refused = httpx2.post(f"{address}/v1/embeddings", headers=header, json={"model": NAME, "input": "x"})
             assert (refused.status_code, refused.json()["error"]["code"]) == (401, "invalid_api_key")
             assert refused.headers["connection"] == "close"  # nobody reads the rest of the body
-        client = openai.OpenAI(base_url=f"{address}/v1", api_key="secret")
-        assert client.embeddings.create(model=NAME, input="x").data
-        assert httpx2.get(f"{address}/").status_code == 200
+        with openai.OpenAI(base_url=f"{address}/v1", api_key="secret") as client:
+            assert client.embeddings.create(model=NAME, input="x").data
+            assert httpx2.get(f"{address}/").status_code == 200
 
 
 def test_both_skills_use_one_copy_of_the_weights(model):
@@ -345,8 +348,7 @@ def test_both_skills_use_one_copy_of_the_weights(model):
     before = bytes_in_use()
     server = Server(model, name=NAME, limits=Limits(max_length=1024, rows=4))
     logits = 258 * 4 * (4 + 2)
-    with running(server) as address:
-        client = openai.OpenAI(base_url=f"{address}/v1", api_key="none")
+    with running(server) as address, openai.OpenAI(base_url=f"{address}/v1", api_key="none") as client:
         assert client.embeddings.create(model=NAME, input="x").data
         assert client.chat.completions.create(model=NAME, messages=QUESTION, max_tokens=20).choices
         assert bytes_in_use() - before == server.cache_bytes + logits
