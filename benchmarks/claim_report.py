@@ -309,7 +309,8 @@ def plot(results: Path, summary: Mapping[str, Any], folder: Path) -> list[Path]:
         panel.set_xlabel("step")
         panel.legend(frameon=False)
     claim = summary["claim"]
-    _differences(right, {f"{name}\nagainst {one['against']}-only": one for name, one in claim.items()})
+    named = {f"{name}\nagainst {one['against']}-only": one for name, one in claim.items()}
+    draw_differences(right, named, margin=MARGIN)
     for row, one in enumerate(claim.values()):
         right.text(100 * one["difference"], row - 0.12, one["verdict"], ha="center")
     drawn = {"claim.png": drawing}
@@ -317,7 +318,8 @@ def plot(results: Path, summary: Mapping[str, Any], folder: Path) -> list[Path]:
         drawing = drawn["ablations.png"] = Drawing(figsize=(13, 7), layout="constrained")
         for panel, figure in zip(drawing.subplots(1, 2), (NDCG, LOSS), strict=True):
             some = summary["ablations"] | (summary["variants"] if figure is NDCG else {})
-            _differences(panel, {name: one[figure.name] for name, one in some.items() if name != "baseline"})
+            others = {name: one[figure.name] for name, one in some.items() if name != "baseline"}
+            draw_differences(panel, others, margin=MARGIN)
             panel.set_title(f"{figure.name}, against the baseline", loc="left")
     for name, drawing in drawn.items():
         for panel in drawing.axes:
@@ -327,14 +329,15 @@ def plot(results: Path, summary: Mapping[str, Any], folder: Path) -> list[Path]:
     return [folder / name for name in drawn]
 
 
-def _differences(panel: Any, found: Mapping[str, Mapping[str, Any]]) -> None:
-    """Relative differences with their intervals, over the margin."""
+def draw_differences(panel: Any, found: Mapping[str, Mapping[str, Any]], *, margin: float | None = None) -> None:
+    """Draws relative differences with their intervals, over the margin where there is one."""
     for row, one in enumerate(found.values()):
         for bounds, width in ((one["interval"], 3), (one.get("run_interval"), 1)):
             if bounds:
                 panel.plot([100 * bound for bound in bounds], [row, row], color=_COLOURS["unified"], linewidth=width)
         panel.plot(100 * one["difference"], row, "o", color=_COLOURS["unified"], markersize=8)
-    panel.axvspan(-100 * MARGIN, 100 * MARGIN, color="#dddddd", zorder=0)
+    if margin:
+        panel.axvspan(-100 * margin, 100 * margin, color="#dddddd", zorder=0)
     panel.axvline(0, color="#888888", linewidth=1)
     panel.set(yticks=range(len(found)), yticklabels=list(found), ylim=(len(found) - 0.5, -0.5))
-    panel.set_xlabel("relative difference, % (grey: margin)")
+    panel.set_xlabel("relative difference, %" + (" (grey: margin)" if margin else ""))

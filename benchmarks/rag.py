@@ -33,7 +33,7 @@ import common
 import jax
 import numpy as np
 from claim import CONFIGS
-from claim_report import markdown_table
+from claim_report import draw_differences, markdown_table
 
 from grit_jax import GritModel, files, prompts, sharding
 from grit_jax.checkpoint import CheckpointMetadata, save_params
@@ -187,7 +187,7 @@ def latency(output: Path, lengths: Sequence[int], repeats: int) -> list[dict[str
                     if run:  # the first one compiles
                         seconds[name].append(once)
             for name, runs in seconds.items():
-                medians = dict(zip(WRITTEN, map(statistics.median, zip(*runs)), strict=True))
+                medians = dict(zip(map(str, WRITTEN), map(statistics.median, zip(*runs)), strict=True))
                 found.append({"growing": growing, "tokens": length, "keys_and_values": name, "seconds": medians})
     return found
 
@@ -203,12 +203,12 @@ def plot_latency(path: Path, found: Sequence[dict[str, Any]]) -> None:
     for name, colour in colours.items():
         for panel, growing in zip(panels, GROWING, strict=True):
             rows = [row for row in found if (row["growing"], row["keys_and_values"]) == (growing, name)]
-            panel.plot([row["tokens"] for row in rows], [row["seconds"][16] for row in rows], "o-", color=colour)
+            panel.plot([row["tokens"] for row in rows], [row["seconds"]["16"] for row in rows], "o-", color=colour)
             panel.set_title(f"16 written tokens, {growing} growing", loc="left")
             panel.set_xlabel(f"tokens of the {growing}")
         for row in found:
             if (row["growing"], row["keys_and_values"], row["tokens"]) == ("document", name, longest):
-                last.plot(WRITTEN, [row["seconds"][count] for count in WRITTEN], "o-", color=colour, label=name)
+                last.plot(WRITTEN, list(row["seconds"].values()), "o-", color=colour, label=name)
     last.set_title(f"document of {longest:,} tokens", loc="left")
     last.set_xlabel("written tokens")
     last.legend(frameon=False, title="keys and values")
@@ -227,14 +227,8 @@ def plot_quality(path: Path, measured: dict[str, dict[str, Any]]) -> None:
     figure = Figure(figsize=(13, 4.5), layout="constrained")
     for panel, (name, sides) in zip(figure.subplots(1, 2, sharey=True), measured.items(), strict=True):
         compared = {label: row["loss against"] for label, row in sides.items() if "loss against" in row}
-        for row, one in enumerate(compared.values()):
-            panel.plot([100 * bound for bound in one["interval"]], [row, row], color="#2563a8", linewidth=3)
-            panel.plot(100 * one["difference"], row, "o", color="#2563a8")
-        panel.axvline(0, color="#888888", linewidth=1)
-        labels = [f"{label}\nagainst {one['against']}" for label, one in compared.items()]
-        panel.set(yticks=range(len(compared)), yticklabels=labels, ylim=(len(compared) - 0.5, -0.5))
+        draw_differences(panel, {f"{label}\nagainst {one['against']}": one for label, one in compared.items()})
         panel.set_title(f"{name}: loss of the gold answer", loc="left")
-        panel.set_xlabel("relative difference, %")
         panel.spines[["top", "right"]].set_visible(False)
         panel.grid(alpha=0.25)
     figure.savefig(path, dpi=110)
@@ -324,7 +318,7 @@ def quality(
 
 
 def latency_table(found: Sequence[dict[str, Any]]) -> str:
-    """Seconds as the file has them, a row for each side and length."""
+    """Seconds, a row for each side and length."""
     return markdown_table(
         ["growing", "tokens", "keys and values", *(f"seconds to {count}" for count in WRITTEN)],
         (
@@ -387,8 +381,7 @@ def main() -> None:
         found = quality(args.model, args.data, args.output, limit=args.limit, max_length=args.max_length)
         plot_quality(args.output / "quality.png", found)
     files.write_text(args.output / f"{args.command}.json", json.dumps(found, indent=2) + "\n")
-    written = json.loads((args.output / f"{args.command}.json").read_text())
-    print("\n" + "\n".join(TABLES[args.command](written)))
+    print("\n" + "\n".join(TABLES[args.command](found)))
     if args.docs:
         for kind in ("json", "png"):
             shutil.copy(args.output / f"{args.command}.{kind}", args.docs / f"{args.command}.{kind}")
