@@ -52,15 +52,17 @@ class Checkpoints:
 
     Args:
       folder: Holds one sub-folder per step; made by the first save.
-      keep: Which checkpoints are kept; None keeps all.
+      keep: Which checkpoints are kept, and how long hosts wait for each other; None keeps all.
       read_only: Whether nothing is written: what is half written may then be a living run's save, and stays.
     """
 
     def __init__(self, folder: str | PathLike[str], *, keep: CheckpointConfig | None = None, read_only: bool = False):
         self.folder = epath.Path(folder) if files.is_bucket(folder) else epath.Path(folder).resolve()
+        waiting = ocp.options.AsyncOptions(timeout_secs=keep.timeout_seconds) if keep else None
         self._checkpointer = ocp.training.Checkpointer(
-            str(self.folder), preservation_policy=_preservation_policy(keep), cleanup_tmp_directories=not read_only
-        )
+            str(self.folder), preservation_policy=_preservation_policy(keep), cleanup_tmp_directories=not read_only,
+            context=ocp.Context(async_options=waiting) if waiting else None,
+        )  # fmt: skip
         self._saving: tuple[int, Any] | None = None
 
     def steps(self) -> list[int]:

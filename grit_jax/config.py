@@ -454,6 +454,7 @@ class CheckpointConfig:
       best_is: Whether the best is the smallest or the largest value.
       params_every: Steps between checkpoints of the parameters alone, all kept, in `params/` of the run folder; they
         take a third of the space, open like any other and cannot be resumed from. Null writes none.
+      timeout_seconds: How long hosts wait for each other to save: one whose disk is full, or slow, ends the run then.
     """
 
     every: int = 500
@@ -463,9 +464,10 @@ class CheckpointConfig:
     best_metric: str | None = None
     best_is: Literal["smallest", "largest"] = "smallest"
     params_every: int | None = None
+    timeout_seconds: int = 1200
 
     def __post_init__(self):
-        for name in ("every", "keep", "keep_every", "params_every"):
+        for name in ("every", "keep", "keep_every", "params_every", "timeout_seconds"):
             if getattr(self, name) is not None:
                 _require_positive(f"checkpoint.{name}", getattr(self, name))
         if self.keep_best < 0:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import glob
+import os
+import sys
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +26,9 @@ _MESSAGE_BYTES = 1024
 def start(config: DistributedConfig) -> None:
     """Joins the processes of the run; to be called before anything uses a device.
 
-    From then on a process that is silent for `timeout_seconds`, dead or stuck, ends all others with an error.
+    From then on a process that is silent for `timeout_seconds`, dead or stuck, ends all others with an error, and an
+    error that nobody catches ends its process at once: the usual way out waits for threads, and those of a save wait
+    for the other processes.
 
     Raises:
       InputError: The others cannot be reached at the address that was given.
@@ -51,6 +55,16 @@ def start(config: DistributedConfig) -> None:
         raise InputError(
             f"distributed.coordinator={config.coordinator}: the processes of the run did not find each other ({reason})"
         ) from error
+    sys.excepthook = _leave
+
+
+def _leave(*error: Any) -> None:
+    try:
+        sys.__excepthook__(*error)
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:  # also where the disk of the log is full
+        os._exit(1)
 
 
 class Agreement:

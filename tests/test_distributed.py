@@ -1,10 +1,15 @@
 """How the processes of a run find each other, and what is said when they do not."""
 
+import subprocess
+import sys
+
 import jax
 import pytest
 
 from grit_jax import distributed
 from grit_jax.config import DistributedConfig, InputError
+from tests.multiprocess.launch import free_address
+from tests.runs import environment
 
 
 @pytest.fixture
@@ -28,3 +33,19 @@ def test_hosts_of_a_tpu_that_miss_each_other_are_to_be_started_again(alone, monk
     monkeypatch.setitem(distributed.DEVICE_FILES, "TPU", (str(tmp_path / "accel*"),))
     with pytest.raises(RuntimeError, match="start all of them again"):
         distributed.start(DistributedConfig())
+
+
+def test_an_error_ends_its_process_while_threads_of_it_wait_for_others():
+    script = """
+import sys, threading
+from grit_jax import distributed
+from grit_jax.config import DistributedConfig
+distributed.start(DistributedConfig(coordinator=sys.argv[1], num_processes=1, process_id=0))
+threading.Thread(target=threading.Event().wait).start()
+print("said before")
+raise OSError("the disk is full")
+"""
+    command = [sys.executable, "-c", script, free_address()]
+    ended = subprocess.run(command, env=environment(1), stdout=-1, stderr=-1, text=True, timeout=120)
+    assert (ended.returncode, ended.stdout) == (1, "said before\n")
+    assert ended.stderr.rstrip().endswith("OSError: the disk is full")

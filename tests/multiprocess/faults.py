@@ -24,7 +24,7 @@ from tests.multiprocess import launch
 from tests.runs import ROOT, TINY, command, environment, write_data
 
 STEPS, EVERY, DEVICES = 8, 2, 4
-SILENCE = 10  # distributed.timeout_seconds
+SILENCE = 10  # distributed.timeout_seconds and checkpoint.timeout_seconds
 LIMIT = 60  # seconds in which the others must have ended after one is gone
 START = 300  # seconds for a run on a slow machine
 FAULTS = ("kill", "kill while saving", "sigterm", "damage", "full disk", "stall")
@@ -37,7 +37,8 @@ class Job:
         address = launch.free_address()
         options = [
             ROOT / "configs/tiny.yaml", *TINY, f"--data.train={data}", f"--train.output={output}",
-            f"--train.steps={STEPS}", f"--checkpoint.every={EVERY}", "--logging.every=1",
+            f"--train.steps={STEPS}", f"--checkpoint.every={EVERY}", f"--checkpoint.timeout_seconds={SILENCE}",
+            "--logging.every=1",
         ]  # fmt: skip
         self.output, self.processes = Path(output), []
         for index in range(num_processes):
@@ -112,7 +113,7 @@ def disturb(job, fault, draw):
         elif fault == "damage":
             job.kill()
         elif fault == "full disk":
-            for process in job.processes:
+            for process in draw.choice([job.processes, [victim]]):
                 resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (4096, 4096))
         elif fault == "stall":
             victim.send_signal(signal.SIGSTOP)
