@@ -17,9 +17,10 @@ difference lies within 2 %.
 Intervals are of the paired bootstrap over examples and, where there are several, seeds. Several seeds also have
 Student's interval of the mean of their differences, and the wider of the two counts.
 
-Keeps the result of every model in --output/results, writes --output/claim.json, prints its tables in Markdown and, with
---docs, copies results, figures and plot there. Where results are copied to --output/results first, those models are not
-trained again: so published results are checked, or continued on another machine.
+Keeps the result of every model in --output/results, writes --output/claim.json and prints its tables in Markdown. With
+--page docs/claim.md the tables go into that page, and results, figures and plots into docs/claim. Where results are
+copied to --output/results first, those models are not trained again: so published results are checked, or continued on
+another machine.
 """
 
 from __future__ import annotations
@@ -31,7 +32,6 @@ import gzip
 import hashlib
 import json
 import re
-import shutil
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -56,6 +56,7 @@ from claim_report import (
     write_bm25,
     write_result,
 )
+from pages import print_tables, publish
 
 from grit_jax import files
 from grit_jax.config import InputError, config_differences, dump_config, load_config, parse_config
@@ -282,7 +283,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/claim"), help="where everything goes (%(default)s)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of weights and data order (%(default)s)")
     parser.add_argument("--ablations", nargs="*", help="measure these ablations too; without names all of them")
-    parser.add_argument("--docs", type=Path, help="folder that the results, claim.json and its plots are copied to")
+    parser.add_argument("--page", type=Path, help="page to fill with the tables; results and plots go beside it")
     args, overrides = parser.parse_known_args()
     more = dict(override.removeprefix("--").split("=", 1) for override in overrides)
     changes = known_ablations()
@@ -312,12 +313,9 @@ def main() -> None:
     summary = summarize(results, args.seeds, changes)
     files.write_text(args.output / SUMMARY, json.dumps(summary, indent=2) + "\n")
     plots = plot(results, summary, args.output)
-    for name, table in tables(summary).items():
-        print(f"\n{name}\n\n{table}", end="")
-    if args.docs:
-        shutil.copytree(results, args.docs / RESULTS, dirs_exist_ok=True)
-        for path in (args.output / SUMMARY, *plots):
-            shutil.copy(path, args.docs / path.name)
+    print_tables(tables(summary))
+    if args.page:
+        publish(args.page, tables(summary), results, args.output / SUMMARY, *plots)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pages import COLOURS, draw_differences, markdown_table, save_drawing
 
 from grit_jax import files
 from grit_jax.config import InputError, parse_config
@@ -28,7 +29,7 @@ MODELS = ("unified", "embedding", "generative")
 UNTRAINED = "untrained"
 _ABLATION = "ablation_"
 _BM25 = "bm25.json"
-_COLOURS = {"unified": "#2563a8", "embedding": "#d97706", "generative": "#3f8f5f"}
+_COLOURS = dict(zip(MODELS, COLOURS, strict=False))
 
 Scores = dict[str, dict[str, Any]]
 
@@ -284,12 +285,6 @@ def _cell(found: Sequence[Mapping[str, Any]]) -> str:
     return f"{np.mean(scores):.3f} ({bounds[0]:.3f} to {bounds[1]:.3f}){mark}"
 
 
-def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table in Markdown."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
-
-
 def plot(results: Path, summary: Mapping[str, Any], folder: Path) -> list[Path]:
     """Draws the losses of the three models, the claim's differences and those of ablations; returns the files."""
     from matplotlib.figure import Figure as Drawing
@@ -322,22 +317,5 @@ def plot(results: Path, summary: Mapping[str, Any], folder: Path) -> list[Path]:
             draw_differences(panel, others, margin=MARGIN)
             panel.set_title(f"{figure.name}, against the baseline", loc="left")
     for name, drawing in drawn.items():
-        for panel in drawing.axes:
-            panel.spines[["top", "right"]].set_visible(False)
-            panel.grid(alpha=0.25)
-        drawing.savefig(folder / name, dpi=110)
+        save_drawing(folder / name, drawing)
     return [folder / name for name in drawn]
-
-
-def draw_differences(panel: Any, found: Mapping[str, Mapping[str, Any]], *, margin: float | None = None) -> None:
-    """Draws relative differences with their intervals, over the margin where there is one."""
-    for row, one in enumerate(found.values()):
-        for bounds, width in ((one["interval"], 3), (one.get("run_interval"), 1)):
-            if bounds:
-                panel.plot([100 * bound for bound in bounds], [row, row], color=_COLOURS["unified"], linewidth=width)
-        panel.plot(100 * one["difference"], row, "o", color=_COLOURS["unified"], markersize=8)
-    if margin:
-        panel.axvspan(-100 * margin, 100 * margin, color="#dddddd", zorder=0)
-    panel.axvline(0, color="#888888", linewidth=1)
-    panel.set(yticks=range(len(found)), yticklabels=list(found), ylim=(len(found) - 0.5, -0.5))
-    panel.set_xlabel("relative difference, %" + (" (grey: margin)" if margin else ""))

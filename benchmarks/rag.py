@@ -1,7 +1,7 @@
 """Answers from a store with and without cached keys and values: how long they take, and how good they are.
 
-    python benchmarks/rag.py latency --output runs/rag --docs docs/rag
-    python benchmarks/rag.py quality runs/claim/0/unified --output runs/rag --docs docs/rag --limit 300
+    python benchmarks/rag.py latency --page docs/rag.md
+    python benchmarks/rag.py quality runs/claim/0/unified --limit 300 --page docs/rag.md
 
 `latency` answers from a store of one document with a model of random weights, 58 million parameters with a vocabulary
 of 32,000, whose tokens are bytes. One side grows while the other is one token: the document, of which keys and values
@@ -22,10 +22,9 @@ import argparse
 import dataclasses
 import json
 import re
-import shutil
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,7 +32,7 @@ import common
 import jax
 import numpy as np
 from claim import CONFIGS
-from claim_report import draw_differences, markdown_table
+from pages import COLOURS, draw_differences, markdown_table, print_tables, publish, save_drawing
 
 from grit_jax import GritModel, files, prompts, sharding
 from grit_jax.checkpoint import CheckpointMetadata, save_params
@@ -196,7 +195,7 @@ def plot_latency(path: Path, found: Sequence[dict[str, Any]]) -> None:
     """Draws seconds against the length of what grows, and against the number of written tokens."""
     from matplotlib.figure import Figure
 
-    colours = {"without": "#d97706", "float32": "#2563a8", "bfloat16": "#8b5cf6", "int8": "#3f8f5f"}
+    colours = dict(zip(("float32", "without", "int8", "bfloat16"), COLOURS, strict=True))
     figure = Figure(figsize=(13, 4), layout="constrained")
     *panels, last = figure.subplots(1, 3)
     longest = max(row["tokens"] for row in found)
@@ -213,11 +212,9 @@ def plot_latency(path: Path, found: Sequence[dict[str, Any]]) -> None:
     last.set_xlabel("written tokens")
     last.legend(frameon=False, title="keys and values")
     for panel in figure.axes:
-        panel.spines[["top", "right"]].set_visible(False)
         panel.set_ylim(bottom=0)
-        panel.grid(alpha=0.25)
     panels[0].set_ylabel("seconds")
-    figure.savefig(path, dpi=110)
+    save_drawing(path, figure)
 
 
 def plot_quality(path: Path, measured: dict[str, dict[str, Any]]) -> None:
@@ -229,9 +226,7 @@ def plot_quality(path: Path, measured: dict[str, dict[str, Any]]) -> None:
         compared = {label: row["loss against"] for label, row in sides.items() if "loss against" in row}
         draw_differences(panel, {f"{label}\nagainst {one['against']}": one for label, one in compared.items()})
         panel.set_title(f"{name}: loss of the gold answer", loc="left")
-        panel.spines[["top", "right"]].set_visible(False)
-        panel.grid(alpha=0.25)
-    figure.savefig(path, dpi=110)
+    save_drawing(path, figure)
 
 
 class Question(NamedTuple):
@@ -349,10 +344,11 @@ def quality_table(measured: dict[str, Any]) -> str:
     )  # fmt: skip
 
 
-TABLES: dict[str, Callable[[Any], list[str]]] = {
-    "latency": lambda found: [latency_table(found)],
-    "quality": lambda measured: [f"{name}\n\n{quality_table(sides)}" for name, sides in measured.items()],
-}
+def tables(command: str, found: Any) -> dict[str, str]:
+    """What a command found in Markdown, by the names of its tables."""
+    if command == "latency":
+        return {command: latency_table(found)}
+    return {name: quality_table(sides) for name, sides in found.items()}
 
 
 def main() -> None:
@@ -371,7 +367,7 @@ def main() -> None:
     good.add_argument("--max-length", type=int, default=256, help="tokens kept of a document (%(default)s)")
     for command in (speed, good):
         command.add_argument("--output", type=Path, default=Path("runs/rag"), help="folder (%(default)s)")
-        command.add_argument("--docs", type=Path, help="folder that figures and plot are copied to")
+        command.add_argument("--page", type=Path, help="page to fill with the tables; figures and plot go beside it")
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
     if args.command == "latency":
@@ -381,10 +377,10 @@ def main() -> None:
         found = quality(args.model, args.data, args.output, limit=args.limit, max_length=args.max_length)
         plot_quality(args.output / "quality.png", found)
     files.write_text(args.output / f"{args.command}.json", json.dumps(found, indent=2) + "\n")
-    print("\n" + "\n".join(TABLES[args.command](found)))
-    if args.docs:
-        for kind in ("json", "png"):
-            shutil.copy(args.output / f"{args.command}.{kind}", args.docs / f"{args.command}.{kind}")
+    print_tables(tables(args.command, found))
+    if args.page:
+        kept = [args.output / f"{args.command}.{kind}" for kind in ("json", "png")]
+        publish(args.page, tables(args.command, found), *kept)
     common.report({"device": jax.devices()[0].device_kind, "written": f"{args.output}/{args.command}.json"})
 
 

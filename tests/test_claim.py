@@ -284,11 +284,14 @@ def write(path, rows):
 @needs_shared
 def test_the_whole_comparison_at_toy_size_goes_on_where_it_was_and_its_tables_are_its_figures(tmp_path):
     smaller(SHARED, tmp_path / "data")
+    page = tmp_path / "claim.md"
+    page.write_text("".join(f"<!-- {name} -->\n<!-- end of {name} -->\n" for name in ("claim", "tasks", "ablations")))
+    published = tmp_path / "claim"
 
     def run(output):
         command = [
             sys.executable, ROOT / "benchmarks/claim.py", "--data", tmp_path / "data", "--output", output,
-            "--docs", tmp_path / "docs", "--ablations", "baseline", "no_packing", "one_file", "--train.steps=2",
+            "--page", page, "--ablations", "baseline", "no_packing", "one_file", "--train.steps=2",
             "--model.architecture.embed_dim=32", "--model.architecture.mlp_dim=48", "--model.architecture.num_layers=1",
             "--data.embedding_batch=8", "--data.generative_batch=4",
         ]  # fmt: skip
@@ -298,25 +301,25 @@ def test_the_whole_comparison_at_toy_size_goes_on_where_it_was_and_its_tables_ar
         assert done.returncode == 0, done.stderr[-3000:]
         return done.stdout
 
-    tables = run(tmp_path / "claim").split("\nclaim\n")[1]
-    summary = json.loads((tmp_path / "docs/claim.json").read_text())
-    assert all((tmp_path / f"docs/{name}.png").stat().st_size > 10_000 for name in ("claim", "ablations"))
+    tables = run(tmp_path / "output").split("\nclaim\n")[1]
+    summary = json.loads((published / "claim.json").read_text())
+    assert all((published / f"{name}.png").stat().st_size > 10_000 for name in ("claim", "ablations"))
     packing = summary["ablations"]["no_packing"]
     assert all(abs(packing[name]["difference"]) < 1e-3 for name in ("mean nDCG@10", "loss per token"))
     for table in claim_report.tables(summary).values():
-        assert table in tables
+        assert table in tables and table in page.read_text()
     ours = summary["claim"]["mean nDCG@10"]
     scores = [summary["models"]["unified"]["0"][task]["main_score"] for task in claim_report.PRIMARY]
     assert np.isclose(ours["value"], np.mean(scores))
 
     # A kept result is enough; without one the run's checkpoint and report are.
     (tmp_path / "elsewhere").mkdir()
-    shutil.copytree(tmp_path / "docs/results", tmp_path / "elsewhere/results")
+    shutil.copytree(published / "results", tmp_path / "elsewhere/results")
     elsewhere = run(tmp_path / "elsewhere")
     assert elsewhere.count(": kept\n") == 7 and elsewhere.endswith(tables)
-    assert json.loads((tmp_path / "docs/claim.json").read_text()) == summary
-    (tmp_path / "claim/results/0/embedding.json").unlink()
-    again = run(tmp_path / "claim")
+    assert json.loads((published / "claim.json").read_text()) == summary
+    (tmp_path / "output/results/0/embedding.json").unlink()
+    again = run(tmp_path / "output")
     assert again.count(": kept\n") == 6 and "step 1/" not in again and again.endswith(tables)
 
 
