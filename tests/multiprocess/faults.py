@@ -24,7 +24,7 @@ from tests.multiprocess import launch
 from tests.runs import ROOT, TINY, command, environment, write_data
 
 STEPS, EVERY, DEVICES = 8, 2, 4
-SILENCE = 10  # distributed.timeout_seconds and checkpoint.timeout_seconds
+SILENCE = 10  # distributed.timeout_seconds
 LIMIT = 60  # seconds in which the others must have ended after one is gone
 START = 300  # seconds for a run on a slow machine
 FAULTS = ("kill", "kill while saving", "sigterm", "damage", "full disk", "stall")
@@ -37,7 +37,7 @@ class Job:
         address = launch.free_address()
         options = [
             ROOT / "configs/tiny.yaml", *TINY, f"--data.train={data}", f"--train.output={output}",
-            f"--train.steps={STEPS}", f"--checkpoint.every={EVERY}", f"--checkpoint.timeout_seconds={SILENCE}",
+            f"--train.steps={STEPS}", f"--checkpoint.every={EVERY}", f"--checkpoint.timeout_seconds={LIMIT // 2}",
             "--logging.every=1",
         ]  # fmt: skip
         self.output, self.processes = Path(output), []
