@@ -313,9 +313,10 @@ def main() -> None:
     summary = summarize(results, args.seeds, changes)
     files.write_text(args.output / SUMMARY, json.dumps(summary, indent=2) + "\n")
     plots = plot(results, summary, args.output)
-    print_tables(tables(summary))
+    shown = tables(summary)
+    print_tables(shown)
     if args.page:
-        publish(args.page, tables(summary), results, args.output / SUMMARY, *plots)
+        publish(args.page, shown, results, args.output / SUMMARY, *plots)
 
 
 if __name__ == "__main__":

@@ -377,10 +377,11 @@ def main() -> None:
         found = quality(args.model, args.data, args.output, limit=args.limit, max_length=args.max_length)
         plot_quality(args.output / "quality.png", found)
     files.write_text(args.output / f"{args.command}.json", json.dumps(found, indent=2) + "\n")
-    print_tables(tables(args.command, found))
+    shown = tables(args.command, found)
+    print_tables(shown)
     if args.page:
         kept = [args.output / f"{args.command}.{kind}" for kind in ("json", "png")]
-        publish(args.page, tables(args.command, found), *kept)
+        publish(args.page, shown, *kept)
     common.report({"device": jax.devices()[0].device_kind, "written": f"{args.output}/{args.command}.json"})
 
 

@@ -46,6 +46,6 @@ print("said before")
 raise OSError("the disk is full")
 """
     command = [sys.executable, "-c", script, free_address()]
-    ended = subprocess.run(command, env=environment(1), stdout=-1, stderr=-1, text=True, timeout=120)
+    ended = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120)
     assert (ended.returncode, ended.stdout) == (1, "said before\n")
     assert ended.stderr.rstrip().endswith("OSError: the disk is full")
