@@ -34,7 +34,7 @@ import json
 import re
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,7 @@ from claim_report import (
     MODELS,
     PRIMARY,
     UNTRAINED,
+    KeywordSearch,
     Result,
     ablation,
     plot,
@@ -63,7 +64,7 @@ from grit_jax.config import InputError, config_differences, dump_config, load_co
 from grit_jax.data.records import EmbeddingRecord, Record, texts
 from grit_jax.data.sources import find_files, open_source, read_texts
 from grit_jax.evaluation.likelihood import Perplexity
-from grit_jax.evaluation.report import file_digest, fingerprint, interval
+from grit_jax.evaluation.report import fingerprint, interval
 from grit_jax.evaluation.retrieval import Ranking, Retrieval, bm25_scores, outcome, read_collection
 from grit_jax.evaluation.run import evaluate
 from grit_jax.evaluation.suite import Suite, load_suite
@@ -78,12 +79,14 @@ _ROOT = Path(__file__).parents[1]
 CONFIGS = _ROOT / "configs/claim"
 RESULTS, SUMMARY = "results", "claim.json"
 GSM8K = "gsm8k"
+_PROBLEMS = "eval/generative/gsm8k_test.jsonl.gz"
 _ONE_IN = 20
 _VOCAB_SIZE = 8192
+_STEPS = "train.steps"
 _ABLATION_STEPS = 100
 _KEPT = ("metric", "main_score", "interval", "chance")  # of what the report says of a task
 _PATHS = ("model.tokenizer", "data.train", "data.validation", "train.output")
-_MAY_DIFFER = tuple(key for key in MAY_DIFFER if key != "train.steps")
+_MAY_DIFFER = tuple(key for key in MAY_DIFFER if key != _STEPS)
 
 
 def prepare(data: Path, output: Path) -> None:
@@ -92,16 +95,16 @@ def prepare(data: Path, output: Path) -> None:
     Raises:
       InputError: The output was made from other data.
     """
-    done, source = output / "data/done", str(data.resolve())
+    done, made_from = output / "data/done", digest(sources(data))
     if done.exists():
-        if (made_from := done.read_text()) != source:
-            raise InputError(f"{output} was made from --data {made_from}, not {source}; choose another --output")
+        if done.read_text() != made_from:
+            raise InputError(f"{output} was made from other data than --data {data}; choose another --output")
         return
     split(data / "train", output / "data")
     folder = output / "data/train/embedding"
     everything = [line for path in sorted(folder.iterdir()) for line in path.read_bytes().splitlines()]
     _write_lines(output / "data/one_file/embedding.jsonl", everything)
-    with gzip.open(data / "eval/generative/gsm8k_test.jsonl.gz", "rt") as file:
+    with gzip.open(data / _PROBLEMS, "rt") as file:
         problems = [json.loads(line) for line in file]
     solved = [
         json.dumps({"text": [row["question"], re.sub(r"<<.*?>>", "", row["solution"])]}).encode() for row in problems
@@ -110,7 +113,20 @@ def prepare(data: Path, output: Path) -> None:
     tokenizer = train_bpe(read_texts(str(output / "data/train")), _VOCAB_SIZE)
     for name, content in tokenizer.files().items():
         files.write_text(_made(output / "tokenizer" / name), content)
-    files.write_text(done, source)
+    files.write_text(done, made_from)
+
+
+def sources(data: Path) -> list[Path]:
+    """Files of `data` that `prepare` reads."""
+    return [*map(Path, find_files(str(data / "train"))), data / _PROBLEMS]
+
+
+def digest(paths: Iterable[Path]) -> str:
+    """Of the content of files, in the order of their paths."""
+    found = hashlib.sha256()
+    for path in sorted(paths):
+        found.update(bytes.fromhex(files.sha256(path)))
+    return found.hexdigest()[:16]
 
 
 def split(data: Path, output: Path) -> None:
@@ -180,7 +196,7 @@ class Study:
         Raises:
           InputError: It was trained or measured with other settings.
         """
-        text = dump_config(load_config(self.config, _options({"train.seed": seed, **changes, **self.settings})))
+        text = dump_config(load_config(self.config, _options({**self.settings, "train.seed": seed, **changes})))
         marks = {task.name: fingerprint(task, suite, "") for task in suite.tasks}
         earlier = read_result(self.output / RESULTS, seed, name)
         if earlier:
@@ -236,11 +252,8 @@ class Study:
     @functools.cached_property
     def data(self) -> str:
         """Digest of the training data and the tokenizer."""
-        digest = hashlib.sha256()
         train = map(Path, find_files(str(self.output / "data/train")))
-        for path in sorted([*train, *self.output.glob("tokenizer/*")]):
-            digest.update(bytes.fromhex(file_digest(path)))
-        return digest.hexdigest()[:16]
+        return digest([*train, *self.output.glob("tokenizer/*")])
 
     def _check(self, what: str, earlier: Result, config: str) -> None:
         differences = config_differences(parse_config(earlier.config), parse_config(config), ignore=_MAY_DIFFER)
@@ -257,17 +270,21 @@ def _options(settings: Mapping[str, Any]) -> list[str]:
     return [f"--{key}={value}" for key, value in settings.items()]
 
 
-def bm25(suite: Suite) -> dict[str, Any]:
-    """nDCG@10 of keyword search on the retrieval tasks, with its interval over examples."""
+def measure_bm25(suite: Suite, results: Path) -> None:
+    """Keeps nDCG@10 of keyword search on the retrieval tasks, with its interval over examples; once."""
+    searched = [task for task in suite.tasks if isinstance(task, Retrieval)]
+    marks = {task.name: fingerprint(task, suite, "") for task in searched}
+    earlier = read_bm25(results)
+    if earlier and earlier.marks == marks:
+        return
     scores = {}
-    for task in suite.tasks:
-        if isinstance(task, Retrieval):
-            collection = read_collection(Path(task.path), task.split)
-            keyword = bm25_scores(list(collection.queries.values()), list(collection.documents.values()))
-            best = np.argsort(-keyword, axis=1, kind="stable")[:, :100]
-            found = outcome(Ranking(np.take_along_axis(keyword, best, axis=1), best), collection)
-            scores[task.name] = {"main_score": found.score(found.examples), "interval": interval(found, suite.seed)}
-    return scores
+    for task in searched:
+        collection = read_collection(Path(task.path), task.split)
+        keyword = bm25_scores(list(collection.queries.values()), list(collection.documents.values()))
+        best = np.argsort(-keyword, axis=1, kind="stable")[:, :100]
+        found = outcome(Ranking(np.take_along_axis(keyword, best, axis=1), best), collection)
+        scores[task.name] = {"main_score": found.score(found.examples), "interval": interval(found, suite.seed)}
+    write_bm25(results, KeywordSearch(marks, scores))
 
 
 def known_ablations() -> dict[str, dict[str, Any]]:
@@ -285,6 +302,8 @@ def main() -> None:
     parser.add_argument("--ablations", nargs="*", help="measure these ablations too; without names all of them")
     parser.add_argument("--page", type=Path, help="page to fill with the tables; results and plots go beside it")
     args, overrides = parser.parse_known_args()
+    if bare := [override for override in overrides if not re.match(r"--[\w.]+=", override)]:
+        parser.error(f"{' '.join(bare)}: no option of the script; settings of the config are --key=value")
     more = dict(override.removeprefix("--").split("=", 1) for override in overrides)
     changes = known_ablations()
     ablations = [] if args.ablations is None else args.ablations or list(changes)
@@ -292,6 +311,8 @@ def main() -> None:
         parser.error(f"--ablations: no {', '.join(unknown)}; there are {', '.join(changes)}")
     if fixed := more.keys() & {*_PATHS, "train.seed", "train.mode"}:
         parser.error(f"{', '.join(sorted(fixed))}: the script chooses these; give --data, --output or --seeds")
+    if clashes := {key for name in ablations for key in more.keys() & changes[name].keys() - {_STEPS}}:
+        parser.error(f"{', '.join(sorted(clashes))}: ablations change these; give them without --ablations")
     prepare(args.data, args.output)
     study = Study(args.config, more, args.output)
     suite = suite_of("suite.yaml", args.data, args.output)
@@ -303,13 +324,15 @@ def main() -> None:
     primary = dataclasses.replace(whole, tasks=tuple(t for t in whole.tasks if t.name in (HELD_OUT, *PRIMARY)))
     one_file = f"[{args.output / 'data/one_file'}, {args.output / 'data/train/generative'}]"
     for name in ablations:
+        # Of other numbers of samples at a time fewer or more steps, in proportion.
+        steps = changes[name].get(_STEPS, _ABLATION_STEPS) * int(more.get(_STEPS, _ABLATION_STEPS))
         study.measure(
             ablation(name), args.seeds[0], whole if name == "baseline" else primary,
-            {"train.steps": _ABLATION_STEPS, **changes[name]}, train_data=one_file if name == "one_file" else None,
+            {**changes[name], _STEPS: max(1, steps // _ABLATION_STEPS)},
+            train_data=one_file if name == "one_file" else None,
         )  # fmt: skip
     results = args.output / RESULTS
-    if read_bm25(results).keys() != {task.name for task in suite.tasks if isinstance(task, Retrieval)}:
-        write_bm25(results, bm25(suite))
+    measure_bm25(suite, results)
     summary = summarize(results, args.seeds, changes)
     files.write_text(args.output / SUMMARY, json.dumps(summary, indent=2) + "\n")
     plots = plot(results, summary, args.output)

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from pages import COLOURS, draw_differences, markdown_table, save_drawing
@@ -31,6 +31,7 @@ _ABLATION = "ablation_"
 _BM25 = "bm25.json"
 _COLOURS = dict(zip(MODELS, COLOURS, strict=False))
 
+T = TypeVar("T")
 Scores = dict[str, dict[str, Any]]
 
 
@@ -62,6 +63,14 @@ class Result:
     tokens: int
     training_seconds: float
     wall_seconds: float | None
+
+
+@dataclasses.dataclass(frozen=True)
+class KeywordSearch:
+    """BM25 on the retrieval tasks: digests of the tasks, and scores as a `Result` has them."""
+
+    marks: dict[str, str]
+    tasks: Scores
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,34 +106,40 @@ def read_result(results: Path, seed: int, name: str) -> Result | None:
     Raises:
       InputError: The file is something else.
     """
-    path = results / str(seed) / f"{name}.json"
-    if not path.exists():
-        return None
-    try:
-        return Result(**json.loads(path.read_text()))
-    except (ValueError, TypeError) as error:
-        raise InputError(f"{path}: is no result of this script; remove it to measure the model again") from error
+    return _read(results / str(seed) / f"{name}.json", Result)
 
 
 def write_result(results: Path, seed: int, name: str, result: Result) -> None:
     """Keeps a model's result."""
-    _write(results / str(seed) / f"{name}.json", dataclasses.asdict(result))
+    _write(results / str(seed) / f"{name}.json", result)
 
 
-def read_bm25(results: Path) -> Scores:
-    """Scores of keyword search by task; empty where they have not been measured."""
-    path = results / _BM25
-    return json.loads(path.read_text()) if path.exists() else {}
+def read_bm25(results: Path) -> KeywordSearch | None:
+    """What was kept of keyword search; None where it has not been measured.
+
+    Raises:
+      InputError: The file is something else.
+    """
+    return _read(results / _BM25, KeywordSearch)
 
 
-def write_bm25(results: Path, scores: Scores) -> None:
-    """Keeps the scores of keyword search."""
-    _write(results / _BM25, scores)
+def write_bm25(results: Path, found: KeywordSearch) -> None:
+    """Keeps what keyword search has found."""
+    _write(results / _BM25, found)
 
 
-def _write(path: Path, content: Any) -> None:
+def _read(path: Path, kind: Callable[..., T]) -> T | None:
+    if not path.exists():
+        return None
+    try:
+        return kind(**json.loads(path.read_text()))
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{path}: is no result of this script; remove it to measure again") from error
+
+
+def _write(path: Path, kept: Result | KeywordSearch) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    files.write_text(path, json.dumps(content, ensure_ascii=False) + "\n")
+    files.write_text(path, json.dumps(dataclasses.asdict(kept), ensure_ascii=False) + "\n")
 
 
 def summarize(results: Path, seeds: Sequence[int], ablations: Iterable[str]) -> dict[str, Any]:
@@ -136,14 +151,16 @@ def summarize(results: Path, seeds: Sequence[int], ablations: Iterable[str]) -> 
       ablations: Those of the first seed that have been measured are shown, in this order.
 
     Raises:
-      InputError: A seed's model has not been measured, or on other tasks than the others.
+      InputError: Keyword search or a seed's model has not been measured, or a model on other tasks or data than the
+        others.
     """
     models = {name: {seed: _needed(results, seed, name) for seed in seeds} for name in (UNTRAINED, *MODELS)}
     first = {name: by_seed[seeds[0]] for name, by_seed in models.items()}
-    if any(result.marks != first["unified"].marks for by_seed in models.values() for result in by_seed.values()):
-        raise InputError(
-            f"{results}: its models were measured on different tasks or data; run the script on them again"
-        )
+    everyone = [result for by_seed in models.values() for result in by_seed.values()]
+    _refuse_different(results, everyone, {task for result in everyone for task in result.marks})
+    keywords = read_bm25(results)
+    if keywords is None or not keywords.marks.items() <= first["unified"].marks.items():
+        raise InputError(f"{results}: keyword search was not measured on these tasks; run the script again")
     config = parse_config(first["unified"].config)
     walls = {
         str(seed): [wall for by_seed in models.values() if (wall := by_seed[seed].wall_seconds) is not None]
@@ -169,7 +186,7 @@ def summarize(results: Path, seeds: Sequence[int], ablations: Iterable[str]) -> 
             NDCG.name: compared("unified", "embedding", NDCG),
             LOSS.name: compared("unified", "generative", LOSS),
         },
-        "bm25": read_bm25(results),
+        "bm25": keywords.tasks,
         "models": {
             name: {str(seed): result.tasks for seed, result in by_seed.items()} for name, by_seed in models.items()
         },
@@ -178,11 +195,15 @@ def summarize(results: Path, seeds: Sequence[int], ablations: Iterable[str]) -> 
     found = {name: result for name, result in measured.items() if result}
     if "baseline" in found:
         baseline = found["baseline"]
-        summary["ablations"] = {
-            name: _ablation(result, baseline, [NDCG, LOSS]) for name, result in found.items()
-        }  # fmt: skip
+        _refuse_different(results, list(found.values()), {HELD_OUT, *PRIMARY})
+        summary["ablations"] = {name: _ablation(result, baseline, [NDCG, LOSS]) for name, result in found.items()}
         summary["variants"] = _variants(baseline)
     return summary
+
+
+def _refuse_different(results: Path, compared: Sequence[Result], tasks: Set[str]) -> None:
+    if len({(result.data, *(result.marks.get(task) for task in tasks)) for result in compared}) > 1:
+        raise InputError(f"{results}: models were trained or measured on different data or tasks; run the script again")
 
 
 def _ablation(result: Result, baseline: Result, figures: Sequence[Figure]) -> dict[str, Any]:
@@ -232,8 +253,8 @@ def tables(summary: Mapping[str, Any]) -> dict[str, str]:
     first = summary["models"]["unified"][str(summary["seeds"][0])]
     tasks = markdown_table(
         [
-            f"task: mean (lowest to highest of {seeds} seeds)" if several else "task", "metric",
-            "BM25 (95 % interval)" if several else "BM25", "untrained",
+            f"task{f': mean of {seeds} seeds' if several else ''} (95 % interval over examples)", "metric", "BM25",
+            "untrained",
             *(f"{name}{'' if name == 'unified' else '-only'}" for name in MODELS),
         ],
         (
@@ -273,16 +294,11 @@ def _bounds(of: Sequence[float]) -> str:
 
 
 def _cell(found: Sequence[Mapping[str, Any]]) -> str:
-    """Mean over seeds, with the lowest and the highest; of one with its interval over examples.
-
-    What the interval, of several seeds the mean of their bounds, says of chance stands behind.
-    """
-    scores = [one["main_score"] for one in found]
-    low, high = np.mean([one["interval"] for one in found], axis=0)
-    bounds = (low, high) if len(scores) == 1 else (min(scores), max(scores))
+    """Mean over seeds of the score and of the bounds of its interval over examples, and what that says of chance."""
+    score, low, high = np.mean([[one["main_score"], *one["interval"]] for one in found], axis=0)
     chance = found[0].get("chance")
     mark = "" if chance is None or low > chance else " below chance" if high < chance else " at chance"
-    return f"{np.mean(scores):.3f} ({bounds[0]:.3f} to {bounds[1]:.3f}){mark}"
+    return f"{score:.3f} ({low:.3f} to {high:.3f}){mark}"
 
 
 def plot(results: Path, summary: Mapping[str, Any], folder: Path) -> list[Path]:

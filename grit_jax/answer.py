@@ -8,6 +8,9 @@ import numpy as np
 
 from grit_jax.tokenizer import Tokenizer
 
+_CONTEXT = 8  # tokens of the prompt
+_UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # what bytes that are no whole character are decoded to
+
 
 class Answer:
     """Text of one answer; a piece is released once later tokens cannot change it.
@@ -24,8 +27,7 @@ class Answer:
 
     def __init__(self, tokenizer: Tokenizer, prompt_ids: np.ndarray, stop: Sequence[str]):
         self._tokenizer, self._stop = tokenizer, [text for text in stop if text]
-        # A few tokens of the prompt give the decoder what it needs to place spaces.
-        self._ids = prompt_ids[-8:].tolist()
+        self._ids = _end_of(prompt_ids.tolist(), tokenizer)
         self._skip = len(tokenizer.decode(self._ids))
         self._text, self._released, self.done, self.num_tokens = "", 0, False, 0
 
@@ -59,10 +61,18 @@ class Answer:
 
     def _certain(self) -> int:
         """Length of the text before an unfinished character or what may become a stop string."""
-        end = len(self._text.rstrip("\N{REPLACEMENT CHARACTER}"))
+        end = len(self._text.rstrip(_UNFINISHED))
         for stop in self._stop:
             for length in range(min(len(stop) - 1, end), 0, -1):
                 if self._text.endswith(stop[:length], 0, end):
                     end -= length
                     break
         return end
+
+
+def _end_of(ids: list[int], tokenizer: Tokenizer) -> list[int]:
+    """The last few tokens, with which the decoder places spaces; more where they begin within a character."""
+    length = _CONTEXT
+    while length < len(ids) and tokenizer.decode(ids[-length:]).startswith(_UNFINISHED):
+        length *= 2
+    return ids[-length:]

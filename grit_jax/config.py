@@ -119,7 +119,7 @@ class TransformerConfig:
 
     def __post_init__(self):
         for name in ("embed_dim", "mlp_dim", "num_layers", "num_heads", "num_kv_heads", "max_length"):
-            _require_positive(f"model.architecture.{name}", getattr(self, name))
+            require_positive(f"model.architecture.{name}", getattr(self, name))
         if self.num_heads % self.num_kv_heads:
             raise InputError(
                 f"model.architecture.num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}; "
@@ -221,7 +221,7 @@ class ModelConfig:
 
     def __post_init__(self):
         if self.layer_rows is not None:
-            _require_positive("model.layer_rows", self.layer_rows)
+            require_positive("model.layer_rows", self.layer_rows)
 
 
 @dataclass(frozen=True)
@@ -286,7 +286,7 @@ class DataConfig:
             "query_max_length", "passage_max_length", "generative_max_length",
             "group_size", "embedding_batch", "generative_batch", "row_buckets",
         ):  # fmt: skip
-            _require_positive(f"data.{name}", getattr(self, name))
+            require_positive(f"data.{name}", getattr(self, name))
         if self.workers < 0:
             raise InputError(f"data.workers={self.workers} is negative; use 0 to fill batches in the training process")
         for number, stage in enumerate(self.curriculum):
@@ -297,7 +297,7 @@ class DataConfig:
                 )
                 raise InputError(f"data.curriculum[{number}] {what}")
             if stage.steps is not None:
-                _require_positive(f"data.curriculum[{number}].steps", stage.steps)
+                require_positive(f"data.curriculum[{number}].steps", stage.steps)
 
     @property
     def embedding_row_length(self) -> int:
@@ -333,9 +333,9 @@ class LossConfig:
     embedding_router_weight: float = 0.0
 
     def __post_init__(self):
-        _require_positive("loss.temperature", self.temperature)
+        require_positive("loss.temperature", self.temperature)
         if self.sub_batch_samples is not None:
-            _require_positive("loss.sub_batch_samples", self.sub_batch_samples)
+            require_positive("loss.sub_batch_samples", self.sub_batch_samples)
 
 
 @dataclass(frozen=True)
@@ -399,13 +399,13 @@ class TrainConfig:
 
     def __post_init__(self):
         for name in ("steps", "embedding_chunks", "generative_chunks", "max_skipped"):
-            _require_positive(f"train.{name}", getattr(self, name))
+            require_positive(f"train.{name}", getattr(self, name))
         if self.seed < 0:
             raise InputError(f"train.seed={self.seed} is negative; use 0 or more")
         if self.eval_every is not None:
-            _require_positive("train.eval_every", self.eval_every)
+            require_positive("train.eval_every", self.eval_every)
         if self.watchdog_seconds is not None:
-            _require_positive("train.watchdog_seconds", self.watchdog_seconds)
+            require_positive("train.watchdog_seconds", self.watchdog_seconds)
 
     @property
     def embeds(self) -> bool:
@@ -435,7 +435,7 @@ class ScorecardConfig:
     embedding_weight: float = 0.5
 
     def __post_init__(self):
-        _require_positive("scorecard.every", self.every)
+        require_positive("scorecard.every", self.every)
         if not 0 <= self.embedding_weight <= 1:
             raise InputError(f"scorecard.embedding_weight={self.embedding_weight} is not from 0 to 1")
 
@@ -469,7 +469,7 @@ class CheckpointConfig:
     def __post_init__(self):
         for name in ("every", "keep", "keep_every", "params_every", "timeout_seconds"):
             if getattr(self, name) is not None:
-                _require_positive(f"checkpoint.{name}", getattr(self, name))
+                require_positive(f"checkpoint.{name}", getattr(self, name))
         if self.keep_best < 0:
             raise InputError(f"checkpoint.keep_best={self.keep_best} is negative; use 0 to keep none for being best")
         if bool(self.keep_best) != bool(self.best_metric):
@@ -525,7 +525,7 @@ class LoggingConfig:
     def __post_init__(self):
         for name in ("every", "details_every", "gradient_ratio_every", "spike_threshold"):
             if getattr(self, name) is not None:
-                _require_positive(f"logging.{name}", getattr(self, name))
+                require_positive(f"logging.{name}", getattr(self, name))
         if self.profile is not None and (len(self.profile) != 2 or not 1 <= self.profile[0] <= self.profile[1]):
             raise InputError(
                 f"logging.profile={self.profile} is no window of steps; give the first and the last, such as [10, 12]"
@@ -549,7 +549,7 @@ class DistributedConfig:
     timeout_seconds: int = 30
 
     def __post_init__(self):
-        _require_positive("distributed.timeout_seconds", self.timeout_seconds)
+        require_positive("distributed.timeout_seconds", self.timeout_seconds)
         given = {"num_processes": self.num_processes, "process_id": self.process_id}
         for name, value in given.items():
             if (value is None) != (self.coordinator is None):
@@ -722,6 +722,11 @@ def _field_type(section: type, key: str, source: str, prefix: str) -> Any:
     return types[key]
 
 
-def _require_positive(key: str, value: float) -> None:
+def require_positive(key: str, value: float) -> None:
+    """Returns where a setting's value is over 0.
+
+    Raises:
+      InputError: It is not.
+    """
     if value <= 0:
         raise InputError(f"{key}={value} must be positive")

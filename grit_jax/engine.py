@@ -104,7 +104,7 @@ class Engine:
       dtype: Type of activations and caches.
       eos_id: Token that ends a text.
       lanes: Sizes, shortest slots first; rows are rounded up to what the mesh divides.
-      read_tokens: Tokens of prompts that are read in one step, padding included, before it writes.
+      read_tokens: Tokens of prompts, padding included, after which a lane reads no more before it writes in a step.
       fewer_rows: Whether a lane of which few rows are in use computes only some of them. That is faster, and takes a
         program for each of a few numbers of rows.
     """
@@ -387,7 +387,7 @@ class _Lane:
 
     def _read_lengths(self, rows: int) -> list[int]:
         """Lengths that so many rows are read with."""
-        longest = min(_LONGEST_READ, self.size.slots, max(_SHORTEST_READ, self._read_tokens // rows))
+        longest = max(_SHORTEST_READ, min(_LONGEST_READ, self.size.slots, self._read_tokens // rows))
         return [_SHORTEST_READ * 2**k for k in range((longest // _SHORTEST_READ).bit_length())]
 
     def _places(self, some: list[_Row], rows: int) -> list[tuple[int, _Row]]:

@@ -12,6 +12,7 @@ import contextlib
 import contextvars
 import errno
 import functools
+import hashlib
 import io
 import logging
 import os
@@ -130,6 +131,16 @@ def open_binary(path: PathLike) -> io.BufferedReader:
         return Path(path).open("rb", buffering=0)
 
     return io.BufferedReader(_Pieces(path, retrying(path, opened)))
+
+
+def sha256(path: PathLike) -> str:
+    """Checksum of a file's content.
+
+    Raises:
+      OSError: It is missing or cannot be read.
+    """
+    with open_binary(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class _Pieces(io.RawIOBase):

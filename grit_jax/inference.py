@@ -86,7 +86,7 @@ class _Rows(NamedTuple):
     texts: list[tuple[int, int, int, int]]  # number of the text, row, first column, slot
 
 
-class EmbeddingBatch(NamedTuple):
+class StartedEmbedding(NamedTuple):
     """Texts that the device embeds.
 
     Attributes:
@@ -270,7 +270,7 @@ class GritModel:
 
     def start_embedding(
         self, texts: Sequence[prompts.TokenizedPrompt], *, batch_tokens: int | None = None
-    ) -> Iterator[EmbeddingBatch]:
+    ) -> Iterator[StartedEmbedding]:
         """`embed` for a caller with other work: the device has a batch when it comes, and need not be done with it."""
         for rows in self._packed([text.tokens for text in texts], batch_tokens):
             weights = np.zeros(rows.tokens.shape, np.float32)
@@ -278,7 +278,7 @@ class GritModel:
                 tokens, spans = texts[place]
                 weights[row, start : start + len(tokens)] = pool_weights(spans, len(tokens), self.embedding.pooling)
             places, slots = ([text[field] for text in rows.texts] for field in (0, 3))
-            yield EmbeddingBatch(places, slots, self._slots(*rows[:3], weights))
+            yield StartedEmbedding(places, slots, self._slots(*rows[:3], weights))
 
     def encode_with_caches(
         self,

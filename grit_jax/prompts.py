@@ -28,6 +28,9 @@ RAG_METHODS: tuple[RagMethod, ...] = get_args(RagMethod)
 # What an embedding's text begins with: BOS, or what parts it from another text that was read before it.
 CacheForm = Literal["first", "second"]
 CACHE_FORMS: tuple[CacheForm, ...] = get_args(CacheForm)
+# Whether a text after another cached one keeps the positions it was read at, or is moved on behind the other.
+Positions = Literal["own", "corrected"]
+POSITIONS: tuple[Positions, ...] = get_args(Positions)
 
 _AFTER = "Optionally using the prior context answer the query prior to it"
 _BEFORE = "Answer the prior query while optionally using the context prior to it"

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple
 
 import numpy as np
 
@@ -20,13 +20,9 @@ from grit_jax.config import Attention, InputError
 from grit_jax.engine import Continuation
 from grit_jax.inference import GritModel
 from grit_jax.model.transformer import KVCache
-from grit_jax.prompts import RagMethod
+from grit_jax.prompts import Positions, RagMethod
 from grit_jax.store.layout import Document, Store
 from grit_jax.store.retriever import Hit, Retriever
-
-# Whether a text after another cached one keeps the positions it was read at, or is moved on behind the other.
-Positions = Literal["own", "corrected"]
-POSITIONS: tuple[Positions, ...] = get_args(Positions)
 
 
 class Prepared(NamedTuple):

@@ -41,6 +41,15 @@ def test_paired_draws_find_models_equivalent_that_differ_by_less_than_the_exampl
     assert compare(noisy(1, noise=0.5), noisy(2, noise=0.5)).verdict(0.02) == "undecided"
 
 
+def test_what_cannot_be_compared_is_refused():
+    with pytest.raises(InputError, match="score both models on the same tasks"):
+        compare([[np.ones(3)]], [[np.ones(4)]])
+    with pytest.raises(InputError, match="score both models on the same tasks"):
+        compare([[np.ones(3)]], [[np.ones(3)]] * 2)
+    with pytest.raises(InputError, match="the reference scores 0 on all examples, or on those of a draw"):
+        compare([[np.ones(3)]], [[np.array([0.0, 0, 1])]])
+
+
 def test_several_training_runs_widen_the_interval_by_their_spread():
     runs = [noisy(1, shift)[0] for shift in (-0.05, 0.0, 0.05)]
     reference = [noisy(2)[0]] * 3
@@ -81,17 +90,22 @@ def test_a_twentieth_of_each_source_is_held_out_and_no_query_or_prompt_is_on_bot
 @pytest.fixture
 def prepared(tmp_path):
     """A folder that was prepared from `data` beside it."""
-    (tmp_path / "data").mkdir()
+    for name in ("train/x.jsonl", "eval/generative/gsm8k_test.jsonl.gz"):
+        write(tmp_path / "data" / name, ["{}"])
     (tmp_path / "output/data").mkdir(parents=True)
-    (tmp_path / "output/data/done").write_text(str((tmp_path / "data").resolve()))
+    (tmp_path / "output/data/done").write_text(claim.digest(claim.sources(tmp_path / "data")))
     return tmp_path / "output"
 
 
 def test_what_was_made_from_other_data_is_refused(prepared):
     data = prepared.parent / "data"
     claim.prepare(data, prepared)
-    with pytest.raises(InputError, match=r"output was made from --data .*/data, not .*/other; choose another --output"):
-        claim.prepare(data.parent / "other", prepared)
+    write(data / "train/x.jsonl", ['{"changed": 1}'])
+    with pytest.raises(InputError, match=r"output was made from other data than --data .*/data; choose another"):
+        claim.prepare(data, prepared)
+
+
+MARK = "digest of a task"
 
 
 def result(metrics, rng=np.random.default_rng(0), **fields):
@@ -101,7 +115,12 @@ def result(metrics, rng=np.random.default_rng(0), **fields):
         task: {"metric": metric, "main_score": float(examples[task].mean()), "interval": [0.3, 0.5]}
         for task, metric in metrics.items()
     }
-    fields = {"config": "train: {steps: 200}\n", "data": "d", "marks": {}, "wall_seconds": 10.0} | fields
+    fields = {
+        "marks": dict.fromkeys(metrics, MARK),
+        "config": "train: {steps: 200}\n",
+        "data": "d",
+        "wall_seconds": 10.0,
+    } | fields
     return claim_report.Result(
         devices="1 x cpu", tasks=tasks, examples={task: values.tolist() for task, values in examples.items()},
         losses={"embedding": [[1, 2], [3.0, 2.0]], "generative": [[1, 2], [9.0, 8.0]]}, tokens=10,
@@ -171,6 +190,22 @@ def test_unknown_ablations_are_refused_before_any_work(monkeypatch, tmp_path, ca
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("option", "told"),
+    [
+        ("--sedes 0", "--sedes 0: no option of the script"),
+        ("--loss.temperature=0.1 --ablations temperature_0.02", "loss.temperature: ablations change these"),
+        ("--train.seed=3", "train.seed: the script chooses these"),
+    ],
+)
+def test_options_that_cannot_be_are_refused_before_any_work(option, told, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(sys, "argv", ["claim.py", "--output", str(tmp_path), *option.split()])
+    with pytest.raises(SystemExit, match="2"):
+        claim.main()
+    assert told in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.fixture
 def measured(tmp_path):
     """Results of two seeds, of which one was stopped in between, and of an ablation."""
@@ -183,7 +218,8 @@ def measured(tmp_path):
             if name == "untrained" and not seed:
                 found = dataclasses.replace(found, wall_seconds=None)
             claim_report.write_result(tmp_path, seed, name, found)
-    claim_report.write_bm25(tmp_path, {"scifact": {"main_score": 0.6, "interval": [0.55, 0.65]}})
+    scores = {"scifact": {"main_score": 0.6, "interval": [0.55, 0.65]}}
+    claim_report.write_bm25(tmp_path, claim_report.KeywordSearch({"scifact": MARK}, scores))
     return tmp_path
 
 
@@ -230,19 +266,33 @@ def test_a_seed_without_all_models_is_refused(measured):
 def test_models_that_were_measured_on_different_tasks_are_refused(measured):
     other = dataclasses.replace(claim_report.read_result(measured, 1, "untrained"), marks={"mmlu": "other"})
     claim_report.write_result(measured, 1, "untrained", other)
-    with pytest.raises(InputError, match="measured on different tasks or data; run the script on them again"):
+    with pytest.raises(InputError, match="trained or measured on different data or tasks; run the script again"):
         summary_of(measured, [0, 1])
+
+
+@pytest.mark.parametrize("changed", [{"data": "other"}, {"marks": {"scifact": "other"}}])
+def test_ablations_that_were_measured_on_something_else_than_the_baseline_are_refused(measured, changed):
+    ablation = claim_report.read_result(measured, 0, "ablation_no_packing")
+    claim_report.write_result(measured, 0, "ablation_baseline", dataclasses.replace(ablation, **changed))
+    with pytest.raises(InputError, match="different data or tasks"):
+        summary_of(measured, [0])
+
+
+def test_keyword_search_on_other_tasks_is_refused(measured):
+    claim_report.write_bm25(measured, claim_report.KeywordSearch({"scifact": "other"}, {}))
+    with pytest.raises(InputError, match="keyword search was not measured on these tasks"):
+        summary_of(measured, [0])
 
 
 def test_tables_of_several_seeds_say_what_their_brackets_are_and_have_both_intervals(measured):
     several = summary_of(measured, [0, 1])
     found = claim_report.tables(several)
-    assert found["tasks"].startswith("| task: mean (lowest to highest of 2 seeds) |")
+    assert found["tasks"].startswith("| task: mean of 2 seeds (95 % interval over examples) |")
     assert "| 0.600 (0.550 to 0.650) |" in found["tasks"]
     assert "of the seeds by t" in found["claim"]
     assert all(len(one["by_run"]) == 2 and one["run_interval"] for one in several["claim"].values())
     alone = claim_report.tables(summary_of(measured, [0]))
-    assert alone["tasks"].startswith("| task | metric | BM25 |") and "by t" not in alone["claim"]
+    assert alone["tasks"].startswith("| task (95 % interval over examples) |") and "by t" not in alone["claim"]
 
 
 @pytest.mark.parametrize(
@@ -250,7 +300,7 @@ def test_tables_of_several_seeds_say_what_their_brackets_are_and_have_both_inter
 )
 def test_what_an_interval_says_of_chance_stands_behind_a_score(chance, mark):
     seeds = [{"main_score": 0.4, "interval": bounds, "chance": chance} for bounds in ([0.25, 0.45], [0.35, 0.55])]
-    assert claim_report._cell(seeds) == f"0.400 (0.400 to 0.400){mark}"
+    assert claim_report._cell(seeds) == f"0.400 (0.300 to 0.500){mark}"
 
 
 def smaller(source, target):

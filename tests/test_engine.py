@@ -89,6 +89,14 @@ def test_a_text_that_is_cancelled_while_its_block_is_written_has_none(model):
     assert tokens([*blocks, *run(engine)[stays]]) == alone(model, stays)
 
 
+def test_a_lane_may_be_shorter_than_what_is_read_at_a_time(model):
+    engine = model.engine([LaneSize(2, 16)])
+    engine.warm_up()
+    fits = Continuation(prompt(9, 1), 7)
+    engine.submit(fits)
+    assert tokens(run(engine)[fits]) == alone(model, fits)
+
+
 def test_a_text_continues_from_keys_and_values_that_it_is_given(model):
     whole = prompt(90, 3)
     reader = model.engine([LaneSize(1, 1024)])

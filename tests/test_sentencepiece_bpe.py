@@ -9,6 +9,7 @@ import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from grit_jax.answer import Answer
 from grit_jax.config import InputError
 from grit_jax.hf.export import save_folder
 from grit_jax.loading import load_for_conversion
@@ -44,6 +45,15 @@ def test_any_text_gets_sentencepieces_ids_and_comes_back(trained):
         assert ours.decode(ids) == theirs.decode(ids)
 
     check()
+
+
+def test_an_answer_goes_on_from_characters_that_are_written_in_bytes(trained):
+    ours = Tokenizer.load(trained[0])
+    ids, prompt = ours.encode("日本語日本語の日本語").ids, ours.encode("日本語日本語の").ids
+    assert ids[: len(prompt)].tolist() == prompt.tolist() and len(prompt) > 20
+    answer = Answer(ours, prompt, ())
+    pieces = [answer.extend(ids[place : place + 1], last=False) for place in range(len(prompt), len(ids))]
+    assert [piece for piece in pieces if piece] == ["日", "本", "語"]
 
 
 def test_special_and_user_defined_pieces_keep_their_ids(trained):

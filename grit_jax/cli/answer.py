@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 
-from grit_jax.cli.arguments import refuse_below_one, refuse_empty, shortened
-from grit_jax.prompts import RAG_METHODS
+from grit_jax.cli.arguments import refuse_empty, refuse_not_positive, shortened
+from grit_jax.prompts import POSITIONS, RAG_METHODS
 
 HELP = "answer queries from a store, with or without its documents' keys and values"
 EXAMPLES = """\
@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--instruction", default="", help="what the model is told about the queries; not pooled")
     parser.add_argument("--k", type=int, default=1, metavar="N", help="documents that are used (%(default)s)")
     parser.add_argument(
-        "--positions", choices=("own", "corrected"), default="own",
+        "--positions", choices=POSITIONS, default="own",
         help="of a cached text after another: its own, or moved on behind the other (%(default)s)",
     )  # fmt: skip
     parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="most tokens (%(default)s)")
@@ -39,12 +39,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prints the answer of each query and the documents that it was made from."""
-    refuse_below_one(args, "k", "max_new_tokens")
+    refuse_not_positive(args, "k", "max_new_tokens")
     refuse_empty(args.query)
 
     from grit_jax.inference import GritModel
     from grit_jax.rag import Rag
     from grit_jax.store.layout import Store
+    from grit_jax.store.retriever import as_json
 
     store = Store(args.store)
     rag = Rag(GritModel.load(args.model), store, name=args.model)
@@ -54,8 +55,7 @@ def run(args: argparse.Namespace) -> int:
         )
         answered = rag.answer(prepared, max_new_tokens=args.max_new_tokens, stop=args.stop)
         if args.json:
-            documents = [{"score": hit.score, **hit.document.fields} for hit in answered.hits]
-            print(json.dumps({"query": query, "answer": answered.text.strip(), "documents": documents,
+            print(json.dumps({"query": query, "answer": answered.text.strip(), "documents": as_json(answered.hits),
                               "cached_tokens": answered.num_cached, "read_tokens": answered.num_read},
                              ensure_ascii=False))  # fmt: skip
             continue

@@ -6,21 +6,21 @@ import argparse
 import textwrap
 from collections.abc import Iterable
 
-from grit_jax.config import InputError
+from grit_jax.config import InputError, require_positive
 
 _WIDTH = 100  # characters of a document that are shown
 
 
-def refuse_below_one(args: argparse.Namespace, *names: str) -> None:
-    """Returns where each of these arguments is at least 1 or left out.
+def refuse_not_positive(args: argparse.Namespace, *names: str) -> None:
+    """Returns where each of these arguments is over 0 or left out.
 
     Raises:
       InputError: One is not.
     """
     for name in names:
         value = getattr(args, name)
-        if value is not None and value < 1:
-            raise InputError(f"--{name.replace('_', '-')}={value} must be positive")
+        if value is not None:
+            require_positive(f"--{name.replace('_', '-')}", value)
 
 
 def refuse_empty(queries: Iterable[str]) -> None:

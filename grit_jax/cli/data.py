@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from grit_jax.cli.arguments import refuse_below_one
+from grit_jax.cli.arguments import refuse_not_positive
 from grit_jax.cli.overrides import refuse_unknown
 from grit_jax.cli.progress import progress_bar
 from grit_jax.config import Config, InputError, load_config, parse_config
@@ -228,7 +228,7 @@ def _sample(args: argparse.Namespace) -> int:
 
     from grit_jax.datatools.sample import draw
 
-    refuse_below_one(args, "count")
+    refuse_not_positive(args, "count")
     console = rich.console.Console(highlight=False, soft_wrap=True)
     for where, texts in draw(_config(args).data, _tokenizer(args.tokenizer), count=args.count, seed=args.seed):
         console.rule(rich.text.Text(where), align="left")
@@ -249,7 +249,7 @@ def _mine(args: argparse.Namespace) -> int:
     from grit_jax.datatools.negatives import KeywordSearcher, Mined, Mining, ModelSearcher, Passages, mine
 
     first, last = _range(args.range)
-    refuse_below_one(args, "count", "query_max_length", "passage_max_length")
+    refuse_not_positive(args, "count", "query_max_length", "passage_max_length")
     if args.ceiling < 0:
         raise InputError(f"--ceiling={args.ceiling} is negative; use 0 for none")
     if last - first + 1 < args.count:

@@ -7,7 +7,7 @@ import json
 import time
 from pathlib import Path
 
-from grit_jax.cli.arguments import refuse_below_one
+from grit_jax.cli.arguments import refuse_not_positive
 from grit_jax.cli.progress import progress_bar
 from grit_jax.config import InputError
 
@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Embeds a file."""
-    refuse_below_one(args, "batch_tokens", "max_length")
+    refuse_not_positive(args, "batch_tokens", "max_length")
     output = Path(args.output)
     if output.suffix != ".npy":
         raise InputError(f"--output {output}: must end in .npy")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from grit_jax.cli.arguments import refuse_below_one
+from grit_jax.cli.arguments import refuse_not_positive
 from grit_jax.config import InputError
 
 HELP = "answer a prompt"
@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prints an answer as it is made."""
-    refuse_below_one(args, "max_new_tokens")
+    refuse_not_positive(args, "max_new_tokens")
     if args.temperature < 0:
         raise InputError(f"--temperature={args.temperature} must not be negative")
     if not 0 < args.top_p <= 1:

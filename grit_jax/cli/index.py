@@ -6,10 +6,12 @@ import argparse
 import time
 from pathlib import Path
 
-from grit_jax.cli.arguments import refuse_below_one
+from grit_jax.cli.arguments import refuse_not_positive
 from grit_jax.cli.overrides import refuse_unknown
 from grit_jax.cli.progress import progress_bar
 from grit_jax.config import parse_config
+from grit_jax.prompts import CACHE_FORMS
+from grit_jax.store.vectors import DTYPES
 
 HELP = "embed a corpus into a store that can be searched; run again, it goes on or adds what is new"
 EXAMPLES = """\
@@ -29,19 +31,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help='.jsonl, .jsonl.gz or .jsonl.zst with {"_id": ..., "title": ..., "text": ...} a line, or folders of them',
     )  # fmt: skip
     parser.add_argument("store", metavar="STORE", help="folder on a disk, shared by all processes")
-    parser.add_argument(
-        "--dtype", choices=("float32", "bfloat16", "int8"), help="type of the vectors (default: float32)"
-    )
+    parser.add_argument("--dtype", choices=DTYPES, help="type of the vectors (default: float32)")
     parser.add_argument("--instruction", help="what the model is told about the documents; not pooled (default: none)")
     parser.add_argument(
         "--max-length", type=int, metavar="N", help="tokens kept of a document (default: the model's limit)"
     )
     parser.add_argument(
-        "--caches", choices=("float32", "bfloat16", "int8"),
+        "--caches", choices=DTYPES,
         help="keep the keys and values of documents too, in this type, for grit-jax answer (default: none)",
     )  # fmt: skip
     parser.add_argument(
-        "--cache-form", choices=("first", "second"),
+        "--cache-form", choices=CACHE_FORMS,
         help="whether a document is read first, or second, after a cached query (default: first)",
     )  # fmt: skip
     parser.add_argument(
@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Makes a store, goes on with it or adds to it."""
-    refuse_below_one(args, "max_length", "shard_rows")
+    refuse_not_positive(args, "max_length", "shard_rows")
     refuse_unknown(args.overrides, "index", known="--distributed.")
     config = parse_config("", args.overrides)
 

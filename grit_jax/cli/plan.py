@@ -7,7 +7,7 @@ import dataclasses
 import json
 import sys
 
-from grit_jax.cli.arguments import refuse_below_one
+from grit_jax.cli.arguments import refuse_not_positive
 from grit_jax.config import InputError, load_config
 
 HELP = "compile a config's train step for a TPU topology, without a TPU: does it fit, what will it cost"
@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
     """Plans a config; 0 when it fits, 3 when it does not."""
     if not 0 < args.fill <= 1:
         raise InputError(f"--fill={args.fill} must be over 0 and at most 1")
-    refuse_below_one(args, "compile")
+    refuse_not_positive(args, "compile")
     config = load_config(args.config, args.overrides)
 
     from grit_jax.plan.program import make_plan, planned_config

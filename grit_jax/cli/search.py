@@ -6,7 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
-from grit_jax.cli.arguments import refuse_below_one, refuse_empty, shortened
+from grit_jax.cli.arguments import refuse_empty, refuse_not_positive, shortened
 from grit_jax.cli.encode import read_texts
 from grit_jax.config import InputError
 
@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prints the best documents of each query."""
-    refuse_below_one(args, "k")
+    refuse_not_positive(args, "k")
     queries = args.query + (read_texts(Path(args.queries), option="--queries") if args.queries else [])
     if not queries:
         raise InputError("there is nothing to search for; give --query or --queries")
@@ -38,22 +38,13 @@ def run(args: argparse.Namespace) -> int:
 
     from grit_jax.inference import GritModel
     from grit_jax.store.layout import Store
-    from grit_jax.store.retriever import Retriever
+    from grit_jax.store.retriever import Retriever, as_json
 
     store = Store(args.store)
     retriever = Retriever(GritModel.load(args.model), store, name=args.model)
     for query, hits in zip(queries, retriever.find(queries, instruction=args.instruction, k=args.k), strict=True):
         if args.json:
-            found = [
-                {
-                    "rank": rank,
-                    "score": hit.score,
-                    **hit.document.fields,
-                    "same_text": hit.duplicates,
-                }
-                for rank, hit in enumerate(hits, start=1)
-            ]
-            print(json.dumps({"query": query, "documents": found}, ensure_ascii=False))
+            print(json.dumps({"query": query, "documents": as_json(hits)}, ensure_ascii=False))
             continue
         print(query)
         for rank, hit in enumerate(hits, start=1):

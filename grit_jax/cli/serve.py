@@ -10,7 +10,7 @@ import signal
 import socket
 from pathlib import Path
 
-from grit_jax.cli.arguments import refuse_below_one
+from grit_jax.cli.arguments import refuse_not_positive
 from grit_jax.cli.overrides import refuse_unknown
 from grit_jax.config import InputError, parse_config
 
@@ -23,6 +23,7 @@ EXAMPLES = """\
 TAKES_OVERRIDES = True  # --mesh.key=value
 
 _KEY = "GRIT_JAX_API_KEY"
+_MESH = "mesh: {data: -1, fsdp: 1}"  # a copy of the model on each device that `--mesh.tensor` leaves
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -62,11 +63,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Serves until it is told to stop."""
-    refuse_below_one(args, "max_length", "rows", "queue", "max_body", "timeout", "drain")
+    refuse_not_positive(args, "max_length", "rows", "queue", "max_body", "timeout", "drain")
     if args.causal_mb < 0:
         raise InputError(f"--causal-mb={args.causal_mb} must not be negative")
     refuse_unknown(args.overrides, "serve", known="--mesh.")
-    mesh = parse_config("", args.overrides).mesh if args.overrides else None
+    mesh = parse_config(_MESH, args.overrides).mesh
     instructions = _instructions(Path(args.prompts)) if args.prompts else {}
     try:
         import uvicorn

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from grit_jax.config import InputError
+from grit_jax.config import InputError, require_positive
 from grit_jax.evaluation.data import Row, read_rows
 from grit_jax.evaluation.prompted import Comparison, PromptedTask, f1, fill, is_right, written_examples
 from grit_jax.evaluation.retrieval import read_corpus
@@ -40,6 +40,20 @@ class ExactMatch(PromptedTask):
     max_new_tokens: int = 256
     stop: list[str] = dataclasses.field(default_factory=list)
 
+    def __post_init__(self):
+        super().__post_init__()
+        require_positive("max_new_tokens", self.max_new_tokens)
+        if self._shots_folder and (self.shots or not self.group):
+            raise InputError(
+                f"shots_path={self.shots_path} is a folder with the examples of each group: name the rows' key of it "
+                "as group, and leave shots out, as all examples are shown"
+            )
+
+    @property
+    def _shots_folder(self) -> Path | None:
+        """The folder of written examples, if there is one."""
+        return Path(self.shots_path) if self.shots_path and Path(self.shots_path).is_dir() else None
+
     def files(self) -> list[Path]:
         """Rows, examples and passages."""
         given = [*super().files(), *([Path(self.passages)] if self.passages else [])]
@@ -65,10 +79,9 @@ class ExactMatch(PromptedTask):
 
     def examples_by_group(self) -> dict[str, list[str]]:
         """The examples, also those written out in a folder."""
-        folder = Path(self.shots_path or "")
-        if not self.shots_path or not folder.is_dir():
+        if not self._shots_folder:
             return super().examples_by_group()
-        return {file.stem: written_examples(file) for file in sorted(folder.glob("*.txt"))}
+        return {file.stem: written_examples(file) for file in sorted(self._shots_folder.glob("*.txt"))}
 
     def evaluate(self, session: Session) -> Outcome:
         """Asks every row."""
@@ -121,6 +134,9 @@ class AlpacaEval(Task):
 
     generator: str = "grit_jax"
     max_new_tokens: int = 512
+
+    def __post_init__(self):
+        require_positive("max_new_tokens", self.max_new_tokens)
 
     def evaluate(self, session: Session) -> Outcome:
         """Answers every instruction; one that does not fit the model is answered with nothing."""

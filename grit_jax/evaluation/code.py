@@ -9,7 +9,7 @@ from typing import Literal
 
 import numpy as np
 
-from grit_jax.config import InputError
+from grit_jax.config import InputError, require_positive
 from grit_jax.evaluation import metrics, sandbox
 from grit_jax.evaluation.data import Row, read_rows
 from grit_jax.evaluation.task import Outcome, Session, Task
@@ -70,8 +70,8 @@ class Code(Task):
             raise InputError(f"k={self.k} must be numbers from 1 to samples={self.samples}")
         if self.temperature == 0 and self.samples > 1:
             raise InputError(f"samples={self.samples} at temperature=0 are all the same; use 1, or a temperature")
-        if min(self.seconds, self.memory_gib, self.max_new_tokens) <= 0:
-            raise InputError("seconds, memory_gib and max_new_tokens must be positive")
+        for key in ("seconds", "memory_gib", "max_new_tokens"):
+            require_positive(key, getattr(self, key))
 
     def evaluate(self, session: Session) -> Outcome:
         """Writes and runs the programs."""

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from grit_jax.config import InputError
 from grit_jax.evaluation.metrics import BOOTSTRAP_DRAWS, percentile_interval, t_interval
 from grit_jax.evaluation.task import mean
 
@@ -60,7 +61,16 @@ def compare(runs: Runs, reference: Runs, score: Callable[[np.ndarray], float] = 
       reference: The same for the second; arrays of one place have the same examples.
       score: From the contributions of a task to its score.
       seed: Of the draws.
+
+    Raises:
+      InputError: The two were not scored on the same examples, or the second scores 0, which nothing is relative to.
     """
+    shapes = {tuple(task.shape for task in run) for run in (*runs, *reference)}
+    if len(runs) != len(reference) or len(shapes) != 1:
+        raise InputError(
+            f"{len(runs)} and {len(reference)} runs with examples of the shapes {sorted(shapes)} cannot be compared in "
+            "pairs; score both models on the same tasks"
+        )
     generator = np.random.default_rng(seed)
     tasks = runs[0]
 
@@ -91,4 +101,6 @@ def compare(runs: Runs, reference: Runs, score: Callable[[np.ndarray], float] = 
 
 
 def _relative(value: float, reference: float) -> float:
+    if reference == 0:
+        raise InputError("the reference scores 0 on all examples, or on those of a draw; compare the scores themselves")
     return (value - reference) / reference

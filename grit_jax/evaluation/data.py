@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 from collections.abc import Sequence, Sized
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -50,6 +52,17 @@ class Row(NamedTuple):
             raise InputError(f"{self.where}: {key!r} is {values!r:.60}; it must be a list of strings, not empty")
         return values
 
+    def numbers(self, key: str) -> list[float]:
+        """The value of a key that holds a list of finite numbers.
+
+        Raises:
+          InputError: It holds something else.
+        """
+        values = self.get(key, list)
+        if not all(type(value) in (int, float) and math.isfinite(value) for value in values):
+            raise InputError(f"{self.where}: {key!r} is {values!r:.60}; it must be a list of finite numbers")
+        return values
+
 
 def existing(path: Path) -> Path:
     """The file, or the one with .gz.
@@ -92,16 +105,16 @@ def read_rows(path: Path, *columns: str) -> list[Row]:
 
 
 def number(row: Row, key: str) -> float:
-    """A number, which a TSV file holds as text.
+    """A finite number, which a TSV file holds as text.
 
     Raises:
       InputError: It is none.
     """
     value = row.get(key, str, int, float)
-    try:
-        return float(value)
-    except ValueError as error:
-        raise InputError(f"{row.where}: {key!r} is {value!r:.60}; it must be a number") from error
+    with contextlib.suppress(ValueError):
+        if math.isfinite(found := float(value)):
+            return found
+    raise InputError(f"{row.where}: {key!r} is {value!r:.60}; it must be a finite number")
 
 
 def by_row(values: np.ndarray, rows: Sequence[Sized]) -> list[np.ndarray]:

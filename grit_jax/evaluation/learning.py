@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from grit_jax.config import InputError
+from grit_jax.config import InputError, require_positive
 from grit_jax.evaluation import metrics
 from grit_jax.evaluation.data import Row, read_rows
 from grit_jax.evaluation.task import EmbeddingTask, Outcome, Session
@@ -49,6 +49,11 @@ class Classification(_LearningTask):
     split: str = "test"
     samples_per_label: int = 8
     experiments: int = 10
+
+    def __post_init__(self):
+        super().__post_init__()
+        require_positive("samples_per_label", self.samples_per_label)
+        require_positive("experiments", self.experiments)
 
     def files(self) -> list[Path]:
         """Both splits."""

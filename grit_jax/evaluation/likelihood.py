@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from grit_jax.config import InputError
+from grit_jax.config import InputError, require_positive
 from grit_jax.data.examples import tokenize_records
 from grit_jax.data.sources import find_files, open_source
 from grit_jax.evaluation.data import Row, by_row, existing
@@ -66,6 +66,10 @@ class Perplexity(Task):
     """
 
     max_length: int | None = None
+
+    def __post_init__(self):
+        if self.max_length is not None:
+            require_positive("max_length", self.max_length)
 
     def files(self) -> list[Path]:
         """The data files there."""

@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from grit_jax.config import InputError
+from grit_jax.config import InputError, require_positive
 from grit_jax.evaluation.data import Row, read_rows
 from grit_jax.evaluation.task import Session, Task
 
@@ -108,8 +108,8 @@ class PromptedTask(Task):
     def __post_init__(self):
         for key in ("limit", "shots"):
             value = getattr(self, key)
-            if value is not None and value < 1:
-                raise InputError(f"{key}={value} must be positive; leave it out for all rows")
+            if value is not None:
+                require_positive(key, value)
         if self.shots and not self.shots_path:
             raise InputError(f"shots={self.shots} needs shots_path, a file with examples")
 
@@ -152,8 +152,17 @@ class PromptedTask(Task):
         return [rows[place] for place in sorted(taken)]
 
     def prompts(self, rows: Sequence[Row], session: Session, *, room: int) -> Prompts:
-        """The prompt of each row, with as many examples as leave `room` tokens for the answer."""
+        """The prompt of each row, with as many examples as leave `room` tokens for the answer.
+
+        Raises:
+          InputError: A group has no examples where there are some.
+        """
         by_group = self.examples_by_group()
+        if self.shots_path and (bare := {self.group_of(row) for row in rows} - by_group.keys()):
+            raise InputError(
+                f"{self.shots_path}: has no examples of {self.group} {', '.join(sorted(bare))[:200]}; add them, or "
+                "leave shots_path out"
+            )
         heads = [[fill(self.instruction, row)] if self.instruction else [] for row in rows]
         parts = [
             [*head, *by_group.get(self.group_of(row), []), question]
@@ -162,15 +171,14 @@ class PromptedTask(Task):
         limit = session.model.architecture.max_length - room
         messages = ["\n\n".join(part) for part in parts]
         shots = np.array([len(part) - len(head) - 1 for part, head in zip(parts, heads, strict=True)])
-        while True:
-            lengths = session.model.prompt_lengths(messages, prefix=self.prefix)
-            over = np.flatnonzero((lengths > limit) & (shots > 0)).tolist()
-            if not over:
-                return Prompts(messages, shots)
+        lengths = session.model.prompt_lengths(messages, prefix=self.prefix)
+        while over := np.flatnonzero((lengths > limit) & (shots > 0)).tolist():
             for place in over:
                 shots[place] -= 1
                 del parts[place][-2]
                 messages[place] = "\n\n".join(parts[place])
+            lengths[over] = session.model.prompt_lengths([messages[place] for place in over], prefix=self.prefix)
+        return Prompts(messages, shots)
 
     def figures(self, rows: Sequence[Row], prompts: Prompts, hits: np.ndarray) -> dict[str, float]:
         """What such tasks report beside their score: examples shown, and the mean of the groups' means."""

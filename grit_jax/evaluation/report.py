@@ -67,14 +67,8 @@ def fingerprint(task: Task, suite: Suite, model: str) -> str:
         about += [shots == task.path, [file.name for file in task.files() if file.parent == Path(shots)]]
     digest = hashlib.sha256(json.dumps(about).encode())
     for path in map(existing, task.files()):
-        digest.update(bytes.fromhex(file_digest(path)))
+        digest.update(bytes.fromhex(files.sha256(path)))
     return digest.hexdigest()[:16]
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file's content."""
-    with files.open_binary(path) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_report(path: Path) -> dict[str, Entry]:

@@ -9,7 +9,7 @@ from typing import Literal
 
 import numpy as np
 
-from grit_jax.config import InputError
+from grit_jax.config import InputError, require_positive
 from grit_jax.evaluation import metrics
 from grit_jax.evaluation.data import Row, by_row, read_rows
 from grit_jax.evaluation.prompted import fill
@@ -48,6 +48,9 @@ class Reranking(EmbeddingTask):
     method: Literal["embedding", "pointwise", "permutation"] = "embedding"
     candidates: int = 10
     prompt: str | None = None
+
+    def __post_init__(self):
+        require_positive("candidates", self.candidates)
 
     def evaluate(self, session: Session) -> Outcome:
         """Orders the documents of each row."""

@@ -13,7 +13,7 @@ import rich.progress
 from grit_jax import files
 from grit_jax.config import InputError
 from grit_jax.evaluation.answers import AlpacaEval
-from grit_jax.evaluation.report import Entry, entry, file_digest, fingerprint, read_report, show, write_report
+from grit_jax.evaluation.report import Entry, entry, fingerprint, read_report, show, write_report
 from grit_jax.evaluation.suite import TYPES, Suite
 from grit_jax.evaluation.task import Progress, Session
 from grit_jax.inference import GritModel
@@ -104,7 +104,7 @@ def evaluate(
             elif "answers" in written:
                 text = json.dumps(outcome.answers, indent=2, ensure_ascii=False)
                 files.write_text(written["answers"], f"{text}\n")
-            found["written"] = {kind: file_digest(path) for kind, path in written.items()}
+            found["written"] = {kind: files.sha256(path) for kind, path in written.items()}
             if output:
                 done = {name: report.get(name) or kept.get(name) for name in marks}
                 write_report(output, {name: one for name, one in done.items() if one}, about or {})
@@ -125,7 +125,7 @@ def _is_whole(found: Entry, side_files: dict[str, Path]) -> bool:
     written = found.get("written", {})
     wanted = {"examples", *written} & side_files.keys()
     return "written" in found and all(
-        side_files[kind].exists() and written.get(kind) == file_digest(side_files[kind]) for kind in wanted
+        side_files[kind].exists() and written.get(kind) == files.sha256(side_files[kind]) for kind in wanted
     )
 
 

@@ -94,8 +94,8 @@ class Summarization(EmbeddingTask):
         parts = by_row(session.directions(texts, self.instruction or ""), (*machine, *human))
         correlations = []
         for row, ours, theirs in zip(rows, parts[: len(rows)], parts[len(rows) :], strict=True):
-            gold = np.array(row.get("relevance", list), float)
-            if gold.shape != (len(ours),):
+            gold = np.array(row.numbers("relevance"))
+            if len(gold) != len(ours):
                 raise InputError(f"{row.where}: 'relevance' has {len(gold)} scores for {len(ours)} machine summaries")
             best = np.max(ours @ theirs.T, axis=1)
             if np.ptp(gold) and np.ptp(best):

@@ -262,7 +262,8 @@ class Server:
         rag = self._needed_rag()
         prompts = await self._embedding_prompts([request.query], request.instruction)
         vectors = await self._scheduler.embed(prompts)
-        (hits,) = await self._scheduler.call(lambda: rag.retriever.nearest(vectors, request.k))
+        best = await self._scheduler.call(lambda: rag.retriever.best(vectors, request.k))
+        (hits,) = await asyncio.to_thread(rag.retriever.hits, *best)
         read = _num_tokens(prompts)
         return {"object": "list", "model": self._name, "data": protocol.documents(hits), "usage": protocol.usage(read)}
 
@@ -340,7 +341,9 @@ class Server:
         if len(messages) != 1 or messages[0]["role"] != "user":
             raise RequestError(400, "messages: with retrieval a question is answered by itself; send one user message")
         query, how = messages[0]["content"], retrieval.model_dump()
-        await self._embedding_prompts([query], retrieval.instruction)  # refuses what is too long
+        prompts = await self._embedding_prompts([query], retrieval.instruction)  # refuses what is too long
+        if retrieval.method != "none":
+            self._metrics.tokens.labels("embedded").inc(_num_tokens(prompts))
         return await self._scheduler.call(lambda: rag.prepare(query, **how, max_length=self._limits.max_length))
 
     async def _completions(self, body: bytes) -> Mapping[str, Any] | AsyncGenerator[Mapping[str, Any]]:
@@ -416,7 +419,7 @@ class Server:
             if begun.more:
                 yield {**about, **begun.more, "choices": []}
             async for piece in pieces:
-                if not written:
+                if not written and len(piece.tokens):
                     self._metrics.first_token_seconds.observe(time.perf_counter() - started)
                 written += len(piece.tokens)
                 if piece.text or piece.finish or piece.logprobs:

@@ -200,9 +200,7 @@ class _Answered:
         self.keeps_alive = False
 
     async def send_json(self, status: int, content: Mapping[str, Any]) -> None:
-        headers = {} if self.keeps_alive else {"connection": "close"}
-        if status in (429, 503):
-            headers["retry-after"] = "1"
+        headers = _headers(status) | ({} if self.keeps_alive else {"connection": "close"})
         response = JSONResponse(content, status, headers)
         await self._send({"type": "http.response.start", "status": status, "headers": response.raw_headers})
         await self._send({"type": "http.response.body", "body": response.body})
@@ -258,7 +256,12 @@ async def http_error(request: Request, error: Exception) -> Response:
     if isinstance(error, HTTPException):
         error = RequestError(error.status_code, f"{request.method} {request.url.path}: {error.detail}")
     refusal = as_refusal(error)
-    return JSONResponse(refusal.content(), refusal.status)
+    return JSONResponse(refusal.content(), refusal.status, _headers(refusal.status))
+
+
+def _headers(status: int) -> dict[str, str]:
+    """What a client is told beside a status: when to ask again, in seconds."""
+    return {"retry-after": "1"} if status in (429, 503) else {}
 
 
 async def _while_connected(receive: Receive, work: Awaitable[None]) -> None:

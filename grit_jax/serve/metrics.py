@@ -17,8 +17,8 @@ class Metrics:
       requests: Requests by endpoint and status.
       seconds: Time from a request's head to the end of its response, by endpoint.
       first_token_seconds: Time to the first text of a streamed answer.
-      device_seconds: Time that the device's thread was busy, waiting for results included, by what it did: `embed` or
-        `write`.
+      device_seconds: Time that the device's thread was busy, waiting for results included, by what it did: `embed`,
+        `write`, or `find` documents and their keys and values.
       tokens: Tokens that were `embedded`, `read` as prompts, taken from a `cached` prefix, or `written`.
       compilations: Programs that were compiled.
     """

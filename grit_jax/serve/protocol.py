@@ -15,8 +15,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from grit_jax.model.decode import TOP_LOGPROBS, Logprobs
-from grit_jax.prompts import RagMethod
-from grit_jax.rag import Positions
+from grit_jax.prompts import Positions, RagMethod
 from grit_jax.store.retriever import Hit
 from grit_jax.tokenizer import Tokenizer
 

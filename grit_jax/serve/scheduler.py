@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from grit_jax.config import InputError
 from grit_jax.engine import Block, Continuation, Engine
 from grit_jax.files import UnreachableError
-from grit_jax.inference import EmbeddingBatch, GritModel
+from grit_jax.inference import GritModel, StartedEmbedding
 from grit_jax.prompts import TokenizedPrompt
 from grit_jax.serve.metrics import Metrics
 from grit_jax.serve.protocol import RequestError
@@ -27,6 +27,7 @@ T = TypeVar("T")
 _log = logging.getLogger(__name__)
 
 Kind = Literal["embed", "write"]
+Work = Literal["embed", "write", "find"]
 
 # What a call may raise without harm to the device: it is asked for what cannot be, or a file cannot be read.
 _NOT_OF_THE_DEVICE = (InputError, OSError, UnreachableError, SafetensorError)
@@ -48,7 +49,7 @@ class _Embedding(NamedTuple):
     """Texts under way: the request of each and its place there, and the batches that hold them."""
 
     owners: list[tuple[_Texts, int]]
-    batches: list[EmbeddingBatch]
+    batches: list[StartedEmbedding]
 
 
 class Scheduler:
@@ -187,11 +188,11 @@ class Scheduler:
     @contextmanager
     def _told_of_failure(self, fail: Callable[[Exception], None]) -> Generator[None]:
         """Calls `fail` where the model fails meanwhile."""
-        if self.failure:
-            raise self.failure
         key = object()
-        self._fail[key] = fail
+        self._fail[key] = fail  # before the look at `failure`, which the thread sets before it tells those who are here
         try:
+            if self.failure:
+                raise self.failure
             yield
         finally:
             del self._fail[key]
@@ -213,7 +214,8 @@ class Scheduler:
                 self._finish_embedding()
                 self._take_commands()
                 if self._calls:
-                    self._calls.popleft()()
+                    with self._timed("find"):
+                        self._calls.popleft()()
                 self._start_embedding()
                 self._finish_writing()
         except _Stopped:
@@ -306,7 +308,7 @@ class Scheduler:
             sink(block)
 
     @contextmanager
-    def _timed(self, work: Kind) -> Generator[None]:
+    def _timed(self, work: Work) -> Generator[None]:
         started = time.perf_counter()
         yield
         self._metrics.device_seconds.labels(work).inc(time.perf_counter() - started)

@@ -228,7 +228,7 @@ def _new_part(
     read = {file.sha256 for part in manifest.parts for file in part.files}
     new: dict[str, epath.Path] = {}
     for path in corpus:
-        checksum = layout.sha256(path)
+        checksum = layout.checksum(path)
         if checksum not in read:
             new.setdefault(checksum, path)
     if not new:

@@ -333,22 +333,21 @@ def with_finished(folder: Path, manifest: Manifest) -> Manifest:
         except (OSError, safetensors.SafetensorError):
             return shards[number]  # missing, or cut by a disk that failed: made anew
         encoded = json.loads(metadata["vectors"]["encoded"])
-        return dataclasses.replace(shards[number], **encoded, **{kind: sha256(path) for kind, path in paths.items()})
+        return dataclasses.replace(shards[number], **encoded, **{kind: checksum(path) for kind, path in paths.items()})
 
     for number, shard in zip(manifest.unfinished, _in_threads(finished, manifest.unfinished)):
         shards[number] = shard
     return manifest.with_shards(shards)
 
 
-def sha256(path: files.PathLike) -> str:
-    """Checksum of a file on a disk or in a bucket.
+def checksum(path: files.PathLike) -> str:
+    """SHA-256 of a file on a disk or in a bucket.
 
     Raises:
       InputError: It cannot be read.
     """
     try:
-        with files.open_binary(path) as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return files.sha256(path)
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error}") from error
 
@@ -473,7 +472,7 @@ class Store:
         """Compares the files of keys and values, or all others, with their checksums."""
         named = _data_files(self.folder, self._manifest)
         expected = {path: sha for path, sha in named.items() if path.name.startswith("caches") == caches}
-        for path, found in zip(expected, _in_threads(sha256, list(expected))):
+        for path, found in zip(expected, _in_threads(checksum, list(expected))):
             _compare(path, found, expected[path])
 
 

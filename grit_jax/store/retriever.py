@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -27,6 +27,14 @@ class Hit(NamedTuple):
     row: int
     document: Document
     duplicates: list[str]
+
+
+def as_json(hits: Sequence[Hit]) -> list[dict[str, Any]]:
+    """Hits as commands print them, with the document's keys in the corpus."""
+    return [
+        {"rank": rank, "score": hit.score, **hit.document.fields, "same_text": hit.duplicates}
+        for rank, hit in enumerate(hits, start=1)
+    ]
 
 
 class Retriever:
@@ -74,7 +82,14 @@ class Retriever:
 
     def nearest(self, queries: np.ndarray, k: int) -> list[list[Hit]]:
         """`find` with the queries' vectors, float32 [queries, embed]."""
-        scores, rows = self._vectors.top_k(queries, k)
+        return self.hits(*self.best(queries, k))
+
+    def best(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """The half of `nearest` that runs on the devices: scores and rows, [queries, k]."""
+        return self._vectors.top_k(queries, k)
+
+    def hits(self, scores: np.ndarray, rows: np.ndarray) -> list[list[Hit]]:
+        """The half of `nearest` that reads documents."""
         return [
             [
                 Hit(score, row, self._store.document(row), self._store.duplicates.get(row, []))

@@ -118,7 +118,7 @@ def test_bad_rows_are_named(tmp_path):
     one, path = session(embed=lambda _: [1.0]), tmp_path / "x.tsv"
     task = STS("x", str(path))
     path.write_text("score\tsentence1\tsentence2\n1\ta\tb\nhigh\ta\tb\n")
-    with pytest.raises(InputError, match=r"x\.tsv:3: 'score' is 'high'; it must be a number"):
+    with pytest.raises(InputError, match=r"x\.tsv:3: 'score' is 'high'; it must be a finite number"):
         task.evaluate(one)
     path.write_text("score\tsentence1\n1\ta\n")
     with pytest.raises(InputError, match=r"x\.tsv:2: 'sentence2' is missing; there are score, sentence1"):

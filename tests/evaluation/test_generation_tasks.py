@@ -95,6 +95,10 @@ def test_examples_come_written_out_and_passages_from_a_corpus(tmp_path):
     asked = "Add.\n\nQ: 0 and 0\nA: the answer is zero.\n\nSums are sums.\nQ: 1 and 1\nA:"
     assert one.model.asked == [(asked, "")]
     assert {path.name for path in task.files()} == {"rows.jsonl", "adding.txt", "corpus.jsonl"}
+    (tmp_path / "shots/adding.txt").rename(tmp_path / "shots/dividing.txt")
+    with pytest.raises(InputError, match=r"shots: has no examples of task adding; add them"):
+        task.evaluate(one)
+    (tmp_path / "shots/dividing.txt").rename(tmp_path / "shots/adding.txt")
     write_jsonl(tmp_path / "corpus.jsonl", [{"_id": "e", "text": "x"}])
     with pytest.raises(InputError, match=r"rows\.jsonl:1: 'doc' 'd' is not in .*corpus\.jsonl"):
         task.evaluate(one)

@@ -43,7 +43,7 @@ def test_bad_judgements_and_ids_are_named(tmp_path):
     with pytest.raises(InputError, match=r"test\.tsv:2: query 'q99' is not in .*queries\.jsonl"):
         read_collection(tmp_path, "test")
     judgements.write_text("query-id\tcorpus-id\tscore\nq1\td1\tgood\n")
-    with pytest.raises(InputError, match=r"test\.tsv:2: 'score' is 'good'; it must be a number"):
+    with pytest.raises(InputError, match=r"test\.tsv:2: 'score' is 'good'; it must be a finite number"):
         read_collection(tmp_path, "test")
     judgements.write_text("q1\td1\t1\n")
     with pytest.raises(InputError, match=r"test\.tsv:1: the first row is no header"):

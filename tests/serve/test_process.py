@@ -1,5 +1,6 @@
 """`grit-jax serve` as a process."""
 
+import contextlib
 import json
 import signal
 import socket
@@ -25,6 +26,19 @@ def model(tmp_path_factory):
     return folder
 
 
+@contextlib.contextmanager
+def serving(*arguments, devices=1, **variables):
+    """The command with a free port, as a process that ends with the block."""
+    with subprocess.Popen(
+        command("serve", *arguments, "--port", 0), env=environment(devices) | variables, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, text=True,
+    ) as process:  # fmt: skip
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
 def until_it_answers(process, url):
     status = None
     while status != 200:
@@ -37,8 +51,7 @@ def until_it_answers(process, url):
 
 
 def test_a_stopped_server_finishes_what_it_has_begun(model):
-    serve = command("serve", model, "--port", 0, "--max-length", 64, "--rows", 1)
-    with subprocess.Popen(serve, env=environment(), stdout=subprocess.PIPE, text=True) as process:
+    with serving(model, "--max-length", 64, "--rows", 1) as process:
         name, _, address, *_ = process.stdout.readline().split()
         assert name == "mine"
         until_it_answers(process, f"{address}/ready")
@@ -56,6 +69,35 @@ def test_a_stopped_server_finishes_what_it_has_begun(model):
         httpx2.get(f"{address}/health")
 
 
+def test_a_server_takes_its_key_store_and_prompts_and_spreads_the_model(model, tmp_path):
+    (tmp_path / "corpus.jsonl").write_text('{"_id": "a", "text": "a house"}\n{"_id": "b", "text": "the sea"}\n')
+    (tmp_path / "prompts.json").write_text('{"find": "Find it"}')
+    indexed = grit_jax("index", model, tmp_path / "corpus.jsonl", tmp_path / "store", "--caches", "float32")
+    assert indexed.returncode == 0, indexed.stderr
+    with serving(
+        model, "--max-length", 256, "--rows", 2, "--name", "it", "--index", tmp_path / "store", "--prompts",
+        tmp_path / "prompts.json", "--causal-mb", 1, "--mesh.tensor=2", devices=4, GRIT_JAX_API_KEY="secret",
+    ) as process:  # fmt: skip
+        name, _, address, *_ = process.stdout.readline().split()
+        assert name == "it" and address.startswith("http://127.0.0.1:")
+        until_it_answers(process, f"{address}/ready")
+
+        def post(path, key="secret", **body):
+            headers = {"authorization": f"Bearer {key}"}
+            return httpx2.post(f"{address}/v1/{path}", json={"model": "it", **body}, headers=headers, timeout=60)
+
+        assert post("search", "wrong", query="sea").status_code == 401
+        embedded = post("embeddings", input="x", prompt_name="find").json()
+        assert embedded == post("embeddings", input="x", instruction="Find it").json()
+        assert {one["id"] for one in post("search", query="sea").json()["data"]} == {"a", "b"}
+        asked = {"messages": [{"role": "user", "content": "sea"}], "retrieval": {"method": "document_cache"}}
+        response = post("chat/completions", **asked, max_tokens=4)
+        assert response.status_code == 200, response.text
+        assert response.json()["usage"]["prompt_tokens_details"]["cached_tokens"] > 0
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0
+
+
 def test_a_port_in_use_is_told_before_the_model_is_loaded(model):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
@@ -65,10 +107,7 @@ def test_a_port_in_use_is_told_before_the_model_is_loaded(model):
 
 
 def test_a_server_can_be_stopped_while_it_compiles(model):
-    serve = command("serve", model, "--port", 0)
-    with subprocess.Popen(
-        serve, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
+    with serving(model) as process:
         address = process.stdout.readline().split()[2]
         until_it_answers(process, f"{address}/health")
         assert httpx2.get(f"{address}/ready").status_code == 503

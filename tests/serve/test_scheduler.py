@@ -10,7 +10,7 @@ import pytest
 from safetensors import SafetensorError
 
 from grit_jax.engine import Block, Continuation, LaneSize
-from grit_jax.inference import EmbeddingBatch
+from grit_jax.inference import StartedEmbedding
 from grit_jax.prompts import TokenizedPrompt
 from grit_jax.serve.metrics import Metrics
 from grit_jax.serve.protocol import RequestError
@@ -122,7 +122,7 @@ class Device:
 
     def start_embedding(self, texts):
         self.say("embed")
-        yield EmbeddingBatch(list(range(len(texts))), [0] * len(texts), self)
+        yield StartedEmbedding(list(range(len(texts))), [0] * len(texts), self)
 
     def __array__(self, dtype=None, copy=None):
         self.say("vectors")
