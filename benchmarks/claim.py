@@ -118,7 +118,11 @@ def prepare(data: Path, output: Path) -> None:
 
 def sources(data: Path) -> list[Path]:
     """Files of `data` that `prepare` reads."""
-    return [*map(Path, find_files(str(data / "train"))), data / _PROBLEMS]
+    return [*_training(data / "train"), data / _PROBLEMS]
+
+
+def _training(folder: Path) -> list[Path]:
+    return list(map(Path, find_files([str(folder / "embedding"), str(folder / "generative")])))
 
 
 def digest(paths: Iterable[Path]) -> str:
@@ -131,7 +135,7 @@ def digest(paths: Iterable[Path]) -> str:
 
 def split(data: Path, output: Path) -> None:
     """Writes the records of each file to `train/` and, a twentieth of them, to `held_out/`."""
-    for path in map(Path, find_files([str(data / "embedding"), str(data / "generative")])):
+    for path in _training(data):
         source = open_source(path)
         parts: dict[str, list[bytes]] = {"train": [], "held_out": []}
         for number, record in enumerate(source):
@@ -252,8 +256,7 @@ class Study:
     @functools.cached_property
     def data(self) -> str:
         """Digest of the training data and the tokenizer."""
-        train = map(Path, find_files(str(self.output / "data/train")))
-        return digest([*train, *self.output.glob("tokenizer/*")])
+        return digest([*_training(self.output / "data/train"), *self.output.glob("tokenizer/*")])
 
     def _check(self, what: str, earlier: Result, config: str) -> None:
         differences = config_differences(parse_config(earlier.config), parse_config(config), ignore=_MAY_DIFFER)
@@ -292,6 +295,11 @@ def known_ablations() -> dict[str, dict[str, Any]]:
     return yaml.safe_load((CONFIGS / "ablations.yaml").read_text())
 
 
+def ablation_steps(change: Mapping[str, Any], baseline: int) -> int:
+    """Steps of an ablation that sees as many samples as so many steps of the baseline."""
+    return max(1, change.get(_STEPS, _ABLATION_STEPS) * baseline // _ABLATION_STEPS)
+
+
 def main() -> None:
     """Trains, measures, compares and reports."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -313,9 +321,11 @@ def main() -> None:
         parser.error(f"{', '.join(sorted(fixed))}: the script chooses these; give --data, --output or --seeds")
     if clashes := {key for name in ablations for key in more.keys() & changes[name].keys() - {_STEPS}}:
         parser.error(f"{', '.join(sorted(clashes))}: ablations change these; give them without --ablations")
+    baseline = load_config(args.config, _options(more)).train.steps if _STEPS in more else _ABLATION_STEPS
     prepare(args.data, args.output)
     study = Study(args.config, more, args.output)
-    suite = suite_of("suite.yaml", args.data, args.output)
+    suite, results = suite_of("suite.yaml", args.data, args.output), args.output / RESULTS
+    measure_bm25(suite, results)
     for seed in args.seeds:
         for mode in MODELS:
             study.measure(mode, seed, suite, {"train.mode": mode})
@@ -324,15 +334,11 @@ def main() -> None:
     primary = dataclasses.replace(whole, tasks=tuple(t for t in whole.tasks if t.name in (HELD_OUT, *PRIMARY)))
     one_file = f"[{args.output / 'data/one_file'}, {args.output / 'data/train/generative'}]"
     for name in ablations:
-        # Of other numbers of samples at a time fewer or more steps, in proportion.
-        steps = changes[name].get(_STEPS, _ABLATION_STEPS) * int(more.get(_STEPS, _ABLATION_STEPS))
         study.measure(
             ablation(name), args.seeds[0], whole if name == "baseline" else primary,
-            {**changes[name], _STEPS: max(1, steps // _ABLATION_STEPS)},
+            {**changes[name], _STEPS: ablation_steps(changes[name], baseline)},
             train_data=one_file if name == "one_file" else None,
         )  # fmt: skip
-    results = args.output / RESULTS
-    measure_bm25(suite, results)
     summary = summarize(results, args.seeds, changes)
     files.write_text(args.output / SUMMARY, json.dumps(summary, indent=2) + "\n")
     plots = plot(results, summary, args.output)

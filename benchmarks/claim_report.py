@@ -156,8 +156,8 @@ def summarize(results: Path, seeds: Sequence[int], ablations: Iterable[str]) -> 
     """
     models = {name: {seed: _needed(results, seed, name) for seed in seeds} for name in (UNTRAINED, *MODELS)}
     first = {name: by_seed[seeds[0]] for name, by_seed in models.items()}
-    everyone = [result for by_seed in models.values() for result in by_seed.values()]
-    _refuse_different(results, everyone, {task for result in everyone for task in result.marks})
+    everyone = {f"{seed}/{name}": result for name, by_seed in models.items() for seed, result in by_seed.items()}
+    _refuse_different(results, everyone, {task for result in everyone.values() for task in result.marks})
     keywords = read_bm25(results)
     if keywords is None or not keywords.marks.items() <= first["unified"].marks.items():
         raise InputError(f"{results}: keyword search was not measured on these tasks; run the script again")
@@ -195,15 +195,22 @@ def summarize(results: Path, seeds: Sequence[int], ablations: Iterable[str]) -> 
     found = {name: result for name, result in measured.items() if result}
     if "baseline" in found:
         baseline = found["baseline"]
-        _refuse_different(results, list(found.values()), {HELD_OUT, *PRIMARY})
+        named = {f"{seeds[0]}/{ablation(name)}": result for name, result in found.items()}
+        _refuse_different(results, named, {HELD_OUT, *PRIMARY})
         summary["ablations"] = {name: _ablation(result, baseline, [NDCG, LOSS]) for name, result in found.items()}
         summary["variants"] = _variants(baseline)
     return summary
 
 
-def _refuse_different(results: Path, compared: Sequence[Result], tasks: Set[str]) -> None:
-    if len({(result.data, *(result.marks.get(task) for task in tasks)) for result in compared}) > 1:
-        raise InputError(f"{results}: models were trained or measured on different data or tasks; run the script again")
+def _refuse_different(results: Path, compared: Mapping[str, Result], tasks: Set[str]) -> None:
+    """Refuses models that were trained on other data, or measured on other tasks or data, than the first of them."""
+    about = {name: (result.data, *map(result.marks.get, tasks)) for name, result in compared.items()}
+    first, *_ = about
+    if others := [name for name in about if about[name] != about[first]]:
+        raise InputError(
+            f"{results}: {', '.join(others)}: trained or measured on other data or tasks than {first}; remove these "
+            "files and run the script again, or choose another --output"
+        )
 
 
 def _ablation(result: Result, baseline: Result, figures: Sequence[Figure]) -> dict[str, Any]:

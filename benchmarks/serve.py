@@ -165,9 +165,7 @@ def main() -> None:
             seconds = time.perf_counter() - started
             after, peak = server.memory("VmRSS"), server.memory("VmHWM")
             compiled = server.metric("compilations_total") - compiled
-            device = {
-                work: server.metric(f'device_seconds_total{{work="{work}"}}') for work in ("embed", "write", "find")
-            }
+            device = {work: server.metric(f'device_seconds_total{{work="{work}"}}') for work in ("embed", "write")}
             weights, caches = server.metric("weights_bytes") / 1e6, server.metric("cache_bytes") / 1e6
         model = GritModel.load(folder, dtype="float32")
         by_library(model, done)  # compiles

@@ -496,6 +496,9 @@ class MeshConfig:
     expert: int = 1
 
 
+COPIES = MeshConfig(data=-1, fsdp=1)  # the weights whole on each device, or on each group of `tensor` or `expert` ones
+
+
 @dataclass(frozen=True)
 class LoggingConfig:
     """What is measured beside the losses, and where metrics go beside metrics.jsonl.
@@ -722,11 +725,11 @@ def _field_type(section: type, key: str, source: str, prefix: str) -> Any:
     return types[key]
 
 
-def require_positive(key: str, value: float) -> None:
-    """Returns where a setting's value is over 0.
+def require_positive(key: str, value: float, remedy: str = "") -> None:
+    """Returns where a setting's value is over 0; else the remedy stands behind the error.
 
     Raises:
       InputError: It is not.
     """
     if value <= 0:
-        raise InputError(f"{key}={value} must be positive")
+        raise InputError(f"{key}={value} must be positive{remedy and '; '}{remedy}")

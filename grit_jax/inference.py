@@ -19,7 +19,7 @@ from grit_jax import prompts, sharding
 from grit_jax.answer import Answer
 from grit_jax.batch import max_segments, sizes
 from grit_jax.caching import embed_with_cache, score_after
-from grit_jax.config import Attention, EmbeddingConfig, InputError, MeshConfig, ModelConfig, TransformerConfig
+from grit_jax.config import COPIES, Attention, EmbeddingConfig, InputError, MeshConfig, ModelConfig, TransformerConfig
 from grit_jax.data.packing import pack
 from grit_jax.data.pipeline import pool_weights
 from grit_jax.engine import Continuation, Engine, LaneSize, bucket
@@ -166,7 +166,7 @@ class GritModel:
           InputError: There is no model, or it does not fit the mesh.
         """
         pretrained = open_model(path, step)
-        placed_on = sharding.make_mesh(mesh or MeshConfig(data=-1, fsdp=1, tensor=1), devices)
+        placed_on = sharding.make_mesh(mesh or COPIES, devices)
         settings = execution(ModelConfig(compute_dtype=dtype, remat="none"), sharding.platform(placed_on))
         params = load_params(pretrained, placed_on, settings.dtype)
         about = pretrained.architecture, pretrained.embedding, pretrained.tokenizer

@@ -58,7 +58,9 @@ class Answered(NamedTuple):
 
 
 class Rag:
-    """Answers queries from a store with the model that made it. To be used by one thread at a time.
+    """Answers queries from a store with the model that made it.
+
+    To be used by one thread at a time, but for reading the documents of hits.
 
     Args:
       model: The model.

@@ -190,6 +190,13 @@ def test_unknown_ablations_are_refused_before_any_work(monkeypatch, tmp_path, ca
     assert not list(tmp_path.iterdir())
 
 
+def test_ablations_see_as_many_samples_as_the_baseline():
+    batch_32, batch_512 = ({"train.steps": steps} for steps in (200, 13))
+    assert [claim.ablation_steps(change, 100) for change in ({}, batch_32, batch_512)] == [100, 200, 13]
+    assert [claim.ablation_steps(change, 20) for change in ({}, batch_32, batch_512)] == [20, 40, 2]
+    assert claim.ablation_steps(batch_512, 2) == 1
+
+
 @pytest.mark.parametrize(
     ("option", "told"),
     [
@@ -266,7 +273,7 @@ def test_a_seed_without_all_models_is_refused(measured):
 def test_models_that_were_measured_on_different_tasks_are_refused(measured):
     other = dataclasses.replace(claim_report.read_result(measured, 1, "untrained"), marks={"mmlu": "other"})
     claim_report.write_result(measured, 1, "untrained", other)
-    with pytest.raises(InputError, match="trained or measured on different data or tasks; run the script again"):
+    with pytest.raises(InputError, match="1/untrained: trained or measured on other data or tasks than 0/untr"):
         summary_of(measured, [0, 1])
 
 
@@ -274,7 +281,7 @@ def test_models_that_were_measured_on_different_tasks_are_refused(measured):
 def test_ablations_that_were_measured_on_something_else_than_the_baseline_are_refused(measured, changed):
     ablation = claim_report.read_result(measured, 0, "ablation_no_packing")
     claim_report.write_result(measured, 0, "ablation_baseline", dataclasses.replace(ablation, **changed))
-    with pytest.raises(InputError, match="different data or tasks"):
+    with pytest.raises(InputError, match="0/ablation_no_packing: trained or measured on other data or tasks than 0/"):
         summary_of(measured, [0])
 
 

@@ -193,7 +193,8 @@ def test_the_command_answers_and_names_its_documents(tmp_path, capsys):
     rag = Rag(GritModel.load(folder), Store(store))
     expected = rag.answer(rag.prepare(QUERY, method="document_cache", k=2), max_new_tokens=4)
     assert found["answer"] == expected.text.strip()
-    assert [one["_id"] for one in found["documents"]] == [hit.document.id for hit in expected.hits]
+    shown = [(one["rank"], one["_id"], one["same_text"]) for one in found["documents"]]
+    assert shown == [(rank, hit.document.id, hit.duplicates) for rank, hit in enumerate(expected.hits, start=1)]
     assert (found["cached_tokens"], found["read_tokens"]) == (expected.num_cached, expected.num_read)
     assert main([*arguments, "--query", "blue", "--method", "none"]) == 0
     lines = capsys.readouterr().out.splitlines()

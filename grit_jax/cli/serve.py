@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import logging
 import os
@@ -12,7 +13,7 @@ from pathlib import Path
 
 from grit_jax.cli.arguments import refuse_not_positive
 from grit_jax.cli.overrides import refuse_unknown
-from grit_jax.config import InputError, parse_config
+from grit_jax.config import COPIES, InputError, MeshConfig, parse_config
 
 HELP = "answer embedding and chat requests over HTTP, as OpenAI's API does, with one copy of a model"
 EXAMPLES = """\
@@ -23,7 +24,6 @@ EXAMPLES = """\
 TAKES_OVERRIDES = True  # --mesh.key=value
 
 _KEY = "GRIT_JAX_API_KEY"
-_MESH = "mesh: {data: -1, fsdp: 1}"  # a copy of the model on each device that `--mesh.tensor` leaves
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
     if args.causal_mb < 0:
         raise InputError(f"--causal-mb={args.causal_mb} must not be negative")
     refuse_unknown(args.overrides, "serve", known="--mesh.")
-    mesh = parse_config(_MESH, args.overrides).mesh
+    mesh = _mesh(args.overrides)
     instructions = _instructions(Path(args.prompts)) if args.prompts else {}
     try:
         import uvicorn
@@ -121,6 +121,11 @@ def _bound(host: str, port: int) -> socket.socket:
     except (OSError, OverflowError) as error:
         raise InputError(f"--host {host} --port {port}: {error}; choose others") from error
     return bound
+
+
+def _mesh(overrides: list[str]) -> MeshConfig:
+    """The settings that are given, and for the others a copy of the model wherever there is room."""
+    return parse_config(json.dumps({"mesh": dataclasses.asdict(COPIES)}), overrides).mesh
 
 
 def _instructions(path: Path) -> dict[str, str]:

@@ -45,8 +45,8 @@ class ExactMatch(PromptedTask):
         require_positive("max_new_tokens", self.max_new_tokens)
         if self._shots_folder and (self.shots or not self.group):
             raise InputError(
-                f"shots_path={self.shots_path} is a folder with the examples of each group: name the rows' key of it "
-                "as group, and leave shots out, as all examples are shown"
+                f"shots_path={self.shots_path} is a folder with the examples of each group: give group, the rows' "
+                "key of it, and leave shots out, as all examples are shown"
             )
 
     @property

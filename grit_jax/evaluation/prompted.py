@@ -94,7 +94,7 @@ class PromptedTask(Task):
       group: Key of the rows that names their group; null for one group.
       shots: Examples before each question, the first of `shots_path`, of the row's group where there are groups; null
         for all of them. Where a prompt is too long for the model, its last examples are left out.
-      shots_path: File with examples. A row that is an example is not asked.
+      shots_path: File with examples, some for every group that is asked. A row that is an example is not asked.
     """
 
     instruction: str = ""
@@ -109,7 +109,7 @@ class PromptedTask(Task):
         for key in ("limit", "shots"):
             value = getattr(self, key)
             if value is not None:
-                require_positive(key, value)
+                require_positive(key, value, "leave it out for all rows")
         if self.shots and not self.shots_path:
             raise InputError(f"shots={self.shots} needs shots_path, a file with examples")
 

@@ -342,9 +342,10 @@ class Server:
             raise RequestError(400, "messages: with retrieval a question is answered by itself; send one user message")
         query, how = messages[0]["content"], retrieval.model_dump()
         prompts = await self._embedding_prompts([query], retrieval.instruction)  # refuses what is too long
+        found = await self._scheduler.call(lambda: rag.prepare(query, **how, max_length=self._limits.max_length))
         if retrieval.method != "none":
             self._metrics.tokens.labels("embedded").inc(_num_tokens(prompts))
-        return await self._scheduler.call(lambda: rag.prepare(query, **how, max_length=self._limits.max_length))
+        return found
 
     async def _completions(self, body: bytes) -> Mapping[str, Any] | AsyncGenerator[Mapping[str, Any]]:
         request = protocol.parse(protocol.CompletionRequest, body)

@@ -16,7 +16,7 @@ class Metrics:
     Attributes:
       requests: Requests by endpoint and status.
       seconds: Time from a request's head to the end of its response, by endpoint.
-      first_token_seconds: Time to the first text of a streamed answer.
+      first_token_seconds: Time to the first token of a streamed answer.
       device_seconds: Time that the device's thread was busy, waiting for results included, by what it did: `embed`,
         `write`, or `find` documents and their keys and values.
       tokens: Tokens that were `embedded`, `read` as prompts, taken from a `cached` prefix, or `written`.
@@ -30,7 +30,7 @@ class Metrics:
             "grit_jax_request_seconds", "Time of a request", ["endpoint"], registry=registry, buckets=_SECONDS
         )
         self.first_token_seconds = Histogram(
-            "grit_jax_first_token_seconds", "Time to the first text of a streamed answer", registry=registry,
+            "grit_jax_first_token_seconds", "Time to the first token of a streamed answer", registry=registry,
             buckets=_SECONDS,
         )  # fmt: skip
         self.device_seconds = Counter(

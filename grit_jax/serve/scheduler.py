@@ -27,7 +27,7 @@ T = TypeVar("T")
 _log = logging.getLogger(__name__)
 
 Kind = Literal["embed", "write"]
-Work = Literal["embed", "write", "find"]
+Work = Literal[Kind, "find"]
 
 # What a call may raise without harm to the device: it is asked for what cannot be, or a file cannot be read.
 _NOT_OF_THE_DEVICE = (InputError, OSError, UnreachableError, SafetensorError)

@@ -117,9 +117,10 @@ def test_instructions_go_to_queries_and_blank_texts_are_zero(tmp_path):
 def test_bad_rows_are_named(tmp_path):
     one, path = session(embed=lambda _: [1.0]), tmp_path / "x.tsv"
     task = STS("x", str(path))
-    path.write_text("score\tsentence1\tsentence2\n1\ta\tb\nhigh\ta\tb\n")
-    with pytest.raises(InputError, match=r"x\.tsv:3: 'score' is 'high'; it must be a finite number"):
-        task.evaluate(one)
+    for score in ("high", "nan", "inf"):
+        path.write_text(f"score\tsentence1\tsentence2\n1\ta\tb\n{score}\ta\tb\n")
+        with pytest.raises(InputError, match=rf"x\.tsv:3: 'score' is '{score}'; it must be a finite number"):
+            task.evaluate(one)
     path.write_text("score\tsentence1\n1\ta\n")
     with pytest.raises(InputError, match=r"x\.tsv:2: 'sentence2' is missing; there are score, sentence1"):
         task.evaluate(one)
@@ -127,6 +128,10 @@ def test_bad_rows_are_named(tmp_path):
     with pytest.raises(InputError, match=r"x\.tsv: the file is empty"):
         task.evaluate(one)
     rows = tmp_path / "x.jsonl"
+    for bad in ("x", True, float("inf")):
+        write_jsonl(rows, [{"machine_summaries": ["a"], "human_summaries": ["b"], "relevance": [bad]}])
+        with pytest.raises(InputError, match=r"x\.jsonl:1: 'relevance' is \[.*\]; it must be a list of finite numbers"):
+            Summarization("x", str(rows)).evaluate(one)
     write_jsonl(rows, [{"sentence1": "a", "sentence2": "b", "label": 2}])
     with pytest.raises(InputError, match=r"x\.jsonl:1: 'label' is 2; it must be 1 or 0"):
         PairClassification("x", str(rows)).evaluate(one)

@@ -11,6 +11,8 @@ import httpx2
 import pytest
 
 from grit_jax.checkpoint import CheckpointMetadata, save_params
+from grit_jax.cli import serve
+from grit_jax.config import COPIES, MeshConfig
 from tests.hf.test_folder import random_model
 from tests.runs import command, environment, grit_jax
 
@@ -39,6 +41,13 @@ def serving(*arguments, devices=1, **variables):
             process.kill()
 
 
+def told_first(process):
+    """Name and address, which the command prints first."""
+    line = process.stdout.readline()
+    assert line, process.stderr.read()
+    return line.split()[0], line.split()[2]
+
+
 def until_it_answers(process, url):
     status = None
     while status != 200:
@@ -52,7 +61,7 @@ def until_it_answers(process, url):
 
 def test_a_stopped_server_finishes_what_it_has_begun(model):
     with serving(model, "--max-length", 64, "--rows", 1) as process:
-        name, _, address, *_ = process.stdout.readline().split()
+        name, address = told_first(process)
         assert name == "mine"
         until_it_answers(process, f"{address}/ready")
         body = {"model": "mine", "prompt": "a", "max_tokens": 60, "temperature": 0, "n": 16, "stream": True}
@@ -78,7 +87,7 @@ def test_a_server_takes_its_key_store_and_prompts_and_spreads_the_model(model, t
         model, "--max-length", 256, "--rows", 2, "--name", "it", "--index", tmp_path / "store", "--prompts",
         tmp_path / "prompts.json", "--causal-mb", 1, "--mesh.tensor=2", devices=4, GRIT_JAX_API_KEY="secret",
     ) as process:  # fmt: skip
-        name, _, address, *_ = process.stdout.readline().split()
+        name, address = told_first(process)
         assert name == "it" and address.startswith("http://127.0.0.1:")
         until_it_answers(process, f"{address}/ready")
 
@@ -87,8 +96,10 @@ def test_a_server_takes_its_key_store_and_prompts_and_spreads_the_model(model, t
             return httpx2.post(f"{address}/v1/{path}", json={"model": "it", **body}, headers=headers, timeout=60)
 
         assert post("search", "wrong", query="sea").status_code == 401
-        embedded = post("embeddings", input="x", prompt_name="find").json()
-        assert embedded == post("embeddings", input="x", instruction="Find it").json()
+        plain, named, told = (post("embeddings", input="x", **how).json()["data"] for how in (
+            {}, {"prompt_name": "find"}, {"instruction": "Find it"}
+        ))  # fmt: skip
+        assert named == told != plain
         assert {one["id"] for one in post("search", query="sea").json()["data"]} == {"a", "b"}
         asked = {"messages": [{"role": "user", "content": "sea"}], "retrieval": {"method": "document_cache"}}
         response = post("chat/completions", **asked, max_tokens=4)
@@ -96,6 +107,11 @@ def test_a_server_takes_its_key_store_and_prompts_and_spreads_the_model(model, t
         assert response.json()["usage"]["prompt_tokens_details"]["cached_tokens"] > 0
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 0
+
+
+def test_devices_that_are_left_get_copies_of_the_model():
+    assert serve._mesh(["--mesh.tensor=2"]) == MeshConfig(data=-1, fsdp=1, tensor=2)
+    assert serve._mesh([]) == COPIES
 
 
 def test_a_port_in_use_is_told_before_the_model_is_loaded(model):
@@ -108,7 +124,7 @@ def test_a_port_in_use_is_told_before_the_model_is_loaded(model):
 
 def test_a_server_can_be_stopped_while_it_compiles(model):
     with serving(model) as process:
-        address = process.stdout.readline().split()[2]
+        _, address = told_first(process)
         until_it_answers(process, f"{address}/health")
         assert httpx2.get(f"{address}/ready").status_code == 503
         process.send_signal(signal.SIGTERM)
