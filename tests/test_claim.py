@@ -90,7 +90,7 @@ def test_a_twentieth_of_each_source_is_held_out_and_no_query_or_prompt_is_on_bot
 @pytest.fixture
 def prepared(tmp_path):
     """A folder that was prepared from `data` beside it."""
-    for name in ("train/x.jsonl", "eval/generative/gsm8k_test.jsonl.gz"):
+    for name in ("train/embedding/x.jsonl", "train/generative/x.jsonl", "eval/generative/gsm8k_test.jsonl.gz"):
         write(tmp_path / "data" / name, ["{}"])
     (tmp_path / "output/data").mkdir(parents=True)
     (tmp_path / "output/data/done").write_text(claim.digest(claim.sources(tmp_path / "data")))
@@ -100,7 +100,7 @@ def prepared(tmp_path):
 def test_what_was_made_from_other_data_is_refused(prepared):
     data = prepared.parent / "data"
     claim.prepare(data, prepared)
-    write(data / "train/x.jsonl", ['{"changed": 1}'])
+    write(data / "train/embedding/x.jsonl", ['{"changed": 1}'])
     with pytest.raises(InputError, match=r"output was made from other data than --data .*/data; choose another"):
         claim.prepare(data, prepared)
 
@@ -153,7 +153,8 @@ def test_a_kept_result_stands_for_a_model_of_the_same_settings_data_and_tasks_on
 
     monkeypatch.setattr(claim, "Trainer", train)
     write(tmp_path / "held_out.jsonl", ['{"text": ["a", "b"]}\n'])
-    write(tmp_path / "data/train/generative/a.jsonl", ['{"text": ["a", "b"]}\n'])
+    for stream in ("embedding", "generative"):
+        write(tmp_path / "data/train" / stream / "a.jsonl", ['{"text": ["a", "b"]}\n'])
     with pytest.raises(Trained):
         measure()
     study = claim.Study(claim.CONFIGS / "unified.yaml", {}, tmp_path)
