@@ -9,7 +9,7 @@ from grit_jax import GritModel, prompts
 from grit_jax.cli.main import main
 from grit_jax.config import EmbeddingConfig, InputError
 from grit_jax.engine import Continuation
-from grit_jax.rag import POSITIONS, Rag
+from grit_jax.rag import Rag
 from grit_jax.store.layout import Store
 from tests.models import make
 from tests.store.stores import index, save_model, write_corpus
@@ -63,7 +63,7 @@ def uncached(made, method, hit):
 def test_every_method_answers_from_the_best_documents(bidirectional, method):
     rag = bidirectional.rag(method)
     options = {"method": method, "instruction": "find", "k": 2}
-    prepared = [rag.prepare(QUERY, positions=positions, **options) for positions in POSITIONS]
+    prepared = [rag.prepare(QUERY, positions=positions, **options) for positions in prompts.POSITIONS]
     answers = [rag.answer(one, max_new_tokens=8) for one in prepared]
     found = rag.retriever.find([QUERY], instruction="find", k=2)[0] if method != "none" else []
     for answered in answers:
