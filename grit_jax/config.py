@@ -220,8 +220,7 @@ class ModelConfig:
     layer_rows: int | None = None
 
     def __post_init__(self):
-        if self.layer_rows is not None:
-            require_positive("model.layer_rows", self.layer_rows)
+        require_positive("model.layer_rows", self.layer_rows)
 
 
 @dataclass(frozen=True)
@@ -296,8 +295,7 @@ class DataConfig:
                     "goes on to the end: leave its steps out" if last else "has no steps; only the last stage goes on"
                 )
                 raise InputError(f"data.curriculum[{number}] {what}")
-            if stage.steps is not None:
-                require_positive(f"data.curriculum[{number}].steps", stage.steps)
+            require_positive(f"data.curriculum[{number}].steps", stage.steps)
 
     @property
     def embedding_row_length(self) -> int:
@@ -334,8 +332,7 @@ class LossConfig:
 
     def __post_init__(self):
         require_positive("loss.temperature", self.temperature)
-        if self.sub_batch_samples is not None:
-            require_positive("loss.sub_batch_samples", self.sub_batch_samples)
+        require_positive("loss.sub_batch_samples", self.sub_batch_samples)
 
 
 @dataclass(frozen=True)
@@ -402,10 +399,8 @@ class TrainConfig:
             require_positive(f"train.{name}", getattr(self, name))
         if self.seed < 0:
             raise InputError(f"train.seed={self.seed} is negative; use 0 or more")
-        if self.eval_every is not None:
-            require_positive("train.eval_every", self.eval_every)
-        if self.watchdog_seconds is not None:
-            require_positive("train.watchdog_seconds", self.watchdog_seconds)
+        require_positive("train.eval_every", self.eval_every)
+        require_positive("train.watchdog_seconds", self.watchdog_seconds)
 
     @property
     def embeds(self) -> bool:
@@ -468,8 +463,7 @@ class CheckpointConfig:
 
     def __post_init__(self):
         for name in ("every", "keep", "keep_every", "params_every", "timeout_seconds"):
-            if getattr(self, name) is not None:
-                require_positive(f"checkpoint.{name}", getattr(self, name))
+            require_positive(f"checkpoint.{name}", getattr(self, name))
         if self.keep_best < 0:
             raise InputError(f"checkpoint.keep_best={self.keep_best} is negative; use 0 to keep none for being best")
         if bool(self.keep_best) != bool(self.best_metric):
@@ -527,8 +521,7 @@ class LoggingConfig:
 
     def __post_init__(self):
         for name in ("every", "details_every", "gradient_ratio_every", "spike_threshold"):
-            if getattr(self, name) is not None:
-                require_positive(f"logging.{name}", getattr(self, name))
+            require_positive(f"logging.{name}", getattr(self, name))
         if self.profile is not None and (len(self.profile) != 2 or not 1 <= self.profile[0] <= self.profile[1]):
             raise InputError(
                 f"logging.profile={self.profile} is no window of steps; give the first and the last, such as [10, 12]"
@@ -725,11 +718,11 @@ def _field_type(section: type, key: str, source: str, prefix: str) -> Any:
     return types[key]
 
 
-def require_positive(key: str, value: float, remedy: str = "") -> None:
-    """Returns where a setting's value is over 0; else the remedy stands behind the error.
+def require_positive(key: str, value: float | None, remedy: str = "") -> None:
+    """Returns where a setting's value is over 0 or left out; else the remedy stands behind the error.
 
     Raises:
       InputError: It is not.
     """
-    if value <= 0:
+    if value is not None and value <= 0:
         raise InputError(f"{key}={value} must be positive{remedy and '; '}{remedy}")

@@ -18,9 +18,7 @@ def refuse_not_positive(args: argparse.Namespace, *names: str) -> None:
       InputError: One is not.
     """
     for name in names:
-        value = getattr(args, name)
-        if value is not None:
-            require_positive(f"--{name.replace('_', '-')}", value)
+        require_positive(f"--{name.replace('_', '-')}", getattr(args, name))
 
 
 def refuse_empty(queries: Iterable[str]) -> None:

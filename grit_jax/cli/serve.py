@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import logging
 import os
@@ -13,7 +12,7 @@ from pathlib import Path
 
 from grit_jax.cli.arguments import refuse_not_positive
 from grit_jax.cli.overrides import refuse_unknown
-from grit_jax.config import COPIES, InputError, MeshConfig, parse_config
+from grit_jax.config import COPIES, Config, InputError, MeshConfig, dump_config, parse_config
 
 HELP = "answer embedding and chat requests over HTTP, as OpenAI's API does, with one copy of a model"
 EXAMPLES = """\
@@ -125,7 +124,7 @@ def _bound(host: str, port: int) -> socket.socket:
 
 def _mesh(overrides: list[str]) -> MeshConfig:
     """The settings that are given, and for the others a copy of the model wherever there is room."""
-    return parse_config(json.dumps({"mesh": dataclasses.asdict(COPIES)}), overrides).mesh
+    return parse_config(dump_config(Config(mesh=COPIES)), overrides).mesh
 
 
 def _instructions(path: Path) -> dict[str, str]:

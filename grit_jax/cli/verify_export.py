@@ -7,7 +7,7 @@ import dataclasses
 from pathlib import Path
 
 from grit_jax.checks import TOLERANCE, print_checks
-from grit_jax.config import InputError
+from grit_jax.cli.arguments import refuse_not_positive
 
 HELP = "compare PyTorch's numbers with ours on an exported folder"
 EXAMPLES = """\
@@ -27,8 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Compares and prints one line per target."""
-    if args.tolerance <= 0:
-        raise InputError(f"--tolerance={args.tolerance} must be positive")
+    refuse_not_positive(args, "tolerance")
 
     from grit_jax.cli.encode import read_texts
     from grit_jax.verify import SAMPLE_TEXTS, verify

@@ -68,8 +68,7 @@ class Perplexity(Task):
     max_length: int | None = None
 
     def __post_init__(self):
-        if self.max_length is not None:
-            require_positive("max_length", self.max_length)
+        require_positive("max_length", self.max_length)
 
     def files(self) -> list[Path]:
         """The data files there."""

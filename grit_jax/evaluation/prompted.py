@@ -107,9 +107,7 @@ class PromptedTask(Task):
 
     def __post_init__(self):
         for key in ("limit", "shots"):
-            value = getattr(self, key)
-            if value is not None:
-                require_positive(key, value, "leave it out for all rows")
+            require_positive(key, getattr(self, key), "leave it out for all rows")
         if self.shots and not self.shots_path:
             raise InputError(f"shots={self.shots} needs shots_path, a file with examples")
 
