@@ -424,8 +424,10 @@ def test_nothing_is_wider_than_a_small_telephone(page):
 
 def test_every_control_has_a_name(page):
     open_page(page)
+    expect(page.locator("#corpus")).to_contain_text("documents")  # it comes last: no control does after it
     for area in ("Search", "Chat"):
         page.get_by_role("link", name=area).click()
+        expect(page.locator(f"#{area.lower()}-area")).to_be_visible()
         for control in page.locator(":is(input, select, textarea, button, a):visible").all():
             assert '"' in control.aria_snapshot(), control.evaluate("node => node.outerHTML")
 
