@@ -11,7 +11,7 @@ from tests.launch.cloud import Cloud, make_repository
 from tests.launch.test_run import wait_for
 from tests.multiprocess.faults import checkpoint_steps, weights
 from tests.multiprocess.launch import free_address
-from tests.runs import TINY, losses, write_data
+from tests.runs import TINY, environment, losses, write_data
 
 STEPS = 12
 
@@ -21,7 +21,7 @@ PROGRAM = f"""#!/bin/bash
 bucket="$FAKE_GCLOUD/bucket"
 gcloud storage cat "$2" | sed "s#gs://#$bucket/#" > "$HOME/config.yaml"
 export JAX_PLATFORMS=cpu LIBTPU_INIT_ARGS= JAX_COMPILATION_CACHE_DIR="$bucket/b/compiled"
-export XLA_FLAGS="--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0"
+export XLA_FLAGS="{environment(devices=2)["XLA_FLAGS"]}"
 exec {sys.executable} -c 'import sys; from grit_jax.cli.main import main; sys.exit(main())' train "$HOME/config.yaml" \\
   --distributed.coordinator="$(cat "$FAKE_GCLOUD/address")" --distributed.num_processes=2 \\
   --distributed.process_id="$FAKE_WORKER" --distributed.timeout_seconds=10
