@@ -36,14 +36,6 @@ CPU = (Devices("cpu", "cpu", 1, None),)
 GPU = {"TPU": (), "NVIDIA GPU": ("/dev/nvidia0",)}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compiler():
-    """The checks are mostly compiled, and what they compare must hold for any program."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def test_every_check_passes_on_this_machine_and_leaves_nothing_behind(tmp_path):
     checks = list(selftest.selftest(tmp_path))
     assert all(check.passed for check in checks), checks
