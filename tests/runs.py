@@ -37,23 +37,30 @@ def write_data(folder):
     return folder
 
 
-def environment(devices=1, *, optimized=False):
+def environment(devices=1, *, optimized=False, device_order=None):
     """Variables of a process that runs JAX on virtual devices of the CPU.
 
-    `optimized` is for those that run for minutes.
+    `optimized` is for those that run for minutes. `device_order`, of the devices in a mesh, is explained in
+    `tests/device_order/sitecustomize.py`; without it they come process by process, as they do on no pod.
     """
     flags = [f"--xla_force_host_platform_device_count={devices}", *([] if optimized else QUICK_COMPILER)]
-    return os.environ | {
-        "PYTHONPATH": str(ROOT),
-        "JAX_PLATFORMS": "cpu",
-        "TPU_SKIP_MDS_QUERY": "1",  # an installed libtpu otherwise looks for a TPU host's metadata
-        "XLA_FLAGS": " ".join(flags),
-        # Each program is compiled once for all processes. There is no limit on the folder's size: to keep one, JAX
-        # looks at every file of the folder whenever it writes one.
-        "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".pytest_cache/d/programs"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-    }
+    order = {} if device_order is None else {"DEVICE_ORDER": str(device_order)}
+    paths = [ROOT / "tests/device_order", ROOT] if order else [ROOT]
+    return (
+        os.environ
+        | order
+        | {
+            "PYTHONPATH": os.pathsep.join(map(str, paths)),
+            "JAX_PLATFORMS": "cpu",
+            "TPU_SKIP_MDS_QUERY": "1",  # an installed libtpu otherwise looks for a TPU host's metadata
+            "XLA_FLAGS": " ".join(flags),
+            # Each program is compiled once for all processes. There is no limit on the folder's size: to keep one, JAX
+            # looks at every file of the folder whenever it writes one.
+            "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".pytest_cache/d/programs"),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+        }
+    )
 
 
 def command(*arguments):

@@ -30,7 +30,7 @@ del sys.argv[1:4]
 """
 
 
-def run(script, *arguments, num_processes=2, devices_each=2, timeout=300):
+def run(script, *arguments, num_processes=2, devices_each=2, device_order=None, timeout=300):
     """Runs `script` in processes that form one mesh, and returns what each printed.
 
     Args:
@@ -38,6 +38,7 @@ def run(script, *arguments, num_processes=2, devices_each=2, timeout=300):
       *arguments: Its `sys.argv[1:]`.
       num_processes: How many processes run it.
       devices_each: CPU devices of each.
+      device_order: Of the devices in a mesh, as `tests.runs.environment` takes it.
       timeout: Seconds after which all are killed.
 
     Returns:
@@ -62,7 +63,8 @@ def run(script, *arguments, num_processes=2, devices_each=2, timeout=300):
             ]
             # Files and not pipes: a process that fills a pipe waits for its reader, and the others for it.
             files = [stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(2)]
-            process = subprocess.Popen(process_command, env=environment(devices_each), stdout=files[0], stderr=files[1])
+            variables = environment(devices_each, device_order=device_order)
+            process = subprocess.Popen(process_command, env=variables, stdout=files[0], stderr=files[1])
             processes.append(process)
             streams.append(files)
         _wait(processes, time.monotonic() + timeout)
@@ -72,7 +74,7 @@ def run(script, *arguments, num_processes=2, devices_each=2, timeout=300):
     return [out for out, _ in outputs]
 
 
-def run_commands(*arguments, num_processes=2, devices_each=2, timeout=300):
+def run_commands(*arguments, num_processes=2, devices_each=2, device_order=None, timeout=300):
     """Runs a command of the command line in processes that find each other.
 
     Returns:
@@ -88,7 +90,7 @@ def run_commands(*arguments, num_processes=2, devices_each=2, timeout=300):
                 *arguments, f"--distributed.coordinator={address}", f"--distributed.num_processes={num_processes}",
                 f"--distributed.process_id={index}",
             ),
-            env=environment(devices_each), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            env=environment(devices_each, device_order=device_order), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )
         for index in range(num_processes)
     ]  # fmt: skip
