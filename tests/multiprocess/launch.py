@@ -90,7 +90,8 @@ def run_commands(*arguments, num_processes=2, devices_each=2, device_order=None,
                 *arguments, f"--distributed.coordinator={address}", f"--distributed.num_processes={num_processes}",
                 f"--distributed.process_id={index}",
             ),
-            env=environment(devices_each, device_order=device_order), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            env=environment(devices_each, device_order=device_order),
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )
         for index in range(num_processes)
     ]  # fmt: skip
