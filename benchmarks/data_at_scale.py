@@ -31,7 +31,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one core, for figures per core
 import common
 import numpy as np
 
-from grit_jax.batch import HostShare
+from grit_jax.batch import ONE_HOST
 from grit_jax.config import Config, DataConfig, LossConfig, TrainConfig
 from grit_jax.data import counting, sources
 from grit_jax.data.index import FileIndex
@@ -79,7 +79,7 @@ def fill(data: Path, tokenizer: Tokenizer, devices: int, config: DataConfig, ste
     """Share that is no padding, and speeds per core."""
     train = [str(data / "embedding"), str(data / "generative")]
     run = Config(data=dataclasses.replace(config, train=train), train=TrainConfig(steps=2 * LATE))
-    pipeline = Pipeline(run, tokenizer, row_multiples=(devices, devices), host_share=HostShare(0, 1, 1))
+    pipeline = Pipeline(run, tokenizer, row_multiples=(devices, devices), host_share=ONE_HOST)
     filler = pipeline._filler(*pipeline._training)
     filled: dict[str, list[tuple[int, int]]] = {"embedding": [], "generative": []}
     started = time.process_time()
@@ -108,7 +108,7 @@ def first_batch(data: Path, tokenizer: Tokenizer, start: int) -> float:
     _, limits = LIMITS["benchmark"]
     run = Config(data=dataclasses.replace(limits, train=train), train=TrainConfig(steps=2 * LATE))
     started = time.perf_counter()
-    pipeline = Pipeline(run, tokenizer, row_multiples=(1, 1), host_share=HostShare(0, 1, 1))
+    pipeline = Pipeline(run, tokenizer, row_multiples=(1, 1), host_share=ONE_HOST)
     next(pipeline.batches(start))
     return round(time.perf_counter() - started, 2)
 

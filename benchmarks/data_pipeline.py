@@ -20,7 +20,7 @@ from typing import Any
 import common
 
 from grit_jax import prompts
-from grit_jax.batch import HostShare
+from grit_jax.batch import ONE_HOST
 from grit_jax.config import Config, DataConfig, TrainConfig
 from grit_jax.data.pipeline import Pipeline
 from grit_jax.tokenizer import Tokenizer
@@ -84,7 +84,7 @@ def main() -> None:
             train=TrainConfig(steps=args.steps),
         )  # fmt: skip
         started = time.perf_counter()
-        pipeline = Pipeline(config, tokenizer, row_multiples=(1, 1), host_share=HostShare(0, 1, 1))
+        pipeline = Pipeline(config, tokenizer, row_multiples=(1, 1), host_share=ONE_HOST)
         index_seconds = time.perf_counter() - started
 
         def ours() -> int:

@@ -25,7 +25,7 @@ import jax
 import numpy as np
 
 from grit_jax import sharding
-from grit_jax.batch import EmbeddingBatch, GenerativeBatch, GritBatch, HostShare, max_segments
+from grit_jax.batch import ONE_HOST, EmbeddingBatch, GenerativeBatch, GritBatch, max_segments
 from grit_jax.config import Config, DataConfig, MeshConfig, ModelConfig, OptimizerConfig, TrainConfig
 from grit_jax.data.pipeline import Pipeline
 from grit_jax.execution import execution
@@ -190,7 +190,7 @@ def main() -> None:
             optimizer=OptimizerConfig(schedule="constant", warmup_steps=0),
             train=TrainConfig(steps=steps),
         )  # fmt: skip
-        pipeline = Pipeline(config, pretrained.tokenizer, row_multiples=(1, 1), host_share=HostShare(0, 1, 1))
+        pipeline = Pipeline(config, pretrained.tokenizer, row_multiples=(1, 1), host_share=ONE_HOST)
         batches = list(pipeline.batches(0))
         sides = {"ours": ours(config, pretrained, batches)}
         if not args.no_torch and common.has_torch():

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import numpy as np
+
 Array = Any  # numpy.ndarray on the host, jax.Array on the mesh
 
 
@@ -68,19 +70,22 @@ class GritBatch(NamedTuple):
 
 
 class HostShare(NamedTuple):
-    """Which of a batch's rows one host holds: shards `first` to `last`, exclusive, of `shards` equal ones."""
+    """Which of a batch's rows one host holds: some of `num_shards` equal shards, which need not be neighbours.
 
-    first: int
-    last: int
-    shards: int
+    Attributes:
+      shards: Numbers of its shards, ascending.
+      num_shards: Shards of the whole batch.
+    """
 
-    def rows(self, num_rows: int) -> slice:
-        """The rows of a batch of `num_rows`, a multiple of `shards`."""
-        return slice(num_rows * self.first // self.shards, num_rows * self.last // self.shards)
+    shards: tuple[int, ...]
+    num_shards: int
 
-    def num_rows(self, num_host_rows: int) -> int:
-        """The rows of the whole batch, given this host's."""
-        return num_host_rows * self.shards // (self.last - self.first)
+    def rows(self, num_rows: int) -> np.ndarray:
+        """int64 [host rows]: numbers of this host's rows in a batch of `num_rows`, a multiple of `num_shards`."""
+        return np.arange(num_rows).reshape(self.num_shards, -1)[list(self.shards)].reshape(-1)
+
+
+ONE_HOST = HostShare((0,), 1)  # of a single host
 
 
 def max_segments(row_length: int) -> int:

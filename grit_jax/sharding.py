@@ -15,6 +15,8 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 from grit_jax.batch import GritBatch, HostShare
 from grit_jax.config import InputError, MeshConfig
 
+Index = tuple[slice, ...]
+
 MESH_AXES = ("data", "fsdp", "tensor", "expert")
 
 # Logical axis of an array dim -> mesh axes it is split over; None keeps the dim whole on every device.
@@ -211,25 +213,57 @@ def _is_axes(leaf: Any) -> bool:
     return type(leaf) is tuple and all(isinstance(name, str) for name in leaf)
 
 
-def host_share(mesh: Mesh) -> HostShare:
-    """The rows that this process's devices hold."""
-    shards = axis_size(mesh, "batch")
-    held = NamedSharding(mesh, partition_spec(("batch",))).addressable_devices_indices_map((shards,)).values()
-    spans = [index[0].indices(shards)[:2] for index in held if index is not None]
-    return HostShare(min(first for first, _ in spans), max(last for _, last in spans), shards)
+def host_share(mesh: Mesh, process: int | None = None) -> HostShare:
+    """The shards of a batch that the devices of a process hold, in whatever order the mesh has its devices.
+
+    The TPU runtime's order is that of the torus: the shards of a host are seldom neighbours.
+
+    Args:
+      mesh: The device mesh.
+      process: Number of the process; None for this one.
+    """
+    process = jax.process_index() if process is None else process
+    num_shards = axis_size(mesh, "batch")
+    pieces = NamedSharding(mesh, partition_spec(("batch",))).devices_indices_map((num_shards,))
+    held = {_start(index, num_shards) for device, index in pieces.items() if device.process_index == process}
+    return HostShare(tuple(sorted(held)), num_shards)
+
+
+def _start(index: Index, size: int) -> int:
+    """Where a device's piece of an array begins in the first dim, which is `size` long."""
+    return index[0].indices(size)[0]
 
 
 # Fields of the batches with one entry per row; the others are the same on every host.
 _PER_ROW = {"tokens", "segment_ids", "positions", "pool_weights", "targets", "loss_weights"}
 
 
+def host_rows(mesh: Mesh, batch: GritBatch) -> GritBatch:
+    """What this host fills of a whole batch: `place_batch` puts it on the mesh."""
+    share = host_share(mesh)
+    return _map_fields(lambda name, value: value[share.rows(len(value))] if name in _PER_ROW else value, batch)
+
+
 def place_batch(mesh: Mesh, batch: GritBatch) -> GritBatch:
-    """Puts this host's rows of a batch on the mesh: rows split over the devices, slots and weights everywhere."""
+    """Puts this host's rows of a batch on the mesh: rows split over the devices, slots and weights everywhere.
+
+    Args:
+      mesh: The device mesh.
+      batch: The rows of this host's shards, shard by shard as `host_share` lists them.
+    """
     share = host_share(mesh)
 
     def place(name, value):
-        rows = (share.num_rows(len(value)),) if name in _PER_ROW else value.shape[:1]
-        return jax.make_array_from_process_local_data(_field_sharding(mesh, name), value, (*rows, *value.shape[1:]))
+        split = _field_sharding(mesh, name)
+        if name not in _PER_ROW:
+            return jax.make_array_from_callback(value.shape, split, lambda index: value[index])
+        pieces = dict(zip(share.shards, np.split(value, len(share.shards)), strict=True))
+        rows = len(value) // len(share.shards) * share.num_shards
+
+        def piece(index):
+            return pieces[_start(index, rows) * share.num_shards // rows]
+
+        return jax.make_array_from_callback((rows, *value.shape[1:]), split, piece)
 
     return _map_fields(place, batch)
 

@@ -48,6 +48,6 @@ def test_constraints_are_real_on_cpu():
 
 
 def test_one_host_holds_all_rows_and_shares_split_them():
-    assert sharding.host_share(sharding.make_mesh(MeshConfig(2, 2, 2))) == HostShare(0, 4, 4)
-    assert HostShare(1, 2, 4).rows(12) == slice(3, 6)
-    assert HostShare(1, 3, 4).num_rows(6) == 12
+    assert sharding.host_share(sharding.make_mesh(MeshConfig(2, 2, 2))) == HostShare((0, 1, 2, 3), 4)
+    assert HostShare((1,), 4).rows(12).tolist() == [3, 4, 5]
+    assert HostShare((0, 2), 4).rows(8).tolist() == [0, 1, 4, 5]

@@ -92,8 +92,10 @@ class _Filler:
 
     def _rows(self, plan: RowPlan, row_length: int) -> _Rows:
         here = self.host_share.rows(plan.num_rows)
-        tokens, segment_ids, positions = (np.zeros((here.stop - here.start, row_length), np.int32) for _ in range(3))
-        mine = np.flatnonzero((plan.row >= here.start) & (plan.row < here.stop))
+        tokens, segment_ids, positions = (np.zeros((len(here), row_length), np.int32) for _ in range(3))
+        own_row = np.full(plan.num_rows, -1)
+        own_row[here] = np.arange(len(here))
+        mine = np.flatnonzero(own_row[plan.row] >= 0)
         keys = list(dict.fromkeys(zip(plan.file[mine].tolist(), plan.record[mine].tolist(), strict=True)))
         of_record = {key: record_prompts(self._record(*key), self.tokenizer) for key in keys}
         wanted = []
@@ -105,7 +107,7 @@ class _Filler:
         texts = []
         for number, text in zip(mine.tolist(), tokenize(wanted, self.tokenizer), strict=True):
             file, record, length = int(plan.file[number]), int(plan.record[number]), int(plan.length[number])
-            row, offset = int(plan.row[number]) - here.start, int(plan.offset[number])
+            row, offset = int(own_row[plan.row[number]]), int(plan.offset[number])
             if not _as_indexed(text, self.indexes[file], record, int(plan.text[number])):
                 raise self._changed(file, record)
             columns = slice(offset, offset + length)

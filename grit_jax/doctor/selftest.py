@@ -227,8 +227,8 @@ def _update(mesh: Mesh) -> dict[str, float]:
     with jax.set_mesh(mesh), jax.default_matmul_precision("highest"):
         setup = set_up(config, mesh)
         state = _place(new_state(params, setup.optimizer), setup.abstract)
-        batch = _batch(num_rows)
-        _, metrics = setup.train_step(state, _place(batch, sharding.abstract_batch(mesh, batch)))
+        batch = sharding.place_batch(mesh, sharding.host_rows(mesh, _batch(num_rows)))
+        _, metrics = setup.train_step(state, batch)
         names = ("loss", "loss/embedding", "loss/generative", "loss/router", "grad_norm")
         return {name: float(metrics[name]) for name in names}
 

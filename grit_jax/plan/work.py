@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from grit_jax.batch import HostShare
+from grit_jax.batch import ONE_HOST
 from grit_jax.config import Config, InputError, TransformerConfig
 from grit_jax.data.packing import pack
 from grit_jax.data.pipeline import Pipeline
@@ -69,7 +69,7 @@ def lengths_of_data(config: Config) -> Lengths:
             f"the tokenizer has {tokenizer.vocab_size} tokens and model.architecture.vocab_size is {trained}; "
             "name the model's own with model.tokenizer or model.init"
         )
-    pipeline = Pipeline(config, tokenizer, row_multiples=(1, 1), host_share=HostShare(0, 1, 1))
+    pipeline = Pipeline(config, tokenizer, row_multiples=(1, 1), host_share=ONE_HOST)
     steps = np.unique(np.linspace(0, config.train.steps - 1, _SAMPLED_STEPS).astype(int)).tolist()
     none = np.zeros(0, int)
     found = [

@@ -5,14 +5,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grit_jax.batch import HostShare, max_segments
+from grit_jax.batch import ONE_HOST, HostShare, max_segments
 from grit_jax.config import Config, DataConfig, EmbeddingConfig, InputError, LossConfig, ModelConfig, TrainConfig
 from grit_jax.data.pipeline import Pipeline, pool_weights
 from grit_jax.tokenizer import Tokenizer
 from tests.data.test_sources import write
 
 BYTES = Tokenizer.load("bytes")
-WHOLE = HostShare(0, 1, 1)
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +35,7 @@ def rows_of(path):
 
 
 def make(
-    folder, *, share=WHOLE, multiples=(4, 4), pooling="mean", loss=LossConfig("token_mean"), mode="unified", **data
+    folder, *, share=ONE_HOST, multiples=(4, 4), pooling="mean", loss=LossConfig("token_mean"), mode="unified", **data
 ):
     limits = {"query_max_length": 64, "passage_max_length": 64, "generative_max_length": 128}
     config = Config(
@@ -127,38 +126,41 @@ def test_packed_and_single_rows_hold_the_same_texts_and_weights(folder):
             assert np.allclose(np.sort(left[left > 0]), np.sort(right[right > 0]))
 
 
-def check_hosts(whole, parts):
-    """That hosts together hold the batch of one host."""
+def check_hosts(whole, parts, shares):
+    """That each host holds its rows of the batch of one host."""
     for step, batch in enumerate(whole):
         for stream, arrays in batch._asdict().items():
             for field, expected in arrays._asdict().items():
-                held = [getattr(getattr(part[step], stream), field) for part in parts]
-                if expected.ndim == 2:  # rows are split, slots, weights and ids of texts are everyone's
-                    assert np.array_equal(np.concatenate(held), expected)
-                else:
-                    assert all(np.array_equal(array, expected) for array in held)
+                for part, share in zip(parts, shares, strict=True):
+                    # Rows are split, slots, weights and ids of texts are everyone's.
+                    own = expected[share.rows(len(expected))] if expected.ndim == 2 else expected
+                    assert np.array_equal(getattr(getattr(part[step], stream), field), own)
 
 
-@pytest.mark.parametrize("hosts", [2, 4])
-def test_hosts_together_hold_the_batch_of_one_host(folder, hosts):
-    parts = [list(make(folder, share=HostShare(host, host + 1, hosts)).batches(0)) for host in range(hosts)]
-    check_hosts(list(make(folder).batches(0)), parts)
+# Shards of each host: next to each other, in turn as on a pod, and the same ones on several hosts.
+SHARES = [[(0, 1), (2, 3)], [(0, 2), (1, 3)], [(1,), (0,), (3,), (2,)], [(0, 3), (0, 3), (1, 2), (1, 2)]]
+
+
+@pytest.mark.parametrize("shards", SHARES)
+def test_hosts_together_hold_the_batch_of_one_host(folder, shards):
+    shares = [HostShare(own, 4) for own in shards]
+    parts = [list(make(folder, share=share).batches(0)) for share in shares]
+    check_hosts(list(make(folder).batches(0)), parts, shares)
 
 
 @settings(max_examples=10, deadline=None)
 @given(
-    st.sampled_from([1, 2, 4]), st.integers(1, 9), st.integers(1, 9), st.integers(1, 4), st.booleans(),
+    st.sampled_from(SHARES), st.integers(1, 9), st.integers(1, 9), st.integers(1, 4), st.booleans(),
     st.dictionaries(st.sampled_from(["a.jsonl", "g.jsonl"]), st.integers(1, 20)),
 )  # fmt: skip
-def test_hosts_share_the_batches_of_any_settings(folder, hosts, queries, conversations, group, packing, taken):
+def test_hosts_share_the_batches_of_any_settings(folder, shards, queries, conversations, group, packing, taken):
     data = {
         "embedding_batch": queries, "generative_batch": conversations, "group_size": group, "packing": packing,
         "num_samples": taken,
     }  # fmt: skip
-    shares = [HostShare(host, host + 1, hosts) for host in range(hosts)]
-    check_hosts(
-        list(make(folder, **data).batches(3)), [list(make(folder, share=share, **data).batches(3)) for share in shares]
-    )
+    shares = [HostShare(own, 4) for own in shards]
+    parts = [list(make(folder, share=share, **data).batches(3)) for share in shares]
+    check_hosts(list(make(folder, **data).batches(3)), parts, shares)
 
 
 def test_skipped_records_are_in_no_batch_and_workers_agree(folder, tmp_path):
@@ -234,7 +236,7 @@ def test_a_file_that_changed_under_its_index_is_noticed(tmp_path, mode, row, bef
     path = tmp_path / "e.jsonl"
     path.write_text(8 * (json.dumps(row) + "\n"))
     config = Config(data=DataConfig(train=str(path), embedding_batch=4), train=TrainConfig(mode=mode, steps=2))
-    pipeline = Pipeline(config, BYTES, row_multiples=(1, 1), host_share=WHOLE)
+    pipeline = Pipeline(config, BYTES, row_multiples=(1, 1), host_share=ONE_HOST)
     changed = path.read_text().replace(before, after)
     assert len(changed) == path.stat().st_size
     assert changed != path.read_text()
@@ -246,4 +248,4 @@ def test_a_file_that_changed_under_its_index_is_noticed(tmp_path, mode, row, bef
 
 def test_missing_training_data_is_refused():
     with pytest.raises(InputError, match=r"data.train is missing"):
-        Pipeline(Config(), BYTES, row_multiples=(1, 1), host_share=WHOLE)
+        Pipeline(Config(), BYTES, row_multiples=(1, 1), host_share=ONE_HOST)

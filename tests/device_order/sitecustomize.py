@@ -16,7 +16,7 @@ _ORDER = os.environ["DEVICE_ORDER"]
 def _mesh(shape, devices, **_):
     devices = np.array(devices, dtype=object)
     if _ORDER == "interleaved":
-        devices = devices.reshape(max(device.process_index for device in devices) + 1, -1).T.ravel()
+        devices = devices.reshape(len({device.process_index for device in devices}), -1).T.ravel()
     else:
         devices = np.random.default_rng(int(_ORDER)).permutation(devices)
     return devices.reshape(shape)

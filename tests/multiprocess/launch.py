@@ -30,7 +30,7 @@ del sys.argv[1:4]
 """
 
 
-def run(script, *arguments, num_processes=2, devices_each=2, device_order=None, timeout=300):
+def run(script, *arguments, num_processes=2, devices_each=2, device_order="interleaved", timeout=300):
     """Runs `script` in processes that form one mesh, and returns what each printed.
 
     Args:
@@ -38,7 +38,7 @@ def run(script, *arguments, num_processes=2, devices_each=2, device_order=None, 
       *arguments: Its `sys.argv[1:]`.
       num_processes: How many processes run it.
       devices_each: CPU devices of each.
-      device_order: Of the devices in a mesh, as `tests.runs.environment` takes it.
+      device_order: Of the devices in a mesh, as `tests.runs.environment` takes it; by default as on a pod.
       timeout: Seconds after which all are killed.
 
     Returns:
@@ -74,7 +74,7 @@ def run(script, *arguments, num_processes=2, devices_each=2, device_order=None, 
     return [out for out, _ in outputs]
 
 
-def run_commands(*arguments, num_processes=2, devices_each=2, device_order=None, timeout=300):
+def run_commands(*arguments, num_processes=2, devices_each=2, device_order="interleaved", timeout=300):
     """Runs a command of the command line in processes that find each other.
 
     Returns:

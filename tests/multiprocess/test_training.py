@@ -34,19 +34,36 @@ FEATURES = {
 }  # fmt: skip
 
 
+ORDERS = [(2, None), (2, "interleaved"), (4, "interleaved"), (4, 0)]  # processes, and how their devices are mixed
+
+
+def compare(tmp_path, features, orders):
+    """Trains in one process, then in several whose devices come in some orders, and compares losses and weights."""
+    data = write_data(tmp_path / "data")
+    options = [ROOT / "configs/tiny.yaml", *TINY, *features, f"--data.train={data}", "--train.steps=3"]
+
+    def train(processes, order):
+        output = tmp_path / f"{processes}-{order}"
+        launch.run(
+            TRAIN, *options, f"--train.output={output}",
+            num_processes=processes, devices_each=8 // processes, device_order=order, timeout=600,
+        )  # fmt: skip
+        return losses(output), weights(output)
+
+    expected, expected_weights = train(1, None)
+    assert len(expected) == 3
+    for processes, order in orders:
+        found, found_weights = train(processes, order)
+        assert np.allclose(found, expected, rtol=1e-5, atol=0), (processes, order)
+        errors = jax.tree.map(relative_error, found_weights, expected_weights)
+        assert max(jax.tree.leaves(errors)) < 1e-4, (processes, order)
+
+
+def test_losses_and_weights_are_those_of_one_process_where_devices_of_hosts_alternate(tmp_path):
+    compare(tmp_path, ["--mesh.data=2", "--mesh.fsdp=4"], [(2, "interleaved")])
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("feature", FEATURES)
-def test_losses_and_weights_do_not_depend_on_the_number_of_processes(feature, tmp_path):
-    data = write_data(tmp_path / "data")
-    options = [*TINY, *FEATURES[feature], f"--data.train={data}", "--train.steps=3"]
-    runs = {}
-    for processes in (1, 2, 4):
-        runs[processes] = tmp_path / str(processes)
-        arguments = [ROOT / "configs/tiny.yaml", *options, f"--train.output={runs[processes]}"]
-        launch.run(TRAIN, *arguments, num_processes=processes, devices_each=8 // processes, timeout=600)
-    expected, expected_weights = losses(runs[1]), weights(runs[1])
-    assert len(expected) == 3
-    for processes in (2, 4):
-        assert np.allclose(losses(runs[processes]), expected, rtol=1e-5, atol=0)
-        errors = jax.tree.map(relative_error, weights(runs[processes]), expected_weights)
-        assert max(jax.tree.leaves(errors)) < 1e-4
+def test_losses_and_weights_do_not_depend_on_the_processes_and_the_order_of_their_devices(feature, tmp_path):
+    compare(tmp_path, FEATURES[feature], ORDERS)

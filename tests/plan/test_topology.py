@@ -2,12 +2,13 @@ import importlib.util
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
-from grit_jax.config import InputError, MeshConfig
+from grit_jax.config import COPIES, InputError, MeshConfig
 from grit_jax.plan import topology
 from grit_jax.plan.topology import devices, parse_topology, topology_names
-from grit_jax.sharding import make_mesh
+from grit_jax.sharding import host_share, make_mesh
 
 needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
 
@@ -107,3 +108,33 @@ print(jax.devices(), os.environ["TPU_SKIP_MDS_QUERY"], os.environ["ALLOW_MULTIPL
 """
     done = subprocess.run([sys.executable, "-c", script], env={}, capture_output=True, text=True, check=True)
     assert done.stdout == "[CpuDevice(id=0)] 1 1\n"
+
+
+def shares_by_coordinates(mesh):
+    """The batch shards of each process's devices, from their coordinates in the mesh."""
+    _, fsdp, _, expert = mesh.devices.shape
+    held = {}
+    for (i, j, _, k), device in np.ndenumerate(mesh.devices):
+        held.setdefault(device.process_index, set()).add((i * fsdp + j) * expert + k)
+    return held
+
+
+@needs_libtpu
+@pytest.mark.parametrize("name", topology_names())
+def test_every_host_of_every_topology_and_mesh_fills_the_shards_that_it_holds(name):
+    chips = devices(parse_topology(name))
+    meshes = [MeshConfig(), COPIES, MeshConfig(tensor=2), MeshConfig(tensor=8), MeshConfig(2), MeshConfig(expert=4)]
+    for config in meshes if len(chips) <= 256 else meshes[:1]:
+        if len(chips) % (config.data * config.tensor * config.expert):
+            continue
+        mesh = make_mesh(config, chips)
+        for process, held in shares_by_coordinates(mesh).items():
+            share = host_share(mesh, process)
+            assert set(share.shards) == held
+            rows = share.rows(2 * share.num_shards).reshape(-1, 2)
+            assert rows.tolist() == [[2 * shard, 2 * shard + 1] for shard in sorted(held)]
+
+
+@needs_libtpu
+def test_the_shards_of_a_host_of_a_pod_are_not_next_to_each_other():
+    assert host_share(make_mesh(MeshConfig(), devices(parse_topology("v5p-128"))), 0).shards == (0, 4, 16, 20)
