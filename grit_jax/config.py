@@ -667,12 +667,17 @@ def dump_config(config: Config) -> str:
 
 def config_differences(old: Config, new: Config, *, ignore: tuple[str, ...] = ()) -> list[str]:
     """Lines `key: old -> new` for every value that differs, leaving out keys that start with one of `ignore`."""
-    old_values, new_values = _flatten(dataclasses.asdict(old)), _flatten(dataclasses.asdict(new))
+    old_values, new_values = flat_values(old), flat_values(new)
     return [
         f"{key}: {old_values.get(key)!r} -> {new_values.get(key)!r}"
         for key in sorted(old_values | new_values)
         if old_values.get(key) != new_values.get(key) and not key.startswith(ignore)
     ]
+
+
+def flat_values(config: Config) -> dict[str, Any]:
+    """The values of all keys, such as `train.steps`."""
+    return _flatten(dataclasses.asdict(config))
 
 
 def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

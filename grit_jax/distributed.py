@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import glob
+import json
 import os
+import socket
 import sys
-from collections.abc import Callable
-from typing import Any, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +22,7 @@ from grit_jax.config import DistributedConfig, InputError
 T = TypeVar("T")
 
 _START_SECONDS = 300  # hosts of a pod do not boot at the same time
-_MESSAGE_BYTES = 1024
+_LISTED = 8  # differences, and processes of each, that a message names
 
 
 def start(config: DistributedConfig) -> None:
@@ -92,15 +94,70 @@ def in_first_process(action: Callable[[], T]) -> T | None:
             result = action()
         except InputError as error:
             message = str(error)
-    if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
-
-        sent = message.encode()[:_MESSAGE_BYTES].ljust(_MESSAGE_BYTES)
-        received = multihost_utils.broadcast_one_to_all(np.frombuffer(sent, np.uint8))
-        message = np.asarray(received).tobytes().decode(errors="ignore").rstrip()
-    if message:
+    if message := gathered_texts(message)[0]:
         raise InputError(message)
     return result
+
+
+def in_every_process(action: Callable[[], T]) -> T:
+    """What `action` gives here, once it has succeeded in every process.
+
+    Raises:
+      InputError: It raised one in some process: here that of this process, or else the first one, with its process.
+    """
+    try:
+        result, message = action(), ""
+    except InputError as error:
+        result, message = None, str(error)
+    messages = gathered_texts(message)
+    if message:
+        raise InputError(message)
+    for process, other in enumerate(messages):
+        if other:
+            raise InputError(f"process {process}: {other}")
+    return cast(T, result)
+
+
+def require_same(facts: Mapping[str, str]) -> None:
+    """Returns when all processes give the same facts.
+
+    Batches and programs are computed on every host from what it reads itself, its config and its data above all. Where
+    these differ, the hosts train on garbage, or wait for each other for ever.
+
+    Args:
+      facts: Values by name.
+
+    Raises:
+      InputError: They differ, in every process; the message says which, and on which process.
+    """
+    everywhere = [json.loads(text) for text in gathered_texts(json.dumps([socket.gethostname(), dict(facts)]))]
+    differences = []
+    for name in dict.fromkeys(name for _, found in everywhere for name in found):
+        processes: dict[str, list[str]] = {}
+        for process, (host, found) in enumerate(everywhere):
+            processes.setdefault(found.get(name, "missing"), []).append(f"{process} ({host})")
+        if len(processes) > 1:
+            rarest_first = sorted(processes.items(), key=lambda item: len(item[1]))
+            values = [f"{value} on process {_listed(who, ', ')}" for value, who in rarest_first]
+            differences.append(f"{name} is {', '.join(values)}")
+    if differences:
+        raise InputError(
+            f"the processes of this run differ: {_listed(differences, '; ')}; "
+            "give every host the same config, data and model"
+        )
+
+
+def _listed(items: Sequence[str], separator: str) -> str:
+    more = len(items) - _LISTED
+    return separator.join(items[:_LISTED]) + (f" and {more} more" if more > 0 else "")
+
+
+def gathered_texts(text: str) -> list[str]:
+    """The texts of all processes, in their order, in every process."""
+    content = np.frombuffer(text.encode(), np.uint8)
+    sizes = gathered(np.array(len(content), np.int32))
+    rows = gathered(np.pad(content, (0, max(sizes) - len(content)))) if max(sizes) else [content] * len(sizes)
+    return [row[:size].tobytes().decode() for row, size in zip(rows, sizes, strict=True)]
 
 
 def gathered(rows: np.ndarray) -> np.ndarray:

@@ -272,12 +272,14 @@ def _mine(args: argparse.Namespace) -> int:
     if args.model:
         import jax
 
+        from grit_jax.distributed import require_same
         from grit_jax.inference import GritModel
 
         first_process = jax.process_index() == 0
         lengths = (args.query_max_length, args.passage_max_length)
         with progress_bar("embedding passages", -(-len(passages) // jax.process_count())) as progress:
             model = GritModel.load(args.model, devices=jax.local_devices())
+            require_same({"the model": model.fingerprint(rounded=True), "the records": passages.fingerprint})
             searcher = ModelSearcher(model, passages, max_lengths=lengths, progress=progress)
     else:
         searcher = KeywordSearcher(passages)

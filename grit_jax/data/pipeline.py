@@ -164,6 +164,16 @@ class Pipeline:
             self._validation[1], data=config.data, train=config.train, row_multiples=row_multiples
         )
 
+    def host_facts(self) -> dict[str, str]:
+        """What every host must have found in its files: their order, and what each of them holds."""
+        facts = {}
+        for key, (sources, indexes) in (("data.train", self._training), ("data.validation", self._validation)):
+            names = [source.path.name for source in sources]
+            facts[key] = ", ".join(names)
+            for number, (name, index) in enumerate(zip(names, indexes, strict=True)):
+                facts[f"the content of {key}, file {number + 1}"] = f"{name} {index.fingerprint}"
+        return facts
+
     def samples(self, step: int) -> list[FileSamples]:
         """The records that step `step`, counted from 0, takes of each file."""
         sources, names = self._training[0], self._names

@@ -73,9 +73,12 @@ class Passages:
         self._source = source
         self._numbers: dict[int, int] = {}
         self._places: list[tuple[int, int] | EmbeddingText] = []
-        for record in range(len(source)):
-            for place, text in enumerate(_passages(source[record])):
-                self._add(text, (record, place))
+        self._digest = hashlib.sha256()
+        for number in range(len(source)):
+            record = source[number]
+            self._digest.update(repr(record).encode())
+            for place, text in enumerate(_passages(record)):
+                self._add(text, (number, place))
         for entry in read_objects(corpus) if corpus else ():
             if isinstance(entry, Failed):
                 raise entry.error
@@ -83,6 +86,7 @@ class Passages:
             if not isinstance(row.get("text"), str):
                 raise InputError(f'{where}: no string under "text"')
             text = EmbeddingText("", f"{row.get('title') or ''} {row['text']}".strip())
+            self._digest.update(repr(text).encode())
             self._add(text, text)
 
     def _add(self, text: EmbeddingText, place: Any) -> None:
@@ -100,6 +104,11 @@ class Passages:
             return place
         record, which = place
         return _passages(self._source[record])[which]
+
+    @property
+    def fingerprint(self) -> str:
+        """Equal for the same records and passages in the same order."""
+        return self._digest.hexdigest()[:16]
 
     def number(self, text: EmbeddingText) -> int | None:
         """Number of a passage, None where it is no passage."""

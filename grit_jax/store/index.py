@@ -18,7 +18,7 @@ import numpy as np
 from etils import epath
 
 from grit_jax.config import InputError
-from grit_jax.distributed import gathered, in_first_process
+from grit_jax.distributed import gathered, in_first_process, require_same
 from grit_jax.inference import Encoded, GritModel
 from grit_jax.prompts import CacheForm
 from grit_jax.sole_writer import sole_writer
@@ -89,7 +89,8 @@ def add_documents(
       progress: Called with numbers of documents.
 
     Raises:
-      InputError: The store is another model's or has other settings, a row is malformed, or an id has two texts.
+      InputError: The store is another model's or has other settings, a row is malformed, an id has two texts, or the
+        processes have different models.
     """
 
     def add() -> None:
@@ -107,6 +108,7 @@ def add_documents(
             manifest = dataclasses.replace(manifest, parts=[*manifest.parts, part])
         layout.write_manifest(folder, manifest)
 
+    require_same({"the model": model.fingerprint(rounded=True)})
     in_first_process(add)
     return _read_by_all(folder)
 

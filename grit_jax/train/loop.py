@@ -9,12 +9,14 @@ import threading
 import time
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager, nullcontext
+from typing import NamedTuple
 
 import jax
 import numpy as np
 from etils import epath
+from jax.sharding import Mesh
 
-from grit_jax import files, sharding
+from grit_jax import distributed, files, sharding
 from grit_jax.checkpoint import CheckpointMetadata, Checkpoints, DamagedCheckpointError
 from grit_jax.config import Config, InputError, dump_config
 from grit_jax.data.pipeline import Pipeline
@@ -25,15 +27,37 @@ from grit_jax.loading import open_model
 from grit_jax.model.pretrained import Pretrained
 from grit_jax.model.transformer import init_params
 from grit_jax.sole_writer import refuse_other_writers, sole_writer
+from grit_jax.tokenizer import Tokenizer
 from grit_jax.train.metrics import Display, make_trackers
 from grit_jax.train.profile import ProfileWindow
 from grit_jax.train.recorder import Datasets, Recorder
-from grit_jax.train.resolve import check_folder, resolve_architecture, resolve_tokenizer
+from grit_jax.train.resolve import check_folder, host_facts, resolve_architecture, resolve_tokenizer
 from grit_jax.train.setup import Setup, row_multiples, set_up
 from grit_jax.train.state import TrainState, new_state, shardings_of
 from grit_jax.train.step import make_eval_step, make_gradient_norm
 from grit_jax.watch import folder
 from grit_jax.watch.preemption import preemption_notices
+
+
+class _Opened(NamedTuple):
+    """What a config names."""
+
+    config: Config  # resolved
+    pretrained: Pretrained | None
+    tokenizer: Tokenizer
+    mesh: Mesh
+    setup: Setup
+
+
+def _open(config: Config) -> _Opened:
+    pretrained = open_model(config.model.init) if config.model.init else None
+    tokenizer = resolve_tokenizer(config, pretrained)
+    architecture = resolve_architecture(config, pretrained, tokenizer)
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, architecture=architecture))
+    mesh = sharding.make_mesh(config.mesh)
+    setup = set_up(config, mesh)
+    check_folder(config)
+    return _Opened(config, pretrained, tokenizer, mesh, setup)
 
 
 class Trainer:
@@ -58,25 +82,20 @@ class Trainer:
         if config.scorecard.suite and scorecard is None:
             raise InputError(f"scorecard.suite={config.scorecard.suite}: nothing measures it; give Trainer a scorecard")
         self._began = time.monotonic()
-        pretrained = open_model(config.model.init) if config.model.init else None
-        self.tokenizer = resolve_tokenizer(config, pretrained)
-        architecture = resolve_architecture(config, pretrained, self.tokenizer)
-        config = dataclasses.replace(config, model=dataclasses.replace(config.model, architecture=architecture))
-        self.config = config
-        self.mesh = sharding.make_mesh(config.mesh)
         self.folder = epath.Path(config.train.output)
-        setup = set_up(config, self.mesh)
-        check_folder(config)
+        opened = distributed.in_every_process(lambda: _open(config))
+        config, pretrained, self.tokenizer, self.mesh, setup = opened
+        self.config = config
+        distributed.require_same(host_facts(config, self.tokenizer))
         refuse_other_writers(self.folder)
         self._train_step = setup.train_step
         self._eval_step = make_eval_step(setup.objective)
         self._gradient_norm = make_gradient_norm(setup.objective)
-        self.data = Pipeline(
-            config,
-            self.tokenizer,
-            row_multiples=row_multiples(config, self.mesh),
-            host_share=sharding.host_share(self.mesh),
+        multiples, share = row_multiples(config, self.mesh), sharding.host_share(self.mesh)
+        self.data = distributed.in_every_process(
+            lambda: Pipeline(config, self.tokenizer, row_multiples=multiples, host_share=share)
         )
+        distributed.require_same(self.data.host_facts())
         self._measures: list[tuple[Callable[[], Mapping[str, float]], int | None]] = [
             (self.evaluate, config.train.eval_every)
         ]

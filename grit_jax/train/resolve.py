@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 
+import jax
+
 from grit_jax import files
-from grit_jax.config import Config, InputError, TransformerConfig, config_differences, load_config
+from grit_jax.config import Config, InputError, TransformerConfig, config_differences, flat_values, load_config
 from grit_jax.loading import open_tokenizer
 from grit_jax.model.pretrained import Pretrained
 from grit_jax.tokenizer import Tokenizer
@@ -16,6 +18,18 @@ MAY_DIFFER = (
     "train.steps", "train.output", "train.max_skipped", "train.watchdog_seconds", "train.preemption_notices",
     "loss.negatives", "mesh.", "logging.", "scorecard.", "checkpoint.", "distributed.",
 )  # fmt: skip
+
+# What may differ between the hosts of one run: where they find things, and what each one is.
+_MAY_DIFFER_BY_HOST = (
+    "model.init", "model.tokenizer", "data.train", "data.validation", "train.output", "scorecard.suite",
+    "scorecard.data", "distributed.coordinator", "distributed.process_id",
+)  # fmt: skip
+
+
+def host_facts(config: Config, tokenizer: Tokenizer) -> dict[str, str]:
+    """What `distributed.require_same` compares of a resolved config and of what it stands on."""
+    values = {key: repr(value) for key, value in flat_values(config).items() if key not in _MAY_DIFFER_BY_HOST}
+    return values | {"the tokenizer": tokenizer.fingerprint, "the version of jax": jax.__version__}
 
 
 def resolve_tokenizer(config: Config, pretrained: Pretrained | None) -> Tokenizer:

@@ -74,21 +74,28 @@ def run(script, *arguments, num_processes=2, devices_each=2, device_order="inter
     return [out for out, _ in outputs]
 
 
-def run_commands(*arguments, num_processes=2, devices_each=2, device_order="interleaved", timeout=300):
+def run_commands(
+    *arguments, own=lambda index: [], code=0, num_processes=2, devices_each=2, device_order="interleaved", timeout=300
+):
     """Runs a command of the command line in processes that find each other.
+
+    Args:
+      *arguments: Of all processes.
+      own: More arguments of one process, by its index.
+      code: The exit code that all processes must have.
 
     Returns:
       Standard output and error of each process, by its index.
 
     Raises:
-      AssertionError: A process failed.
+      AssertionError: A process ended with another code.
     """
     address = free_address()
     processes = [
         subprocess.Popen(
             command(
-                *arguments, f"--distributed.coordinator={address}", f"--distributed.num_processes={num_processes}",
-                f"--distributed.process_id={index}",
+                *arguments, *own(index), f"--distributed.coordinator={address}",
+                f"--distributed.num_processes={num_processes}", f"--distributed.process_id={index}",
             ),
             env=environment(devices_each, device_order=device_order),
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -96,7 +103,7 @@ def run_commands(*arguments, num_processes=2, devices_each=2, device_order="inte
         for index in range(num_processes)
     ]  # fmt: skip
     outputs = [process.communicate(timeout=timeout) for process in processes]
-    assert [process.returncode for process in processes] == [0] * num_processes, outputs
+    assert [process.returncode for process in processes] == [code] * num_processes, outputs
     return outputs
 
 

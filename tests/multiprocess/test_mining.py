@@ -1,5 +1,7 @@
 """Mining negatives with a model in a job of two processes."""
 
+import pytest
+
 from grit_jax.data.sources import open_source
 from tests.multiprocess import launch
 from tests.runs import grit_jax, write_data
@@ -24,3 +26,17 @@ def test_two_processes_mine_what_one_does_and_the_first_one_writes(tmp_path):
     assert "12 rows over 25 passages" in outputs[0][0] and "rows over" not in outputs[1][0]
     assert (tmp_path / "two.jsonl").read_bytes() == (tmp_path / "one.jsonl").read_bytes()
     assert all(len(record.negatives) == 3 for record in open_source(tmp_path / "two.jsonl"))
+
+
+@pytest.mark.long
+def test_processes_with_other_queries_or_another_model_are_refused(tmp_path):
+    models = [save_model(tmp_path / str(theta), rope_theta=theta) for theta in (1e4, 1e5)]
+    files = [write_data(tmp_path / f"data{index}") / "embedding.jsonl" for index in range(2)]
+    files[1].write_text(files[1].read_text().replace("what is red", "what is read"))
+    for own, name in (
+        (lambda index: [files[index], tmp_path / "mined.jsonl", "--model", models[0]], "the records is "),
+        (lambda index: [files[0], tmp_path / "mined.jsonl", "--model", models[index]], "the model is "),
+    ):
+        outputs = launch.run_commands("data", "mine-negatives", own=own, code=2)
+        assert all(name in error for _, error in outputs), outputs
+    assert not (tmp_path / "mined.jsonl").exists()

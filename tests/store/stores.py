@@ -27,9 +27,9 @@ def write_corpus(path, numbers=range(25)):
     return path
 
 
-def save_model(folder):
+def save_model(folder, **architecture):
     """A tiny model with random weights, as a checkpoint."""
-    pretrained, params = random_model(tie_embeddings=False)
+    pretrained, params = random_model(tie_embeddings=False, **architecture)
     about = CheckpointMetadata(pretrained.architecture, pretrained.embedding, pretrained.tokenizer.files())
     save_params(folder, params, about)
     return folder
