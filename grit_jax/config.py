@@ -15,6 +15,17 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
 from grit_jax import files
+from grit_jax.errors import InputError
+from grit_jax.ranges import (
+    DECAY_RATE,
+    NOT_NEGATIVE,
+    POSITIVE,
+    SECONDS,
+    SEED,
+    SHARE,
+    require,
+    require_fields,
+)
 
 T = TypeVar("T")
 
@@ -24,10 +35,6 @@ AttentionKernel = Literal["dense", "blockwise", "splash", "cudnn"]
 ExpertKernel = Literal["ragged_dot", "megablox"]
 Remat = Literal["none", "full", "dots", "offload"]
 Negatives = Literal["auto", "dense", "gathered", "ring"]
-
-
-class InputError(ValueError):
-    """Something the user gave is wrong; the message names it and the remedy (exit code 2)."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +54,21 @@ class RopeScaling:
     low_frequency_factor: float = 1.0
     high_frequency_factor: float = 4.0
     original_length: int = 8192
+
+    def __post_init__(self):
+        require_fields(
+            "model.architecture.rope_scaling",
+            self,
+            factor=POSITIVE,
+            low_frequency_factor=POSITIVE,
+            high_frequency_factor=POSITIVE,
+            original_length=POSITIVE,
+        )
+        if self.kind == "llama3" and self.low_frequency_factor >= self.high_frequency_factor:
+            raise InputError(
+                f"model.architecture.rope_scaling.low_frequency_factor={self.low_frequency_factor} must be less than "
+                f"high_frequency_factor={self.high_frequency_factor}"
+            )
 
 
 Family = Literal["llama", "mistral", "mixtral", "qwen2", "qwen3", "gemma2", "gemma3_text"]
@@ -118,8 +140,15 @@ class TransformerConfig:
     experts_per_token: int = 2
 
     def __post_init__(self):
-        for name in ("embed_dim", "mlp_dim", "num_layers", "num_heads", "num_kv_heads", "max_length"):
-            require_positive(f"model.architecture.{name}", getattr(self, name))
+        positive = (
+            "embed_dim", "mlp_dim", "num_layers", "num_heads", "num_kv_heads", "max_length", "rope_theta",
+            "local_rope_theta", "norm_epsilon", "attention_scale_dim", "attention_soft_cap", "logit_soft_cap",
+            "sliding_window", "experts_per_token",
+        )  # fmt: skip
+        not_negative = ("vocab_size", "head_dim", "num_experts")
+        require_fields(
+            "model.architecture", self, **dict.fromkeys(positive, POSITIVE), **dict.fromkeys(not_negative, NOT_NEGATIVE)
+        )
         if self.num_heads % self.num_kv_heads:
             raise InputError(
                 f"model.architecture.num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}; "
@@ -132,7 +161,7 @@ class TransformerConfig:
             )
         if self.family == "mixtral" and not self.num_experts:
             raise InputError("model.architecture.family=mixtral needs model.architecture.num_experts")
-        if self.num_experts and not 1 <= self.experts_per_token <= self.num_experts:
+        if self.num_experts and self.experts_per_token > self.num_experts:
             raise InputError(
                 f"model.architecture.experts_per_token={self.experts_per_token} is not between 1 and "
                 f"num_experts={self.num_experts}"
@@ -187,6 +216,9 @@ class EmbeddingConfig:
     normalized: bool = True
     projection_dim: int | None = None
 
+    def __post_init__(self):
+        require_fields("model.embedding", self, projection_dim=POSITIVE)
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -220,7 +252,7 @@ class ModelConfig:
     layer_rows: int | None = None
 
     def __post_init__(self):
-        require_positive("model.layer_rows", self.layer_rows)
+        require_fields("model", self, layer_rows=POSITIVE)
 
 
 @dataclass(frozen=True)
@@ -281,13 +313,19 @@ class DataConfig:
     workers: int = 0
 
     def __post_init__(self):
-        for name in (
-            "query_max_length", "passage_max_length", "generative_max_length",
-            "group_size", "embedding_batch", "generative_batch", "row_buckets",
-        ):  # fmt: skip
-            require_positive(f"data.{name}", getattr(self, name))
-        if self.workers < 0:
-            raise InputError(f"data.workers={self.workers} is negative; use 0 to fill batches in the training process")
+        require_fields(
+            "data",
+            self,
+            query_max_length=POSITIVE,
+            passage_max_length=POSITIVE,
+            generative_max_length=POSITIVE,
+            group_size=POSITIVE,
+            embedding_batch=POSITIVE,
+            generative_batch=POSITIVE,
+            row_buckets=POSITIVE,
+            workers=NOT_NEGATIVE,
+        )
+        _require_counts("data.num_samples", self.num_samples)
         for number, stage in enumerate(self.curriculum):
             last = number == len(self.curriculum) - 1
             if (stage.steps is None) != last:
@@ -295,7 +333,8 @@ class DataConfig:
                     "goes on to the end: leave its steps out" if last else "has no steps; only the last stage goes on"
                 )
                 raise InputError(f"data.curriculum[{number}] {what}")
-            require_positive(f"data.curriculum[{number}].steps", stage.steps)
+            require(f"data.curriculum[{number}].steps", stage.steps, POSITIVE)
+            _require_counts(f"data.curriculum[{number}].num_samples", stage.num_samples)
 
     @property
     def embedding_row_length(self) -> int:
@@ -331,8 +370,16 @@ class LossConfig:
     embedding_router_weight: float = 0.0
 
     def __post_init__(self):
-        require_positive("loss.temperature", self.temperature)
-        require_positive("loss.sub_batch_samples", self.sub_batch_samples)
+        require_fields(
+            "loss",
+            self,
+            temperature=POSITIVE,
+            sub_batch_samples=POSITIVE,
+            embedding_weight=NOT_NEGATIVE,
+            generative_weight=NOT_NEGATIVE,
+            router_weight=NOT_NEGATIVE,
+            embedding_router_weight=NOT_NEGATIVE,
+        )
 
 
 @dataclass(frozen=True)
@@ -347,8 +394,8 @@ class OptimizerConfig:
       warmup_steps: The same as a number of steps; wins over `warmup_ratio`.
       b1: Adam's first decay rate.
       b2: Adam's second decay rate.
-      epsilon: Adam's epsilon.
-      weight_decay: Decoupled decay of matrices (norm scales are never decayed).
+      epsilon: Adam's epsilon; with 0 an update may be infinite, and is skipped then.
+      weight_decay: Decoupled decay of matrices; biases and norm scales are never decayed.
       clip_norm: Largest global gradient norm; null for no clipping.
     """
 
@@ -363,6 +410,20 @@ class OptimizerConfig:
     weight_decay: float = 0.0
     clip_norm: float | None = 1.0
 
+    def __post_init__(self):
+        require_fields(
+            "optimizer",
+            self,
+            learning_rate=NOT_NEGATIVE,
+            warmup_ratio=SHARE,
+            warmup_steps=NOT_NEGATIVE,
+            b1=DECAY_RATE,
+            b2=DECAY_RATE,
+            epsilon=NOT_NEGATIVE,
+            weight_decay=NOT_NEGATIVE,
+            clip_norm=POSITIVE,
+        )
+
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -371,12 +432,13 @@ class TrainConfig:
     Attributes:
       output: Run folder.
       steps: Optimizer steps.
-      seed: Seed of weights and data order.
+      seed: Seed of weights and data order; from 0 to 4294967295.
       mode: Streams that are trained: `unified`, `embedding` or `generative`.
       embedding_chunks: Pieces the embedding rows are processed in; the numbers do not depend on it, memory does.
       generative_chunks: The same for the generative rows.
       eval_every: Steps between evaluation losses on `data.validation`; null evaluates after the last step only.
-      max_skipped: Updates in a row that may be skipped because loss or gradient is not finite; then the run stops.
+      max_skipped: Updates in a row that may be skipped because loss, gradient or update is not finite; then the run
+        stops.
       watchdog_seconds: Longest time of a step, compiling and evaluation left out; beyond, the process says where every
         thread is and ends. null waits for ever.
       preemption_notices: Whether, on Google Cloud, the machine's metadata server is listened to: what it says of the
@@ -395,12 +457,17 @@ class TrainConfig:
     preemption_notices: bool = True
 
     def __post_init__(self):
-        for name in ("steps", "embedding_chunks", "generative_chunks", "max_skipped"):
-            require_positive(f"train.{name}", getattr(self, name))
-        if self.seed < 0:
-            raise InputError(f"train.seed={self.seed} is negative; use 0 or more")
-        require_positive("train.eval_every", self.eval_every)
-        require_positive("train.watchdog_seconds", self.watchdog_seconds)
+        require_fields(
+            "train",
+            self,
+            steps=POSITIVE,
+            seed=SEED,
+            embedding_chunks=POSITIVE,
+            generative_chunks=POSITIVE,
+            eval_every=POSITIVE,
+            max_skipped=POSITIVE,
+            watchdog_seconds=SECONDS,
+        )
 
     @property
     def embeds(self) -> bool:
@@ -430,9 +497,7 @@ class ScorecardConfig:
     embedding_weight: float = 0.5
 
     def __post_init__(self):
-        require_positive("scorecard.every", self.every)
-        if not 0 <= self.embedding_weight <= 1:
-            raise InputError(f"scorecard.embedding_weight={self.embedding_weight} is not from 0 to 1")
+        require_fields("scorecard", self, every=POSITIVE, embedding_weight=SHARE)
 
 
 @dataclass(frozen=True)
@@ -462,10 +527,16 @@ class CheckpointConfig:
     timeout_seconds: int = 1200
 
     def __post_init__(self):
-        for name in ("every", "keep", "keep_every", "params_every", "timeout_seconds"):
-            require_positive(f"checkpoint.{name}", getattr(self, name))
-        if self.keep_best < 0:
-            raise InputError(f"checkpoint.keep_best={self.keep_best} is negative; use 0 to keep none for being best")
+        require_fields(
+            "checkpoint",
+            self,
+            every=POSITIVE,
+            keep=POSITIVE,
+            keep_every=POSITIVE,
+            keep_best=NOT_NEGATIVE,
+            params_every=POSITIVE,
+            timeout_seconds=SECONDS,
+        )
         if bool(self.keep_best) != bool(self.best_metric):
             raise InputError(
                 f"checkpoint.keep_best={self.keep_best} and checkpoint.best_metric={self.best_metric}: give both or "
@@ -520,8 +591,14 @@ class LoggingConfig:
     profile: list[int] | None = None
 
     def __post_init__(self):
-        for name in ("every", "details_every", "gradient_ratio_every", "spike_threshold"):
-            require_positive(f"logging.{name}", getattr(self, name))
+        require_fields(
+            "logging",
+            self,
+            every=POSITIVE,
+            details_every=POSITIVE,
+            gradient_ratio_every=POSITIVE,
+            spike_threshold=POSITIVE,
+        )
         if self.profile is not None and (len(self.profile) != 2 or not 1 <= self.profile[0] <= self.profile[1]):
             raise InputError(
                 f"logging.profile={self.profile} is no window of steps; give the first and the last, such as [10, 12]"
@@ -545,7 +622,7 @@ class DistributedConfig:
     timeout_seconds: int = 30
 
     def __post_init__(self):
-        require_positive("distributed.timeout_seconds", self.timeout_seconds)
+        require_fields("distributed", self, num_processes=POSITIVE, process_id=NOT_NEGATIVE, timeout_seconds=SECONDS)
         given = {"num_processes": self.num_processes, "process_id": self.process_id}
         for name, value in given.items():
             if (value is None) != (self.coordinator is None):
@@ -574,6 +651,18 @@ class Config:
     mesh: MeshConfig = field(default_factory=MeshConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
+
+    def __post_init__(self):
+        if (self.optimizer.warmup_steps or 0) > self.train.steps:
+            raise InputError(
+                f"optimizer.warmup_steps={self.optimizer.warmup_steps} is over train.steps={self.train.steps}; "
+                "lower it, the learning rate never reaches its peak otherwise"
+            )
+        trained = {"embedding": self.train.embeds, "generative": self.train.generates}
+        weights = {f"{name}_weight": getattr(self.loss, f"{name}_weight") for name in trained if trained[name]}
+        if not any(weights.values()):
+            given = " and ".join(f"loss.{name}={value}" for name, value in weights.items())
+            raise InputError(f"{given} with train.mode={self.train.mode}: nothing would be trained; raise one of them")
 
 
 def load_config(path: str | os.PathLike[str], overrides: list[str] | None = None) -> Config:
@@ -723,11 +812,6 @@ def _field_type(section: type, key: str, source: str, prefix: str) -> Any:
     return types[key]
 
 
-def require_positive(key: str, value: float | None, remedy: str = "") -> None:
-    """Returns where a setting's value is over 0 or left out; else the remedy stands behind the error.
-
-    Raises:
-      InputError: It is not.
-    """
-    if value is not None and value <= 0:
-        raise InputError(f"{key}={value} must be positive{remedy and '; '}{remedy}")
+def _require_counts(key: str, counts: dict[str, int]) -> None:
+    for name, count in counts.items():
+        require(f"{key}.{name}", count, NOT_NEGATIVE, "use 0 to leave the file out")

@@ -1,13 +1,26 @@
+import math
 import subprocess
 import sys
+import typing
 from pathlib import Path
 
 import pytest
 
 from grit_jax.config import (
+    CheckpointConfig,
     Config,
+    DataConfig,
+    DistributedConfig,
+    EmbeddingConfig,
     InputError,
+    LoggingConfig,
+    LossConfig,
+    ModelConfig,
+    OptimizerConfig,
+    RopeScaling,
+    ScorecardConfig,
     StageConfig,
+    TrainConfig,
     TransformerConfig,
     config_differences,
     dump_config,
@@ -50,7 +63,7 @@ def test_a_curriculum_survives_a_round_trip():
         ("train: [1, 2", [], "f.yaml:1: not valid YAML"),
         ("- train", [], "f.yaml: expected a mapping of sections, found list"),
         ("train: {steps: 0}", [], "train.steps=0 must be positive"),
-        ("train: {seed: -1}", [], "train.seed=-1 is negative; use 0 or more"),
+        ("train: {seed: -1}", [], "train.seed=-1 must be from 0 to 4294967295"),
         ("data: {curriculum: [{step: 3}]}", [], r"'data.curriculum\[0\].step'; did you mean '.*steps'"),
         ("data: {curriculum: [{files: [a]}, {files: [b]}]}", [], r"data.curriculum\[0\] has no steps; only the last"),
         ("data: {curriculum: [{steps: 2}, {}]}", [], r"data.curriculum\[1\] is {}; .* one of steps, files, num"),
@@ -58,11 +71,71 @@ def test_a_curriculum_survives_a_round_trip():
         ("data: {curriculum: [{steps: 3}]}", [], r"data.curriculum\[0\] goes on to the end: leave its steps out"),
         ("data: {curriculum: [{steps: 0}, {steps: null}]}", [], r"data.curriculum\[0\].steps=0 must be positive"),
         ("model: {architecture: {num_heads: 3}}", [], "num_heads=3 is not a multiple of num_kv_heads=2"),
+        ("optimizer: {b1: 1}", [], "optimizer.b1=1.0 must be 0 or more, and less than 1"),
+        ("optimizer: {b2: 1}", [], "optimizer.b2=1.0 must be 0 or more, and less than 1"),
+        ("optimizer: {b2: -0.1}", [], "optimizer.b2=-0.1 must be 0 or more, and less than 1"),
+        ("optimizer: {clip_norm: 0}", [], "optimizer.clip_norm=0.0 must be positive; null is allowed too"),
+        ("optimizer: {learning_rate: -1e-4}", [], "optimizer.learning_rate=-0.0001 must be 0 or more"),
+        ("optimizer: {weight_decay: -1}", [], "optimizer.weight_decay=-1.0 must be 0 or more"),
+        ("optimizer: {epsilon: -1}", [], "optimizer.epsilon=-1.0 must be 0 or more"),
+        ("optimizer: {warmup_ratio: 3}", [], "optimizer.warmup_ratio=3.0 must be from 0 to 1"),
+        ("optimizer: {warmup_steps: -1}", [], "optimizer.warmup_steps=-1 must be 0 or more; null is allowed too"),
+        ("optimizer: {warmup_steps: 9}", ["--train.steps=8"], "optimizer.warmup_steps=9 is over train.steps=8; lower"),
+        ("train: {seed: 4294967296}", [], "train.seed=4294967296 must be from 0 to 4294967295"),
+        ("train: {watchdog_seconds: 1e10}", [], "train.watchdog_seconds=10000000000.0 must be positive and at most"),
+        ("loss: {embedding_weight: -1}", [], "loss.embedding_weight=-1.0 must be 0 or more"),
+        ("loss: {embedding_weight: 0, generative_weight: 0}", [], "_weight=0.0 and loss.generative_weight=0.0"),
+        ("loss: {generative_weight: 0}", ["--train.mode=generative"], "generative: nothing would be trained"),
+        ("loss: {temperature: -.inf}", [], "loss.temperature=-inf must be a finite number"),
+        ("logging: {spike_threshold: .nan}", [], "logging.spike_threshold=nan must be a finite number; null is"),
+        ("model: {embedding: {projection_dim: 0}}", [], "model.embedding.projection_dim=0 must be positive"),
+        ("model: {architecture: {rope_scaling: {factor: 0}}}", [], "rope_scaling.factor=0.0 must be positive"),
+        ("model: {architecture: {rope_scaling: {kind: llama3, low_frequency_factor: 4}}}", [],
+         "low_frequency_factor=4.0 must be less than high_frequency_factor=4.0"),
+        ("model: {architecture: {norm_epsilon: 0}}", [], "model.architecture.norm_epsilon=0.0 must be positive"),
+        ("model: {architecture: {sliding_window: 0}}", [], "model.architecture.sliding_window=0 must be positive"),
+        ("data: {workers: -1}", [], "data.workers=-1 must be 0 or more"),
+        ("data: {num_samples: {a.jsonl: -1}}", [], "data.num_samples.a.jsonl=-1 must be 0 or more; use 0 to leave"),
+        ("data: {curriculum: [{num_samples: {a.jsonl: -1}}]}", [], r"data.curriculum\[0\].num_samples.a.jsonl=-1 must"),
+        ("scorecard: {embedding_weight: 2}", [], "scorecard.embedding_weight=2.0 must be from 0 to 1"),
     ],
 )  # fmt: skip
 def test_bad_input_is_refused_with_key_value_and_remedy(text, overrides, message):
     with pytest.raises(InputError, match=message):
         parse_config(text, overrides, source="f.yaml")
+
+
+SECTIONS = {
+    "model": ModelConfig, "model.architecture": TransformerConfig, "model.architecture.rope_scaling": RopeScaling,
+    "model.embedding": EmbeddingConfig, "data": DataConfig, "loss": LossConfig, "optimizer": OptimizerConfig,
+    "train": TrainConfig, "scorecard": ScorecardConfig, "checkpoint": CheckpointConfig, "logging": LoggingConfig,
+    "distributed": DistributedConfig,
+}  # fmt: skip
+
+
+def numbers(kind):
+    """Every number of the sections: its key, its section and its name."""
+    for key, section in SECTIONS.items():
+        for name, hint in typing.get_type_hints(section).items():
+            if hint in (kind, kind | None):
+                yield pytest.param(key, section, name, id=f"{key}.{name}")
+
+
+@pytest.mark.parametrize(("key", "section", "name"), [*numbers(float)])
+def test_no_setting_takes_what_is_not_a_finite_number(key, section, name):
+    for value in (math.nan, math.inf):
+        with pytest.raises(InputError, match=rf"^{key}.{name}={value} must be a finite number"):
+            section(**{name: value})
+
+
+@pytest.mark.parametrize(("key", "section", "name"), [*numbers(int), *numbers(float)])
+def test_no_setting_but_the_norms_offset_is_negative(key, section, name):
+    more = {"coordinator": "host:1", "num_processes": 1, "process_id": 0} if section is DistributedConfig else {}
+    if name == "norm_offset":
+        assert section(norm_offset=-7).norm_offset == -7
+    else:
+        with pytest.raises(InputError, match=f"{key}.{name}=-7"):
+            section(**more | {name: -7})
 
 
 def test_differences_name_key_old_and_new_value():

@@ -657,11 +657,9 @@ def _dealt(rows: RowPlan, buckets: tuple[int, ...], pieces: int) -> RowPlan:
 
 
 def _check_num_samples(key: str, num_samples: dict[str, int], names: Sequence[str]) -> None:
-    for name, count in num_samples.items():
+    for name in num_samples:
         if name not in names:
             raise InputError(f"{key} names {name!r}, which is no file of data.train; {_hint(name, names)}")
-        if count < 0:
-            raise InputError(f"{key}: {name}={count} is negative; use 0 to leave a file out")
 
 
 def _hint(name: str, names: Sequence[str]) -> str:

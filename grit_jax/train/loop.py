@@ -156,7 +156,7 @@ class Trainer:
           checkpoint.
 
         Raises:
-          FloatingPointError: Loss or gradient was not finite `train.max_skipped` times in a row.
+          FloatingPointError: Loss, gradient or update was not finite `train.max_skipped` times in a row.
           InputError: Another process writes to the run folder.
         """
         config, start = self.config, self.step

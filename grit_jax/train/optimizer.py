@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -32,18 +33,23 @@ def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
     return rate
 
 
+def is_matrix(axes: Sequence[str]) -> bool:
+    """Whether a parameter with these logical axes is a matrix, or a stack of matrices, and no bias or norm scale.
+
+    Heads and their width are together one side of a matrix.
+    """
+    return len(set(axes) - {"layers", "head_dim"}) >= 2
+
+
 def make_optimizer(config: OptimizerConfig, steps: int, axes: Any) -> optax.GradientTransformation:
     """The optimizer of a run.
 
     Args:
       config: Its settings.
       steps: Length of the schedule.
-      axes: Tree of each parameter's logical axes: weight decay applies to matrices, those with two axes or more
-        besides `layers`.
+      axes: Tree of each parameter's logical axes; `is_matrix` tells by them what weight decay applies to.
     """
-    decayed = jax.tree.map(
-        lambda names: len(set(names) - {"layers"}) >= 2, axes, is_leaf=lambda names: isinstance(names, tuple)
-    )
+    decayed = jax.tree.map(is_matrix, axes, is_leaf=lambda names: isinstance(names, tuple))
     rate = learning_rate(config, steps)
     if config.name == "sgd":
         update = optax.sgd(rate)

@@ -244,13 +244,15 @@ class Recorder:
             return
         self._skipped += 1
         what = f"loss is {values['loss']:g} and the gradient's norm {values['grad_norm']:g}"
-        self._report(step, "not finite", f"{what}, the update is skipped", values)
+        if math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"]):
+            what += ", but the optimizer's update is not finite"
+        self._report(step, "not finite", f"{what}; the update is skipped", values)
         if self._skipped >= self._config.train.max_skipped:
             raise FloatingPointError(
-                f"{self._skipped} updates in a row were skipped, up to step {step}, because loss or gradient is not "
-                f"finite (train.max_skipped={self._config.train.max_skipped}); the records of these steps are in "
-                f"{files.join(self._output, folder.BAD_BATCHES)}: look at them, or lower optimizer.learning_rate; "
-                "checkpoints hold the state before them"
+                f"{self._skipped} updates in a row were skipped, up to step {step}, because loss, gradient or update "
+                f"is not finite (train.max_skipped={self._config.train.max_skipped}); the records of these steps are "
+                f"in {files.join(self._output, folder.BAD_BATCHES)}: look at them, lower optimizer.learning_rate, or "
+                "raise optimizer.epsilon; checkpoints hold the state before them"
             )
 
     def _report(self, step: int, reason: str, text: str, values: Mapping[str, float]) -> None:

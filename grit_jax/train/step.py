@@ -173,6 +173,10 @@ class Objective:
         return jnp.sum(jnp.stack(weighted)), losses | health
 
 
+def _all_finite(tree: Any) -> jax.Array:
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]))
+
+
 def make_train_step(
     objective: Objective,
     optimizer: optax.GradientTransformation,
@@ -181,8 +185,8 @@ def make_train_step(
 ) -> Callable[[TrainState, GritBatch], tuple[TrainState, Metrics]]:
     """Compiles `train_step(state, batch) -> (state, metrics)`; the old state's memory is reused.
 
-    An update whose loss or gradient is not finite is skipped: parameters and optimizer state stay as they are, the
-    schedule's count among them, and the step number alone goes on.
+    An update is skipped where it, the loss or the gradient is not finite: parameters and optimizer state stay as they
+    are, the schedule's count among them, and the step number alone goes on.
 
     Metrics are scalars: `loss`, the parts that are trained and their ratio, `grad_norm` (before clipping),
     `learning_rate` of this update, `skipped` (1 or 0), and the counts of `Objective.work`. Beside them are the
@@ -209,8 +213,8 @@ def make_train_step(
     def train_step(state: TrainState, batch: GritBatch) -> tuple[TrainState, Metrics]:
         (loss, parts), gradient = value_and_gradient(state.params, batch)
         norm = jnp.asarray(optax.tree.norm(gradient))
-        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
+        finite = jnp.isfinite(loss) & jnp.isfinite(norm) & _all_finite(updates)
         params = optax.apply_updates(state.params, updates)
         params, opt_state = jax.tree.map(
             lambda new, old: jnp.where(finite, new, old), (params, opt_state), (state.params, state.opt_state)

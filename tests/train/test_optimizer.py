@@ -1,10 +1,13 @@
+import typing
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grit_jax.config import OptimizerConfig
-from grit_jax.train.optimizer import learning_rate, make_optimizer
+from grit_jax.config import Family, OptimizerConfig, TransformerConfig
+from grit_jax.model.transformer import abstract_model, param_axes
+from grit_jax.train.optimizer import is_matrix, learning_rate, make_optimizer
 
 
 def rates(steps, **changes):
@@ -52,6 +55,37 @@ def test_only_matrices_decay_however_they_are_stacked():
     assert np.allclose(after["kernel"], 0.95)
     assert np.allclose(after["table"], 0.95)
     assert np.all(after["scale"] == 1)
+
+
+KERNELS = {"attention.query.kernel", "attention.key.kernel", "attention.value.kernel", "attention.out.kernel"}
+MLP = {"mlp.gate.kernel", "mlp.up.kernel", "mlp.down.kernel"}
+EXPERTS = {"mlp.router.kernel", "mlp.gate", "mlp.up", "mlp.down"}
+NORMS = {"attention_norm.scale", "mlp_norm.scale"}
+QK_NORMS = {"attention.query_norm.scale", "attention.key_norm.scale"}
+POST_NORMS = {"attention_post_norm.scale", "mlp_post_norm.scale"}
+BIASES = {"attention.query.bias", "attention.key.bias", "attention.value.bias"}
+FAMILIES = {  # settings, what decays in each layer, and what does not
+    "llama": ({"tie_embeddings": False}, KERNELS | MLP, NORMS),
+    "mistral": ({"tie_embeddings": False}, KERNELS | MLP, NORMS),
+    "mixtral": ({"tie_embeddings": False, "num_experts": 4}, KERNELS | EXPERTS, NORMS),
+    "qwen2": ({"qkv_bias": True}, KERNELS | MLP, NORMS | BIASES),
+    "qwen3": ({"qk_norm": True}, KERNELS | MLP, NORMS | QK_NORMS),
+    "gemma2": ({"post_norms": True}, KERNELS | MLP, NORMS | POST_NORMS),
+    "gemma3_text": ({"post_norms": True, "qk_norm": True}, KERNELS | MLP, NORMS | POST_NORMS | QK_NORMS),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", typing.get_args(Family))
+def test_the_matrices_of_every_family_decay_and_no_bias_or_norm(family):
+    settings, matrices, others = FAMILIES[family]
+    axes = param_axes(abstract_model(TransformerConfig(family=family, **settings).resolve(300), projection_dim=8))
+    leaves = jax.tree_util.tree_leaves_with_path(axes, is_leaf=lambda names: isinstance(names, tuple))
+    found = {True: set(), False: set()}
+    for path, names in leaves:
+        found[is_matrix(names)].add(jax.tree_util.keystr(path, simple=True, separator="."))
+    head = set() if "tie_embeddings" not in settings else {"head"}
+    assert found[True] == {f"layers.{name}" for name in matrices} | {"embedding", "projection.kernel"} | head
+    assert found[False] == {f"layers.{name}" for name in others} | {"final_norm.scale", "projection.bias"}
 
 
 def test_gradients_are_clipped_to_the_global_norm():

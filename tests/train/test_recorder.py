@@ -138,6 +138,12 @@ def test_skipped_steps_are_counted_in_a_row(run, tmp_path):
     assert read_lines(tmp_path / "goodput.jsonl")[-1]["seconds"]["skipped"] > 0
 
 
+def test_an_update_that_alone_is_not_finite_is_named(run, tmp_path):
+    run(lambda step: metrics(skipped=float(step == 2)))
+    (bad,) = read_lines(tmp_path / "bad_batches.jsonl")
+    assert bad["text"].endswith("norm 0.5, but the optimizer's update is not finite; the update is skipped")
+
+
 def test_a_spike_is_said_and_written_down_and_stops_nothing(run, tmp_path):
     collected = run(lambda step: metrics(generative=30.0 if step == 25 else 3.0), steps=30)
     assert len(collected.lines) == 30

@@ -257,3 +257,22 @@ def test_an_update_that_is_not_finite_is_skipped():
     assert np.allclose([first["learning_rate"], skipped["learning_rate"], last["learning_rate"]], [0, 0.125, 0.125])
     moved = jax.tree.map(np.array_equal, after.params, jax.device_get(state.params))
     assert not jax.tree.all(moved)
+
+
+def test_an_update_that_is_not_finite_is_skipped_where_loss_and_gradient_are_finite():
+    """Adam without an epsilon divides by 0 where a gradient is 0: at tokens that the batch does not hold."""
+    mesh = sharding.make_mesh(MeshConfig(2, 1, 1), jax.devices()[:2])
+    model = abstract_model(ARCHITECTURE, 16)
+    settings = OptimizerConfig(schedule="constant", warmup_steps=0, epsilon=0.0)
+    optimizer, rate = make_optimizer(settings, 10, param_axes(model)), learning_rate(settings, 10)
+    with jax.set_mesh(mesh):
+        placed = shardings_of(abstract_state(model, optimizer, mesh))
+        params = jax.jit(lambda: init_params(ARCHITECTURE, jax.random.key(0), 16), out_shardings=placed.params)()
+        state = jax.jit(lambda params: new_state(params, optimizer), out_shardings=placed)(params)
+        before = jax.device_get(state)
+        step = make_train_step(Objective(model, BASE, PLAIN), optimizer, rate, placed)
+        state, metrics = step(state, sharding.place_batch(mesh, make_batch()))
+    assert np.isfinite([metrics["loss"], metrics["grad_norm"]]).all()
+    assert metrics["skipped"] == 1
+    same = jax.tree.map(np.array_equal, (before.params, before.opt_state), (state.params, state.opt_state))
+    assert jax.tree.all(same)
