@@ -229,7 +229,6 @@ class ModelConfig:
       tokenizer: Folder, `tokenizer.json` or `bytes`; null takes the tokenizer of `init`, or bytes from scratch.
       architecture: Shape of a model trained from scratch; with `init` the shape comes from there.
       embedding: Embedding pass and pooling.
-      generative_attention: Attention of the generative pass.
       compute_dtype: Type of activations; `auto` is float32 on CPU and bfloat16 elsewhere. Weights stay float32.
       attention_kernel: `dense`, `blockwise` (CPU), `splash` (TPU), `cudnn` (GPU), or `auto` for the device's own.
       expert_kernel: What multiplies tokens sorted by expert: `ragged_dot`, `megablox` (TPU), or `auto` for the device's
@@ -244,7 +243,6 @@ class ModelConfig:
     tokenizer: str | None = None
     architecture: TransformerConfig = field(default_factory=TransformerConfig)
     embedding: EmbeddingConfig = field(default_factory=EmbeddingConfig)
-    generative_attention: Attention = "causal"
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     attention_kernel: Literal["auto"] | AttentionKernel = "auto"
     expert_kernel: Literal["auto"] | ExpertKernel = "auto"
@@ -682,8 +680,12 @@ def load_config(path: str | os.PathLike[str], overrides: list[str] | None = None
 
 def parse_config(text: str, overrides: list[str] | None = None, *, source: str = "config") -> Config:
     """Builds a `Config` from YAML text; see `load_config`."""
-    overrides = overrides or []
+    import yaml
+
     mapping = parse_mapping(text, source=source)
+    if _drop_removed(mapping, source):
+        text = yaml.safe_dump(mapping)
+    overrides = [override for override in overrides or [] if not _is_removed(override)]
     _check_keys(mapping, Config, source)
     for override in overrides:
         _check_override(override)
@@ -789,6 +791,42 @@ def _check_keys(mapping: dict[str, Any], section: type, source: str, prefix: str
                         known = ", ".join(field.name for field in dataclasses.fields(inner))
                         raise InputError(f"{source}: {where} is {entry!r}; it must be a mapping with one of {known}")
                     _check_keys(entry, inner, source, f"{where}.")
+
+
+# Keys that configs of earlier runs hold, each with the value that says what every run does now, and why it does.
+_REMOVED = {
+    "model.generative_attention": ("causal", "the generative pass is causal, else a token would see its own target"),
+}
+
+
+def _drop_removed(mapping: dict[str, Any], source: str) -> bool:
+    """Takes removed keys out of a mapping, and says whether there were any.
+
+    Raises:
+      InputError: One has another value than it may have.
+    """
+    found = False
+    for key in _REMOVED:
+        section, name = key.split(".")
+        values = mapping.get(section)
+        if isinstance(values, dict) and name in values:
+            _check_removed(key, values.pop(name), source)
+            found = True
+    return found
+
+
+def _is_removed(override: str) -> bool:
+    """Whether an override gives a removed key; raises as `_drop_removed`."""
+    key, _, value = override.removeprefix("--").partition("=")
+    if key in _REMOVED:
+        _check_removed(key, value, "command line")
+    return key in _REMOVED
+
+
+def _check_removed(key: str, value: Any, source: str) -> None:
+    allowed, reason = _REMOVED[key]
+    if value != allowed:
+        raise InputError(f"{source}: {key}={value} is not possible any more: {reason}; remove the key")
 
 
 def _check_override(override: str) -> None:

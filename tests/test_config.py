@@ -138,6 +138,28 @@ def test_no_setting_but_the_norms_offset_is_negative(key, section, name):
             section(**more | {name: -7})
 
 
+@pytest.mark.parametrize("earlier", ["model: {generative_attention: causal, init: a}", "model: {init: a}"])
+def test_configs_of_earlier_runs_load_without_the_keys_that_are_gone(earlier):
+    assert parse_config(earlier) == parse_config("", ["--model.generative_attention=causal", "--model.init=a"])
+    assert "generative_attention" not in dump_config(parse_config(earlier))
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "source"),
+    [
+        ("model: {generative_attention: bidirectional}", [], "f.yaml"),
+        ("", ["--model.generative_attention=bidirectional"], "command line"),
+    ],
+)
+def test_what_a_key_that_is_gone_could_do_is_refused(text, overrides, source):
+    with pytest.raises(InputError) as error:
+        parse_config(text, overrides, source="f.yaml")
+    assert str(error.value) == (
+        f"{source}: model.generative_attention=bidirectional is not possible any more: the generative pass is causal, "
+        "else a token would see its own target; remove the key"
+    )
+
+
 def test_differences_name_key_old_and_new_value():
     old, new = Config(), parse_config("train: {steps: 9, seed: 1}\nmesh: {data: 2}")
     assert config_differences(old, new, ignore=("train.steps", "mesh.")) == ["train.seed: 0 -> 1"]

@@ -61,7 +61,6 @@ def test_the_papers_models_have_its_hyperparameters(path):
     assert config.model.embedding.attention == "bidirectional"
     assert config.model.embedding.pooling == "mean"
     assert config.model.embedding.projection_dim is None
-    assert config.model.generative_attention == "causal"
 
 
 @pytest.mark.parametrize("path", PAPER, ids=lambda path: path.stem)

@@ -10,9 +10,9 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, NamedTuple
 
 import numpy as np
 from etils import epath
@@ -26,7 +26,20 @@ from grit_jax.data.sources import Source
 from grit_jax.tokenizer import Tokenizer
 
 _TRIES = 3
-_FORMAT = 2  # raised when what is stored, or how prompts are formatted, changes
+_FORMAT = 3  # raised when what is stored, or how prompts are formatted, changes
+
+
+class Fingerprint(NamedTuple):
+    """What a file holds, in short.
+
+    Attributes:
+      texts: Equal for files with the same formatted texts in the same order, tokenized in the same way.
+      structure: Equal where the texts also have the same roles (query, positive, negative), make the same records, and
+        are pooled or scored at the same tokens.
+    """
+
+    texts: str
+    structure: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,12 +95,19 @@ class FileIndex:
         return record if self.numbers is None else int(self.numbers[record])
 
     @functools.cached_property
-    def fingerprint(self) -> str:
-        """Equal for files that hold the same texts, tokenized in the same way."""
+    def fingerprint(self) -> Fingerprint:
+        """What the file holds, in short."""
         if self.folder:
-            return json.loads((self.folder / _META).read_text())["fingerprint"]
-        digests = hashlib.sha256(self.hashes.tobytes()), hashlib.sha256(self.lengths.tobytes())
-        return _joined(digests)
+            return Fingerprint(*json.loads((self.folder / _META).read_text())["fingerprint"])
+        digests = _Digests()
+        # Those that start each record's and each text's part have a 0 before all others.
+        digests.update(
+            {
+                name: getattr(self, name)[1:] if name in _STARTS else getattr(self, name)
+                for name in (*_TEXT_ARRAYS, *_STRUCTURE_ARRAYS)
+            }
+        )
+        return digests.fingerprint()
 
 
 # Arrays that are stored, with type and shape of a row.
@@ -101,6 +121,10 @@ _ARRAYS: dict[str, tuple[type, tuple[int, ...]]] = {
     "numbers": (np.int64, ()),  # only where there are malformed records
 }
 _META = "meta.json"
+_STARTS = ("text_starts", "span_starts")  # arrays with one more row than there are records or texts
+# What `Fingerprint` is made of.
+_TEXT_ARRAYS = ("hashes", "lengths")
+_STRUCTURE_ARRAYS = ("text_starts", "num_positives", "span_starts", "spans")
 
 
 def num_targets(index: FileIndex, limits: int | np.ndarray, texts: slice | np.ndarray = slice(None)) -> np.ndarray:
@@ -254,30 +278,29 @@ def _merge(paths: Sequence[epath.Path], source: Source, folder: Path) -> bool:
     partial = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.partial")
     partial.mkdir(parents=True)
     try:
-        digests = {"hashes": hashlib.sha256(), "lengths": hashlib.sha256()}
+        digests = _Digests()
         with contextlib.ExitStack() as stack:
             written: dict[str, IO[bytes]] = {}
             for name in stored:
                 dtype, row = _ARRAYS[name]
                 written[name] = stack.enter_context((partial / f"{name}.npy").open("wb"))
-                first = name in ("text_starts", "span_starts")
+                first = name in _STARTS
                 header = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False}
                 np.lib.format.write_array_header_1_0(written[name], header | {"shape": (sizes[name] + first, *row)})
                 if first:
                     written[name].write(np.zeros(1, dtype).tobytes())
-            ends = {"text_starts": 0, "span_starts": 0}
+            ends = dict.fromkeys(_STARTS, 0)
             for counts in map(read_shard, paths):
                 if counts is None:
                     return False
                 columns = _columns(counts, ends)
+                digests.update(columns)
                 for name in stored:
                     array = columns[name]
                     written[name].write(array.tobytes())
-                    if name in digests:
-                        digests[name].update(array.tobytes())
                     if name in ends and len(array):
                         ends[name] = int(array[-1])
-        meta = {"stream": source.stream, "bad": list(bad.values()), "fingerprint": _joined(digests.values())}
+        meta = {"stream": source.stream, "bad": list(bad.values()), "fingerprint": digests.fingerprint()}
         (partial / _META).write_text(json.dumps(meta))
         try:
             os.rename(partial, folder)
@@ -308,5 +331,20 @@ def _columns(counts: ShardCounts, ends: dict[str, int]) -> dict[str, np.ndarray]
     }
 
 
-def _joined(digests: Iterable[Any]) -> str:
-    return hashlib.sha256(b"".join(digest.digest() for digest in digests)).hexdigest()[:16]
+class _Digests:
+    """Makes a `Fingerprint` from the columns of one range of records after the other."""
+
+    def __init__(self):
+        self._digests = {name: hashlib.sha256() for name in (*_TEXT_ARRAYS, *_STRUCTURE_ARRAYS)}
+
+    def update(self, columns: Mapping[str, np.ndarray]) -> None:
+        """Adds the next records."""
+        for name, digest in self._digests.items():
+            digest.update(columns[name].tobytes())
+
+    def fingerprint(self) -> Fingerprint:
+        """Of all records that were added."""
+        return Fingerprint(self._joined(_TEXT_ARRAYS), self._joined(_STRUCTURE_ARRAYS))
+
+    def _joined(self, names: Sequence[str]) -> str:
+        return hashlib.sha256(b"".join(self._digests[name].digest() for name in names)).hexdigest()[:16]

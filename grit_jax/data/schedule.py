@@ -150,12 +150,12 @@ class _File:
         return which + np.searchsorted(self._usable_before, which, side="right")
 
     def fingerprint(self) -> str:
-        """Equal for files with the same texts of which the same records are usable."""
+        """Equal for files with the same texts of which the same records are usable; their structure is left out."""
         digest = hashlib.sha256(b"" if len(self._usable_before) else b"all")
         for start in range(0, self.num_usable if len(self._usable_before) else 0, _RECORDS_AT_ONCE):
             usable = self.records(np.arange(start, min(start + _RECORDS_AT_ONCE, self.num_usable)))
             digest.update(usable.tobytes())
-        return f"{self.index.fingerprint} {digest.hexdigest()}"
+        return f"{self.index.fingerprint.texts} {digest.hexdigest()}"
 
     def limits(self, text: np.ndarray) -> np.ndarray:
         """int32 [texts]: most tokens of texts with these numbers in their records."""
@@ -447,9 +447,13 @@ class Schedule:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """Names the data: equal when every file holds the same texts, tokenized and cut in the same way."""
-        parts = [str(_LAWS), *(file.fingerprint() for file in self._planner.files)]
-        return hashlib.sha256(" ".join(parts).encode()).hexdigest()[:16]
+        """Names the data: equal when every file holds the same records, tokenized and cut in the same way.
+
+        It has two parts, for the texts and for what they are in their records; see `same_data`.
+        """
+        texts = [str(_LAWS), *(file.fingerprint() for file in self._planner.files)]
+        structure = [file.index.fingerprint.structure for file in self._planner.files]
+        return "-".join(hashlib.sha256(" ".join(part).encode()).hexdigest()[:16] for part in (texts, structure))
 
     def step(self, k: int) -> StepPlan:
         """Step `k`, counted from 0."""
@@ -577,6 +581,14 @@ class Schedule:
             return None
         rows, scored = self._planner.generative(stage.generative.mixed_batch(number, self._data.generative_batch))
         return GenerativePlan(rows, token_weights(scored, self._loss))
+
+
+def same_data(recorded: str, fingerprint: str) -> bool:
+    """Whether a run that recorded a fingerprint was trained on the data that have this one now.
+
+    Runs made before fingerprints named the records' structure have the texts' part alone, and are held to that.
+    """
+    return recorded in (fingerprint, fingerprint.partition("-")[0])
 
 
 def validation_steps(

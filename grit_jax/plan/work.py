@@ -88,7 +88,7 @@ def planned_work(config: Config, multiples: tuple[int, int], lengths: Lengths) -
     """
     architecture: TransformerConfig = config.model.architecture
     row_lengths = (config.data.embedding_row_length, config.data.generative_max_length)
-    causal = (config.model.embedding.attention == "causal", config.model.generative_attention == "causal")
+    causal = (config.model.embedding.attention == "causal", True)
     rows, pairs = [], 0.0
     for tokens, row_length, multiple, is_causal in zip(lengths, row_lengths, multiples, causal, strict=True):
         full = pack(tokens, row_length=row_length, max_segments=row_length).num_rows

@@ -21,7 +21,7 @@ from grit_jax.config import Config, InputError
 from grit_jax.data.records import RecordError
 from grit_jax.data.sources import Source, find_files, open_source
 from grit_jax.loading import open_model
-from grit_jax.train.resolve import check_folder, resolve_architecture, resolve_tokenizer
+from grit_jax.train.resolve import check_folder, embedding_changes, resolve_architecture, resolve_tokenizer
 from grit_jax.train.setup import set_up
 from grit_jax.train.state import TrainState
 from grit_jax.watch.lock import read_writer
@@ -42,6 +42,9 @@ def dry_run(config: Config) -> Iterator[Check]:
     if model is None:
         failed, tokenizer = _checked("tokenizer", lambda: resolve_tokenizer(config, pretrained or None))
         yield failed or verdict("tokenizer", True, f"{tokenizer.vocab_size:,} tokens")
+    if pretrained:
+        failed, changes = _checked("model.embedding", lambda: embedding_changes(config, pretrained))
+        yield failed or verdict("model.embedding", True, "; ".join(changes) or "as in model.init")
     failed, mesh = _checked("mesh", lambda: sharding.make_mesh(config.mesh))
     yield failed or verdict("mesh", True, _described(mesh))
     if tokenizer is not None and mesh is not None:

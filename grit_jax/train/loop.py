@@ -20,23 +20,32 @@ from grit_jax import distributed, files, sharding
 from grit_jax.checkpoint import CheckpointMetadata, Checkpoints, DamagedCheckpointError
 from grit_jax.config import Config, InputError, dump_config
 from grit_jax.data.pipeline import Pipeline
+from grit_jax.data.schedule import same_data
 from grit_jax.distributed import Agreement
 from grit_jax.execution import execution
 from grit_jax.inference import GritModel
-from grit_jax.loading import open_model
+from grit_jax.loading import load_params, open_model
 from grit_jax.model.pretrained import Pretrained
-from grit_jax.model.transformer import init_params
+from grit_jax.model.transformer import Params, init_params
 from grit_jax.sole_writer import refuse_other_writers, sole_writer
 from grit_jax.tokenizer import Tokenizer
 from grit_jax.train.metrics import Display, make_trackers
 from grit_jax.train.profile import ProfileWindow
 from grit_jax.train.recorder import Datasets, Recorder
-from grit_jax.train.resolve import check_folder, host_facts, resolve_architecture, resolve_tokenizer
+from grit_jax.train.resolve import (
+    check_folder,
+    embedding_changes,
+    host_facts,
+    resolve_architecture,
+    resolve_tokenizer,
+)
 from grit_jax.train.setup import Setup, row_multiples, set_up
 from grit_jax.train.state import TrainState, new_state, shardings_of
 from grit_jax.train.step import make_eval_step, make_gradient_norm
 from grit_jax.watch import folder
 from grit_jax.watch.preemption import preemption_notices
+
+_HEAD = "projection"  # the parameters that a run may have and its `model.init` not, or the other way round
 
 
 class _Opened(NamedTuple):
@@ -47,17 +56,19 @@ class _Opened(NamedTuple):
     tokenizer: Tokenizer
     mesh: Mesh
     setup: Setup
+    changes: list[str]  # what `embedding_changes` says
 
 
 def _open(config: Config) -> _Opened:
     pretrained = open_model(config.model.init) if config.model.init else None
     tokenizer = resolve_tokenizer(config, pretrained)
     architecture = resolve_architecture(config, pretrained, tokenizer)
+    changes = embedding_changes(config, pretrained) if pretrained else []
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, architecture=architecture))
     mesh = sharding.make_mesh(config.mesh)
     setup = set_up(config, mesh)
     check_folder(config)
-    return _Opened(config, pretrained, tokenizer, mesh, setup)
+    return _Opened(config, pretrained, tokenizer, mesh, setup, changes)
 
 
 class Trainer:
@@ -84,7 +95,7 @@ class Trainer:
         self._began = time.monotonic()
         self.folder = epath.Path(config.train.output)
         opened = distributed.in_every_process(lambda: _open(config))
-        config, pretrained, self.tokenizer, self.mesh, setup = opened
+        config, pretrained, self.tokenizer, self.mesh, setup, self._changes = opened
         self.config = config
         distributed.require_same(host_facts(config, self.tokenizer))
         refuse_other_writers(self.folder)
@@ -125,7 +136,7 @@ class Trainer:
         return None
 
     def _state_of(self, step: int, abstract: TrainState) -> TrainState:
-        if self._checkpoints.metadata(step).data["fingerprint"] != self.data.fingerprint:
+        if not same_data(self._checkpoints.metadata(step).data["fingerprint"], self.data.fingerprint):
             raise InputError(
                 f"{self.folder}: data.train is not what this run was trained on (its files changed, or another version "
                 "of grit_jax puts them in another order); put them back, or start again in another train.output"
@@ -135,12 +146,21 @@ class Trainer:
 
     def _initial(self, setup: Setup, pretrained: Pretrained | None) -> TrainState:
         placed, config = shardings_of(setup.abstract), self.config
-        init = jax.jit(init_params, static_argnums=(0, 2), out_shardings=placed.params)
+        architecture, width = config.model.architecture, config.model.embedding.projection_dim
         key = jax.random.key(config.train.seed)
+
+        def init(key: jax.Array) -> Params:
+            return init_params(architecture, key, width)
+
         if pretrained is None:
-            params = init(config.model.architecture, key, config.model.embedding.projection_dim)
+            params = jax.jit(init, out_shardings=placed.params)(key)
         else:
-            params = pretrained.load(placed.params)
+            params = load_params(pretrained, self.mesh)
+            head = placed.params.get(_HEAD)
+            if head is None:
+                params.pop(_HEAD, None)
+            elif _HEAD not in params:
+                params[_HEAD] = jax.jit(lambda key: init(key)[_HEAD], out_shardings=head)(key)
         return jax.jit(new_state, static_argnums=1, donate_argnums=0, out_shardings=placed)(params, setup.optimizer)
 
     @property
@@ -183,6 +203,8 @@ class Trainer:
                 display.say(line)
             for line in self._damaged:
                 display.say(f"passed over: {line}")
+            for line in self._changes if not start else ():
+                display.say(line)
             if start:
                 display.say(f"resumed from step {start}")
             batches = self.data.batches(start)

@@ -74,6 +74,32 @@ def resolve_architecture(config: Config, pretrained: Pretrained | None, tokenize
     return found
 
 
+def embedding_changes(config: Config, pretrained: Pretrained) -> list[str]:
+    """Lines that say where `model.embedding`, which is what is trained, is not that of `model.init`.
+
+    Raises:
+      InputError: Both have a projection head, of different widths.
+    """
+    there, here, init = pretrained.embedding, config.model.embedding, config.model.init
+    lines = [
+        f"model.embedding.{name}={getattr(here, name)} (model.init={init} has {getattr(there, name)})"
+        for name in ("attention", "pooling", "normalized")
+        if getattr(here, name) != getattr(there, name)
+    ]
+    width, found = here.projection_dim, there.projection_dim
+    if width == found:
+        return lines
+    key = f"model.embedding.projection_dim={'null' if width is None else width}"
+    if width and found:
+        raise InputError(
+            f"{key} is not the width of the projection head of model.init={init}, {found}; set it to {found} to go on "
+            "with that head, or to null to leave it out"
+        )
+    if found:
+        return [*lines, f"{key} leaves out the projection head of model.init={init}, of width {found}"]
+    return [*lines, f"{key} adds a projection head, initialised from train.seed (model.init={init} has none)"]
+
+
 def check_folder(config: Config) -> None:
     """Checks that `train.output` is new or holds the run that `config`, resolved, goes on with.
 

@@ -100,14 +100,13 @@ class Objective:
 
     def generative_losses(self, params: Params, batch: GenerativeBatch) -> Metrics:
         """L_gen of the batch, and the balance loss of its experts; float32 scalars."""
-        causal = self.config.model.generative_attention == "causal"
 
         def on_device(params, batch):
             model = bind(self.model, params)
 
             def hidden_states(rows):
                 x, segment_ids, positions = rows
-                return model.hidden(x, model.mask(segment_ids, positions, causal=causal), self.execution)
+                return model.hidden(x, model.mask(segment_ids, positions, causal=True), self.execution)
 
             # The tables of tokens are gathered once, outside the chunks.
             rows = (model.embed(batch.tokens, self.execution.dtype), batch.segment_ids, batch.positions)
@@ -144,10 +143,7 @@ class Objective:
 
     def work(self, batch: GritBatch) -> Metrics:
         """What a batch asks for, padding left out: `tokens`, those of the generative stream, and visible pairs."""
-        causal = {
-            "embedding": self.config.model.embedding.attention == "causal",
-            "generative": self.config.model.generative_attention == "causal",
-        }
+        causal = {"embedding": self.config.model.embedding.attention == "causal", "generative": True}
         tokens, pairs = {}, {}
         for name, stream in batch._asdict().items():
             real = stream.segment_ids > 0 if stream is not None else jnp.zeros((), bool)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from grit_jax.config import DataConfig, InputError, LossConfig, TrainConfig
 from grit_jax.data import counting, schedule
 from grit_jax.data import index as index_module
-from grit_jax.data.examples import tokenize_records
+from grit_jax.data.examples import record_prompts, tokenize_records
 from grit_jax.data.index import build_index, num_targets
 from grit_jax.data.records import parse_record
 from grit_jax.data.sources import open_source
@@ -68,6 +68,26 @@ def test_the_first_token_of_a_text_is_never_a_target(tmp_path):
 
 def same(left, right):
     return all(np.array_equal(getattr(left, name), getattr(right, name)) for name in ARRAYS)
+
+
+def fingerprint(path, *rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return build_index(open_source(path), BYTES).fingerprint
+
+
+def test_the_fingerprint_names_texts_and_apart_from_them_what_they_are_in_their_records(tmp_path):
+    first = fingerprint(tmp_path / "a.jsonl", {"query": "q", "pos": ["a"], "neg": ["b", "c"]})
+    assert fingerprint(tmp_path / "same.jsonl", {"query": "q", "pos": ["a"], "neg": ["b", "c"], "other": 1}) == first
+    moved = fingerprint(tmp_path / "moved.jsonl", {"query": "q", "pos": ["a", "b"], "neg": ["c"]})
+    assert (moved.texts, moved.structure != first.structure) == (first.texts, True)
+    other = fingerprint(tmp_path / "other.jsonl", {"query": "q", "pos": ["a"], "neg": ["b", "d"]})
+    assert (other.texts != first.texts, other.structure) == (True, first.structure)
+    turns = ["u", "a", "v", "b"]
+    four = fingerprint(tmp_path / "four.jsonl", {"text": turns})
+    (prompt,) = record_prompts(parse_record(json.dumps({"text": turns}), path="f", line_number=1), BYTES)
+    answer = prompt.text.partition("<|assistant|>\n")[2].removesuffix("</s>")
+    two = fingerprint(tmp_path / "two.jsonl", {"text": ["u", answer]})
+    assert (two.texts, two.structure != four.structure) == (four.texts, True)
 
 
 def not_counted(monkeypatch):

@@ -1,4 +1,5 @@
 import dataclasses
+import hashlib
 import time
 from collections import Counter
 from pathlib import Path
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from grit_jax.batch import max_segments
 from grit_jax.config import DataConfig, InputError, LossConfig, StageConfig, TrainConfig
 from grit_jax.data.index import FileIndex
-from grit_jax.data.schedule import Schedule, StepPlan, token_weights, validation_steps
+from grit_jax.data.schedule import Schedule, StepPlan, same_data, token_weights, validation_steps
 
 
 def embedding_index(records, name="e.jsonl", negatives=2, seed=0, **changes):
@@ -297,6 +298,19 @@ def test_queries_and_passages_are_cut_at_their_own_limits():
     whole = index.lengths[index.text_starts[rows.record] + rows.text]
     assert whole.max() > 17
     assert np.array_equal(rows.length, np.minimum(whole, np.where(rows.text == 0, 9, 17)))
+
+
+def test_a_run_made_before_fingerprints_had_a_structure_is_held_to_its_texts():
+    index = embedding_index(6)
+    moved = dataclasses.replace(index, num_positives=np.full(6, 2, np.int32))
+    before, after = (schedule(each, embedding_batch=3).fingerprint for each in (index, moved))
+    digests = hashlib.sha256(index.hashes.tobytes()).digest(), hashlib.sha256(index.lengths.tobytes()).digest()
+    file = f"{hashlib.sha256(b''.join(digests)).hexdigest()[:16]} {hashlib.sha256(b'all').hexdigest()}"
+    recorded = hashlib.sha256(f"2 {file}".encode()).hexdigest()[:16]  # what such a run has in its checkpoints
+    assert same_data(recorded, before)
+    assert not same_data(recorded[::-1], before)
+    assert same_data(before, before)
+    assert not same_data(before, after)
 
 
 def test_query_weights_of_a_step_are_a_mean():

@@ -1,5 +1,6 @@
 """Whole runs: resuming, stopping, evaluating and refusing."""
 
+import json
 import random
 import shutil
 import signal
@@ -10,8 +11,12 @@ import jax
 import numpy as np
 import pytest
 
+from grit_jax.cli.main import main
 from grit_jax.config import InputError, load_config
 from grit_jax.inference import GritModel
+from grit_jax.loading import load_for_conversion
+from grit_jax.model.transformer import init_params
+from grit_jax.train.dry_run import dry_run
 from grit_jax.train.loop import Trainer
 from grit_jax.train.metrics import read_metrics
 from grit_jax.watch.lines import read_lines
@@ -106,9 +111,33 @@ def test_changed_data_is_refused(data, finished, tmp_path):
         Trainer(config(other, copy, "--train.steps=8", f"--data.validation={other}"))
 
 
-def test_metrics_hold_what_users_read(finished):
-    import json
+def move_to_positives(folder):
+    """Makes the negatives of every record positives: the same texts in the same order, with other roles."""
+    rows = [json.loads(line) for line in (folder / "embedding.jsonl").read_text().splitlines()]
+    moved = [row | {"pos": row["pos"] + row["neg"], "neg": []} for row in rows]
+    (folder / "embedding.jsonl").write_text("".join(json.dumps(row) + "\n" for row in moved))
 
+
+def test_texts_that_became_positives_are_other_data(data, finished, tmp_path):
+    other, copy = write_data(tmp_path / "data"), tmp_path / "run"
+    shutil.copytree(finished, copy)
+    (copy / "config.yaml").write_text((copy / "config.yaml").read_text().replace(str(data), str(other)))
+    resumed = config(other, copy, "--train.steps=8", f"--data.validation={other}")
+    assert Trainer(resumed).step == 8
+    move_to_positives(other)
+    with pytest.raises(InputError, match=r"data.train is not what this run was trained on"):
+        Trainer(resumed)
+
+
+def test_a_run_goes_on_whose_config_holds_keys_that_are_gone(data, finished, tmp_path):
+    copy = tmp_path / "run"
+    shutil.copytree(finished, copy)
+    text = (copy / "config.yaml").read_text()
+    (copy / "config.yaml").write_text(text.replace("model:", "model:\n  generative_attention: causal", 1))
+    assert Trainer(config(data, copy, "--train.steps=8", f"--data.validation={data}")).step == 8
+
+
+def test_metrics_hold_what_users_read(finished):
     last = json.loads((finished / "metrics.jsonl").read_text().splitlines()[-1])
     assert last.keys() >= {
         "step", "loss", "loss/embedding", "loss/generative", "loss/ratio", "grad_norm", "learning_rate", "tokens",
@@ -154,6 +183,83 @@ def test_a_run_starts_from_a_checkpoint_and_from_an_export(data, finished, tmp_p
         for name, text in train_bpe(["a b"], 260).files().items():
             (other / name).write_text(text)
         Trainer(config(data, tmp_path / "unused", f"--model.init={finished}", f"--model.tokenizer={other}"))
+
+
+HEAD = ["--model.embedding.projection_dim=8", "--model.embedding.pooling=last_token"]
+
+
+@pytest.fixture(scope="module")
+def inits(data, finished, tmp_path_factory):
+    """Models to start from, by kind: without a projection head, and with one of width 8."""
+    folder = tmp_path_factory.mktemp("inits")
+    assert Trainer(config(data, folder / "run", "--train.steps=1", *HEAD)).fit()
+    places = {"run": finished, "run with a head": folder / "run"}
+    for name in list(places):
+        assert main(["export-hf", str(places[name]), str(folder / f"hf {name}"), "--no-verify"]) == 0
+        places[f"checkpoint of a {name}"] = sorted((places[name] / "checkpoints").iterdir())[-1]
+        places[f"folder of a {name}"] = folder / f"hf {name}"
+    return places
+
+
+def dry_run_says(settings):
+    """What the dry run says of `model.embedding`, and whether it lets it pass."""
+    check = next(check for check in dry_run(settings) if check.target == "model.embedding")
+    return check.text, check.passed
+
+
+def same(left, right):
+    return jax.tree.all(jax.tree.map(np.array_equal, left, right))
+
+
+@pytest.mark.parametrize("kind", ["run", "checkpoint of a run", "folder of a run"])
+def test_a_new_projection_head_is_initialised_and_the_rest_is_loaded(data, tmp_path, inits, kind):
+    settings = config(data, tmp_path / "run", f"--model.init={inits[kind]}", "--model.embedding.projection_dim=4")
+    params = dict(Trainer(settings).state.params)
+    pretrained, loaded = load_for_conversion(inits[kind])
+    initial = jax.jit(init_params, static_argnums=(0, 2))(pretrained.architecture, jax.random.key(0), 4)
+    assert same(params.pop("projection"), initial["projection"])
+    assert same(params, loaded)
+
+
+def test_a_model_with_a_new_projection_head_is_announced_trained_and_exported(data, tmp_path, inits, capsys):
+    init, run = inits["folder of a run"], tmp_path / "run"
+    settings = config(data, run, f"--model.init={init}", "--model.embedding.projection_dim=4", "--train.steps=1")
+    said, _ = dry_run_says(settings)
+    assert said == (
+        "model.embedding.projection_dim=4 adds a projection head, initialised from train.seed "
+        f"(model.init={init} has none)"
+    )
+    assert Trainer(settings).fit()
+    assert said in capsys.readouterr().out
+    assert main(["export-hf", str(run), str(tmp_path / "hf"), "--no-verify"]) == 0
+    ours, exported = (GritModel.load(path).encode(["red"]) for path in (run, tmp_path / "hf"))
+    assert ours.shape == (1, 4)
+    np.testing.assert_allclose(ours, exported, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["run with a head", "checkpoint of a run with a head", "folder of a run with a head"])
+def test_a_projection_head_is_kept_or_left_out_aloud_and_no_other_width_is_taken(data, tmp_path, inits, kind):
+    init = inits[kind]
+
+    def settings(*more):
+        return config(data, tmp_path / "run", f"--model.init={init}", *more)
+
+    other = settings("--model.embedding.projection_dim=4")
+    with pytest.raises(
+        InputError, match=r"projection_dim=4 is not the width of the projection head of .*, 8;"
+    ) as error:
+        Trainer(other)
+    assert dry_run_says(other) == (str(error.value), False)
+    assert not (tmp_path / "run").exists()
+    assert dry_run_says(settings(*HEAD)) == ("as in model.init", True)
+    assert dry_run_says(settings()) == (
+        f"model.embedding.pooling=mean (model.init={init} has last_token); model.embedding.projection_dim=null "
+        f"leaves out the projection head of model.init={init}, of width 8",
+        True,
+    )
+    loaded = dict(load_for_conversion(init)[1])
+    del loaded["projection"]
+    assert same(Trainer(settings()).state.params, loaded)
 
 
 @pytest.mark.parametrize(
