@@ -232,11 +232,9 @@ class Trainer:
                     if save:
                         with recorder.spent("checkpoint"):
                             self._save(step, values)
-                    recorder.restart_clock()
                 if self._params_checkpoints and step % (config.checkpoint.params_every or step) == 0:
                     with recorder.spent("checkpoint"):
                         self._params_checkpoints.save(step, self.state.params, None, self._metadata(step))
-                    recorder.restart_clock()
                 if last:
                     break
             with recorder.spent("checkpoint"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping
@@ -41,17 +42,23 @@ class Datasets(NamedTuple):
     generative_losses: Callable[[int, np.ndarray], dict[str, float]]
 
 
-class _Unread(NamedTuple):
+@dataclasses.dataclass
+class _Unread:
+    """A step that was started and is not logged yet; `seconds` are there once it has ended."""
+
     step: int
     metrics: Metrics
+    details: Metrics
     waited: float
     extra: dict[str, float]
+    seconds: float | None = None
 
 
 class Recorder:
     """Turns the metrics of steps into numbers for people, one step late, so that devices never wait.
 
-    A context manager: what it has is written at its end, whatever ends the run.
+    A step's seconds go from the end of the step before it to its own, on the devices; what the loop does within `spent`
+    is left out of them. A context manager: what it has is written at its end, whatever ends the run.
 
     Args:
       config: The run's settings.
@@ -62,6 +69,11 @@ class Recorder:
       display: What is shown.
       began: When this session started, by `time.monotonic`.
       start: Updates done before it.
+
+    Attributes:
+      step_began: When the step in flight began, by `time.monotonic`: at the end of the one before, or of what was done
+        between them.
+      step_seconds: Seconds of the last step that has ended; None before the first.
     """
 
     def __init__(
@@ -85,6 +97,8 @@ class Recorder:
         self._watchdog = Watchdog(config.train.watchdog_seconds, files.join(output, folder.stacks(jax.process_index())))
         self._compiled: set[Any] = set()
         self._unread: _Unread | None = None
+        self.step_began = began
+        self.step_seconds: float | None = None
         self._waited, self._extra, self._skipped = 0.0, {}, 0
         self._spikes = Spikes(config.logging.spike_threshold or math.inf)
         self._logs: tuple[LineWriter, LineWriter] | None = None
@@ -95,7 +109,7 @@ class Recorder:
             self._open()
         self._clock.add("startup", time.monotonic() - self._clock.began)
         self._watchdog.__enter__()
-        self.restart_clock()
+        self.step_began = time.monotonic()
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -116,13 +130,13 @@ class Recorder:
         self._logs = bad, LineWriter(path)
         self._write_goodput()
 
-    def restart_clock(self) -> None:
-        """Leaves the time since the last step out of the next one's."""
-        self._read = time.monotonic()
-
     @contextmanager
     def spent(self, cause: Cause, *, watched: bool = True) -> Generator[None]:
-        """Counts the time inside for a cause; without `watched` it may take any time."""
+        """Counts the time inside for a cause, after the step in flight has ended.
+
+        Without `watched` it may take any time.
+        """
+        self._await_step()
         with self._clock.spent(cause):
             if watched:
                 self._watchdog.beat(f"{cause} after step {self._step}")
@@ -130,6 +144,15 @@ class Recorder:
             else:
                 with self._watchdog.paused():
                     yield
+        self.step_began = time.monotonic()
+
+    def _await_step(self) -> None:
+        """Waits for the end of the step in flight, and takes its time."""
+        if self._unread and self._unread.seconds is None:
+            jax.block_until_ready(self._unread.metrics)
+            ended = time.monotonic()
+            self.step_seconds = self._unread.seconds = ended - self.step_began
+            self.step_began = ended
 
     def next_batch(self, batches: Iterator[GritBatch]) -> GritBatch:
         """The next batch; time that the devices have nothing to do is counted as waiting for data."""
@@ -152,10 +175,8 @@ class Recorder:
             yield
             return
         self._compiled.add(shapes)
-        begun = time.monotonic()
         with self.spent("compile", watched=False):
             yield
-        self._read += time.monotonic() - begun
 
     def gradient_norms(self, measure: Callable[[GritBatch], jax.Array], batch: GritBatch) -> None:
         """Before a step: the norm of each objective's gradient and their ratio, where it is time for them."""
@@ -172,33 +193,36 @@ class Recorder:
             "grad_norm/generative": generative,
             "grad_norm/ratio": embedding / generative if generative else math.inf,
         }
-        self.restart_clock()
 
     def add(self, metrics: Metrics) -> None:
-        """Takes the metrics of the step that was started, and logs those of the one before."""
+        """Takes the metrics of the step that was started, and logs those of the one before.
+
+        Called before another step is started: what is gathered of this one would wait for the end of the other.
+        """
+        every = self._config.logging.details_every
+        detailed = bool(every) and (self._step % every == 0 or self._step == 1)
+        # Gathered in all processes, read in one.
+        details = {name: self._whole(value) for name, value in metrics.items() if value.ndim and detailed}
         if self._unread:
             self.log(self.read())
-        self._unread = _Unread(self._step, metrics, self._waited, self._extra)
+        scalars = {name: value for name, value in metrics.items() if not value.ndim}
+        self._unread = _Unread(self._step, scalars, details, self._waited, self._extra)
         self._extra = {}
 
     def read(self) -> dict[str, float]:
         """Waits for the metrics of the newest step that `add` took, and adds its speed and health."""
+        self._await_step()
         assert self._unread
-        step, metrics, waited, extra = self._unread
-        every = self._config.logging.details_every
-        detailed = bool(every) and (step % every == 0 or step == 1)
-        # Gathered in all processes, read in one.
-        details = {name: self._whole(value) for name, value in metrics.items() if value.ndim and detailed}
-        arrays = {name: value for name, value in metrics.items() if not value.ndim}
-        found: dict[str, np.ndarray] = jax.device_get(arrays | (details if jax.process_index() == 0 else {}))
-        values = {name: value.item() for name, value in found.items() if not value.ndim} | extra
-        seconds = time.monotonic() - self._read
-        self.restart_clock()
+        step, seconds = self._unread.step, self._unread.seconds
+        assert seconds is not None
+        details = self._unread.details if jax.process_index() == 0 else {}
+        found: dict[str, np.ndarray] = jax.device_get(self._unread.metrics | details)
+        values = {name: value.item() for name, value in found.items() if not value.ndim} | self._unread.extra
         pairs, generative = values.pop("attention_pairs"), values.pop("tokens/generative")
         values |= {
             "tokens_per_second": values["tokens"] / seconds,
             "step_seconds": seconds,
-            "data_wait_seconds": waited,
+            "data_wait_seconds": self._unread.waited,
         }
         if self._peak:
             flops = model_flops(

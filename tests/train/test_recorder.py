@@ -1,8 +1,10 @@
 """What the recorder makes of steps, with steps that are made up."""
 
+import dataclasses
 import time
 from types import SimpleNamespace
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from grit_jax import sharding
 from grit_jax.batch import GritBatch
 from grit_jax.config import Config, LoggingConfig, MeshConfig, ModelConfig, TrainConfig, TransformerConfig
 from grit_jax.data.samples import FileSamples
+from grit_jax.train import recorder as recorder_module
 from grit_jax.train.health import GRAM
 from grit_jax.train.recorder import Datasets, Recorder
 from grit_jax.train.step import TOKEN_LOSSES
@@ -118,6 +121,103 @@ def test_gradient_norms_belong_to_the_step_that_they_are_measured_for(run):
     assert (line["grad_norm/embedding"], line["grad_norm/generative"], line["grad_norm/ratio"]) == (6, 2, 3)
     assert [(part.embedding is None, part.generative is None) for part, _ in seen] == [(False, True), (True, False)] * 2
     assert [logged for _, logged in seen] == [4, 4, 9, 9], "the step before is read first: its time is its own"
+
+
+class Device:
+    """Runs programs one after the other, in a time that passes only where somebody waits."""
+
+    def __init__(self):
+        self.now = self._free = 0.0
+
+    def monotonic(self):
+        return self.now
+
+    time = monotonic
+
+    def run(self, value, seconds):
+        """Starts a program; its result is there when those before it and its own seconds are over."""
+        self._free = max(self.now, self._free) + seconds
+        return Result(self, np.asarray(value), self._free)
+
+    def wait(self, tree):
+        for result in jax.tree.leaves(tree):
+            self.now = max(self.now, result.ready)
+        return tree
+
+    def fetch(self, tree):
+        return jax.tree.map(lambda result: result.value, self.wait(tree))
+
+
+@dataclasses.dataclass
+class Result:
+    device: Device
+    value: np.ndarray
+    ready: float
+
+    @property
+    def ndim(self):
+        return self.value.ndim
+
+    def is_ready(self):
+        return self.ready <= self.device.now
+
+
+@pytest.mark.parametrize("data_seconds", [0.0, 0.2])
+def test_every_step_has_its_own_seconds_and_no_others(tmp_path, monkeypatch, data_seconds):
+    """Details, evaluation, saving, compiling and gradient norms are left out, and do not shorten other steps."""
+    device, seconds = Device(), 1.5
+    monkeypatch.setattr(recorder_module, "time", device)
+    monkeypatch.setattr(jax, "block_until_ready", device.wait)
+    monkeypatch.setattr(jax, "device_get", device.fetch)
+    monkeypatch.setattr(jax, "jit", lambda *_, **__: lambda result: device.run(result.value, 1e-4))
+    monkeypatch.setattr(recorder_module, "peak_flops", lambda _: 1e6)
+
+    def batches():
+        for step in range(1, 31):
+            device.now += data_seconds
+            yield batch(2 if step < 9 else 4)
+
+    def measured(part):
+        device.now += 7.0
+        return 1.0
+
+    config = Config(
+        model=ModelConfig(architecture=ARCHITECTURE), logging=LoggingConfig(details_every=10, gradient_ratio_every=6)
+    )
+    data = Datasets(lambda step: [], lambda step: None, lambda step, losses: {})
+    collected, mesh, stream = Collected(), sharding.make_mesh(MeshConfig()), batches()
+    with Recorder(config, mesh, tmp_path, data, [collected], collected, began=0.0, start=0) as recorder:
+        for step in range(1, 31):
+            given = recorder.next_batch(stream)
+            recorder.gradient_norms(measured, given)
+            began = device.now
+            with recorder.step(given):
+                device.now += 20.0 * (step in (1, 9))  # where the shapes are new
+                results = {name: device.run(value, 0.0) for name, value in metrics().items()}
+                done = device.run(0.0, seconds)
+                results = {name: dataclasses.replace(result, ready=done.ready) for name, result in results.items()}
+            recorder.add(results)
+            if step % 7 == 0:
+                values = recorder.read()
+                assert recorder.step_began == pytest.approx(done.ready)
+                with recorder.spent("evaluation", watched=False):
+                    device.now += 30.0
+                recorder.log(values)
+            if step % 4 == 0:
+                with recorder.spent("checkpoint"):
+                    device.now += 5.0
+                assert recorder.step_began == device.now > began
+        if recorder._unread:
+            recorder.log(recorder.read())
+    assert list(collected.lines) == list(range(1, 31))
+    for line in collected.lines.values():
+        # A step begins a little late where its batch is waited for, or where the one before left something to gather.
+        assert line["step_seconds"] == pytest.approx(seconds, abs=data_seconds + 1e-3)
+        assert line["tokens_per_second"] == pytest.approx(100 / line["step_seconds"])
+        assert line["mfu"] * line["step_seconds"] == pytest.approx(
+            collected.lines[1]["mfu"] * collected.lines[1]["step_seconds"]
+        )
+    assert recorder.step_seconds == collected.lines[30]["step_seconds"]
 
 
 def test_a_new_shape_is_a_compile_and_known_ones_are_useful_time(run, tmp_path):
