@@ -1,7 +1,11 @@
-"""What can be checked in seconds before an expensive start. Nothing is compiled, and nothing stays written."""
+"""What can be checked in seconds before an expensive start.
+
+Nothing is compiled, and nothing stays written but token counts, where a run would go on with data that have none.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import os
@@ -15,15 +19,26 @@ import jax
 import numpy as np
 
 from grit_jax import files, sharding
+from grit_jax.batch import HostShare
+from grit_jax.checkpoint import Checkpoints, DamagedCheckpointError
 from grit_jax.checks import Check, verdict
 from grit_jax.chips import GIB, memory_bytes
 from grit_jax.config import Config, InputError
+from grit_jax.data.pipeline import Pipeline
 from grit_jax.data.records import RecordError
 from grit_jax.data.sources import Source, find_files, open_source
 from grit_jax.loading import open_model
-from grit_jax.train.resolve import check_folder, embedding_changes, resolve_architecture, resolve_tokenizer
-from grit_jax.train.setup import set_up
+from grit_jax.tokenizer import Tokenizer
+from grit_jax.train.resolve import (
+    check_data,
+    check_folder,
+    embedding_changes,
+    resolve_architecture,
+    resolve_tokenizer,
+)
+from grit_jax.train.setup import row_multiples, set_up
 from grit_jax.train.state import TrainState
+from grit_jax.watch import folder
 from grit_jax.watch.lock import read_writer
 
 _SAMPLED_RECORDS = 200  # of each file
@@ -56,7 +71,7 @@ def dry_run(config: Config) -> Iterator[Check]:
             yield verdict("shapes", True, "batch, lengths and parameters fit the mesh and the model")
             yield _memory_check(abstract, mesh)
             yield _space_check(config, abstract)
-            failed, _ = _checked("resume", lambda: check_folder(config))
+            failed, _ = _checked("resume", lambda: _check_resume(config, tokenizer, mesh))
             yield failed or verdict("resume", True, "train.output is new, or holds this run")
     yield _write_check(config.train.output)
     yield _writer_check(config.train.output)
@@ -113,6 +128,22 @@ def _set_up(config: Config, pretrained: Any, tokenizer: Any, mesh: Any) -> tuple
     architecture = resolve_architecture(config, pretrained, tokenizer)
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, architecture=architecture))
     return config, set_up(config, mesh).abstract
+
+
+def _check_resume(config: Config, tokenizer: Tokenizer, mesh: jax.sharding.Mesh) -> None:
+    """Checks what `train.output` holds, if anything, against config and data, whose tokens it may have to count."""
+    check_folder(config)
+    path = files.join(config.train.output, folder.CHECKPOINTS)
+    if not files.exists(path):
+        return
+    checkpoints = Checkpoints(path, read_only=True)
+    for step in reversed(checkpoints.steps()):
+        with contextlib.suppress(DamagedCheckpointError):  # the run passes over it
+            recorded = checkpoints.metadata(step).data["fingerprint"]
+            one_host, multiples = HostShare(0, 1, 1), row_multiples(config, mesh)
+            data = Pipeline(config, tokenizer, row_multiples=multiples, host_share=one_host)
+            check_data(config.train.output, recorded, data.fingerprint)
+            return
 
 
 def _described(mesh: jax.sharding.Mesh) -> str:

@@ -20,7 +20,6 @@ from grit_jax import distributed, files, sharding
 from grit_jax.checkpoint import CheckpointMetadata, Checkpoints, DamagedCheckpointError
 from grit_jax.config import Config, InputError, dump_config
 from grit_jax.data.pipeline import Pipeline
-from grit_jax.data.schedule import same_data
 from grit_jax.distributed import Agreement
 from grit_jax.execution import execution
 from grit_jax.inference import GritModel
@@ -33,6 +32,7 @@ from grit_jax.train.metrics import Display, make_trackers
 from grit_jax.train.profile import ProfileWindow
 from grit_jax.train.recorder import Datasets, Recorder
 from grit_jax.train.resolve import (
+    check_data,
     check_folder,
     embedding_changes,
     host_facts,
@@ -136,11 +136,8 @@ class Trainer:
         return None
 
     def _state_of(self, step: int, abstract: TrainState) -> TrainState:
-        if not same_data(self._checkpoints.metadata(step).data["fingerprint"], self.data.fingerprint):
-            raise InputError(
-                f"{self.folder}: data.train is not what this run was trained on (its files changed, or another version "
-                "of grit_jax puts them in another order); put them back, or start again in another train.output"
-            )
+        recorded = self._checkpoints.metadata(step).data["fingerprint"]
+        check_data(self.config.train.output, recorded, self.data.fingerprint)
         params, opt_state = self._checkpoints.restore(step, abstract.params, abstract.opt_state)
         return TrainState(jax.device_put(np.int32(step), abstract.step.sharding), params, opt_state)
 

@@ -8,6 +8,7 @@ import jax
 
 from grit_jax import files
 from grit_jax.config import Config, InputError, TransformerConfig, config_differences, flat_values, load_config
+from grit_jax.data.schedule import same_data
 from grit_jax.loading import open_tokenizer
 from grit_jax.model.pretrained import Pretrained
 from grit_jax.tokenizer import Tokenizer
@@ -115,4 +116,22 @@ def check_folder(config: Config) -> None:
         raise InputError(
             f"{output} holds a run with another config ({'; '.join(changed)}); "
             "put these values back to resume it, or choose another train.output"
+        )
+
+
+def check_data(output: str, recorded: str, fingerprint: str) -> None:
+    """Checks that a checkpoint of the run folder `output` was trained on the data that are there now.
+
+    Args:
+      output: `train.output`.
+      recorded: The data's fingerprint in the checkpoint.
+      fingerprint: That of the data.
+
+    Raises:
+      InputError: It was not.
+    """
+    if not same_data(recorded, fingerprint):
+        raise InputError(
+            f"{output}: data.train is not what this run was trained on (its files changed, or another version "
+            "of grit_jax puts them in another order); put them back, or start again in another train.output"
         )

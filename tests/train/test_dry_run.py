@@ -63,6 +63,21 @@ def test_any_failure_is_exit_code_2(data, tmp_path, capsys):
     assert "FAIL mesh" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    "setting",
+    ["optimizer.b2=1", "optimizer.warmup_ratio=3", "train.seed=4294967296", "loss.temperature=.nan",
+     "model.generative_attention=bidirectional"],
+)  # fmt: skip
+def test_a_setting_that_is_refused_is_refused_in_a_dry_run_with_the_same_words(data, tmp_path, capsys, setting):
+    arguments = [*map(str, train_arguments(data, tmp_path / "run")), f"--{setting}"]
+    assert [main(arguments), main([*arguments, "--dry-run"])] == [2, 2]
+    run, dry = capsys.readouterr().err.splitlines()
+    assert run == dry
+    assert run.startswith("error: ")
+    assert setting.partition("=")[0] in run
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_malformed_record_and_a_missing_stream_are_found(data, tmp_path):
     copy = shutil.copytree(data, tmp_path / "data")
     lines = (copy / "generative.jsonl").read_text().splitlines()

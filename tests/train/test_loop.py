@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 
+from grit_jax.checks import verdict
 from grit_jax.cli.main import main
 from grit_jax.config import InputError, load_config
 from grit_jax.inference import GritModel
@@ -111,6 +112,11 @@ def test_changed_data_is_refused(data, finished, tmp_path):
         Trainer(config(other, copy, "--train.steps=8", f"--data.validation={other}"))
 
 
+def check_of(settings, target):
+    """One check of the dry run."""
+    return next(check for check in dry_run(settings) if check.target == target)
+
+
 def move_to_positives(folder):
     """Makes the negatives of every record positives: the same texts in the same order, with other roles."""
     rows = [json.loads(line) for line in (folder / "embedding.jsonl").read_text().splitlines()]
@@ -124,9 +130,11 @@ def test_texts_that_became_positives_are_other_data(data, finished, tmp_path):
     (copy / "config.yaml").write_text((copy / "config.yaml").read_text().replace(str(data), str(other)))
     resumed = config(other, copy, "--train.steps=8", f"--data.validation={other}")
     assert Trainer(resumed).step == 8
+    assert check_of(resumed, "resume").passed
     move_to_positives(other)
-    with pytest.raises(InputError, match=r"data.train is not what this run was trained on"):
+    with pytest.raises(InputError, match=r"data.train is not what this run was trained on") as error:
         Trainer(resumed)
+    assert check_of(resumed, "resume").text == str(error.value)
 
 
 def test_a_run_goes_on_whose_config_holds_keys_that_are_gone(data, finished, tmp_path):
@@ -201,12 +209,6 @@ def inits(data, finished, tmp_path_factory):
     return places
 
 
-def dry_run_says(settings):
-    """What the dry run says of `model.embedding`, and whether it lets it pass."""
-    check = next(check for check in dry_run(settings) if check.target == "model.embedding")
-    return check.text, check.passed
-
-
 def same(left, right):
     return jax.tree.all(jax.tree.map(np.array_equal, left, right))
 
@@ -224,7 +226,7 @@ def test_a_new_projection_head_is_initialised_and_the_rest_is_loaded(data, tmp_p
 def test_a_model_with_a_new_projection_head_is_announced_trained_and_exported(data, tmp_path, inits, capsys):
     init, run = inits["folder of a run"], tmp_path / "run"
     settings = config(data, run, f"--model.init={init}", "--model.embedding.projection_dim=4", "--train.steps=1")
-    said, _ = dry_run_says(settings)
+    said = check_of(settings, "model.embedding").text
     assert said == (
         "model.embedding.projection_dim=4 adds a projection head, initialised from train.seed "
         f"(model.init={init} has none)"
@@ -249,13 +251,12 @@ def test_a_projection_head_is_kept_or_left_out_aloud_and_no_other_width_is_taken
         InputError, match=r"projection_dim=4 is not the width of the projection head of .*, 8;"
     ) as error:
         Trainer(other)
-    assert dry_run_says(other) == (str(error.value), False)
+    assert check_of(other, "model.embedding") == verdict("model.embedding", False, str(error.value))
     assert not (tmp_path / "run").exists()
-    assert dry_run_says(settings(*HEAD)) == ("as in model.init", True)
-    assert dry_run_says(settings()) == (
+    assert check_of(settings(*HEAD), "model.embedding") == verdict("model.embedding", True, "as in model.init")
+    assert check_of(settings(), "model.embedding").text == (
         f"model.embedding.pooling=mean (model.init={init} has last_token); model.embedding.projection_dim=null "
-        f"leaves out the projection head of model.init={init}, of width 8",
-        True,
+        f"leaves out the projection head of model.init={init}, of width 8"
     )
     loaded = dict(load_for_conversion(init)[1])
     del loaded["projection"]
