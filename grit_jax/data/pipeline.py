@@ -171,7 +171,7 @@ class Pipeline:
             names = [source.path.name for source in sources]
             facts[key] = ", ".join(names)
             for number, (name, index) in enumerate(zip(names, indexes, strict=True)):
-                facts[f"the content of {key}, file {number + 1}"] = f"{name} {index.fingerprint}"
+                facts[f"the content of {key}, file {number + 1}"] = f"{name} {'-'.join(index.fingerprint)}"
         return facts
 
     def samples(self, step: int) -> list[FileSamples]:

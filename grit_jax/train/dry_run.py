@@ -19,7 +19,7 @@ import jax
 import numpy as np
 
 from grit_jax import files, sharding
-from grit_jax.batch import HostShare
+from grit_jax.batch import ONE_HOST
 from grit_jax.checkpoint import Checkpoints, DamagedCheckpointError
 from grit_jax.checks import Check, verdict
 from grit_jax.chips import GIB, memory_bytes
@@ -140,8 +140,7 @@ def _check_resume(config: Config, tokenizer: Tokenizer, mesh: jax.sharding.Mesh)
     for step in reversed(checkpoints.steps()):
         with contextlib.suppress(DamagedCheckpointError):  # the run passes over it
             recorded = checkpoints.metadata(step).data["fingerprint"]
-            one_host, multiples = HostShare(0, 1, 1), row_multiples(config, mesh)
-            data = Pipeline(config, tokenizer, row_multiples=multiples, host_share=one_host)
+            data = Pipeline(config, tokenizer, row_multiples=row_multiples(config, mesh), host_share=ONE_HOST)
             check_data(config.train.output, recorded, data.fingerprint)
             return
 
