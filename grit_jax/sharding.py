@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
@@ -192,12 +193,32 @@ def split_axes(axis: str) -> tuple[str, ...]:
     return tuple(name for name in mesh_axes(axis) if name in manual)
 
 
-def gather(x: jax.Array, axes: Sequence[str]) -> jax.Array:
-    """A parameter whole in the dims that are split for storage alone, given a device's piece and its logical axes."""
-    for dim, axis in enumerate(axes):
-        if axis in _STORAGE_AXES and (names := split_axes(axis)):
-            x = jax.lax.all_gather(x, names, axis=dim, tiled=True)
-    return x
+def gather(x: jax.Array, axes: Sequence[str], dtype: jnp.dtype) -> jax.Array:
+    """A parameter whole in the dims that are split for storage alone, given a device's piece and its logical axes.
+
+    Pieces travel in `dtype`; the result has the type of `x`, in which its gradient is summed over the devices. A
+    parameter without such dims is `x` itself.
+    """
+    dims = tuple((dim, split_axes(axis)) for dim, axis in enumerate(axes) if axis in _STORAGE_AXES)
+    return _gather(x, dims, dtype) if dims else x
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _gather(x: jax.Array, dims: Sequence[tuple[int, tuple[str, ...]]], dtype: jnp.dtype) -> jax.Array:
+    whole = x.astype(dtype)
+    for dim, names in dims:
+        whole = jax.lax.all_gather(whole, names, axis=dim, tiled=True) if names else whole
+    return whole.astype(x.dtype)
+
+
+def _gather_backward(dims, _dtype, _residuals, change):
+    # By itself JAX would sum in `dtype`: in bfloat16, over as many devices as a pod has.
+    for dim, names in reversed(dims):
+        change = jax.lax.psum_scatter(change, names, scatter_dimension=dim, tiled=True) if names else change
+    return (change,)
+
+
+_gather.defvjp(lambda x, dims, dtype: (_gather(x, dims, dtype), None), _gather_backward)
 
 
 def _free_axes(names: Sequence[str]) -> tuple[str, ...]:
