@@ -36,7 +36,8 @@ def next_token_loss(
     number = num_chunks(len(order), block or min(1024, -(-len(order) // 8)))
 
     def blocks(x):
-        return x.reshape(len(order), -1)[order].reshape(number, -1, *x.shape[2:])
+        ordered = x.reshape(len(order), -1).at[order].get(unique_indices=True)
+        return ordered.reshape(number, -1, *x.shape[2:])
 
     return _weighted_nll(logits, output_weights, blocks(hidden), blocks(targets), blocks(loss_weights))
 

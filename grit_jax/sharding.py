@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
@@ -192,12 +193,46 @@ def split_axes(axis: str) -> tuple[str, ...]:
     return tuple(name for name in mesh_axes(axis) if name in manual)
 
 
-def gather(x: jax.Array, axes: Sequence[str]) -> jax.Array:
-    """A parameter whole in the dims that are split for storage alone, given a device's piece and its logical axes."""
-    for dim, axis in enumerate(axes):
-        if axis in _STORAGE_AXES and (names := split_axes(axis)):
-            x = jax.lax.all_gather(x, names, axis=dim, tiled=True)
-    return x
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def gather(x: jax.Array, axes: tuple[str, ...], dtype: jnp.dtype) -> jax.Array:
+    """A parameter whole in the dims that are split for storage alone, given a device's piece and its logical axes.
+
+    Pieces travel in `dtype`; the result has the type of `x`, in which its gradient is summed over the devices. A
+    parameter without such dims is `x` itself.
+    """
+    if not any(axis in _STORAGE_AXES for axis in axes):
+        return x
+
+    def whole(piece, dim, names):
+        return jax.lax.all_gather(piece, names, axis=dim, tiled=True)
+
+    return _over_storage_dims(whole, x.astype(dtype), axes).astype(x.dtype)
+
+
+def _gather_backward(axes, _dtype, _residuals, change):
+    # By itself JAX would sum in `dtype`: in bfloat16, over as many devices as a pod has.
+    def piece(whole, dim, names):
+        return jax.lax.psum_scatter(whole, names, scatter_dimension=dim, tiled=True)
+
+    return (_over_storage_dims(piece, change, axes),)
+
+
+gather.defvjp(lambda x, axes, dtype: (gather(x, axes, dtype), None), _gather_backward)
+
+
+def _over_storage_dims(
+    function: Callable[[jax.Array, int, tuple[str, ...]], jax.Array], x: jax.Array, axes: Sequence[str]
+) -> jax.Array:
+    """`function(x, dim, mesh axes)` of every dim that the enclosing `on_devices` splits for storage alone.
+
+    The mesh axes that are left are split over as well: the compiler would make `x` whole over those first.
+    """
+    dims = [(dim, names) for dim, axis in enumerate(axes) if axis in _STORAGE_AXES and (names := split_axes(axis))]
+    if not dims:
+        return x
+    left = tuple("whole" if axis in _STORAGE_AXES else axis for axis in axes)
+    apply = functools.partial(functools.reduce, lambda x, dim: function(x, *dim), dims)
+    return on_devices(apply, in_axes=(left,), out_axes=left)(x)
 
 
 def _free_axes(names: Sequence[str]) -> tuple[str, ...]:

@@ -51,3 +51,21 @@ def test_one_host_holds_all_rows_and_shares_split_them():
     assert sharding.host_share(sharding.make_mesh(MeshConfig(2, 2, 2))) == HostShare((0, 1, 2, 3), 4)
     assert HostShare((1,), 4).rows(12).tolist() == [3, 4, 5]
     assert HostShare((0, 2), 4).rows(8).tolist() == [0, 1, 4, 5]
+
+
+def test_a_gathered_parameter_travels_in_bfloat16_and_its_gradient_adds_up_in_float32():
+    axes, dtype = ("embed", "mlp"), jnp.dtype("bfloat16")
+    weights, *change = np.random.default_rng(0).normal(0.5, 1.0, (9, 16, 4)).astype(np.float32)
+    change = np.stack(change)  # one on each device
+
+    def whole(weights, change):
+        gathered, pull_back = jax.vjp(lambda piece: sharding.gather(piece, axes, dtype), weights)
+        return gathered, pull_back(change[0])[0]
+
+    with jax.set_mesh(sharding.make_mesh(MeshConfig(1, 8, 1))):
+        split = sharding.on_devices(whole, in_axes=(axes, ("batch", "whole", "mlp")), out_axes=(("whole", "mlp"), axes))
+        program = jax.jit(split).lower(weights, change)
+        gathered, gradient = program.compile()(weights, change)
+    assert np.all(gathered == weights.astype(dtype))
+    np.testing.assert_allclose(gradient, change.sum(axis=0), rtol=1e-5, atol=1e-5)
+    assert "bf16" in next(line for line in program.as_text().splitlines() if "all_gather" in line)

@@ -47,7 +47,10 @@ class Linear(nnx.Module):
         fan_in = math.prod(kernel.shape[: self.num_in_dims])
         # One plain matrix product over all tokens: weight gradients that contract over two dims run slower.
         out = (x.reshape(-1, fan_in) @ kernel.reshape(fan_in, -1)).reshape(out_shape)
-        return out if self.bias is None else out + self.bias[...].astype(x.dtype)
+        if self.bias is None:
+            return out
+        # Added in float32, so that its gradient, a sum over all tokens, is one of float32.
+        return (out.astype(wide(x)) + self.bias[...]).astype(x.dtype)
 
 
 class RMSNorm(nnx.Module):
@@ -96,12 +99,11 @@ def gathered(module: Any, dtype: jnp.dtype) -> Any:
     """A module with its parameters gathered from the devices that hold pieces of them.
 
     Pieces travel in `dtype`, which is what they are used in. The result has the parameters' own type all the same:
-    where it is used several times, gradients then add up in that.
+    gradients add up in that, those of several uses and those of all devices.
     """
 
     def whole(param: nnx.Variable):
-        value = param[...]
-        return param.replace(gather(value.astype(dtype), param.get_metadata()["axes"]).astype(value.dtype))
+        return param.replace(gather(param[...], param.get_metadata()["axes"], dtype))
 
     return jax.tree.map(whole, module, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
 

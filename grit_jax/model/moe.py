@@ -74,19 +74,21 @@ class ExpertMLP(nnx.Module):
         chosen = jnp.where(real[..., None], chosen, num_experts)
         kernels = (self.gate[...], self.up[...], self.down[...])
         kernels = tuple(kernel.astype(x.dtype) for kernel in kernels)
-        return self._mix(x, chosen, weights.astype(x.dtype), kernels, execution), stats
+        return self._mix(x, chosen, weights, kernels, execution), stats
 
     def _mix(self, x, chosen, weights, kernels, execution):
         """The weighted sum of the chosen experts' outputs; copies of tokens go to the devices that hold the experts."""
 
-        def on_device(x, chosen, weights, *kernels):
+        def on_device(wide_x, chosen, weights, *kernels):
             multiply = functools.partial(_multiply, *kernels, activation=self.activation, execution=execution)
-            mixed = _dispatched(multiply, x, chosen, weights, num_local=len(kernels[0]))
-            return jax.lax.psum(mixed, split_axes("mlp"))
+            mixed = _dispatched(multiply, wide_x.astype(x.dtype), chosen, weights, num_local=len(kernels[0]))
+            return jax.lax.psum(mixed.astype(wide_x.dtype), split_axes("mlp")).astype(x.dtype)
 
         rows = ("batch", "length", "activation_embed")
         widths = ("experts", "whole", "mlp"), ("experts", "whole", "mlp"), ("experts", "mlp", "whole")
-        return on_devices(on_device, in_axes=(rows, rows, rows, *widths), out_axes=rows)(x, chosen, weights, *kernels)
+        mix = on_devices(on_device, in_axes=(rows, rows, rows, *widths), out_axes=rows)
+        # Tokens enter in float32, so that their gradient, like what leaves, is summed over the devices in float32.
+        return mix(x.astype(wide(x)), chosen, weights, *kernels)
 
 
 class _Places(NamedTuple):
@@ -131,7 +133,8 @@ def _dispatched(multiply, x, chosen, weights, *, num_local: int):
     else:
         rows = multiply(rows, sizes)
     weights = _sort(weights.reshape(-1, 1), places._replace(place=places.place.reshape(-1, 1)))
-    return _sum_copies(rows * weights, places).reshape(x.shape)
+    # Weighed in float32: a weight's gradient is a sum over the whole width.
+    return _sum_copies((rows * weights).astype(x.dtype), places).reshape(x.shape)
 
 
 def _multiply(gate, up, down, rows, sizes, *, activation, execution):

@@ -225,7 +225,8 @@ class Transformer(nnx.Module):
 
     def embed(self, tokens: Int[Array, "batch length"], dtype: jnp.dtype) -> Float[Array, "batch length embed"]:
         """What the layers start from, in `dtype`."""
-        x = gathered(self.embedding, dtype)[...].astype(dtype)[tokens]
+        # Looked up before it is rounded, so that the gradient of a token adds up in float32.
+        x = gathered(self.embedding, dtype)[...][tokens].astype(dtype)
         if self.config.scale_embedding:
             x = x * jnp.asarray(self.config.embed_dim**0.5, dtype)
         return constrain(x, "batch", "length", "activation_embed")

@@ -89,6 +89,20 @@ def test_rematerialisation_changes_nothing(params, remat):
     assert max(jax.tree.leaves(errors)) < 1e-5
 
 
+def test_the_gradient_of_a_frequent_token_adds_up_in_float32(params):
+    tokens = np.random.default_rng(2).choice(64, (4, 4096), p=[0.5, 0.25, *np.full(62, 0.25 / 62)])
+    change = jnp.asarray(np.random.default_rng(3).normal(0.5, 1.0, (*tokens.shape, 32)), jnp.bfloat16)
+
+    def embedded(table):
+        return bind(abstract_model(CONFIG), params | {"embedding": table}).embed(jnp.asarray(tokens), change.dtype)
+
+    gradient = jax.vjp(embedded, params["embedding"])[1](change)[0]
+    expected = np.zeros((64, 32))
+    np.add.at(expected, tokens, np.asarray(change, np.float64))
+    errors = [relative_error(*rows) for rows in zip(gradient, expected, strict=True)]
+    assert max(errors) < 1e-5
+
+
 def test_seven_billion_abstract_parameters_build_in_under_a_second_without_memory():
     config = TransformerConfig(
         embed_dim=4096, mlp_dim=14336, num_layers=32, num_heads=32, num_kv_heads=8, tie_embeddings=False

@@ -1,5 +1,6 @@
 """The train step as the TPU compiler makes it, for chips that need not be there."""
 
+import dataclasses
 import re
 
 import pytest
@@ -32,18 +33,31 @@ def gathers_within(module, computation):
                 yield from gathers_within(module, module.called(instruction, key))
 
 
-def test_a_step_of_both_streams_as_the_tpu_compiler_makes_it(capfd):
-    """One program, as compiling takes most of a minute: its kernels, its collectives, and what the compiler says."""
+def compiled_for_four_chips(config):
+    """The train step of a config, compiled for a v5e-4."""
     pytest.importorskip("libtpu", reason="libtpu, which compiles for TPUs, is not installed")
-    from grit_jax.plan.hlo import parse_module
     from grit_jax.plan.program import lower_step
     from grit_jax.plan.topology import parse_topology
     from grit_jax.plan.work import lengths_at_limits
+
+    return lower_step(config, parse_topology("v5e-4"), lengths_at_limits(config)).compile()
+
+
+def bfloat16_sums(module):
+    """Instructions of a program that add up bfloat16 over devices, or over more than one row of a scatter."""
+    for instruction in (instruction for computation in module.computations.values() for instruction in computation):
+        narrow = any(array.dtype == "bf16" for array in instruction.arrays)
+        adds = instruction.opcode in ("all-reduce", "all-reduce-start", "reduce-scatter", "scatter")
+        if adds and narrow and instruction.attribute("unique_indices") != "true":
+            yield instruction
+
+
+def test_a_step_of_both_streams_as_the_tpu_compiler_makes_it(capfd):
+    """One program, as compiling takes most of a minute: its kernels, its collectives, and what the compiler says."""
+    from grit_jax.plan.hlo import parse_module
     from grit_jax.train.step import TOKEN_LOSSES
 
-    lowered = lower_step(CONFIG, parse_topology("v5e-4"), lengths_at_limits(CONFIG))
-    capfd.readouterr()
-    compiled = lowered.compile()
+    compiled = compiled_for_four_chips(CONFIG)
     text = compiled.as_text()
     assert "nvoluntary full rematerialization" not in capfd.readouterr().err
 
@@ -66,5 +80,20 @@ def test_a_step_of_both_streams_as_the_tpu_compiler_makes_it(capfd):
     gathered = [array.dims for body in bodies for array in gathers_within(module, body)]
     assert (1, 512, 1024) in gathered
     assert (4096, 512) not in gathered
+    assert not list(bfloat16_sums(module))
     # The gradients of the three MLP matrices leave each stream's layer in pieces: its scan has one instruction each.
     assert shapes("reduce-scatter").count((128, 1024)) + shapes("all-reduce").count((512, 1024)) <= 2 * 3
+
+
+@pytest.mark.long
+def test_with_tensor_only_activations_are_added_up_in_bfloat16_and_no_weight_is_whole():
+    from grit_jax.plan.hlo import parse_module, replica_groups
+
+    module = parse_module(compiled_for_four_chips(dataclasses.replace(CONFIG, mesh=MeshConfig(1, 2, 2))).as_text())
+    # Each is the sum of two halves of a product, which the devices of `tensor` hold.
+    assert all(replica_groups(instruction, 4) == [(0, 1), (2, 3)] for instruction in bfloat16_sums(module))
+    gathered = {
+        array.dims for computation in module.computations.values() for array in gathers_within(module, computation)
+    }
+    assert (512, 512) in gathered
+    assert not {(512, 1024), (1024, 512)} & gathered
