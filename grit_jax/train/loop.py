@@ -12,12 +12,11 @@ from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
 
 import jax
-import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
 from grit_jax import distributed, files, sharding
-from grit_jax.checkpoint import CheckpointMetadata, Checkpoints, DamagedCheckpointError
+from grit_jax.checkpoint import CheckpointMetadata, Checkpoints
 from grit_jax.config import Config, InputError, dump_config
 from grit_jax.data.pipeline import Pipeline
 from grit_jax.distributed import Agreement
@@ -32,6 +31,7 @@ from grit_jax.train.metrics import Display, make_trackers
 from grit_jax.train.profile import ProfileWindow
 from grit_jax.train.recorder import Datasets, Recorder
 from grit_jax.train.resolve import check_folder, host_facts, resolve_architecture, resolve_tokenizer
+from grit_jax.train.resume import newest_state, set_aside_damaged
 from grit_jax.train.setup import Setup, row_multiples, set_up
 from grit_jax.train.state import TrainState, new_state, shardings_of
 from grit_jax.train.step import make_eval_step, make_gradient_norm
@@ -102,36 +102,9 @@ class Trainer:
         if scorecard:
             self._measures.append((lambda: scorecard(self.model()), config.scorecard.every))
         self._agreement = Agreement(self.mesh)
-        self._checkpoints = Checkpoints(self.folder / folder.CHECKPOINTS, keep=config.checkpoint)
-        self._params_checkpoints = Checkpoints(self.folder / folder.PARAMS) if config.checkpoint.params_every else None
-        self._damaged: list[str] = []
         with jax.set_mesh(self.mesh):
-            self.state = self._restored(setup.abstract) or self._initial(setup, pretrained)
-
-    def _restored(self, abstract: TrainState) -> TrainState | None:
-        """The newest state that can be read, None for a new run; what was passed over is in `_damaged`."""
-        for step in reversed(self._checkpoints.steps()):
-            state, problem = None, ""
-            try:
-                state = self._state_of(step, abstract)
-            except DamagedCheckpointError as error:
-                problem = str(error)
-            anywhere = bool(self._agreement.ask(bool(problem)))
-            if state and not anywhere:
-                return state
-            self._damaged.append(problem or f"{self.folder}: step {step} is damaged where another process reads it")
-        if self._damaged:
-            raise InputError(f"{'; '.join(self._damaged)}; no checkpoint can be read: start again in another folder")
-        return None
-
-    def _state_of(self, step: int, abstract: TrainState) -> TrainState:
-        if self._checkpoints.metadata(step).data["fingerprint"] != self.data.fingerprint:
-            raise InputError(
-                f"{self.folder}: data.train is not what this run was trained on (its files changed, or another version "
-                "of grit_jax puts them in another order); put them back, or start again in another train.output"
-            )
-        params, opt_state = self._checkpoints.restore(step, abstract.params, abstract.opt_state)
-        return TrainState(jax.device_put(np.int32(step), abstract.step.sharding), params, opt_state)
+            restored, self._damaged = newest_state(self.folder, setup.abstract, self.data.fingerprint)
+            self.state = restored or self._initial(setup, pretrained)
 
     def _initial(self, setup: Setup, pretrained: Pretrained | None) -> TrainState:
         placed, config = shardings_of(setup.abstract), self.config
@@ -181,8 +154,11 @@ class Trainer:
                 files.write_text(self.folder / folder.CONFIG, resolved)
             for line in self.data.report():
                 display.say(line)
-            for line in self._damaged:
-                display.say(f"passed over: {line}")
+            for line in distributed.in_first_process(lambda: set_aside_damaged(self.folder, start, self._damaged)) or ():
+                display.say(line)
+            checkpoints = Checkpoints(self.folder / folder.CHECKPOINTS, keep=config.checkpoint)
+            params_every, params_folder = config.checkpoint.params_every, self.folder / folder.PARAMS
+            params_only = Checkpoints(params_folder) if params_every or files.is_folder(params_folder) else None
             if start:
                 display.say(f"resumed from step {start}")
             batches = self.data.batches(start)
@@ -209,18 +185,18 @@ class Trainer:
                     recorder.log(values)
                     if save:
                         with recorder.spent("checkpoint"):
-                            self._save(step, values)
+                            self._save(checkpoints, step, values)
                     recorder.restart_clock()
-                if self._params_checkpoints and step % (config.checkpoint.params_every or step) == 0:
+                if params_only and params_every and step % params_every == 0:
                     with recorder.spent("checkpoint"):
-                        self._params_checkpoints.save(step, self.state.params, None, self._metadata(step))
+                        params_only.save(step, self.state.params, None, self._metadata(step))
                     recorder.restart_clock()
                 if last:
                     break
             with recorder.spent("checkpoint"):
-                self._checkpoints.wait()
-                if self._params_checkpoints:
-                    self._params_checkpoints.wait()
+                checkpoints.close()
+                if params_only:
+                    params_only.close()
                 # A process that ends while others still save would take their silence for a failure.
                 bool(self._agreement.ask(False))
         return self.step == config.train.steps
@@ -250,10 +226,10 @@ class Trainer:
             execution=execution(self.config.model, sharding.platform(self.mesh)),
         )
 
-    def _save(self, step: int, values: dict[str, float]) -> None:
+    def _save(self, checkpoints: Checkpoints, step: int, values: dict[str, float]) -> None:
         metric = self.config.checkpoint.best_metric
         ranked_by = {metric: values[metric]} if metric in values else None
-        self._checkpoints.save(step, self.state.params, self.state.opt_state, self._metadata(step), ranked_by)
+        checkpoints.save(step, self.state.params, self.state.opt_state, self._metadata(step), ranked_by)
 
     def _metadata(self, step: int) -> CheckpointMetadata:
         return CheckpointMetadata(
