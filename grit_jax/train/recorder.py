@@ -62,6 +62,10 @@ class Recorder:
       display: What is shown.
       began: When this session started, by `time.monotonic`.
       start: Updates done before it.
+
+    Attributes:
+      step_began: When the step in flight began, by `time.monotonic`.
+      step_seconds: Seconds of the last step that was read; None before the first.
     """
 
     def __init__(
@@ -86,6 +90,7 @@ class Recorder:
         self._compiled: set[Any] = set()
         self._unread: _Unread | None = None
         self._waited, self._extra, self._skipped = 0.0, {}, 0
+        self.step_seconds: float | None = None
         self._spikes = Spikes(config.logging.spike_threshold or math.inf)
         self._logs: tuple[LineWriter, LineWriter] | None = None
         self._earlier: list[dict[str, Any]] = []
@@ -118,7 +123,7 @@ class Recorder:
 
     def restart_clock(self) -> None:
         """Leaves the time since the last step out of the next one's."""
-        self._read = time.monotonic()
+        self.step_began = time.monotonic()
 
     @contextmanager
     def spent(self, cause: Cause, *, watched: bool = True) -> Generator[None]:
@@ -155,7 +160,7 @@ class Recorder:
         begun = time.monotonic()
         with self.spent("compile", watched=False):
             yield
-        self._read += time.monotonic() - begun
+        self.step_began += time.monotonic() - begun
 
     def gradient_norms(self, measure: Callable[[GritBatch], jax.Array], batch: GritBatch) -> None:
         """Before a step: the norm of each objective's gradient and their ratio, where it is time for them."""
@@ -192,7 +197,7 @@ class Recorder:
         arrays = {name: value for name, value in metrics.items() if not value.ndim}
         found: dict[str, np.ndarray] = jax.device_get(arrays | (details if jax.process_index() == 0 else {}))
         values = {name: value.item() for name, value in found.items() if not value.ndim} | extra
-        seconds = time.monotonic() - self._read
+        self.step_seconds = seconds = time.monotonic() - self.step_began
         self.restart_clock()
         pairs, generative = values.pop("attention_pairs"), values.pop("tokens/generative")
         values |= {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import zlib
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -22,7 +21,7 @@ class Restored(NamedTuple):
 
     Attributes:
       state: The newest state that can be read; None for a new run.
-      damaged: What is wrong with each newer one, by its step.
+      damaged: What is wrong with each newer one, by its step, in this process or another.
     """
 
     state: TrainState | None
@@ -42,21 +41,17 @@ def newest_state(output: files.PathLike, abstract: TrainState, fingerprint: str)
     """
     checkpoints = Checkpoints(files.join(output, folder.CHECKPOINTS), read_only=True)
     steps, damaged = checkpoints.steps(), {}
-    seen = distributed.gathered(np.array([zlib.crc32(repr(steps).encode())], np.uint32))
-    if (seen != seen[0]).any():
-        raise InputError(
-            f"{checkpoints.folder}: the processes of the run see different checkpoints; train.output must be a folder "
-            "or a bucket that all hosts share"
-        )
+    distributed.require_same({"the list of checkpoints in train.output, which all hosts must share,": str(steps)})
     for step in reversed(steps):
         state, problem = None, ""
         try:
             state = _read(checkpoints, step, abstract, fingerprint)
         except DamagedCheckpointError as error:
             problem = str(error)
-        if not distributed.gathered(np.array([bool(problem)])).any():
+        problems = [text for text in distributed.gathered_texts(problem) if text]
+        if not problems:
             return Restored(state, damaged)
-        damaged[step] = problem or f"{checkpoints.folder / str(step)}: damaged where another process reads it"
+        damaged[step] = problem or problems[0]
     if damaged:
         raise InputError(f"{'; '.join(damaged.values())}; no checkpoint can be read: start again in another folder")
     return Restored(None, damaged)

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import time
 
 import pytest
@@ -34,6 +35,10 @@ def undisturbed(data, tmp_path_factory):
 
 class Crash(Exception):
     """The end of a run whose process is killed, as far as its folder shows."""
+
+
+def stop():
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def gone_within(paths, seconds):
@@ -108,6 +113,20 @@ def test_a_damaged_newest_checkpoint_is_set_aside_by_the_run_that_saves_its_step
     assert losses(output) == losses(undisturbed)
 
 
+def test_a_run_that_is_stopped_below_a_damaged_checkpoint_is_saved_there(data, undisturbed, tmp_path):
+    output = tmp_path / "run"
+    for damages in (1, 2):  # the same step twice
+        assert trainer(data, output, "--checkpoint.keep=3").fit()
+        truncate(output / "checkpoints/6")
+        assert (output / "damaged/checkpoints").exists() == (damages > 1)
+    stopped = at_batch(trainer(data, output, "--checkpoint.keep=3"), 6, stop)
+    assert not stopped.fit()
+    assert steps_of(output / "checkpoints") == [2, 4, 5]
+    assert sorted(os.listdir(output / "damaged/checkpoints")) == ["6", "6-2"]
+    assert trainer(data, output).fit()
+    assert losses(output) == losses(undisturbed)
+
+
 def test_parameters_of_steps_that_are_done_again_stay(data, undisturbed, tmp_path):
     output, options = tmp_path / "run", ["--checkpoint.every=4", "--checkpoint.params_every=1"]
     crashed(data, output, 4, *options)
@@ -156,11 +175,13 @@ SEVERAL = """
     import sys
     from grit_jax.config import InputError, load_config
     from grit_jax.train.loop import Trainer
+    from grit_jax.watch import folder
 
-    output, *options = sys.argv[2:]
+    apart, *options = sys.argv[2:]
+    if apart == "apart" and jax.process_index() == 1:
+        folder.checkpoint_steps = lambda folder: iter([4])
     try:
-        output = output.format(jax.process_index())
-        print(Trainer(load_config(sys.argv[1], [*options, f"--train.output={output}"])).fit())
+        print(Trainer(load_config(sys.argv[1], options)).fit())
     except InputError as error:
         print(error)
 """
@@ -168,16 +189,14 @@ SEVERAL = """
 
 @pytest.mark.long
 def test_processes_set_damaged_checkpoints_aside_together_and_refuse_a_folder_that_they_do_not_share(data, tmp_path):
-    output = tmp_path / "run-0"
+    output = tmp_path / "run"
     assert trainer(data, output).fit()
     truncate(output / "checkpoints/6")
-    shutil.copytree(output, tmp_path / "run-1")
-    shutil.rmtree(tmp_path / "run-1/checkpoints/6")
-    options = [*TINY, f"--data.train={data}", f"--train.steps={STEPS}"]
-    apart = launch.run(SEVERAL, ROOT / "configs/tiny.yaml", tmp_path / "run-{}", *options, devices_each=4)
-    assert all("the processes of the run see different checkpoints; train.output must be" in out for out in apart)
+    options = [*TINY, f"--data.train={data}", f"--train.output={output}", f"--train.steps={STEPS}"]
+    apart = launch.run(SEVERAL, ROOT / "configs/tiny.yaml", "apart", *options, devices_each=4)
+    assert all("checkpoints in train.output, which all hosts must share, is" in text for text in apart), apart
     assert steps_of(output / "checkpoints") == [4, 6]
-    together = launch.run(SEVERAL, ROOT / "configs/tiny.yaml", output, *options, devices_each=4)
-    assert [out.splitlines()[-1] for out in together] == ["True", "True"]
+    together = launch.run(SEVERAL, ROOT / "configs/tiny.yaml", "together", *options, devices_each=4)
+    assert [text.splitlines()[-1] for text in together] == ["True", "True"]
     assert together[0].count("it is now") == 1 and (output / "damaged/checkpoints/6").exists()
     assert steps_of(output / "checkpoints") == [4, 6]
