@@ -73,8 +73,7 @@ TRAIN = """
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("told", [0, 1])
-@pytest.mark.parametrize("at", [4, 5])
+@pytest.mark.parametrize(("told", "at"), [(0, 4), (1, 5)])
 def test_a_run_of_several_processes_stops_with_what_is_in_flight(tmp_path, told, at):
     data = write_data(tmp_path / "data")
     options = [
