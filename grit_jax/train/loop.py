@@ -14,7 +14,7 @@ from etils import epath
 from jax.sharding import Mesh
 
 from grit_jax import distributed, files, sharding
-from grit_jax.checkpoint import CheckpointMetadata, Checkpoints
+from grit_jax.checkpoint import CheckpointMetadata
 from grit_jax.config import Config, InputError, dump_config
 from grit_jax.data.pipeline import Pipeline
 from grit_jax.distributed import JointStop
@@ -30,6 +30,7 @@ from grit_jax.train.profile import ProfileWindow
 from grit_jax.train.recorder import Datasets, Recorder
 from grit_jax.train.resolve import check_folder, host_facts, resolve_architecture, resolve_tokenizer
 from grit_jax.train.resume import newest_state, set_aside_damaged
+from grit_jax.train.saving import Saves
 from grit_jax.train.setup import Setup, row_multiples, set_up
 from grit_jax.train.state import TrainState, new_state, shardings_of
 from grit_jax.train.step import make_eval_step, make_gradient_norm
@@ -153,13 +154,10 @@ class Trainer:
                 files.write_text(self.folder / folder.CONFIG, resolved)
             for line in self.data.report():
                 display.say(line)
-            for line in (
-                distributed.in_first_process(lambda: set_aside_damaged(self.folder, start, self._damaged)) or ()
-            ):
+            set_aside = functools.partial(set_aside_damaged, self.folder, start, self._damaged)
+            for line in distributed.in_first_process(set_aside) or ():
                 display.say(line)
-            checkpoints = Checkpoints(self.folder / folder.CHECKPOINTS, keep=config.checkpoint)
-            params_every, params_folder = config.checkpoint.params_every, self.folder / folder.PARAMS
-            params_only = Checkpoints(params_folder) if params_every or files.is_folder(params_folder) else None
+            saves = Saves(self.folder, config.checkpoint, self._metadata)
             if start:
                 display.say(f"resumed from step {start}")
             batches = self.data.batches(start)
@@ -177,27 +175,25 @@ class Trainer:
                 profile.after(step, metrics)
                 recorder.add(metrics)
                 running, values, last = metrics["loss"], None, step == config.train.steps
+                if saves.params_due(step):
+                    with recorder.spent("checkpoint"):
+                        saves.save_params(step, self.state.params)
+                    recorder.restart_clock()
                 measures = [measure for measure, every in self._measures if last or (every and step % every == 0)]
                 save = last or step % config.checkpoint.every == 0
                 if measures or save:
                     values = self._measured(recorder, measures, stop)
                     if save:
                         with recorder.spent("checkpoint"):
-                            self._save(checkpoints, step, values)
+                            saves.save(step, self.state, values)
                         saved = step
-                    recorder.restart_clock()
-                if params_only and params_every and step % params_every == 0:
-                    with recorder.spent("checkpoint"):
-                        params_only.save(step, self.state.params, None, self._metadata(step))
                     recorder.restart_clock()
             if saved < self.step:
                 values = values or self._measured(recorder, (), stop)
                 with recorder.spent("checkpoint"):
-                    self._save(checkpoints, self.step, values)
+                    saves.save(self.step, self.state, values)
             with recorder.spent("checkpoint"):
-                checkpoints.close()
-                if params_only:
-                    params_only.close()
+                saves.close()
                 # A process that ends while others still save would take their silence for a failure.
                 distributed.wait_for_all()
         return self.step == config.train.steps
@@ -238,11 +234,6 @@ class Trainer:
                     values |= measure()
         recorder.log(values)
         return values
-
-    def _save(self, checkpoints: Checkpoints, step: int, values: dict[str, float]) -> None:
-        metric = self.config.checkpoint.best_metric
-        ranked_by = {metric: values[metric]} if metric in values else None
-        checkpoints.save(step, self.state.params, self.state.opt_state, self._metadata(step), ranked_by)
 
     def _metadata(self, step: int) -> CheckpointMetadata:
         return CheckpointMetadata(
