@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Generator, Mapping
+import json
+import math
+from collections.abc import Generator, Mapping, Sequence
 from os import PathLike
 from typing import Any, cast
 
@@ -19,9 +21,11 @@ from grit_jax.config import CheckpointConfig, EmbeddingConfig, InputError, Trans
 from grit_jax.model.pretrained import Pretrained
 from grit_jax.model.transformer import Params, abstract_model, abstract_params
 from grit_jax.tokenizer import Tokenizer
+from grit_jax.watch import folder as run_folder
 
 # The parts of a checkpoint; each can be read without the others.
 _PARAMS, _OPTIMIZER = "params", "optimizer"
+_METRICS = ("metrics", "metrics")  # where Orbax writes the metrics of a checkpoint
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,23 +55,19 @@ class Checkpoints:
     """The checkpoints of a folder.
 
     Args:
-      folder: Holds one sub-folder per step; made by the first save.
+      folder: Holds one sub-folder per step; made by the first who does not only read.
       keep: Which checkpoints are kept, and how long hosts wait for each other; None keeps all.
       read_only: Whether nothing is written: what is half written may then be a living run's save, and stays.
     """
 
     def __init__(self, folder: str | PathLike[str], *, keep: CheckpointConfig | None = None, read_only: bool = False):
         self.folder = epath.Path(folder) if files.is_bucket(folder) else epath.Path(folder).resolve()
-        waiting = ocp.options.AsyncOptions(timeout_secs=keep.timeout_seconds) if keep else None
-        self._checkpointer = ocp.training.Checkpointer(
-            str(self.folder), preservation_policy=_preservation_policy(keep), cleanup_tmp_directories=not read_only,
-            context=ocp.Context(async_options=waiting) if waiting else None,
-        )  # fmt: skip
+        self._saver = None if read_only else _saver(self.folder, keep)
         self._saving: tuple[int, Any] | None = None
 
     def steps(self) -> list[int]:
         """Steps with a complete checkpoint, ascending."""
-        return sorted(checkpoint.step for checkpoint in self._checkpointer.checkpoints)
+        return sorted(run_folder.checkpoint_steps(self.folder))
 
     def save(
         self,
@@ -79,8 +79,11 @@ class Checkpoints:
     ) -> None:
         """Starts saving; the arrays may be overwritten when this returns, `wait` returns when the save is on disk.
 
+        A complete checkpoint of the step that is there already stays, and nothing is saved: to replace it, it would
+        have to be deleted first, and a crash would leave neither. The step may be lower than others that are there.
+
         Args:
-          step: Which step's state this is; a checkpoint of the same step is replaced.
+          step: Which step's state this is.
           params: Parameters.
           opt_state: State of the optimizer; None saves parameters alone.
           metadata: What the checkpoint says about itself.
@@ -89,12 +92,17 @@ class Checkpoints:
         Raises:
           OSError: The save before this one failed, for example because the disk is full.
         """
+        assert self._saver, "opened for reading only"
         self.wait()
+        if run_folder.is_complete(self.folder / str(step)):
+            return
         parts = {_PARAMS: params} | ({} if opt_state is None else {_OPTIMIZER: opt_state})
         about, ranked_by = dataclasses.asdict(metadata), cast(Any, metrics and dict(metrics))
+        # Orbax by itself saves nothing below the newest step: `force`. Without `overwrite`, which has nothing to delete
+        # here, it asks when every checkpoint was made, and fails where one of them is damaged.
         save = functools.partial(
-            self._checkpointer.save_checkpointables_async,
-            metrics=ranked_by, custom_metadata=about, overwrite=True,
+            self._saver.save_checkpointables_async,
+            metrics=ranked_by, custom_metadata=about, force=True, overwrite=True,
         )  # fmt: skip
         self._saving = step, self._guarded(step, lambda: save(step, parts))
 
@@ -111,16 +119,16 @@ class Checkpoints:
     def close(self) -> None:
         """Waits, then lets go of the folder."""
         self.wait()
-        self._checkpointer.close()
+        if self._saver:
+            self._saver.close()
 
     def _guarded(self, step: int, save):
         try:
             return save()
         except Exception as error:  # orbax and tensorstore raise many kinds
             reason = " ".join(str(error).split())
-            kept = (
-                f"the last good checkpoint is step {self.steps()[-1]}" if self.steps() else "no checkpoint is kept yet"
-            )
+            steps = self.steps()
+            kept = f"the last good checkpoint is step {steps[-1]}" if steps else "no checkpoint is kept yet"
             raise OSError(
                 f"{self.folder}: saving step {step} failed ({reason[:300]}); {kept}: make room and run again"
             ) from error
@@ -132,7 +140,7 @@ class Checkpoints:
           DamagedCheckpointError: It cannot be read.
         """
         with self._readable(step):
-            stored: Any = self._checkpointer.checkpointables_metadata(step).custom_metadata
+            stored: Any = ocp.checkpointables_metadata(self.folder / str(step)).custom_metadata
             nested = {
                 "architecture": TransformerConfig(**stored["architecture"]),
                 "embedding": EmbeddingConfig(**stored["embedding"]),
@@ -153,12 +161,12 @@ class Checkpoints:
         """
         wanted = {_PARAMS: params} | ({} if opt_state is None else {_OPTIMIZER: opt_state})
         with self._readable(step):
-            stored = self._checkpointer.checkpointables_metadata(step).metadata
+            stored = ocp.checkpointables_metadata(self.folder / str(step)).metadata
             stored = {part: stored[part] for part in wanted}
         for part, tree in wanted.items():
             _check_matches(f"{self.folder / str(step)}: {part}", stored[part], tree)
         with self._readable(step):
-            loaded = self._checkpointer.load_checkpointables(step, wanted)
+            loaded = ocp.load_checkpointables(self.folder / str(step), wanted)
             return loaded[_PARAMS], loaded.get(_OPTIMIZER)
 
     @contextlib.contextmanager
@@ -173,22 +181,57 @@ class Checkpoints:
             ) from error
 
 
-def _preservation_policy(keep: CheckpointConfig | None) -> Any:
-    policies = ocp.training.preservation_policies
-    if keep is None:
-        return policies.PreserveAll()
-    chosen: list[Any] = [policies.LatestN(keep.keep)]
-    if keep.keep_every:
-        chosen.append(policies.EveryNSteps(keep.keep_every))
-    if keep.keep_best:
-        name, largest = keep.best_metric, keep.best_is == "largest"
-        chosen.append(
-            policies.BestN(
-                get_metric_fn=lambda metrics: metrics[name],
-                reverse=not largest, n=keep.keep_best, keep_checkpoints_without_metrics=False,
-            )
-        )  # fmt: skip
-    return policies.AnyPreservationPolicy(chosen)
+def _saver(folder: epath.Path, keep: CheckpointConfig | None) -> ocp.training.Checkpointer:
+    """Orbax's part in saving; it removes what is half written, and reads no checkpoint, which may be damaged."""
+    policy, context = None, None
+    if keep:
+        policy, context = _Kept(folder, keep), ocp.Context()
+        context.asynchronous.timeout_secs = keep.timeout_seconds
+    return ocp.training.Checkpointer(
+        str(folder), preservation_policy=policy, context=context,
+        cleanup_tmp_directories=True, lightweight_initialize=True,
+    )  # fmt: skip
+
+
+class _Kept:
+    """Tells Orbax which checkpoints stay, as `CheckpointConfig` says.
+
+    Args:
+      folder: Where they are; the metrics of those that are there are read now.
+      keep: The settings.
+    """
+
+    def __init__(self, folder: epath.Path, keep: CheckpointConfig):
+        self._keep = keep
+        there = run_folder.checkpoint_steps(folder) if keep.keep_best else ()
+        self._metrics = {step: _read_metrics(folder / str(step)) for step in there}
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        """One answer for each checkpoint, which has a `step` and, when this process saved it, `metrics`."""
+        keep, steps = self._keep, sorted(checkpoint.step for checkpoint in checkpoints)
+        kept = set(steps[-keep.keep :])
+        if keep.keep_every:
+            kept |= {step for step in steps if step % keep.keep_every == 0}
+        if keep.keep_best:
+            sign = 1 if keep.best_is == "largest" else -1
+            values = {checkpoint.step: self._value(checkpoint) for checkpoint in checkpoints}
+            ranked = sorted((sign * value, step) for step, value in values.items() if value is not None)
+            kept |= {step for _, step in ranked[-keep.keep_best :]}
+        return [checkpoint.step in kept for checkpoint in checkpoints]
+
+    def _value(self, checkpoint: Any) -> float | None:
+        metrics = checkpoint.metrics or self._metrics.get(checkpoint.step, {})
+        value = metrics.get(self._keep.best_metric)
+        return value if isinstance(value, int | float) and math.isfinite(value) else None
+
+
+def _read_metrics(checkpoint: epath.Path) -> dict[str, Any]:
+    """What a checkpoint was saved with to be ranked by; empty where there is none, or it is damaged."""
+    try:
+        found = json.loads(files.read_text(files.join(checkpoint, *_METRICS)) or "{}")
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _check_matches(where: str, stored: Any, wanted: Any) -> None:

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import glob
+import itertools
 import json
 import os
 import socket
 import sys
+import threading
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar, cast
+from typing import Any, Self, TypeVar, cast
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax._src import distributed as jax_distributed
 
-from grit_jax import sharding
 from grit_jax.chips import DEVICE_FILES
 from grit_jax.config import DistributedConfig, InputError
 
@@ -23,6 +24,8 @@ T = TypeVar("T")
 
 _START_SECONDS = 300  # hosts of a pod do not boot at the same time
 _LISTED = 8  # differences, and processes of each, that a message names
+_LOOK_SECONDS = 0.5  # between looks whether another process was asked to stop
+_ANSWER_SECONDS = 0.05  # between looks whether all have said how far they are
 
 
 def start(config: DistributedConfig) -> None:
@@ -41,6 +44,8 @@ def start(config: DistributedConfig) -> None:
         return
     if not on_tpu:
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    # It would swallow the first SIGTERM, also where nothing has been set up to stop.
+    jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(
             config.coordinator,
@@ -69,21 +74,73 @@ def _leave(*error: Any) -> None:
         os._exit(1)
 
 
-class Agreement:
-    """A question that processes answer together at every step: whether any of them was asked to stop.
+class JointStop:
+    """Stops all processes after the same piece of work, once any of them is asked to stop.
 
-    The answer comes out of a sum over the devices of the mesh, so that all processes have the same one for a step.
+    Work comes in pieces, such as a step, that all processes begin in the same order; `proceed` is called before each.
+    Once one is asked to stop, every process says through the coordination service how many pieces it has begun, and
+    begins no other before all have said so: the largest number is the last piece for all. A thread of each process does
+    that, so that one whose main thread waits for devices answers too. A context manager.
+
+    Args:
+      asked: Is set, in any process, by what wants the run to stop.
     """
 
-    def __init__(self, mesh: Mesh):
-        self._split = sharding.flat(mesh)
-        self._size = mesh.size
-        self._sum = jax.jit(jnp.sum, out_shardings=sharding.replicated(mesh))
+    _count = itertools.count()  # all processes make theirs in the same order: this one names it
 
-    def ask(self, asked: bool) -> jax.Array:
-        """Starts the vote of one step; the answer is true when read as a bool if any process voted so."""
-        here = np.full(len(self._split.addressable_devices), asked, np.int32)
-        return self._sum(jax.make_array_from_process_local_data(self._split, here, (self._size,)))
+    def __init__(self, asked: threading.Event):
+        self._asked, self._agreed, self._ended = asked, threading.Event(), threading.Event()
+        self._lock, self._begun, self._last = threading.Lock(), 0, None
+        self._client: Any = jax_distributed.global_state.client
+        self._place = f"grit_jax/stop/{next(self._count)}/"
+        self._thread = threading.Thread(target=self._run, name="stop", daemon=True) if jax.process_count() > 1 else None
+
+    def __enter__(self) -> Self:
+        if self._thread:
+            self._thread.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._ended.set()
+        if self._thread:
+            self._thread.join()
+
+    def proceed(self) -> bool:
+        """Whether the next piece of work may begin: the same answer in every process, and false ever after."""
+        if not self._thread:
+            return not self._asked.is_set()
+        if self._asked.is_set():
+            self._agreed.wait()
+        with self._lock:
+            if self._begun == self._last:
+                return False
+            self._begun += 1
+            return True
+
+    def _run(self) -> None:
+        while not self._ended.is_set():
+            if self._asked.wait(_LOOK_SECONDS) or self._said():
+                self._agree()
+                return
+
+    def _agree(self) -> None:
+        with self._lock:
+            mine, said = f"{self._place}{jax.process_index()}", []
+            while len(said) < jax.process_count():
+                with contextlib.suppress(jax.errors.JaxRuntimeError):
+                    self._client.key_value_set(mine, str(self._begun), allow_overwrite=True)
+                if self._ended.wait(_ANSWER_SECONDS):
+                    return
+                said = self._said()
+            self._last = max(said)
+        self._agreed.set()
+
+    def _said(self) -> list[int]:
+        """How many pieces processes have begun, of those that have said so."""
+        try:
+            return [int(value) for _, value in self._client.key_value_dir_get(self._place)]
+        except jax.errors.JaxRuntimeError:  # the service is away, which JAX itself ends the process for if it stays
+            return []
 
 
 def in_first_process(action: Callable[[], T]) -> T | None:
@@ -167,6 +224,11 @@ def gathered(rows: np.ndarray) -> np.ndarray:
     from jax.experimental import multihost_utils
 
     return np.asarray(multihost_utils.process_allgather(rows))
+
+
+def wait_for_all() -> None:
+    """Returns when every process of the run is here."""
+    gathered(np.zeros(1, np.int32))
 
 
 def own_share(size: int) -> list[int]:

@@ -250,6 +250,26 @@ def remove(path: PathLike) -> None:
         retrying(path, unlink)
 
 
+def move(source: PathLike, target: PathLike) -> None:
+    """Moves a folder to where there is none yet, on the same disk or bucket.
+
+    On a disk that happens at once; in a bucket every object is copied before the first one is removed.
+
+    Raises:
+      OSError: It is missing or cannot be moved.
+    """
+
+    def rename() -> None:
+        if is_bucket(source):
+            store, key = _store(source)
+            store.mv(key, _store(target)[1], recursive=True)
+        else:
+            Path(target).parent.mkdir(parents=True, exist_ok=True)
+            os.rename(source, target)
+
+    retrying(source, rename)
+
+
 def names(folder: PathLike) -> list[str]:
     """Names of what a folder holds, sorted; none where there is no folder."""
 

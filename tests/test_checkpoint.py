@@ -95,6 +95,48 @@ def test_the_best_and_every_few_are_kept_beside_the_newest(tmp_path):
     assert Checkpoints(tmp_path / "c").steps() == [2, 4, 5, 7]  # 0.9, the fourth, 0.8, the newest
 
 
+def contents(folder):
+    return {file.relative_to(folder): file.read_bytes() for file in files(folder)}
+
+
+def test_a_step_below_the_newest_is_saved_and_one_that_is_there_stays_as_it_is(tmp_path):
+    _, state = state_on(MeshConfig(8, 1, 1))
+    checkpoints = Checkpoints(tmp_path / "c")
+    checkpoints.save(5, state.params, None, METADATA)
+    checkpoints.close()
+    before = contents(tmp_path / "c/5")
+    again = Checkpoints(tmp_path / "c")
+    for step in (3, 5, 4):
+        again.save(step, jax.tree.map(lambda x: x + 1, state.params), None, METADATA)
+    again.close()
+    assert again.steps() == [3, 4, 5]
+    assert contents(tmp_path / "c/5") == before
+
+
+def saved_with(folder, keep, scores):
+    """Steps that are kept when each is saved with its score by a process of its own."""
+    _, state = state_on(MeshConfig(8, 1, 1))
+    for step, score in scores.items():
+        checkpoints = Checkpoints(folder, keep=keep)
+        checkpoints.save(step, state.params, None, METADATA, score)
+        checkpoints.close()
+    return Checkpoints(folder, read_only=True).steps()
+
+
+def test_the_best_are_kept_by_processes_that_have_not_saved_them(tmp_path):
+    keep = CheckpointConfig(keep=1, keep_best=2, best_metric="score", best_is="smallest")
+    scores = {step: {"score": score} for step, score in [(1, 0.9), (2, 0.1), (3, 0.3), (4, 0.8), (5, 0.7)]}
+    assert saved_with(tmp_path / "c", keep, scores) == [2, 3, 5]
+
+
+def test_another_metric_no_number_and_damaged_metrics_are_not_among_the_best(tmp_path):
+    keep = CheckpointConfig(keep=1, keep_best=2, best_metric="score", best_is="largest")
+    assert saved_with(tmp_path / "c", keep, {1: {"score": 0.9}, 2: {"score": 0.8}}) == [1, 2]
+    overwrite(tmp_path / "c/1/metrics/metrics")
+    scores = {3: {"other": 7.0}, 4: {"score": float("nan")}, 5: {"score": 0.1}, 6: None}
+    assert saved_with(tmp_path / "c", keep, scores) == [2, 5, 6]
+
+
 DAMAGE = {
     "truncated": lambda folder: [os.truncate(file, file.stat().st_size // 2) for file in files(folder)],
     "overwritten": lambda folder: overwrite(max(files(folder), key=lambda file: file.stat().st_size)),
@@ -119,7 +161,7 @@ def test_a_damaged_checkpoint_is_named_and_others_stay_readable(tmp_path, damage
     abstract, state = state_on(MeshConfig(8, 1, 1))
     checkpoints = Checkpoints(tmp_path / "c")
     for step in (1, 2):
-        checkpoints.save(step, state.params, state.opt_state, METADATA)
+        checkpoints.save(step, state.params, state.opt_state, METADATA, {"score": 1.0})
     checkpoints.close()
     DAMAGE[damage](tmp_path / "c/2")
     again = Checkpoints(tmp_path / "c")

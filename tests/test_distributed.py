@@ -1,5 +1,6 @@
 """How the processes of a run find each other, and what is said when they do not."""
 
+import signal
 import subprocess
 import sys
 
@@ -49,3 +50,17 @@ raise OSError("the disk is full")
     ended = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120)
     assert (ended.returncode, ended.stdout) == (1, "said before\n")
     assert ended.stderr.rstrip().endswith("OSError: the disk is full")
+
+
+def test_a_process_that_has_nothing_to_save_yet_ends_at_once_when_it_is_told_to():
+    script = """
+import os, signal, sys, time
+from grit_jax import distributed
+from grit_jax.config import DistributedConfig
+distributed.start(DistributedConfig(coordinator=sys.argv[1], num_processes=1, process_id=0))
+os.kill(os.getpid(), signal.SIGTERM)
+time.sleep(60)
+"""
+    command = [sys.executable, "-c", script, free_address()]
+    ended = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=50)
+    assert ended.returncode == -signal.SIGTERM, ended.stderr

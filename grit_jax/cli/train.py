@@ -58,7 +58,8 @@ def run(args: argparse.Namespace) -> int:
     if done:
         print(f"done: {config.train.output} holds {trainer.step} steps")
         return 0
-    print(f"told to stop; {config.train.output} is saved at step {trainer.step}: run the same command to go on")
+    saved = f"{config.train.output} is saved at step {trainer.step}" if trainer.step else "no step is done yet"
+    print(f"told to stop; {saved}: run the same command to go on")
     return 75
 
 

@@ -4,23 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import signal
-import threading
 import time
-from collections.abc import Callable, Generator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import jax
-import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
 from grit_jax import distributed, files, sharding
-from grit_jax.checkpoint import CheckpointMetadata, Checkpoints, DamagedCheckpointError
+from grit_jax.checkpoint import CheckpointMetadata
 from grit_jax.config import Config, InputError, dump_config
 from grit_jax.data.pipeline import Pipeline
-from grit_jax.distributed import Agreement
+from grit_jax.distributed import JointStop
 from grit_jax.execution import execution
 from grit_jax.inference import GritModel
 from grit_jax.loading import load_params, open_model
@@ -31,17 +28,13 @@ from grit_jax.tokenizer import Tokenizer
 from grit_jax.train.metrics import Display, make_trackers
 from grit_jax.train.profile import ProfileWindow
 from grit_jax.train.recorder import Datasets, Recorder
-from grit_jax.train.resolve import (
-    check_data,
-    check_folder,
-    embedding_changes,
-    host_facts,
-    resolve_architecture,
-    resolve_tokenizer,
-)
+from grit_jax.train.resolve import check_folder, embedding_changes, host_facts, resolve_architecture, resolve_tokenizer
+from grit_jax.train.resume import newest_state, set_aside_damaged
+from grit_jax.train.saving import Saves
 from grit_jax.train.setup import Setup, row_multiples, set_up
 from grit_jax.train.state import TrainState, new_state, shardings_of
 from grit_jax.train.step import make_eval_step, make_gradient_norm
+from grit_jax.train.stopping import stop_signals, wait_for_turn
 from grit_jax.watch import folder
 from grit_jax.watch.preemption import preemption_notices
 
@@ -112,34 +105,9 @@ class Trainer:
         ]
         if scorecard:
             self._measures.append((lambda: scorecard(self.model()), config.scorecard.every))
-        self._agreement = Agreement(self.mesh)
-        self._checkpoints = Checkpoints(self.folder / folder.CHECKPOINTS, keep=config.checkpoint)
-        self._params_checkpoints = Checkpoints(self.folder / folder.PARAMS) if config.checkpoint.params_every else None
-        self._damaged: list[str] = []
         with jax.set_mesh(self.mesh):
-            self.state = self._restored(setup.abstract) or self._initial(setup, pretrained)
-
-    def _restored(self, abstract: TrainState) -> TrainState | None:
-        """The newest state that can be read, None for a new run; what was passed over is in `_damaged`."""
-        for step in reversed(self._checkpoints.steps()):
-            state, problem = None, ""
-            try:
-                state = self._state_of(step, abstract)
-            except DamagedCheckpointError as error:
-                problem = str(error)
-            anywhere = bool(self._agreement.ask(bool(problem)))
-            if state and not anywhere:
-                return state
-            self._damaged.append(problem or f"{self.folder}: step {step} is damaged where another process reads it")
-        if self._damaged:
-            raise InputError(f"{'; '.join(self._damaged)}; no checkpoint can be read: start again in another folder")
-        return None
-
-    def _state_of(self, step: int, abstract: TrainState) -> TrainState:
-        recorded = self._checkpoints.metadata(step).data["fingerprint"]
-        check_data(self.config.train.output, recorded, self.data.fingerprint)
-        params, opt_state = self._checkpoints.restore(step, abstract.params, abstract.opt_state)
-        return TrainState(jax.device_put(np.int32(step), abstract.step.sharding), params, opt_state)
+            restored, self._damaged = newest_state(self.folder, setup.abstract, self.data.fingerprint)
+            self.state = restored or self._initial(setup, pretrained)
 
     def _initial(self, setup: Setup, pretrained: Pretrained | None) -> TrainState:
         placed, config = shardings_of(setup.abstract), self.config
@@ -190,56 +158,57 @@ class Trainer:
                 config, self.mesh, self.folder, datasets, trackers, display, began=self._began, start=start
             ) as recorder,
             ProfileWindow(config.logging.profile, self.folder / folder.PROFILE) as profile,
-            _stop_signals() as stop,
-            preemption_notices(stop) if config.train.preemption_notices else nullcontext(),
+            stop_signals() as asked,
+            preemption_notices(asked) if config.train.preemption_notices else nullcontext(),
+            JointStop(asked) as stop,
             jax.set_mesh(self.mesh),
         ):
             if jax.process_index() == 0:
                 files.write_text(self.folder / folder.CONFIG, resolved)
             for line in self.data.report():
                 display.say(line)
-            for line in self._damaged:
-                display.say(f"passed over: {line}")
+            set_aside = functools.partial(set_aside_damaged, self.folder, start, self._damaged)
+            for line in distributed.in_first_process(set_aside) or ():
+                display.say(line)
             for line in self._changes if not start else ():
                 display.say(line)
+            saves = Saves(self.folder, config.checkpoint, self._metadata)
             if start:
                 display.say(f"resumed from step {start}")
             batches = self.data.batches(start)
-            # Each vote is read a step later, when it is long counted: then all processes stop after the same step.
-            vote = self._agreement.ask(False)
+            running, values, saved = None, None, start
             for step in range(start + 1, config.train.steps + 1):
                 check_writer()
                 batch = sharding.place_batch(self.mesh, recorder.next_batch(batches))
+                wait_for_turn(running, recorder.step_began + (recorder.step_seconds or 0), asked)
+                if not stop.proceed():
+                    break
                 recorder.gradient_norms(functools.partial(self._gradient_norm, self.state.params), batch)
                 profile.before(step)
                 with recorder.step(batch):
                     self.state, metrics = self._train_step(self.state, batch)
                 profile.after(step, metrics)
                 recorder.add(metrics)
-                stopping, vote = bool(vote), self._agreement.ask(stop.is_set())
-                last = step == config.train.steps or stopping
+                running, values, last = metrics["loss"], None, step == config.train.steps
+                if saves.params_due(step):
+                    with recorder.spent("checkpoint"):
+                        saves.save_params(step, self.state.params)
                 measures = [measure for measure, every in self._measures if last or (every and step % every == 0)]
                 save = last or step % config.checkpoint.every == 0
                 if measures or save:
-                    values = recorder.read()
-                    for measure in measures if not stopping else ():
-                        with recorder.spent("evaluation", watched=False):
-                            values |= measure()
-                    recorder.log(values)
+                    values = self._measured(recorder, measures, stop)
                     if save:
                         with recorder.spent("checkpoint"):
-                            self._save(step, values)
-                if self._params_checkpoints and step % (config.checkpoint.params_every or step) == 0:
-                    with recorder.spent("checkpoint"):
-                        self._params_checkpoints.save(step, self.state.params, None, self._metadata(step))
-                if last:
-                    break
+                            saves.save(step, self.state, values)
+                        saved = step
+            if saved < self.step:
+                values = values or self._measured(recorder, (), stop)
+                with recorder.spent("checkpoint"):
+                    saves.save(self.step, self.state, values)
             with recorder.spent("checkpoint"):
-                self._checkpoints.wait()
-                if self._params_checkpoints:
-                    self._params_checkpoints.wait()
+                saves.close()
                 # A process that ends while others still save would take their silence for a failure.
-                bool(self._agreement.ask(False))
+                distributed.wait_for_all()
         return self.step == config.train.steps
 
     def evaluate(self) -> dict[str, float]:
@@ -267,10 +236,17 @@ class Trainer:
             execution=execution(self.config.model, sharding.platform(self.mesh)),
         )
 
-    def _save(self, step: int, values: dict[str, float]) -> None:
-        metric = self.config.checkpoint.best_metric
-        ranked_by = {metric: values[metric]} if metric in values else None
-        self._checkpoints.save(step, self.state.params, self.state.opt_state, self._metadata(step), ranked_by)
+    def _measured(
+        self, recorder: Recorder, measures: Iterable[Callable[[], Mapping[str, float]]], stop: JointStop
+    ) -> dict[str, float]:
+        """The metrics of the newest step, which are logged, with what is measured after it unless the run stops."""
+        values = recorder.read()
+        for measure in measures:
+            if stop.proceed():
+                with recorder.spent("evaluation", watched=False):
+                    values |= measure()
+        recorder.log(values)
+        return values
 
     def _metadata(self, step: int) -> CheckpointMetadata:
         return CheckpointMetadata(
@@ -280,25 +256,3 @@ class Trainer:
             config=dump_config(self.config),
             data={"step": step, "fingerprint": self.data.fingerprint},
         )
-
-
-@contextmanager
-def _stop_signals() -> Generator[threading.Event]:
-    """An event that SIGTERM and SIGINT set; a second signal acts as usual."""
-    stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-    old = {}
-
-    def handle(number, frame):
-        stop.set()
-        signal.signal(number, old[number])
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        old[number] = signal.signal(number, handle)
-    try:
-        yield stop
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)

@@ -119,7 +119,7 @@ def check_folder(config: Config) -> None:
         )
 
 
-def check_data(output: str, recorded: str, fingerprint: str) -> None:
+def check_data(output: files.PathLike, recorded: str, fingerprint: str) -> None:
     """Checks that a checkpoint of the run folder `output` was trained on the data that are there now.
 
     Args:

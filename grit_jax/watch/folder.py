@@ -1,8 +1,15 @@
-"""Names of what a run leaves in its folder, beside the lock of `watch.lock`."""
+"""What a run leaves in its folder, beside the lock of `watch.lock`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from grit_jax import files
 
 CONFIG = "config.yaml"
 CHECKPOINTS = "checkpoints"
 PARAMS = "params"
+DAMAGED = "damaged"
 METRICS = "metrics.jsonl"
 GOODPUT = "goodput.jsonl"
 BAD_BATCHES = "bad_batches.jsonl"
@@ -10,7 +17,23 @@ PROFILE = "profile"
 TENSORBOARD = "tensorboard"
 PLOT = "plot.png"
 
+_COMMITTED = "commit_success.txt"  # what Orbax writes last in a bucket; on a disk it renames the folder
+
 
 def stacks(process: int) -> str:
     """The file for the stacks of a process that hangs."""
     return f"stacks-{process}.txt"
+
+
+def is_complete(checkpoint: files.PathLike) -> bool:
+    """Whether there is a checkpoint that was written to its end; it is not opened, and may be damaged since."""
+    if files.is_bucket(checkpoint):
+        return _COMMITTED in files.names(checkpoint)
+    return files.is_folder(checkpoint)
+
+
+def checkpoint_steps(folder: files.PathLike) -> Iterator[int]:
+    """Steps with a complete checkpoint in a folder of checkpoints, the newest first, looked for one at a time."""
+    for step in sorted((int(name) for name in files.names(folder) if name.isdigit()), reverse=True):
+        if is_complete(files.join(folder, str(step))):
+            yield step

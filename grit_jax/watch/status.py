@@ -20,7 +20,6 @@ RECENT = 20  # steps whose mean is shown
 _RECENT_OF_FILE = 5  # of its losses, which are further apart
 _PACE = 50  # steps whose pace tells the time left
 _SILENT_SECONDS = 120.0  # without a step that are worth a word
-_COMMITTED = "commit_success.txt"  # a bucket has no renaming: Orbax writes this last
 _HEALTH = ("alignment", "uniformity", "mean_cosine", "effective_rank")
 
 
@@ -99,11 +98,7 @@ def read_status(path: files.PathLike) -> Status:
 
 def last_checkpoint(path: files.PathLike) -> int | None:
     """Step of the newest complete checkpoint of a run folder; opens none of them."""
-    checkpoints = files.join(path, folder.CHECKPOINTS)
-    for step in sorted((int(name) for name in files.names(checkpoints) if name.isdigit()), reverse=True):
-        if not files.is_bucket(path) or _COMMITTED in files.names(files.join(checkpoints, str(step))):
-            return step
-    return None
+    return next(folder.checkpoint_steps(files.join(path, folder.CHECKPOINTS)), None)
 
 
 def as_lines(status: Status) -> Iterator[str]:

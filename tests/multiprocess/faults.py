@@ -27,18 +27,18 @@ STEPS, EVERY, DEVICES = 8, 2, 4
 SILENCE = 10  # distributed.timeout_seconds
 LIMIT = 60  # seconds in which the others must have ended after one is gone
 START = 300  # seconds for a run on a slow machine
-FAULTS = ("kill", "kill while saving", "sigterm", "damage", "full disk", "stall")
+FAULTS = ("kill", "kill while saving", "sigterm", "damage", "full disk", "stall", "stop below damage")
 
 
 class Job:
-    """The processes of one run, started together."""
+    """The processes of one run, started together, with `settings` of its own."""
 
-    def __init__(self, data, output, num_processes):
+    def __init__(self, data, output, num_processes, settings=()):
         address = launch.free_address()
         options = [
             ROOT / "configs/tiny.yaml", *TINY, f"--data.train={data}", f"--train.output={output}",
             f"--train.steps={STEPS}", f"--checkpoint.every={EVERY}", f"--checkpoint.timeout_seconds={LIMIT // 2}",
-            "--logging.every=1",
+            "--logging.every=1", *settings,
         ]  # fmt: skip
         self.output, self.processes = Path(output), []
         for index in range(num_processes):
@@ -91,10 +91,35 @@ class Job:
             process.wait()
 
 
-def checkpoint_steps(output):
+def checkpoint_steps(output, kind="checkpoints"):
     """Steps whose checkpoint is committed, ascending."""
-    folder = Path(output) / "checkpoints"
-    return sorted(int(child.name) for child in folder.glob("*") if child.name.isdigit())
+    return sorted(int(child.name) for child in (Path(output) / kind).glob("*") if child.name.isdigit())
+
+
+def saving(draw):
+    """Settings of what is saved beside the newest; they may differ from start to start."""
+    choices = {
+        "params_every": ["null", 1, 3],
+        "keep_every": ["null", 4],
+        "keep_best": [0, 1],
+    }
+    settings = {name: draw.choice(values) for name, values in choices.items()}
+    best = ["--checkpoint.best_metric=loss"] if settings["keep_best"] else []
+    return settings, [*(f"--checkpoint.{name}={value}" for name, value in settings.items()), *best]
+
+
+def kept_parameters(output):
+    """Which files the complete checkpoints of `params/` consist of."""
+    folders = [Path(output) / f"params/{step}" for step in checkpoint_steps(output, "params")]
+    return {file: file.stat().st_ino for folder in folders for file in folder.rglob("*") if file.is_file()}
+
+
+def damage_newest(output):
+    """Truncates the files of the newest checkpoint, if there is one."""
+    for step in checkpoint_steps(output)[-1:]:
+        for file in (output / f"checkpoints/{step}").rglob("*"):
+            if file.is_file():
+                os.truncate(file, file.stat().st_size // 2)
 
 
 def disturb(job, fault, draw):
@@ -110,7 +135,7 @@ def disturb(job, fault, draw):
             victim.kill()
         elif fault == "sigterm":
             victim.terminate()
-        elif fault == "damage":
+        elif "damage" in fault:
             job.kill()
         elif fault == "full disk":
             for process in draw.choice([job.processes, [victim]]):
@@ -127,11 +152,16 @@ def disturb(job, fault, draw):
     codes = job.ended(START if fault in ("sigterm", "full disk") else LIMIT)
     if fault == "sigterm":
         assert set(codes) in ({75}, {0}), f"{codes}\n{job.text()[-4000:]}"
-    if fault == "damage" and checkpoint_steps(job.output):
-        newest = job.output / "checkpoints" / str(checkpoint_steps(job.output)[-1])
-        for file in newest.rglob("*"):
-            if file.is_file():
-                os.truncate(file, file.stat().st_size // 2)
+    if "damage" in fault:
+        damage_newest(job.output)
+
+
+def stop_below_damage(job, draw):
+    """Stops a run that has passed over a damaged checkpoint before it saves that step again."""
+    job.until(lambda: "passed over" in job.text())
+    draw.choice(job.processes).terminate()
+    codes = job.ended(START)
+    assert set(codes) in ({75}, {0}, {2}), f"{codes}\n{job.text()[-4000:]}"
 
 
 def weights(output):
@@ -159,29 +189,38 @@ def trial(seed, folder):
     after = draw.choice([before, before, before // 2])
     expected = undisturbed(folder, before)
     output = folder / f"trial-{seed}"
-    job = Job(folder / "data", output, before)
+    job = Job(folder / "data", output, before, saving(draw)[1])
     try:
         disturb(job, fault, draw)
     finally:
         job.kill()
-    committed = checkpoint_steps(output)
-    if fault == "damage":
-        committed = committed[:-1]
-    again = Job(folder / "data", output, after)
-    if fault == "damage" and not committed and checkpoint_steps(output):
+    committed, damaged = checkpoint_steps(output), []
+    if "damage" in fault:
+        committed, damaged = committed[:-1], committed[-1:]
+    if fault == "stop below damage" and committed:
+        stop_below_damage(Job(folder / "data", output, before, saving(draw)[1]), draw)
+        committed = checkpoint_steps(output)
+    parameters, (settings, options) = kept_parameters(output), saving(draw)
+    again = Job(folder / "data", output, after, options)
+    if damaged and not committed:
         assert set(again.ended(START)) == {2}, again.text()[-4000:]
         return f"{fault}, {before} processes: the only checkpoint was damaged, which was said"
     assert again.ended(START) == [0] * after, again.text()[-4000:]
     resumed = re.findall(r"resumed from step (\d+)", again.text())
     if committed and committed[-1] < STEPS:
         assert int(resumed[-1]) == committed[-1], f"{resumed} of {committed}"
+    assert checkpoint_steps(output, "damaged/checkpoints") == damaged
+    assert kept_parameters(output).items() >= parameters.items(), "parameters were lost or written again"
+    if settings["keep_every"] != "null":
+        assert {step for step in committed if step % settings["keep_every"] == 0} <= set(checkpoint_steps(output))
     found = weights(output)
     for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         if before == after:
             assert np.array_equal(ours, theirs)
         else:
             assert np.allclose(ours, theirs, rtol=1e-4, atol=1e-6)
-    return f"{fault}, {before} processes, then {after} from step {committed[-1] if committed else 0}"
+    start = committed[-1] if committed else 0
+    return f"{fault}, {before} processes, then {after} from step {start} with {settings}"
 
 
 def main():

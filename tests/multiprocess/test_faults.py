@@ -16,6 +16,6 @@ def test_a_disturbed_run_ends_with_the_weights_of_an_undisturbed_one(folder, see
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("seed", [2, 3, 4, *range(100, 150)])
+@pytest.mark.parametrize("seed", [2, 3, 4, 6, *range(100, 150)])
 def test_many_disturbed_runs_end_with_the_weights_of_undisturbed_ones(folder, seed):
     faults.trial(seed, folder)

@@ -1,0 +1,112 @@
+"""What a run does with the checkpoints that it finds: it goes on from the newest good one, and keeps the others."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from grit_jax import distributed, files
+from grit_jax.checkpoint import Checkpoints, DamagedCheckpointError
+from grit_jax.config import InputError
+from grit_jax.train.resolve import check_data
+from grit_jax.train.state import TrainState
+from grit_jax.watch import folder
+
+
+class Restored(NamedTuple):
+    """Where a run goes on.
+
+    Attributes:
+      state: The newest state that can be read; None for a new run.
+      damaged: What is wrong with each newer one, by its step, in this process or another.
+    """
+
+    state: TrainState | None
+    damaged: dict[int, str]
+
+
+def newest_state(output: files.PathLike, abstract: TrainState, fingerprint: str) -> Restored:
+    """The newest state of a run folder that every process can read.
+
+    Args:
+      output: The run folder.
+      abstract: Shapes and shardings of the state.
+      fingerprint: Of the data, `Pipeline.fingerprint`.
+
+    Raises:
+      InputError: No checkpoint can be read, the data have changed, or processes see different checkpoints.
+    """
+    checkpoints = Checkpoints(files.join(output, folder.CHECKPOINTS), read_only=True)
+    steps, damaged = checkpoints.steps(), {}
+    distributed.require_same({"the list of checkpoints in train.output, which all hosts must share,": str(steps)})
+    for step in reversed(steps):
+        state, problem = None, ""
+        try:
+            state = _read(checkpoints, step, abstract, fingerprint)
+        except DamagedCheckpointError as error:
+            problem = str(error)
+        problems = [text for text in distributed.gathered_texts(problem) if text]
+        if not problems:
+            return Restored(state, damaged)
+        damaged[step] = problem or problems[0]
+    if damaged:
+        raise InputError(f"{'; '.join(damaged.values())}; no checkpoint can be read: start again in another folder")
+    return Restored(None, damaged)
+
+
+def _read(checkpoints: Checkpoints, step: int, abstract: TrainState, fingerprint: str) -> TrainState:
+    check_data(checkpoints.folder.parent, checkpoints.metadata(step).data["fingerprint"], fingerprint)
+    params, opt_state = checkpoints.restore(step, abstract.params, abstract.opt_state)
+    return TrainState(jax.device_put(np.int32(step), abstract.step.sharding), params, opt_state)
+
+
+def set_aside_damaged(output: files.PathLike, start: int, damaged: Mapping[int, str]) -> list[str]:
+    """Moves damaged checkpoints of steps that will be done again to `damaged/`, so that these can be saved again.
+
+    To be called by one process, which holds the folder's lock. Checkpoints in `params/` that can be opened stay: a step
+    that is done again has the same parameters.
+
+    Args:
+      output: The run folder.
+      start: The step that the run goes on from.
+      damaged: `Restored.damaged`.
+
+    Returns:
+      What was found, and where it is now, one line each.
+
+    Raises:
+      InputError: Another process has saved since this one looked for the newest checkpoint.
+    """
+    newer = _steps_after(start, files.join(output, folder.CHECKPOINTS))
+    if unknown := [step for step in newer if step not in damaged]:
+        raise InputError(
+            f"{output}: another process saved step {unknown[-1]} while this one started from step {start}; "
+            "run the same command again"
+        )
+    found = [(folder.CHECKPOINTS, step, damaged[step]) for step in newer]
+    params = Checkpoints(files.join(output, folder.PARAMS), read_only=True)
+    for step in _steps_after(start, params.folder):
+        try:
+            params.metadata(step)
+        except DamagedCheckpointError as error:
+            found.append((folder.PARAMS, step, str(error)))
+    lines = []
+    for kind, step, problem in found:
+        target = _free_place(files.join(output, folder.DAMAGED, kind, str(step)))
+        files.move(files.join(output, kind, str(step)), target)
+        lines.append(f"passed over: {problem}; it is now {target}")
+    return lines
+
+
+def _steps_after(start: int, checkpoints: files.PathLike) -> list[int]:
+    return sorted(itertools.takewhile(lambda step: step > start, folder.checkpoint_steps(checkpoints)))
+
+
+def _free_place(path: str) -> str:
+    """`path`, or the first of `path-2`, `path-3`, ... where nothing is."""
+    places = itertools.chain([path], (f"{path}-{number}" for number in itertools.count(2)))
+    return next(place for place in places if not files.exists(place))
