@@ -18,8 +18,10 @@ run=$HOME/grit-jax/run # log, lock and exit code of the training on this host
 mkdir -p "$run"
 
 secrets() {
-  local pair secret
-  for pair in ${GRIT_SECRETS:-}; do
+  local - pair pairs secret
+  set +x # a trace would show the values
+  read -ra pairs <<<"${GRIT_SECRETS:-}"
+  for pair in "${pairs[@]}"; do
     secret=$(gcloud secrets versions access latest --secret="${pair#*=}")
     export "${pair%%=*}=$secret"
   done

@@ -4,11 +4,14 @@
 #
 # Nothing is remembered between two calls. Whether a pod is there is gcloud's to say; whether this project made it, its
 # label grit_run=NAME; what the run has done, its folder in the bucket; whether a host trains, a lock on that host.
+#
+# Messages never repeat an argument that may be a secret's value: neither that of --secret, nor a word out of place.
 set -euo pipefail
 if ((BASH_VERSINFO[0] < 5)); then echo "error: bash 5 or newer is needed, this is $BASH_VERSION" >&2 && exit 2; fi
 export CLOUDSDK_CORE_DISABLE_PROMPTS=1 # a question would wait for ever
 
-name='' zone='' project='' dry_run=0 connect_flags=() nodes=()
+name='' zone='' project='' dry_run=0 connect_flags=() nodes=() secrets=()
+bin=${GRIT_BIN:-${root:?}/.venv/bin}
 
 die() {
   echo "error: $*" >&2
@@ -21,10 +24,10 @@ say() { if ((!dry_run)); then printf '%(%H:%M:%S)T %s\n' -1 "$*" >&2; fi; }
 quoted() {
   local word line=''
   for word; do
-    [[ $word =~ ^[-A-Za-z0-9_./:=@,+%~]+$ ]] || word=${word@Q}
+    [[ $word =~ ^[-A-Za-z0-9_./:=@,+%]+$ ]] || word=${word@Q}
     line+="${line:+ }$word"
   done
-  echo "$line"
+  printf '%s\n' "$line"
 }
 
 # Takes "--key value" and "--key=value" apart, calls the script's own `option KEY`, which may read $value, and leaves
@@ -55,7 +58,7 @@ parse() {
         ;;
       -*) option "$key" ;;
       *)
-        [[ -z $name ]] || die "$key: one NAME is enough; see --help"
+        [[ -z $name ]] || die "there is a word too many: one NAME, then options; see --help"
         name=$key
         ;;
     esac
@@ -70,9 +73,54 @@ parse() {
 check_place() {
   [[ -n $name ]] || die "NAME is missing; see --help"
   [[ $name =~ ^[a-z]([-a-z0-9]{0,50}[a-z0-9])?$ ]] ||
-    die "NAME $name: lower-case letters, digits and hyphens, from a letter on, at most 52"
+    die "NAME begins with a letter and has lower-case letters, digits and hyphens, at most 52; see --help"
   [[ -n $zone ]] || die "--zone is missing: where NAME is, such as us-east5-a"
   common=(--zone="$zone" ${project:+--project="$project"})
+  if ((!dry_run)) && ! command -v gcloud >/dev/null; then
+    die "gcloud is not installed: https://cloud.google.com/sdk/docs/install"
+  fi
+}
+
+# Checks --config and --bucket, and that there is a program to read the config with.
+# shellcheck disable=SC2154 # the scripts that call this have them
+check_config() {
+  [[ -n $config ]] || die "--config is missing; see --help"
+  [[ -n $bucket ]] || die "--bucket is missing; see --help"
+  [[ $bucket == gs://?* ]] || die "--bucket $bucket must start with gs://"
+  [[ -x $bin/python ]] || die "$bin/python is not there; make install brings it"
+  if [[ $config == -* ]]; then config=./$config; fi
+}
+
+# Checks the pairs of --secret. The commands that carry them are printed, and stand in the lists of processes of this
+# machine and of the hosts: what may be a value goes no further than this.
+check_secrets() {
+  local pair word wanted='--secret takes VARIABLE=NAME, NAME being that of a secret in Secret Manager'
+  for pair in "${secrets[@]}"; do
+    [[ $pair =~ ^[A-Za-z_][A-Za-z0-9_]*=[A-Za-z0-9_-]{1,255}$ ]] || die "$wanted; what was given is not shown"
+    for word in "${pair%%=*}" "${pair#*=}"; do
+      if looks_secret "$word"; then
+        die "$wanted; what was given looks like a value and is not shown. Put it into Secret Manager (docs/pods.md)," \
+          "under a name that looks like none, such as hf-token"
+      fi
+    done
+  done
+}
+
+# Whether a word is rather a secret than the name of one: begun as tokens are, or long and without a pause.
+looks_secret() {
+  [[ $1 =~ ^(hf_|sk-|gh[a-z]_|github_pat_|glpat-|xox[a-z]-|AKIA|AIza|ya29|wandb_v1_) ]] ||
+    [[ $1 =~ [A-Za-z0-9]{24} && $1 =~ [0-9] ]]
+}
+
+# Whether a word is a number that arithmetic takes for what it says: 08 is no number to bash, and more digits overflow.
+is_count() { [[ $1 =~ ^(0|[1-9][0-9]{0,8})$ ]]; }
+
+# Leaves in $paths what launch/prepare.sh brings for the config, such as data/medi2; ends the script when the config is
+# refused. Each path ends with a NUL: it may hold anything else.
+# shellcheck disable=SC2034,SC2154 # paths is for the scripts; they have set config
+find_paths() {
+  mapfile -d '' -t paths < <("$bin/python" "$root/launch/config.py" --fetched "$config" "${rest[@]}")
+  wait "$!" || exit
 }
 
 needs_value() {
@@ -83,13 +131,15 @@ needs_value() {
 # Prints a command as it can be typed: to stdout in a dry run, else to stderr.
 show() { echo "+ $(quoted "$@")" >&3; }
 
-# Shows and runs a command of gcloud. 1 is a failure that may pass, 2 one that will not: a name, a permission, a flag.
+# Shows and runs a command of gcloud. 1 is a failure that may pass, 2 one that will not: nobody is logged in, a permission
+# is missing, or a name or a flag is wrong. What gcloud says comes first, then what to do about it.
 try() {
   if ((!dry_run)); then show "$@"; fi
   quietly "$@"
 }
 
-# The same, shown in a dry run only: for questions that are asked again and again.
+# The same, shown in a dry run only: for questions that are asked again and again. The answer to what is not there is
+# empty, so that it cannot be taken for a failure, nor a failure for it.
 quietly() {
   local errors code=0
   if ((dry_run)); then
@@ -98,15 +148,34 @@ quietly() {
   fi
   { errors=$("$@" 2>&1 >&4) || code=$?; } 4>&1
   if ((code == 0)); then return 0; fi
-  echo "$errors" >&2
+  if [[ "$errors $*" == *"matched no objects"*" storage ls "* ]]; then return 0; fi
+  printf '%s\n' "$errors" >&2
   case "$errors $*" in
+    *" tpu-vm ssh "*) ;; # mostly the words of what ran on the host
     *ALREADY_EXISTS*" create "* | *"already exists"*" create "*) return 0 ;; # by a call whose answer was lost
     *NOT_FOUND*" delete "*) return 0 ;;
-    *PERMISSION_DENIED* | *"ermission denied"* | *"not have permission"* | *UNAUTHENTICATED* | *"active account"* | \
-      *INVALID_ARGUMENT* | *NOT_FOUND* | *"unrecognized arguments"* | *"Invalid choice"*) return 2 ;;
+    # Before the login: where a token cannot be renewed for want of a network, gcloud says to log in, too.
+    *"Max retries exceeded"* | *"Failed to resolve"* | *"network connectivity"* | *"onnection refused"* | \
+      *"onnection reset"* | *"onnection aborted"* | *"timed out"*)
+      echo "gcloud does not reach Google from this machine; that may pass" >&2
+      ;;
+    *"active account"* | *"gcloud auth login"* | *UNAUTHENTICATED* | *"HTTPError 401"* | *"nvalid Credentials"*)
+      echo "error: nobody is logged in to gcloud on this machine, or no longer: gcloud auth login" >&2
+      return 2
+      ;;
+    *PERMISSION_DENIED* | *"ermission denied"* | *"not have permission"* | *"HTTPError 403"*)
+      echo "error: the account of gcloud may not do this, or nothing has that name, which Google answers in the same" \
+        "way: docs/pods.md has the roles, gcloud auth list the account" >&2
+      return 2
+      ;;
+    *INVALID_ARGUMENT* | *NOT_FOUND* | *"not found: 404"* | *"unrecognized arguments"* | *"Invalid choice"* | \
+      *"Error parsing ["* | *"property ["*"is not currently set"*) return 2 ;;
   esac
   return 1
 }
+
+# What is at a gs:// address, one a line; nothing where nothing is.
+listed() { quietly gcloud storage ls "$1"; }
 
 # STATE,OWNER,TYPE of the queued resource NAME; nothing when there is none. A list is asked for, not a
 # description: "there is none" is then an empty answer and cannot be taken for a failure of the network.
@@ -158,7 +227,7 @@ connect() {
 # The commit that hosts install, in $commit, and where it is put in the bucket, in $archive.
 # shellcheck disable=SC2154 # the scripts have set root and bucket
 find_source() {
-  commit=$(git -C "$root" rev-parse HEAD)
+  commit=$(git -C "$root" rev-parse HEAD) || die "$root is no clone with a commit; hosts install a commit: git clone"
   if [[ -n $(git -C "$root" status --porcelain --untracked-files=no) ]]; then
     die "there are changes that are not committed; hosts install a commit: commit or stash them"
   fi

@@ -15,6 +15,8 @@ usage: launch/pod.sh VERB NAME --zone ZONE [--project P] [--connect-flag=F ...] 
                    command as  bash -c 'ps aux | grep python'
   stop             lets the training save and end (exit code 75); the pod stays, at its price
   delete           deletes the pod; the bucket keeps the run
+
+  --dry-run        print every command and run none
 END
 }
 
@@ -25,7 +27,7 @@ case $verb in
     usage
     exit 0
     ;;
-  *) die "VERB is one of status, logs, ssh, stop, delete; see --help" ;;
+  *) die "VERB is one of status, logs, ssh, stop, delete; see launch/pod.sh --help" ;;
 esac
 
 worker=all node=all bucket=''
@@ -39,14 +41,12 @@ option() {
 }
 parse "$@"
 check_place
+[[ $worker =~ ^(all|[0-9]+([-,][0-9]+)*)$ ]] || die "--worker $worker: all, or numbers such as 0, 1,3 or 0-3"
+[[ $node == all ]] || is_count "$node" || die "--node is all or a number from 0"
 
-if ((dry_run)); then
-  list_nodes
-  found="$name,READY,HEALTHY,"
-else
-  found=$(list_nodes)
-fi
+found=$(list_nodes)
 mapfile -t nodes < <(cut -d, -f1 <<<"$found" | sed '/^$/d')
+if ((dry_run)); then nodes=("$name"); fi
 if [[ $verb != status && $verb != delete ]]; then
   ((${#nodes[@]})) || die "$name has no node in $zone; launch/pod.sh status $name --zone $zone says what there is"
 fi
@@ -57,14 +57,20 @@ case $verb in
     IFS=, read -r state owner type <<<"$asked"
     if [[ -n $state ]]; then echo "queued resource: $state, $type${owner:+, made by launch/run.sh}"; fi
     if [[ -n $found ]]; then sed 's/^/node: /; s/,/, /g' <<<"$found"; fi
-    if [[ -z $state$found ]]; then echo "no pod"; fi
-    if [[ -n $found ]]; then results || echo "not all hosts answer"; fi
-    if [[ -n $bucket ]]; then "${GRIT_BIN:-$root/.venv/bin}/grit-jax" status "$bucket/runs/$name"; fi
+    if [[ -z $state && ${#nodes[@]} == 0 ]]; then echo "no pod"; fi
+    if ((${#nodes[@]})); then results || echo "not all hosts answer"; fi
+    if [[ -n $bucket ]]; then
+      command=("$bin/grit-jax" status "$bucket/runs/$name")
+      if ((dry_run)); then show "${command[@]}"; else "${command[@]}"; fi
+    fi
     ;;
   logs) connect "${nodes[0]}" 0 "$(host follow)" ;;
   ssh)
     ((${#rest[@]})) || die "the command is missing: launch/pod.sh ssh NAME --zone ZONE -- COMMAND"
-    if [[ $node != all ]]; then nodes=("${nodes[$node]:?--node $node: there is none}"); fi
+    if [[ $node != all ]]; then
+      ((node < ${#nodes[@]} || dry_run)) || die "--node $node: $name has ${#nodes[@]}, counted from 0"
+      nodes=("${nodes[node]-$name-$node}")
+    fi
     code=0 pids=()
     for each in "${nodes[@]}"; do
       connect "$each" "$worker" "$(quoted "${rest[@]}")" &

@@ -25,7 +25,7 @@ be run again.
 END
 }
 
-config='' bucket='' options=() secrets=()
+config='' bucket='' options=()
 option() {
   case $1 in
     --config) needs_value "$1" && config=$value ;;
@@ -37,13 +37,18 @@ option() {
   esac
 }
 parse "$@"
-for key in config bucket; do [[ -n ${!key} ]] || die "--$key is missing; see --help"; done
-[[ $bucket == gs://?* ]] || die "--bucket $bucket must start with gs://"
-if [[ -n $name ]]; then check_place; fi
+check_secrets
+check_config
+if [[ -n $name ]]; then
+  check_place
+elif ((${#secrets[@]})); then
+  die "--secret is for a VM; on this machine set the environment variable itself"
+elif [[ -n $zone$project || ${#connect_flags[@]} != 0 ]]; then
+  die "--zone, --project and --connect-flag are for a VM, whose NAME is missing; see --help"
+fi
 
-bin=${GRIT_BIN:-$root/.venv/bin}
-paths=$("$bin/python" "$root/launch/config.py" --fetched "$config" "${rest[@]}")
-[[ -n $paths ]] || die "$config names no path models/... or data/..., so there is nothing to fetch"
+find_paths
+((${#paths[@]})) || die "$config names no path models/... or data/..., so there is nothing to fetch"
 
 # The arguments of `grit-jax fetch` for a path, in $fetch.
 fetch_for() {
@@ -55,7 +60,7 @@ fetch_for() {
 }
 
 if [[ -z $name ]]; then
-  for path in $paths; do
+  for path in "${paths[@]}"; do
     fetch_for "$path"
     # On the CPU, whose memory is the larger one.
     command=(env JAX_PLATFORMS=cpu "$bin/grit-jax" fetch "${fetch[@]}")
@@ -68,7 +73,7 @@ fi
 find_source
 upload_source
 work="$(unpack_source) && $(host install '')"
-for path in $paths; do
+for path in "${paths[@]}"; do
   fetch_for "$path"
   work+=" && env $(quoted GRIT_SECRETS="${secrets[*]}") $(host fetch "${fetch[@]}")"
 done

@@ -29,15 +29,15 @@ usage: launch/run.sh NAME --type TYPE --zone ZONE --config FILE --bucket gs://BU
   --poll SECONDS   pause between two looks at what is being created (30)
   --no-plan        do not compile the step first to see whether it fits
   --keep           leave the pod when the run has ended, at its price
-  --dry-run        print every command and run none
+  --dry-run        print every command and run none; of the config and its step all is checked that takes seconds
 
 Exit codes: 0 done, 2 something to correct (never tried again), 3 the plan does not fit, 75 stopped with
-`launch/pod.sh stop`, 1 given up. Interrupting this script leaves the pod and the training as they are; the same command
-goes on with them.
+`launch/pod.sh stop`, 1 given up, or Google was not reached before anything was created. Interrupting this script leaves
+the pod and the training as they are; the same command goes on with them.
 END
 }
 
-type='' config='' bucket='' slices=1 spot=0 flex='' plain=0 runtime='' create_flags=() extras=tpu secrets=()
+type='' config='' bucket='' slices=1 spot=0 flex='' plain=0 runtime='' create_flags=() extras=tpu
 retries=10 wait=30 poll=30 plan=1 keep=0
 option() {
   case $1 in
@@ -61,17 +61,15 @@ option() {
   esac
 }
 parse "$@"
+check_secrets
 check_place
+check_config
 
-for key in type config bucket; do [[ -n ${!key} ]] || die "--$key is missing; see --help"; done
-for key in slices retries wait poll; do [[ ${!key} =~ ^[0-9]+$ ]] || die "--$key ${!key} is not a whole number"; done
+[[ -n $type ]] || die "--type is missing; see --help"
+for key in slices retries wait poll; do is_count "${!key}" || die "--$key ${!key} is not a whole number"; done
 ((slices >= 1)) || die "--slices $slices: at least 1"
-[[ $bucket == gs://?* ]] || die "--bucket $bucket must start with gs://"
 [[ -z $flex || $spot == 0 ]] || die "--spot and --flex: a pod is one or the other"
 if ((plain)) && [[ $slices != 1 || -n $flex ]]; then die "--tpu-vm: slices and flex-start need a queued resource"; fi
-for pair in "${secrets[@]}"; do
-  [[ $pair =~ ^[A-Za-z_][A-Za-z0-9_]*=[A-Za-z0-9_-]+$ ]] || die "--secret $pair: VARIABLE=NAME_OF_SECRET is wanted"
-done
 type=${type/#v5e-/v5litepod-} # the name that gcloud knows
 if [[ -z $runtime ]]; then
   case $type in # https://cloud.google.com/tpu/docs/runtimes
@@ -84,7 +82,6 @@ if [[ -z $runtime ]]; then
   esac
 fi
 
-bin=${GRIT_BIN:-$root/.venv/bin}
 folder=$bucket/runs/$name
 find_source
 uploaded_config=$bucket/launch/$name/config.yaml
@@ -120,7 +117,7 @@ failed() {
   local pause step
   if (($1 == 2)); then finish 2 "$2; trying again would not help"; fi
   # Whoever makes progress is not failing: a run that is preempted every hour goes on for as long as it takes.
-  step=$(newest_step)
+  step=$(newest_step) || step=$newest
   if ((step > newest)); then newest=$step failures=0; fi
   failures=$((failures + 1))
   if ((failures > retries)); then finish 1 "$2; given up after $failures failures without a new checkpoint"; fi
@@ -131,11 +128,12 @@ failed() {
   return 1
 }
 
-# Step of the newest checkpoint in the bucket, 0 without one.
+# Step of the newest checkpoint in the bucket, 0 without one; fails when the bucket cannot be asked.
 newest_step() {
-  local step
-  step=$(gcloud storage ls "$folder/checkpoints/" 2>/dev/null | sed -n 's#.*/\([0-9]\+\)/$#\1#p' | sort -n | tail -n 1) || true
-  echo "${step:-0}"
+  local found step
+  found=$(listed "$folder/checkpoints/") || return
+  step=$(sed -n 's#.*/\([0-9]\+\)/$#\1#p' <<<"$found" | sort -n | tail -n 1)
+  echo "$((10#${step:-0}))"
 }
 
 # --- the pod ----------------------------------------------------------------------------------------------------------
@@ -310,13 +308,17 @@ train() {
 
 # --- the whole of it --------------------------------------------------------------------------------------------------
 
+# Reading the config asks and changes nothing, so a dry run does it too: what is refused here, is refused there.
 show "${make_config[@]}"
-if ((!dry_run)); then resolved=$("${make_config[@]}"); fi
+resolved=$("${make_config[@]}")
 # What launch/prepare.sh brings has to be there before anything is rented.
-fetched=$("$bin/python" "$root/launch/config.py" --fetched "$config" "${rest[@]}")
-for path in $fetched; do
-  quietly gcloud storage ls "$bucket/$path/fetch.json" >/dev/null ||
-    die "$bucket/$path/fetch.json is not there: launch/prepare.sh --config $config --bucket $bucket brings it"
+find_paths
+for path in "${paths[@]}"; do
+  found=$(listed "$bucket/$path/fetch.json")
+  [[ -n $found || $dry_run == 1 ]] ||
+    die "$bucket/$path/fetch.json is not there: launch/prepare.sh --config $(quoted "$config") --bucket" \
+      "$(quoted "$bucket") brings it from the Hugging Face Hub; data of your own are copied to a folder of another name," \
+      "and named by their gs:// address"
 done
 
 found=$(look)
@@ -325,7 +327,11 @@ if [[ -z $found ]] && ((plan)); then
   command=(env LIBTPU_INIT_ARGS="$compiler_flags" "$bin/grit-jax" plan "$config" --topology "$type" --slices "$slices")
   show "${command[@]}" "${rest[@]}"
   code=0
-  if ((!dry_run)); then "${command[@]}" "${rest[@]}" || code=$?; fi
+  if ((dry_run)); then
+    "${command[@]}" --no-compile "${rest[@]}" >&2 || code=$?
+  else
+    "${command[@]}" "${rest[@]}" || code=$?
+  fi
   if ((code == 3)); then echo "error: $config does not fit $slices x $type; nothing was created" >&2; fi
   if ((code)); then exit "$code"; fi
 fi

@@ -16,6 +16,7 @@ EXAMPLES = """\
   grit-jax plan configs/gritlm_7b_v5p_128.yaml --topology v5p-128 --slices 2 --fill 0.6 --json
   grit-jax plan configs/gritlm_7b_v5p_128.yaml --topology v5p-128 --data data/medi2 --model.tokenizer=tokenizer.model
   grit-jax plan configs/gritlm_7b_v5p_128.yaml --topology v5litepod-256 --search
+  grit-jax plan configs/gritlm_7b_v5p_128.yaml --topology v5p-256 --no-compile
 """
 TAKES_OVERRIDES = True
 
@@ -33,8 +34,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     texts.add_argument("--data", metavar="PATH", help="texts have the lengths of this data, a folder in GRIT's format")
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
-    parser.add_argument(
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument(
         "--search", action="store_true", help="rank chunks, rematerialisation and meshes, and compile the best few"
+    )
+    how.add_argument(
+        "--no-compile", action="store_true", help="check in seconds that topology, mesh, batch and model fit together"
     )
     parser.add_argument(
         "--compile", type=int, default=3, metavar="N", help="programs that --search compiles (%(default)s)"
@@ -48,6 +53,7 @@ def run(args: argparse.Namespace) -> int:
     refuse_not_positive(args, "compile")
     config = load_config(args.config, args.overrides)
 
+    from grit_jax.plan import outline
     from grit_jax.plan.program import make_plan, planned_config
     from grit_jax.plan.report import as_json, as_lines
     from grit_jax.plan.topology import parse_topology
@@ -58,6 +64,10 @@ def run(args: argparse.Namespace) -> int:
     if args.data:
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, train=args.data))
     lengths = lengths_of_data(config) if args.data else lengths_at_limits(config, args.fill)
+    if args.no_compile:
+        found = outline.make_outline(config, topology, lengths)
+        print(json.dumps(outline.as_json(found)) if args.json else "\n".join(outline.as_lines(found)))
+        return 0 if found.may_fit else _DOES_NOT_FIT
     report = {}
     if args.search:
         from grit_jax.plan.search import search

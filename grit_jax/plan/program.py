@@ -21,6 +21,7 @@ from grit_jax.model.transformer import abstract_model, abstract_params
 from grit_jax.plan.cost import Cost, estimate
 from grit_jax.plan.topology import Topology, devices
 from grit_jax.plan.work import Lengths, Work, planned_work
+from grit_jax.train.resolve import resolve_architecture, resolve_tokenizer
 from grit_jax.train.setup import row_multiples, set_up
 
 
@@ -76,21 +77,34 @@ class Plan:
 
 
 def planned_config(config: Config) -> Config:
-    """The config with its architecture resolved; `model.init` is read only where `model.architecture` is left out.
+    """The config with its architecture resolved, as training resolves it.
+
+    Model and tokenizer are read only where `model.architecture` leaves something open, such as its `vocab_size`.
 
     Raises:
-      InputError: Neither says what is trained.
+      InputError: They cannot be read, or are not of that architecture.
     """
     architecture = config.model.architecture
-    if config.model.init and architecture == TransformerConfig():
-        architecture = open_model(config.model.init).architecture
-    if not architecture.vocab_size:
-        raise InputError(
-            "model.architecture.vocab_size is missing: planning reads no tokenizer; give it, or a model.init that is "
-            "on this machine"
-        )
-    resolved = architecture.resolve(architecture.vocab_size)
+    if architecture.vocab_size:
+        resolved = architecture.resolve(architecture.vocab_size)
+    else:
+        try:
+            pretrained = open_model(config.model.init) if config.model.init else None
+            resolved = resolve_architecture(config, pretrained, resolve_tokenizer(config, pretrained))
+        except InputError as error:
+            raise InputError(
+                f"{error}; with model.architecture.vocab_size neither model nor tokenizer is read"
+            ) from error
     return dataclasses.replace(config, model=dataclasses.replace(config.model, architecture=resolved))
+
+
+def planned_mesh(config: Config, topology: Topology) -> jax.sharding.Mesh:
+    """The config's mesh of a topology's devices.
+
+    Raises:
+      InputError: libtpu is missing, or the mesh has another number of devices.
+    """
+    return sharding.make_mesh(config.mesh, devices(topology))
 
 
 def make_plan(config: Config, topology: Topology, lengths: Lengths) -> Plan:
@@ -104,7 +118,7 @@ def make_plan(config: Config, topology: Topology, lengths: Lengths) -> Plan:
     Raises:
       InputError: libtpu is missing, or the config does not fit the mesh.
     """
-    mesh = sharding.make_mesh(config.mesh, devices(topology))
+    mesh = planned_mesh(config, topology)
     work = planned_work(config, row_multiples(config, mesh), lengths)
     lowered = _lower(config, mesh, work)
     architecture, width = config.model.architecture, config.model.embedding.projection_dim
@@ -154,7 +168,7 @@ def _expert_fill(architecture: TransformerConfig, mesh: jax.sharding.Mesh) -> fl
 
 def lower_step(config: Config, topology: Topology, lengths: Lengths) -> jax.stages.Lowered:
     """The step, ready to be compiled for the topology; arguments and errors as those of `make_plan`."""
-    mesh = sharding.make_mesh(config.mesh, devices(topology))
+    mesh = planned_mesh(config, topology)
     return _lower(config, mesh, planned_work(config, row_multiples(config, mesh), lengths))
 
 

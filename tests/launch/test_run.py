@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import time
 
@@ -11,9 +12,14 @@ import pytest
 import yaml
 
 from tests.launch.cloud import Cloud, make_repository
+from tests.runs import ROOT
 
 CREATE = ("compute", "tpus", "queued-resources", "create")
 DELETE = ("compute", "tpus", "queued-resources", "delete")
+# What gcloud says, from its sources, and what the scripts add.
+AGAIN = "Please run:\n\n  $ gcloud auth login\n\nto obtain new credentials."
+NETWORK = "HTTPSConnectionPool(host='tpu.googleapis.com', port=443): Max retries exceeded with url: /v2 (Caused by ...)"
+LOGIN, ROLES = "nobody is logged in to gcloud on this machine", "docs/pods.md has the roles"
 
 
 def trainings(cloud):
@@ -103,21 +109,45 @@ def test_a_connection_that_breaks_is_made_again(cloud):
 
 
 @pytest.mark.parametrize(
-    ("match", "message"),
+    ("match", "message", "remedy"),
     [
-        ("list", "PERMISSION_DENIED: Permission 'tpu.nodes.list' denied on 'projects/p/locations/us-east5-a'"),
-        ("list", "Permission denied on 'locations/us-east55-a' (or it may not exist)."),  # a wrong zone
-        ("queued-resources create", "INVALID_ARGUMENT: Accelerator v5p-8 is not available in zone us-east5-a"),
-        ("list", "You do not currently have an active account selected."),
+        ("list", "PERMISSION_DENIED: Permission 'tpu.nodes.list' denied on 'projects/p/locations/us-east5-a'", ROLES),
+        ("list", "Permission denied on 'locations/us-east55-a' (or it may not exist).", ROLES),  # a wrong zone
+        ("queued-resources create", "INVALID_ARGUMENT: Accelerator v5p-8 is not available in zone us-east5-a", ""),
+        ("list", "You do not currently have an active account selected.", LOGIN),
+        ("list", "There was a problem refreshing your current auth tokens: Reauthentication failed.\n" + AGAIN, LOGIN),
+        ("list", "The required property [project] is not currently set.", ""),
+        ("storage cp", "gs://b not found: 404.", ""),
+        ("storage cp", "[me@x] does not have permission to access b instance [b] (or it may not exist)", ROLES),
     ],
 )
-def test_what_trying_again_does_not_help_ends_at_once(cloud, match, message):
+def test_what_trying_again_does_not_help_ends_at_once_with_what_to_do(cloud, match, message, remedy):
     cloud.plan(faults=[{"match": match, "times": 9, "message": message}])
     code, output = cloud.run()
-    assert code == 2, output
+    assert (code, remedy in output) == (2, True), output
     assert output.count(message) == 1
     assert not trainings(cloud)
     assert not cloud.calls(*DELETE)
+
+
+@pytest.mark.parametrize(
+    "message", [NETWORK, f"There was a problem refreshing your current auth tokens: {NETWORK}\n{AGAIN}"]
+)
+def test_a_network_that_is_away_before_anything_is_created_is_not_a_mistake(cloud, message):
+    cloud.plan(faults=[{"match": "list", "times": 1, "message": message}])
+    code, output = cloud.run()
+    assert (code, "gcloud does not reach Google" in output, LOGIN in output) == (1, True, False), output
+    assert cloud.run()[0] == 0
+
+
+def test_a_bucket_that_cannot_be_asked_for_checkpoints_is_no_progress(cloud):
+    cloud.trainings("70 4", 70, 70, 70)
+    cloud.plan(faults=[{"match": "storage ls .*checkpoints", "times": 1, "message": NETWORK}])
+    code, output = cloud.run("--retries=2")
+    assert code == 1, output
+    # The first failure learns nothing of step 4, the second finds it and begins the count again.
+    assert output.count("failure 1 of") == 2
+    assert len(trainings(cloud)) == 4
 
 
 def test_what_the_plan_says_does_not_fit_is_not_created(cloud):
@@ -271,10 +301,11 @@ def test_blanks_and_quotes_survive(cloud):
     assert not any("value of" in word for call in cloud.calls() for word in call)
 
 
-def test_a_dry_run_prints_every_command_and_runs_none(cloud):
+def test_a_dry_run_prints_every_command_and_runs_none_of_them(cloud):
     code, output = cloud.run("--slices=2", "--dry-run")
     assert code == 0, output
     assert cloud.calls() == []
+    assert not (cloud.home / "bucket").exists()
     lines = output.splitlines()
     assert all(line.startswith("+ ") for line in lines)
     words = [shlex.split(line[2:]) for line in lines]
@@ -311,8 +342,9 @@ def test_a_dry_run_prints_every_command_and_runs_none(cloud):
         (["--tpu-vm", "--slices=2"], "slices and flex-start need a queued resource"),
         (["--type=v7x-8"], "see docs/launch-xpk.md"),
         (["--bucket=b"], "must start with gs://"),
-        (["--secret=HF_TOKEN"], "VARIABLE=NAME_OF_SECRET is wanted"),
-        (["other"], "one NAME is enough"),
+        (["other"], "one NAME, then options"),
+        (["--slices=08"], "--slices 08 is not a whole number"),
+        (["--retries=99999999999999999999"], "is not a whole number"),
     ],
 )
 def test_wrong_options_are_refused(cloud, arguments, message):
@@ -326,12 +358,46 @@ def test_wrong_options_are_refused(cloud, arguments, message):
     [
         (["--train.step=3"], "did you mean 'train.steps'?"),
         (["--data.train=mine/medi2"], "data.train: mine/medi2 is on this machine, where no host can read it"),
+        ([f"--data.train={ROOT}/tests"], f"data.train: {ROOT}/tests is on this machine"),
+        (["--data.train=gs://b/data", "--data.validation=it's mine"], """--recursive 'it'"'"'s mine' gs://"""),
+        (["--data.train=gs://b/data", f"--model.init={ROOT}/tests"], f"model.init: {ROOT}/tests is on this machine"),
+        (
+            ["--data.train=gs://b/data", "--scorecard.suite=suite.yaml"],
+            "scorecard.suite: suite.yaml is on this machine",
+        ),
+        (["--train.steps=9"], "data.train is missing"),
     ],
 )
-def test_a_config_that_hosts_cannot_use_is_refused_before_anything_is_rented(cloud, overrides, message):
-    code, output = cloud.run("--", *overrides)
+@pytest.mark.parametrize("more", [[], ["--dry-run"]], ids=["", "dry run"])
+def test_a_config_that_hosts_cannot_use_is_refused_before_anything_is_rented(cloud, overrides, message, more):
+    code, output = cloud.run(*more, "--", *overrides)
     assert (code, message in output) == (2, True), output
     assert cloud.calls() == []
+
+
+def test_a_disk_that_only_hosts_have_is_named_by_its_absolute_path(cloud):
+    code, output = cloud.run("--dry-run", "--", "--data.train=/mnt/disks/of-hosts-alone")
+    assert code == 0, output
+
+
+@pytest.mark.parametrize(("plan_code", "more"), [(2, []), (3, ["--dry-run"]), (2, ["--dry-run"])])
+def test_what_the_plan_refuses_is_refused_in_a_dry_run_too(cloud, plan_code, more):
+    (cloud.home / "plan-code").write_text(str(plan_code))
+    code, output = cloud.run(*more)
+    assert code == plan_code, output
+    assert not cloud.calls(*CREATE)
+    assert ("--no-compile" in cloud.hosts_log()[-1]) == bool(more)
+
+
+def test_what_is_missing_on_the_machine_that_launches_is_named(cloud):
+    cloud.environment["GRIT_BIN"] = "/no/such/bin"
+    code, output = cloud.run()
+    assert (code, "/no/such/bin/python is not there; make install brings it" in output) == (2, True), output
+    cloud.environment |= {"GRIT_BIN": str(cloud.home / "launcher"), "PATH": "/usr/bin:/bin"}
+    (cloud.home / "bin/gcloud").unlink()
+    if shutil.which("gcloud", path="/usr/bin:/bin") is None:
+        code, output = cloud.run()
+        assert (code, "gcloud is not installed" in output) == (2, True), output
 
 
 def test_only_a_commit_is_launched(tmp_path):

@@ -11,6 +11,7 @@ from grit_jax.plan.program import Plan, planned_config
 from grit_jax.plan.report import advice, as_json, as_lines
 from grit_jax.plan.topology import parse_topology
 from grit_jax.plan.work import Work, lengths_at_limits, lengths_of_data, planned_work
+from grit_jax.tokenizer import Tokenizer
 from grit_jax.train.metrics import model_flops
 from tests.runs import ROOT, write_data
 
@@ -83,9 +84,16 @@ def test_a_stream_that_is_not_trained_has_no_rows():
         assert planned_work(config, (8, 8), lengths_at_limits(config)).rows == rows
 
 
-def test_a_plan_needs_a_vocabulary_from_somewhere():
-    with pytest.raises(InputError, match=r"model.architecture.vocab_size is missing: planning reads no tokenizer"):
-        planned_config(Config())
+def test_a_plan_takes_the_vocabulary_of_the_tokenizer_where_the_architecture_has_none():
+    assert planned_config(Config()).model.architecture == TransformerConfig().resolve(
+        Tokenizer.load("bytes").vocab_size
+    )
+
+
+def test_a_plan_says_what_to_give_where_the_tokenizer_is_not_on_this_machine():
+    config = Config(model=ModelConfig(init="models/org/name"))
+    with pytest.raises(InputError, match=r"models/org/name: nothing there; .*model.architecture.vocab_size"):
+        planned_config(config)
 
 
 def test_what_the_compiler_says_when_memory_runs_out_is_reported(monkeypatch):
@@ -177,9 +185,28 @@ def test_the_command_prints_one_object_and_its_exit_code_says_whether_it_fits(mo
         (["--topology", "v9-8"], "unknown TPU topology 'v9-8'"),
         (["--topology", "v5p-8", "--fill", "2"], "--fill=2.0 must be over 0 and at most 1"),
         (["--topology", "v5p-8", "--mesh.fsdp=3"], "do not multiply to the 4 devices"),
+        (
+            ["--topology", "v5p-8", "--data.embedding_batch=30"],
+            "data.embedding_batch=30 is not divisible by the mesh's 4",
+        ),
+        (["--topology", "v5p-8", "--data.passage_max_length=65536"], "is over the model's 32768 tokens"),
     ],
 )
-def test_what_cannot_be_planned_is_one_clear_line(monkeypatch, capsys, arguments, message):
+@pytest.mark.parametrize("more", [[], ["--no-compile"]], ids=["", "no compile"])
+def test_what_cannot_be_planned_is_one_clear_line(monkeypatch, capsys, arguments, message, more):
     monkeypatch.setattr(program, "devices", lambda topology: jax.devices()[:4])
-    assert cli.main(["plan", str(ROOT / "configs/gritlm_7b_v5p_128.yaml"), *arguments]) == 2
+    assert cli.main(["plan", str(ROOT / "configs/gritlm_7b_v5p_128.yaml"), *arguments, *more]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("layers", "code"), [(1, 0), (32, 3)])
+def test_a_plan_without_compiling_says_whether_the_state_alone_fits(monkeypatch, capsys, layers, code):
+    monkeypatch.setattr(program, "devices", lambda topology: jax.devices()[:4])
+    monkeypatch.setattr(jax.stages.Lowered, "compile", lambda *_: pytest.fail("compiled"))
+    config = [str(ROOT / "configs/gritlm_7b_v5p_128.yaml"), f"--model.architecture.num_layers={layers}"]
+    arguments = ["plan", *config, "--topology", "v6e-4", "--no-compile", "--data.embedding_batch=64"]
+    assert cli.main(arguments) == code
+    assert ("DOES NOT FIT" in capsys.readouterr().out) == (code == 3)
+    assert cli.main([*arguments, "--json"]) == code
+    report = json.loads(capsys.readouterr().out)
+    assert (report["may_fit"], report["chips"], report["mesh"]["fsdp"]) == (code == 0, 4, 4)

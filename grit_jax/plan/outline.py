@@ -1,0 +1,84 @@
+"""What is known of a step within seconds, before it is compiled: that all its parts fit together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from grit_jax.chips import GIB
+from grit_jax.config import Config
+from grit_jax.plan.program import lower_step, planned_mesh
+from grit_jax.plan.topology import Topology
+from grit_jax.plan.work import Lengths, Work, planned_work
+from grit_jax.train.dry_run import device_bytes
+from grit_jax.train.setup import row_multiples, set_up
+
+
+@dataclass(frozen=True)
+class Outline:
+    """A step that was traced and not compiled.
+
+    Attributes:
+      topology: What it was traced for.
+      mesh: Devices along each axis of the mesh.
+      work: What the step holds.
+      state_bytes: Parameters, optimizer state and one gradient on a device: the least that the step needs.
+    """
+
+    topology: Topology
+    mesh: dict[str, int]
+    work: Work
+    state_bytes: int
+
+    @property
+    def may_fit(self) -> bool:
+        """Whether that leaves room on a device; what else lives there only the compiler says."""
+        return self.state_bytes < self.topology.chip.hbm_bytes
+
+
+def make_outline(config: Config, topology: Topology, lengths: Lengths) -> Outline:
+    """Traces the step for the topology.
+
+    Args:
+      config: With its architecture resolved (`planned_config`).
+      topology: What to trace for.
+      lengths: Of the texts of a step.
+
+    Raises:
+      InputError: libtpu is missing, or mesh, batch, lengths and model do not fit together.
+    """
+    mesh = planned_mesh(config, topology)
+    abstract = set_up(config, mesh).abstract
+    lower_step(config, topology, lengths)
+    state = device_bytes(abstract) + device_bytes(abstract.params)
+    return Outline(topology, dict(mesh.shape), planned_work(config, row_multiples(config, mesh), lengths), state)
+
+
+def as_json(outline: Outline) -> dict[str, Any]:
+    """The outline as one object; bytes are those of one device."""
+    return {
+        "may_fit": outline.may_fit,
+        "topology": outline.topology.libtpu_name,
+        "slices": outline.topology.num_slices,
+        "chips": outline.topology.num_chips,
+        "mesh": outline.mesh,
+        "hbm_bytes": outline.topology.chip.hbm_bytes,
+        "state_bytes_per_device": outline.state_bytes,
+        "embedding_rows": outline.work.rows[0],
+        "generative_rows": outline.work.rows[1],
+        "tokens": outline.work.tokens,
+    }
+
+
+def as_lines(outline: Outline) -> Iterator[str]:
+    """The outline for people."""
+    mesh = ", ".join(f"mesh.{axis}={size}" for axis, size in outline.mesh.items() if size > 1) or "one device"
+    yield f"{outline.topology.num_chips} chips of {outline.topology.libtpu_name} as {mesh}"
+    yield (
+        f"a step: {outline.work.tokens:,} tokens in {outline.work.rows[0]:,} embedding and {outline.work.rows[1]:,} "
+        "generative rows"
+    )
+    verdict = "without --no-compile the compiler says what is needed" if outline.may_fit else "DOES NOT FIT"
+    needed, limit = outline.state_bytes / GIB, outline.topology.chip.hbm_bytes / GIB
+    yield f"memory of a device: {needed:.2f} of {limit:.2f} GiB for state and gradients alone: {verdict}"
