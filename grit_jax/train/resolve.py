@@ -13,6 +13,7 @@ from grit_jax.loading import open_tokenizer
 from grit_jax.model.pretrained import Pretrained
 from grit_jax.tokenizer import Tokenizer
 from grit_jax.watch import folder
+from grit_jax.watch.status import last_checkpoint
 
 # What may differ between a run folder's config and the one that resumes it.
 MAY_DIFFER = (
@@ -104,12 +105,14 @@ def embedding_changes(config: Config, pretrained: Pretrained) -> list[str]:
 def check_folder(config: Config) -> None:
     """Checks that `train.output` is new or holds the run that `config`, resolved, goes on with.
 
+    A run that ended before its first checkpoint has left nothing to go on with: any config begins anew there.
+
     Raises:
       InputError: It holds another run; the message lists the differences.
     """
     output = config.train.output
     saved = files.join(output, folder.CONFIG)
-    if not files.exists(saved) or not files.exists(files.join(output, folder.CHECKPOINTS)):
+    if last_checkpoint(output) is None or not files.exists(saved):
         return
     changed = config_differences(load_config(saved), config, ignore=MAY_DIFFER)
     if changed:

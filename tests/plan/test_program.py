@@ -199,7 +199,7 @@ def test_what_cannot_be_planned_is_one_clear_line(monkeypatch, capsys, arguments
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("layers", "code"), [(1, 0), (32, 3)])
+@pytest.mark.parametrize(("layers", "code"), [(1, 0), (64, 3)])
 def test_a_plan_without_compiling_says_whether_the_state_alone_fits(monkeypatch, capsys, layers, code):
     monkeypatch.setattr(program, "devices", lambda topology: jax.devices()[:4])
     monkeypatch.setattr(jax.stages.Lowered, "compile", lambda *_: pytest.fail("compiled"))

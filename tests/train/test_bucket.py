@@ -41,6 +41,31 @@ def succeeded(*arguments):
     return done.stdout
 
 
+CHECK = """
+import sys
+from grit_jax.config import InputError, load_config
+from grit_jax.train.resolve import check_folder
+try:
+    check_folder(load_config(sys.argv[1], ["--train.output=" + sys.argv[2], "--loss.temperature=0.5"]))
+except InputError as error:
+    sys.exit(str(error))
+"""
+
+
+def test_a_folder_in_a_bucket_is_a_runs_from_its_first_complete_checkpoint_on(bucket):
+    def checked():
+        program = [sys.executable, "-c", CHECK, ROOT / "configs/tiny.yaml", RUN]
+        done = subprocess.run(program, capture_output=True, text=True, cwd=ROOT)
+        return done.returncode, "holds a run with another config" in done.stderr
+
+    bucket.put("runs/first/config.yaml", (ROOT / "configs/tiny.yaml").read_bytes())
+    assert checked() == (0, False)
+    bucket.put("runs/first/checkpoints/5/params/part", b"written when the run was killed")
+    assert checked() == (0, False)
+    bucket.put("runs/first/checkpoints/5/commit_success.txt", b"")
+    assert checked() == (1, True)
+
+
 @pytest.mark.long
 def test_a_run_in_a_bucket_is_stopped_gone_on_with_watched_and_used(bucket, tmp_path):
     data = write_data(tmp_path / "data")

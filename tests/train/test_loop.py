@@ -101,6 +101,17 @@ def test_a_changed_config_is_refused_with_a_diff(data, finished):
         Trainer(changed)
 
 
+def test_a_run_that_ended_before_its_first_checkpoint_begins_anew_with_another_config(data, tmp_path):
+    output = tmp_path / "run"
+    arguments = train_arguments(data, output, "--checkpoint.every=1000")
+    signal_at(3, signal.SIGKILL, [*arguments, "--train.steps=1000"])
+    assert (output / "checkpoints").is_dir()
+    assert (output / "config.yaml").exists()
+    assert grit_jax(*arguments, "--train.steps=2", "--loss.temperature=0.5").returncode == 0
+    assert load_config(output / "config.yaml").loss.temperature == 0.5
+    assert [line[0] for line in losses(output)] == [1, 2]
+
+
 def test_changed_data_is_refused(data, finished, tmp_path):
     other = write_data(tmp_path / "data")
     copy = tmp_path / "run"
