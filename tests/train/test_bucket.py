@@ -62,7 +62,7 @@ def test_a_folder_in_a_bucket_is_a_runs_from_its_first_complete_checkpoint_on(bu
     assert checked() == (0, False)
     bucket.put("runs/first/checkpoints/5/params/part", b"written when the run was killed")
     assert checked() == (0, False)
-    bucket.put("runs/first/checkpoints/5/commit_success.txt", b"")
+    bucket.put("runs/first/checkpoints/5/commit_success.txt", b"done")
     assert checked() == (1, True)
 
 
