@@ -17,7 +17,7 @@ from typing import Any, Literal, TypeVar
 from grit_jax import files
 from grit_jax.errors import InputError
 from grit_jax.ranges import (
-    DECAY_RATE,
+    BELOW_ONE,
     NOT_NEGATIVE,
     POSITIVE,
     SECONDS,
@@ -278,6 +278,8 @@ class DataConfig:
       train: File or folder, or a list of them, on a disk or in a bucket; folders are searched for .jsonl, .jsonl.gz,
         .jsonl.zst, .array_record and .arrayrecord.
       validation: The same, for evaluation losses.
+      held_out: Share of the records of `train` that are never trained on and are evaluated with `validation`. Chosen by
+        the query or the conversation, so that records that ask the same stay together.
       skip_bad: Whether malformed records are left out, counted and reported; without, the first one stops the run.
       num_samples: Samples an epoch takes from a file, by file name; files not named are used whole.
       curriculum: Stages with their own files, one after the other; empty for all files all the time.
@@ -296,6 +298,7 @@ class DataConfig:
 
     train: str | list[str] = field(default_factory=list)
     validation: str | list[str] = field(default_factory=list)
+    held_out: float = 0.0
     skip_bad: bool = False
     num_samples: dict[str, int] = field(default_factory=dict)
     curriculum: list[StageConfig] = field(default_factory=list)
@@ -322,6 +325,7 @@ class DataConfig:
             generative_batch=POSITIVE,
             row_buckets=POSITIVE,
             workers=NOT_NEGATIVE,
+            held_out=BELOW_ONE,
         )
         _require_counts("data.num_samples", self.num_samples)
         for number, stage in enumerate(self.curriculum):
@@ -415,8 +419,8 @@ class OptimizerConfig:
             learning_rate=NOT_NEGATIVE,
             warmup_ratio=SHARE,
             warmup_steps=NOT_NEGATIVE,
-            b1=DECAY_RATE,
-            b2=DECAY_RATE,
+            b1=BELOW_ONE,
+            b2=BELOW_ONE,
             epsilon=NOT_NEGATIVE,
             weight_decay=NOT_NEGATIVE,
             clip_norm=POSITIVE,

@@ -40,6 +40,10 @@ _log = logging.getLogger(__name__)
 _asked_for = contextvars.ContextVar("asked_for", default="a bucket")  # also in the client's own thread
 
 
+class DeniedError(OSError):
+    """A bucket may not be read or written with the credentials that are found here, or there are none."""
+
+
 class UnreachableError(Exception):
     """A disk or a bucket still failed after several tries; later it may not.
 
@@ -72,6 +76,11 @@ def retrying(path: PathLike, action: Callable[[], T]) -> T:
             return action()
         except Exception as error:
             reason = _described(error)
+            if is_bucket(path) and _is_denied(error):
+                raise DeniedError(
+                    f"{path}: access is denied ({reason[:300]}); log in with `gcloud auth application-default login`, "
+                    "which is not `gcloud auth login`, or let the account read and write the bucket"
+                ) from error
             if not _may_pass(error):
                 if isinstance(error, OSError) or not is_bucket(path):
                     raise
@@ -85,6 +94,13 @@ def retrying(path: PathLike, action: Callable[[], T]) -> T:
 
 def _described(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def _is_denied(error: Exception) -> bool:
+    """Whether a bucket's client answers 401 or 403."""
+    return str(getattr(error, "code", "")) == "401" or (
+        isinstance(error, OSError) and str(error).startswith("Forbidden")
+    )
 
 
 def _may_pass(error: Exception) -> bool:
@@ -359,5 +375,7 @@ def _gcs_options() -> dict[str, Any]:
     trace = aiohttp.TraceConfig()
     trace.on_request_exception.append(failed)
     trace.on_request_end.append(answered)
+    # It prints the traceback of whatever is raised here and reported in a line.
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
     timeout = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_SECONDS, sock_read=_SILENT_SECONDS)
     return {"requests_timeout": timeout, "session_kwargs": {"trace_configs": [trace]}}

@@ -27,7 +27,7 @@ FINITE = Range("must be a finite number", lambda value: True)
 POSITIVE = Range("must be positive", lambda value: value > 0)
 NOT_NEGATIVE = Range("must be 0 or more", lambda value: value >= 0)
 SHARE = Range("must be from 0 to 1", lambda value: 0 <= value <= 1)
-DECAY_RATE = Range("must be 0 or more, and less than 1", lambda value: 0 <= value < 1)
+BELOW_ONE = Range("must be 0 or more, and less than 1", lambda value: 0 <= value < 1)
 SEED = Range("must be from 0 to 4294967295", lambda value: 0 <= value < 1 << 32)  # JAX's random keys have 32 bits
 # Timers of Python and of JAX take no more.
 SECONDS = Range("must be positive and at most 1000000000", lambda value: 0 < value <= 1_000_000_000)

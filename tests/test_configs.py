@@ -1,7 +1,7 @@
 """The files in configs/: all load, and the paper's models have the paper's settings."""
 
 import math
-from pathlib import Path
+import re
 
 import pytest
 import yaml
@@ -14,6 +14,8 @@ CLAIM = [ROOT / f"configs/claim/{name}.yaml" for name in ("unified", "large")]
 FILES = [*sorted((ROOT / "configs").glob("*.yaml")), *CLAIM]
 ABLATIONS = yaml.safe_load((ROOT / "configs/claim/ablations.yaml").read_text())
 PAPER = [path for path in FILES if path.name.startswith("gritlm_")]
+PLANNED = [*PAPER, ROOT / "configs/first_pod.yaml"]
+STEP_SECONDS = re.compile(r"takes a predicted ([\d.]+) s")
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
@@ -76,11 +78,36 @@ def test_the_papers_models_name_their_base_and_have_its_size(path):
     assert config.data.train == ["data/medi2", "data/tulu2"]
 
 
+def comment_of(path):
+    """What the first lines of a config say."""
+    return " ".join(line.lstrip("# ") for line in path.read_text().splitlines() if line.startswith("#"))
+
+
+@pytest.mark.parametrize("path", PLANNED, ids=lambda path: path.stem)
+def test_configs_for_pods_say_what_their_plan_found_and_how(path):
+    comment = comment_of(path)
+    assert f"grit-jax plan configs/{path.name} --topology" in comment
+    assert re.search(r"peak [\d.]+ of [\d.]+ GiB", comment)
+    assert STEP_SECONDS.search(comment)
+
+
+@pytest.mark.parametrize("path", PLANNED, ids=lambda path: path.stem)
+def test_configs_for_pods_lose_about_five_minutes_at_most_when_a_pod_is_lost(path):
+    config, seconds = load_config(path), float(STEP_SECONDS.search(comment_of(path))[1])
+    between = config.checkpoint.every * seconds
+    assert between <= 330
+    assert between >= 270 or path not in PAPER  # a checkpoint of the paper's models takes its time, too
+    assert config.checkpoint.keep >= 2  # where the newest is damaged, the one before it is there
+
+
 @pytest.mark.parametrize("path", PAPER, ids=lambda path: path.stem)
-def test_the_papers_models_say_what_their_plan_found_and_how(path):
-    comment = [line for line in Path(path).read_text().splitlines() if line.startswith("#")]
-    assert any(f"grit-jax plan configs/{path.name} --topology" in line for line in comment)
-    assert any("peak" in line and "GiB" in line for line in comment)
+def test_the_papers_models_are_watched_on_records_that_they_never_train_on(path):
+    config = load_config(path)
+    assert config.data.held_out or config.data.validation
+    assert 0 < config.data.held_out <= 0.001  # the training data stay the paper's stand-ins, but for a trace
+    assert config.train.eval_every and config.train.steps >= 5 * config.train.eval_every
+    # Between two looks lies an hour at most.
+    assert config.train.eval_every * float(STEP_SECONDS.search(comment_of(path))[1]) <= 3600
 
 
 def _leaves(tree):

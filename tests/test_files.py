@@ -14,7 +14,7 @@ import pytest
 
 from grit_jax import files
 from tests.bucket import BUCKET, Bucket, environment
-from tests.runs import ROOT
+from tests.runs import ROOT, command
 
 
 def failing(*errors):
@@ -183,28 +183,29 @@ for path, action in {
 """
 
 
-class Busy(http.server.BaseHTTPRequestHandler):
-    """A store that answers 503 to everything."""
-
-    def do_GET(self):
-        self.send_error(503)
-
-    do_POST = do_PUT = do_GET
-
-    def log_message(self, *_):
-        pass
-
-
 @contextlib.contextmanager
-def busy():
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Busy)
+def answering(code):
+    """A store that answers the same to everything; gives the environment."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_error(code)
+
+        do_POST = do_PUT = do_GET
+
+        def log_message(self, *_):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield environment(f"http://127.0.0.1:{server.server_port}")
     server.shutdown()
     server.server_close()
 
 
-@pytest.mark.parametrize("store", [lambda: contextlib.nullcontext(environment("http://127.0.0.1:9")), busy])
+@pytest.mark.parametrize(
+    "store", [lambda: contextlib.nullcontext(environment("http://127.0.0.1:9")), lambda: answering(503)]
+)
 def test_a_bucket_that_stays_away_or_busy_ends_every_call_with_its_path(store, tmp_path):
     with store() as variables:
         done = subprocess.run(
@@ -215,3 +216,20 @@ def test_a_bucket_that_stays_away_or_busy_ends_every_call_with_its_path(store, t
     assert done.stdout.split() == expected, done.stderr[-3000:]
     warnings = [line for line in done.stderr.splitlines() if line.startswith(f"gs://{BUCKET}/text: ")]
     assert len(warnings) == 6, done.stderr[-3000:]
+
+
+@pytest.mark.parametrize("code", [401, 403])
+def test_a_bucket_that_denies_access_is_one_line_with_the_remedy(code):
+    with answering(code) as variables:
+        done = subprocess.run(
+            command("status", f"gs://{BUCKET}/run"),
+            env=variables,
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+    assert done.returncode == 2, done.stderr[-3000:]
+    (line,) = [line for line in done.stderr.splitlines() if not line.startswith("WARNING:google.auth")]
+    assert line.startswith(f"error: gs://{BUCKET}/run: access is denied")
+    assert "gcloud auth application-default login" in line

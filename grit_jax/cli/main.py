@@ -31,7 +31,7 @@ from grit_jax.cli import (
     verify_export,
 )
 from grit_jax.config import InputError
-from grit_jax.files import UnreachableError
+from grit_jax.files import DeniedError, UnreachableError
 
 COMMANDS = {
     "fetch": fetch,
@@ -97,7 +97,7 @@ def main(argv: list[str] | None = None) -> int:
         os.environ.setdefault("JAX_PLATFORMS", "cpu")  # an installed TPU library would search and complain
     try:
         return COMMANDS[args.command].run(args)
-    except InputError as error:
+    except (InputError, DeniedError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except UnreachableError as error:

@@ -31,6 +31,7 @@ from grit_jax.prompts import tokenize
 from grit_jax.tokenizer import Tokenizer
 
 SHARD = 8192  # records counted and written at a time
+HASH_BITS = 56  # of a text's hash, a number from 0
 _RECORDS_AT_ONCE = 1024
 _TWO_PROCESSES_FROM = 4 * SHARD  # records; starting processes for fewer takes longer than counting them
 _EXAMPLES = 3  # messages kept of each kind of bad record
@@ -154,7 +155,8 @@ def count_records(source: Source, start: int, stop: int, tokenizer: Tokenizer) -
         columns["num_positives"] += [len(r.positives) if isinstance(r, EmbeddingRecord) else 0 for r in records]
         prompts = [prompt for record in texts for prompt in record]
         columns["hashes"] += [
-            int.from_bytes(hashlib.blake2b(prompt.text.encode(), digest_size=7).digest()) for prompt in prompts
+            int.from_bytes(hashlib.blake2b(prompt.text.encode(), digest_size=HASH_BITS // 8).digest())
+            for prompt in prompts
         ]
         for tokenized in tokenize(prompts, tokenizer):
             columns["lengths"].append(len(tokenized.tokens))

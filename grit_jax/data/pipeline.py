@@ -159,6 +159,7 @@ class Pipeline:
             self._training[1], data=config.data, loss=config.loss, train=config.train, row_multiples=row_multiples
         )
         self.fingerprint = self._schedule.fingerprint
+        self._held_out_plans = self._schedule.held_out_steps()
         self._validation = self._open(config.data.validation) if config.data.validation else ([], [])
         self._validation_plans = validation_steps(
             self._validation[1], data=config.data, train=config.train, row_multiples=row_multiples
@@ -214,8 +215,9 @@ class Pipeline:
         return iter(dataset)
 
     def validation_batches(self) -> Iterator[GritBatch]:
-        """Batches that hold every validation record once; none without validation data."""
-        return map(self._filler(*self._validation).fill, self._validation_plans)
+        """Batches that hold every validation record and every record held out once; none without either."""
+        yield from map(self._filler(*self._validation).fill, self._validation_plans)
+        yield from map(self._filler(*self._training).fill, self._held_out_plans)
 
     def _open(self, paths: str | list[str]) -> tuple[list[Source], list[FileIndex]]:
         skip_bad = self._config.data.skip_bad

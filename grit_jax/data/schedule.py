@@ -6,6 +6,7 @@ and what it weighs, the same on every host and without looking at earlier steps.
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import fnmatch
 import functools
@@ -19,6 +20,7 @@ from scipy.sparse.csgraph import connected_components
 
 from grit_jax.batch import max_segments
 from grit_jax.config import DataConfig, InputError, LossConfig, StageConfig, TrainConfig
+from grit_jax.data.counting import HASH_BITS
 from grit_jax.data.index import FileIndex, num_targets, ranges
 from grit_jax.data.packing import choose_buckets, pack, round_up
 from grit_jax.data.records import Stream
@@ -116,11 +118,12 @@ Ranks = Callable[[int], np.ndarray]
 
 
 class _File:
-    """The usable records of one file under the length limits.
+    """The usable records of one file under the length limits, without those that are held out.
 
     Attributes:
       number: Its number among all files.
       dropped: Number of unusable records by reason.
+      held_out: int64; numbers of the records that would be usable and are held out.
     """
 
     def __init__(self, number: int, index: FileIndex, data: DataConfig):
@@ -129,15 +132,17 @@ class _File:
             "instruction leaves no room" if index.stream == "embedding" else "prompt leaves no room for the answer"
         )
         self.dropped = {"empty text": 0, no_room: 0}
-        left_out = []
+        left_out, held_out = [], []
         for start in range(0, index.num_records, _RECORDS_AT_ONCE):
             stop = min(start + _RECORDS_AT_ONCE, index.num_records)
             within, whole = self._usable(start, stop)
-            left_out.append(start + np.flatnonzero(~within))
+            held = self._is_held_out(start, stop)
+            left_out.append(start + np.flatnonzero(~within | held))
+            held_out.append(start + np.flatnonzero(within & held))
             self.dropped["empty text"] += int(np.sum(~whole))
             self.dropped[no_room] += int(np.sum(whole & ~within))
         # Most records are usable, so those that are not are kept: for each, how many usable ones come before it.
-        numbers = np.concatenate([np.zeros(0, np.int64), *left_out])
+        numbers, self.held_out = (np.concatenate([np.zeros(0, np.int64), *parts]) for parts in (left_out, held_out))
         self._usable_before = numbers - np.arange(len(numbers))
 
     @property
@@ -166,6 +171,13 @@ class _File:
     def targets(self, record: np.ndarray, text: np.ndarray) -> np.ndarray:
         """int32 [texts]: span tokens that truncation leaves of some texts."""
         return num_targets(self.index, self.limits(text), self.index.text_starts[record] + text)
+
+    def _is_held_out(self, start: int, stop: int) -> np.ndarray:
+        """Which of records `start` to `stop` are held out, by the hash of their first text: bool [records]."""
+        if not self._data.held_out:
+            return np.zeros(stop - start, bool)
+        first = np.asarray(self.index.text_starts[start:stop])
+        return np.asarray(self.index.hashes[first]) < self._data.held_out * 2.0**HASH_BITS
 
     def _usable(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         """Whether records `start` to `stop` are usable within the limits, and without any: bool [records] each."""
@@ -439,6 +451,8 @@ class Schedule:
             assert first is not None
             last = None if stage.steps is None else first + stage.steps
             self._stages.append(_Stage(first, last, *self._orders(number, stage)))
+        if data.held_out:
+            self._refuse_nothing_held_out()
         batches = (data.embedding_batch, data.generative_batch)
         self.embedding_buckets, self.generative_buckets = (
             self._buckets(stream, batch, multiple)
@@ -503,7 +517,40 @@ class Schedule:
                 if order.epoch_size < batch:
                     what = "is more than an epoch, so a batch repeats samples"
                     lines.append(f"{stream}{steps}: data.{stream}_batch={batch} {what}")
+        for stream in _trained(self._train) if self._data.held_out else ():
+            lines.append(f"{stream}: {len(self._held_out_samples(stream).file):,} records held out, never trained on")
         return lines + self._planner.dropped_lines()
+
+    def held_out_steps(self) -> list[StepPlan]:
+        """Plans that hold every record once that `data.held_out` keeps from training, as those of `validation_steps`.
+
+        Batches take them in the order of the files, and go from one file to the next: few of each are held out.
+        """
+        batches = []
+        for stream in _trained(self._train) if self._data.held_out else ():
+            samples, size = self._held_out_samples(stream), getattr(self._data, f"{stream}_batch")
+            for start in range(0, len(samples.file), size):
+                batches.append((stream, Samples(*(part[start : start + size] for part in samples))))
+        return _evaluation_plans(self._planner, batches, self._data, self._row_multiples)
+
+    def _held_out_samples(self, stream: Stream) -> Samples:
+        found = [
+            Samples(np.full(len(file.held_out), file.number), file.held_out)
+            for file in self._planner.files
+            if file.index.stream == stream
+        ]
+        return (
+            Samples(*map(np.concatenate, zip(*found, strict=True))) if found else Samples(*np.zeros((2, 0), np.int64))
+        )
+
+    def _refuse_nothing_held_out(self) -> None:
+        for stream in _trained(self._train):
+            if not len(self._held_out_samples(stream).file):
+                count = sum(file.num_usable for file in self._planner.files if file.index.stream == stream)
+                raise InputError(
+                    f"data.held_out={self._data.held_out} holds out none of {count:,} {stream} records; raise it, or "
+                    "set it to 0 and name data.validation"
+                )
 
     def _orders(self, number: int, stage: StageConfig) -> tuple[_Order | None, _Order | None]:
         """The order of each stream in a stage."""
@@ -599,21 +646,36 @@ def validation_steps(
     A query and a scored token weigh 1, so that callers divide sums by sums of weights. Batches have the sizes of
     training, the last one of a file is completed with fillers; each plan has one stream.
     """
-    planner = _Planner(indexes, data)
-    plans = []
+    planner = _Planner(indexes, dataclasses.replace(data, held_out=0.0))
+    batches = []
     for file in planner.files:
-        embeds = file.index.stream == "embedding"
-        if not (train.embeds if embeds else train.generates):
+        stream = file.index.stream
+        if stream not in _trained(train):
             continue
-        batch = data.embedding_batch if embeds else data.generative_batch
-        for start in range(0, file.num_usable, batch):
-            record = file.records(np.arange(start, min(start + batch, file.num_usable)))
-            samples = Samples(np.full(len(record), file.number), record)
-            if embeds:
-                plans.append(StepPlan(planner.embedding(samples, np.arange, query_weight=1, batch=batch), None))
-            else:
-                rows, scored = planner.generative(samples)
-                plans.append(StepPlan(None, GenerativePlan(rows, np.ones(len(scored), np.float32))))
+        size = getattr(data, f"{stream}_batch")
+        for start in range(0, file.num_usable, size):
+            record = file.records(np.arange(start, min(start + size, file.num_usable)))
+            batches.append((stream, Samples(np.full(len(record), file.number), record)))
+    return _evaluation_plans(planner, batches, data, row_multiples)
+
+
+def _trained(train: TrainConfig) -> tuple[Stream, ...]:
+    streams: dict[Stream, bool] = {"embedding": train.embeds, "generative": train.generates}
+    return tuple(stream for stream, trained in streams.items() if trained)
+
+
+def _evaluation_plans(
+    planner: _Planner, batches: Sequence[tuple[Stream, Samples]], data: DataConfig, row_multiples: tuple[int, int]
+) -> list[StepPlan]:
+    """A plan for each batch, in which a query and a scored token weigh 1."""
+    plans = []
+    for stream, samples in batches:
+        if stream == "embedding":
+            plan = planner.embedding(samples, np.arange, query_weight=1, batch=data.embedding_batch)
+            plans.append(StepPlan(plan, None))
+        else:
+            rows, scored = planner.generative(samples)
+            plans.append(StepPlan(None, GenerativePlan(rows, np.ones(len(scored), np.float32))))
     return [_round_validation(plan, plans, row_multiples, data.row_buckets) for plan in plans]
 
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from grit_jax.batch import max_segments
 from grit_jax.config import DataConfig, InputError, LossConfig, StageConfig, TrainConfig
+from grit_jax.data.counting import HASH_BITS
 from grit_jax.data.index import FileIndex
 from grit_jax.data.schedule import Schedule, StepPlan, same_data, token_weights, validation_steps
 
@@ -419,6 +420,72 @@ def test_validation_holds_everything_once_with_unit_weights():
     generative = [plan.generative for plan in plans if plan.generative]
     assert [int(record) for plan in generative for record in np.sort(plan.rows.record)] == list(range(7))
     assert all((plan.token_weights == 1).all() for plan in generative)
+
+
+def held_out_from(*indexes, share, mode="unified"):
+    """A schedule that holds a share out; the records held out of each file, and those that 30 steps train on."""
+    held = schedule(*indexes, mode=mode, held_out=share, embedding_batch=16, generative_batch=8)
+    kept, trained = Counter(), set()
+    for plan in held.held_out_steps():
+        for part in filter(None, plan):
+            kept.update({(int(f), int(r)) for f, r in zip(part.rows.file, part.rows.record, strict=True)})
+    for k in range(30):
+        for stream in ("embedding", "generative"):
+            trained |= {(int(f), int(r)) for f, r in zip(*held.samples(k, stream), strict=True)}
+    return held, kept, trained
+
+
+def hashed(index, seed=1, repeats=1):
+    """The index with other hashes, every `repeats` records the same."""
+    records = np.random.default_rng(seed).integers(0, 1 << HASH_BITS, index.num_records)
+    records = records[np.arange(len(records)) // repeats]
+    hashes = np.random.default_rng(seed + 1).integers(0, 1 << HASH_BITS, len(index.lengths))
+    hashes[index.text_starts[:-1]] = records
+    return dataclasses.replace(index, hashes=hashes)
+
+
+def test_what_is_held_out_is_evaluated_once_and_never_trained_on():
+    files = [hashed(embedding_index(100)), hashed(embedding_index(60, "f.jsonl"), 3), hashed(generative_index(80), 5)]
+    held, kept, trained = held_out_from(*files, share=0.1)
+    assert set(kept.values()) == {1}
+    assert not set(kept) & trained
+    every = {(number, record) for number, file in enumerate(files) for record in range(file.num_records)}
+    assert set(kept) | trained == every
+    weights = [plan.embedding.query_weights for plan in held.held_out_steps() if plan.embedding]
+    assert sum(map(np.sum, weights)) == sum(file < 2 for file, _ in kept)
+    # Batches go from one file to the next, so that a few records of each fill as few of them as can be.
+    assert len(weights) == -(-sum(file < 2 for file, _ in kept) // 16)
+    assert any("records held out, never trained on" in line for line in held.report())
+
+
+def test_what_is_held_out_is_about_the_share_that_is_asked_for():
+    _, kept, _ = held_out_from(hashed(embedding_index(20_000, negatives=0)), share=0.05, mode="embedding")
+    assert abs(len(kept) / 20_000 - 0.05) < 0.005
+
+
+def test_records_that_ask_the_same_are_held_out_together():
+    _, kept, _ = held_out_from(hashed(embedding_index(400), repeats=4), share=0.1, mode="embedding")
+    groups = Counter(record // 4 for _, record in kept)
+    assert groups and set(groups.values()) == {4}
+
+
+def test_a_run_with_other_records_held_out_has_other_data():
+    prints = {schedule(hashed(embedding_index(100)), held_out=share).fingerprint for share in (0.0, 0.1, 0.2)}
+    assert len(prints) == 3
+
+
+def test_nothing_held_out_of_a_trained_stream_is_refused():
+    with pytest.raises(InputError, match=r"data.held_out=1e-09 holds out none of 100 embedding records; raise it"):
+        schedule(hashed(embedding_index(100)), held_out=1e-9)
+
+
+def test_all_of_a_validation_file_is_evaluated_whatever_is_held_out():
+    def evaluated(share):
+        data = DataConfig(held_out=share, embedding_batch=8)
+        train = TrainConfig(mode="embedding")
+        return tuple(validation_steps([hashed(embedding_index(50))], data=data, train=train, row_multiples=(1, 1)))
+
+    assert same(evaluated(0.5), evaluated(0.0))
 
 
 def test_every_piece_of_a_batch_gets_its_share_of_the_long_rows_and_of_the_padding():

@@ -173,6 +173,12 @@ def test_validation_losses_do_not_depend_on_the_batch(data, tmp_path):
     assert abs(evaluated(5) - evaluated(12)) < 1e-5
 
 
+def test_records_that_are_held_out_of_the_training_data_are_evaluated(data, tmp_path):
+    trainer = Trainer(config(data, tmp_path / "unused", "--data.held_out=0.3"))
+    assert set(trainer.evaluate()) == {"validation/loss/embedding", "validation/loss/generative"}
+    assert all(np.isfinite(value) and value > 0 for value in trainer.evaluate().values())
+
+
 @pytest.mark.parametrize("mode", ["embedding", "generative"])
 def test_each_stream_trains_alone(data, tmp_path, mode):
     trainer = Trainer(
