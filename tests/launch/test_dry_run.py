@@ -5,6 +5,8 @@ import shlex
 import pytest
 
 from tests.launch.test_prepare import NAMED
+from tests.runs import ROOT
+from tests.test_docs import SHELL, blocks, of_program
 
 POD = ["run", "--zone=us-east5-a", "--dry-run"]
 VERBS = [
@@ -55,3 +57,21 @@ def test_a_dry_run_prints_commands_and_runs_none(cloud, script, arguments):
 def test_the_status_of_the_run_is_a_command_like_the_others(cloud):
     code, output = cloud.call("pod.sh", "status", *POD, "--bucket=gs://b")
     assert (code, output.splitlines()[-1].endswith("grit-jax status gs://b/runs/run")) == (0, True), output
+
+
+def shown_commands():
+    """Every call of a launch script in the documentation that is whole."""
+    for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
+        for block in (block for block in blocks(page.read_text(), *SHELL) if "launch/" in block):
+            for script in ("run.sh", "prepare.sh", "pod.sh"):
+                for arguments in of_program(block, script):
+                    if script == "pod.sh" or any(word.startswith("--config") for word in arguments):
+                        yield script, arguments
+
+
+@pytest.mark.parametrize(("script", "arguments"), [*shown_commands()], ids=str)
+def test_the_commands_of_the_documentation_pass_a_dry_run(cloud, script, arguments):
+    (cloud.home / "configs").symlink_to(ROOT / "configs")
+    place = arguments.index("--") if "--" in arguments else len(arguments)
+    code, output = cloud.call(script, *arguments[:place], "--dry-run", *arguments[place:])
+    assert code == 0, output
