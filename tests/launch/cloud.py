@@ -54,6 +54,12 @@ exit "$(cat "$FAKE_GCLOUD/plan-code" 2>/dev/null || echo 0)"
 """
 
 
+# What gcloud says, from its sources, and what the scripts add.
+AGAIN = "Please run:\n\n  $ gcloud auth login\n\nto obtain new credentials."
+NETWORK = "HTTPSConnectionPool(host='tpu.googleapis.com', port=443): Max retries exceeded with url: /v2 (Caused by ...)"
+LOGIN, ROLES = "nobody is logged in to gcloud on this machine", "docs/pods.md has the roles"
+
+
 class Cloud:
     """A fresh cloud in a folder, and launch/ as a committed repository beside it."""
 

@@ -6,6 +6,8 @@ import shlex
 import pytest
 import yaml
 
+from tests.launch.cloud import LOGIN, NETWORK, ROLES
+
 PREPARE = ["--bucket=gs://b", "--config=configs/tiny.yaml"]
 NAMED = ["--", "--model.init=models/org/name", '--data.train=["data/medi2", "data/tulu2"]', "--model.tokenizer=null"]
 PATHS = ["models/org/name", "data/medi2", "data/tulu2"]
@@ -86,3 +88,19 @@ def test_a_run_reads_from_the_bucket_what_was_fetched_and_is_refused_before(clou
     assert code == 0, output
     config = yaml.safe_load((cloud.home / "bucket/b/launch/run/config.yaml").read_text())
     assert [config["model"]["init"], *config["data"]["train"]] == [f"gs://b/{path}" for path in PATHS]
+
+
+@pytest.mark.parametrize(
+    ("message", "code", "said"),
+    [
+        ("You do not currently have an active account selected.", 2, LOGIN),
+        ("[me@x] does not have permission to access b instance [b] (or it may not exist)", 2, ROLES),
+        ("gs://b not found: 404.", 2, "gs://b not found"),
+        (NETWORK, 1, "gcloud does not reach Google"),
+    ],
+)
+def test_a_bucket_that_cannot_be_asked_is_not_taken_for_an_empty_one(cloud, message, code, said):
+    cloud.plan(faults=[{"match": "storage ls", "times": 1, "message": message}])
+    found, output = cloud.run(*NAMED)
+    assert (found, said in output, "is not there" in output) == (code, True, False), output
+    assert {tuple(call[:2]) for call in cloud.calls()} == {("storage", "ls")}

@@ -11,15 +11,11 @@ import time
 import pytest
 import yaml
 
-from tests.launch.cloud import Cloud, make_repository
+from tests.launch.cloud import AGAIN, LOGIN, NETWORK, ROLES, Cloud, make_repository
 from tests.runs import ROOT
 
 CREATE = ("compute", "tpus", "queued-resources", "create")
 DELETE = ("compute", "tpus", "queued-resources", "delete")
-# What gcloud says, from its sources, and what the scripts add.
-AGAIN = "Please run:\n\n  $ gcloud auth login\n\nto obtain new credentials."
-NETWORK = "HTTPSConnectionPool(host='tpu.googleapis.com', port=443): Max retries exceeded with url: /v2 (Caused by ...)"
-LOGIN, ROLES = "nobody is logged in to gcloud on this machine", "docs/pods.md has the roles"
 
 
 def trainings(cloud):
@@ -393,11 +389,13 @@ def test_what_is_missing_on_the_machine_that_launches_is_named(cloud):
     cloud.environment["GRIT_BIN"] = "/no/such/bin"
     code, output = cloud.run()
     assert (code, "/no/such/bin/python is not there; make install brings it" in output) == (2, True), output
-    cloud.environment |= {"GRIT_BIN": str(cloud.home / "launcher"), "PATH": "/usr/bin:/bin"}
-    (cloud.home / "bin/gcloud").unlink()
-    if shutil.which("gcloud", path="/usr/bin:/bin") is None:
-        code, output = cloud.run()
-        assert (code, "gcloud is not installed" in output) == (2, True), output
+    tools = cloud.home / "tools"
+    tools.mkdir()
+    for tool in ("bash", "dirname"):
+        (tools / tool).symlink_to(shutil.which(tool))
+    cloud.environment |= {"GRIT_BIN": str(cloud.home / "launcher"), "PATH": str(tools)}
+    code, output = cloud.run()
+    assert (code, "gcloud is not installed" in output) == (2, True), output
 
 
 def test_only_a_commit_is_launched(tmp_path):
