@@ -286,6 +286,13 @@ def move(source: PathLike, target: PathLike) -> None:
     retrying(source, rename)
 
 
+def forget_listings(path: PathLike) -> None:
+    """Makes this process look again at what is in a bucket: clients of other libraries, such as Orbax, remember it."""
+    if is_bucket(path):
+        for client in type(_store(path)[0])._cache.values():
+            client.invalidate_cache()
+
+
 def names(folder: PathLike) -> list[str]:
     """Names of what a folder holds, sorted; none where there is no folder."""
 

@@ -23,13 +23,13 @@ from grit_jax.inference import GritModel
 from grit_jax.loading import load_params, open_model
 from grit_jax.model.pretrained import Pretrained
 from grit_jax.model.transformer import Params, init_params
-from grit_jax.sole_writer import refuse_other_writers, sole_writer
+from grit_jax.sole_writer import refuse_other_writers
 from grit_jax.tokenizer import Tokenizer
 from grit_jax.train.metrics import Display, make_trackers
 from grit_jax.train.profile import ProfileWindow
 from grit_jax.train.recorder import Datasets, Recorder
 from grit_jax.train.resolve import check_folder, embedding_changes, host_facts, resolve_architecture, resolve_tokenizer
-from grit_jax.train.resume import newest_state, set_aside_damaged
+from grit_jax.train.resume import newest_state, taken_over
 from grit_jax.train.saving import Saves
 from grit_jax.train.setup import Setup, row_multiples, set_up
 from grit_jax.train.state import TrainState, new_state, shardings_of
@@ -151,7 +151,7 @@ class Trainer:
         resolved = dump_config(config)
         datasets = Datasets(self.data.samples, self.data.embedding_dataset, self.data.generative_losses)
         with (
-            sole_writer(self.folder) as check_writer,
+            taken_over(self.folder, start, self._damaged) as (check_writer, moved),
             make_trackers(config.logging, self.folder, resume_step=start, resolved=resolved) as trackers,
             Display(config, start=start) as display,
             Recorder(
@@ -167,10 +167,7 @@ class Trainer:
                 files.write_text(self.folder / folder.CONFIG, resolved)
             for line in self.data.report():
                 display.say(line)
-            set_aside = functools.partial(set_aside_damaged, self.folder, start, self._damaged)
-            for line in distributed.in_first_process(set_aside) or ():
-                display.say(line)
-            for line in self._changes if not start else ():
+            for line in [*moved, *(self._changes if not start else ())]:
                 display.say(line)
             saves = Saves(self.folder, config.checkpoint, self._metadata)
             if start:

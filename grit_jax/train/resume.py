@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import jax
@@ -12,6 +13,7 @@ import numpy as np
 from grit_jax import distributed, files
 from grit_jax.checkpoint import Checkpoints, DamagedCheckpointError
 from grit_jax.config import InputError
+from grit_jax.sole_writer import sole_writer
 from grit_jax.train.resolve import check_data
 from grit_jax.train.state import TrainState
 from grit_jax.watch import folder
@@ -64,11 +66,14 @@ def _read(checkpoints: Checkpoints, step: int, abstract: TrainState, fingerprint
     return TrainState(jax.device_put(np.int32(step), abstract.step.sharding), params, opt_state)
 
 
-def set_aside_damaged(output: files.PathLike, start: int, damaged: Mapping[int, str]) -> list[str]:
-    """Moves damaged checkpoints of steps that will be done again to `damaged/`, so that these can be saved again.
+@contextmanager
+def taken_over(
+    output: files.PathLike, start: int, damaged: Mapping[int, str]
+) -> Generator[tuple[Callable[[], None], list[str]]]:
+    """Holds the lock of a run folder, in which damaged checkpoints are out of the way of the steps that are done again.
 
-    To be called by one process, which holds the folder's lock. Checkpoints in `params/` that can be opened stay: a step
-    that is done again has the same parameters.
+    They are moved to `damaged/`, by process 0. Checkpoints in `params/` that can be opened stay: a step that is done
+    again has the same parameters.
 
     Args:
       output: The run folder.
@@ -76,11 +81,18 @@ def set_aside_damaged(output: files.PathLike, start: int, damaged: Mapping[int, 
       damaged: `Restored.damaged`.
 
     Returns:
-      What was found, and where it is now, one line each.
+      The check that every step begins with, see `sole_writer`, and, in process 0, what was moved, one line each.
 
     Raises:
-      InputError: Another process has saved since this one looked for the newest checkpoint.
+      InputError: A writer lives, or has saved since this process looked for the newest checkpoint.
     """
+    with sole_writer(output) as check_writer:
+        moved = distributed.in_first_process(lambda: _set_aside(output, start, damaged))
+        files.forget_listings(output)
+        yield check_writer, moved or []
+
+
+def _set_aside(output: files.PathLike, start: int, damaged: Mapping[int, str]) -> list[str]:
     newer = _steps_after(start, files.join(output, folder.CHECKPOINTS))
     if unknown := [step for step in newer if step not in damaged]:
         raise InputError(

@@ -125,7 +125,8 @@ def damage_newest(output):
 def disturb(job, fault, draw):
     """Does one harm to a running job; returns when all its processes have ended."""
     victim = draw.choice(job.processes)
-    step = draw.randrange(1, STEPS)
+    # When the last step but one is printed, two checkpoints are complete: saving one waits for the one before.
+    step = STEPS - 1 if fault == "stop below damage" else draw.randrange(1, STEPS)
     if fault == "kill while saving":
         job.until(lambda: any(job.output.glob("checkpoints/*tmp*")))
         victim.kill()

@@ -21,6 +21,12 @@ from grit_jax.watch.lines import read_lines
 for line in read_lines(sys.argv[1]):
     print(json.dumps(line))
 """
+LIST = """
+import json, sys
+from grit_jax import files
+for folder in sys.argv[1:]:
+    print(json.dumps(files.names(folder)))
+"""
 RUN = f"gs://{BUCKET}/runs/first"
 
 
@@ -104,3 +110,18 @@ def test_a_run_in_a_bucket_is_stopped_gone_on_with_watched_and_used(bucket, tmp_
     for model, name in ((RUN, "there"), (tmp_path / "run", "here")):
         succeeded("encode", model, "--input", tmp_path / "texts.txt", "--output", tmp_path / f"{name}.npy")
     assert np.array_equal(np.load(tmp_path / "there.npy"), np.load(tmp_path / "here.npy"))
+
+
+@pytest.mark.long
+def test_a_damaged_checkpoint_in_a_bucket_is_set_aside(bucket, tmp_path):
+    arguments = train_arguments(write_data(tmp_path / "data"), RUN, "--train.steps=4", "--checkpoint.params_every=1")
+    succeeded(*arguments)
+    bucket.put("runs/first/checkpoints/4/_CHECKPOINT_METADATA", b"{")
+    resumed = succeeded(*arguments)
+    assert f"it is now {RUN}/damaged/checkpoints/4" in resumed and "resumed from step 2" in resumed
+    program = [sys.executable, "-c", LIST, f"{RUN}/damaged/checkpoints/4", f"{RUN}/checkpoints", f"{RUN}/params"]
+    listed = subprocess.run(program, capture_output=True, check=True, cwd=ROOT, text=True).stdout.splitlines()
+    moved, checkpoints, params = map(json.loads, listed)
+    assert {"_CHECKPOINT_METADATA", "commit_success.txt", "params", "optimizer"} <= set(moved)
+    assert checkpoints == ["2", "4"] and params == ["1", "2", "3", "4"]
+    assert "done: " in succeeded(*arguments[:-2], "--train.steps=4")
