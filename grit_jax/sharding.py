@@ -170,8 +170,8 @@ def constrain(x: jax.Array, *axes: str) -> jax.Array:
 def on_devices(function: Callable, *, in_axes: Any, out_axes: Any, over: Sequence[str] = MESH_AXES) -> Callable:
     """`function` run by every device on its own pieces, with collectives over the mesh axes `over`.
 
-    `jax.shard_map` by logical axes. Without a mesh, or where an enclosing call has split over these axes already, it
-    is `function` itself.
+    `jax.shard_map` by logical axes. Without a mesh, where an enclosing call has split over these axes already, or where
+    each of them has one device and others are left, it is `function` itself.
 
     Args:
       function: What runs on each device.
@@ -179,8 +179,9 @@ def on_devices(function: Callable, *, in_axes: Any, out_axes: Any, over: Sequenc
       out_axes: The same for the result.
       over: Mesh axes; arrays stay split over the others as the compiler likes.
     """
-    free = _free_axes(over)
-    if not free:
+    free, mesh = _free_axes(over), jax.sharding.get_abstract_mesh()
+    # The compiler refuses sums over axes of one device beside axes that are left to it.
+    if not free or (free != _free_axes(MESH_AXES) and all(mesh.shape[name] == 1 for name in free)):
         return function
     in_specs, out_specs = jax.tree.map(functools.partial(_spec_over, free), (in_axes, out_axes), is_leaf=_is_axes)
     # Pallas calls do not say over which mesh axes their results vary, so that is not checked.

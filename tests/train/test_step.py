@@ -151,10 +151,10 @@ def test_rows_that_go_through_each_layer_in_pieces_change_nothing(plain, mesh):
     assert_same_update(one_update(config, make_batch(), mesh=MeshConfig(*mesh), num_devices=num_devices), plain)
 
 
-@pytest.mark.parametrize("mesh", [(8, 1, 1), (1, 8, 1), (2, 2, 2)])
+@pytest.mark.parametrize("mesh", [(8, 1, 1), (1, 8, 1), (1, 1, 2), (2, 2, 2)])
 def test_every_mesh_gives_the_numbers_of_one_device(plain, mesh):
-    config = with_train(BASE, embedding_chunks=2, generative_chunks=1)
-    assert_same_update(one_update(config, make_batch(), mesh=MeshConfig(*mesh), num_devices=8), plain)
+    config, num_devices = with_train(BASE, embedding_chunks=2, generative_chunks=1), int(np.prod(mesh))
+    assert_same_update(one_update(config, make_batch(), mesh=MeshConfig(*mesh), num_devices=num_devices), plain)
 
 
 @pytest.mark.parametrize("negatives", ["gathered", "ring"])
