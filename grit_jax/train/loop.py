@@ -151,7 +151,7 @@ class Trainer:
         resolved = dump_config(config)
         datasets = Datasets(self.data.samples, self.data.embedding_dataset, self.data.generative_losses)
         with (
-            taken_over(self.folder, start, self._damaged) as (check_writer, moved),
+            taken_over(self.folder, start, self._damaged, self._metadata(start)) as (check_writer, moved),
             make_trackers(config.logging, self.folder, resume_step=start, resolved=resolved) as trackers,
             Display(config, start=start) as display,
             Recorder(

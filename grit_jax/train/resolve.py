@@ -7,7 +7,16 @@ import dataclasses
 import jax
 
 from grit_jax import files
-from grit_jax.config import Config, InputError, TransformerConfig, config_differences, flat_values, load_config
+from grit_jax.checkpoint import CheckpointMetadata
+from grit_jax.config import (
+    Config,
+    InputError,
+    TransformerConfig,
+    config_differences,
+    flat_values,
+    load_config,
+    parse_config,
+)
 from grit_jax.data.schedule import same_data
 from grit_jax.loading import open_tokenizer
 from grit_jax.model.pretrained import Pretrained
@@ -15,11 +24,12 @@ from grit_jax.tokenizer import Tokenizer
 from grit_jax.watch import folder
 from grit_jax.watch.status import last_checkpoint
 
-# What may differ between a run folder's config and the one that resumes it.
-MAY_DIFFER = (
-    "train.steps", "train.output", "train.max_skipped", "train.watchdog_seconds", "train.preemption_notices",
-    "loss.negatives", "mesh.", "logging.", "scorecard.", "checkpoint.", "distributed.",
+# What changes no update, and what may differ between a run folder's config and the one that resumes it.
+_CHANGES_NO_UPDATE = (
+    "train.output", "train.max_skipped", "train.watchdog_seconds", "train.preemption_notices", "loss.negatives",
+    "mesh.", "logging.", "scorecard.", "checkpoint.", "distributed.",
 )  # fmt: skip
+MAY_DIFFER = (*_CHANGES_NO_UPDATE, "train.steps")
 
 # What may differ between the hosts of one run: where they find things, and what each one is.
 _MAY_DIFFER_BY_HOST = (
@@ -138,3 +148,12 @@ def check_data(output: files.PathLike, recorded: str, fingerprint: str) -> None:
             f"{output}: data.train is not what this run was trained on (its files changed, or another version "
             "of grit_jax puts them in another order); put them back, or start again in another train.output"
         )
+
+
+def same_run(saved: CheckpointMetadata, about: CheckpointMetadata) -> bool:
+    """Whether two checkpoints of the same step hold the same parameters, by what they say about themselves."""
+    if saved.config is None or about.config is None:
+        return False
+    old, new = parse_config(saved.config), parse_config(about.config)
+    same_config = not config_differences(old, new, ignore=_CHANGES_NO_UPDATE)
+    return same_config and same_data(saved.data["fingerprint"], about.data["fingerprint"])

@@ -11,10 +11,10 @@ import jax
 import numpy as np
 
 from grit_jax import distributed, files
-from grit_jax.checkpoint import Checkpoints, DamagedCheckpointError
+from grit_jax.checkpoint import CheckpointMetadata, Checkpoints, DamagedCheckpointError
 from grit_jax.config import InputError
 from grit_jax.sole_writer import sole_writer
-from grit_jax.train.resolve import check_data
+from grit_jax.train.resolve import check_data, same_run
 from grit_jax.train.state import TrainState
 from grit_jax.watch import folder
 
@@ -68,17 +68,18 @@ def _read(checkpoints: Checkpoints, step: int, abstract: TrainState, fingerprint
 
 @contextmanager
 def taken_over(
-    output: files.PathLike, start: int, damaged: Mapping[int, str]
+    output: files.PathLike, start: int, damaged: Mapping[int, str], about: CheckpointMetadata
 ) -> Generator[tuple[Callable[[], None], list[str]]]:
-    """Holds the lock of a run folder, in which damaged checkpoints are out of the way of the steps that are done again.
+    """Holds the lock of a run folder, in which nothing is in the way of the steps that are done again.
 
-    They are moved to `damaged/`, by process 0. Checkpoints in `params/` that can be opened stay: a step that is done
-    again has the same parameters.
+    Process 0 moves damaged checkpoints of these steps to `set_aside/`, and parameters in `params/` that another config
+    or other data have made. The other parameters stay: a step that is done again has the same ones.
 
     Args:
       output: The run folder.
       start: The step that the run goes on from.
       damaged: `Restored.damaged`.
+      about: What this run's checkpoints say about themselves.
 
     Returns:
       The check that every step begins with, see `sole_writer`, and, in process 0, what was moved, one line each.
@@ -87,12 +88,12 @@ def taken_over(
       InputError: A writer lives, or has saved since this process looked for the newest checkpoint.
     """
     with sole_writer(output) as check_writer:
-        moved = distributed.in_first_process(lambda: _set_aside(output, start, damaged))
+        moved = distributed.in_first_process(lambda: _set_aside(output, start, damaged, about))
         files.forget_listings(output)
         yield check_writer, moved or []
 
 
-def _set_aside(output: files.PathLike, start: int, damaged: Mapping[int, str]) -> list[str]:
+def _set_aside(output: files.PathLike, start: int, damaged: Mapping[int, str], about: CheckpointMetadata) -> list[str]:
     newer = _steps_after(start, files.join(output, folder.CHECKPOINTS))
     if unknown := [step for step in newer if step not in damaged]:
         raise InputError(
@@ -103,14 +104,15 @@ def _set_aside(output: files.PathLike, start: int, damaged: Mapping[int, str]) -
     params = Checkpoints(files.join(output, folder.PARAMS), read_only=True)
     for step in _steps_after(start, params.folder):
         try:
-            params.metadata(step)
+            if not same_run(params.metadata(step), about):
+                found.append((folder.PARAMS, step, f"{params.folder / str(step)} is of another config or other data"))
         except DamagedCheckpointError as error:
             found.append((folder.PARAMS, step, str(error)))
     lines = []
     for kind, step, problem in found:
-        target = _free_place(files.join(output, folder.DAMAGED, kind, str(step)))
+        target = _free_place(files.join(output, folder.SET_ASIDE, kind, str(step)))
         files.move(files.join(output, kind, str(step)), target)
-        lines.append(f"passed over: {problem}; it is now {target}")
+        lines.append(f"set aside: {problem}; it is now {target}")
     return lines
 
 

@@ -9,7 +9,7 @@ from grit_jax import files
 CONFIG = "config.yaml"
 CHECKPOINTS = "checkpoints"
 PARAMS = "params"
-DAMAGED = "damaged"
+SET_ASIDE = "set_aside"
 METRICS = "metrics.jsonl"
 GOODPUT = "goodput.jsonl"
 BAD_BATCHES = "bad_batches.jsonl"

@@ -159,7 +159,7 @@ def disturb(job, fault, draw):
 
 def stop_below_damage(job, draw):
     """Stops a run that has passed over a damaged checkpoint before it saves that step again."""
-    job.until(lambda: "passed over" in job.text())
+    job.until(lambda: "set aside" in job.text())
     draw.choice(job.processes).terminate()
     codes = job.ended(START)
     assert set(codes) in ({75}, {0}, {2}), f"{codes}\n{job.text()[-4000:]}"
@@ -210,7 +210,7 @@ def trial(seed, folder):
     resumed = re.findall(r"resumed from step (\d+)", again.text())
     if committed and committed[-1] < STEPS:
         assert int(resumed[-1]) == committed[-1], f"{resumed} of {committed}"
-    assert checkpoint_steps(output, "damaged/checkpoints") == damaged
+    assert checkpoint_steps(output, "set_aside/checkpoints") == damaged
     assert kept_parameters(output).items() >= parameters.items(), "parameters were lost or written again"
     if settings["keep_every"] != "null":
         assert {step for step in committed if step % settings["keep_every"] == 0} <= set(checkpoint_steps(output))

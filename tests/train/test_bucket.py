@@ -118,8 +118,8 @@ def test_a_damaged_checkpoint_in_a_bucket_is_set_aside(bucket, tmp_path):
     succeeded(*arguments)
     bucket.put("runs/first/checkpoints/4/_CHECKPOINT_METADATA", b"{")
     resumed = succeeded(*arguments)
-    assert f"it is now {RUN}/damaged/checkpoints/4" in resumed and "resumed from step 2" in resumed
-    program = [sys.executable, "-c", LIST, f"{RUN}/damaged/checkpoints/4", f"{RUN}/checkpoints", f"{RUN}/params"]
+    assert f"it is now {RUN}/set_aside/checkpoints/4" in resumed and "resumed from step 2" in resumed
+    program = [sys.executable, "-c", LIST, f"{RUN}/set_aside/checkpoints/4", f"{RUN}/checkpoints", f"{RUN}/params"]
     listed = subprocess.run(program, capture_output=True, check=True, cwd=ROOT, text=True).stdout.splitlines()
     moved, checkpoints, params = map(json.loads, listed)
     assert {"_CHECKPOINT_METADATA", "commit_success.txt", "params", "optimizer"} <= set(moved)

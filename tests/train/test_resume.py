@@ -8,7 +8,7 @@ import time
 import pytest
 
 from grit_jax.checkpoint import Checkpoints
-from grit_jax.config import InputError, load_config
+from grit_jax.config import InputError, load_config, parse_config
 from grit_jax.train.loop import Trainer
 from tests.multiprocess import launch
 from tests.runs import ROOT, TINY, losses, write_data
@@ -106,8 +106,8 @@ def test_a_damaged_newest_checkpoint_is_set_aside_by_the_run_that_saves_its_step
     assert steps_of(output / "checkpoints") == [4, 6], "the constructor writes nothing"
     assert again.fit()
     said = capsys.readouterr().out
-    assert "checkpoints/6: the checkpoint is damaged" in said and f"it is now {output}/damaged/checkpoints/6" in said
-    kept = [file.read_bytes() for file in sorted((output / "damaged/checkpoints/6").rglob("*")) if file.is_file()]
+    assert "checkpoints/6: the checkpoint is damaged" in said and f"it is now {output}/set_aside/checkpoints/6" in said
+    kept = [file.read_bytes() for file in sorted((output / "set_aside/checkpoints/6").rglob("*")) if file.is_file()]
     assert kept == damaged
     assert steps_of(output / "checkpoints") == [4, 6]
     assert losses(output) == losses(undisturbed)
@@ -118,11 +118,11 @@ def test_a_run_that_is_stopped_below_a_damaged_checkpoint_is_saved_there(data, u
     for damages in (1, 2):  # the same step twice
         assert trainer(data, output, "--checkpoint.keep=3").fit()
         truncate(output / "checkpoints/6")
-        assert (output / "damaged/checkpoints").exists() == (damages > 1)
+        assert (output / "set_aside/checkpoints").exists() == (damages > 1)
     stopped = at_batch(trainer(data, output, "--checkpoint.keep=3"), 6, stop)
     assert not stopped.fit()
     assert steps_of(output / "checkpoints") == [2, 4, 5]
-    assert sorted(os.listdir(output / "damaged/checkpoints")) == ["6", "6-2"]
+    assert sorted(os.listdir(output / "set_aside/checkpoints")) == ["6", "6-2"]
     assert trainer(data, output).fit()
     assert losses(output) == losses(undisturbed)
 
@@ -143,8 +143,26 @@ def test_damaged_parameters_of_steps_that_are_done_again_are_set_aside_and_saved
     crashed(data, output, 4, *options)
     truncate(output / "params/2")
     assert trainer(data, output, *options).fit()
-    assert (output / "damaged/params/2").exists() and not (output / "damaged/params/1").exists()
+    assert (output / "set_aside/params/2").exists() and not (output / "set_aside/params/1").exists()
     Checkpoints(output / "params", read_only=True).metadata(2)
+
+
+def test_parameters_of_another_config_are_set_aside_and_saved_again(data, tmp_path):
+    output = tmp_path / "run"
+    more = ["--checkpoint.params_every=1", "--checkpoint.every=100"]
+    run = trainer(data, output, *more)
+    at_batch(run, 4, crash_when_saved(output))
+    with pytest.raises(Crash):
+        run.fit()
+    for change in ("--optimizer.learning_rate=0.001", "--train.steps=5"):
+        run = trainer(data, output, *more, change)
+        at_batch(run, 3, crash_when_saved(output))
+        with pytest.raises(Crash):
+            run.fit()
+    assert sorted(os.listdir(output / "set_aside/params")) == ["1", "1-2", "2", "2-2", "3"]
+    for step, rate in ((1, 0.0005), (2, 0.0005)):
+        saved = Checkpoints(output / "params", read_only=True).metadata(step)
+        assert parse_config(saved.config).optimizer.learning_rate == rate
 
 
 @pytest.mark.parametrize("every", [1, 3, None])
@@ -175,7 +193,7 @@ def test_what_another_process_saved_meanwhile_is_not_taken_for_damaged(data, tmp
 
 SEVERAL = """
     import sys
-    from grit_jax.config import InputError, load_config
+    from grit_jax.config import InputError, load_config, parse_config
     from grit_jax.train.loop import Trainer
     from grit_jax.watch import folder
 
@@ -200,5 +218,5 @@ def test_processes_set_damaged_checkpoints_aside_together_and_refuse_a_folder_th
     assert steps_of(output / "checkpoints") == [4, 6]
     together = launch.run(SEVERAL, ROOT / "configs/tiny.yaml", "together", *options, devices_each=4)
     assert [text.splitlines()[-1] for text in together] == ["True", "True"]
-    assert together[0].count("it is now") == 1 and (output / "damaged/checkpoints/6").exists()
+    assert together[0].count("it is now") == 1 and (output / "set_aside/checkpoints/6").exists()
     assert steps_of(output / "checkpoints") == [4, 6]
