@@ -135,9 +135,9 @@ def conversation(turns: Sequence[str], *, bos: str, eos: str) -> Prompt:
 def fold_system(messages: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
     r"""The conversation in the roles that the format has: a system message becomes part of the first user message.
 
-    The user message is then `{system}\n\n{user}`. The system text is stripped; a blank one says nothing and is left out;
-    several are joined by blank lines. The role `developer` is the newer name of `system`. Without a system message the
-    conversation is unchanged.
+    The user message is then `{system}\n\n{user}`. The system text is stripped; a blank one is left out; several are
+    joined by blank lines. The role `developer` is the newer name of `system`. Without a system message the conversation
+    is unchanged.
 
     Args:
       messages: `{"role", "content"}` each; system messages come before all others.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 
 from grit_jax import prompts
@@ -18,6 +19,11 @@ def record_prompts(record: Record, tokenizer: Tokenizer) -> list[Prompt]:
     if isinstance(record.turns, str):
         return [prompts.plain(record.turns, bos=tokenizer.bos)]
     return [prompts.conversation(record.turns, bos=tokenizer.bos, eos=tokenizer.eos)]
+
+
+def text_hash(prompt: Prompt) -> int:
+    """56 bits that are equal for equal formatted texts."""
+    return int.from_bytes(hashlib.blake2b(prompt.text.encode(), digest_size=7).digest())
 
 
 def tokenize_records(records: Sequence[Record], tokenizer: Tokenizer) -> list[list[TokenizedPrompt]]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
+from collections.abc import Generator
 from typing import Any, Literal, NamedTuple
 
 from grit_jax.config import InputError
@@ -99,37 +101,65 @@ def parse_json(line: str | bytes, where: str) -> Any:
     Raises:
       RecordError: It starts with `where`.
     """
+    text = text_of(line, where) if isinstance(line, bytes) else line
+    with _named_faults(where):
+        value = json.loads(text, object_pairs_hook=_unique_keys)
+        _refuse_half_characters(text, value, where)
+    return value
+
+
+def parse_entry(text: str, place: int, where: str) -> tuple[Any, int]:
+    """`parse_json` of the value that begins at a place of a longer text, and the place after it.
+
+    Raises:
+      json.JSONDecodeError: No value begins there, so that nothing after it can be read either.
+      RecordError: The value is another that `parse_json` refuses, and may be passed over.
+    """
+    _, end = json.JSONDecoder().raw_decode(text, place)
+    return parse_json(text[place:end], where), end
+
+
+def text_of(line: bytes, where: str) -> str:
+    """The text of a line, without a byte order mark.
+
+    Raises:
+      RecordError: It is not UTF-8.
+    """
     try:
-        text = line.decode("utf-8-sig") if isinstance(line, bytes) else line
-        row = json.loads(text, object_pairs_hook=_unique_keys)
+        return line.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise RecordError(
-            where, "not UTF-8", f"byte {error.start + 1} is not UTF-8 ({error.reason}); save the file as UTF-8"
-        ) from error
+        message = f"byte {error.start + 1} is not UTF-8 ({error.reason}); save the file as UTF-8"
+        raise RecordError(where, "not UTF-8", message) from error
+
+
+@contextlib.contextmanager
+def _named_faults(where: str) -> Generator[None]:
+    try:
+        yield
     except _DuplicateKeyError as error:
         raise RecordError(
             where, "a key twice", f"key {_describe(error.args[0])} is there twice; keep one of them"
         ) from error
-    except ValueError as error:
-        raise RecordError(where, "not valid JSON", f"not valid JSON ({error}); each line must be one object") from error
     except RecursionError as error:
         raise RecordError(
             where, "nested too deeply", "lists or objects are nested too deeply; each line must be one flat object"
         ) from error
-    if "\\u" in text:  # a JSON escape may stand for half a character, which no tokenizer takes
-        try:
-            json.dumps(row, ensure_ascii=False).encode()
-        except UnicodeEncodeError as error:
-            raise RecordError(
-                where,
-                "half a surrogate pair",
-                f"\\u{ord(error.object[error.start]):04x} is half of a surrogate pair and no character; remove it",
-            ) from error
-        except RecursionError as error:
-            raise RecordError(
-                where, "nested too deeply", "lists or objects are nested too deeply; each line must be one flat object"
-            ) from error
-    return row
+    except RecordError:
+        raise
+    except ValueError as error:
+        raise RecordError(where, "not valid JSON", f"not valid JSON ({error}); each line must be one object") from error
+
+
+def _refuse_half_characters(text: str, value: Any, where: str) -> None:
+    """Raises where a JSON escape stands for half a character, which no tokenizer takes."""
+    if "\\u" not in text:
+        return
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        code = ord(error.object[error.start])
+        message = f"\\u{code:04x} is half of a surrogate pair and no character; remove it"
+        raise RecordError(where, "half a surrogate pair", message) from error
 
 
 def stream_of(record: Record) -> Stream:
