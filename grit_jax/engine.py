@@ -8,6 +8,7 @@ that has been read. Shapes are few and known before: after `Engine.warm_up` noth
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
@@ -44,10 +45,13 @@ class Continuation:
       tokens: int32 [tokens]; what is read, at least one.
       max_new_tokens: Most tokens that are written.
       temperature: 0 takes the likeliest token each time.
-      top_p: Probability of the nucleus that is drawn from.
+      top_p: Probability of the nucleus that is drawn from; its likeliest token is always in it.
       seed: Seed of the draws; tokens do not depend on what else is in the batch.
       logprobs: Whether log p of the tokens is wanted.
       prefix: Keys and values of what is before `tokens`, numpy [layers, tokens, kv_heads, head_dim]; None for nothing.
+
+    Raises:
+      InputError: A number is out of its range.
     """
 
     tokens: np.ndarray
@@ -57,6 +61,16 @@ class Continuation:
     seed: int = 0
     logprobs: bool = False
     prefix: KVCache | None = None
+
+    def __post_init__(self):
+        if self.max_new_tokens < 0:
+            raise InputError(
+                f"max_new_tokens={self.max_new_tokens} must not be negative; there is no number for no limit"
+            )
+        if not 0 <= self.temperature < math.inf:
+            raise InputError(f"temperature={self.temperature} must be a finite number, 0 or more")
+        if not 0 <= self.top_p <= 1:
+            raise InputError(f"top_p={self.top_p} must be from 0 to 1")
 
     @property
     def num_cached(self) -> int:

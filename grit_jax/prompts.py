@@ -76,8 +76,17 @@ class TokenizedPrompt(NamedTuple):
         return TokenizedPrompt(self.tokens[:limit], spans[spans[:, 0] < spans[:, 1]])
 
 
+def stripped(instruction: str) -> str:
+    """An instruction as the model reads it, always: without tabs, newlines, spaces and colons around it."""
+    return instruction.strip("\t\n :")
+
+
 def embedding(text: str, instruction: str = "", *, bos: str) -> Prompt:
-    r"""`<s><|user|>\n{instruction}\n<|embed|>\n{text}`, or `<s><|embed|>\n{text}`; the text is pooled."""
+    r"""`<s><|user|>\n{instruction}\n<|embed|>\n{text}`, or `<s><|embed|>\n{text}`; the text is pooled.
+
+    The instruction is `stripped`.
+    """
+    instruction = stripped(instruction)
     head = f"{bos}{_USER}{instruction}\n{_EMBED}" if instruction else f"{bos}{_EMBED}"
     return Prompt(head + text, ((len(head), len(head) + len(text)),))
 
@@ -184,6 +193,11 @@ def generation(messages: str | Sequence[Mapping[str, str]], *, bos: str, eos: st
         raise InputError(f"messages have the roles {roles}; they must be user and assistant in turn, ending with user")
     history = conversation([message["content"] for message in messages], bos=bos, eos=eos)
     return f"{history.text}\n{_ASSISTANT}{prefix}"
+
+
+def begun(text: str, *, bos: str) -> str:
+    """The text after BOS, of which there is one even where the text begins with it."""
+    return text if text.startswith(bos) else bos + text
 
 
 def awaits_answer(text: str) -> bool:

@@ -16,7 +16,7 @@ import numpy as np
 
 from grit_jax import prompts
 from grit_jax.caching import joined
-from grit_jax.config import Attention, InputError
+from grit_jax.config import Attention, InputError, require_positive
 from grit_jax.engine import Continuation
 from grit_jax.inference import GritModel
 from grit_jax.model.transformer import KVCache
@@ -139,6 +139,7 @@ class Rag:
           InputError: The query is empty, the store lacks keys and values that the method needs, or the documents are
             too long.
         """
+        require_positive("k", k)
         parts = prompts.cached_parts(method)
         if lack := self._lack(method):
             raise InputError(lack)
@@ -166,13 +167,13 @@ class Rag:
         text = prompts.rag(method, query, passage, bos=self._model.tokenizer.bos)
         return Prepared(prefix, text, self._model.tokenizer.encode(text).ids, hits)
 
-    def answer(self, prepared: Prepared, *, max_new_tokens: int = 64, stop: Sequence[str] = ()) -> Answered:
+    def answer(self, prepared: Prepared, *, max_new_tokens: int = 64, stop: str | Sequence[str] = ()) -> Answered:
         """Writes an answer with the likeliest tokens.
 
         Args:
           prepared: From `prepare`.
           max_new_tokens: Most tokens of the answer.
-          stop: The answer ends before the first of these strings.
+          stop: The answer ends before this string, or the first of several.
 
         Raises:
           InputError: Query, documents and answer do not fit the model.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 
 from grit_jax.cli.arguments import refuse_not_positive
 from grit_jax.config import InputError
@@ -31,10 +32,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Prints an answer as it is made."""
     refuse_not_positive(args, "max_new_tokens")
-    if args.temperature < 0:
-        raise InputError(f"--temperature={args.temperature} must not be negative")
-    if not 0 < args.top_p <= 1:
-        raise InputError(f"--top-p={args.top_p} must be over 0 and at most 1")
+    if not 0 <= args.temperature < math.inf:
+        raise InputError(f"--temperature={args.temperature} must be a finite number, 0 or more")
+    if not 0 <= args.top_p <= 1:
+        raise InputError(f"--top-p={args.top_p} must be from 0 to 1")
 
     from grit_jax.inference import GritModel
 

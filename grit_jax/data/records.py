@@ -10,6 +10,7 @@ from collections.abc import Generator
 from typing import Any, Literal, NamedTuple
 
 from grit_jax.config import InputError
+from grit_jax.prompts import stripped
 
 Stream = Literal["embedding", "generative"]
 
@@ -198,7 +199,7 @@ def _embedding_text(value: Any, where: str, key: str) -> EmbeddingText:
     if isinstance(value, str):
         return EmbeddingText("", value)
     if isinstance(value, list) and len(value) == 2 and all(isinstance(part, str) for part in value):
-        return EmbeddingText(value[0].strip("\t\n :"), value[1])
+        return EmbeddingText(stripped(value[0]), value[1])
     raise RecordError(
         where,
         f'"{key}" holds no text',

@@ -25,6 +25,18 @@ class Failed(NamedTuple):
     error: RecordError
 
 
+class LeftOut(NamedTuple):
+    """A sound row that says nothing to train on, such as a pair that is labelled as none.
+
+    Attributes:
+      where: File and line.
+      kind: Why, in a few words that are equal for all rows of the same kind.
+    """
+
+    where: str
+    kind: str
+
+
 def failed(where: str, kind: str, message: str) -> Failed:
     """A row with a fault; arguments as of `RecordError`."""
     return Failed(RecordError(where, kind, message))

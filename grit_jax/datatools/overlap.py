@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -194,7 +194,7 @@ def _first(folder: Path, name: str) -> Path | None:
 def _beir_texts(folder: Path) -> Iterator[tuple[Path, int, str, bool]]:
     judged: set[str] | None = None
     if qrels := find_qrels(folder, "test"):
-        judged = {judgement.query for judgement in map(_sound, read_qrels(qrels))}
+        judged = {judgement.query for judgement in _sound(read_qrels(qrels))}
     names = set()
     for name, keys in (("queries.jsonl", ("text",)), ("corpus.jsonl", ("title", "text"))):
         path = _first(folder, name)
@@ -210,10 +210,11 @@ def _beir_texts(folder: Path) -> Iterator[tuple[Path, int, str, bool]]:
             raise InputError(f"--against {qrels}: judges no query of {path}; correct its ids, or remove it")
 
 
-def _sound(entry: T | Failed) -> T:
-    if isinstance(entry, Failed):
-        raise entry.error
-    return entry
+def _sound(entries: Iterable[T | Failed]) -> Iterator[T]:
+    for entry in entries:
+        if isinstance(entry, Failed):
+            raise entry.error
+        yield entry
 
 
 def _file_texts(path: Path) -> Iterator[tuple[Path, int, str, bool]]:
@@ -228,7 +229,7 @@ def _file_texts(path: Path) -> Iterator[tuple[Path, int, str, bool]]:
 
 
 def _objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    for where, row in map(_sound, read_objects(path)):
+    for where, row in _sound(read_objects(path)):
         yield int(where.rpartition(":")[2]), row
 
 

@@ -21,7 +21,7 @@ from grit_jax.config import InputError
 from grit_jax.data import cache
 from grit_jax.distributed import gathered, in_first_process, require_same
 from grit_jax.inference import Encoded, GritModel
-from grit_jax.prompts import CacheForm
+from grit_jax.prompts import CacheForm, stripped
 from grit_jax.sole_writer import sole_writer
 from grit_jax.store import caches, layout
 from grit_jax.store.corpus import read_corpus, text_key
@@ -205,6 +205,7 @@ def _settings(model: GritModel, name: str, wanted: Wanted, old: Settings | None)
     if wanted.cache_form and not chosen["caches"]:
         raise InputError(f"--cache-form={wanted.cache_form} is about keys and values, which are not kept; add --caches")
     limit = model.architecture.max_length
+    chosen["instruction"] = stripped(chosen["instruction"])
     chosen["max_length"] = min(chosen["max_length"] or limit, limit)
     # One text says whether the instruction leaves room, before anything is written.
     one = model.encode(["text"], instruction=chosen["instruction"], max_length=chosen["max_length"])
