@@ -246,7 +246,7 @@ class GritModel:
 
         `form` says whether a text begins with BOS, or comes `second`, after the keys and values of another.
         """
-        _refuse_one(texts, "texts")
+        _refuse_others(texts)
         opening = prompts.opening(form, bos=self.tokenizer.bos)
         limit = self._limit(max_length)
         formatted = [prompts.embedding(text, instruction, bos=opening) for text in texts]
@@ -454,7 +454,7 @@ class GritModel:
           InputError: No token starts in a continuation, or it is longer than the model's limit.
         """
         _refuse_one(contexts, "contexts")
-        _refuse_one(continuations, "continuations")
+        _refuse_others(continuations, "continuations")
         before = [self._prompt(context, prefix=prefix, raw=raw) for context in contexts]
         pairs = [
             prompts.Prompt(text + continuation, ((len(text), len(text) + len(continuation)),))
@@ -569,7 +569,7 @@ class GritModel:
         Raises:
           InputError: A text has no token, or more than the model's limit.
         """
-        _refuse_one(texts, "texts")
+        _refuse_others(texts)
         scores = []
         rows = sharding.axis_size(self._mesh, "batch")
         for place, encoding in enumerate(
@@ -722,6 +722,14 @@ def _refuse_one(texts: Any, what: str) -> None:
     """Returns where there is a list: the characters of a string are no texts."""
     if isinstance(texts, str):
         raise InputError(f"{what} is one string, {texts!r:.60}; give a list of them")
+
+
+def _refuse_others(texts: Any, what: str = "texts") -> None:
+    """Returns where there is a list of strings."""
+    _refuse_one(texts, what)
+    for place, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise InputError(f"{what.removesuffix('s')} {place} is {text!r:.60}; it must be a string")
 
 
 def _one_behind(batches: Iterator[T]) -> Iterator[T]:

@@ -159,7 +159,7 @@ class Tokenizer:
         """Tokens of a text; special strings in it become their tokens.
 
         Raises:
-          InputError: It is no text, or holds half of a surrogate pair.
+          InputError: It holds half of a surrogate pair.
         """
         return self.encode_batch([text])[0]
 
@@ -169,7 +169,7 @@ class Tokenizer:
             encodings = self._backend.encode_batch(list(texts), add_special_tokens=False)
         except TypeError:
             for place, text in enumerate(texts):
-                _refuse_no_text(text, place)
+                _refuse_half_characters(text, place)
             raise
         return [_encoding(encoded) for encoded in encodings]
 
@@ -210,9 +210,7 @@ def _encoding(encoded: tokenizers.Encoding) -> Encoding:
     return Encoding(np.array(encoded.ids, np.int32), starts)
 
 
-def _refuse_no_text(text: Any, place: int) -> None:
-    if not isinstance(text, str):
-        raise InputError(f"text {place} is {text!r:.60}; it must be a string")
+def _refuse_half_characters(text: str, place: int) -> None:
     try:
         text.encode()
     except UnicodeEncodeError as error:

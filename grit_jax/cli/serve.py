@@ -130,7 +130,10 @@ def _instructions(path: Path) -> dict[str, str]:
     from grit_jax.data.lines import read_text
     from grit_jax.data.records import parse_json
 
-    found = parse_json(read_text(path), f"--prompts {path}")
+    try:
+        found = parse_json(read_text(path), str(path))
+    except InputError as error:
+        raise InputError(f"--prompts {error}") from error
     if not isinstance(found, dict) or not all(isinstance(text, str) for text in found.values()):
         raise InputError(f'--prompts {path}: must be an object such as {{"query": "Find the answer"}}')
     return found
