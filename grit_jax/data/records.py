@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import os
-from collections.abc import Generator
 from typing import Any, Literal, NamedTuple
 
 from grit_jax.config import InputError
@@ -103,9 +101,12 @@ def parse_json(line: str | bytes, where: str) -> Any:
       RecordError: It starts with `where`.
     """
     text = text_of(line, where) if isinstance(line, bytes) else line
-    with _named_faults(where):
+    try:
         value = json.loads(text, object_pairs_hook=_unique_keys)
-        _refuse_half_characters(text, value, where)
+        if "\\u" in text:  # a JSON escape may stand for half a character, which no tokenizer takes
+            json.dumps(value, ensure_ascii=False).encode()
+    except (_DuplicateKeyError, ValueError, RecursionError) as error:
+        raise RecordError(where, *_named(error)) from error
     return value
 
 
@@ -133,34 +134,18 @@ def text_of(line: bytes, where: str) -> str:
         raise RecordError(where, "not UTF-8", message) from error
 
 
-@contextlib.contextmanager
-def _named_faults(where: str) -> Generator[None]:
-    try:
-        yield
-    except _DuplicateKeyError as error:
-        raise RecordError(
-            where, "a key twice", f"key {_describe(error.args[0])} is there twice; keep one of them"
-        ) from error
-    except RecursionError as error:
-        raise RecordError(
-            where, "nested too deeply", "lists or objects are nested too deeply; each line must be one flat object"
-        ) from error
-    except RecordError:
-        raise
-    except ValueError as error:
-        raise RecordError(where, "not valid JSON", f"not valid JSON ({error}); each line must be one object") from error
-
-
-def _refuse_half_characters(text: str, value: Any, where: str) -> None:
-    """Raises where a JSON escape stands for half a character, which no tokenizer takes."""
-    if "\\u" not in text:
-        return
-    try:
-        json.dumps(value, ensure_ascii=False).encode()
-    except UnicodeEncodeError as error:
-        code = ord(error.object[error.start])
-        message = f"\\u{code:04x} is half of a surrogate pair and no character; remove it"
-        raise RecordError(where, "half a surrogate pair", message) from error
+def _named(error: Exception) -> tuple[str, str]:
+    """Kind and message of what is wrong with a line."""
+    match error:
+        case _DuplicateKeyError():
+            return "a key twice", f"key {_describe(error.args[0])} is there twice; keep one of them"
+        case RecursionError():
+            return "nested too deeply", "lists or objects are nested too deeply; each line must be one flat object"
+        case UnicodeEncodeError():
+            code = ord(error.object[error.start])
+            return "half a surrogate pair", f"\\u{code:04x} is half of a surrogate pair and no character; remove it"
+        case _:
+            return "not valid JSON", f"not valid JSON ({error}); each line must be one object"
 
 
 def stream_of(record: Record) -> Stream:
