@@ -8,7 +8,6 @@ that has been read. Shapes are few and known before: after `Engine.warm_up` noth
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
@@ -30,6 +29,7 @@ from grit_jax.model.decode import (
     write_prefix,
 )
 from grit_jax.model.transformer import KVCache, Params, Transformer
+from grit_jax.ranges import NOT_NEGATIVE, SHARE, require
 
 BLOCK = 8  # tokens that are written in one call of the device
 
@@ -63,14 +63,9 @@ class Continuation:
     prefix: KVCache | None = None
 
     def __post_init__(self):
-        if self.max_new_tokens < 0:
-            raise InputError(
-                f"max_new_tokens={self.max_new_tokens} must not be negative; there is no number for no limit"
-            )
-        if not 0 <= self.temperature < math.inf:
-            raise InputError(f"temperature={self.temperature} must be a finite number, 0 or more")
-        if not 0 <= self.top_p <= 1:
-            raise InputError(f"top_p={self.top_p} must be from 0 to 1")
+        require("max_new_tokens", self.max_new_tokens, NOT_NEGATIVE, "there is no number for no limit")
+        require("temperature", self.temperature, NOT_NEGATIVE)
+        require("top_p", self.top_p, SHARE)
 
     @property
     def num_cached(self) -> int:

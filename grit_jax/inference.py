@@ -27,7 +27,6 @@ from grit_jax.config import (
     MeshConfig,
     ModelConfig,
     TransformerConfig,
-    require_positive,
 )
 from grit_jax.data.packing import pack
 from grit_jax.data.pipeline import pool_weights
@@ -37,6 +36,7 @@ from grit_jax.loading import load_params, open_model
 from grit_jax.losses import target_log_likelihoods
 from grit_jax.model.pooling import embed_rows
 from grit_jax.model.transformer import KVCache, Params, abstract_model, bind, split_layers, stack_layers
+from grit_jax.ranges import require_positive
 from grit_jax.tokenizer import Tokenizer
 
 T = TypeVar("T")

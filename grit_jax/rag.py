@@ -16,11 +16,12 @@ import numpy as np
 
 from grit_jax import prompts
 from grit_jax.caching import joined
-from grit_jax.config import Attention, InputError, require_positive
+from grit_jax.config import Attention, InputError
 from grit_jax.engine import Continuation
 from grit_jax.inference import GritModel
 from grit_jax.model.transformer import KVCache
 from grit_jax.prompts import Positions, RagMethod
+from grit_jax.ranges import require_positive
 from grit_jax.store.layout import Document, Store
 from grit_jax.store.retriever import Hit, Retriever
 

@@ -225,9 +225,9 @@ def test_one_stop_string_is_not_its_characters(model):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"max_new_tokens": -1}, "max_new_tokens=-1 must not be negative"),
-        ({"temperature": -0.1}, "temperature=-0.1 must be a finite number, 0 or more"),
-        ({"temperature": float("nan")}, "temperature=nan must be"),
+        ({"max_new_tokens": -1}, "max_new_tokens=-1 must be 0 or more; there is no number for no limit"),
+        ({"temperature": -0.1}, "temperature=-0.1 must be 0 or more"),
+        ({"temperature": float("nan")}, "temperature=nan must be a finite number"),
         ({"top_p": 1.5}, "top_p=1.5 must be from 0 to 1"),
         ({"top_p": -0.1}, "top_p=-0.1 must be"),
         ({"top_p": float("nan")}, "top_p=nan must be"),

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import math
 
 from grit_jax.cli.arguments import refuse_not_positive
-from grit_jax.config import InputError
+from grit_jax.ranges import NOT_NEGATIVE, SHARE, require
 
 HELP = "answer a prompt"
 EXAMPLES = """\
@@ -32,10 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Prints an answer as it is made."""
     refuse_not_positive(args, "max_new_tokens")
-    if not 0 <= args.temperature < math.inf:
-        raise InputError(f"--temperature={args.temperature} must be a finite number, 0 or more")
-    if not 0 <= args.top_p <= 1:
-        raise InputError(f"--top-p={args.top_p} must be from 0 to 1")
+    require("--temperature", args.temperature, NOT_NEGATIVE)
+    require("--top-p", args.top_p, SHARE)
 
     from grit_jax.inference import GritModel
 

@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from grit_jax.config import InputError, require_positive
+from grit_jax.config import InputError
 from grit_jax.inference import GritModel
+from grit_jax.ranges import require_positive
 from grit_jax.search import Searchable
 from grit_jax.store.layout import Document, Store, other_model
 
