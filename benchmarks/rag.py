@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import re
 import statistics
 import time
@@ -275,7 +276,9 @@ def figures(
         exact += [is_right(answer, question.answers, "span") for answer, question in zip(written, some, strict=True)]
     shares = {"match": matches, "exact": exact, "found": found}
     outcomes = {name: Outcome(name, np.array(values, float)) for name, values in shares.items()}
-    return outcomes | {"loss": Outcome("loss", np.array(losses) * [-1, 1], score=loss_per_token)}
+    return outcomes | {
+        "loss": Outcome("loss", np.array(losses) * [-1, 1], score=loss_per_token, bounds=(0.0, math.inf))
+    }
 
 
 def quality(

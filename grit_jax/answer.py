@@ -18,15 +18,15 @@ class Answer:
     Args:
       tokenizer: Of the model that writes it.
       prompt_ids: int32 [tokens]; what it continues.
-      stop: The answer ends before the first of these strings.
+      stop: The answer ends before this string, or the first of several.
 
     Attributes:
       done: Whether a stop string has ended it.
       num_tokens: Tokens that it has, up to the one that completes a stop string.
     """
 
-    def __init__(self, tokenizer: Tokenizer, prompt_ids: np.ndarray, stop: Sequence[str]):
-        self._tokenizer, self._stop = tokenizer, [text for text in stop if text]
+    def __init__(self, tokenizer: Tokenizer, prompt_ids: np.ndarray, stop: str | Sequence[str]):
+        self._tokenizer, self._stop = tokenizer, [text for text in ([stop] if isinstance(stop, str) else stop) if text]
         self._ids = _end_of(prompt_ids.tolist(), tokenizer)
         self._skip = len(tokenizer.decode(self._ids))
         self._text, self._released, self.done, self.num_tokens = "", 0, False, 0

@@ -29,6 +29,7 @@ from grit_jax.model.decode import (
     write_prefix,
 )
 from grit_jax.model.transformer import KVCache, Params, Transformer
+from grit_jax.ranges import NOT_NEGATIVE, SHARE, require
 
 BLOCK = 8  # tokens that are written in one call of the device
 
@@ -44,10 +45,13 @@ class Continuation:
       tokens: int32 [tokens]; what is read, at least one.
       max_new_tokens: Most tokens that are written.
       temperature: 0 takes the likeliest token each time.
-      top_p: Probability of the nucleus that is drawn from.
+      top_p: Probability of the nucleus that is drawn from; its likeliest token is always in it.
       seed: Seed of the draws; tokens do not depend on what else is in the batch.
       logprobs: Whether log p of the tokens is wanted.
       prefix: Keys and values of what is before `tokens`, numpy [layers, tokens, kv_heads, head_dim]; None for nothing.
+
+    Raises:
+      InputError: A number is out of its range.
     """
 
     tokens: np.ndarray
@@ -57,6 +61,11 @@ class Continuation:
     seed: int = 0
     logprobs: bool = False
     prefix: KVCache | None = None
+
+    def __post_init__(self):
+        require("max_new_tokens", self.max_new_tokens, NOT_NEGATIVE, "there is no number for no limit")
+        require("temperature", self.temperature, NOT_NEGATIVE)
+        require("top_p", self.top_p, SHARE)
 
     @property
     def num_cached(self) -> int:

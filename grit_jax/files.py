@@ -17,6 +17,7 @@ import io
 import logging
 import os
 import shutil
+import stat
 import sys
 import time
 import uuid
@@ -35,6 +36,8 @@ _PASSING = {
     errno.EIO, errno.EAGAIN, errno.EBUSY, errno.ESTALE,
     errno.ENETDOWN, errno.ENETUNREACH, errno.ENETRESET, errno.EHOSTDOWN, errno.EHOSTUNREACH,
 }  # fmt: skip
+
+_VERSIONS = ("generation", "ETag", "etag", "mtime", "LastModified")  # what stores call the version of an object
 
 _log = logging.getLogger(__name__)
 _asked_for = contextvars.ContextVar("asked_for", default="a bucket")  # also in the client's own thread
@@ -144,9 +147,20 @@ def open_binary(path: PathLike) -> io.BufferedReader:
         if is_bucket(path):
             store, key = _store(path)
             return store.open(key, "rb")
+        refuse_special(path)
         return Path(path).open("rb", buffering=0)
 
     return io.BufferedReader(_Pieces(path, retrying(path, opened)))
+
+
+def refuse_special(path: PathLike) -> None:
+    """Returns where a path on a disk is a file, a folder or nothing.
+
+    Raises:
+      OSError: It is a pipe, a socket or a device: to open one may wait for ever, and it cannot be read twice.
+    """
+    if is_special(path):
+        raise OSError("it is a pipe, a socket or a device, not a file")
 
 
 def sha256(path: PathLike) -> str:
@@ -315,6 +329,12 @@ def is_folder(path: PathLike) -> bool:
     return about is not None and about.folder
 
 
+def is_special(path: PathLike) -> bool:
+    """Whether there is a pipe, a socket or a device."""
+    about = _about(path)
+    return about is not None and about.special
+
+
 def exists(path: PathLike) -> bool:
     """Whether there is a file or a folder."""
     return _about(path) is not None
@@ -335,8 +355,9 @@ def version(path: PathLike) -> tuple[Any, ...]:
 
 class _About(NamedTuple):
     folder: bool
+    special: bool  # a pipe, a socket or a device
     size: int  # bytes
-    changed: int | str  # when
+    changed: int | str  # when; in a bucket the generation of the object, where there is one
 
 
 def _about(path: PathLike) -> _About | None:
@@ -344,9 +365,12 @@ def _about(path: PathLike) -> _About | None:
         if is_bucket(path):
             store, key = _store(path)
             info = store.info(key)
-            return _About(info["type"] == "directory", info["size"], str(info.get("mtime")))
-        stat = os.stat(path)
-        return _About(os.path.isdir(path), stat.st_size, stat.st_mtime_ns)
+            changed = next((info[key] for key in _VERSIONS if info.get(key)), None)
+            return _About(info["type"] == "directory", False, info["size"], str(changed))
+        about = os.stat(path)
+        folder = stat.S_ISDIR(about.st_mode)
+        special = not folder and not stat.S_ISREG(about.st_mode)
+        return _About(folder, special, about.st_size, about.st_mtime_ns)
 
     try:
         return retrying(path, look)

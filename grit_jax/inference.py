@@ -19,7 +19,15 @@ from grit_jax import prompts, sharding
 from grit_jax.answer import Answer
 from grit_jax.batch import max_segments, sizes
 from grit_jax.caching import embed_with_cache, score_after
-from grit_jax.config import COPIES, Attention, EmbeddingConfig, InputError, MeshConfig, ModelConfig, TransformerConfig
+from grit_jax.config import (
+    COPIES,
+    Attention,
+    EmbeddingConfig,
+    InputError,
+    MeshConfig,
+    ModelConfig,
+    TransformerConfig,
+)
 from grit_jax.data.packing import pack
 from grit_jax.data.pipeline import pool_weights
 from grit_jax.engine import Continuation, Engine, LaneSize, bucket
@@ -28,6 +36,7 @@ from grit_jax.loading import load_params, open_model
 from grit_jax.losses import target_log_likelihoods
 from grit_jax.model.pooling import embed_rows
 from grit_jax.model.transformer import KVCache, Params, abstract_model, bind, split_layers, stack_layers
+from grit_jax.ranges import require_positive
 from grit_jax.tokenizer import Tokenizer
 
 T = TypeVar("T")
@@ -179,20 +188,22 @@ class GritModel:
 
     def encode(
         self,
-        texts: Sequence[str],
+        texts: str | Sequence[str],
         *,
         instruction: str = "",
         max_length: int | None = None,
         batch_tokens: int | None = None,
     ) -> np.ndarray:
-        """Embeds texts; see `encode_with_counts`.
+        """Embeds a text or several; see `encode_with_counts`.
 
         Returns:
-          float32 [texts, embed], of unit length if the model is normalised.
+          float32 [embed] of one text, [texts, embed] of a list; of unit length if the model is normalised.
         """
-        return self.encode_with_counts(
-            texts, instruction=instruction, max_length=max_length, batch_tokens=batch_tokens
-        ).vectors
+        vectors = self.encode_with_counts(
+            [texts] if isinstance(texts, str) else texts,
+            instruction=instruction, max_length=max_length, batch_tokens=batch_tokens,
+        ).vectors  # fmt: skip
+        return vectors[0] if isinstance(texts, str) else vectors
 
     def encode_with_counts(
         self,
@@ -213,9 +224,10 @@ class GritModel:
           progress: Called with the number of texts that each batch finished.
 
         Raises:
-          InputError: A text is empty, or the instruction leaves no room for it; the message names its place.
+          InputError: A text is empty, or the instruction leaves no room for it; the message names its place. Or a
+            number is not positive.
         """
-        limit = min(max_length or self.architecture.max_length, self.architecture.max_length)
+        limit = self._limit(max_length)
         tokenized = self.embedding_prompts(texts, instruction=instruction, max_length=limit)
         kept = [prompt.cut(limit) for prompt in tokenized]
         vectors = self.embed(kept, batch_tokens=batch_tokens, progress=progress)
@@ -234,8 +246,9 @@ class GritModel:
 
         `form` says whether a text begins with BOS, or comes `second`, after the keys and values of another.
         """
+        _refuse_others(texts)
         opening = prompts.opening(form, bos=self.tokenizer.bos)
-        limit = min(max_length or self.architecture.max_length, self.architecture.max_length)
+        limit = self._limit(max_length)
         formatted = [prompts.embedding(text, instruction, bos=opening) for text in texts]
         tokenized = prompts.tokenize(formatted, self.tokenizer)
         for place, prompt in enumerate(tokenized):
@@ -304,8 +317,7 @@ class GritModel:
           InputError: As of `encode_with_counts`.
         """
         read = self.embedding_prompts(texts, instruction=instruction, max_length=max_length, form=form)
-        kept = [prompt.cut(min(max_length or self.architecture.max_length, self.architecture.max_length))
-                for prompt in read]  # fmt: skip
+        kept = [prompt.cut(self._limit(max_length)) for prompt in read]
         found = dict(self.embed_with_caches(kept, attention=attention, batch_tokens=batch_tokens))
         return [found[place] for place in range(len(texts))]
 
@@ -373,8 +385,14 @@ class GritModel:
                 settings=self.embedding, execution=self._execution,
             )  # fmt: skip
 
+    def _limit(self, max_length: int | None) -> int:
+        """Tokens that are kept of a text."""
+        require_positive("max_length", max_length, "leave it out for the model's limit")
+        return min(max_length or self.architecture.max_length, self.architecture.max_length)
+
     def _full_batch(self, row_length: int, batch_tokens: int | None) -> int:
         """Rows that go through the model at a time."""
+        require_positive("batch_tokens", batch_tokens, "leave it out for what suits the device")
         shards = sharding.axis_size(self._mesh, "batch")
         return max(1, (batch_tokens or self.batch_tokens) // (row_length * shards)) * shards
 
@@ -435,6 +453,8 @@ class GritModel:
         Raises:
           InputError: No token starts in a continuation, or it is longer than the model's limit.
         """
+        _refuse_one(contexts, "contexts")
+        _refuse_others(continuations, "continuations")
         before = [self._prompt(context, prefix=prefix, raw=raw) for context in contexts]
         pairs = [
             prompts.Prompt(text + continuation, ((len(text), len(text) + len(continuation)),))
@@ -549,9 +569,12 @@ class GritModel:
         Raises:
           InputError: A text has no token, or more than the model's limit.
         """
+        _refuse_others(texts)
         scores = []
         rows = sharding.axis_size(self._mesh, "batch")
-        for place, encoding in enumerate(self.tokenizer.encode_batch([self.tokenizer.bos + text for text in texts])):
+        for place, encoding in enumerate(
+            self.tokenizer.encode_batch([prompts.begun(text, bos=self.tokenizer.bos) for text in texts])
+        ):
             length = len(encoding.ids)
             if not 0 < length <= self.architecture.max_length:
                 raise InputError(f"text {place} has {length} tokens, not 1 to {self.architecture.max_length}")
@@ -571,7 +594,7 @@ class GritModel:
         temperature: float = 0.0,
         top_p: float = 1.0,
         seed: int = 0,
-        stop: Sequence[str] = (),
+        stop: str | Sequence[str] = (),
         raw: bool = False,
         prefix: str | Sequence[str] = "",
     ) -> str | list[str]:
@@ -581,17 +604,17 @@ class GritModel:
           messages: A user's message, a list of `{"role", "content"}`, or a list of either.
           max_new_tokens: Most tokens of an answer.
           temperature: 0 takes the likeliest token each time.
-          top_p: Probability of the nucleus that is drawn from.
+          top_p: Probability of the nucleus that is drawn from; of 0, and of little, the likeliest token is left.
           seed: Seed of the draws; an answer does not depend on the others of its batch.
-          stop: The answer ends before the first of these strings.
-          raw: Whether a string is continued as it is, after BOS, and not taken for a user's message.
+          stop: The answer ends before this string, or the first of several.
+          raw: Whether a string is continued as it is, after one BOS, and not taken for a user's message.
           prefix: What the answer begins with, or each of a list; it is not returned.
 
         Returns:
           The answer without its end-of-sequence token, or a list of answers.
 
         Raises:
-          InputError: Prompt and answer do not fit the model.
+          InputError: Prompt and answer do not fit the model, or a number is out of its range.
         """
         many = not isinstance(messages, str) and (not messages or not isinstance(messages[0], Mapping))
         batch: Any = list(messages) if many else [messages]
@@ -610,7 +633,7 @@ class GritModel:
         temperature: float = 0.0,
         top_p: float = 1.0,
         seed: int = 0,
-        stop: Sequence[str] = (),
+        stop: str | Sequence[str] = (),
         raw: bool = False,
         prefix: str = "",
     ) -> Iterator[str]:
@@ -654,15 +677,15 @@ class GritModel:
     def _prompt(self, messages: Messages, *, prefix: str, raw: bool) -> str:
         """The text that an answer continues."""
         if raw and isinstance(messages, str):
-            return self.tokenizer.bos + messages + prefix
+            return prompts.begun(messages, bos=self.tokenizer.bos) + prefix
         return prompts.generation(messages, bos=self.tokenizer.bos, eos=self.tokenizer.eos, prefix=prefix)
 
-    def write(self, texts: Sequence[Continuation], *, stop: Sequence[str] = ()) -> Iterator[list[str]]:
+    def write(self, texts: Sequence[Continuation], *, stop: str | Sequence[str] = ()) -> Iterator[list[str]]:
         """New text of every answer, after each block of tokens.
 
         Args:
           texts: At least one; what the answers continue.
-          stop: An answer ends before the first of these strings.
+          stop: An answer ends before this string, or the first of several.
 
         Raises:
           InputError: A text and its answer do not fit the model.
@@ -693,6 +716,20 @@ class GritModel:
             self._model, self.params, mesh=self._mesh, dtype=self._execution.dtype, eos_id=self.tokenizer.eos_id,
             lanes=lanes, read_tokens=self.batch_tokens, fewer_rows=fewer_rows,
         )  # fmt: skip
+
+
+def _refuse_one(texts: Any, what: str) -> None:
+    """Returns where there is a list: the characters of a string are no texts."""
+    if isinstance(texts, str):
+        raise InputError(f"{what} is one string, {texts!r:.60}; give a list of them")
+
+
+def _refuse_others(texts: Any, what: str = "texts") -> None:
+    """Returns where there is a list of strings."""
+    _refuse_one(texts, what)
+    for place, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise InputError(f"{what.removesuffix('s')} {place} is {text!r:.60}; it must be a string")
 
 
 def _one_behind(batches: Iterator[T]) -> Iterator[T]:

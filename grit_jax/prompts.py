@@ -28,6 +28,7 @@ RAG_METHODS: tuple[RagMethod, ...] = get_args(RagMethod)
 # What an embedding's text begins with: BOS, or what parts it from another text that was read before it.
 CacheForm = Literal["first", "second"]
 CACHE_FORMS: tuple[CacheForm, ...] = get_args(CacheForm)
+SYSTEM_ROLES = ("system", "developer")
 # Whether a text after another cached one keeps the positions it was read at, or is moved on behind the other.
 Positions = Literal["own", "corrected"]
 POSITIONS: tuple[Positions, ...] = get_args(Positions)
@@ -75,8 +76,17 @@ class TokenizedPrompt(NamedTuple):
         return TokenizedPrompt(self.tokens[:limit], spans[spans[:, 0] < spans[:, 1]])
 
 
+def stripped(instruction: str) -> str:
+    """An instruction as the model reads it, always: without tabs, newlines, spaces and colons around it."""
+    return instruction.strip("\t\n :")
+
+
 def embedding(text: str, instruction: str = "", *, bos: str) -> Prompt:
-    r"""`<s><|user|>\n{instruction}\n<|embed|>\n{text}`, or `<s><|embed|>\n{text}`; the text is pooled."""
+    r"""`<s><|user|>\n{instruction}\n<|embed|>\n{text}`, or `<s><|embed|>\n{text}`; the text is pooled.
+
+    The instruction is `stripped`.
+    """
+    instruction = stripped(instruction)
     head = f"{bos}{_USER}{instruction}\n{_EMBED}" if instruction else f"{bos}{_EMBED}"
     return Prompt(head + text, ((len(head), len(head) + len(text)),))
 
@@ -131,6 +141,34 @@ def conversation(turns: Sequence[str], *, bos: str, eos: str) -> Prompt:
     return Prompt(text, tuple(spans))
 
 
+def fold_system(messages: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
+    r"""The conversation in the roles that the format has: a system message becomes part of the first user message.
+
+    The user message is then `{system}\n\n{user}`. The system text is stripped; a blank one is left out; several are
+    joined by blank lines. The role `developer` is the newer name of `system`. Without a system message the conversation
+    is unchanged.
+
+    Args:
+      messages: `{"role", "content"}` each; system messages come before all others.
+
+    Raises:
+      InputError: A system message comes after another message, or no user message follows it.
+    """
+    roles = [message["role"] for message in messages]
+    first = next((place for place, role in enumerate(roles) if role not in SYSTEM_ROLES), len(roles))
+    if late := [place for place in range(first, len(roles)) if roles[place] in SYSTEM_ROLES]:
+        raise InputError(
+            f"message {late[0] + 1} has the role {roles[late[0]]!r}; a system message must come before all others"
+        )
+    told = [text for message in messages[:first] if (text := message["content"].strip())]
+    rest = [{"role": message["role"], "content": message["content"]} for message in messages[first:]]
+    if first and roles[first : first + 1] != ["user"]:
+        raise InputError("no user message follows the system message, which becomes part of it; add one")
+    if told:
+        rest[0]["content"] = "\n\n".join([*told, rest[0]["content"]])
+    return rest
+
+
 def plain(text: str, *, bos: str) -> Prompt:
     """Text without roles; all of it is scored."""
     return Prompt(bos + text, ((len(bos), len(bos) + len(text)),))
@@ -140,7 +178,8 @@ def generation(messages: str | Sequence[Mapping[str, str]], *, bos: str, eos: st
     """The prompt that the assistant continues.
 
     Args:
-      messages: One user message, or `{"role": "user" | "assistant", "content": str}` in turn, a user's first and last.
+      messages: One user message, or `{"role": "user" | "assistant", "content": str}` in turn, a user's first and last;
+        a system message before them is folded into the first (`fold_system`).
       bos: The model's BOS.
       eos: The model's EOS.
       prefix: What the answer begins with.
@@ -148,13 +187,17 @@ def generation(messages: str | Sequence[Mapping[str, str]], *, bos: str, eos: st
     Raises:
       InputError: Roles are not user and assistant in turn.
     """
-    if isinstance(messages, str):
-        messages = [{"role": "user", "content": messages}]
+    messages = [{"role": "user", "content": messages}] if isinstance(messages, str) else fold_system(messages)
     roles = [message["role"] for message in messages]
     if roles != ["user", "assistant"] * (len(roles) // 2) + ["user"]:
         raise InputError(f"messages have the roles {roles}; they must be user and assistant in turn, ending with user")
     history = conversation([message["content"] for message in messages], bos=bos, eos=eos)
     return f"{history.text}\n{_ASSISTANT}{prefix}"
+
+
+def begun(text: str, *, bos: str) -> str:
+    """The text after BOS, of which there is one even where the text begins with it."""
+    return text if text.startswith(bos) else bos + text
 
 
 def awaits_answer(text: str) -> bool:

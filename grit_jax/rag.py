@@ -21,6 +21,7 @@ from grit_jax.engine import Continuation
 from grit_jax.inference import GritModel
 from grit_jax.model.transformer import KVCache
 from grit_jax.prompts import Positions, RagMethod
+from grit_jax.ranges import require_positive
 from grit_jax.store.layout import Document, Store
 from grit_jax.store.retriever import Hit, Retriever
 
@@ -139,6 +140,7 @@ class Rag:
           InputError: The query is empty, the store lacks keys and values that the method needs, or the documents are
             too long.
         """
+        require_positive("k", k)
         parts = prompts.cached_parts(method)
         if lack := self._lack(method):
             raise InputError(lack)
@@ -166,13 +168,13 @@ class Rag:
         text = prompts.rag(method, query, passage, bos=self._model.tokenizer.bos)
         return Prepared(prefix, text, self._model.tokenizer.encode(text).ids, hits)
 
-    def answer(self, prepared: Prepared, *, max_new_tokens: int = 64, stop: Sequence[str] = ()) -> Answered:
+    def answer(self, prepared: Prepared, *, max_new_tokens: int = 64, stop: str | Sequence[str] = ()) -> Answered:
         """Writes an answer with the likeliest tokens.
 
         Args:
           prepared: From `prepare`.
           max_new_tokens: Most tokens of the answer.
-          stop: The answer ends before the first of these strings.
+          stop: The answer ends before this string, or the first of several.
 
         Raises:
           InputError: Query, documents and answer do not fit the model.

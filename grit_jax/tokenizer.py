@@ -156,12 +156,22 @@ class Tokenizer:
         return self._backend.token_to_id(self.eos)
 
     def encode(self, text: str) -> Encoding:
-        """Tokens of a text; special strings in it become their tokens."""
-        return _encoding(self._backend.encode(text, add_special_tokens=False))
+        """Tokens of a text; special strings in it become their tokens.
+
+        Raises:
+          InputError: It holds half of a surrogate pair.
+        """
+        return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[Encoding]:
         """`encode` of many texts, on all cores."""
-        return [_encoding(encoded) for encoded in self._backend.encode_batch(list(texts), add_special_tokens=False)]
+        try:
+            encodings = self._backend.encode_batch(list(texts), add_special_tokens=False)
+        except TypeError:
+            for place, text in enumerate(texts):
+                _refuse_half_characters(text, place)
+            raise
+        return [_encoding(encoded) for encoded in encodings]
 
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
         """Text of token ids."""
@@ -198,6 +208,16 @@ def _byte_level_alphabet() -> dict[str, int]:
 def _encoding(encoded: tokenizers.Encoding) -> Encoding:
     starts = np.array([start for start, _ in encoded.offsets], np.int32)
     return Encoding(np.array(encoded.ids, np.int32), starts)
+
+
+def _refuse_half_characters(text: str, place: int) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        code = ord(text[error.start])
+        raise InputError(
+            f"text {place}: \\u{code:04x} is half of a surrogate pair and no character; remove it"
+        ) from error
 
 
 def _text(token: str | dict[str, Any] | None) -> str:

@@ -7,6 +7,8 @@ import pytest
 
 from grit_jax import GritModel, prompts
 from grit_jax.config import EmbeddingConfig, InputError
+from grit_jax.data.examples import record_prompts
+from grit_jax.data.records import parse_record
 from grit_jax.inference import _one_behind
 from grit_jax.model.transformer import abstract_model, bind, stack_layers
 from tests.models import make
@@ -179,3 +181,93 @@ def test_an_answer_continues_its_prefix(model):
     alone = model.generate("one", prefix="Well,", **options)
     assert model.generate(["two", "one"], prefix=["", "Well,"], **options)[1] == alone
     assert alone == model.generate("<|user|>\none\n<|assistant|>\nWell,", raw=True, **options)
+
+
+def test_one_text_gives_one_vector_and_a_list_gives_rows(model):
+    assert np.array_equal(model.encode("short"), model.encode(["short"])[0])
+    assert model.encode([]).shape == (0, 32)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda model: model.encode_with_counts("short"),
+        lambda model: model.encode_with_caches("short"),
+        lambda model: model.logits("short"),
+        lambda model: model.log_likelihoods("ab", ["c", "d"]),
+        lambda model: model.log_likelihoods(["a", "b"], "cd"),
+    ],
+)
+def test_a_string_is_never_taken_for_a_list_of_its_characters(model, call):
+    with pytest.raises(InputError, match=r"is one string, '\w+'; give a list of them"):
+        call(model)
+
+
+@pytest.mark.parametrize("instruction", ["find:", "\tfind: \n", " : find", "find\n"])
+def test_an_instruction_is_read_as_training_reads_it(model, instruction):
+    assert np.array_equal(model.encode(TEXTS[:2], instruction=instruction), model.encode(TEXTS[:2], instruction="find"))
+    line = json.dumps({"query": [instruction, "short"], "pos": ["p"]})
+    trained = record_prompts(parse_record(line, path="x", line_number=1), model.tokenizer)[0]
+    assert trained == prompts.embedding("short", instruction, bos="<s>")
+    assert model.encode(TEXTS[:1], instruction=" :\n").tolist() == model.encode(TEXTS[:1]).tolist()
+
+
+def test_one_stop_string_is_not_its_characters(model):
+    whole = model.generate("say", max_new_tokens=40)
+    stop = whole[20:24]
+    expected = whole[: whole.index(stop)]
+    assert model.generate("say", max_new_tokens=40, stop=stop) == expected != ""
+    assert model.generate("say", max_new_tokens=40, stop=[stop]) == expected
+    assert "".join(model.stream("say", max_new_tokens=40, stop=stop)) == expected
+    assert model.generate("say", max_new_tokens=40, stop="") == whole
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_new_tokens": -1}, "max_new_tokens=-1 must be 0 or more; there is no number for no limit"),
+        ({"temperature": -0.1}, "temperature=-0.1 must be 0 or more"),
+        ({"temperature": float("nan")}, "temperature=nan must be a finite number"),
+        ({"top_p": 1.5}, "top_p=1.5 must be from 0 to 1"),
+        ({"top_p": -0.1}, "top_p=-0.1 must be"),
+        ({"top_p": float("nan")}, "top_p=nan must be"),
+    ],
+)
+def test_numbers_out_of_their_range_are_refused_when_text_is_written(model, options, message):
+    with pytest.raises(InputError, match=message):
+        model.generate("say", **options)
+
+
+@pytest.mark.parametrize("options", [{"batch_tokens": 0}, {"batch_tokens": -5}, {"max_length": 0}, {"max_length": -1}])
+def test_counts_of_embedding_and_scoring_are_positive(model, options):
+    ((name, value),) = options.items()
+    with pytest.raises(InputError, match=f"{name}={value} must be positive; leave it out for"):
+        model.encode(TEXTS, **options)
+    with pytest.raises(InputError, match=f"{name}={value} must be positive; leave it out for"):
+        model.encode_with_caches(TEXTS, **options)
+    if name == "batch_tokens":
+        with pytest.raises(InputError, match=f"{name}={value} must be positive"):
+            model.log_likelihoods(["a"], ["b"], **options)
+
+
+def test_a_nucleus_of_nothing_is_greedy(model):
+    greedy = model.generate("say", max_new_tokens=16)
+    for top_p in (0.0, 1e-30):
+        assert model.generate("say", max_new_tokens=16, temperature=1.0, top_p=top_p, seed=3) == greedy
+    assert model.generate("say", max_new_tokens=0) == ""
+
+
+def test_a_raw_prompt_has_one_bos(model):
+    for text in ("words", "", "<s", " <s>words"):
+        ((with_it,), (without,)) = (model.prompt_tokens([given], raw=True) for given in (f"<s>{text}", text))
+        assert with_it.tolist() == without.tolist() == model.tokenizer.encode(f"<s>{text}").ids.tolist()
+    assert np.array_equal(model.logits(["<s>words"])[0], model.logits(["words"])[0])
+
+
+@pytest.mark.parametrize("text", ["a\ud83d", "\udc00", b"bytes", None, 3])
+def test_what_is_no_text_is_refused_by_place(model, text):
+    for call in (lambda: model.encode(["good", text]), lambda: model.generate(["good", "a\ud83d"])):
+        with pytest.raises(
+            InputError, match=r"text 1(: \\u\w{4} is half of a surrogate pair| is .*; it must be a string)"
+        ):
+            call()

@@ -36,10 +36,53 @@ def test_a_generation_prompt_is_the_training_text_up_to_the_answer():
     assert prompts.generation("u1", **SPECIAL) == prompts.generation(messages[:1], **SPECIAL)
 
 
-@pytest.mark.parametrize("roles", [["assistant"], ["user", "user"], ["user", "assistant"], ["system", "user"]])
+@pytest.mark.parametrize("roles", [["assistant"], ["user", "user"], ["user", "assistant"], ["tool", "user"]])
 def test_roles_out_of_turn_are_refused(roles):
     with pytest.raises(InputError, match="must be user and assistant in turn"):
         prompts.generation([{"role": role, "content": "x"} for role in roles], **SPECIAL)
+
+
+def said(*pairs):
+    return [{"role": role, "content": text} for role, text in pairs]
+
+
+@pytest.mark.parametrize(
+    ("messages", "folded"),
+    [
+        (
+            [("system", " Be kind.\n"), ("user", "a"), ("assistant", "b")],
+            [("user", "Be kind.\n\na"), ("assistant", "b")],
+        ),
+        ([("developer", "Be kind."), ("user", " a")], [("user", "Be kind.\n\n a")]),
+        ([("system", "One."), ("developer", "Two."), ("user", "a")], [("user", "One.\n\nTwo.\n\na")]),
+        ([("system", " \n"), ("user", "a")], [("user", "a")]),
+        ([("user", "a"), ("assistant", "b")], [("user", "a"), ("assistant", "b")]),
+        ([], []),
+    ],
+)
+def test_a_system_message_becomes_part_of_the_first_user_message(messages, folded):
+    before = said(*messages)
+    assert prompts.fold_system(before) == said(*folded)
+    assert before == said(*messages)
+    if folded and folded[-1][0] == "user":
+        assert prompts.generation(before, **SPECIAL) == prompts.generation(said(*folded), **SPECIAL)
+
+
+@pytest.mark.parametrize(
+    ("messages", "reason"),
+    [
+        (
+            [("user", "a"), ("system", "b")],
+            "message 2 has the role 'system'; a system message must come before all others",
+        ),
+        ([("system", "a"), ("user", "b"), ("developer", "c")], "message 3 has the role 'developer'"),
+        ([("system", "a")], "no user message follows the system message"),
+        ([("system", "a"), ("assistant", "b")], "no user message follows the system message"),
+    ],
+)
+def test_a_system_message_without_a_place_is_refused(messages, reason):
+    with pytest.raises(InputError, match=reason):
+        prompts.fold_system(said(*messages))
 
 
 @pytest.mark.parametrize("source", ["bytes", "golden/tokenizer", "data/models/stories260K"])

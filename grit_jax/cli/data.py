@@ -217,7 +217,7 @@ def _convert(args: argparse.Namespace) -> int:
     }[args.kind]()
     written = write_rows(output, rows, skip_bad=args.skip_bad)
     print(f"{output}: {written.rows:,} rows")
-    for kind, count in written.bad.items():
+    for kind, count in (written.bad + written.left_out).items():
         print(f"left out {count:,} rows: {kind}; for example {written.examples[kind]}")
     return 0
 

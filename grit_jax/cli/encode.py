@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from pathlib import Path
 
@@ -68,35 +67,31 @@ def run(args: argparse.Namespace) -> int:
 
 
 def read_texts(path: Path, *, option: str = "--input") -> list[str]:
-    """The texts of a .jsonl or .txt file.
+    """The texts of a .jsonl or .txt file, a line each; blank lines are passed over, as everywhere.
 
     Raises:
       InputError: The file is missing, of another kind, empty, or a line is malformed or empty.
     """
     if path.suffix not in (".jsonl", ".txt"):
         raise InputError(f"{option} {path}: must end in .jsonl or .txt")
-    try:
-        lines = path.read_text().splitlines() if path.suffix == ".txt" else path.read_text().split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{option} {path}: cannot be read: {error}") from error
-    while lines and not lines[-1].strip():
-        lines.pop()
-    if not lines:
-        raise InputError(f"{option} {path}: the file is empty")
+    from grit_jax.data.lines import read_text_lines
+
     texts = []
-    for number, line in enumerate(lines, start=1):
-        text = _jsonl_text(line, f"{path}:{number}") if path.suffix == ".jsonl" else line
+    for number, line in read_text_lines(path):
+        where = f"{path}:{number}"
+        text = _jsonl_text(line, where) if path.suffix == ".jsonl" else line
         if not text:
-            raise InputError(f"{path}:{number}: empty text; remove the line or put a text there")
+            raise InputError(f"{where}: empty text; remove the line or put a text there")
         texts.append(text)
+    if not texts:
+        raise InputError(f"{option} {path}: the file is empty")
     return texts
 
 
 def _jsonl_text(line: str, where: str) -> str:
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise InputError(f'{where}: not valid JSON ({error}); each line must be {{"text": ...}}') from error
-    if not isinstance(row, dict) or not isinstance(row.get("text"), str):
+    from grit_jax.data.records import parse_object
+
+    text = parse_object(line, where).get("text")
+    if not isinstance(text, str):
         raise InputError(f'{where}: no string under "text"; each line must be {{"text": ...}}')
-    return row["text"]
+    return text

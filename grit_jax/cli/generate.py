@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from grit_jax.cli.arguments import refuse_not_positive
-from grit_jax.config import InputError
+from grit_jax.ranges import NOT_NEGATIVE, SHARE, require
 
 HELP = "answer a prompt"
 EXAMPLES = """\
@@ -31,10 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Prints an answer as it is made."""
     refuse_not_positive(args, "max_new_tokens")
-    if args.temperature < 0:
-        raise InputError(f"--temperature={args.temperature} must not be negative")
-    if not 0 < args.top_p <= 1:
-        raise InputError(f"--top-p={args.top_p} must be over 0 and at most 1")
+    require("--temperature", args.temperature, NOT_NEGATIVE)
+    require("--top-p", args.top_p, SHARE)
 
     from grit_jax.inference import GritModel
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import os
 import signal
@@ -128,10 +127,13 @@ def _mesh(overrides: list[str]) -> MeshConfig:
 
 
 def _instructions(path: Path) -> dict[str, str]:
+    from grit_jax.data.lines import read_text
+    from grit_jax.data.records import parse_json
+
     try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise InputError(f"--prompts {path}: cannot be read: {error}") from error
+        found = parse_json(read_text(path), str(path))
+    except InputError as error:
+        raise InputError(f"--prompts {error}") from error
     if not isinstance(found, dict) or not all(isinstance(text, str) for text in found.values()):
         raise InputError(f'--prompts {path}: must be an object such as {{"query": "Find the answer"}}')
     return found

@@ -19,23 +19,43 @@ from grit_jax import files
 from grit_jax.config import InputError
 
 FOLDER = ".grit_index"
+CHANGED = "has changed since the file was indexed; start again, so that it is indexed anew"
 _BLOCK = 1 << 22  # bytes unpacked at a time
 
 
-def entry(path: epath.Path, *more: Any) -> str:
-    """A name for what is made from a version of a file: another one when its path, size or time of change differ.
+Version = tuple[Any, ...]
 
-    Args:
-      path: The file.
-      more: What else it depends on.
+
+def version(path: epath.Path) -> Version:
+    """Names what a file holds now: it differs with its path, size and time of change, in a bucket its generation.
 
     Raises:
       InputError: The file cannot be looked at.
     """
     try:
-        version = files.version(path)
+        return files.version(path)
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error}") from error
+
+
+def refuse_changed(path: epath.Path, before: Version) -> None:
+    """Returns where a file is still of this version.
+
+    Raises:
+      InputError: It is not.
+    """
+    if version(path) != before:
+        raise InputError(f"{path}: {CHANGED}")
+
+
+def entry(path: epath.Path, version: Version, *more: Any) -> str:
+    """A name for what is made from a version of a file.
+
+    Args:
+      path: The file.
+      version: Its version.
+      more: What else it depends on.
+    """
     return f"{_entries(path)}{_digits(version, 12)}{_digits(more, 8)}"
 
 
@@ -67,15 +87,15 @@ def local_folders(path: epath.Path) -> list[Path]:
     return [cache] if files.is_bucket(path) else [Path(path).parent / FOLDER, cache]
 
 
-def local_file(path: epath.Path) -> Path:
-    """A plain file on a disk with the content of `path`: itself, or a copy unpacked or fetched once.
+def local_file(path: epath.Path, version: Version) -> Path:
+    """A plain file on a disk with the content of a version of `path`: itself, or a copy unpacked or fetched once.
 
     Raises:
-      InputError: The file is missing or damaged, or there is no room for the copy.
+      InputError: The file is missing, damaged or of another version, or there is no room for the copy.
     """
     if not files.is_bucket(path) and path.suffix not in (".gz", ".zst"):
         return Path(path)
-    name = f"{entry(path)}.copy"
+    name = f"{entry(path, version)}.copy"
     folders = local_folders(path)
     for folder in folders:
         if (folder / name).exists():
@@ -87,6 +107,7 @@ def local_file(path: epath.Path) -> Path:
         try:
             with files.replacing(folder / name) as file:
                 file.writelines(unpacked(path))
+                refuse_changed(path, version)  # else the copy would be of another
             return folder / name
         except OSError as error:
             problem = error

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import io
 import json
 import os
@@ -24,14 +23,13 @@ from etils import epath
 
 from grit_jax import files
 from grit_jax.config import InputError
-from grit_jax.data.examples import record_prompts
+from grit_jax.data.examples import record_prompts, text_hash
 from grit_jax.data.records import EmbeddingRecord, RecordError
 from grit_jax.data.sources import Source
 from grit_jax.prompts import tokenize
 from grit_jax.tokenizer import Tokenizer
 
 SHARD = 8192  # records counted and written at a time
-HASH_BITS = 56  # of a text's hash, a number from 0
 _RECORDS_AT_ONCE = 1024
 _TWO_PROCESSES_FROM = 4 * SHARD  # records; starting processes for fewer takes longer than counting them
 _EXAMPLES = 3  # messages kept of each kind of bad record
@@ -154,10 +152,7 @@ def count_records(source: Source, start: int, stop: int, tokenizer: Tokenizer) -
         columns["text_counts"] += [len(prompts) for prompts in texts]
         columns["num_positives"] += [len(r.positives) if isinstance(r, EmbeddingRecord) else 0 for r in records]
         prompts = [prompt for record in texts for prompt in record]
-        columns["hashes"] += [
-            int.from_bytes(hashlib.blake2b(prompt.text.encode(), digest_size=HASH_BITS // 8).digest())
-            for prompt in prompts
-        ]
+        columns["hashes"] += map(text_hash, prompts)
         for tokenized in tokenize(prompts, tokenizer):
             columns["lengths"].append(len(tokenized.tokens))
             columns["span_counts"].append(len(tokenized.spans))
@@ -179,6 +174,7 @@ def _count_shard(shard: Shard, sources: Sequence[Source], tokenizer: Tokenizer) 
     counts = read_shard(shard.path)
     if counts is None:
         counts = count_records(sources[shard.source], shard.start, shard.stop, tokenizer)
+        sources[shard.source].refuse_changed()  # the counts are kept as those of the version that was opened
         content = io.BytesIO()
         np.savez(content, allow_pickle=False, **counts._asdict())
         with contextlib.suppress(FileNotFoundError):  # another host has joined all shards and removed their folder

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 
 from grit_jax import prompts
 from grit_jax.data.records import EmbeddingRecord, Record
 from grit_jax.prompts import Prompt, TokenizedPrompt
 from grit_jax.tokenizer import Tokenizer
+
+HASH_BITS = 56
 
 
 def record_prompts(record: Record, tokenizer: Tokenizer) -> list[Prompt]:
@@ -18,6 +21,11 @@ def record_prompts(record: Record, tokenizer: Tokenizer) -> list[Prompt]:
     if isinstance(record.turns, str):
         return [prompts.plain(record.turns, bos=tokenizer.bos)]
     return [prompts.conversation(record.turns, bos=tokenizer.bos, eos=tokenizer.eos)]
+
+
+def text_hash(prompt: Prompt) -> int:
+    """A number from 0 of `HASH_BITS` bits, equal for equal formatted texts."""
+    return int.from_bytes(hashlib.blake2b(prompt.text.encode(), digest_size=HASH_BITS // 8).digest())
 
 
 def tokenize_records(records: Sequence[Record], tokenizer: Tokenizer) -> list[list[TokenizedPrompt]]:

@@ -210,7 +210,7 @@ class _Store:
 
     def __init__(self, source: Source, tokenizer: Tokenizer):
         self._source, path = source, source.path
-        self._name = cache.entry(path, tokenizer.fingerprint, _FORMAT)
+        self._name = cache.entry(path, source.version, tokenizer.fingerprint, _FORMAT)
         self._folders = cache.local_folders(path)
         self._shard_folder: epath.Path | None = None
         self.index = self._load()

@@ -11,7 +11,8 @@ import numpy as np
 
 from grit_jax.batch import EmbeddingBatch, GenerativeBatch, GritBatch, HostShare
 from grit_jax.config import Config, DataConfig, InputError, Pooling
-from grit_jax.data.examples import record_prompts
+from grit_jax.data.cache import CHANGED
+from grit_jax.data.examples import record_prompts, text_hash
 from grit_jax.data.index import FileIndex, build_indexes
 from grit_jax.data.records import Record, Stream
 from grit_jax.data.samples import FileSamples, dataset_names, file_losses, file_samples
@@ -96,20 +97,24 @@ class _Filler:
         own_row = np.full(plan.num_rows, -1)
         own_row[here] = np.arange(len(here))
         mine = np.flatnonzero(own_row[plan.row] >= 0)
+        for file in np.unique(plan.file[mine]).tolist():
+            self.sources[file].refuse_changed()
         keys = list(dict.fromkeys(zip(plan.file[mine].tolist(), plan.record[mine].tolist(), strict=True)))
         of_record = {key: record_prompts(self._record(*key), self.tokenizer) for key in keys}
         wanted = []
         for number in mine.tolist():
             file, record, which = int(plan.file[number]), int(plan.record[number]), int(plan.text[number])
-            if which >= len(of_record[file, record]):
+            texts_of_record, index = of_record[file, record], self.indexes[file]
+            if (
+                which >= len(texts_of_record)
+                or text_hash(texts_of_record[which]) != index.hashes[index.text_starts[record] + which]
+            ):
                 raise self._changed(file, record)
-            wanted.append(of_record[file, record][which])
+            wanted.append(texts_of_record[which])
         texts = []
         for number, text in zip(mine.tolist(), tokenize(wanted, self.tokenizer), strict=True):
-            file, record, length = int(plan.file[number]), int(plan.record[number]), int(plan.length[number])
+            length = int(plan.length[number])
             row, offset = int(own_row[plan.row[number]]), int(plan.offset[number])
-            if not _as_indexed(text, self.indexes[file], record, int(plan.text[number])):
-                raise self._changed(file, record)
             columns = slice(offset, offset + length)
             tokens[row, columns] = text.tokens[:length]
             segment_ids[row, columns] = plan.segment[number]
@@ -122,14 +127,7 @@ class _Filler:
 
     def _changed(self, file: int, record: int) -> InputError:
         where = self.sources[file].where(self.indexes[file].number(record))
-        return InputError(f"{where}: has changed since the file was indexed; start again, so that it is indexed anew")
-
-
-def _as_indexed(text: TokenizedPrompt, index: FileIndex, record: int, which: int) -> bool:
-    """Whether a text still has the spans that it was planned with; the last one ends where the text does."""
-    number = index.text_starts[record] + which
-    spans = index.spans[index.span_starts[number] : index.span_starts[number + 1]]
-    return np.array_equal(text.spans, spans)
+        return InputError(f"{where}: {CHANGED}")
 
 
 class Pipeline:

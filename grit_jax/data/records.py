@@ -8,6 +8,7 @@ import os
 from typing import Any, Literal, NamedTuple
 
 from grit_jax.config import InputError
+from grit_jax.prompts import stripped
 
 Stream = Literal["embedding", "generative"]
 
@@ -99,37 +100,52 @@ def parse_json(line: str | bytes, where: str) -> Any:
     Raises:
       RecordError: It starts with `where`.
     """
+    text = text_of(line, where) if isinstance(line, bytes) else line
     try:
-        text = line.decode("utf-8-sig") if isinstance(line, bytes) else line
-        row = json.loads(text, object_pairs_hook=_unique_keys)
+        value = json.loads(text, object_pairs_hook=_unique_keys)
+        if "\\u" in text:  # a JSON escape may stand for half a character, which no tokenizer takes
+            json.dumps(value, ensure_ascii=False).encode()
+    except (_DuplicateKeyError, ValueError, RecursionError) as error:
+        raise RecordError(where, *_named(error)) from error
+    return value
+
+
+def parse_entry(text: str, place: int, where: str) -> tuple[Any, int]:
+    """`parse_json` of the value that begins at a place of a longer text, and the place after it.
+
+    Raises:
+      json.JSONDecodeError: No value begins there, so that nothing after it can be read either.
+      RecordError: The value is another that `parse_json` refuses, and may be passed over.
+    """
+    _, end = json.JSONDecoder().raw_decode(text, place)
+    return parse_json(text[place:end], where), end
+
+
+def text_of(line: bytes, where: str) -> str:
+    """The text of a line, without a byte order mark.
+
+    Raises:
+      RecordError: It is not UTF-8.
+    """
+    try:
+        return line.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise RecordError(
-            where, "not UTF-8", f"byte {error.start + 1} is not UTF-8 ({error.reason}); save the file as UTF-8"
-        ) from error
-    except _DuplicateKeyError as error:
-        raise RecordError(
-            where, "a key twice", f"key {_describe(error.args[0])} is there twice; keep one of them"
-        ) from error
-    except ValueError as error:
-        raise RecordError(where, "not valid JSON", f"not valid JSON ({error}); each line must be one object") from error
-    except RecursionError as error:
-        raise RecordError(
-            where, "nested too deeply", "lists or objects are nested too deeply; each line must be one flat object"
-        ) from error
-    if "\\u" in text:  # a JSON escape may stand for half a character, which no tokenizer takes
-        try:
-            json.dumps(row, ensure_ascii=False).encode()
-        except UnicodeEncodeError as error:
-            raise RecordError(
-                where,
-                "half a surrogate pair",
-                f"\\u{ord(error.object[error.start]):04x} is half of a surrogate pair and no character; remove it",
-            ) from error
-        except RecursionError as error:
-            raise RecordError(
-                where, "nested too deeply", "lists or objects are nested too deeply; each line must be one flat object"
-            ) from error
-    return row
+        message = f"byte {error.start + 1} is not UTF-8 ({error.reason}); save the file as UTF-8"
+        raise RecordError(where, "not UTF-8", message) from error
+
+
+def _named(error: Exception) -> tuple[str, str]:
+    """Kind and message of what is wrong with a line."""
+    match error:
+        case _DuplicateKeyError():
+            return "a key twice", f"key {_describe(error.args[0])} is there twice; keep one of them"
+        case RecursionError():
+            return "nested too deeply", "lists or objects are nested too deeply; each line must be one flat object"
+        case UnicodeEncodeError():
+            code = ord(error.object[error.start])
+            return "half a surrogate pair", f"\\u{code:04x} is half of a surrogate pair and no character; remove it"
+        case _:
+            return "not valid JSON", f"not valid JSON ({error}); each line must be one object"
 
 
 def stream_of(record: Record) -> Stream:
@@ -168,7 +184,7 @@ def _embedding_text(value: Any, where: str, key: str) -> EmbeddingText:
     if isinstance(value, str):
         return EmbeddingText("", value)
     if isinstance(value, list) and len(value) == 2 and all(isinstance(part, str) for part in value):
-        return EmbeddingText(value[0].strip("\t\n :"), value[1])
+        return EmbeddingText(stripped(value[0]), value[1])
     raise RecordError(
         where,
         f'"{key}" holds no text',

@@ -1,18 +1,22 @@
-"""Rows of JSONL, JSON, TSV and CSV files, plain or gzipped, one at a time, each with its file and line."""
+"""Rows of JSONL, JSON, TSV and CSV files, plain or packed, one at a time, each with its file and line."""
 
 from __future__ import annotations
 
 import csv
-import gzip
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from grit_jax.config import InputError
-from grit_jax.data.records import RecordError, parse_json
+from grit_jax.data.lines import is_blank, read_lines, read_text
+from grit_jax.data.records import RecordError, parse_entry, parse_json, text_of
 
 Row = dict[str, Any]
+Cells = dict[str, str] | list[str]
+
+_JSON_SPACE = " \t\r\n"
+_CARRIAGE_RETURN = "\udc0d"  # in its place while csv reads, which takes one for the end of a row; no text has this
 
 
 class Failed(NamedTuple):
@@ -21,21 +25,21 @@ class Failed(NamedTuple):
     error: RecordError
 
 
-def open_text(path: Path, newline: str = "\n") -> IO[str]:
-    """A text file, unpacked where it ends in .gz.
+class LeftOut(NamedTuple):
+    """A sound row that says nothing to train on, such as a pair that is labelled as none.
 
-    Args:
-      path: The file.
-      newline: What ends a line; empty for any ending.
-
-    Raises:
-      InputError: It cannot be opened.
+    Attributes:
+      where: File and line.
+      kind: Why, in a few words that are equal for all rows of the same kind.
     """
-    opener: Any = gzip.open if path.suffix == ".gz" else open
-    try:
-        return opener(path, "rt", encoding="utf-8-sig", errors="surrogateescape", newline=newline)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+
+    where: str
+    kind: str
+
+
+def failed(where: str, kind: str, message: str) -> Failed:
+    """A row with a fault; arguments as of `RecordError`."""
+    return Failed(RecordError(where, kind, message))
 
 
 def read_objects(path: Path) -> Iterator[tuple[str, Row] | Failed]:
@@ -51,8 +55,7 @@ def read_objects(path: Path) -> Iterator[tuple[str, Row] | Failed]:
             yield entry
         else:
             where, value = entry
-            found = f"found a JSON {type(value).__name__}; it must be an object"
-            yield Failed(RecordError(where, "not an object", found))
+            yield failed(where, "not an object", f"found a JSON {type(value).__name__}; it must be an object")
 
 
 def read_values(path: Path) -> Iterator[tuple[str, Any] | Failed]:
@@ -61,29 +64,19 @@ def read_values(path: Path) -> Iterator[tuple[str, Any] | Failed]:
     Raises:
       InputError: The file cannot be read, or is no list.
     """
-    try:
-        with open_text(path) as file:
-            if path.name.removesuffix(".gz").endswith(".json"):
-                entries = json.load(file)
-                if not isinstance(entries, list):
-                    raise InputError(f"{path}: holds one {type(entries).__name__}; a .json file must hold a list")
-                for number, entry in enumerate(entries, start=1):
-                    yield f"{path}:{number}", entry
-                return
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    where = f"{path}:{number}"
-                    try:
-                        yield where, parse_json(line.encode("utf-8", "surrogateescape"), where)
-                    except RecordError as error:
-                        yield Failed(error)
-    except InputError:
-        raise
-    except (OSError, EOFError, ValueError, RecursionError) as error:
-        raise InputError(f"{path}: cannot be read: {error}") from error
+    if _unpacked_name(path).endswith(".json"):
+        yield from _read_list(path)
+        return
+    for number, line in read_lines(path):
+        if not is_blank(line):
+            where = f"{path}:{number}"
+            try:
+                yield where, parse_json(line, where)
+            except RecordError as error:
+                yield Failed(error)
 
 
-def read_cells(path: Path, known: frozenset[str]) -> Iterator[tuple[str, dict[str, str] | list[str]] | Failed]:
+def read_cells(path: Path, known: frozenset[str]) -> Iterator[tuple[str, Cells] | Failed]:
     """The rows of a .tsv or .csv file: by column name where the first row is a header, else as they are.
 
     Args:
@@ -91,34 +84,106 @@ def read_cells(path: Path, known: frozenset[str]) -> Iterator[tuple[str, dict[st
       known: Column names, in lower case; a first row that holds two of them is a header.
 
     Raises:
-      InputError: The file cannot be read.
+      InputError: The file cannot be read, its header names a column twice, or a quote is not closed.
     """
-    csv.field_size_limit(1 << 30)
-    comma = path.name.removesuffix(".gz").endswith(".csv")
-    options: dict[str, Any] = {} if comma else {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
+    rows = _csv_rows(path) if _unpacked_name(path).endswith(".csv") else _tsv_rows(path)
     header: list[str] | None = None
+    is_first = True
+    for entry in rows:
+        if isinstance(entry, Failed):
+            is_first = False
+            yield entry
+            continue
+        where, cells = entry
+        names = [cell.strip().lower() for cell in cells]
+        if is_first and len(known.intersection(names)) > 1:
+            if twice := sorted({name for name in names if name and names.count(name) > 1}):
+                raise InputError(f"{where}: the header names {twice[0]!r} twice; give each column a name of its own")
+            header = names
+        elif header is None:
+            yield where, cells
+        elif len(cells) != len(header):
+            message = f"has {len(cells)} cells; the header has {len(header)}"
+            yield failed(where, "cells are not the header's", message)
+        else:
+            yield where, dict(zip(header, cells, strict=True))
+        is_first = False
+
+
+def _read_list(path: Path) -> Iterator[tuple[str, Any] | Failed]:
+    """The entries of a .json file that holds one list."""
+    text = read_text(path)
+    place = _after_space(text, 0)
+    if text[place : place + 1] != "[":
+        kind = type(parse_json(text, str(path))).__name__
+        raise InputError(f"{path}: holds one {kind}; a .json file must hold a list")
+    number, place = 0, _after_space(text, place + 1)
     try:
-        with open_text(path, newline="") as file:
-            reader = csv.reader(file, strict=comma, **options)
-            first = 1
-            for cells in reader:
-                where, first = f"{path}:{first}", reader.line_num + 1
-                if not cells:
-                    continue
-                names = [cell.strip().lower() for cell in cells]
-                if header is None and where.endswith(":1") and len(known.intersection(names)) > 1:
-                    header = names
-                elif not all(map(_is_text, cells)):
-                    yield Failed(RecordError(where, "not UTF-8", "holds bytes that are not UTF-8"))
-                elif header is None:
-                    yield where, cells
-                elif len(cells) != len(header):
-                    message = f"has {len(cells)} cells; the header has {len(header)}"
-                    yield Failed(RecordError(where, "cells are not the header's", message))
-                else:
-                    yield where, dict(zip(header, cells, strict=True))
-    except (OSError, EOFError, csv.Error) as error:
+        while number or text[place : place + 1] != "]":
+            number += 1
+            where = f"{path}:{number}"
+            try:
+                value, end = parse_entry(text, place, where)
+            except RecordError as error:
+                _, end = json.JSONDecoder().raw_decode(text, place)
+                yield Failed(error)
+            else:
+                yield where, value
+            place = _after_space(text, end)
+            if text[place : place + 1] == "]":
+                break
+            if text[place : place + 1] != ",":
+                raise json.JSONDecodeError("Expecting ',' delimiter", text, place)
+            place = _after_space(text, place + 1)
+        if _after_space(text, place + 1) != len(text):
+            raise json.JSONDecodeError("Extra data", text, place + 1)
+    except (json.JSONDecodeError, RecursionError) as error:
         raise InputError(f"{path}: cannot be read: {error}") from error
+
+
+def _after_space(text: str, place: int) -> int:
+    while text[place : place + 1] and text[place] in _JSON_SPACE:
+        place += 1
+    return place
+
+
+def _tsv_rows(path: Path) -> Iterator[tuple[str, list[str]] | Failed]:
+    for number, line in read_lines(path):
+        if line.strip(b" "):  # cells that are all empty are a row
+            where = f"{path}:{number}"
+            try:
+                yield where, text_of(line, where).split("\t")
+            except RecordError as error:
+                yield Failed(error)
+
+
+def _csv_rows(path: Path) -> Iterator[tuple[str, list[str]] | Failed]:
+    csv.field_size_limit(1 << 30)
+    reader = csv.reader(_csv_lines(path), strict=True)
+    while True:
+        first = reader.line_num + 1
+        where = f"{path}:{first}"
+        try:
+            cells = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            if "unexpected end of data" in str(error):
+                raise InputError(f"{where}: a quote that begins in this row is not closed; close it") from error
+            yield failed(where, "not valid CSV", f"not valid CSV ({error}); correct the quotes of the row")
+            continue
+        cells = [cell.replace(_CARRIAGE_RETURN, "\r") for cell in cells]
+        if len(cells) > 1 or any(cell.strip() for cell in cells):  # else the line is blank
+            if all(map(_is_text, cells)):
+                yield where, cells
+            else:
+                yield failed(where, "not UTF-8", "holds bytes that are not UTF-8")
+
+
+def _csv_lines(path: Path) -> Iterator[str]:
+    """Lines with their endings, of which a quoted cell may hold several."""
+    for _, line in read_lines(path):
+        yield f"{line.decode('utf-8', 'surrogateescape')}\n".replace("\r", _CARRIAGE_RETURN)
 
 
 def _is_text(cell: str) -> bool:
@@ -127,3 +192,7 @@ def _is_text(cell: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+def _unpacked_name(path: Path) -> str:
+    return path.name.removesuffix(".gz").removesuffix(".zst")

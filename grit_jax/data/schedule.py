@@ -20,7 +20,7 @@ from scipy.sparse.csgraph import connected_components
 
 from grit_jax.batch import max_segments
 from grit_jax.config import DataConfig, InputError, LossConfig, StageConfig, TrainConfig
-from grit_jax.data.counting import HASH_BITS
+from grit_jax.data.examples import HASH_BITS
 from grit_jax.data.index import FileIndex, num_targets, ranges
 from grit_jax.data.packing import choose_buckets, pack, round_up
 from grit_jax.data.records import Stream

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import abc
+import contextlib
+import math
 import mmap
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +17,7 @@ from etils import epath
 from grit_jax import files
 from grit_jax.config import InputError
 from grit_jax.data import cache
+from grit_jax.data.lines import BLANK, BOM, is_blank
 from grit_jax.data.records import Record, RecordError, Stream, parse_record, stream_of, texts
 
 _JSONL = (".jsonl", ".jsonl.gz", ".jsonl.zst")
@@ -24,20 +28,24 @@ _KINDS = f"{', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}"
 _SCANNED = 1 << 26  # bytes whose lines are found at a time
 _KEPT_FROM = 1 << 26  # bytes of a file from which on the places of its lines are kept on disk
 
-_BLANK = np.zeros(256, bool)
-_BLANK[list(b" \t\r\n\v\f")] = True
+_IS_BLANK = np.zeros(256, bool)
+_IS_BLANK[list(BLANK)] = True
+
+_ASKED_EVERY = 60  # seconds after which a bucket is asked again whether a file has changed
 
 
 def find_files(paths: str | list[str]) -> list[epath.Path]:
-    """The data files that `paths` name: files, or folders searched recursively, in sorted order.
+    """The data files that `paths` name: files, or folders searched recursively, in sorted order, each file once.
+
+    Hidden files and folders (those whose names begin with a dot), pipes, sockets and devices are no data.
 
     Raises:
-      InputError: A path does not exist, has another ending, or a folder holds no data file.
+      InputError: A path does not exist, is no such file, a folder holds none, or two files are the same data twice.
     """
     found: list[epath.Path] = []
     for path in map(epath.Path, [paths] if isinstance(paths, str) else paths):
         if files.is_folder(path):
-            below = sorted(_files_below(path))
+            below = sorted(files_below(path, SUFFIXES))
             if not below:
                 raise InputError(f"{path}: no {_KINDS} file in this folder")
             found += below
@@ -45,18 +53,50 @@ def find_files(paths: str | list[str]) -> list[epath.Path]:
             raise InputError(f"{path}: no such file or folder")
         elif not path.name.endswith(SUFFIXES):
             raise InputError(f"{path}: not a {_KINDS} file")
+        elif not files.is_bucket(path) and files.is_special(path):
+            raise InputError(f"{path}: a pipe, a socket or a device; put the data in a file")
         else:
             found.append(path)
-    return list(dict.fromkeys(found))
+    once: dict[str, epath.Path] = {}
+    for path in found:
+        once.setdefault(_place(path), path)
+    refuse_twins(list(once.values()), SUFFIXES)
+    return list(once.values())
 
 
-def _files_below(folder: epath.Path) -> Iterator[epath.Path]:
-    for path in (folder / name for name in files.names(folder)):
+def files_below(folder: epath.Path, suffixes: tuple[str, ...]) -> Iterator[epath.Path]:
+    """The files with these endings in a folder and its folders, without what is hidden and what is no file."""
+    yield from _files_below(folder, suffixes, {_place(folder)})
+
+
+def refuse_twins(paths: Sequence[epath.Path], suffixes: tuple[str, ...]) -> None:
+    """Returns where no two files of a folder differ in their endings alone, as a file and its packed copy do.
+
+    Raises:
+      InputError: Two do.
+    """
+    seen: dict[str, epath.Path] = {}
+    for path in paths:
+        suffix = max((suffix for suffix in suffixes if path.name.endswith(suffix)), key=len)
+        twin = seen.setdefault(os.fspath(path).removesuffix(suffix), path)
+        if twin is not path:
+            raise InputError(f"{twin} and {path}: the same data twice, by their names; remove or rename one of them")
+
+
+def _files_below(folder: epath.Path, suffixes: tuple[str, ...], entered: set[str]) -> Iterator[epath.Path]:
+    for path in (folder / name for name in files.names(folder) if not name.startswith(".")):
         # A bucket is asked as little as possible, and its folders do not end like files.
-        if path.name.endswith(SUFFIXES) and (files.is_bucket(path) or not files.is_folder(path)):
-            yield path
-        elif path.name != cache.FOLDER and files.is_folder(path):
-            yield from _files_below(path)
+        if path.name.endswith(suffixes) and (files.is_bucket(path) or not files.is_folder(path)):
+            if files.is_bucket(path) or not files.is_special(path):
+                yield path
+        elif files.is_folder(path) and _place(path) not in entered:  # a link may lead back
+            entered.add(_place(path))
+            yield from _files_below(path, suffixes, entered)
+
+
+def _place(path: epath.Path) -> str:
+    """Where a file or folder is, whatever links lead there."""
+    return os.fspath(path) if files.is_bucket(path) else os.path.realpath(path)
 
 
 def open_source(path: str | os.PathLike[str], *, skip_bad: bool = False) -> Source:
@@ -90,24 +130,49 @@ class Source(abc.ABC):
       path: The file.
       skip_bad: Whether the first record may be malformed; the first good one tells the stream then.
       stream: The stream where it is known.
+      version: What the file must be; None takes what it is.
 
     Attributes:
       path: The file.
       stream: Which stream its first record, and so every record, belongs to.
+      version: Of the file, when it was opened.
 
     Raises:
-      InputError: The file has no record, or cannot be read.
+      InputError: The file has no record, is of another version, or cannot be read.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, skip_bad: bool = False, stream: Stream | None = None):
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        skip_bad: bool = False,
+        stream: Stream | None = None,
+        version: cache.Version | None = None,
+    ):
         self.path = epath.Path(path)
-        self._open(cache.local_file(self.path))
+        self.version = version or cache.version(self.path)
+        self._asked = -math.inf
+        self._open(cache.local_file(self.path, self.version))
+        cache.refuse_changed(self.path, self.version)
         if not len(self):
             raise InputError(f"{self.path}: the file is empty; remove it or put records in it")
         self.stream: Stream = stream or self._first_stream(skip_bad)
 
     def __reduce__(self):
-        return _reopen, (type(self), self.path, self.stream)
+        return _reopen, (type(self), self.path, self.stream, self.version)
+
+    def refuse_changed(self) -> None:
+        """Returns where the file is as it was when it was opened; a bucket is asked once a minute.
+
+        Raises:
+          InputError: It is not.
+        """
+        if not files.is_bucket(self.path):
+            cache.refuse_changed(self.path, self.version)
+        elif time.monotonic() - self._asked >= _ASKED_EVERY:
+            self._asked = time.monotonic()
+            with contextlib.suppress(files.UnreachableError):  # what is read is a copy on a disk
+                cache.refuse_changed(self.path, self.version)
 
     @abc.abstractmethod
     def _open(self, path: Path) -> None:
@@ -163,8 +228,8 @@ class Source(abc.ABC):
         raise InputError(f"{self.path}: none of its {len(self):,} records is well formed; correct or remove the file")
 
 
-def _reopen(kind: type[Source], path: epath.Path, stream: Stream) -> Source:
-    return kind(path, stream=stream)
+def _reopen(kind: type[Source], path: epath.Path, stream: Stream, version: cache.Version) -> Source:
+    return kind(path, stream=stream, version=version)
 
 
 class JsonlSource(Source):
@@ -176,7 +241,7 @@ class JsonlSource(Source):
         except OSError as error:
             raise InputError(f"{self.path}: cannot be read: {error}") from error
         few = len(self._data) < _KEPT_FROM
-        self._places = _line_places(self._data) if few else _kept_line_places(self.path, self._data)
+        self._places = _line_places(self._data) if few else self._kept_line_places()
 
     def __len__(self) -> int:
         return self._places.shape[1]
@@ -188,6 +253,25 @@ class JsonlSource(Source):
             end = self._data.find(b"\n", begin)
             lines.append(self._data[begin : end if end >= 0 else len(self._data)])
         return lines
+
+    def _kept_line_places(self) -> np.ndarray:
+        """`_line_places`, memory-mapped from what an earlier call found."""
+        name = f"{cache.entry(self.path, self.version)}.lines.npy"
+        for folder in cache.local_folders(self.path):
+            try:
+                return np.load(folder / name, mmap_mode="r")
+            except (OSError, ValueError):
+                continue  # missing or damaged: found again
+        places = _line_places(self._data)
+        self.refuse_changed()
+        for folder in cache.local_folders(self.path):
+            try:
+                with files.replacing(folder / name) as file:
+                    np.save(file, places)
+                return np.load(folder / name, mmap_mode="r")
+            except OSError:
+                continue
+        return places
 
     def line_number(self, number: int) -> int:
         """Line of record `number`, from 1."""
@@ -222,6 +306,7 @@ class ArrayRecordSource(Source):
 
 
 def _mapped(path: Path) -> bytes | mmap.mmap:
+    files.refuse_special(path)
     with path.open("rb") as file:
         # An empty file cannot be mapped.
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if os.fstat(file.fileno()).st_size else b""
@@ -240,32 +325,16 @@ def _line_places(data: bytes | mmap.mmap) -> np.ndarray:
         found = np.concatenate([[0], np.flatnonzero(block == ord("\n")) + 1])
         found = found[found < len(block)]
         keep = np.ones(len(found), bool)
-        if _BLANK[block[found]].any():  # else no line can be blank
-            keep = np.add.reduceat(~_BLANK[block], found, dtype=np.int64) > 0
-            any_blank |= not keep.all()
+        first = block[found]
+        if _IS_BLANK[first].any():  # else no line without a byte order mark can be blank
+            keep = np.add.reduceat(~_IS_BLANK[block], found, dtype=np.int64) > 0
+        for line in np.flatnonzero(first == BOM[0]).tolist():
+            stop = found[line + 1] if line + 1 < len(found) else len(block)
+            keep[line] = not is_blank(block[found[line] : stop].tobytes())
+        any_blank |= not keep.all()
         starts.append(found[keep] + begin)
         numbers.append(np.flatnonzero(keep) + num_lines + 1)
         num_lines += len(found)
         begin = end
     columns = [starts, numbers] if any_blank else [starts]
     return np.stack([np.concatenate([np.zeros(0, np.int64), *column]) for column in columns])
-
-
-def _kept_line_places(path: epath.Path, data: bytes | mmap.mmap) -> np.ndarray:
-    """`_line_places`, memory-mapped from what an earlier call found."""
-    name = f"{cache.entry(path)}.lines.npy"
-    for folder in cache.local_folders(path):
-        with_places = folder / name
-        try:
-            return np.load(with_places, mmap_mode="r")
-        except (OSError, ValueError):
-            continue  # missing or damaged: found again
-    places = _line_places(data)
-    for folder in cache.local_folders(path):
-        try:
-            with files.replacing(folder / name) as file:
-                np.save(file, places)
-            return np.load(folder / name, mmap_mode="r")
-        except OSError:
-            continue
-    return places

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from grit_jax.config import InputError
 from grit_jax.data.records import RecordError, parse_record
-from grit_jax.data.rows import Failed, Row
+from grit_jax.data.rows import Failed, LeftOut, Row
 from grit_jax.data.sources import ARRAY_RECORD
 from grit_jax.files import replacing
 
@@ -23,30 +23,36 @@ class Written(NamedTuple):
 
     Attributes:
       rows: Rows written.
-      bad: Rows left out, by fault.
-      examples: The first row of each fault, with file and line.
+      bad: Malformed rows that were left out, by fault.
+      left_out: Sound rows that were left out, by reason.
+      examples: The first row of each fault and reason, with file and line.
     """
 
     rows: int
     bad: Counter[str]
+    left_out: Counter[str]
     examples: dict[str, str]
 
 
-def write_rows(path: Path, rows: Iterable[tuple[str, Row] | Failed], *, skip_bad: bool = False) -> Written:
+def write_rows(path: Path, rows: Iterable[tuple[str, Row] | Failed | LeftOut], *, skip_bad: bool = False) -> Written:
     """Writes GRIT rows to a .jsonl, .jsonl.gz or ArrayRecord file, which appears when all of them are there.
 
     Args:
       path: The file.
-      rows: Where each row is from, and the row; or why it could not be read.
+      rows: Where each row is from, and the row; or why it could not be read, or is left out.
       skip_bad: Whether rows that are no GRIT records are left out and counted.
 
     Raises:
       InputError: The ending is another, there is no row, or one is bad and `skip_bad` is false.
     """
-    count, bad, examples = 0, Counter[str](), {}
+    count, bad, left_out, examples = 0, Counter[str](), Counter[str](), {}
     with _writer(path) as write:
         for entry in rows:
             try:
+                if isinstance(entry, LeftOut):
+                    left_out[entry.kind] += 1
+                    examples.setdefault(entry.kind, entry.where)
+                    continue
                 if isinstance(entry, Failed):
                     raise entry.error
                 where, row = entry
@@ -60,8 +66,9 @@ def write_rows(path: Path, rows: Iterable[tuple[str, Row] | Failed], *, skip_bad
                 bad[error.kind] += 1
                 examples.setdefault(error.kind, str(error))
         if not count:
-            raise InputError(f"{path}: there is no row to write")
-    return Written(count, bad, examples)
+            reasons = [f"{number:,} rows: {kind}, as {examples[kind]}" for kind, number in (bad + left_out).items()]
+            raise InputError(f"{path}: there is no row to write{'; left out ' if reasons else ''}{'; '.join(reasons)}")
+    return Written(count, bad, left_out, examples)
 
 
 def _check(line: str, where: str) -> None:

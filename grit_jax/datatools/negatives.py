@@ -13,6 +13,7 @@ from grit_jax.config import InputError
 from grit_jax.data.records import EmbeddingRecord, EmbeddingText
 from grit_jax.data.rows import Failed, Row, read_objects
 from grit_jax.data.sources import Source
+from grit_jax.evaluation.bm25 import Bm25
 
 if TYPE_CHECKING:
     from grit_jax.inference import GritModel
@@ -64,7 +65,7 @@ class Passages:
       corpus: JSONL with more: `text`, and `title` where there is one, as in a BEIR folder.
 
     Raises:
-      InputError: The records are not embedding records.
+      InputError: The records are not embedding records, or have no passage with a text.
     """
 
     def __init__(self, source: Source, corpus: Path | None = None):
@@ -88,6 +89,8 @@ class Passages:
             text = EmbeddingText("", f"{row.get('title') or ''} {row['text']}".strip())
             self._digest.update(repr(text).encode())
             self._add(text, text)
+        if not self._places:
+            raise InputError(f"{source.path}: every passage is blank; there is nothing to search")
 
     def _add(self, text: EmbeddingText, place: Any) -> None:
         key = _key(text)
@@ -124,23 +127,14 @@ class Searcher(Protocol):
 
 
 class KeywordSearcher:
-    """BM25 with the defaults of bm25s; a passage without a word of the query scores -inf."""
+    """BM25; a passage without a word of the query scores -inf."""
 
     def __init__(self, passages: Passages):
-        import bm25s
-
-        texts = [passages[number].text for number in range(len(passages))]
-        self._retriever = bm25s.BM25()
-        self._retriever.index(bm25s.tokenize(texts, show_progress=False), show_progress=False)
-        self._size = len(texts)
+        self._index = Bm25([passages[number].text for number in range(len(passages))])
 
     def scores(self, queries: Sequence[EmbeddingText]) -> np.ndarray:
         """float32 [queries, passages]."""
-        import bm25s
-
-        words: Any = bm25s.tokenize([query.text for query in queries], show_progress=False, return_ids=False)
-        none = np.zeros(self._size, np.float32)
-        scores = np.stack([self._retriever.get_scores(query) if query else none for query in words])
+        scores = self._index.scores([query.text for query in queries])
         return np.where(scores > 0, scores, -np.inf)
 
 

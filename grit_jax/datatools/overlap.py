@@ -3,19 +3,34 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
+from etils import epath
 
 from grit_jax.config import InputError
-from grit_jax.data.rows import Failed, open_text, read_cells, read_objects
+from grit_jax.data.lines import read_text_lines
+from grit_jax.data.qrels import find_qrels, read_qrels
+from grit_jax.data.rows import Failed, read_objects
+from grit_jax.data.sources import files_below, refuse_twins
 
-_WORD = re.compile(r"\w+")
+# Scripts that put nothing between words: Thai, Lao, Burmese, Khmer, Kana and Han. Each character stands for a word.
+_UNSPACED = (
+    "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
+    "\U00020000-\U0003ffff"
+)
+_WORD = re.compile(rf"[{_UNSPACED}]|[^\W{_UNSPACED}]+")
+_UNSPACED_WORD = re.compile(f"[{_UNSPACED}]")
+_UNSPACED_WEIGHT = 0.5  # words of about two characters
 _FEWEST_WORDS = 4  # of texts that are not known to be queries or documents; "yes" is in every training set
 _FACTOR = np.uint64(0x9E3779B97F4A7C15)
 _SUFFIXES = (".jsonl", ".txt", ".tsv")
+_ENDINGS = (*_SUFFIXES, *(f"{suffix}.gz" for suffix in _SUFFIXES))
+
+T = TypeVar("T")
 
 
 class Match(NamedTuple):
@@ -35,8 +50,12 @@ class Match(NamedTuple):
 
 
 def words_of(text: str) -> list[str]:
-    """The words that are compared: no case, no punctuation."""
-    return _WORD.findall(text.casefold())
+    """The words that are compared: no case, no punctuation; single characters of scripts without spaces."""
+    return _WORD.findall(unicodedata.normalize("NFKC", text).casefold())
+
+
+def _num_words(words: Sequence[str]) -> float:
+    return sum(_UNSPACED_WEIGHT if _UNSPACED_WORD.match(word) else 1 for word in words)
 
 
 class EvaluationTexts:
@@ -44,8 +63,8 @@ class EvaluationTexts:
 
     Args:
       paths: Files (.jsonl, .txt with a text a line, .tsv; or with .gz), or folders of them. Of a folder in BEIR layout
-        the queries of `qrels/test.tsv` count (all of them without that file), and the documents; of documents only
-        whole ones are found. Of other files every text of four words or more.
+        the queries of the test split's judgements count (all of them where there are none), and the documents; of
+        documents only whole ones are found. Of other files every text of four words or more.
       ngram: Words in a row that count as an occurrence; 0 for whole texts only.
 
     Attributes:
@@ -154,16 +173,15 @@ def _texts(paths: Sequence[Path]) -> Iterator[tuple[Path, int, str, bool]]:
 
 
 def _folder_texts(folder: Path) -> Iterator[tuple[Path, int, str, bool]]:
-    files = [
-        path for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name.removesuffix(".gz").endswith(_SUFFIXES)
-    ]  # fmt: skip
-    if not files:
+    found = sorted(files_below(epath.Path(folder), _ENDINGS))
+    refuse_twins(found, _ENDINGS)
+    if not found:
         raise InputError(f"--against {folder}: no {', '.join(_SUFFIXES)} file in this folder")
-    beir_folders = {path.parent for path in files if _first(path.parent, "queries.jsonl")}
+    paths = list(map(Path, found))
+    beir_folders = {path.parent for path in paths if _first(path.parent, "queries.jsonl")}
     for beir_folder in sorted(beir_folders):
         yield from _beir_texts(beir_folder)
-    for path in files:
+    for path in paths:
         inside = path.parent in beir_folders or (path.parent.name == "qrels" and path.parent.parent in beir_folders)
         if not inside:
             yield from _file_texts(path)
@@ -175,36 +193,44 @@ def _first(folder: Path, name: str) -> Path | None:
 
 def _beir_texts(folder: Path) -> Iterator[tuple[Path, int, str, bool]]:
     judged: set[str] | None = None
-    if (folder / "qrels/test.tsv").exists():
-        rows = read_cells(folder / "qrels/test.tsv", frozenset({"query-id", "corpus-id", "score"}))
-        judged = {row[1]["query-id"] for row in rows if not isinstance(row, Failed) and isinstance(row[1], dict)}
+    if qrels := find_qrels(folder, "test"):
+        judged = {judgement.query for judgement in _sound(read_qrels(qrels))}
+    names = set()
     for name, keys in (("queries.jsonl", ("text",)), ("corpus.jsonl", ("title", "text"))):
         path = _first(folder, name)
         for line, row in _objects(path) if path else ():
-            if name == "queries.jsonl" and judged is not None and str(row.get("_id")) not in judged:
-                continue
+            if name == "queries.jsonl":
+                names.add(str(row.get("_id")))
+                if judged is not None and str(row.get("_id")) not in judged:
+                    continue
             text = " ".join(str(row.get(key) or "") for key in keys).strip()
             if path and words_of(text):
                 yield path, line, text, name == "queries.jsonl"
+        if judged is not None and name == "queries.jsonl" and not judged & names:
+            raise InputError(f"--against {qrels}: judges no query of {path}; correct its ids, or remove it")
+
+
+def _sound(entries: Iterable[T | Failed]) -> Iterator[T]:
+    for entry in entries:
+        if isinstance(entry, Failed):
+            raise entry.error
+        yield entry
 
 
 def _file_texts(path: Path) -> Iterator[tuple[Path, int, str, bool]]:
     if path.name.removesuffix(".gz").endswith(".jsonl"):
         rows: Any = ((line, list(_strings(row))) for line, row in _objects(path))
     else:
-        with open_text(path) as file:
-            rows = [(line, text.rstrip("\r\n").split("\t")) for line, text in enumerate(file, start=1)]
+        rows = ((line, text.split("\t")) for line, text in read_text_lines(path))
     for line, texts in rows:
         for text in texts:
-            if len(words_of(text)) >= _FEWEST_WORDS:
+            if _num_words(words_of(text)) >= _FEWEST_WORDS:
                 yield path, line, text, True
 
 
 def _objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    for entry in read_objects(path):
-        if isinstance(entry, Failed):
-            raise entry.error
-        yield int(entry[0].rpartition(":")[2]), entry[1]
+    for where, row in _sound(read_objects(path)):
+        yield int(where.rpartition(":")[2]), row
 
 
 def _strings(value: Any) -> Iterator[str]:

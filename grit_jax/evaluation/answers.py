@@ -58,7 +58,7 @@ class ExactMatch(PromptedTask):
     def files(self) -> list[Path]:
         """Rows, examples and passages."""
         given = [*super().files(), *([Path(self.passages)] if self.passages else [])]
-        return [file for path in given for file in (sorted(path.glob("*.txt")) if path.is_dir() else [path])]
+        return [file for path in given for file in (_text_files(path) if path.is_dir() else [path])]
 
     def questions(self, rows: Sequence[Row]) -> list[str]:
         """The filled template."""
@@ -82,7 +82,7 @@ class ExactMatch(PromptedTask):
         """The examples, also those written out in a folder."""
         if not self._shots_folder:
             return super().examples_by_group()
-        return {file.stem: written_examples(file) for file in sorted(self._shots_folder.glob("*.txt"))}
+        return {file.stem: written_examples(file) for file in _text_files(self._shots_folder)}
 
     def evaluate(self, session: Session) -> Outcome:
         """Asks every row."""
@@ -120,6 +120,10 @@ class ExactMatch(PromptedTask):
 
     def _texts(self, row: Row, key: str) -> list[str]:
         return row.strings(key) if isinstance(row.values.get(key), list) else [str(row.get(key, str, int, float))]
+
+
+def _text_files(folder: Path) -> list[Path]:
+    return [file for file in sorted(folder.glob("*.txt")) if not file.name.startswith(".")]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -98,7 +99,7 @@ class Perplexity(Task):
             "num_tokens": float(scored.num_tokens.sum()),
             "num_left_out": float(total - len(scorable)),
         }
-        return Outcome("loss_per_token", examples, loss_per_token, figures)
+        return Outcome("loss_per_token", examples, loss_per_token, figures, bounds=(0.0, math.inf))
 
 
 def loss_per_token(examples: np.ndarray) -> float:

@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from grit_jax.config import InputError
+from grit_jax.data.lines import read_text
 from grit_jax.evaluation.data import Row, read_rows
 from grit_jax.evaluation.task import Session, Task
 from grit_jax.ranges import require_positive
@@ -204,12 +205,9 @@ def written_examples(path: Path) -> list[str]:
     """Paragraphs of examples that are written out in a text file; a head above a line `-----` is left out.
 
     Raises:
-      InputError: The file cannot be read.
+      InputError: The file cannot be read, or is not UTF-8.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read ({error}); it must hold the examples of its group") from error
+    text = read_text(path)
     return text.partition(_RULE)[2].strip().split("\n\n") if _RULE in text else text.strip().split("\n\n")
 
 

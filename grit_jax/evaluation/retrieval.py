@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Container
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from grit_jax.config import InputError
 from grit_jax.evaluation import metrics
+from grit_jax.evaluation.bm25 import Bm25
 from grit_jax.evaluation.data import existing, number, read_rows
 from grit_jax.evaluation.task import EmbeddingTask, Outcome, Session
 from grit_jax.search import Searchable
@@ -98,12 +99,7 @@ def read_collection(folder: Path, split: str) -> Collection:
 
 def bm25_scores(queries: list[str], documents: list[str]) -> np.ndarray:
     """BM25 scores, float32 [queries, documents], with the defaults of bm25s."""
-    import bm25s
-
-    retriever = bm25s.BM25()
-    retriever.index(bm25s.tokenize(documents, show_progress=False), show_progress=False)
-    words: Any = bm25s.tokenize(queries, show_progress=False, return_ids=False)
-    return np.stack([retriever.get_scores(query) if query else np.zeros(len(documents)) for query in words])
+    return Bm25(documents).scores(queries)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,6 +13,7 @@ from grit_jax.evaluation.data import Row, by_row, number, read_rows
 from grit_jax.evaluation.task import EmbeddingTask, Outcome, Session
 
 _FIRST, _SECOND = "sentence1", "sentence2"
+_CORRELATION = (-1.0, 1.0)
 
 
 def _pairs(rows: list[Row]) -> tuple[list[str], list[str]]:
@@ -32,7 +33,8 @@ class STS(EmbeddingTask):
         gold = np.array([number(row, "score") for row in rows])
         first, second = (session.directions(texts, self.instruction or "") for texts in _pairs(rows))
         cosine = np.sum(first * second, axis=1, dtype=np.float64)
-        return Outcome("cosine_spearman", np.stack([cosine, gold], axis=1), lambda x: metrics.spearman(*x.T))
+        examples = np.stack([cosine, gold], axis=1)
+        return Outcome("cosine_spearman", examples, lambda x: metrics.spearman(*x.T), bounds=_CORRELATION)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,4 +104,4 @@ class Summarization(EmbeddingTask):
                 correlations.append(metrics.spearman(best, gold))
         if not correlations:
             raise InputError(f"{self.path}: in every row 'relevance' or the similarity is constant; nothing to rank")
-        return Outcome("cosine_spearman", np.array(correlations))
+        return Outcome("cosine_spearman", np.array(correlations), bounds=_CORRELATION)

@@ -29,6 +29,7 @@ class Outcome:
       score: The main score of contributions.
       figures: Further figures by name.
       answers: What the model wrote, for a file beside the report; none for most tasks.
+      bounds: The least and the most that the main score can be.
     """
 
     metric: str | None
@@ -36,6 +37,7 @@ class Outcome:
     score: Callable[[np.ndarray], float] = mean
     figures: dict[str, float] = dataclasses.field(default_factory=dict)
     answers: list[dict[str, Any]] | None = None
+    bounds: tuple[float, float] = (0.0, 1.0)
 
 
 class Progress:
@@ -97,7 +99,7 @@ class Session:
         *,
         max_new_tokens: int,
         prefixes: Sequence[str] | None = None,
-        stop: Sequence[str] = (),
+        stop: str | Sequence[str] = (),
         raw: bool = False,
         temperature: float = 0.0,
         top_p: float = 1.0,
@@ -109,7 +111,7 @@ class Session:
           prompts: Messages, or texts that are continued where `raw`.
           max_new_tokens: Most tokens of an answer.
           prefixes: What each answer begins with; not part of what is returned.
-          stop: An answer ends before the first of these.
+          stop: An answer ends before this string, or the first of several.
           raw: Whether the prompts are continued as they are.
           temperature: 0 takes the likeliest token each time.
           top_p: Probability of the nucleus that is drawn from.

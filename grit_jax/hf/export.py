@@ -28,11 +28,20 @@ _DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloa
 
 # The GRIT format as transformers' chat template; it renders what `prompts.generation` makes.
 CHAT_TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}"
-    "{% if message['role'] == 'user' %}{{ '<|user|>\\n' + message['content'] + '\\n' }}"
+    "{{ bos_token }}{% set told = namespace(text='', ended=false) %}{% for message in messages %}"
+    "{% if message['role'] in ['system', 'developer'] %}"
+    "{% if told.ended %}{{ raise_exception('a system message must come before all others') }}{% endif %}"
+    "{% set content = message['content'] | trim %}"
+    "{% if content %}{% set told.text = told.text + content + '\\n\\n' %}{% endif %}"
+    "{% elif message['role'] == 'user' %}{{ '<|user|>\\n' + told.text + message['content'] + '\\n' }}"
+    "{% set told.text = '' %}{% set told.ended = true %}"
     "{% elif message['role'] == 'assistant' %}{{ '<|assistant|>\\n' + message['content'] | trim + eos_token + '\\n' }}"
-    "{% else %}{{ raise_exception('roles are user and assistant') }}{% endif %}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}"
+    "{% if told.text %}{{ raise_exception('a user message must follow the system message') }}{% endif %}"
+    "{% set told.ended = true %}"
+    "{% else %}{{ raise_exception('roles are system, user and assistant') }}{% endif %}"
+    "{% endfor %}"
+    "{% if told.text %}{{ raise_exception('a user message must follow the system message') }}{% endif %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}"
 )
 
 

@@ -172,22 +172,23 @@ def sample(
 ) -> Int[Array, " batch"]:
     """One token per row: the likeliest at temperature 0, else a draw from the nucleus.
 
-    The nucleus is the smallest set of likeliest tokens with probability `top_p` (Holtzman et al., arXiv 1904.09751).
-    `keys` holds one random key per row.
+    The nucleus is the smallest set of likeliest tokens with probability `top_p` (Holtzman et al., arXiv 1904.09751); it
+    holds one token at least. `keys` holds one random key per row.
     """
 
-    def draw(row_logits, key, temperature, top_p):
+    def draw(row_logits, key, temperature, top_p, likeliest):
         scaled = row_logits / jnp.maximum(temperature, 1e-6)
         descending = jnp.sort(scaled)[::-1]
         before = jnp.cumsum(jax.nn.softmax(descending)) - jax.nn.softmax(descending)
-        # The likeliest token is always kept: the probability before it is 0.
-        threshold = jnp.min(jnp.where(before < top_p, descending, jnp.inf))
-        return jax.random.categorical(key, jnp.where(scaled >= threshold, scaled, -jnp.inf))
+        kept = before < top_p
+        threshold = jnp.min(jnp.where(kept, descending, jnp.inf))
+        drawn = jax.random.categorical(key, jnp.where(scaled >= threshold, scaled, -jnp.inf))
+        return jnp.where(jnp.sum(kept) > 1, drawn, likeliest)  # of one, and of none where top_p is 0
 
     greedy = jnp.argmax(logits, axis=-1)
 
     def drawn():
-        return jnp.where(temperature > 0, jax.vmap(draw)(logits, keys, temperature, top_p), greedy)
+        return jnp.where(temperature > 0, jax.vmap(draw)(logits, keys, temperature, top_p, greedy), greedy)
 
     return jax.lax.cond(jnp.any(temperature > 0), drawn, lambda: greedy)
 

@@ -44,9 +44,8 @@ def show_report(report: dict[str, Any]) -> None:
         console.print(f"\n[bold]search[/bold] {escape(search['query'])}", soft_wrap=True)
         for hit in search["hits"]:
             mark = "*" if hit["relevant"] else " "
-            console.print(
-                f"  {mark} {hit['score']:.3f}  {hit['document'].splitlines()[0]}", soft_wrap=True, markup=False
-            )
+            first_line = hit["document"].partition("\n")[0]
+            console.print(f"  {mark} {hit['score']:.3f}  {first_line}", soft_wrap=True, markup=False)
     for answer in report["answers"]:
         console.print(f"\n[bold]prompt[/bold] {escape(answer['prompt'])}", soft_wrap=True)
         console.print(f"  {answer['answer']}", soft_wrap=True, markup=False)

@@ -10,7 +10,7 @@ from etils import epath
 
 from grit_jax import files
 from grit_jax.config import InputError
-from grit_jax.data import cache
+from grit_jax.data.lines import is_blank, read_lines
 from grit_jax.data.records import parse_object
 from grit_jax.data.sources import ARRAY_RECORD, find_files
 from grit_jax.store.layout import Document
@@ -42,8 +42,8 @@ def read_corpus(path: epath.Path) -> Iterator[tuple[str, Document]]:
     Raises:
       InputError: The file cannot be read, or a row is malformed.
     """
-    for number, line in _lines(path):
-        if line.strip():
+    for number, line in read_lines(path):
+        if not is_blank(line):
             where = f"{path}:{number}"
             row = parse_object(line, where)
             document = Document(
@@ -66,12 +66,3 @@ def _string(row: dict[str, Any], key: str, where: str, *, needed: bool) -> str:
         return ""
     found = f"is {value!r:.60}" if key in row else f"is missing; there are {', '.join(row)}"
     raise InputError(f"{where}: {key!r} {found}; it must be a string: each line is {_FORM}")
-
-
-def _lines(path: epath.Path) -> Iterator[tuple[int, bytes]]:
-    number, rest = 0, b""
-    for block in cache.unpacked(path):
-        *lines, rest = (rest + block).split(b"\n")
-        yield from enumerate(lines, start=number + 1)
-        number += len(lines)
-    yield number + 1, rest

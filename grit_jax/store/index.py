@@ -18,9 +18,10 @@ import numpy as np
 from etils import epath
 
 from grit_jax.config import InputError
+from grit_jax.data import cache
 from grit_jax.distributed import gathered, in_first_process, require_same
 from grit_jax.inference import Encoded, GritModel
-from grit_jax.prompts import CacheForm
+from grit_jax.prompts import CacheForm, stripped
 from grit_jax.sole_writer import sole_writer
 from grit_jax.store import caches, layout
 from grit_jax.store.corpus import read_corpus, text_key
@@ -204,6 +205,7 @@ def _settings(model: GritModel, name: str, wanted: Wanted, old: Settings | None)
     if wanted.cache_form and not chosen["caches"]:
         raise InputError(f"--cache-form={wanted.cache_form} is about keys and values, which are not kept; add --caches")
     limit = model.architecture.max_length
+    chosen["instruction"] = stripped(chosen["instruction"])
     chosen["max_length"] = min(chosen["max_length"] or limit, limit)
     # One text says whether the instruction leaves room, before anything is written.
     one = model.encode(["text"], instruction=chosen["instruction"], max_length=chosen["max_length"])
@@ -229,16 +231,20 @@ def _new_part(
     """Reads the files that have not been read and writes their documents; None where there is no such file."""
     read = {file.sha256 for part in manifest.parts for file in part.files}
     new: dict[str, epath.Path] = {}
+    versions: dict[epath.Path, cache.Version] = {}
     for path in corpus:
+        version = cache.version(path)
         checksum = layout.checksum(path)
-        if checksum not in read:
-            new.setdefault(checksum, path)
+        if checksum not in read and checksum not in new:
+            new[checksum], versions[path] = path, version
     if not new:
         return None
     reader = _Reader(folder, manifest, progress)
     documents, first, shards = reader.new_documents(new.values()), len(manifest.shards), []
     while some := list(itertools.islice(documents, shard_rows)):
         shards.append(Shard(len(some), layout.write_documents(folder, first + len(shards), some)))
+    for path, version in versions.items():  # else the checksum would be of another text
+        cache.refuse_changed(path, version)
     if not manifest.shards and not shards:
         raise InputError(f"{', '.join(map(str, new.values()))}: no document with a text; name a corpus that has some")
     return Part(

@@ -284,7 +284,7 @@ def read_documents(folder: Path, number: int, shard: Shard) -> list[Document]:
     Raises:
       InputError: Their file is missing or damaged.
     """
-    return list(map(_document, _read(data_file(folder, "documents", number), shard.documents).splitlines()))
+    return list(map(_document, _read_lines(data_file(folder, "documents", number), shard.documents)))
 
 
 def write_duplicates(folder: Path, number: int, duplicates: Sequence[tuple[str, int]]) -> str:
@@ -298,7 +298,7 @@ def read_duplicates(folder: Path, manifest: Manifest) -> list[tuple[str, int]]:
     found = []
     for number, part in enumerate(manifest.parts):
         if part.duplicates:
-            rows = map(json.loads, _read(data_file(folder, "duplicates", number), part.duplicates).splitlines())
+            rows = map(json.loads, _read_lines(data_file(folder, "duplicates", number), part.duplicates))
             found += [(row["_id"], row["row"]) for row in rows]
     return found
 
@@ -312,8 +312,8 @@ def write_vectors(folder: Path, number: int, shard: Shard, tensors: dict[str, np
       shard: Its facts, tokens and truncated documents among them.
       tensors: What `vectors.pack` gave.
     """
-    lines = _read(data_file(folder, "documents", number), shard.documents).splitlines(keepends=True)
-    tensors = tensors | {_ENDS: np.cumsum([len(line) for line in lines], dtype=np.int64)}
+    lines = _read_lines(data_file(folder, "documents", number), shard.documents)
+    tensors = tensors | {_ENDS: np.cumsum([len(line) + 1 for line in lines], dtype=np.int64)}
     # One entry: several would be written in any order.
     metadata = {"encoded": json.dumps({"tokens": shard.tokens, "truncated": shard.truncated})}
     files.write_bytes(data_file(folder, "vectors", number), safetensors.numpy.save(tensors, metadata))
@@ -485,6 +485,11 @@ def _write_lines(path: Path, rows: Sequence[dict[str, Any]]) -> str:
     content = b"".join(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows)
     files.write_bytes(path, content)
     return hashlib.sha256(content).hexdigest()
+
+
+def _read_lines(path: Path, expected: str) -> list[bytes]:
+    """The lines that `_write_lines` wrote, without their endings."""
+    return _read(path, expected).split(b"\n")[:-1]
 
 
 def _read(path: Path, expected: str) -> bytes:

@@ -9,6 +9,7 @@ import numpy as np
 
 from grit_jax.config import InputError
 from grit_jax.inference import GritModel
+from grit_jax.ranges import require_positive
 from grit_jax.search import Searchable
 from grit_jax.store.layout import Document, Store, other_model
 
@@ -69,8 +70,11 @@ class Retriever:
           k: Documents of each; no more than there are.
 
         Raises:
-          InputError: A query is empty, or the instruction leaves no room for it.
+          InputError: A query is empty, the instruction leaves no room for it, or `k` is not positive.
         """
+        if isinstance(queries, str):
+            raise InputError(f"queries is one string, {queries!r:.60}; give a list of them")
+        require_positive("k", k)
         return self.nearest(self._model.encode(queries, instruction=instruction), k)
 
     def warm_up(self, k: int, progress: Callable[[int], None] = lambda _: None) -> int:

@@ -88,7 +88,8 @@ def test_a_model_survives_export_and_import(run, tmp_path):
         (["encode", "nowhere", "--input", "x.csv", "--output", "x.npy"], "x.csv: must end in .jsonl or .txt"),
         (["encode", "nowhere", "--input", "x.txt", "--output", "x"], "--output x: must end in .npy"),
         (["generate", "nowhere", "--prompt", "x"], "error: nowhere: nothing there"),
-        (["generate", "nowhere", "--prompt", "x", "--top-p", "0"], "--top-p=0.0 must be over 0"),
+        (["generate", "nowhere", "--prompt", "x", "--top-p", "1.5"], "--top-p=1.5 must be from 0 to 1"),
+        (["generate", "nowhere", "--prompt", "x", "--temperature", "nan"], "--temperature=nan must be a finite number"),
         (["export-hf", "nowhere", "out"], "error: nowhere: nothing there"),
         (["evaluate", "nowhere", "--suite", "x.yaml"], "error: suite x.yaml: no such file"),
         (["evaluate", "nowhere", "--suite", "x.yaml", "--output", "x.txt"], "--output x.txt: must end in .json"),
@@ -120,12 +121,14 @@ def test_unknown_arguments_exit_with_2(capsys):
         ("x.jsonl", '{"text": "a"}\n{"text": \n', r"x.jsonl:2: not valid JSON"),
         ("x.jsonl", '{"text": "a"}\n{"txt": "b"}\n', r'x.jsonl:2: no string under "text"'),
         ("x.jsonl", '{"text": ""}\n', r"x.jsonl:1: empty text"),
-        ("x.txt", "a\n\nb\n", r"x.txt:2: empty text"),
-        ("x.txt", "\n", r"x.txt: the file is empty"),
+        ("x.jsonl", '\n{"text": "a\\ud83d"}\n', r"x.jsonl:2: \\ud83d is half of a surrogate pair"),
+        ("x.jsonl", '{"text": "a", "text": "b"}\n', r'x.jsonl:1: key "text" is there twice'),
+        ("x.txt", b"a\nb\xff\n", r"x.txt:2: byte 2 is not UTF-8"),
+        ("x.txt", "\n \n", r"x.txt: the file is empty"),
     ],
 )
 def test_malformed_input_lines_are_named(tmp_path, name, content, message):
-    (tmp_path / name).write_text(content)
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(InputError, match=message):
         read_texts(tmp_path / name)
 

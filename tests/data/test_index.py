@@ -315,3 +315,14 @@ def test_tokens_and_pooled_spans_equal_the_recorded_ones_of_the_reference(shared
             labels = arrays["generative.labels"][row]
             scored = np.flatnonzero(labels != -100)
             assert scored.tolist() == list(range(conversation.spans[0, 0], min(conversation.spans[0, 1], 160)))
+
+
+def test_a_file_that_changes_between_opening_and_counting_is_not_indexed(tmp_path):
+    path = tmp_path / "g.jsonl"
+    path.write_text('{"text": "one"}\n')
+    source = open_source(path)
+    with path.open("a") as file:
+        file.write('{"text": "two"}\n')
+    with pytest.raises(InputError, match=r"g.jsonl: has changed since the file was indexed"):
+        build_index(source, BYTES)
+    assert build_index(open_source(path), BYTES).num_records == 2

@@ -1,4 +1,5 @@
 import json
+import os
 
 import numpy as np
 import pytest
@@ -243,6 +244,33 @@ def test_a_file_that_changed_under_its_index_is_noticed(tmp_path, mode, row, bef
     with path.open("r+") as file:  # the memory map sees what is written in place
         file.write(changed)
     with pytest.raises(InputError, match="has changed since the file was indexed"):
+        list(pipeline.batches(0))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_rows_that_are_appended_under_a_run_are_noticed_at_its_next_step(tmp_path, workers):
+    path = tmp_path / "g.jsonl"
+    path.write_text("".join(json.dumps({"text": ["u", f"answer {n}"]}) + "\n" for n in range(8)))
+    data = DataConfig(train=str(path), generative_batch=2, workers=workers)
+    config = Config(data=data, train=TrainConfig(mode="generative", steps=1000))
+    batches = Pipeline(config, BYTES, row_multiples=(1, 1), host_share=ONE_HOST).batches(0)
+    next(batches)
+    with path.open("a") as file:
+        file.write('{"text": ["u", "another"]}\n')
+    with pytest.raises(InputError, match=r"g.jsonl: has changed since the file was indexed"):
+        list(batches)
+
+
+def test_a_text_of_the_same_size_and_time_is_compared_with_its_hash(tmp_path):
+    path = tmp_path / "g.jsonl"
+    path.write_text(8 * '{"text": ["u", "red"]}\n')
+    config = Config(data=DataConfig(train=str(path), generative_batch=8), train=TrainConfig(mode="generative", steps=1))
+    before = path.stat().st_mtime_ns
+    pipeline = Pipeline(config, BYTES, row_multiples=(1, 1), host_share=ONE_HOST)
+    with path.open("r+") as file:
+        file.write(path.read_text().replace("red", "tan"))
+    os.utime(path, ns=(before, before))
+    with pytest.raises(InputError, match=r"g.jsonl:\d: has changed since the file was indexed"):
         list(pipeline.batches(0))
 
 

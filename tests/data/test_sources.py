@@ -1,6 +1,7 @@
 import gzip
 import os
 import pickle
+import socket
 import subprocess
 import sys
 
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from grit_jax import files
 from grit_jax.config import InputError
 from grit_jax.data import sources
+from grit_jax.data.lines import read_lines
 from grit_jax.data.records import GenerativeRecord
 from grit_jax.data.sources import find_files, open_source
 from tests.bucket import BUCKET, emulator
@@ -270,3 +272,117 @@ def test_the_published_formats_parse(shared):
     for path in find_files(str(shared / "data/train/embedding")) + find_files(str(shared / "data/tiny")):
         source = open_source(path)
         assert all(source[number] for number in range(0, len(source), 97))
+
+
+def test_what_is_hidden_or_left_by_editors_is_no_data(tmp_path):
+    names = [
+        "x.jsonl", ".git/a.jsonl", ".ipynb_checkpoints/x-checkpoint.jsonl", ".cache/huggingface/b.jsonl", ".c.jsonl",
+        ".#x.jsonl", "#x.jsonl#", "x.jsonl~", ".x.jsonl.swp", "._x.jsonl", "__MACOSX/._x.jsonl", "deep/.x/d.jsonl",
+    ]  # fmt: skip
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(LINES)
+    assert find_files(str(tmp_path)) == [tmp_path / "x.jsonl"]
+    assert find_files(str(tmp_path / ".cache")) == [tmp_path / ".cache/huggingface/b.jsonl"]  # it is asked for
+
+
+def test_pipes_and_sockets_are_no_data_and_nothing_waits_for_them(tmp_path):
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    os.mkfifo(tmp_path / "pipe.jsonl.gz")
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(tmp_path / "s.jsonl"))
+        (tmp_path / "null.jsonl").symlink_to("/dev/null")
+        (tmp_path / "x.jsonl").write_text(LINES)
+        assert find_files(str(tmp_path)) == [tmp_path / "x.jsonl"]
+        for name in ("pipe.jsonl", "s.jsonl", "null.jsonl"):
+            with pytest.raises(InputError, match=rf"{name}: a pipe, a socket or a device; put the data in a file"):
+                find_files(str(tmp_path / name))
+            with pytest.raises(InputError, match=rf"{name}: cannot be read: it is a pipe, a socket or a device"):
+                open_source(tmp_path / name)
+            with pytest.raises(InputError, match=rf"{name}: cannot be read: it is a pipe, a socket or a device"):
+                list(read_lines(tmp_path / name))
+        with pytest.raises(InputError, match=r"pipe.jsonl.gz: cannot be read: it is a pipe"):
+            open_source(tmp_path / "pipe.jsonl.gz")
+
+
+@pytest.mark.parametrize("other", ["x.jsonl.gz", "x.jsonl.zst", "x.array_record"])
+def test_a_file_beside_its_packed_copy_is_refused(tmp_path, other):
+    (tmp_path / "deep").mkdir()
+    write(tmp_path / "deep/x.jsonl")
+    write(tmp_path / "deep" / other)
+    first, second = sorted([tmp_path / "deep/x.jsonl", tmp_path / "deep" / other])
+    for named in (str(tmp_path), [str(second), str(first)]):
+        with pytest.raises(
+            InputError, match=r"the same data twice, by their names; remove or rename one of them"
+        ) as caught:
+            find_files(named)
+        assert str(first) in str(caught.value)
+        assert str(second) in str(caught.value)
+    (tmp_path / "deep" / other).rename(tmp_path / other)  # in another folder it is another file
+    assert len(find_files(str(tmp_path))) == 2
+
+
+def test_links_name_a_file_once_and_do_not_lead_in_circles(tmp_path):
+    (tmp_path / "a").mkdir()
+    write(tmp_path / "a/x.jsonl")
+    (tmp_path / "a/again").symlink_to(tmp_path, target_is_directory=True)
+    (tmp_path / "a/y.jsonl").symlink_to(tmp_path / "a/x.jsonl")
+    assert find_files(str(tmp_path)) == [tmp_path / "a/x.jsonl"]
+
+
+def append(path):
+    with path.open("a") as file:
+        file.write('\n{"text": "more"}')
+
+
+CHANGES = {
+    "appended": append,
+    "rewritten": lambda path: path.write_text(LINES.replace("one", "ten")),
+    "replaced": lambda path: (path.with_name("new").write_text(LINES), os.replace(path.with_name("new"), path)),
+    "cut": lambda path: os.truncate(path, 20),
+    "removed": lambda path: path.unlink(),
+}
+
+
+@pytest.mark.parametrize("name", ["f.jsonl", "f.jsonl.gz"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_source_says_that_its_file_has_changed(tmp_path, name, change):
+    path = write(tmp_path / name)
+    os.utime(path, (1, 1))
+    source = open_source(path)
+    sent = pickle.dumps(source)
+    source.refuse_changed()
+    CHANGES[change](path)
+    message = "cannot be read" if change == "removed" else "has changed since the file was indexed"
+    with pytest.raises(InputError, match=rf"{name}: {message}"):
+        source.refuse_changed()
+    with pytest.raises(InputError, match=rf"{name}: {message}"):  # and so does one in a worker
+        pickle.loads(sent)
+
+
+REPLACED = """
+import sys
+from grit_jax import files
+from grit_jax.config import InputError
+from grit_jax.data.sources import open_source
+path = sys.argv[1]
+files.write_text(path, '{"text": "one"}\\n')
+source = open_source(path)
+source.refuse_changed()
+source = open_source(path)
+files.write_text(path, '{"text": "two"}\\n')
+assert source[0].turns == "one"
+try:
+    source.refuse_changed()
+except InputError as error:
+    print(error)
+"""
+
+
+def test_another_generation_of_an_object_in_a_bucket_is_noticed(tmp_path):
+    pytest.importorskip("gcp_storage_emulator")
+    with emulator() as environment:
+        environment["XDG_CACHE_HOME"] = str(tmp_path)
+        command = [sys.executable, "-c", REPLACED, f"gs://{BUCKET}/a.jsonl"]
+        done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=180)
+    assert done.stdout.startswith(f"gs://{BUCKET}/a.jsonl: has changed since the file was indexed"), done.stderr

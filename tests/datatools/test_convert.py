@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from grit_jax.cli.main import main
 from grit_jax.config import InputError
-from grit_jax.data.rows import Failed
+from grit_jax.data.rows import Failed, LeftOut
 from grit_jax.data.sources import open_source
 from grit_jax.datatools import convert
 from grit_jax.datatools.files import write_rows
@@ -61,6 +61,7 @@ def test_a_judgement_of_no_document_is_named_with_its_line(beir, tmp_path):
     rows, written = converted(tmp_path, convert.beir(beir, instruction="", split="train"), skip_bad=True)
     assert len(rows) == 1
     assert written.bad == {"no judgement": 1, "no such document": 1}
+    assert written.left_out == {"queries for which no document is judged relevant": 1}
     assert "train.tsv:7: document 'd9' is not in" in written.examples["no such document"]
     with pytest.raises(InputError, match=r"qrels/dev.tsv: cannot be read"):
         list(convert.beir(beir, instruction="", split="dev"))
@@ -180,7 +181,7 @@ def test_no_row_of_any_shape_is_lost_or_raises(tmp_path_factory, values, line):
     lines = [json.dumps(value).encode() for value in values] + [line.replace(b"\n", b"")]
     path.write_bytes(b"\n".join(lines))
     good = {
-        "triples": {"query": "q", "positive": "p"}, "alpaca": {"instruction": "i", "output": "o"},
+        "triples": {"query": "q", "positive": "p", "score": 1}, "alpaca": {"instruction": "i", "output": "o"},
         "sharegpt": {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
         "openai": {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
     }  # fmt: skip
@@ -189,7 +190,52 @@ def test_no_row_of_any_shape_is_lost_or_raises(tmp_path_factory, values, line):
         options = {"instruction": "", "min_score": -1e300} if name == "triples" else {}
         entries = list(getattr(convert, name)(path, **options))
         written = write_rows(path.with_name("out.jsonl"), entries, skip_bad=True)
-        assert written.rows + sum(written.bad.values()) == len(entries)
+        assert written.rows + sum((written.bad + written.left_out).values()) == len(entries)
         blank = sum(not line.strip() for line in lines)
         assert len(entries) >= 1 + len(lines) - blank - (len(values) if name == "triples" else 0)
         assert len(list(open_source(path.with_name("out.jsonl")))) == written.rows
+
+
+def faults(beir, **options):
+    entries = list(convert.beir(beir, instruction="", split="train", **options))
+    rows = [entry for entry in entries if not isinstance(entry, Failed | LeftOut)]
+    return rows, [str(entry.error) if isinstance(entry, Failed) else entry for entry in entries if entry not in rows]
+
+
+@pytest.mark.parametrize(
+    ("file", "line", "message"),
+    [
+        ("qrels/train.tsv", "q9\td1\t1", "train.tsv:7: query 'q9' is not in "),
+        ("qrels/train.tsv", "q1\td2\t1", "train.tsv:7: judges document 'd2' a second time, with another score"),
+        ("qrels/train.tsv", "q3\td1\tnan", "train.tsv:7: holds 'q3', 'd1', 'nan'; a judgement is"),
+        ("queries.jsonl", '{"_id": "q1", "text": "other"}', "queries.jsonl:4: '_id' 'q1' is another query's already"),
+        ("queries.jsonl", '{"text": "other"}', "queries.jsonl:4: '_id' is None; it must be a text"),
+        ("corpus.jsonl", '{"_id": "d1", "text": "other"}', "corpus.jsonl:5: '_id' 'd1' is another text's already"),
+        ("corpus.jsonl", '{"_id": "d1", "text": "\\ud83d"}', "corpus.jsonl:5: \\ud83d is half of a surrogate pair"),
+    ],
+)
+def test_ids_and_judgements_of_beir_that_contradict_are_named(beir, file, line, message):
+    (beir / "corpus.jsonl").write_bytes(gzip.decompress((beir / "corpus.jsonl.gz").read_bytes()))
+    (beir / "corpus.jsonl.gz").unlink()
+    with (beir / file).open("a") as out:
+        out.write(f"{line}\n")
+    assert [fault for fault in faults(beir)[1] if isinstance(fault, str) and message in fault]
+
+
+def test_repeated_judgements_count_once_and_every_form_of_them_is_read(beir):
+    rows, _ = faults(beir)
+    qrels = (beir / "qrels/train.tsv").read_text()
+    (beir / "qrels/train.tsv").write_text(qrels + "q1\td0\t1\n")
+    again, left_out = faults(beir)
+    assert again == rows
+    assert LeftOut(f"{beir / 'qrels/train.tsv'}:7", "judgements that repeat an earlier one") in left_out
+    (beir / "qrels/train.tsv").unlink()
+    trec = [f"{query} 0 {document} {score}\n" for query, document, score in map(str.split, qrels.splitlines()[1:])]
+    (beir / "qrels/train.qrels").write_text("".join(trec))
+    assert faults(beir)[0] == rows
+
+
+def test_a_document_without_a_text_is_no_positive(beir):
+    (beir / "qrels/train.tsv").write_text("q1\tempty\t1\n")
+    write(beir / "corpus.jsonl", {"_id": "empty", "title": None, "text": None})
+    assert [fault.partition("jsonl:")[2] for fault in faults(beir)[1]] == ["1: the positive has no text"]

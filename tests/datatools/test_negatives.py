@@ -142,3 +142,24 @@ def test_the_command_writes_grit_rows(path, tmp_path, capsys):
     (tmp_path / "g.jsonl").write_text('{"text": "a"}\n')
     with pytest.raises(InputError, match="negatives are those of embedding records"):
         Passages(open_source(tmp_path / "g.jsonl"))
+
+
+@pytest.mark.parametrize(
+    ("texts", "negatives"),
+    [
+        (["😀", "!!!", "…", "a"], [[], [], [], []]),
+        (["的", "。", "--", "😀"], [[], [], [], []]),
+        (["!?", "red apple", "😀 😀", "red"], [[], [["", "red "]], [], [["", "red apple "]]]),
+    ],
+)
+def test_texts_without_a_word_are_found_by_nothing_and_find_nothing(tmp_path, texts, negatives):
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps({"query": text, "pos": [f"{text} "], "neg": ["?"]}) + "\n" for text in texts))
+    assert [row["neg"] for row in mined(path, Mining(count=2, ceiling=None))] == negatives
+
+
+def test_passages_that_are_all_blank_are_refused(tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    path.write_text('{"query": "q", "pos": [" "]}\n')
+    with pytest.raises(InputError, match=r"pairs.jsonl: every passage is blank"):
+        mined(path, Mining())

@@ -138,3 +138,74 @@ def test_matches_are_those_of_comparing_every_pair(tmp_path_factory, evaluation,
         if text in training or any(grams(text) & grams(other) for other in training)
     }
     assert {int(match.evaluation.rpartition(":")[2]): match.whole for match in against.matches()} == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "around", "other"),
+    [
+        (
+            "中华民族伟大复兴的关键在于科技创新与教育发展", "有人说：{}，这是很多学者的看法。",
+            "今天的天气很好，我们一起去公园散步吧，晚上再回家。",
+        ),
+        (
+            "東京の桜は三月の終わりから四月の初めに満開になります", "先生は{}と言いました。",
+            "昨日は雨が降ったので家で本を読みました。",
+        ),
+        (
+            "ภูเขาไฟฟูจิเป็นภูเขาที่สูงที่สุดในประเทศญี่ปุ่น", "เขาบอกว่า{}จริงๆ",
+            "วันนี้อากาศดีมากเราไปเดินเล่นที่สวน",
+        ),
+    ],
+)  # fmt: skip
+def test_texts_without_spaces_are_found_by_their_characters(tmp_path, text, around, other):
+    evaluation = tmp_path / "eval.jsonl"
+    evaluation.write_text("".join(json.dumps({"q": q}, ensure_ascii=False) + "\n" for q in (text, other, "好")))
+    (tmp_path / "train.jsonl").write_text(json.dumps({"text": ["u", around.format(text)]}) + "\n")
+    against = EvaluationTexts([evaluation], ngram=13)
+    assert list(against.counts.values()) == [2]  # a single word says nothing
+    report = validate(find_files(str(tmp_path / "train.jsonl")), against=against)
+    assert [(match.evaluation, match.whole) for match in report.matches] == [(f"{evaluation}:1", False)]
+
+
+def test_the_same_characters_in_another_form_are_the_same_words():
+    assert words_of("Cafe\u0301 ＡＢＣ１") == words_of("café abc1") == ["café", "abc1"]
+    assert words_of("GPT-4は良い") == ["gpt", "4", "は", "良", "い"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("test.tsv", "1 0 d 1\n"), ("test.tsv", "1\t0\td\t1\n"), ("test.tsv", "1\td\t1\n"), ("test.trec", "1 Q0 d 2\n"),
+        ("test.jsonl", '{"query-id": 1, "corpus-id": "d", "score": 1}\n'),
+    ],
+)  # fmt: skip
+def test_test_queries_are_those_that_judgements_of_any_form_name(folder, tmp_path, name, content):
+    evaluation = beir(tmp_path / "eval")
+    (evaluation / "qrels/test.tsv").unlink()
+    (evaluation / "qrels" / name).write_text(content)
+    against = EvaluationTexts([evaluation], ngram=13)
+    assert against.counts[str(evaluation / "queries.jsonl")] == 1
+    assert any(
+        match.whole and not match.document for match in validate(find_files(str(folder)), against=against).matches
+    )
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("9\td\t1\n", "test.tsv: judges no query of "), ("1\td\n", "test.tsv:1: holds '1', 'd'; a judgement is")],
+)
+def test_judgements_that_cannot_be_used_are_refused(tmp_path, content, message):
+    evaluation = beir(tmp_path / "eval")
+    (evaluation / "qrels/test.tsv").write_text(content)
+    with pytest.raises(InputError, match=message):
+        EvaluationTexts([evaluation], ngram=13)
+
+
+def test_what_is_hidden_in_an_evaluation_folder_is_no_test_set(tmp_path):
+    for name in ("a.txt", ".git/b.txt", ".ipynb_checkpoints/a-checkpoint.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(LONG)
+    assert list(EvaluationTexts([tmp_path], ngram=13).counts) == [str(tmp_path / "a.txt")]
+    (tmp_path / "a.txt.gz").write_bytes(gzip.compress(LONG.encode()))
+    with pytest.raises(InputError, match="the same data twice"):
+        EvaluationTexts([tmp_path], ngram=13)

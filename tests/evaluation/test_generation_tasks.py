@@ -80,7 +80,9 @@ def test_examples_come_written_out_and_passages_from_a_corpus(tmp_path):
     write_jsonl(tmp_path / "rows.jsonl", [{"input": "1 and 1", "target": "two", "task": "adding", "doc": "d"}])
     write_jsonl(tmp_path / "corpus.jsonl", [{"_id": "d", "title": "Sums", "text": "are sums."}])
     (tmp_path / "shots").mkdir()
-    (tmp_path / "shots/adding.txt").write_text("a head\n-----\nAdd.\n\nQ: 0 and 0\nA: the answer is zero.\n")
+    examples = "\ufeffa head\r\n-----\r\nAdd.\r\n\r\nQ: 0 and 0\r\nA: the answer is zero.\r\n"
+    (tmp_path / "shots/adding.txt").write_bytes(examples.encode())
+    (tmp_path / "shots/.adding.txt").write_bytes(b"\xff")  # hidden
     task = ExactMatch(
         "x",
         str(tmp_path / "rows.jsonl"),

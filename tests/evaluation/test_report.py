@@ -1,4 +1,5 @@
 import numpy as np
+import pytest
 
 from grit_jax.evaluation import metrics
 from grit_jax.evaluation.report import interval
@@ -22,3 +23,19 @@ def test_the_interval_of_a_mean_is_as_wide_as_its_standard_error_says():
     assert np.isclose((high + low) / 2, hits.mean(), atol=0.01)
     assert interval(Outcome("x", hits), 0) == (low, high)
     assert interval(Outcome("x", np.ones(5)), 0) == (1, 1)
+
+
+@pytest.mark.parametrize("share", [0.9, 0.97, 1.0])
+def test_an_interval_ends_where_the_score_does(share):
+    generator = np.random.default_rng(0)
+    labels = generator.integers(0, 5, 40)
+    clusters = np.where(generator.random(40) < share, labels, 5)
+    v_measure = Outcome("x", np.stack([labels, clusters], axis=1), lambda x: metrics.v_measure(*x.T))
+    gold = np.arange(6.0)
+    noise = generator.normal(size=6) * (1 - share)
+    for sign in (1, -1):
+        pairs = np.stack([sign * gold + noise, gold], axis=1)
+        spearman = Outcome("x", pairs, lambda x: metrics.spearman(*x.T), bounds=(-1.0, 1.0))
+        for outcome in (v_measure, spearman):
+            low, high = interval(outcome, 0)
+            assert outcome.bounds[0] <= low <= high <= outcome.bounds[1]

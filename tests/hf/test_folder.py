@@ -81,8 +81,13 @@ def test_the_exported_tokenizer_and_chat_template_give_our_prompt(tmp_path):
         {"role": "assistant", "content": " 你好 "},
         {"role": "user", "content": "again"},
     ]
-    text = prompts.generation(messages, bos="<s>", eos="</s>")
-    assert theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) == text
+    system = [{"role": role, "content": text} for role, text in [("system", " Be kind.\n"), ("developer", " ")]]
+    for begun in ([], system, system[1:]):
+        text = prompts.generation([*begun, *messages], bos="<s>", eos="</s>")
+        assert theirs.apply_chat_template([*begun, *messages], tokenize=False, add_generation_prompt=True) == text
+    for refused in (system[:1], [*messages, *system], [*system, *messages[1:]]):
+        with pytest.raises(Exception, match="system message"):
+            theirs.apply_chat_template(refused, tokenize=False)
     assert theirs(text, add_special_tokens=False)["input_ids"] == pretrained.tokenizer.encode(text).ids.tolist()
 
 

@@ -81,3 +81,15 @@ def test_draws_follow_the_probabilities_and_temperature_sharpens_them():
     assert abs(np.mean(draws(1.0, count=4000) == 0) - 0.5) < 0.03
     assert np.mean(draws(1.0, temperature=0.1) == 0) > 0.98
     assert set(draws(1.0, temperature=0.0)) == {0}
+
+
+@pytest.mark.parametrize("top_p", [0.0, 1e-40, 1e-9, 0.01])
+@pytest.mark.parametrize("row", [[0.1, 3.0, 0.2, 2.0], [1.0, 1.0, 1.0, 1.0], [-1e30, 0.5, 0.5, -1e30]])
+def test_a_nucleus_of_next_to_nothing_holds_the_likeliest_token(top_p, row):
+    logits = jnp.tile(jnp.asarray(row, jnp.float32), (50, 1))
+    keys = jax.vmap(jax.random.key)(jnp.arange(50))
+    hot, cold = (
+        sample(logits, keys, temperature=jnp.full(50, temperature), top_p=jnp.full(50, top_p, jnp.float32))
+        for temperature in (1.0, 0.0)
+    )
+    assert jnp.array_equal(hot, cold)

@@ -143,6 +143,7 @@ def test_long_documents_are_cut_and_counted(made, model, tmp_path):
 
 def test_settings_that_are_not_named_are_the_stores_and_others_are_refused(grows, made, model):
     index(grows, model, made / "corpus.jsonl", max_length=1000)  # as many as the model reads
+    index(grows, model, made / "corpus.jsonl", instruction=" :\n")  # which says nothing
     before = content(grows)
     for wanted, message in (
         ({"dtype": "int8"}, "made with --dtype 'float32', not 'int8'; leave --dtype out, or name another folder"),

@@ -1,0 +1,37 @@
+"""Keyword search, beside which models are seen and with which negatives are mined."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+
+class Bm25:
+    """BM25 with the defaults of bm25s.
+
+    Args:
+      documents: What is searched; one without a word is found by no query.
+    """
+
+    def __init__(self, documents: Sequence[str]):
+        import bm25s
+
+        self._size = len(documents)
+        corpus: Any = bm25s.tokenize(list(documents), show_progress=False)
+        self._retriever = bm25s.BM25() if any(map(len, corpus.ids)) else None  # an index of no word cannot be made
+        if self._retriever:
+            self._retriever.index(corpus, show_progress=False)
+
+    def scores(self, queries: Sequence[str]) -> np.ndarray:
+        """float32 [queries, documents]; 0 where they share no word."""
+        import bm25s
+
+        scores = np.zeros((len(queries), self._size), np.float32)
+        if self._retriever:
+            words: Any = bm25s.tokenize(list(queries), show_progress=False, return_ids=False)
+            for row, query in zip(scores, words, strict=True):
+                if query:
+                    row[:] = self._retriever.get_scores(query)
+        return scores
