@@ -89,7 +89,7 @@ def run(program: str, check: Check, limits: Limits) -> Verdict:
         try:
             answering.stdin.close()
             answering.stdout.close()
-            begun = asking.stderr.readline() if wait([asking.stderr], _START_SECONDS) else b""
+            begun = asking.stderr.readline() if wait([asking.stderr.fileno()], _START_SECONDS) else b""
             if begun == b"begun\n":
                 said = asking.communicate(timeout=limits.seconds)[1].decode()
                 return Verdict("passed") if said == "passed" else Verdict("failed", said or "the test was killed")
