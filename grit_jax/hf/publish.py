@@ -80,14 +80,15 @@ def _sorted_out(folder: Path) -> tuple[list[str], list[str]]:
     for entry in _entries(folder):
         name = entry.relative_to(folder).as_posix()
         target = entry.resolve()
-        if not _is_part(name):
-            left_out.append(f"{name}/" if entry.is_dir() else name)
-        elif not target.is_relative_to(root) or not _is_part(target.relative_to(root).as_posix()):
-            left_out.append(f"{name} (a link to {target})")
-        elif not target.is_file():
-            left_out.append(f"{name} (no file)")
-        else:
+        inside = target.is_relative_to(root) and _is_part(target.relative_to(root).as_posix())
+        if _is_part(name) and inside and target.is_file():
             parts.append(name)
+        elif entry.is_dir():
+            left_out.append(f"{name}/")
+        elif _is_part(name):
+            left_out.append(f"{name} (a link to {target})" if entry.is_symlink() else f"{name} (not a file)")
+        else:
+            left_out.append(name)
     return parts, left_out
 
 

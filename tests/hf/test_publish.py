@@ -88,33 +88,29 @@ def test_nothing_else_in_the_folder_is_sent_and_that_is_said(export, server, pus
 
 
 def test_what_a_link_leads_out_to_is_not_sent_and_that_is_said(export, server, push, tmp_path):
-    (tmp_path / "secret").write_text("secret")
-    (tmp_path / "elsewhere").mkdir()
-    (tmp_path / "elsewhere/config.json").write_text("secret")
-    (export / ".env").write_text("secret")
-    (export / "LICENSE").symlink_to(tmp_path / "secret")
-    (export / "NOTICE").symlink_to(".env")
-    (export / "vocab.txt").symlink_to("nowhere")
-    (export / "8_Linked").symlink_to(tmp_path / "elsewhere")
-    (export / "9_Module").mkdir()
-    (export / "9_Module/config.json").symlink_to("../../elsewhere/config.json")
-    (export / "added_tokens.json").symlink_to("tokenizer.json")
+    for name in ("elsewhere/config.json", "export/.env", "export/NOTICE.d/more", "export/9_Module/README.md"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("secret")
+    links = {
+        "LICENSE": tmp_path / "elsewhere/config.json", "LICENSE.txt": ".env", "NOTICE": "NOTICE.d/more",
+        "vocab.txt": "nowhere",
+        "8_Linked": tmp_path / "elsewhere", "9_Module/config.json": "../../elsewhere/config.json",
+        "added_tokens.json": "tokenizer.json",
+    }  # fmt: skip
+    for name, target in links.items():
+        (export / name).symlink_to(target)
     os.mkfifo(export / "merges.txt")
     code, [line] = push(export)
     assert code == 0
-    for name in (
-        "LICENSE (a link to ",
-        "NOTICE (a link to ",
-        "8_Linked/",
-        "9_Module/config.json (a link to ",
-        "merges.txt",
-    ):
-        assert name in line
+    elsewhere = tmp_path / "elsewhere/config.json"
+    assert set(line.removeprefix("left out: ").split(", ")) == {
+        f"LICENSE (a link to {elsewhere})", f"LICENSE.txt (a link to {export / '.env'})",
+        f"NOTICE (a link to {export / 'NOTICE.d/more'})", f"vocab.txt (a link to {export / 'nowhere'})", "8_Linked/",
+        f"9_Module/config.json (a link to {elsewhere})", "merges.txt (not a file)", ".env", "NOTICE.d/",
+        "9_Module/README.md",
+    }  # fmt: skip
     sent = server.repositories["me/pushed"]["main"]
     assert sent["added_tokens.json"] == sent["tokenizer.json"]
-    assert not {"LICENSE", "NOTICE", "vocab.txt", "8_Linked/config.json", "9_Module/config.json", "merges.txt"} & set(
-        sent
-    )
     assert not any(b"secret" in content for content in sent.values())
 
 
