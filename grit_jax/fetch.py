@@ -28,6 +28,7 @@ from grit_jax.loading import load_for_conversion
 from grit_jax.watch.lock import writer_lock
 
 DONE, BEGUN = "fetch.json", "fetch.begun.json"
+_MANIFEST = {"repository": str, "revision": str | None, "commit": str, "licence": str | None, "files": dict}
 
 
 class DataSet(NamedTuple):
@@ -125,7 +126,7 @@ def fetch_data(
         raise InputError(f"{known.repository}: holds no file that ends in {', '.join(sources.SUFFIXES)}")
     with writer_lock(output):
         for file in wanted:
-            if file.name in work.manifest["files"]:
+            if "stream" in work.manifest["files"].get(file.name, {}):
                 continue  # copied by an earlier call
             path = work.get(file, report)
             source = sources.open_source(path, skip_bad=True)
@@ -174,8 +175,8 @@ def _begin(
     kind: hub.Kind, name: str, output: str, revision: str | None, downloads: Path, report: Callable[[str], Any]
 ) -> _Work | None:
     """Begins a fetch or goes on with one; None where all is done."""
-    done, begun = (files.read_text(files.join(output, file)) for file in (DONE, BEGUN))
-    manifest = json.loads(done or begun or "null")
+    done = _read(files.join(output, DONE))
+    manifest = done or _read(files.join(output, BEGUN))
     if manifest:
         if manifest["repository"] != name or revision not in (None, manifest["revision"], manifest["commit"]):
             raise InputError(
@@ -210,7 +211,7 @@ def _model_files(work: _Work) -> list[hub.RemoteFile]:
     weights = {name for name in there if name.endswith(".safetensors")}
     if tensors.INDEX_FILE in there:
         index, _ = hub.download(work.repository, there[tensors.INDEX_FILE], work.folder)
-        used = set(json.loads(index.read_text())["weight_map"].values())
+        used = tensors.indexed_files(epath.Path(index))
     else:
         used = {"model.safetensors"} if "model.safetensors" in weights else weights
     if not used & weights:
@@ -225,6 +226,29 @@ def _model_files(work: _Work) -> list[hub.RemoteFile]:
 def _exact_dtype(folder: Path) -> Any:
     stored = {tensor.dtype for tensor in tensors.stored_tensors(epath.Path(folder)).values()}
     return jnp.bfloat16 if stored == {np.dtype(ml_dtypes.bfloat16)} else jnp.float32
+
+
+def _read(path: str) -> dict[str, Any] | None:
+    """A manifest, None where there is none.
+
+    Raises:
+      InputError: It is damaged.
+    """
+    content = files.read_bytes(path)
+    if content is None:
+        return None
+    try:
+        manifest = json.loads(content)
+        for key, kind in _MANIFEST.items():
+            if not isinstance(manifest[key], kind):
+                raise TypeError(f"{key} is {manifest[key]!r:.60}")
+        if not all(isinstance(entry, dict) for entry in manifest["files"].values()):
+            raise TypeError("files are not all described")
+        return manifest
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"{path}: is damaged ({type(error).__name__}: {error}); remove all of its folder to fetch anew"
+        ) from error
 
 
 def _write(path: str, manifest: dict[str, Any]) -> None:

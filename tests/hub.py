@@ -18,12 +18,13 @@ class Hub:
       gated: Repositories whose files nobody gets.
       damaged: What is sent in place of a file's content, by the file's name.
       held: Files that are not sent while they are in it.
+      broken: What is answered instead, status and content, by the end of a path.
       requests: Method and path of all requests so far.
     """
 
     def __init__(self):
         self.repositories, self.gated, self.requests, self._objects = {}, set(), [], {}
-        self.damaged, self.held = {}, set()
+        self.damaged, self.held, self.broken = {}, set(), {}
 
     def sent(self):
         """Names of the files that were asked for, in order."""
@@ -36,6 +37,9 @@ class Hub:
 
     def answer(self, method, path, body):
         """Status, headers and content of one request; the calls that huggingface_hub makes and no others."""
+        for end, (status, content) in self.broken.items():
+            if path.endswith(end):
+                return status, {}, content
         if path == "/api/repos/create":
             about = json.loads(body)
             name = f"{about.get('organization') or 'me'}/{about['name']}"

@@ -188,6 +188,65 @@ def test_what_is_somebody_elses_stays(world, tmp_path):
     assert (code, "holds GritLM/MEDI2" in errors) == (2, True)
 
 
+MANIFEST = {"repository": "GritLM/MEDI2", "revision": None, "commit": "c", "licence": None, "files": {}}
+
+
+@pytest.mark.parametrize("name", ["fetch.json", "fetch.begun.json"])
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{", b"\xff\xfe", b"[]", b"null", b"{}", json.dumps(MANIFEST | {"commit": 1}).encode(),
+     json.dumps(MANIFEST | {"files": {"npr.jsonl": 3}}).encode()],
+)  # fmt: skip
+def test_a_damaged_manifest_is_named_with_the_remedy(world, tmp_path, name, content):
+    (tmp_path / "medi2").mkdir()
+    (tmp_path / "medi2" / name).write_bytes(content)
+    code, _, errors = world.run("data", "medi2", tmp_path / "medi2")
+    assert (code, errors.count("\n"), world.server.requests) == (2, 1, [])
+    assert f"{tmp_path / 'medi2' / name}: is damaged (" in errors
+    assert "remove all of its folder to fetch anew" in errors
+
+
+def test_a_file_of_which_not_all_is_known_is_copied_again(world, tmp_path):
+    commit = hub.commit(world.server.repositories[MEDI2][DATA_SETS["medi2"].revision])
+    begun = MANIFEST | {"revision": DATA_SETS["medi2"].revision, "commit": commit, "files": {"npr.jsonl": {"bytes": 1}}}
+    (tmp_path / "medi2").mkdir()
+    (tmp_path / "medi2/fetch.begun.json").write_text(json.dumps(begun))
+    code, _, errors = world.run("data", "medi2", tmp_path / "medi2")
+    assert code == 0, errors
+    assert (tmp_path / "medi2/npr.jsonl").read_bytes() == FILES["npr.jsonl"]
+
+
+def test_an_index_without_files_is_refused(world, tmp_path):
+    world.server.repositories["org/model"]["main"]["model.safetensors.index.json"] = b"{}"
+    code, _, errors = world.run("model", "org/model", tmp_path / "model")
+    assert (code, "model.safetensors.index.json: has no weight_map of tensors and their files" in errors) == (2, True)
+
+
+@pytest.mark.parametrize(("status", "expected"), [(401, 2), (403, 2), (500, 1), (429, 1)])
+def test_a_hub_that_refuses_differs_from_one_that_fails(world, tmp_path, status, expected):
+    world.server.broken[DATA_SETS["medi2"].revision] = (
+        status,
+        {"error": "Invalid credentials in Authorization header"},
+    )
+    code, _, errors = world.run("data", "medi2", tmp_path / "medi2")
+    assert (code, errors.count("\n")) == (expected, 1)
+    remedy = "HF_TOKEN to a token that may read it" if expected == 2 else "; run the same command again"
+    assert f"({status}: Invalid credentials" in errors and remedy in errors
+    world.server.broken.clear()
+    assert world.run("data", "medi2", tmp_path / "medi2")[0] == 0
+
+
+def test_an_interrupted_download_with_damaged_records_goes_on(world, tmp_path):
+    assert world.run("data", "medi2", tmp_path / "first", "--keep-downloads")[0] == 0
+    records = list((tmp_path / "downloads").rglob("*.metadata"))
+    assert records
+    for path in records:
+        path.write_bytes(b"\xff")
+    code, _, errors = world.run("data", "medi2", tmp_path / "second")
+    assert code == 0, errors
+    assert (tmp_path / "second/npr.jsonl").read_bytes() == FILES["npr.jsonl"]
+
+
 def test_interrupted_data_goes_on_and_is_what_training_reads(world, tmp_path):
     output = tmp_path / "medi2"
     world.killed_while_sending("npr.jsonl", "data", "medi2", output)

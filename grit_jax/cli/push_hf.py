@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 
 HELP = "upload an exported folder to the Hugging Face Hub"
 EXAMPLES = """\
@@ -22,8 +23,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Uploads a folder."""
-    from grit_jax.hf.hub import push
+    from grit_jax.hf.publish import push
 
-    options = {"private": args.private, "revision": args.revision, "message": args.message}
-    print(push(args.folder, args.repository, **options))
+    address = push(
+        args.folder, args.repository, private=args.private, revision=args.revision, message=args.message,
+        report=lambda line: print(line, file=sys.stderr),
+    )  # fmt: skip
+    print(address)
     return 0

@@ -77,11 +77,14 @@ class Code(Task):
     def evaluate(self, session: Session) -> Outcome:
         """Writes and runs the programs."""
         limits = sandbox.Limits(self.seconds, int(self.memory_gib * 2**30))
-        sandbox.run("", limits)  # a machine that cannot confine programs is told before they are written
+        # A machine that cannot confine programs is told before they are written.
+        sandbox.run("", sandbox.Check("", "f", ""), limits)
         rows = read_rows(Path(self.path))
         synthesize = self.form == "synthesize"
         asked = [row.get("instruction" if synthesize else "prompt") for row in rows]
-        begun = [row.get("declaration" if synthesize else "prompt") for row in rows]
+        key, imports = ("declaration", _IMPORTS) if synthesize else ("prompt", "")
+        begun = [row.get(key) for row in rows]
+        checks = [check_of(row, key, imports) for row in rows]
         programs: list[str | None] = []
         for sample in range(self.samples):
             written = session.answers(
@@ -89,14 +92,14 @@ class Code(Task):
                 max_new_tokens=self.max_new_tokens, temperature=self.temperature, top_p=self.top_p,
             )  # fmt: skip
             programs += [
-                None if answer is None
-                else with_test(_IMPORTS + begin + indented(answer) if synthesize else begin + answer, row)
-                for row, begin, answer in zip(rows, begun, written, strict=True)
+                None if answer is None else imports + begin + (indented(answer) if synthesize else answer)
+                for begin, answer in zip(begun, written, strict=True)
             ]  # fmt: skip
         session.progress.start("running programs", len(programs))
         verdicts = sandbox.run_all(
-            [program or "raise SystemExit" for program in programs], limits, done=session.progress.advance
-        )
+            [program or "raise SystemExit" for program in programs], checks * self.samples, limits,
+            done=session.progress.advance,
+        )  # fmt: skip
         passed = np.array([verdict.status == "passed" for verdict in verdicts]).reshape(self.samples, len(rows))
         correct = passed.sum(axis=0)
         scores = {k: metrics.pass_at_k(correct, self.samples, k) for k in self.k}
@@ -116,8 +119,25 @@ def indented(answer: str) -> str:
     return "\n".join(itertools.takewhile(lambda line: not line.strip() or line[0] in " \t", lines))
 
 
-def with_test(program: str, row: Row) -> str:
-    """A program and its test, which is called where it does not call itself."""
-    test = row.get("test")
+def check_of(row: Row, key: str, imports: str = "") -> sandbox.Check:
+    """What tests the programs of a row.
+
+    A test sees what comes before the function in the row, imports and helpers, and of a program the function alone.
+
+    Args:
+      row: It.
+      key: Of the text that programs begin with.
+      imports: Before that text.
+
+    Raises:
+      InputError: That text is not the beginning of a function.
+    """
+    setup, function, test = f"{imports}{row.get(key)}    pass\n", row.get("entry_point"), row.get("test")
+    try:
+        compile(setup, key, "exec")
+    except (SyntaxError, ValueError) as error:
+        raise InputError(
+            f"{row.where}: {key!r} does not begin a function ({error}); it must end where an indented body can follow"
+        ) from error
     calls_itself = any(line.startswith("check(") for line in test.split("\n"))
-    return f"{program}\n{test}\n" if calls_itself else f"{program}\n{test}\ncheck({row.get('entry_point')})\n"
+    return sandbox.Check(setup, function, test if calls_itself else f"{test}\ncheck({function})\n")

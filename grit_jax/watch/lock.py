@@ -81,8 +81,8 @@ class Writer:
 
 def read_writer(folder: files.PathLike) -> Writer | None:
     """The writer that a run folder's lock names, dead or alive; None without a lock."""
-    text = files.read_text(files.join(folder, NAME))
     try:
+        text = files.read_text(files.join(folder, NAME))
         return None if text is None else Writer(**json.loads(text))
     except (ValueError, TypeError):  # not ours, or of another version: nobody that could be asked
         return None

@@ -4,7 +4,7 @@ import pytest
 
 from grit_jax.config import InputError
 from grit_jax.evaluation.answers import ExactMatch
-from grit_jax.evaluation.code import Code, with_test
+from grit_jax.evaluation.code import Code, check_of
 from grit_jax.evaluation.data import Row
 from grit_jax.evaluation.likelihood import MultipleChoice
 from grit_jax.evaluation.prompted import contains, f1, is_right
@@ -127,7 +127,7 @@ def test_the_likeliest_letter_is_chosen(tmp_path):
         MultipleChoice("x", str(tmp_path / "c.jsonl")).evaluate(one)
 
 
-def test_programs_are_tested_in_both_forms(tmp_path):
+def test_programs_are_tested_in_both_forms(confined, tmp_path):
     problem = {
         "task_id": "0",
         "prompt": "def one():\n    '''One.'''\n",
@@ -156,7 +156,7 @@ def test_programs_are_tested_in_both_forms(tmp_path):
         "\tx: List[int] = [1]\n\n\treturn x[0]",
     ],
 )
-def test_an_asked_program_may_end_in_prose_and_use_common_imports(answer, tmp_path):
+def test_an_asked_program_may_end_in_prose_and_use_common_imports(confined, answer, tmp_path):
     problem = {"declaration": "def one():\n", "instruction": "Write one.", "entry_point": "one",
                "test": "def check(f):\n    assert f() == 1"}  # fmt: skip
     write_jsonl(tmp_path / "p.jsonl", [problem])
@@ -164,7 +164,7 @@ def test_an_asked_program_may_end_in_prose_and_use_common_imports(answer, tmp_pa
     assert task.evaluate(session(answer=lambda _: answer)).examples.tolist() == [1]
 
 
-def test_a_completed_program_is_run_as_it_is(tmp_path):
+def test_a_completed_program_is_run_as_it_is(confined, tmp_path):
     problem = {"prompt": "def one():\n", "entry_point": "one", "test": "def check(f):\n    assert f() == 1"}
     write_jsonl(tmp_path / "p.jsonl", [problem])
     for answer, passes in (("    return g()\ng = lambda: 1", 1), ("    return math.floor(1.5)", 0)):
@@ -173,9 +173,16 @@ def test_a_completed_program_is_run_as_it_is(tmp_path):
 
 
 def test_a_test_is_called_once():
-    row = Row("x:1", {"test": "def check(f): pass\n\ncheck(g)", "entry_point": "g"})
-    assert with_test("x", row).count("check(") == 2
-    assert with_test("x", Row("x:1", {"test": "def check(f): pass", "entry_point": "g"})).endswith("\ncheck(g)\n")
+    row = Row("x:1", {"prompt": "def g():\n", "test": "def check(f): pass\n\ncheck(g)", "entry_point": "g"})
+    assert check_of(row, "prompt").code.count("check(") == 2
+    row.values["test"] = "def check(f): pass"
+    assert check_of(row, "prompt").code.endswith("\ncheck(g)\n")
+
+
+def test_a_prompt_that_begins_no_function_is_refused():
+    row = Row("x:1", {"prompt": "Write one.", "test": "", "entry_point": "g"})
+    with pytest.raises(InputError, match=r"x:1: 'prompt' does not begin a function .*; it must end where"):
+        check_of(row, "prompt")
 
 
 def test_shared_sets_are_read_as_the_shipped_suites_name_them(shared):

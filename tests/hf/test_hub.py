@@ -77,21 +77,6 @@ def test_an_unreachable_hub_is_said_plainly(world, tmp_path):
     assert "org/other: not a folder here, not in the cache, and the Hub cannot be reached" in done.stderr
 
 
-def test_what_is_pushed_comes_back_bit_by_bit(world):
-    folder, server, run = world
-    for options, branch in ([], "main"), (["--revision", "step-200"], "step-200"):
-        done = run("push-hf", str(folder / "new"), "me/pushed", *options)
-        assert done.returncode == 0, done.stderr
-        assert "me/pushed" in done.stdout
-        assert server.repositories["me/pushed"][branch] == hub.folder_files(folder / "new")
-
-
-def test_a_folder_that_is_no_export_is_not_pushed(world, tmp_path):
-    done = world[2]("push-hf", str(tmp_path), "me/empty")
-    assert done.returncode == 2
-    assert "no config.json and no README.md; export the model with grit-jax export-hf first" in done.stderr
-
-
 def test_what_reads_as_a_hub_id(tmp_path, monkeypatch):
     names = ["mistralai/Mistral-7B-v0.1", "org/name@main", "a/b@refs/pr/1"]
     assert all(map(is_hub_id, names))

@@ -114,3 +114,10 @@ def test_a_bucket_has_one_writer_too():
         command = [sys.executable, "-c", PROGRAM, f"gs://{BUCKET}/run"]
         done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.stdout.strip() == "held", done.stderr
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"[]", b"{}"])
+def test_a_damaged_lock_names_nobody_and_is_taken_over(tmp_path, content):
+    (tmp_path / lock.NAME).write_bytes(content)
+    with writer_lock(tmp_path):
+        assert read_writer(tmp_path).alive
