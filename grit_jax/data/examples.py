@@ -10,7 +10,7 @@ from grit_jax.data.records import EmbeddingRecord, Record
 from grit_jax.prompts import Prompt, TokenizedPrompt
 from grit_jax.tokenizer import Tokenizer
 
-HASH_BITS = 56
+HASH_BITS = 56  # of a text's hash
 
 
 def record_prompts(record: Record, tokenizer: Tokenizer) -> list[Prompt]:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from grit_jax.batch import max_segments
 from grit_jax.config import DataConfig, InputError, LossConfig, StageConfig, TrainConfig
-from grit_jax.data.counting import HASH_BITS
+from grit_jax.data.examples import HASH_BITS
 from grit_jax.data.index import FileIndex
 from grit_jax.data.schedule import Schedule, StepPlan, same_data, token_weights, validation_steps
 
