@@ -102,6 +102,13 @@ def test_a_checkpoint_with_one_other_bit_fails_and_is_removed(monkeypatch, tmp_p
     assert not list(tmp_path.iterdir())
 
 
+def test_what_a_killed_selftest_has_left_is_not_read(tmp_path):
+    (tmp_path / "grit-jax-selftest/0").mkdir(parents=True)
+    (check,) = outcomes(selftest._checkpoint(tmp_path))
+    assert check.passed, check.text
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_check_that_cannot_be_computed_fails_with_its_reason(tmp_path):
     (tmp_path / "file").write_text("")
     (check,) = outcomes(selftest._checkpoint(tmp_path / "file"))

@@ -17,7 +17,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from grit_jax import contrastive, sharding
@@ -35,6 +34,7 @@ from grit_jax.config import (
     TrainConfig,
     TransformerConfig,
 )
+from grit_jax.distributed import gathered, in_first_process, wait_for_all
 from grit_jax.doctor.rows import embedding_batch, generative_batch, layout, random_texts
 from grit_jax.execution import PLAIN, Execution, execution
 from grit_jax.model.attention import AttentionMask, attention
@@ -80,7 +80,7 @@ def _run(item: _Measurement) -> Check:
         difference, reason = item.measure(), ""
     except Exception as error:  # what compilers and file systems raise is of many types
         difference, reason = np.inf, f", {type(error).__name__}: {' '.join(str(error).split())[:300]}"
-    difference = float(np.max(multihost_utils.process_allgather(np.float32(difference))))
+    difference = float(np.max(gathered(np.asarray(difference, np.float32))))
     return Check(
         item.target, difference, f"largest difference {difference:.1e} (limit {item.tolerance:.0e}){reason}",
         item.tolerance,
@@ -334,15 +334,20 @@ def _compare_checkpoint(folder: epath.Path) -> float:
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), abstract_params(model), split
     )
     params = _place(_random_params(_architecture()), abstract)
+
+    def remove() -> None:
+        if folder.exists():
+            folder.rmtree()
+
+    in_first_process(remove)  # what a self-test that was killed has left would be kept, and read
     try:
         with contextlib.closing(Checkpoints(folder)) as checkpoints:
             checkpoints.save(0, params, None, CheckpointMetadata(_architecture(), EmbeddingConfig(), {}))
             checkpoints.wait()
             restored, _ = checkpoints.restore(0, abstract, None)
     finally:
-        multihost_utils.sync_global_devices("checkpoint read")
-        if jax.process_index() == 0 and folder.exists():
-            folder.rmtree()
+        wait_for_all()
+        in_first_process(remove)
     return float(_num_different(params, restored))
 
 
