@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from grit_jax.config import InputError
 from grit_jax.data.lines import is_blank, read_lines
 from grit_jax.data.records import RecordError, text_of
-from grit_jax.data.rows import Failed, failed, read_objects
+from grit_jax.data.rows import Failed, failed, read_objects, unpacked_name
 
 _KEYS = ("query-id", "corpus-id", "score")
 _ENDINGS = (".tsv", ".jsonl", ".txt", ".trec", ".qrels")
@@ -48,7 +48,7 @@ def read_qrels(path: Path) -> Iterator[Judgement | Failed]:
     Raises:
       InputError: The file cannot be read, or its header lacks a column.
     """
-    if path.name.removesuffix(".gz").endswith(".jsonl"):
+    if unpacked_name(path).endswith(".jsonl"):
         for entry in read_objects(path):
             if isinstance(entry, Failed):
                 yield entry

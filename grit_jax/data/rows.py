@@ -64,7 +64,7 @@ def read_values(path: Path) -> Iterator[tuple[str, Any] | Failed]:
     Raises:
       InputError: The file cannot be read, or is no list.
     """
-    if _unpacked_name(path).endswith(".json"):
+    if unpacked_name(path).endswith(".json"):
         yield from _read_list(path)
         return
     for number, line in read_lines(path):
@@ -86,7 +86,7 @@ def read_cells(path: Path, known: frozenset[str]) -> Iterator[tuple[str, Cells] 
     Raises:
       InputError: The file cannot be read, its header names a column twice, or a quote is not closed.
     """
-    rows = _csv_rows(path) if _unpacked_name(path).endswith(".csv") else _tsv_rows(path)
+    rows = _csv_rows(path) if unpacked_name(path).endswith(".csv") else _tsv_rows(path)
     header: list[str] | None = None
     is_first = True
     for entry in rows:
@@ -194,5 +194,6 @@ def _is_text(cell: str) -> bool:
     return True
 
 
-def _unpacked_name(path: Path) -> str:
+def unpacked_name(path: Path) -> str:
+    """The name of a file without the ending of its packing, which may be .gz or .zst."""
     return path.name.removesuffix(".gz").removesuffix(".zst")

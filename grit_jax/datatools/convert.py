@@ -14,7 +14,7 @@ from typing import Any
 from grit_jax.config import InputError
 from grit_jax.data.qrels import Judgement, find_qrels, read_qrels
 from grit_jax.data.records import RecordError
-from grit_jax.data.rows import Failed, LeftOut, Row, failed, read_cells, read_objects, read_values
+from grit_jax.data.rows import Failed, LeftOut, Row, failed, read_cells, read_objects, read_values, unpacked_name
 from grit_jax.data.sources import find_files, open_source
 from grit_jax.datatools import labels
 from grit_jax.datatools.chats import alpaca, openai, sharegpt
@@ -130,7 +130,7 @@ def triples(source: Path, *, instruction: str, min_score: float | None) -> Rows:
             raise FaultError("not an object", found)
         return _named(row, instruction, min_score)
 
-    is_table = source.name.removesuffix(".gz").endswith((".tsv", ".csv"))
+    is_table = unpacked_name(source).endswith((".tsv", ".csv"))
     entries: Iterator[Any] = _table_rows(source) if is_table else read_values(source)
     return converted(entries, convert)
 

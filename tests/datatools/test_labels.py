@@ -1,6 +1,8 @@
+import gzip
 import json
 
 import pytest
+import zstandard
 
 from grit_jax.cli.main import main
 from grit_jax.config import InputError
@@ -114,6 +116,14 @@ def test_the_official_headers_of_sts_and_paraphrases(tmp_path):
         ("Quality", "#1 ID", "#2 ID", "#1 String", "#2 String"), ("1", "7", "8", "a", "b"), ("0", "7", "8", "a", "b")
     )
     assert outcome(tmp_path, "\ufeff" + mrpc) == [("a", "b"), ("left out", "labelled as not the same")]
+
+
+def test_a_packed_table_is_read_as_a_plain_one(tmp_path):
+    content = b"anchor,positive\na,b\n"
+    for name, pack in (("x.csv.gz", gzip.compress), ("x.csv.zst", zstandard.compress)):
+        (tmp_path / name).write_bytes(pack(content))
+        ((where, row),) = convert.triples(tmp_path / name, instruction="", min_score=None)
+        assert (where, row["query"], row["pos"]) == (f"{tmp_path / name}:2", ["", "a"], [["", "b"]])
 
 
 def test_tables_without_names_hold_texts_alone(tmp_path):
