@@ -118,7 +118,7 @@ def test_memory_is_that_of_the_shards(data, tmp_path):
 
 def test_a_living_writer_and_another_runs_folder_are_found(data, tmp_path):
     run = tmp_path / "run"
-    (run / "checkpoints").mkdir(parents=True)
+    (run / "checkpoints/2").mkdir(parents=True)
     (run / "config.yaml").write_text("train:\n  seed: 7\n")
     with writer_lock(run):
         found = failures(checks(data, run))
