@@ -25,7 +25,7 @@ from typing import Any, BinaryIO, Literal, NamedTuple
 from grit_jax.config import InputError
 
 _GUEST = Path(__file__).with_name("sandbox_guest.py")
-_START_SECONDS = 20.0  # in which two interpreters must be ready, whatever else the machine does
+_START_SECONDS = 60.0  # in which two interpreters must be ready, whatever else the machine does
 _INSTEAD = "or leave tasks of type code out"
 _DENIED = (
     "clone", "clone3", "fork", "vfork",  # processes and threads: root may have any number

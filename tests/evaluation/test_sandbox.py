@@ -19,7 +19,7 @@ from grit_jax.evaluation.sandbox import Check, Limits, Verdict, run, run_all
 from tests.evaluation.fake import session
 from tests.evaluation.tasks import write_jsonl
 
-LIMITS = Limits(seconds=5.0, memory_bytes=1 << 28)
+LIMITS = Limits(seconds=60.0, memory_bytes=1 << 28)
 PASSED = Verdict("passed")
 SQUARE = Check("", "f", "import random\nfor n in random.sample(range(10**6), 3):\n    assert f(n) == n * n, 'no'")
 HOSTILE = Path(__file__).with_name("hostile.py").read_text()
@@ -141,8 +141,8 @@ def test_an_exception_that_a_test_expects_is_none_that_a_program_dies_of(confine
 
 STUBBORN = {
     "it computes": "while True: pass",
-    "it waits": "import time\ntime.sleep(60)",
-    "it waits when asked": "import time\ndef f(n): time.sleep(60)",
+    "it waits": "import time\ntime.sleep(600)",
+    "it waits when asked": "import time\ndef f(n): time.sleep(600)",
     "it ignores signals": """
 import signal, time
 for number in set(signal.Signals) - {signal.SIGKILL, signal.SIGSTOP}: signal.signal(number, signal.SIG_IGN)
@@ -175,7 +175,7 @@ def test_time_is_limited_and_nothing_lives_on(confined, request, program, filter
     limits = Limits(1.0, (1 << 28) + 4096 * os.getpid())  # a number by which its processes are known
     begun = time.monotonic()
     verdict = run(program, SQUARE, limits)
-    assert time.monotonic() - begun < 15
+    assert time.monotonic() - begun < 60
     if "os.write" not in program:  # one that fills the pipe may also fill its test's memory first
         assert verdict == Verdict("timed out", "stopped after 1 s")
     assert verdict.status != "passed"
