@@ -169,8 +169,13 @@ class Engine:
         """Compiles every program, while no text is there, and returns how many; `progress` is called after each."""
         return sum(lane.warm_up(progress) for lane in self._lanes)
 
-    def submit(self, continuation: Continuation) -> None:
-        """Adds a text, to be written from the next step on that has room for it.
+    @property
+    def lane_rows(self) -> list[int]:
+        """Rows of each lane."""
+        return [lane.size.rows for lane in self._lanes]
+
+    def lane(self, continuation: Continuation) -> int:
+        """Number of the lane that a text is written in, the shortest that holds it.
 
         Raises:
           InputError: It has nothing to read, or does not fit the longest lane.
@@ -183,8 +188,11 @@ class Engine:
                 f"a prompt of {prompt} tokens and {continuation.max_new_tokens} new ones are over the limit of "
                 f"{self.most_slots}; shorten the prompt or ask for fewer"
             )
-        lane = next(lane for lane in self._lanes if lane.size.slots >= continuation.num_slots)
-        lane.waiting.append(continuation)
+        return next(number for number, lane in enumerate(self._lanes) if lane.size.slots >= continuation.num_slots)
+
+    def submit(self, continuation: Continuation) -> None:
+        """Adds a text, to be written from the next step on that has room for it; errors as of `lane`."""
+        self._lanes[self.lane(continuation)].waiting.append(continuation)
 
     def cancel(self, continuation: Continuation) -> None:
         """Ends a text; one that has ended already is let be."""

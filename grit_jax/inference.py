@@ -241,17 +241,19 @@ class GritModel:
         instruction: str = "",
         max_length: int | None = None,
         form: prompts.CacheForm = "first",
+        first: int = 0,
     ) -> list[prompts.TokenizedPrompt]:
         """What is read of texts to embed them, however long; other arguments and errors as of `encode_with_counts`.
 
-        `form` says whether a text begins with BOS, or comes `second`, after the keys and values of another.
+        `form` says whether a text begins with BOS, or comes `second`, after the keys and values of another. Messages
+        count texts from `first` on.
         """
         _refuse_others(texts)
         opening = prompts.opening(form, bos=self.tokenizer.bos)
         limit = self._limit(max_length)
         formatted = [prompts.embedding(text, instruction, bos=opening) for text in texts]
         tokenized = prompts.tokenize(formatted, self.tokenizer)
-        for place, prompt in enumerate(tokenized):
+        for place, prompt in enumerate(tokenized, start=first):
             if not len(prompt.spans):
                 raise InputError(f"text {place} is empty; leave it out")
             if prompt.spans[0, 0] >= limit:

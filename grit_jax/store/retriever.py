@@ -47,7 +47,7 @@ class Retriever:
       name: What the model is called in messages.
 
     Raises:
-      InputError: Another model made the vectors.
+      InputError: Another model made the vectors, or one of them is not finite.
     """
 
     def __init__(self, model: GritModel, store: Store, *, name: str = "this model"):
@@ -55,11 +55,17 @@ class Retriever:
             raise InputError(other_model(store.folder, store.settings, name))
         self._model, self._store = model, store
         self._vectors = Searchable(store.vectors, store.scales)
+        if not self._vectors.is_finite:
+            raise InputError(f"{store.folder}: has vectors that are not finite; index the corpus anew")
 
     @property
     def num_documents(self) -> int:
         """Documents that are searched."""
         return len(self._store)
+
+    def document(self, row: int) -> Document:
+        """The document of a row of the store; errors as of `Store.document`."""
+        return self._store.document(row)
 
     def find(self, queries: Sequence[str], *, instruction: str = "", k: int = 10) -> list[list[Hit]]:
         """The best documents of each query, best first; of equal ones the smaller row comes first.
@@ -96,7 +102,7 @@ class Retriever:
         """The half of `nearest` that reads documents."""
         return [
             [
-                Hit(score, row, self._store.document(row), self._store.duplicates.get(row, []))
+                Hit(score, row, self.document(row), self._store.duplicates.get(row, []))
                 for score, row in zip(*found, strict=True)
             ]
             for found in zip(scores.tolist(), rows.tolist(), strict=True)

@@ -12,8 +12,8 @@ from safetensors import SafetensorError
 from grit_jax.engine import Block, Continuation, LaneSize
 from grit_jax.inference import StartedEmbedding
 from grit_jax.prompts import TokenizedPrompt
+from grit_jax.serve.errors import RequestError
 from grit_jax.serve.metrics import Metrics
-from grit_jax.serve.protocol import RequestError
 from grit_jax.serve.scheduler import Scheduler
 from tests.serve.conftest import until
 
