@@ -690,7 +690,7 @@ class GritModel:
           stop: An answer ends before this string, or the first of several.
 
         Raises:
-          InputError: A text and its answer do not fit the model.
+          InputError: A text and its answer do not fit the model, or its logits are not finite.
         """
         longest = max(text.num_slots for text in texts)
         slots = min(bucket(longest, at_least=64), self.architecture.max_length)
@@ -701,6 +701,8 @@ class GritModel:
         while engine.is_busy:
             pieces = dict.fromkeys(answers, "")
             for block in engine.step():
+                if block.finish == "failed":
+                    raise InputError("the model's logits are not finite; its weights are damaged, or too large for it")
                 answer = answers[block.continuation]
                 pieces[block.continuation] = answer.extend(block.tokens, last=block.finish is not None)
                 if answer.done:

@@ -54,12 +54,6 @@ class Searchable:
         share += -share % min(share, _PASSAGES_AT_ONCE)
         self._passages = tuple(self._split(rows, share) for rows in (vectors, scales) if rows is not None)
 
-    @property
-    def is_finite(self) -> bool:
-        """Whether every number of the vectors is one."""
-        with jax.set_mesh(self._mesh):
-            return all(bool(_is_finite(rows)) for rows in self._passages)
-
     def _split(self, rows: Rows, share: int) -> jax.Array:
         """`rows` and zeros after them, `share` on each device; no more than one device's are in memory here."""
         pieces = []
@@ -121,11 +115,6 @@ class Searchable:
         rows = 1 << max(3, (len(queries) - 1).bit_length())  # a handful of shapes to compile for
         padded = np.pad(queries, ((0, rows - len(queries)), (0, 0)))
         return jax.device_put(padded, NamedSharding(self._mesh, PartitionSpec()))
-
-
-@jax.jit
-def _is_finite(rows: jax.Array) -> jax.Array:
-    return jnp.isfinite(rows).all()
 
 
 def _products(queries: jax.Array, passages: jax.Array, scales: jax.Array | None = None) -> jax.Array:

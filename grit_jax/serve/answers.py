@@ -247,10 +247,12 @@ class Answers:
             try:
                 async with aclosing(self._service.scheduler.write(continuation, self._caller)) as blocks:
                     async for block in blocks:
+                        if block.finish == "failed":
+                            raise not_finite("logits")
                         before = answer.num_tokens
                         text = answer.extend(block.tokens, last=block.finish is not None)
                         new = slice(answer.num_tokens - before)
-                        logprobs = block.logprobs and _finite(Logprobs(*(x[new] for x in block.logprobs)))
+                        logprobs = block.logprobs and Logprobs(*(x[new] for x in block.logprobs))
                         finish = "stop" if answer.done else block.finish
                         found.put_nowait(Piece(index, text, finish, block.tokens[new], logprobs))
                         if answer.done:
@@ -271,17 +273,6 @@ class Answers:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-
-
-def _finite(logprobs: Logprobs) -> Logprobs:
-    """Log p of tokens.
-
-    Raises:
-      RequestError: One is not finite.
-    """
-    if not (np.isfinite(logprobs.chosen).all() and np.isfinite(logprobs.values).all()):
-        raise not_finite("log p of a token")
-    return logprobs
 
 
 def _joined(pieces: Sequence[Piece]) -> Piece:

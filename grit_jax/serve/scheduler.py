@@ -366,8 +366,9 @@ class Scheduler:
                 for place, vector in zip(batch.places, batch.vectors(), strict=True)
             ]
         for number, vector in vectors:
-            job, place, _ = texts[number]
-            job.vectors[place] = vector
+            job, place, prompt = texts[number]
+            # In a packed row a number that is not finite is felt by the texts beside it.
+            job.vectors[place] = vector if np.isfinite(vector).all() else self._model.embed([prompt])[0]
             job.num_left -= 1
             if not job.num_left:
                 _settle(job.future, np.stack([vector for _, vector in sorted(job.vectors.items())]))

@@ -47,7 +47,7 @@ class Retriever:
       name: What the model is called in messages.
 
     Raises:
-      InputError: Another model made the vectors, or one of them is not finite.
+      InputError: Another model made the vectors.
     """
 
     def __init__(self, model: GritModel, store: Store, *, name: str = "this model"):
@@ -55,8 +55,6 @@ class Retriever:
             raise InputError(other_model(store.folder, store.settings, name))
         self._model, self._store = model, store
         self._vectors = Searchable(store.vectors, store.scales)
-        if not self._vectors.is_finite:
-            raise InputError(f"{store.folder}: has vectors that are not finite; index the corpus anew")
 
     @property
     def num_documents(self) -> int:
