@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
 
         from grit_jax.serve.app import Server
         from grit_jax.serve.connection import PatientProtocol
-        from grit_jax.serve.guards import check_api_key
+        from grit_jax.serve.guards import check_api_key, check_host
         from grit_jax.serve.service import Limits
     except ModuleNotFoundError as error:
         raise InputError(f"the server needs {error.name}; pip install 'grit-jax[serve]'") from error
@@ -87,6 +87,8 @@ def run(args: argparse.Namespace) -> int:
     api_key = os.environ.get(_KEY)
     if api_key is not None:
         check_api_key(api_key, source=_KEY)
+    for host in args.allow_host:
+        check_host(host, source="--allow-host")
     listening = _bound(args.host, args.port)
     logging.basicConfig(format="%(message)s", force=True)  # JAX has set up its own
     logging.getLogger("grit_jax").setLevel(logging.INFO)

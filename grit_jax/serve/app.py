@@ -178,7 +178,7 @@ class Server:
 
     async def _health(self, _: Request) -> Response:
         self._refuse_if_failed()
-        return JSONResponse({"status": "ok"})
+        return JSONResponse({"status": "ok", "ready": self._is_warm, "programs_compiled": self._num_compiled})
 
     async def _ready(self, _: Request) -> Response:
         self._refuse_if_unready()

@@ -17,7 +17,8 @@ from grit_jax.serve.errors import RequestError
 ANY_HOST = "*"
 
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
-_HOST = re.compile(r"(\[(?P<ip>[0-9a-fA-F:.]+)\]|(?P<name>[A-Za-z0-9._-]+))(:[0-9]{1,5})?")
+_NAME, _IP = "[A-Za-z0-9._-]+", "[0-9a-fA-F:.]+"
+_HOST = re.compile(rf"(\[(?P<ip>{_IP})\]|(?P<name>{_NAME}))(:[0-9]{{1,5}})?")
 _KEY = re.compile(r"[!-~]+")
 
 
@@ -69,6 +70,16 @@ def check_api_key(key: str, *, source: str) -> None:
         raise InputError(f"{source} is empty; give it a key, or unset it to ask clients for none")
     if not _KEY.fullmatch(key):
         raise InputError(f"{source}: a key has no spaces and only printable ASCII characters; choose another")
+
+
+def check_host(name: str, *, source: str) -> None:
+    """Refuses a name that no request could come to; arguments as of `check_api_key`.
+
+    Raises:
+      InputError: It has a scheme, a port or a path, or no name at all.
+    """
+    if name != ANY_HOST and not re.fullmatch(f"{_NAME}|{_IP}", name):
+        raise InputError(f"{source} {name}: give the name alone, such as grit.example, or {ANY_HOST} for any")
 
 
 def check_authorization(request: Request, api_key: str | None) -> None:

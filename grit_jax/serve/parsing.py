@@ -41,7 +41,7 @@ def parse(kind: type[T], body: bytes) -> T:
         errors = error.errors(include_url=False, include_context=False, include_input=False)
         told = [f"{_place(one) or 'body'}: {_what(one)}" for one in errors[:_MOST_ERRORS]]
         if len(errors) > _MOST_ERRORS:
-            told.append(f"and {len(errors) - _MOST_ERRORS} more errors")
+            told.append(f"and {len(errors) - _MOST_ERRORS} more")
         raise RequestError(400, "; ".join(told), param=_place(errors[0]) or None) from None
 
 
