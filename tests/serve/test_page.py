@@ -179,7 +179,8 @@ def test_while_programs_are_compiled_the_page_says_so_and_what_is_asked_waits(pa
     page.locator("#query").fill("a question")
     page.locator("#query").press("Enter")
     expect(page.locator("#search-status")).to_have_text("Searching…")
-    page.wait_for_request("**/health")
+    with page.expect_request("**/health"):
+        pass
     assert "/v1/search" not in sent
     warm.append(True)
     expect(page.locator("#results .document")).to_have_count(3)
