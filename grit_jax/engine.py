@@ -23,6 +23,7 @@ from grit_jax.model.decode import (
     DecodeState,
     Logprobs,
     Sampling,
+    clear,
     decode,
     empty_state,
     extend,
@@ -85,13 +86,13 @@ class Block(NamedTuple):
       continuation: Which one.
       tokens: int32 [tokens], without the end-of-sequence token.
       logprobs: Of these tokens, where they are wanted.
-      finish: Why there will be no more; None where there will.
+      finish: Why there will be no more; None where there will. `failed` is for logits that are not finite.
     """
 
     continuation: Continuation
     tokens: np.ndarray
     logprobs: Logprobs | None
-    finish: Literal["stop", "length"] | None
+    finish: Literal["stop", "length", "failed"] | None
 
 
 class LaneSize(NamedTuple):
@@ -169,8 +170,13 @@ class Engine:
         """Compiles every program, while no text is there, and returns how many; `progress` is called after each."""
         return sum(lane.warm_up(progress) for lane in self._lanes)
 
-    def submit(self, continuation: Continuation) -> None:
-        """Adds a text, to be written from the next step on that has room for it.
+    @property
+    def lane_rows(self) -> list[int]:
+        """Rows of each lane."""
+        return [lane.size.rows for lane in self._lanes]
+
+    def lane(self, continuation: Continuation) -> int:
+        """Number of the lane that a text is written in, the shortest that holds it.
 
         Raises:
           InputError: It has nothing to read, or does not fit the longest lane.
@@ -183,8 +189,11 @@ class Engine:
                 f"a prompt of {prompt} tokens and {continuation.max_new_tokens} new ones are over the limit of "
                 f"{self.most_slots}; shorten the prompt or ask for fewer"
             )
-        lane = next(lane for lane in self._lanes if lane.size.slots >= continuation.num_slots)
-        lane.waiting.append(continuation)
+        return next(number for number, lane in enumerate(self._lanes) if lane.size.slots >= continuation.num_slots)
+
+    def submit(self, continuation: Continuation) -> None:
+        """Adds a text, to be written from the next step on that has room for it; errors as of `lane`."""
+        self._lanes[self.lane(continuation)].waiting.append(continuation)
 
     def cancel(self, continuation: Continuation) -> None:
         """Ends a text; one that has ended already is let be."""
@@ -257,6 +266,7 @@ class _Lane:
         self.waiting: deque[Continuation] = deque()
         self.active: dict[Continuation, _Row] = {}
         self._free = list(reversed(range(size.rows)))
+        self._used: set[int] = set()  # rows that a text has been in
         # A call computes as few rows as hold what there is, of these numbers.
         self._row_counts = sizes(fewest_rows, size.rows, growth=_GROWTH)
         self._read_tokens = read_tokens
@@ -273,6 +283,7 @@ class _Lane:
             *(lambda rows=rows: self._sample([], rows) for rows in self._row_counts),
             *(lambda length=length: self._write_prefix(KVCache(*[np.zeros((layers, length, *of_token))] * 2), 0, 0)
               for length in self._read_lengths(1)),
+            lambda: self._clear(0),
         ]  # fmt: skip
         for call in calls:
             call()
@@ -312,6 +323,9 @@ class _Lane:
 
     def _new_row(self, continuation: Continuation) -> _Row:
         row = _Row(self._free.pop(), continuation)
+        if row.number in self._used:
+            self._clear(row.number)
+        self._used.add(row.number)
         if continuation.prefix:
             longest = self._read_lengths(1)[-1]
             for start in range(0, continuation.num_cached, longest):
@@ -319,6 +333,10 @@ class _Lane:
                 self._write_prefix(piece, row.number, start)
             row.length = continuation.num_cached
         return row
+
+    def _clear(self, row: int) -> None:
+        with jax.set_mesh(self._mesh):
+            self.state = clear(self.state, np.int32(row))
 
     def _write_prefix(self, piece: KVCache, row: int, start: int) -> None:
         padding = bucket(piece.keys.shape[1], at_least=_SHORTEST_READ) - piece.keys.shape[1]
@@ -378,12 +396,12 @@ class _Lane:
         """What is kept of the tokens of a row, which is free afterwards where the text has ended."""
         how = row.continuation
         kept = min(len(tokens), how.max_new_tokens - row.num_written)
-        ends = np.flatnonzero(tokens[:kept] == self._eos_id)
+        ends = np.flatnonzero((tokens[:kept] == self._eos_id) | (tokens[:kept] < 0))
         row.num_written += kept
         row.length += len(tokens)
-        finish: Literal["stop", "length"] | None = None
+        finish: Literal["stop", "length", "failed"] | None = None
         if len(ends):
-            kept, finish = int(ends[0]), "stop"
+            kept, finish = int(ends[0]), "failed" if tokens[ends[0]] < 0 else "stop"
         elif row.num_written == how.max_new_tokens:
             finish = "length"
         if finish:

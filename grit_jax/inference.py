@@ -241,17 +241,19 @@ class GritModel:
         instruction: str = "",
         max_length: int | None = None,
         form: prompts.CacheForm = "first",
+        first: int = 0,
     ) -> list[prompts.TokenizedPrompt]:
         """What is read of texts to embed them, however long; other arguments and errors as of `encode_with_counts`.
 
-        `form` says whether a text begins with BOS, or comes `second`, after the keys and values of another.
+        `form` says whether a text begins with BOS, or comes `second`, after the keys and values of another. Messages
+        count texts from `first` on.
         """
         _refuse_others(texts)
         opening = prompts.opening(form, bos=self.tokenizer.bos)
         limit = self._limit(max_length)
         formatted = [prompts.embedding(text, instruction, bos=opening) for text in texts]
         tokenized = prompts.tokenize(formatted, self.tokenizer)
-        for place, prompt in enumerate(tokenized):
+        for place, prompt in enumerate(tokenized, start=first):
             if not len(prompt.spans):
                 raise InputError(f"text {place} is empty; leave it out")
             if prompt.spans[0, 0] >= limit:
@@ -688,7 +690,7 @@ class GritModel:
           stop: An answer ends before this string, or the first of several.
 
         Raises:
-          InputError: A text and its answer do not fit the model.
+          InputError: A text and its answer do not fit the model, or its logits are not finite.
         """
         longest = max(text.num_slots for text in texts)
         slots = min(bucket(longest, at_least=64), self.architecture.max_length)
@@ -699,6 +701,8 @@ class GritModel:
         while engine.is_busy:
             pieces = dict.fromkeys(answers, "")
             for block in engine.step():
+                if block.finish == "failed":
+                    raise InputError("the model's logits are not finite; its weights are damaged, or too large for it")
                 answer = answers[block.continuation]
                 pieces[block.continuation] = answer.extend(block.tokens, last=block.finish is not None)
                 if answer.done:

@@ -22,7 +22,7 @@ from grit_jax.inference import GritModel
 from grit_jax.model.transformer import KVCache
 from grit_jax.prompts import Positions, RagMethod
 from grit_jax.ranges import require_positive
-from grit_jax.store.layout import Document, Store
+from grit_jax.store.layout import DamagedError, Document, Store
 from grit_jax.store.retriever import Hit, Retriever
 
 
@@ -212,7 +212,10 @@ class Rag:
         """Keys and values of a document: of a causal pass where there has been one."""
         if found := self._causal.get(row):
             return found
-        cache = self._store.cache(row)
+        cache, config = self._store.cache(row), self._model.architecture
+        expected = config.num_layers, self._store.cache_length(row), config.num_kv_heads, config.head_dim
+        if {cache.keys.shape, cache.values.shape} != {expected}:
+            raise DamagedError(f"{self._store.folder}: keys and values of row {row} are not of this model's shape")
         if self._store.settings.cache_form == "first":  # what comes second would be read after the query
             self._causal.ask(row, cache)
         return cache

@@ -145,3 +145,33 @@ def test_what_does_not_fit_is_refused(model):
     with pytest.raises(InputError, match="the prompt has no token"):
         engine.submit(Continuation(prompt(0), 5))
     assert not engine.is_busy
+
+
+@pytest.fixture(scope="module")
+def sick():
+    """A model whose numbers are not finite once it has read token 37."""
+    model = make(max_length=1024, tie_embeddings=False)
+    model.params["embedding"] = model.params["embedding"].at[37].set(np.nan)
+    return model
+
+
+def test_a_text_whose_logits_are_not_finite_fails_alone(sick):
+    good, bad = Continuation(prompt(9) % 30, 12), Continuation(np.array([5, 37, 6], np.int32), 12)
+    found = run(sick.engine([LaneSize(2, 256)]), arriving=[bad, good])
+    assert [(len(block.tokens), block.finish) for block in found[bad]] == [(0, "failed")]
+    assert tokens(found[good]) == alone(sick, good)
+    with pytest.raises(InputError, match="logits are not finite; its weights are damaged"):
+        list(sick.write([bad]))
+
+
+@pytest.mark.parametrize("leaves", [False, True])
+def test_a_row_does_not_feel_what_another_text_has_left_in_it(sick, leaves):
+    good, bad = Continuation(prompt(9) % 30, 12), Continuation(np.array([5, 6, 37, 7] * 9, np.int32), 12)
+    engine = sick.engine([LaneSize(1, 256)])
+    engine.submit(bad)
+    engine.start()
+    if leaves:
+        engine.cancel(bad)
+    engine.finish()
+    assert not engine.is_busy
+    assert tokens(run(engine, arriving=[good])[good]) == alone(sick, good)

@@ -36,6 +36,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at (%(default)s)")
     parser.add_argument("--port", type=int, default=8000, help="port to listen at (%(default)s)")
     parser.add_argument(
+        "--allow-host", action="append", default=[], metavar="NAME",
+        help="a further name that clients call this server by, as a proxy may; may be repeated, and * is any",
+    )  # fmt: skip
+    parser.add_argument(
         "--max-length", type=int, metavar="N",
         help="tokens of a prompt and its answer, or of an embedded text (default: the model's limit, at most 4096)",
     )  # fmt: skip
@@ -70,14 +74,21 @@ def run(args: argparse.Namespace) -> int:
     try:
         import uvicorn
 
-        from grit_jax.serve.app import Limits, Server
-        from grit_jax.serve.http import PatientProtocol
+        from grit_jax.serve.app import Server
+        from grit_jax.serve.connection import PatientProtocol
+        from grit_jax.serve.guards import check_api_key, check_host
+        from grit_jax.serve.service import Limits
     except ModuleNotFoundError as error:
         raise InputError(f"the server needs {error.name}; pip install 'grit-jax[serve]'") from error
     from grit_jax.inference import GritModel
     from grit_jax.rag import Rag
     from grit_jax.store.layout import Store
 
+    api_key = os.environ.get(_KEY)
+    if api_key is not None:
+        check_api_key(api_key, source=_KEY)
+    for host in args.allow_host:
+        check_host(host, source="--allow-host")
     listening = _bound(args.host, args.port)
     logging.basicConfig(format="%(message)s", force=True)  # JAX has set up its own
     logging.getLogger("grit_jax").setLevel(logging.INFO)
@@ -91,8 +102,9 @@ def run(args: argparse.Namespace) -> int:
         body_bytes=args.max_body, seconds=args.timeout,
     )  # fmt: skip
     server = Server(
-        model, name=name, limits=limits, instructions=instructions, api_key=os.environ.get(_KEY) or None,
+        model, name=name, limits=limits, instructions=instructions, api_key=api_key,
         rag=Rag(model, Store(args.index), name=args.model, causal_bytes=args.causal_mb << 20) if args.index else None,
+        hosts=[args.host, *args.allow_host],
     )  # fmt: skip
     address = f"http://{args.host}:{listening.getsockname()[1]}"
     print(

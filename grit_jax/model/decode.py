@@ -75,6 +75,17 @@ def empty_state(model: Transformer, params: Params, *, rows: int, slots: int, dt
     return _placed(DecodeState(cache, jnp.zeros((rows, config.vocab_size), jnp.float32)))
 
 
+@functools.partial(jax.jit, donate_argnames="state")
+def clear(state: DecodeState, row: Int[Array, ""]) -> DecodeState:
+    """A row as it is in an empty state.
+
+    What a text has left behind is not seen by the next one, but a number that is not finite would be felt: times a
+    weight of zero it is no zero.
+    """
+    before = (slice(None),) * _dim_of_rows(state.cache)
+    return _placed(state._replace(cache=jax.tree.map(lambda x: x.at[(*before, row)].set(0), state.cache)))
+
+
 @functools.partial(jax.jit, static_argnums=0, donate_argnames="state")
 def extend(
     model: Transformer,
@@ -144,7 +155,8 @@ def decode(
       steps: Number of tokens.
 
     Returns:
-      The tokens and their log p, whole on every device, and the state after them.
+      The tokens, -1 for one whose logits are not finite, and their log p, whole on every device, and the state after
+      them.
     """
     bound, part = bind(model, params), _take(state, rows)
     output_layer = bound.output_layer(_dtype(part.cache))
@@ -155,8 +167,9 @@ def decode(
         draw_keys = jax.vmap(jax.random.fold_in)(keys, positions)
         tokens = sample(carry.logits, draw_keys, temperature=sampling.temperature, top_p=sampling.top_p)
         logprobs = _logprobs(carry.logits, tokens, sampling.logprobs)
+        told = jnp.where(jnp.isfinite(carry.logits).all(axis=-1), tokens, -1)
         hidden, cache = _advance(bound, tokens[:, None], positions[:, None], carry.cache)
-        return DecodeState(cache, output_layer(hidden[:, 0]).astype(jnp.float32)), (tokens, logprobs)
+        return DecodeState(cache, output_layer(hidden[:, 0]).astype(jnp.float32)), (told, logprobs)
 
     part, by_step = jax.lax.scan(step, part, jnp.arange(steps))
     tokens, logprobs = jax.tree.map(lambda x: constrain(x.swapaxes(0, 1), *["whole"] * x.ndim), by_step)

@@ -17,8 +17,9 @@ import functools
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,6 +42,10 @@ _SUFFIXES = {"documents": "jsonl", "vectors": "safetensors", "caches": "safetens
 _DATA_FILE = re.compile(rf"({'|'.join(_SUFFIXES)})-\d{{5,}}\.({'|'.join(_SUFFIXES.values())})")
 _PARTIAL = re.compile(r"\..+\.[0-9a-f]{8}\.partial")  # of `files.replacing`, left by a process that was killed
 _ENDS = "document_ends"
+
+
+class DamagedError(InputError):
+    """A file of a store is missing, or does not hold what was written."""
 
 
 class Document(NamedTuple):
@@ -412,14 +417,20 @@ class Store:
         return int(self._ends[-1])
 
     def document(self, row: int) -> Document:
-        """The document of a row."""
+        """The document of a row.
+
+        Raises:
+          DamagedError: It cannot be read.
+        """
         number, place = self._place(row)
-        with safetensors.safe_open(data_file(self.folder, "vectors", number), "np") as file:
-            ends = file.get_slice(_ENDS)[max(0, place - 1) : place + 1].tolist()
-        begin = ends[0] if place else 0
-        with files.open_binary(data_file(self.folder, "documents", number)) as file:
-            file.seek(begin)
-            return _document(file.read(ends[-1] - begin))
+        path = data_file(self.folder, "documents", number)
+        with _reading(path, row):
+            with safetensors.safe_open(data_file(self.folder, "vectors", number), "np") as file:
+                ends = file.get_slice(_ENDS)[max(0, place - 1) : place + 1].tolist()
+            begin = ends[0] if place else 0
+            with files.open_binary(path) as file:
+                file.seek(begin)
+                return _document(file.read(ends[-1] - begin))
 
     def check_caches(self) -> None:
         """Compares the files of keys and values with their checksums, which opening a store does not.
@@ -435,12 +446,20 @@ class Store:
         self._check(caches=True)
 
     def cache(self, row: int) -> KVCache:
-        """Keys and values of a row's document, float32 [layers, tokens, kv_heads, head_dim]; see `check_caches`."""
-        return caches.read(*self._cache_place(row))
+        """Keys and values of a row's document, float32 [layers, tokens, kv_heads, head_dim]; see `check_caches`.
+
+        Raises:
+          DamagedError: They cannot be read.
+        """
+        path, place = self._cache_place(row)
+        with _reading(path, row):
+            return caches.read(path, place)
 
     def cache_length(self, row: int) -> int:
-        """Tokens of `cache`."""
-        return caches.length(*self._cache_place(row))
+        """Tokens of `cache`; errors as there."""
+        path, place = self._cache_place(row)
+        with _reading(path, row):
+            return caches.length(path, place)
 
     def documents(self) -> Iterator[Document]:
         """All documents, row by row."""
@@ -476,6 +495,17 @@ class Store:
             _compare(path, found, expected[path])
 
 
+@contextmanager
+def _reading(path: Path, row: int) -> Generator[None]:
+    """Says of whatever bytes that were changed make a reader raise what they are."""
+    try:
+        yield
+    except Exception as error:
+        raise DamagedError(
+            f"{path}: row {row} cannot be read: {error!r}; put the file back from a copy, or make the store anew"
+        ) from error
+
+
 def _in_threads(action: Callable[[Any], Any], values: Sequence[Any]) -> list[Any]:
     with ThreadPoolExecutor() as pool:
         return list(pool.map(action, values))
@@ -495,18 +525,21 @@ def _read_lines(path: Path, expected: str) -> list[bytes]:
 def _read(path: Path, expected: str) -> bytes:
     content = files.read_bytes(path)
     if content is None:
-        raise InputError(f"{path}: is missing; put it back from a copy, or make the store anew")
+        raise DamagedError(f"{path}: is missing; put it back from a copy, or make the store anew")
     _compare(path, hashlib.sha256(content).hexdigest(), expected)
     return content
 
 
 def _compare(path: Path, found: str, expected: str | None) -> None:
     if found != expected:
-        raise InputError(
+        raise DamagedError(
             f"{path}: differs from its checksum in {MANIFEST}; put it back from a copy, or make the store anew"
         )
 
 
 def _document(line: bytes) -> Document:
     row = json.loads(line)
-    return Document(row["_id"], row["title"], row["text"])
+    document = Document(row["_id"], row["title"], row["text"])
+    if not all(isinstance(field, str) for field in document):
+        raise ValueError("a field is no text")
+    return document

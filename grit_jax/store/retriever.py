@@ -61,6 +61,10 @@ class Retriever:
         """Documents that are searched."""
         return len(self._store)
 
+    def document(self, row: int) -> Document:
+        """The document of a row of the store; errors as of `Store.document`."""
+        return self._store.document(row)
+
     def find(self, queries: Sequence[str], *, instruction: str = "", k: int = 10) -> list[list[Hit]]:
         """The best documents of each query, best first; of equal ones the smaller row comes first.
 
@@ -96,7 +100,7 @@ class Retriever:
         """The half of `nearest` that reads documents."""
         return [
             [
-                Hit(score, row, self._store.document(row), self._store.duplicates.get(row, []))
+                Hit(score, row, self.document(row), self._store.duplicates.get(row, []))
                 for score, row in zip(*found, strict=True)
             ]
             for found in zip(scores.tolist(), rows.tolist(), strict=True)

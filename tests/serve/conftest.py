@@ -10,8 +10,9 @@ import pytest
 import uvicorn
 
 from grit_jax.rag import Rag
-from grit_jax.serve.app import Limits, Server
-from grit_jax.serve.http import PatientProtocol
+from grit_jax.serve.app import Server
+from grit_jax.serve.connection import PatientProtocol
+from grit_jax.serve.service import Limits
 from grit_jax.store.layout import Store
 from tests.models import make
 from tests.store import stores

@@ -9,6 +9,8 @@ from urllib.parse import urlsplit
 
 import pytest
 
+from tests.serve.conftest import DOCUMENTS, PROMPTS
+
 REMEDY = "pip install playwright, and apt-get install chromium, to test the page"
 playwright = pytest.importorskip("playwright.sync_api", reason=REMEDY)
 expect = playwright.expect
@@ -152,6 +154,53 @@ def test_documents_of_the_store_expand_and_name_the_ids_that_share_their_text(pa
     more.click()
     expect(page.locator("#results [data-part=more][aria-expanded=true]")).to_have_text("Show less")
     expect(page.locator("#results")).to_contain_text("same text:")
+
+
+def test_a_first_instruction_and_query_are_offered(page):
+    open_page(page)
+    with page.expect_request("**/v1/search") as request:
+        page.locator("#try-search").click()
+    asked = request.value.post_data_json
+    assert (asked["query"], asked["instruction"]) == (DOCUMENTS[0]["title"], PROMPTS["question"])
+    expect(page.locator("#results .document")).to_have_count(3)
+    page.get_by_role("link", name="Chat").click()
+    page.locator("#try-chat").click()
+    expect(page.locator(".question")).to_contain_text("What is a text embedding")
+    expect(page.locator(".turn > .facts")).to_contain_text("total", timeout=120_000)
+
+
+def test_while_programs_are_compiled_the_page_says_so_and_what_is_asked_waits(page):
+    warm, sent = [], []
+    page.on("request", lambda request: sent.append(urlsplit(request.url).path))
+    told = {"status": "ok", "ready": False, "programs_compiled": 12}
+    page.route("**/health", lambda route: route.continue_() if warm else route.fulfill(json=told))
+    open_page(page)
+    expect(page.get_by_role("status").filter(has_text="getting ready")).to_contain_text("12 programs compiled so far")
+    page.locator("#query").fill("a question")
+    page.locator("#query").press("Enter")
+    expect(page.locator("#search-status")).to_have_text("Searching…")
+    with page.expect_request("**/health"):
+        pass
+    assert "/v1/search" not in sent
+    warm.append(True)
+    expect(page.locator("#results .document")).to_have_count(3)
+    expect(page.locator("#getting-ready")).to_be_hidden()
+
+
+def test_what_waits_for_programs_can_be_stopped(page):
+    page.route("**/health", lambda route: route.fulfill(json={"ready": False, "programs_compiled": 1}))
+    open_page(page)
+    page.locator("#query").fill("a question")
+    page.locator("#query").press("Enter")
+    page.keyboard.press("Escape")
+    expect(page.locator("#search-status")).to_have_text("Stopped.")
+
+
+def test_a_model_that_fails_while_it_gets_ready_is_told(page, watch):
+    watch.refusals_expected = True
+    answer(page, "/health", status=503, body=error("the model has failed", "server_error", "model_failed"))
+    page.goto("/")
+    expect(page.get_by_role("alert")).to_contain_text("the model has failed")
 
 
 def test_texts_with_markup_are_shown_as_text(page):

@@ -85,7 +85,8 @@ def test_a_server_takes_its_key_store_and_prompts_and_spreads_the_model(model, t
     assert indexed.returncode == 0, indexed.stderr
     with serving(
         model, "--max-length", 256, "--rows", 2, "--name", "it", "--index", tmp_path / "store", "--prompts",
-        tmp_path / "prompts.json", "--causal-mb", 1, "--mesh.tensor=2", devices=4, GRIT_JAX_API_KEY="secret",
+        tmp_path / "prompts.json", "--causal-mb", 1, "--allow-host", "grit.example", "--mesh.tensor=2",
+        devices=4, GRIT_JAX_API_KEY="secret",
     ) as process:  # fmt: skip
         name, address = told_first(process)
         assert name == "it" and address.startswith("http://127.0.0.1:")
@@ -96,6 +97,8 @@ def test_a_server_takes_its_key_store_and_prompts_and_spreads_the_model(model, t
             return httpx2.post(f"{address}/v1/{path}", json={"model": "it", **body}, headers=headers, timeout=60)
 
         assert post("search", "wrong", query="sea").status_code == 401
+        for host, status in (("grit.example", 200), ("evil.example", 400)):
+            assert httpx2.get(f"{address}/health", headers={"host": host}).status_code == status
         plain, named, told = (post("embeddings", input="x", **how).json()["data"] for how in (
             {}, {"prompt_name": "find"}, {"instruction": "Find it"}
         ))  # fmt: skip
@@ -122,6 +125,13 @@ def test_a_port_in_use_is_told_before_the_model_is_loaded(model):
     assert f"--port {port}: [Errno 98]" in ended.stderr
 
 
+@pytest.mark.parametrize(("key", "told"), [("", "is empty; give it a key"), ("two words", "no spaces")])
+def test_a_key_that_no_client_could_send_is_refused_at_the_start(model, key, told):
+    with serving(model, GRIT_JAX_API_KEY=key) as process:
+        assert process.wait(60) == 2
+        assert f"GRIT_JAX_API_KEY{'' if not key else ':'}" in (text := process.stderr.read()) and told in text
+
+
 def test_a_server_can_be_stopped_while_it_compiles(model):
     with serving(model) as process:
         _, address = told_first(process)
@@ -143,6 +153,7 @@ def test_a_server_can_be_stopped_while_it_compiles(model):
         (["--verbose"], "--verbose"),
         (["--port", "99999"], "--port 99999"),
         (["--host", "256.0.0.1"], "--host 256.0.0.1"),
+        (["--allow-host", "http://grit.example"], "--allow-host http://grit.example"),
     ],
 )
 def test_wrong_settings_are_told_before_anything_is_served(model, more, told):

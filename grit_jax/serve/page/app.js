@@ -13,6 +13,7 @@ const METHODS = {
 };
 
 const SNIPPET_LENGTH = 260;
+const READY_MS = 1000; // between two looks at whether the server is ready
 
 const $ = (id) => document.getElementById(id);
 
@@ -35,7 +36,7 @@ async function failure(response) {
   return new ServerError(`The server answered ${response.status} ${response.statusText}.`.replace(" .", "."));
 }
 
-async function send(path, { body, signal }) {
+async function send(path, { body, signal } = {}) {
   const headers = {};
   const key = sessionStorage.getItem(KEY);
   if (key) headers.Authorization = `Bearer ${key}`;
@@ -49,12 +50,43 @@ async function send(path, { body, signal }) {
 }
 
 async function request(path, options = {}) {
+  if (options.body) await unlessAborted(ready, options.signal);
   for (;;) {
     const response = await send(path, options);
     if (response.ok) return response;
     const error = await failure(response);
     if (response.status !== 401 || !(await askForKey(error.message))) throw error;
   }
+}
+
+// Settled once the server can answer; what is asked before then waits for it.
+let ready = Promise.resolve();
+
+async function untilReady() {
+  const start = performance.now();
+  const pause = () => new Promise((resolve) => { setTimeout(resolve, READY_MS); });
+  const line = $("getting-ready");
+  try {
+    for (;;) {
+      const response = await send("health");
+      if (!response.ok) throw await failure(response);
+      const { ready: done, programs_compiled: programs } = await response.json();
+      if (done) return;
+      line.textContent = `The model is getting ready: ${counted(programs, "program")} compiled so far, in `
+        + `${duration(performance.now() - start)}. What you ask now is answered as soon as it is.`;
+      line.hidden = false;
+      await pause();
+    }
+  } finally {
+    line.hidden = true;
+  }
+}
+
+function unlessAborted(promise, signal) {
+  if (!signal) return promise;
+  return Promise.race([promise, new Promise((_, reject) => {
+    signal.addEventListener("abort", () => reject(signal.reason), { once: true });
+  })]);
 }
 
 let keyAnswer = null;
@@ -355,13 +387,27 @@ function showModel() {
   $("documents-switch").hidden = !index;
   for (const label of document.querySelectorAll(".of-documents")) label.hidden = !index;
   if (!index) return;
+  const { example } = index;
+  $("search-example").hidden = !example;
+  if (example) $("try-search").textContent = `“${example.query}”, with the instruction “${example.instruction}”`;
   $("corpus").textContent = `Your query is compared with every text of ${counted(index.documents, "document")}.`;
   $("method").replaceChildren(...index.methods.map((method) => new Option(METHODS[method]?.[0] ?? method, method)));
   $("method").value = index.methods.find((method) => method !== "none") ?? "none";
   showMethod();
 }
 
+function tryExample() {
+  const { instruction, query } = model.index.example;
+  $("instruction").value = instruction;
+  $("query").value = query;
+  grow($("query"));
+  $("search-form").requestSubmit();
+}
+
 async function loadModel() {
+  ready = untilReady();
+  // Told here, and to whoever asks meanwhile.
+  ready.catch((error) => showError($("notice"), error, loadModel));
   try {
     model = (await (await request("v1/models")).json()).data[0];
     showModel();
@@ -392,6 +438,8 @@ submits($("chat-form"), submitMessage);
 $("settings").addEventListener("invalid", () => { $("settings").open = true; }, true);
 $("stop").addEventListener("click", () => answering?.abort());
 $("clear").addEventListener("click", clearConversation);
+$("try-search").addEventListener("click", tryExample);
+$("try-chat").addEventListener("click", () => { $("message").value = $("try-chat").textContent; submitMessage(); });
 $("use-documents").addEventListener("change", showMethod);
 $("method").addEventListener("change", showMethod);
 $("key-form").addEventListener("submit", keepKey);

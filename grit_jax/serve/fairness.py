@@ -1,0 +1,121 @@
+"""Whose turn it is: clients take turns, and so do the requests of each of them.
+
+A client is an address. A connection carries one request at a time, so connections are told apart as requests are.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import OrderedDict, deque
+from collections.abc import AsyncGenerator, Callable
+from contextlib import asynccontextmanager
+from typing import Generic, NamedTuple, TypeVar
+
+T = TypeVar("T")
+
+
+class Caller(NamedTuple):
+    """Who waits for something.
+
+    Attributes:
+      client: Address of the client.
+      request: Number of the request, unlike that of any other.
+    """
+
+    client: str
+    request: int
+
+
+class FairQueue(Generic[T]):
+    """Items that wait, each for the turn of its request.
+
+    The client that has waited longest has its turn first, and of its requests the one that has waited longest.
+    """
+
+    def __init__(self):
+        self._clients: OrderedDict[str, OrderedDict[int, deque[T]]] = OrderedDict()
+
+    def __len__(self) -> int:
+        return sum(len(items) for requests in self._clients.values() for items in requests.values())
+
+    def put(self, caller: Caller, item: T) -> None:
+        """Adds an item behind the others of its request."""
+        requests = self._clients.setdefault(caller.client, OrderedDict())
+        requests.setdefault(caller.request, deque()).append(item)
+
+    def first(self, may: Callable[[Caller], bool] = lambda caller: True) -> Caller | None:
+        """Whose turn it is among those that `may` have one; None where there is nobody."""
+        callers = (Caller(client, request) for client, requests in self._clients.items() for request in requests)
+        return next(filter(may, callers), None)
+
+    def peek(self, caller: Caller) -> T:
+        """The next item of a request that waits."""
+        return self._clients[caller.client][caller.request][0]
+
+    def pop(self, caller: Caller) -> T:
+        """Takes the next item of a request that waits, whose turn ends with its last item, or with `rotate`."""
+        items = self._clients[caller.client][caller.request]
+        item = items.popleft()
+        if not items:
+            self._remove(caller)
+        return item
+
+    def rotate(self, caller: Caller) -> None:
+        """Ends the turn of a request: it comes last among those of its client, and the client last of all."""
+        if caller.request in (requests := self._clients.get(caller.client, OrderedDict())):
+            requests.move_to_end(caller.request)
+            self._clients.move_to_end(caller.client)
+
+    def discard(self, caller: Caller, item: T) -> None:
+        """Removes an item, if it is there."""
+        items = self._clients.get(caller.client, {}).get(caller.request, deque())
+        if item in items:
+            items.remove(item)
+            if not items:
+                self._remove(caller)
+
+    def _remove(self, caller: Caller) -> None:
+        requests = self._clients[caller.client]
+        del requests[caller.request]
+        self._clients.move_to_end(caller.client)
+        if not requests:
+            del self._clients[caller.client]
+
+
+class FairSemaphore:
+    """Room for some requests of an event loop at a time, given in turns.
+
+    Args:
+      count: How many.
+    """
+
+    def __init__(self, count: int):
+        self._free, self._waiting = count, FairQueue[asyncio.Future[None]]()
+
+    @asynccontextmanager
+    async def room(self, caller: Caller) -> AsyncGenerator[None]:
+        """Waits for room, which is taken until the block ends."""
+        if self._free:
+            self._free -= 1
+        else:
+            turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            self._waiting.put(caller, turn)
+            try:
+                await turn
+            except asyncio.CancelledError:
+                self._waiting.discard(caller, turn)
+                if not turn.cancelled():  # it got its turn and was cancelled at once
+                    self._release()
+                raise
+        try:
+            yield
+        finally:
+            self._release()
+
+    def _release(self) -> None:
+        while caller := self._waiting.first():
+            turn = self._waiting.pop(caller)
+            if not turn.done():
+                turn.set_result(None)
+                return
+        self._free += 1
