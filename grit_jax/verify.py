@@ -18,6 +18,7 @@ from grit_jax import prompts
 from grit_jax.checks import Check
 from grit_jax.config import EmbeddingConfig, InputError
 from grit_jax.data.pipeline import pool_weights
+from grit_jax.errors import install
 from grit_jax.hf.folder import is_folder
 from grit_jax.hf.targets import SENTENCE_BERT_FILE, SENTENCE_FILE, max_embedding_length
 from grit_jax.inference import GritModel
@@ -73,7 +74,7 @@ def verify(folder: str | Path, texts: Sequence[str] = SAMPLE_TEXTS) -> Iterator[
     """
     folder = Path(folder)
     if missing := missing_packages():
-        raise InputError(f"{', '.join(missing)} cannot be imported; run pip install 'grit-jax[torch]'")
+        raise InputError(f"{', '.join(missing)} cannot be imported; {install('torch')}")
     if not is_folder(folder):
         raise InputError(f"{folder}: no config.json with safetensors; name a folder that export-hf wrote")
     named = _named_prompts(folder)

@@ -106,7 +106,7 @@ def without_torch(monkeypatch):
 
 def test_a_machine_without_torch_is_told_what_to_install(folder, monkeypatch):
     without_torch(monkeypatch)
-    with pytest.raises(InputError, match=r"torch cannot be imported; run pip install 'grit-jax\[torch\]'"):
+    with pytest.raises(InputError, match=r"torch cannot be imported; pip install .*-e '\.\[torch\]'"):
         next(verify(folder, TEXTS))
 
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from grit_jax.checks import print_checks
 from grit_jax.config import InputError
+from grit_jax.errors import install
 
 HELP = "write a Hugging Face folder from a run or checkpoint"
 EXAMPLES = """\
@@ -53,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
     if args.no_verify:
         print("not compared with PyTorch (--no-verify)")
     elif missing := missing_packages():
-        print(f"not compared with PyTorch: {', '.join(missing)} cannot be imported; pip install 'grit-jax[torch]'")
+        print(f"not compared with PyTorch: {', '.join(missing)} cannot be imported; {install('torch')}")
     elif print_checks(verify(args.out)):
         print(f"error: {args.out} differs from this package; it is kept for inspection", file=sys.stderr)
         return 1

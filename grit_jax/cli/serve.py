@@ -12,6 +12,7 @@ from pathlib import Path
 from grit_jax.cli.arguments import refuse_not_positive
 from grit_jax.cli.overrides import refuse_unknown
 from grit_jax.config import COPIES, Config, InputError, MeshConfig, dump_config, parse_config
+from grit_jax.errors import install
 
 HELP = "answer embedding and chat requests over HTTP, as OpenAI's API does, with one copy of a model"
 EXAMPLES = """\
@@ -79,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
         from grit_jax.serve.guards import check_api_key, check_host
         from grit_jax.serve.service import Limits
     except ModuleNotFoundError as error:
-        raise InputError(f"the server needs {error.name}; pip install 'grit-jax[serve]'") from error
+        raise InputError(f"the server needs {error.name}; {install('serve')}") from error
     from grit_jax.inference import GritModel
     from grit_jax.rag import Rag
     from grit_jax.store.layout import Store

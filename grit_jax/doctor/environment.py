@@ -20,6 +20,7 @@ from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
 from grit_jax.chips import DEVICE_FILES
+from grit_jax.errors import install
 
 LOCK_FILE = "/tmp/libtpu_lockfile"
 
@@ -181,20 +182,20 @@ def find_problems(facts: Environment) -> Iterator[Problem]:
 
 
 def _version_problems(versions: Mapping[str, str | None], fitting: Mapping[str, str]) -> Iterator[Problem]:
-    again = "install them together: pip install -c constraints.txt '.[{}]'"
+    def again(extra: str) -> str:
+        return f"install them together: {install(extra)}"
+
     for name, wanted in fitting.items():
         version = versions.get(name)
         if version and not SpecifierSet(wanted).contains(version, prereleases=True):
             extra = "tpu" if name == "libtpu" else "EXTRA"
-            yield Problem(
-                f"{name} {version} does not fit jax {versions['jax']}, which takes {wanted}", again.format(extra)
-            )
+            yield Problem(f"{name} {version} does not fit jax {versions['jax']}, which takes {wanted}", again(extra))
     jaxlib = versions.get("jaxlib")
     for name in _PLUGINS:
         version = versions.get(name)
         if version and jaxlib and Version(version).release != Version(jaxlib).release:
             extra = name.split("-")[1]
-            yield Problem(f"{name} {version} does not match jaxlib {jaxlib}, so JAX ignores it", again.format(extra))
+            yield Problem(f"{name} {version} does not match jaxlib {jaxlib}, so JAX ignores it", again(extra))
 
 
 def _unused(accelerator: str, support: _Support, facts: Environment) -> Problem:
@@ -205,7 +206,7 @@ def _unused(accelerator: str, support: _Support, facts: Environment) -> Problem:
     if not any(facts.versions.get(name) for name in support.packages):
         return Problem(
             f"JAX has no support for a {accelerator}: {' or '.join(support.packages)} is not installed",
-            f"pip install -c constraints.txt '.[{support.extra}]'",
+            install(support.extra),
         )
     if facts.lock and support.device_platform == "tpu":
         return Problem(

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from grit_jax.config import InputError
+from grit_jax.errors import install
 from grit_jax.evaluation import metrics
 from grit_jax.evaluation.data import Row, read_rows
 from grit_jax.evaluation.task import EmbeddingTask, Outcome, Session
@@ -25,7 +26,7 @@ def _sklearn(module: str) -> Any:
         return importlib.import_module(f"sklearn.{module}")
     except ImportError as error:
         raise InputError(
-            "tasks of type classification and clustering need scikit-learn; pip install 'grit-jax[evaluate]'"
+            f"tasks of type classification and clustering need scikit-learn; {install('evaluate')}"
         ) from error
 
 

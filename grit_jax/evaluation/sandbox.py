@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple
 
 from grit_jax.config import InputError
+from grit_jax.errors import install
 
 _GUEST = Path(__file__).with_name("sandbox_guest.py")
 _START_SECONDS = 60.0  # in which two interpreters must be ready, whatever else the machine does
@@ -169,7 +170,7 @@ def _tools() -> tuple[str, bytes]:
     except (ImportError, RuntimeError) as error:  # a package without the program or library that it is for
         raise InputError(
             f"programs are confined by bubblewrap and libseccomp, on Linux, and not all of that is here ({error}); "
-            f"pip install 'grit-jax[evaluate]' and, on Debian, apt-get install bubblewrap libseccomp2, {_INSTEAD}"
+            f"{install('evaluate')} and, on Debian, apt-get install bubblewrap libseccomp2, {_INSTEAD}"
         ) from error
     rules = pyseccomp.SyscallFilter(pyseccomp.ALLOW)
     for name in _DENIED:

@@ -11,7 +11,7 @@ from grit_jax.config import Config
 from grit_jax.plan.program import lower_step, planned_mesh
 from grit_jax.plan.topology import Topology
 from grit_jax.plan.work import Lengths, Work, planned_work
-from grit_jax.train.dry_run import device_bytes
+from grit_jax.train.dry_run import state_and_gradient_bytes
 from grit_jax.train.setup import row_multiples, set_up
 
 
@@ -49,9 +49,8 @@ def make_outline(config: Config, topology: Topology, lengths: Lengths) -> Outlin
       InputError: libtpu is missing, or mesh, batch, lengths and model do not fit together.
     """
     mesh = planned_mesh(config, topology)
-    abstract = set_up(config, mesh).abstract
     lower_step(config, topology, lengths)
-    state = device_bytes(abstract) + device_bytes(abstract.params)
+    state = state_and_gradient_bytes(set_up(config, mesh).abstract)
     return Outline(topology, dict(mesh.shape), planned_work(config, row_multiples(config, mesh), lengths), state)
 
 

@@ -21,8 +21,9 @@ from grit_jax.model.transformer import abstract_model, abstract_params
 from grit_jax.plan.cost import Cost, estimate
 from grit_jax.plan.topology import Topology, devices
 from grit_jax.plan.work import Lengths, Work, planned_work
+from grit_jax.train.dry_run import state_and_gradient_bytes
 from grit_jax.train.resolve import resolve_architecture, resolve_tokenizer
-from grit_jax.train.setup import row_multiples, set_up
+from grit_jax.train.setup import Setup, row_multiples, set_up
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,8 @@ class Plan:
       topology: What it is compiled for.
       parameters: Of the model.
       work: What the step holds.
+      steps: Of the whole run.
+      state_bytes: Parameters, optimizer state and one gradient: the least that the step needs.
       negatives: The form of the contrastive loss, None without one.
       argument_bytes: State and batch; None where the compiler gave up.
       temporary_bytes: Most that lives besides, buffers of donated arguments not counted; None likewise.
@@ -47,6 +50,8 @@ class Plan:
     topology: Topology
     parameters: int
     work: Work
+    steps: int
+    state_bytes: int
     negatives: str | None
     argument_bytes: int | None
     temporary_bytes: int | None
@@ -60,6 +65,11 @@ class Plan:
     def fits(self) -> bool:
         """Whether a device's memory holds the step."""
         return self.cost is not None and self.peak_bytes <= self.topology.chip.hbm_bytes
+
+    @property
+    def run_seconds(self) -> float | None:
+        """Predicted time of all steps of the run; None where the compiler gave up."""
+        return None if self.cost is None else self.steps * self.cost.total_seconds
 
     @property
     def mfu(self) -> float | None:
@@ -120,7 +130,8 @@ def make_plan(config: Config, topology: Topology, lengths: Lengths) -> Plan:
     """
     mesh = planned_mesh(config, topology)
     work = planned_work(config, row_multiples(config, mesh), lengths)
-    lowered = _lower(config, mesh, work)
+    setup = set_up(config, mesh)
+    lowered = _lower(setup, config, mesh, work)
     architecture, width = config.model.architecture, config.model.embedding.projection_dim
     shapes = abstract_params(abstract_model(architecture, width))
     parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
@@ -128,7 +139,8 @@ def make_plan(config: Config, topology: Topology, lengths: Lengths) -> Plan:
     texts = (data.embedding_batch, data.embedding_batch * data.group_size)
     form = resolve_negatives(config.loss.negatives, *texts, width or architecture.embed_dim, shards)
     about: dict[str, Any] = {
-        "topology": topology, "parameters": parameters, "work": work,
+        "topology": topology, "parameters": parameters, "work": work, "steps": config.train.steps,
+        "state_bytes": state_and_gradient_bytes(setup.abstract),
         "negatives": form if config.train.embeds else None,
     }  # fmt: skip
     started = time.monotonic()
@@ -169,11 +181,10 @@ def _expert_fill(architecture: TransformerConfig, mesh: jax.sharding.Mesh) -> fl
 def lower_step(config: Config, topology: Topology, lengths: Lengths) -> jax.stages.Lowered:
     """The step, ready to be compiled for the topology; arguments and errors as those of `make_plan`."""
     mesh = planned_mesh(config, topology)
-    return _lower(config, mesh, planned_work(config, row_multiples(config, mesh), lengths))
+    return _lower(set_up(config, mesh), config, mesh, planned_work(config, row_multiples(config, mesh), lengths))
 
 
-def _lower(config: Config, mesh: jax.sharding.Mesh, work: Work) -> jax.stages.Lowered:
-    setup = set_up(config, mesh)
+def _lower(setup: Setup, config: Config, mesh: jax.sharding.Mesh, work: Work) -> jax.stages.Lowered:
     with jax.set_mesh(mesh):
         return setup.train_step.lower(setup.abstract, _abstract_batch(config, mesh, work))
 
@@ -198,13 +209,19 @@ def _abstract_batch(config: Config, mesh: jax.sharding.Mesh, work: Work) -> Grit
     return sharding.abstract_batch(mesh, GritBatch(embedding, generative))
 
 
-_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+_UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
 def _used_bytes(message: str) -> int | None:
-    """Bytes that the compiler says it needs when it runs out of memory; None for another error."""
-    match = re.search(r"Ran out of memory in memory space hbm.*?Used ([\d.]+)([KMG]?) of", message, re.DOTALL)
-    return match and round(float(match[1]) * _UNITS[match[2]])
+    """Bytes that the compiler says it needs when it runs out of a device's memory; None for another error.
+
+    The compiler words it in several ways, but always names what is needed and the smaller amount that there is.
+    """
+    summary = message.partition("Largest program allocations")[0]
+    if not re.search(r"ran out of memory (in memory space|on) hbm", summary, re.IGNORECASE):
+        return None
+    sizes = re.findall(r"\b(\d+(?:\.\d+)?)([KMGT])", summary)
+    return max((round(float(number) * _UNITS[unit]) for number, unit in sizes), default=None)
 
 
 def _largest_buffers(message: str, most: int = 5) -> tuple[str, ...]:

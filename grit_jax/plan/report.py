@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from grit_jax.chips import GIB
 from grit_jax.config import Config
 from grit_jax.plan.cost import KERNEL_EFFICIENCY
 from grit_jax.plan.program import Plan
 
-_GIB = 1 << 30
+_HOUR = 3600  # seconds
 
 
 def as_json(plan: Plan) -> dict[str, Any]:
@@ -26,6 +27,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "argument_bytes_per_device": plan.argument_bytes,
         "temporary_bytes_per_device": plan.temporary_bytes,
         "host_bytes_per_device": plan.host_bytes,
+        "state_bytes_per_device": plan.state_bytes,
         "largest_buffers": list(plan.largest),
         "embedding_rows": plan.work.rows[0],
         "generative_rows": plan.work.rows[1],
@@ -36,6 +38,9 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "predicted_step_seconds": cost and cost.total_seconds,
         "predicted_mfu": plan.mfu,
         "predicted_tokens_per_second": cost and plan.work.tokens / cost.total_seconds,
+        "steps": plan.steps,
+        "predicted_run_hours": None if plan.run_seconds is None else plan.run_seconds / _HOUR,
+        "predicted_chip_hours": None if plan.run_seconds is None else _chip_hours(plan, plan.run_seconds),
         "compile_seconds": plan.compile_seconds,
     }
     if cost is None:
@@ -78,6 +83,11 @@ def as_lines(plan: Plan, config: Config) -> Iterator[str]:
             f"predicted: {cost.total_seconds:.2f} s a step, {plan.work.tokens / cost.total_seconds:,.0f} tokens/s, "
             f"MFU {plan.mfu:.1%}, recompute factor {plan.recompute_factor:.2f}"
         )
+        seconds = plan.steps * cost.total_seconds
+        yield (
+            f"the whole run: {plan.steps:,} steps, {_amount(seconds / _HOUR)} hours, "
+            f"{_amount(_chip_hours(plan, seconds))} chip-hours, without compiling, evaluating and saving"
+        )
         yield (
             f"  compute {cost.compute_seconds:.2f} s, attention {cost.attention_seconds:.2f}, other kernels "
             f"{cost.kernel_seconds:.2f}, exposed transfers {cost.exposed_seconds:.2f}"
@@ -100,6 +110,11 @@ def as_lines(plan: Plan, config: Config) -> Iterator[str]:
 
 def advice(plan: Plan, config: Config) -> str:
     """What dominates the memory of a plan that does not fit, and what to change."""
+    if plan.state_bytes >= plan.topology.chip.hbm_bytes:
+        return (
+            f"state and gradients alone need {_gib(plan.state_bytes)} GiB of a device: use more chips, or raise "
+            "mesh.fsdp at the cost of mesh.data"
+        )
     if plan.argument_bytes is not None and 2 * plan.argument_bytes > plan.peak_bytes:
         return "the state dominates: use more chips, or raise mesh.fsdp at the cost of mesh.data"
     model, train = config.model, config.train
@@ -113,5 +128,13 @@ def advice(plan: Plan, config: Config) -> str:
     return f"activations dominate: lower model.layer_rows (it is {model.layer_rows}), or use more chips"
 
 
+def _chip_hours(plan: Plan, seconds: float) -> float:
+    return plan.topology.num_chips * seconds / _HOUR
+
+
+def _amount(number: float) -> str:
+    return f"{number:,.1f}" if number >= 1 else f"{number:.2g}"
+
+
 def _gib(num_bytes: int) -> str:
-    return f"{num_bytes / _GIB:.2f}"
+    return f"{num_bytes / GIB:.2f}"

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from grit_jax.chips import CHIPS, Chip
 from grit_jax.config import InputError
+from grit_jax.errors import install
 
 if TYPE_CHECKING:
     import jax
@@ -55,8 +56,14 @@ _ALIASES = {"v5litepod": "v5e"}
 # a 2-D slice has a ring along each side of the whole pod.
 _CUBE_SIDE, _POD_SIDE_2D = 4, 16
 
-# What libtpu must find when it is loaded: no search for a TPU host's metadata, no lock against other processes.
-_LIBTPU_ENVIRONMENT = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+# What libtpu must find when it is loaded: no search for a TPU host's metadata, no lock against other processes, and the
+# host that it would otherwise complain not to know. The topology is given in the call, whatever host this names.
+_LIBTPU_ENVIRONMENT = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-1",
+}
 
 
 @dataclass(frozen=True)
@@ -135,9 +142,7 @@ def devices(topology: Topology) -> list[jax.Device]:
       InputError: libtpu is not installed.
     """
     if importlib.util.find_spec("libtpu") is None:
-        raise InputError(
-            f"compiling for {topology.libtpu_name} needs libtpu (no TPU is needed); pip install 'grit-jax[tpu]'"
-        )
+        raise InputError(f"compiling for {topology.libtpu_name} needs libtpu (no TPU is needed); {install('tpu')}")
     for key, value in _LIBTPU_ENVIRONMENT.items():
         os.environ.setdefault(key, value)
     import jax

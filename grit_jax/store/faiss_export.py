@@ -8,6 +8,7 @@ from typing import Any
 
 from grit_jax import files
 from grit_jax.config import InputError
+from grit_jax.errors import install
 from grit_jax.store.layout import Store
 from grit_jax.store.vectors import unpack
 
@@ -32,7 +33,7 @@ def export_faiss(store: Store, path: Path) -> Path:
     try:
         import faiss
     except ImportError as error:
-        raise InputError("FAISS is not installed; pip install 'grit-jax[faiss]'") from error
+        raise InputError(f"FAISS is not installed; {install('faiss')}") from error
     rows, dim = store.vectors.shape
     index: Any = faiss.IndexFlatIP(dim)
     for first in range(0, rows, _ROWS_AT_ONCE):

@@ -29,6 +29,7 @@ from grit_jax.data.records import RecordError
 from grit_jax.data.sources import Source, find_files, open_source
 from grit_jax.loading import open_model
 from grit_jax.tokenizer import Tokenizer
+from grit_jax.train.metrics import check_trackers
 from grit_jax.train.resolve import (
     check_data,
     check_folder,
@@ -73,6 +74,8 @@ def dry_run(config: Config) -> Iterator[Check]:
             yield _space_check(config, abstract)
             failed, _ = _checked("resume", lambda: _check_resume(config, tokenizer, mesh))
             yield failed or verdict("resume", True, "train.output is new, or holds this run")
+    failed, trackers = _checked("logging", lambda: check_trackers(config.logging))
+    yield failed or verdict("logging", True, f"metrics.jsonl{''.join(f', {name}' for name in trackers)}")
     yield _write_check(config.train.output)
     yield _writer_check(config.train.output)
 
@@ -153,6 +156,11 @@ def _described(mesh: jax.sharding.Mesh) -> str:
 def device_bytes(tree: Any) -> int:
     """Bytes of a tree of ShapeDtypeStructs on one device."""
     return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def state_and_gradient_bytes(abstract: TrainState) -> int:
+    """Bytes of parameters, optimizer state and one gradient on one device: the least that a step needs."""
+    return device_bytes(abstract) + device_bytes(abstract.params)
 
 
 def _memory_check(abstract: TrainState, mesh: jax.sharding.Mesh) -> Check:

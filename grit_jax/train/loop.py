@@ -25,7 +25,7 @@ from grit_jax.model.pretrained import Pretrained
 from grit_jax.model.transformer import Params, init_params
 from grit_jax.sole_writer import refuse_other_writers
 from grit_jax.tokenizer import Tokenizer
-from grit_jax.train.metrics import Display, make_trackers
+from grit_jax.train.metrics import Display, check_trackers, make_trackers
 from grit_jax.train.profile import ProfileWindow
 from grit_jax.train.recorder import Datasets, Recorder
 from grit_jax.train.resolve import check_folder, embedding_changes, host_facts, resolve_architecture, resolve_tokenizer
@@ -53,6 +53,7 @@ class _Opened(NamedTuple):
 
 
 def _open(config: Config) -> _Opened:
+    check_trackers(config.logging)
     pretrained = open_model(config.model.init) if config.model.init else None
     tokenizer = resolve_tokenizer(config, pretrained)
     architecture = resolve_architecture(config, pretrained, tokenizer)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
+import json
 import os
 import time
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 
 import jax
 import rich.console
@@ -14,6 +16,7 @@ import rich.progress
 
 from grit_jax import chips, files
 from grit_jax.config import Config, InputError, LoggingConfig, TransformerConfig
+from grit_jax.errors import install
 from grit_jax.watch import folder
 from grit_jax.watch.lines import LineWriter, read_lines
 
@@ -44,6 +47,32 @@ def model_flops(
     projections = architecture.embed_dim * widths
     layers = architecture.num_layers * (projections * tokens + 2 * heads * attention_pairs)
     return 6 * (layers + architecture.vocab_size * architecture.embed_dim * generative_tokens)
+
+
+# Packages of the trackers, by their keys in `logging`; the extra that brings one is called as the key.
+_TRACKERS = {"tensorboard": "tensorboardX", "wandb": "wandb", "trackio": "trackio"}
+
+
+def check_trackers(config: LoggingConfig) -> list[str]:
+    """The trackers that a config asks for beside metrics.jsonl, imported first where they will be used: on host 0.
+
+    Raises:
+      InputError: The package of one is not installed.
+    """
+    asked = [name for name in _TRACKERS if getattr(config, name)]
+    if jax.process_index() == 0:
+        for name in asked:
+            _imported(name, getattr(config, name))
+    return asked
+
+
+def _imported(name: str, value: str | bool) -> Any:
+    """The package of the tracker `logging.<name>=<value>`."""
+    try:
+        return importlib.import_module(_TRACKERS[name])
+    except ImportError as error:
+        setting = f"logging.{name}={json.dumps(value)}"
+        raise InputError(f"{setting} needs {_TRACKERS[name]}, which cannot be imported; {install(name)}") from error
 
 
 class Tracker(Protocol):
@@ -83,13 +112,7 @@ class TensorBoardTracker:
     """Event files in the run folder."""
 
     def __init__(self, path: files.PathLike):
-        try:
-            import tensorboardX
-        except ImportError as error:
-            raise InputError(
-                "logging.tensorboard=true needs tensorboardX; pip install 'grit-jax[tensorboard]'"
-            ) from error
-        self._writer = tensorboardX.SummaryWriter(str(path))
+        self._writer = _imported("tensorboard", True).SummaryWriter(str(path))
 
     def log(self, step: int, values: Values) -> None:
         """Records one step."""
@@ -105,13 +128,11 @@ class WandbTracker:
     """A Weights & Biases run, resumed under the run folder's name."""
 
     def __init__(self, project: str, output: files.PathLike, config: str):
-        try:
-            import wandb  # ty: ignore[import-not-found]  # an extra that the tests do without
-        except ImportError as error:
-            raise InputError(f"logging.wandb={project!r} needs wandb; pip install 'grit-jax[wandb]'") from error
         name = run_name(output)
         place = None if files.is_bucket(output) else str(output)  # it writes to disks alone
-        self._run = wandb.init(project=project, name=name, id=name, resume="allow", dir=place, config={"yaml": config})
+        self._run = _imported("wandb", project).init(
+            project=project, name=name, id=name, resume="allow", dir=place, config={"yaml": config}
+        )
 
     def log(self, step: int, values: Values) -> None:
         """Records one step."""
@@ -126,12 +147,8 @@ class TrackioTracker:
     """A trackio run, resumed under the run folder's name."""
 
     def __init__(self, project: str, output: files.PathLike, config: str):
-        try:
-            import trackio  # ty: ignore[import-not-found]  # an extra that the tests do without
-        except ImportError as error:
-            raise InputError(f"logging.trackio={project!r} needs trackio; pip install 'grit-jax[trackio]'") from error
-        self._trackio = trackio
-        trackio.init(project=project, name=run_name(output), resume="allow", config={"yaml": config})
+        self._trackio = _imported("trackio", project)
+        self._trackio.init(project=project, name=run_name(output), resume="allow", config={"yaml": config})
 
     def log(self, step: int, values: Values) -> None:
         """Records one step."""

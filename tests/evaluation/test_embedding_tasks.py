@@ -143,5 +143,5 @@ def test_bad_rows_are_named(tmp_path):
 @pytest.mark.parametrize("kind", [Classification, Clustering])
 def test_without_scikit_learn_the_extra_is_named_before_anything_runs(monkeypatch, kind):
     monkeypatch.setitem(sys.modules, "sklearn.base", None)
-    with pytest.raises(InputError, match=r"need scikit-learn; pip install 'grit-jax\[evaluate\]'"):
+    with pytest.raises(InputError, match=r"need scikit-learn; pip install .*-e '\.\[evaluate\]'"):
         kind("x", "data")

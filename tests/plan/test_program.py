@@ -7,6 +7,7 @@ import pytest
 from grit_jax.cli import main as cli
 from grit_jax.config import Config, DataConfig, InputError, ModelConfig, TrainConfig, TransformerConfig
 from grit_jax.plan import program, search
+from grit_jax.plan.cost import Cost
 from grit_jax.plan.program import Plan, planned_config
 from grit_jax.plan.report import advice, as_json, as_lines
 from grit_jax.plan.topology import parse_topology
@@ -23,6 +24,11 @@ CONFIG = Config(
     ),
 )
 TOPOLOGY = parse_topology("v5e-8")
+# What libtpu 0.0.42.1 says of temporaries that no device holds.
+FAILED_BEFORE_ALLOCATION = (
+    "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (173.64G) exceeds "
+    "available HBM (15.75G)."
+)
 FAILED = """RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 23.50G of 15.75G hbm.
 
   Largest program allocations in hbm:
@@ -41,7 +47,8 @@ FAILED = """RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 23.5
 
 def plan(**changes):
     about = {
-        "topology": TOPOLOGY, "parameters": 1000, "work": Work((16, 8), 4096, 1e12), "negatives": "dense",
+        "topology": TOPOLOGY, "parameters": 1000, "work": Work((16, 8), 4096, 1e12), "steps": 1800,
+        "state_bytes": 1 << 30, "negatives": "dense",
         "argument_bytes": 1 << 30, "temporary_bytes": 2 << 30, "peak_bytes": 3 << 30, "host_bytes": 0, "largest": (),
         "cost": None, "compile_seconds": 1.0,
     }  # fmt: skip
@@ -96,13 +103,23 @@ def test_a_plan_says_what_to_give_where_the_tokenizer_is_not_on_this_machine():
         planned_config(config)
 
 
-def test_what_the_compiler_says_when_memory_runs_out_is_reported(monkeypatch):
-    class Lowered:
-        def compile(self):
-            raise jax.errors.JaxRuntimeError(FAILED)
+@pytest.fixture
+def compiler_says(monkeypatch):
+    """Compiling for any topology fails with the message that the fixture is called with."""
 
-    monkeypatch.setattr(program, "devices", lambda topology: jax.devices())
-    monkeypatch.setattr(program, "_lower", lambda *_: Lowered())
+    def fail(message):
+        class Lowered:
+            def compile(self):
+                raise jax.errors.JaxRuntimeError(message)
+
+        monkeypatch.setattr(program, "devices", lambda topology: jax.devices())
+        monkeypatch.setattr(program, "_lower", lambda *_: Lowered())
+
+    return fail
+
+
+def test_what_the_compiler_says_when_memory_runs_out_is_reported(compiler_says):
+    compiler_says(FAILED)
     failed = program.make_plan(CONFIG, TOPOLOGY, lengths_at_limits(CONFIG))
     assert not failed.fits
     assert failed.peak_bytes == int(23.5 * (1 << 30))
@@ -113,10 +130,30 @@ def test_what_the_compiler_says_when_memory_runs_out_is_reported(monkeypatch):
     assert "set model.layer_rows=" in text
 
 
+def test_memory_that_runs_out_before_allocation_is_advice_and_exit_code_3(compiler_says, capsys):
+    compiler_says(FAILED_BEFORE_ALLOCATION)
+    assert cli.main(["plan", str(ROOT / "configs/tiny.yaml"), "--topology", "v5e-1"]) == 3
+    assert "peak 173.64 of 15.75 GiB: DOES NOT FIT" in capsys.readouterr().out
+
+
+def test_another_error_of_the_compiler_is_raised(compiler_says):
+    compiler_says("INTERNAL: Mosaic failed to compile a kernel of 12.5M")
+    with pytest.raises(jax.errors.JaxRuntimeError, match="Mosaic"):
+        program.make_plan(CONFIG, TOPOLOGY, lengths_at_limits(CONFIG))
+
+
+def test_a_plan_says_what_the_whole_run_costs():
+    found = plan(cost=Cost(2.0, 1.0, 0.5, 0.0, 0.5, 0.1, 0.1, 0.0, 0.0, 10, 0, 5, (), 0, ()))
+    assert "the whole run: 1,800 steps, 1.0 hours, 8.0 chip-hours" in "\n".join(as_lines(found, CONFIG))
+    report = as_json(found)
+    assert (report["steps"], report["predicted_run_hours"], report["predicted_chip_hours"]) == (1800, 1.0, 8.0)
+
+
 @pytest.mark.parametrize(
     ("changes", "model", "said"),
     [
         ({"argument_bytes": 2 << 30}, {}, "the state dominates"),
+        ({"argument_bytes": None, "state_bytes": 16 << 30}, {}, "state and gradients alone need 16.00 GiB"),
         ({}, {"remat": "dots"}, "what layers keep dominates: set model.remat=full"),
         ({}, {"layer_rows": 1}, "the inputs of layers dominate: set model.remat=offload"),
         ({}, {"layer_rows": 1, "remat": "offload"}, "lower model.layer_rows"),
@@ -162,8 +199,6 @@ def test_the_search_recommends_the_fastest_that_fits(monkeypatch):
 
 @pytest.mark.parametrize(("peak", "code"), [(1 << 30, 0), (99 << 30, 3)])
 def test_the_command_prints_one_object_and_its_exit_code_says_whether_it_fits(monkeypatch, capsys, peak, code):
-    from grit_jax.plan.cost import Cost
-
     cost = Cost(2.0, 1.0, 0.5, 0.0, 0.5, 0.1, 0.1, 0.0, 0.0, 10, 0, 5, (), 0, ())
     monkeypatch.setattr(program, "make_plan", lambda *_, **__: plan(cost=cost, peak_bytes=peak))
     arguments = ["plan", str(ROOT / "configs/gritlm_7b_v5p_128.yaml"), "--topology", "v5p-128", "--json"]

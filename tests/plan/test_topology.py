@@ -69,7 +69,7 @@ def test_rings_are_those_of_whole_cubes_and_of_the_whole_pods_side():
 
 def test_a_missing_libtpu_names_the_extra_to_install(monkeypatch):
     monkeypatch.setattr(topology.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(InputError, match=r"pip install 'grit-jax\[tpu\]'"):
+    with pytest.raises(InputError, match=r"pip install .*-e '\.\[tpu\]'"):
         devices(parse_topology("v5e-4"))
 
 

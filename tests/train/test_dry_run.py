@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -10,11 +11,23 @@ from grit_jax.cli.main import main
 from grit_jax.config import load_config
 from grit_jax.datatools.files import write_rows
 from grit_jax.train import dry_run as module
+from grit_jax.train import loop
 from grit_jax.train.dry_run import dry_run
 from grit_jax.watch.lock import writer_lock
 from tests.runs import ROOT, TINY, train_arguments, write_data
 
-CHECKED = ["data.train", "tokenizer", "mesh", "shapes", "memory", "space", "resume", "train.output", "writer"]
+CHECKED = [
+    "data.train",
+    "tokenizer",
+    "mesh",
+    "shapes",
+    "memory",
+    "space",
+    "resume",
+    "logging",
+    "train.output",
+    "writer",
+]
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +68,22 @@ def test_what_is_wrong_is_named_and_the_rest_is_checked_all_the_same(data, tmp_p
     assert list(failures(found)) == [target]
     assert message in failures(found)[target]
     assert found["train.output"].passed
+
+
+@pytest.mark.parametrize(
+    ("setting", "package"), [("tensorboard=true", "tensorboardX"), ("wandb=mine", "wandb"), ("trackio=mine", "trackio")]
+)
+def test_a_tracker_that_is_not_installed_ends_a_dry_run_and_a_run_before_either_reads_a_model(
+    data, tmp_path, monkeypatch, capsys, setting, package
+):
+    monkeypatch.setitem(sys.modules, package, None)
+    key = setting.partition("=")[0]
+    found = checks(data, tmp_path / "run", f"--logging.{setting}")
+    assert list(failures(found)) == ["logging"]
+    assert f"needs {package}, which cannot be imported; pip install" in found["logging"].text
+    monkeypatch.setattr(loop, "resolve_tokenizer", lambda *_: pytest.fail("something was read first"))
+    assert main([*map(str, train_arguments(data, tmp_path / "run")), f"--logging.{setting}"]) == 2
+    assert f"error: logging.{key}=" in capsys.readouterr().err
 
 
 def test_any_failure_is_exit_code_2(data, tmp_path, capsys):

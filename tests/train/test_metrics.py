@@ -54,7 +54,7 @@ def test_trackio_gets_the_metrics_under_the_run_folders_name(trackio, tmp_path):
 def test_a_tracker_that_is_not_installed_is_named_with_its_extra(monkeypatch, tmp_path, name):
     monkeypatch.setitem(sys.modules, name, None)
     config = LoggingConfig(**{name: "project"})
-    message = rf"logging.{name}='project' needs {name}; pip install 'grit-jax\[{name}\]'"
+    message = rf"logging.{name}=\"project\" needs {name}, which cannot be imported; .*-e '\.\[{name}\]'"
     with (
         pytest.raises(InputError, match=message),
         make_trackers(config, tmp_path, resume_step=0, resolved=""),
