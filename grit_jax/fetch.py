@@ -209,11 +209,10 @@ def _model_files(work: _Work) -> list[hub.RemoteFile]:
         if "/" not in file.name and any(fnmatch.fnmatch(file.name, pattern) for pattern in hub.MODEL_PATTERNS)
     }
     weights = {name for name in there if name.endswith(".safetensors")}
-    if tensors.INDEX_FILE in there:
+    used = {tensors.WEIGHTS_FILE}
+    if tensors.WEIGHTS_FILE not in weights and tensors.INDEX_FILE in there:
         index, _ = hub.download(work.repository, there[tensors.INDEX_FILE], work.folder)
         used = tensors.indexed_files(epath.Path(index))
-    else:
-        used = {"model.safetensors"} if "model.safetensors" in weights else weights
     if not used & weights:
         raise InputError(
             f"{work.repository.name}: has no safetensors; pickled weights are never opened. Choose a revision that has "

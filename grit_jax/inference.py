@@ -95,6 +95,20 @@ class _Rows(NamedTuple):
     texts: list[tuple[int, int, int, int]]  # number of the text, row, first column, slot
 
 
+def refuse_not_finite(vectors: np.ndarray) -> None:
+    """Returns where all vectors, [texts, embed], are finite.
+
+    Raises:
+      InputError: One is not; the message names its place.
+    """
+    bad = np.flatnonzero(~np.isfinite(vectors).all(axis=-1))
+    if len(bad):
+        raise InputError(
+            f"text {bad[0]}: its vector is not finite ({len(bad)} of {len(vectors)} are not); the model's weights are "
+            "damaged, or too large for the type it computes in"
+        )
+
+
 class StartedEmbedding(NamedTuple):
     """Texts that the device embeds.
 
@@ -224,13 +238,14 @@ class GritModel:
           progress: Called with the number of texts that each batch finished.
 
         Raises:
-          InputError: A text is empty, or the instruction leaves no room for it; the message names its place. Or a
-            number is not positive.
+          InputError: A text is empty, the instruction leaves no room for it, it holds a token that the model has no
+            embedding of, or its vector is not finite; the message names its place. Or a number is not positive.
         """
         limit = self._limit(max_length)
         tokenized = self.embedding_prompts(texts, instruction=instruction, max_length=limit)
         kept = [prompt.cut(limit) for prompt in tokenized]
         vectors = self.embed(kept, batch_tokens=batch_tokens, progress=progress)
+        refuse_not_finite(vectors)
         truncated = sum(len(prompt.tokens) > limit for prompt in tokenized)
         return Encoded(vectors, sum(len(prompt.tokens) for prompt in kept), truncated)
 
@@ -251,7 +266,8 @@ class GritModel:
         _refuse_others(texts)
         opening = prompts.opening(form, bos=self.tokenizer.bos)
         limit = self._limit(max_length)
-        formatted = [prompts.embedding(text, instruction, bos=opening) for text in texts]
+        ending = self.tokenizer.ending
+        formatted = [prompts.embedding(text, instruction, bos=opening, ending=ending) for text in texts]
         tokenized = prompts.tokenize(formatted, self.tokenizer)
         for place, prompt in enumerate(tokenized, start=first):
             if not len(prompt.spans):
@@ -290,7 +306,7 @@ class GritModel:
         for rows in self._packed([text.tokens for text in texts], batch_tokens):
             weights = np.zeros(rows.tokens.shape, np.float32)
             for place, row, start, _ in rows.texts:
-                tokens, spans = texts[place]
+                tokens, spans, _ = texts[place]
                 weights[row, start : start + len(tokens)] = pool_weights(spans, len(tokens), self.embedding.pooling)
             places, slots = ([text[field] for text in rows.texts] for field in (0, 3))
             yield StartedEmbedding(places, slots, self._slots(*rows[:3], weights))
@@ -345,7 +361,7 @@ class GritModel:
                 tokens, segment_ids = (np.zeros(shape, np.int32) for _ in range(2))
                 weights = np.zeros(shape, np.float32)
                 for row, place in enumerate(members):
-                    ids, spans = texts[place]
+                    ids, spans, _ = texts[place]
                     tokens[row, : len(ids)], segment_ids[row, : len(ids)] = ids, 1
                     weights[row, : len(ids)] = pool_weights(spans, len(ids), settings.pooling)
                 with jax.set_mesh(self._mesh):

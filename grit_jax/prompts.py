@@ -53,10 +53,12 @@ class Prompt(NamedTuple):
     Attributes:
       text: What is tokenized, BOS included.
       spans: Character ranges [start, end) that are pooled (embedding) or scored (generation).
+      ending: Characters at the end that stay where a text is cut: those of the tokenizer's `ending`.
     """
 
     text: str
     spans: tuple[tuple[int, int], ...]
+    ending: int = 0
 
 
 class TokenizedPrompt(NamedTuple):
@@ -65,15 +67,21 @@ class TokenizedPrompt(NamedTuple):
     Attributes:
       tokens: int32 [tokens].
       spans: int32 [spans, 2]; token ranges [start, end). A token belongs to the span where it starts.
+      ending: Tokens at the end that stay where the text is cut.
     """
 
     tokens: np.ndarray
     spans: np.ndarray
+    ending: int = 0
 
     def cut(self, limit: int) -> TokenizedPrompt:
-        """The first `limit` tokens, with what is left of the spans."""
+        """`limit` tokens, the first ones and the ending, with what is left of the spans."""
+        if len(self.tokens) <= limit:
+            return self
+        ending = min(self.ending, limit)
+        tokens = np.concatenate([self.tokens[: limit - ending], self.tokens[len(self.tokens) - ending :]])
         spans = np.minimum(self.spans, limit)
-        return TokenizedPrompt(self.tokens[:limit], spans[spans[:, 0] < spans[:, 1]])
+        return TokenizedPrompt(tokens, spans[spans[:, 0] < spans[:, 1]], ending)
 
 
 def stripped(instruction: str) -> str:
@@ -81,14 +89,15 @@ def stripped(instruction: str) -> str:
     return instruction.strip("\t\n :")
 
 
-def embedding(text: str, instruction: str = "", *, bos: str) -> Prompt:
+def embedding(text: str, instruction: str = "", *, bos: str, ending: str = "") -> Prompt:
     r"""`<s><|user|>\n{instruction}\n<|embed|>\n{text}`, or `<s><|embed|>\n{text}`; the text is pooled.
 
-    The instruction is `stripped`.
+    The instruction is `stripped`. The `ending` is the tokenizer's, follows the text and is pooled with it.
     """
     instruction = stripped(instruction)
     head = f"{bos}{_USER}{instruction}\n{_EMBED}" if instruction else f"{bos}{_EMBED}"
-    return Prompt(head + text, ((len(head), len(head) + len(text)),))
+    text += ending if text else ""
+    return Prompt(head + text, ((len(head), len(head) + len(text)),), len(ending) if text else 0)
 
 
 def opening(form: CacheForm, *, bos: str) -> str:
@@ -209,7 +218,11 @@ def tokenize(prompts: Sequence[Prompt], tokenizer: Tokenizer) -> list[TokenizedP
     """Tokenizes each prompt whole, then finds the tokens of its spans by character offset."""
     encodings = tokenizer.encode_batch([prompt.text for prompt in prompts])
     return [
-        TokenizedPrompt(encoding.ids, _token_spans(encoding.starts, prompt.spans))
+        TokenizedPrompt(
+            encoding.ids,
+            _token_spans(encoding.starts, prompt.spans),
+            int(np.sum(encoding.starts >= len(prompt.text) - prompt.ending)) if prompt.ending else 0,
+        )
         for prompt, encoding in zip(prompts, encodings, strict=True)
     ]
 

@@ -8,19 +8,20 @@ import json
 import os
 import re
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import tokenizers
 from etils import epath
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
-from grit_jax import files
+from grit_jax import files, jsonfile
 from grit_jax.config import InputError
 from grit_jax.sentencepiece_bpe import convert
 
 _TOKENIZER, _MODEL = "tokenizer.json", "tokenizer.model"
 _SETTINGS, _SPECIAL = "tokenizer_config.json", "special_tokens_map.json"
+_ROWS = "embedding_rows"  # a key of ours in the settings, where the model has fewer than the tokenizer has entries
 
 # BOS and EOS of tokenizer files that come without settings, tried in this order.
 _WELL_KNOWN = (
@@ -47,23 +48,49 @@ class Tokenizer:
     """A `tokenizers` tokenizer and its special strings.
 
     `encode` adds no special token: prompts hold the BOS and EOS strings, which are tokens of their own.
-    Other tools that read `files` add BOS and nothing else.
+    Other tools that read `files` add BOS and `ending` and nothing else.
 
     Attributes:
       bos: Text of the first token of every sequence; empty when the model has none.
       eos: Text of the token that ends an answer.
+      ending: Text of the tokens that the model's own tokenizer ends every text with; mostly empty. Texts that are
+        embedded end with it.
+      padding: Text of the token that other tools fill rows with: a special one that ends texts.
+      rows: Rows of the model's embedding table, where the tokenizer has more entries; else None.
     """
 
-    def __init__(self, backend: tokenizers.Tokenizer, *, bos: str, eos: str):
+    def __init__(self, backend: tokenizers.Tokenizer, *, bos: str, eos: str, rows: int | None = None):
         backend.no_truncation()
         backend.no_padding()
-        if bos and backend.encode("").ids != [backend.token_to_id(bos)]:
+        added = _ending(backend)
+        self.ending = "".join(map(backend.id_to_token, added))
+        around = [*([backend.token_to_id(bos)] if bos else []), *added]
+        if backend.encode("").ids != around:
             # Other users of the files get the BOS that our prompts spell out.
-            special = [(bos, backend.token_to_id(bos))]
+            first, last = [bos] if bos else [], list(map(backend.id_to_token, added))
             backend.post_processor = processors.TemplateProcessing(
-                single=[bos, "$A"], pair=[bos, "$A", bos, "$B"], special_tokens=special
+                single=[*first, "$A", *last],
+                pair=[*first, "$A", *last, *first, "$B", *last],
+                special_tokens=[(backend.id_to_token(token), token) for token in dict.fromkeys(around)],
             )
-        self._backend, self.bos, self.eos = backend, bos, eos
+        self._backend, self.bos, self.eos, self.rows = backend, bos, eos, rows
+        self.padding = backend.id_to_token(added[-1]) if added else eos
+
+    def with_rows(self, rows: int) -> Tokenizer:
+        """The same tokenizer for a model whose embedding table has so many rows: texts with later ids are refused.
+
+        Raises:
+          InputError: BOS, EOS or `ending`, which every text has, come later.
+        """
+        if rows >= self.vocab_size:
+            return self
+        for token in filter(None, (self.bos, self.eos, self.ending)):
+            if max(self._backend.encode(token, add_special_tokens=False).ids, default=0) >= rows:
+                raise InputError(
+                    f"vocab_size={rows} leaves out the special token {token!r}, as the tokenizer has {self.vocab_size} "
+                    "entries; use the model's own tokenizer"
+                )
+        return Tokenizer(self._backend, bos=self.bos, eos=self.eos, rows=rows)
 
     @staticmethod
     def load(source: str | os.PathLike[str]) -> Tokenizer:
@@ -86,25 +113,32 @@ class Tokenizer:
             raise InputError(
                 f"tokenizer {source}: no {file} there; name a folder that has one, the file itself, or `bytes`"
             )
-        names = (_SETTINGS, _SPECIAL)
-        more = {name: text for name in names if (text := files.read_text(folder / name)) is not None}
+        found = {name: (folder / name, files.read_bytes(folder / name)) for name in (_SETTINGS, _SPECIAL)}
+        more = {name: _decoded(text, place) for name, (place, text) in found.items() if text is not None}
         if file.suffix == ".model":
             backend, special = convert(content, source=str(file))
             own = {_TOKENIZER: backend.to_str(), _SPECIAL: json.dumps(special)}
             return Tokenizer.from_files(own | more, source=str(file))
-        return Tokenizer.from_files({_TOKENIZER: content.decode(), **more}, source=str(file))
+        return Tokenizer.from_files({_TOKENIZER: _decoded(content, file), **more}, source=str(file))
 
     @staticmethod
     def from_files(files: dict[str, str], *, source: str = _TOKENIZER) -> Tokenizer:
         """The tokenizer that these file contents, by file name, describe; see `files`."""
+        settings = [
+            jsonfile.parse(files[name].encode(), source=os.path.join(os.path.dirname(source), name))
+            for name in (_SETTINGS, _SPECIAL)
+            if name in files
+        ]
+        bos, eos = (_special(settings, key) for key in ("bos_token", "eos_token"))
+        rows = settings[0].integer(_ROWS, default=None) if settings else None
         try:
             backend = tokenizers.Tokenizer.from_str(files[_TOKENIZER])
-        except Exception as error:  # the library raises plain Exception
-            raise InputError(f"{source} is not a tokenizer file of the tokenizers library: {error}") from error
-        settings: dict[str, Any] = {}
-        for name in (_SPECIAL, _SETTINGS):
-            settings |= json.loads(files.get(name, "{}"))
-        bos, eos = (_text(settings.get(key)) for key in ("bos_token", "eos_token"))
+            backend.encode("")
+        except BaseException as error:  # the library raises plain Exception, and where its Rust panics not even that
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
+            reason = " ".join(str(error).split())
+            raise InputError(f"{source} is not a tokenizer file of the tokenizers library: {reason}") from error
         if not eos:
             known = [
                 pair for pair in _WELL_KNOWN if all(backend.token_to_id(token) is not None for token in pair if token)
@@ -117,7 +151,7 @@ class Tokenizer:
         for token in filter(None, (bos, eos)):
             if backend.token_to_id(token) is None:
                 raise InputError(f"{source}: special token {token!r} is not in the vocabulary; correct {_SETTINGS}")
-        return Tokenizer(backend, bos=bos, eos=eos)
+        return Tokenizer(backend, bos=bos, eos=eos, rows=rows)
 
     def files(self) -> dict[str, str]:
         """File names and contents that `from_files` and transformers read."""
@@ -128,17 +162,21 @@ class Tokenizer:
             "clean_up_tokenization_spaces": False,
             "model_input_names": ["input_ids", "attention_mask"],
         }
+        if self.rows is not None:
+            settings[_ROWS] = self.rows
         return {_TOKENIZER: self._backend.to_str(), _SETTINGS: json.dumps(settings, indent=2)}
 
     @functools.cached_property
     def fingerprint(self) -> str:
         """Names the tokenizer: equal for equal behaviour."""
-        return hashlib.sha256(json.dumps(self.files()).encode()).hexdigest()[:16]
+        whole = self if self.rows is None else Tokenizer(self._backend, bos=self.bos, eos=self.eos)
+        return hashlib.sha256(json.dumps(whole.files()).encode()).hexdigest()[:16]
 
     @functools.cached_property
     def vocab_size(self) -> int:
-        """Largest id plus one."""
-        return max(self._backend.get_vocab(with_added_tokens=True).values()) + 1
+        """Largest id that texts may have, plus one."""
+        entries = max(self._backend.get_vocab(with_added_tokens=True).values()) + 1
+        return entries if self.rows is None else min(entries, self.rows)
 
     @functools.cached_property
     def longest_token(self) -> int:
@@ -155,11 +193,21 @@ class Tokenizer:
         """Id of `eos`."""
         return self._backend.token_to_id(self.eos)
 
+    @property
+    def padding_id(self) -> int:
+        """Id of `padding`."""
+        return self._backend.token_to_id(self.padding)
+
+    @property
+    def num_ending(self) -> int:
+        """Tokens of `ending`."""
+        return len(_ending(self._backend))
+
     def encode(self, text: str) -> Encoding:
         """Tokens of a text; special strings in it become their tokens.
 
         Raises:
-          InputError: It holds half of a surrogate pair.
+          InputError: It holds half of a surrogate pair, or a token that the model has no embedding of.
         """
         return self.encode_batch([text])[0]
 
@@ -171,7 +219,20 @@ class Tokenizer:
             for place, text in enumerate(texts):
                 _refuse_half_characters(text, place)
             raise
-        return [_encoding(encoded) for encoded in encodings]
+        found = [_encoding(encoded) for encoded in encodings]
+        if self.rows is not None:
+            for place, encoding in enumerate(found):
+                self._refuse_late(encoding, place)
+        return found
+
+    def _refuse_late(self, encoding: Encoding, place: int) -> None:
+        late = encoding.ids[encoding.ids >= self.rows]
+        if len(late):
+            token = self._backend.id_to_token(int(late[0]))
+            raise InputError(
+                f"text {place}: {token!r} is token {late[0]}, and the model's embedding table has {self.rows} rows; "
+                "remove it from the text"
+            )
 
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
         """Text of token ids."""
@@ -220,8 +281,29 @@ def _refuse_half_characters(text: str, place: int) -> None:
         ) from error
 
 
-def _text(token: str | dict[str, Any] | None) -> str:
-    return token["content"] if isinstance(token, dict) else token or ""
+def _decoded(content: bytes, path: os.PathLike[str]) -> str:
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: cannot be read: {error}; copy the file again") from error
+
+
+def _special(settings: Sequence[jsonfile.Section], key: str) -> str:
+    """A special token by the first file that has it, as a string or an object; empty for null or where none has it."""
+    for section in settings:
+        if isinstance(section.values.get(key), dict):
+            return section.section(key).text("content")
+        if key in section:
+            return section.text(key, null=True) or ""
+    return ""
+
+
+def _ending(backend: tokenizers.Tokenizer) -> list[int]:
+    """Tokens that other tools end every text with."""
+    plain, whole = (backend.encode("x", add_special_tokens=added).ids for added in (False, True))
+    places = range(len(whole) - len(plain) + 1)
+    begin = next((place for place in places if whole[place : place + len(plain)] == plain), 0)
+    return whole[begin + len(plain) :]
 
 
 def _byte_level(model: models.Model) -> tokenizers.Tokenizer:

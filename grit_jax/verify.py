@@ -105,27 +105,30 @@ def _ours(folder: Path, texts: list[str], instructions: list[str]) -> _Ours:
     with jax.default_matmul_precision("highest"):
         model = GritModel.load(folder, dtype="float32")
         limit = max_embedding_length(model.architecture, model.embedding)
-        plain = [model.tokenizer.bos + text for text in texts]
+        plain = [model.tokenizer.bos + text + model.tokenizer.ending for text in texts]
         ids, starts, vectors = {}, {}, {}
         for instruction in instructions:
-            formatted = [prompts.embedding(text, instruction, bos=model.tokenizer.bos) for text in texts]
+            bos, ending = model.tokenizer.bos, model.tokenizer.ending
+            formatted = [prompts.embedding(text, instruction, bos=bos, ending=ending) for text in texts]
             vectors[instruction] = model.encode(texts, instruction=instruction, max_length=limit)
             tokenized = prompts.tokenize(formatted, model.tokenizer)
-            ids[instruction] = [prompt.tokens[:limit].tolist() for prompt in tokenized]
+            ids[instruction] = [prompt.cut(limit).tokens.tolist() for prompt in tokenized]
             starts[instruction] = [int(prompt.spans[0, 0]) for prompt in tokenized]
         plain_ids = [encoding.ids.tolist() for encoding in model.tokenizer.encode_batch(plain)]
-        return _Ours(ids, starts, vectors, plain_ids, model.logits(texts), model.embedding, limit)
+        logits = model.logits([text + model.tokenizer.ending for text in texts])
+        return _Ours(ids, starts, vectors, plain_ids, logits, model.embedding, limit)
 
 
 def _compare_tokens(folder: Path, texts: Sequence[str], ours: _Ours) -> Check:
     import transformers
 
     tokenizer: Any = transformers.AutoTokenizer.from_pretrained(folder)
-    expected = [(text, ids) for text, ids in zip(texts, ours.plain_ids, strict=True)]
+    expected = [(text, {}, ids) for text, ids in zip(texts, ours.plain_ids, strict=True)]
+    cut = {"truncation": True, "max_length": ours.limit}
     for instruction, rows in ours.ids.items():
         prompt = prompts.embedding("", instruction, bos="").text
-        expected += [(prompt + text, ids) for text, ids in zip(texts, rows, strict=True)]
-    wrong = [text for text, ids in expected if tokenizer(text)["input_ids"][: len(ids)] != ids]
+        expected += [(prompt + text, cut, ids) for text, ids in zip(texts, rows, strict=True)]
+    wrong = [text for text, options, ids in expected if tokenizer(text, **options)["input_ids"] != ids]
     if wrong:
         return Check("token ids", np.inf, f"{len(wrong)} of {len(expected)} texts differ, the first is {wrong[0]!r}")
     return Check("token ids", 0.0, f"{len(expected)} texts equal")

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import json
+import os
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
+from grit_jax import files
 from grit_jax.checks import print_checks
-from grit_jax.config import InputError
+from grit_jax.config import InputError, load_config
 from grit_jax.errors import install
+from grit_jax.watch import folder as run_folder
+
+if TYPE_CHECKING:
+    from grit_jax.hf.targets import Origin
 
 HELP = "write a Hugging Face folder from a run or checkpoint"
 EXAMPLES = """\
@@ -47,7 +55,8 @@ def run(args: argparse.Namespace) -> int:
     from grit_jax.verify import missing_packages, verify
 
     pretrained, params = load_for_conversion(args.source, args.step, jnp.dtype(args.dtype))
-    save_folder(args.out, pretrained, params, dtype=args.dtype, instructions=instructions)
+    origin = read_origin(args.source, args.step)
+    save_folder(args.out, pretrained, params, dtype=args.dtype, instructions=instructions, origin=origin)
     del params
     if not has_sentence_pooling(pretrained.embedding):
         print("no files for sentence-transformers: it has no pooling that equals weighted_mean")
@@ -73,3 +82,47 @@ def parse_prompts(given: Sequence[str]) -> dict[str, str]:
         if not name or not separator:
             raise InputError(f"--prompt {text!r}: write it as NAME=INSTRUCTION")
     return dict(text.split("=", 1) for text in given)
+
+
+def read_origin(source: str, step: int | None) -> Origin:
+    """What the folders of a run and of the model that it began with say of how it was made; paths are not told.
+
+    Args:
+      source: Run folder; of anything else only its name on the Hub is known.
+      step: Checkpoint of it; None for the newest.
+    """
+    from grit_jax.hf.hub import is_hub_id
+    from grit_jax.hf.targets import Origin
+    from grit_jax.train.metrics import read_metrics
+
+    path = files.join(source, run_folder.CONFIG)
+    if is_hub_id(source) or not files.exists(path):
+        return Origin(base_model=source) if is_hub_id(source) else Origin()
+    config = load_config(path)
+    if step is None:
+        step = next(run_folder.checkpoint_steps(files.join(source, run_folder.CHECKPOINTS)), None)
+    figures: dict[str, float] = {}
+    for line in read_metrics(files.join(source, run_folder.METRICS)):
+        if line["step"] <= (step or 0):
+            figures |= {name: line[name] for name in line if name.startswith(("validation/", "scorecard/"))}
+    base, licence = _base(config.model.init) if config.model.init else (None, None)
+    train = [config.data.train] if isinstance(config.data.train, str) else config.data.train
+    return Origin(base, licence, tuple(_name(file) for file in train), step, figures)
+
+
+def _base(init: str) -> tuple[str, str | None]:
+    """Name and licence of the model that a run began with; `grit-jax fetch` writes both beside what it fetches."""
+    from grit_jax.fetch import DONE
+    from grit_jax.hf.hub import is_hub_id
+
+    if is_hub_id(init):
+        return init, None
+    try:
+        fetched = json.loads(files.read_text(files.join(init, DONE)) or "{}")
+        return fetched.get("repository") or _name(init), fetched.get("licence")
+    except (OSError, ValueError, AttributeError):
+        return _name(init), None
+
+
+def _name(path: str) -> str:
+    return os.path.basename(path.rstrip("/"))

@@ -17,7 +17,8 @@ def record_prompts(record: Record, tokenizer: Tokenizer) -> list[Prompt]:
     """The texts of a record: query, positives, negatives; or the one conversation."""
     if isinstance(record, EmbeddingRecord):
         texts = (record.query, *record.positives, *record.negatives)
-        return [prompts.embedding(text, instruction, bos=tokenizer.bos) for instruction, text in texts]
+        bos, ending = tokenizer.bos, tokenizer.ending
+        return [prompts.embedding(text, instruction, bos=bos, ending=ending) for instruction, text in texts]
     if isinstance(record.turns, str):
         return [prompts.plain(record.turns, bos=tokenizer.bos)]
     return [prompts.conversation(record.turns, bos=tokenizer.bos, eos=tokenizer.eos)]

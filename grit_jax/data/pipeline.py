@@ -116,7 +116,7 @@ class _Filler:
             length = int(plan.length[number])
             row, offset = int(own_row[plan.row[number]]), int(plan.offset[number])
             columns = slice(offset, offset + length)
-            tokens[row, columns] = text.tokens[:length]
+            tokens[row, columns] = text.cut(length).tokens
             segment_ids[row, columns] = plan.segment[number]
             positions[row, columns] = np.arange(length)
             texts.append((number, row, columns, text))

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from grit_jax.config import InputError, RopeScaling, TransformerConfig
+from grit_jax.jsonfile import SIZE, Section, shown
+from grit_jax.ranges import Range
 
 # Fields that every family stores under the same key.
 _FIELDS = {
@@ -39,7 +41,21 @@ _REQUIRED: Mapping[str, tuple[Any, ...]] = {
     "embedding_multiplier": (1.0, None),
     "residual_multiplier": (1.0, None),
     "attention_multiplier": (None,),
+    "per_layer_config": (None,),
 }
+
+# Which values the fields may have; sizes that are not named here, any that an array may have. Far beyond any model,
+# they keep a damaged file from making this package count to its end.
+_MANY = Range("must be from 1 to 10000", lambda value: 1 <= value <= 10_000)
+_FIRST_LAYER = Range("must be from 0 to 2147483647", lambda value: 0 <= value < 1 << 31)
+_COUNTS = {"num_layers": _MANY, "num_experts": _MANY, "experts_per_token": _MANY}
+_EPSILON = Range("must be positive and at most 1", lambda value: 1e-30 < value <= 1)
+_BASE = Range("must be positive and at most 1e30", lambda value: 1e-30 < value <= 1e30)  # float32 ends soon after
+_NUMBERS = {
+    "norm_epsilon": _EPSILON, "local_rope_theta": _BASE, "attention_soft_cap": _BASE, "logit_soft_cap": _BASE,
+}  # fmt: skip
+_NULLABLE = ("attention_soft_cap", "logit_soft_cap")
+_DEFAULTS = {field.name: field.default for field in dataclasses.fields(TransformerConfig)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,27 +89,29 @@ _GEMMA_KEYS = {
     "attention_scale_dim": "query_pre_attn_scalar",
     "logit_soft_cap": "final_logit_softcapping",
 }
-_GEMMA_DEFAULTS = {"tie_embeddings": True, "sliding_window": 4096, "attention_scale_dim": 256, "head_dim": 256}
+_GEMMA_DEFAULTS = {
+    "tie_embeddings": True, "sliding_window": 4096, "attention_scale_dim": 256, "head_dim": 256, "num_kv_heads": 4,
+}  # fmt: skip
 _GEMMA_ACTIVATION = ("hidden_activation", "gelu_pytorch_tanh")
 _FAMILIES: Mapping[str, _Family] = {
     "llama": _Family("LlamaForCausalLM"),
-    "mistral": _Family("MistralForCausalLM", defaults={"sliding_window": 4096}, windows="all"),
+    "mistral": _Family("MistralForCausalLM", defaults={"sliding_window": 4096, "num_kv_heads": 8}, windows="all"),
     "mixtral": _Family(
         "MixtralForCausalLM",
         keys={"num_experts": "num_local_experts", "experts_per_token": "num_experts_per_tok"},
-        defaults={"num_experts": 8, "rope_theta": 1e6},
+        defaults={"num_experts": 8, "rope_theta": 1e6, "num_kv_heads": 8},
         windows="all",
     ),
     "qwen2": _Family(
         "Qwen2ForCausalLM",
         fixed={"qkv_bias": True, "window_bidirectional": True},
-        defaults={"sliding_window": 4096},
+        defaults={"sliding_window": 4096, "num_kv_heads": 32},
         windows="optional",
     ),
     "qwen3": _Family(
         "Qwen3ForCausalLM",
         fixed={"qk_norm": True, "window_bidirectional": True},
-        defaults={"sliding_window": 4096, "head_dim": 128},
+        defaults={"sliding_window": 4096, "head_dim": 128, "num_kv_heads": 32},
         windows="optional",
     ),
     "gemma2": _Family(
@@ -124,10 +142,11 @@ _WINDOW_KEYS = {
     "layers": ("sliding_window",),
 }
 # What each kind of rotary embedding must say.
+_ROPE_LENGTH = "original_max_position_embeddings"
 _ROPE_KEYS = {
     "default": (),
     "linear": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", _ROPE_LENGTH),
 }
 
 
@@ -149,112 +168,174 @@ def read_config(config: Mapping[str, Any], *, source: str) -> TransformerConfig:
     """The architecture that a config.json describes.
 
     Raises:
-      InputError: It names a family or a feature that is not supported, or lacks a key.
+      InputError: It names a family or a feature that is not supported, lacks a key, has a value of another type or out
+        of range, or contradicts itself.
     """
-    name: Any = config.get("model_type")
-    if name not in _FAMILIES:
-        raise InputError(f"{source}: model_type={name!r} is not supported; supported are {', '.join(_FAMILIES)}")
+    section = Section(config, source=source)
+    name: Any = section.choice("model_type", _FAMILIES)
     family = _FAMILIES[name]
     for key, allowed in _REQUIRED.items():
-        if config.get(key, allowed[0]) not in allowed:
-            raise InputError(f"{source}: {key}={config[key]!r} is not supported for {name}; only {allowed[0]!r} is")
+        if key in section and not _is_one_of(config[key], allowed):
+            raise section.error(key, f"is not supported for {name}; only {allowed[0]!r} is")
     if foreign := sorted(key for key in _FEATURES - _own_keys(name, family) if config.get(key)):
-        raise InputError(f"{source}: {foreign[0]}={config[foreign[0]]!r} is a feature that {name} does not have")
-    if missing := [key for key in _FIELDS.values() if key not in config]:
+        raise section.error(foreign[0], f"is a feature that {name} does not have")
+    if missing := [key for key in _FIELDS.values() if key not in section]:
         raise InputError(f"{source}: {', '.join(missing)} missing; the file does not describe a {name} model")
 
-    def value(field: str, key: str) -> Any:
-        fallback = next(f for f in dataclasses.fields(TransformerConfig) if f.name == field).default
-        return config.get(key, family.defaults.get(field, fallback))
-
-    activation: Any = config.get(*family.activation)
-    if activation not in _ACTIVATIONS:
-        raise InputError(
-            f"{source}: {family.activation[0]}={activation!r} is not supported; known are {', '.join(_ACTIVATIONS)}"
-        )
-    num_heads = config["num_attention_heads"]
-    fields = {ours: config[theirs] for ours, theirs in _FIELDS.items()} | dict(family.fixed)
-    fields |= {ours: value(ours, theirs) for ours, theirs in family.keys.items()}
-    fields |= _read_windows(config, family, source) | _read_rope(config, family, source)
-    head_dim = config.get("head_dim", family.defaults.get("head_dim")) or config["hidden_size"] // num_heads
-    if fields.get("attention_scale_dim") == head_dim:
+    fields = {ours: _read_field(section, ours, theirs) for ours, theirs in _FIELDS.items()} | dict(family.fixed)
+    for ours, theirs in family.keys.items():
+        fields[ours] = _read_field(section, ours, theirs, default=family.defaults.get(ours, _DEFAULTS[ours]))
+    fields |= _read_windows(section, family, fields["num_layers"]) | _read_rope(section, family)
+    fields |= _read_heads(section, family, fields["embed_dim"], fields["num_heads"])
+    if fields.get("attention_scale_dim") == fields["head_dim"]:
         fields["attention_scale_dim"] = None
-    tied = config.get("tie_word_embeddings", family.defaults.get("tie_embeddings", False))
-    return TransformerConfig(
-        family=name,
-        num_kv_heads=config.get("num_key_value_heads") or num_heads,
-        head_dim=head_dim,
-        tie_embeddings=bool(tied),
-        activation=_ACTIVATIONS[activation],
-        **fields,
+    # transformers reads the first of these as the second.
+    if name == "mixtral" and config.get("num_experts", fields["num_experts"]) != fields["num_experts"]:
+        raise section.error("num_experts", f"contradicts num_local_experts={fields['num_experts']}; remove one of them")
+    try:
+        return TransformerConfig(
+            family=name,
+            tie_embeddings=section.flag("tie_word_embeddings", default=family.defaults.get("tie_embeddings", False)),
+            activation=_ACTIVATIONS[section.choice(family.activation[0], _ACTIVATIONS, default=family.activation[1])],
+            **fields,
+        )
+    except InputError as error:
+        raise error if str(error).startswith(source) else InputError(f"{source}: {error}") from error
+
+
+def _is_one_of(value: Any, allowed: tuple[Any, ...]) -> bool:
+    """Whether a value is among others; unlike in Python, 0 is not False and 1 is not True."""
+    return any(isinstance(value, bool) == isinstance(other, bool) and value == other for other in allowed)
+
+
+def _read_field(section: Section, field: str, key: str, **default: Any) -> Any:
+    if field in _NUMBERS:
+        return section.number(key, _NUMBERS[field], null=field in _NULLABLE, **default)
+    return section.integer(key, _COUNTS.get(field, SIZE), **default)
+
+
+def _read_heads(section: Section, family: _Family, embed_dim: int, num_heads: int) -> dict[str, int]:
+    """`num_kv_heads` and `head_dim`."""
+    num_kv_heads = section.integer("num_key_value_heads", default=family.defaults.get("num_kv_heads"), null=True)
+    head_dim = section.integer(
+        "head_dim", default=family.defaults.get("head_dim"), null="head_dim" not in family.defaults
     )
+    if head_dim is None and embed_dim % num_heads:
+        raise section.error("hidden_size", f"is not a multiple of num_attention_heads={num_heads}; set head_dim")
+    return {"num_kv_heads": num_kv_heads or num_heads, "head_dim": head_dim or embed_dim // num_heads}
 
 
-def _read_windows(config: Mapping[str, Any], family: _Family, source: str) -> dict[str, Any]:
+def _read_windows(section: Section, family: _Family, num_layers: int) -> dict[str, Any]:
     """`sliding_window` and, where layers differ, `windowed_layers`."""
-    window = config.get("sliding_window", family.defaults.get("sliding_window"))
-    num_layers = config["num_hidden_layers"]
-    if family.windows == "none" or (family.windows == "optional" and not config.get("use_sliding_window", False)):
+    window = section.integer("sliding_window", default=family.defaults.get("sliding_window"), null=True)
+    uses = section.flag("use_sliding_window", default=False)
+    if family.windows == "none" or (family.windows == "optional" and not uses):
         window = None
-    types = config.get("layer_types") or []
-    if unknown := sorted(set(types) - _LAYER_TYPES.keys()):
-        raise InputError(f"{source}: layer_types has {', '.join(unknown)}; known are {', '.join(_LAYER_TYPES)}")
-    layers = [_LAYER_TYPES[kind] for kind in types]
-    if layers and len(layers) != num_layers:
-        raise InputError(f"{source}: layer_types has {len(layers)} entries for num_hidden_layers={num_layers}")
+    types = section.texts("layer_types", default=None, null=True)
+    if unknown := sorted(set(types or ()) - _LAYER_TYPES.keys()):
+        raise InputError(
+            f"{section.source}: layer_types has {shown(unknown[0])}; supported are {', '.join(_LAYER_TYPES)}"
+        )
+    if types is not None and len(types) != num_layers:
+        raise InputError(
+            f"{section.source}: layer_types has {len(types)} entries for num_hidden_layers={num_layers}; give one each"
+        )
+    layers = [_LAYER_TYPES[kind] for kind in types or ()]
     if family.windows in ("none", "all") and set(layers) - {bool(window)}:
-        raise InputError(f"{source}: layer_types are not all alike, as {config['model_type']}'s layers are")
+        name = section.values["model_type"]
+        raise InputError(f"{section.source}: layer_types are not all alike, as {name}'s layers are")
     if not window:
+        if any(layers):
+            raise section.error("layer_types", "has sliding_attention, but no sliding_window is set; set it")
         return {"sliding_window": None}
     if family.windows == "all":
         return {"sliding_window": window}
-    if not layers and family.windows == "optional":
-        layers = [layer >= config.get("max_window_layers", 28) for layer in range(num_layers)]
-    elif not layers:
-        period = config.get("sliding_window_pattern") or (2 if config["model_type"] == "gemma2" else 6)
+    if types is None and family.windows == "optional":
+        first = section.integer("max_window_layers", _FIRST_LAYER, default=28)
+        layers = [layer >= first for layer in range(num_layers)]
+    elif types is None:
+        period = 2 if section.values["model_type"] == "gemma2" else section.integer("sliding_window_pattern", default=6)
         layers = [(layer + 1) % period > 0 for layer in range(num_layers)]
     if not any(layers):
         return {"sliding_window": None}
     return {"sliding_window": window, "windowed_layers": () if all(layers) else tuple(layers)}
 
 
-def _read_rope(config: Mapping[str, Any], family: _Family, source: str) -> dict[str, Any]:
-    """Bases of the rotary embedding and how it is stretched, from the keys of transformers 4 or 5."""
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    local: Mapping[str, Any] = {}
-    if "full_attention" in rope:  # one entry per kind of layer
-        rope, local = rope["full_attention"] or {}, rope.get("sliding_attention") or {}
+def _read_rope(section: Section, family: _Family) -> dict[str, Any]:
+    """Bases of the rotary embedding and how it is stretched, from the keys of transformers 4 or 5, or both if equal."""
+    keys = ("rope_scaling", "rope_parameters")
+    found = [key for key in keys if (given := section.section(key, default=None, null=True)) and given.values]
+    readings = [_read_rope_key(section, key, family) for key in found or keys[:1]]
+    if readings[0] != readings[-1]:
+        raise section.error(found[0], f"contradicts {found[1]}={shown(section.values[found[1]])}; remove one of them")
+    return readings[0]
+
+
+def _read_rope_key(section: Section, key: str, family: _Family) -> dict[str, Any]:
+    rope = section.section(key, default=None, null=True) or Section({}, source=section.source)
+    local = Section({}, source=section.source)
     local_key = family.keys.get("local_rope_theta")
-    if local and not (local_key and _rope_kind(local, source) == "default"):
-        raise InputError(f"{source}: positions stretched in layers with a window are not supported")
-    kind, scaling = _rope_kind(rope, source), None
-    if kind != "default":
-        values: list[Any] = [float(rope[key]) for key in _ROPE_KEYS[kind]]
-        scaling = RopeScaling(kind, *values[:3], *map(int, values[3:]))
-    theta = rope.get("rope_theta") or config.get("rope_theta") or family.defaults.get("rope_theta", 10000.0)
-    fields = {"rope_theta": float(theta), "rope_scaling": scaling}
+    if _LAYER_TYPES.keys() & rope.values.keys():  # one entry per kind of layer
+        if not local_key or key != "rope_parameters" or rope.values.keys() - _LAYER_TYPES.keys():
+            raise section.error(key, "has entries for kinds of layers, which are not supported there")
+        local = rope.section("sliding_attention", default=None, null=True) or local
+        rope = rope.section("full_attention", default=None, null=True) or Section({}, source=section.source)
+        if _rope_kind(local) != "default":
+            raise InputError(f"{section.source}: positions stretched in layers with a window are not supported")
+    elif local_key and key == "rope_parameters" and rope.values:
+        raise section.error(key, f"has no entries for {' and '.join(_LAYER_TYPES)}; give one each")
+    fields: dict[str, Any] = {
+        "rope_theta": _read_theta(section, "rope_theta", rope, family.defaults.get("rope_theta", 10000.0)),
+        "rope_scaling": _read_scaling(section, rope),
+    }
     if local_key:
-        local_theta = local.get("rope_theta") or config.get(local_key) or family.defaults["local_rope_theta"]
-        fields["local_rope_theta"] = float(local_theta)
+        default = family.defaults["local_rope_theta"]
+        fields["local_rope_theta"] = _read_theta(section, local_key, local, default)
     return fields
 
 
-def _rope_kind(rope: Mapping[str, Any], source: str) -> Any:
+def _read_theta(section: Section, key: str, rope: Section, default: float) -> float:
+    """A base, which may be among the other values of the rotary embedding, beside them, or at both places if equal."""
+    outer = section.number(key, _BASE, default=None)
+    inner = rope.number("rope_theta", _BASE, default=None)
+    if None not in (outer, inner) and outer != inner:
+        raise section.error(key, f"contradicts rope_theta={inner} of the rope parameters; remove one of them")
+    return next((theta for theta in (inner, outer) if theta is not None), default)
+
+
+def _read_scaling(section: Section, rope: Section) -> RopeScaling | None:
+    kind = _rope_kind(rope)
+    if kind == "default":
+        return None
+    values: list[Any] = [rope.number(key, _BASE) for key in _ROPE_KEYS[kind] if key != _ROPE_LENGTH]
+    if _ROPE_LENGTH in _ROPE_KEYS[kind]:
+        values.append(rope.integer(_ROPE_LENGTH))
+        if _ROPE_LENGTH in section and section.integer(_ROPE_LENGTH) != values[-1]:
+            raise section.error(_ROPE_LENGTH, f"contradicts {values[-1]} of the rope parameters; remove one of them")
+    try:
+        return RopeScaling(kind, *values)
+    except InputError as error:
+        raise InputError(f"{section.source}: {error}") from error
+
+
+def _rope_kind(rope: Section) -> Any:
     """How positions are stretched: `default` for not at all, or the kind of a RopeScaling.
 
     Raises:
       InputError: The kind is not supported, or lacks a key or has another.
     """
-    kind = rope.get("rope_type", rope.get("type", "default"))
+    source = rope.source
+    older = rope.text("type", default="default")
+    kind = rope.text("rope_type", default=older)
+    if "type" in rope and older != kind:
+        raise rope.error("rope_type", f"contradicts type={shown(older)}; remove one of them")
     if kind not in _ROPE_KEYS:
-        raise InputError(f"{source}: rope scaling of type {kind!r} is not supported; linear and llama3 are")
+        raise InputError(f"{source}: rope scaling of type {shown(kind)} is not supported; linear and llama3 are")
     if missing := [key for key in _ROPE_KEYS[kind] if key not in rope]:
         raise InputError(f"{source}: rope scaling of type {kind!r} lacks {', '.join(missing)}")
-    unknown = rope.keys() - {"rope_type", "type", "rope_theta", *_ROPE_KEYS[kind]}
-    if unknown := sorted(key for key in unknown if rope[key] not in _REQUIRED.get(key, (None,))):
-        raise InputError(
-            f"{source}: {unknown[0]}={rope[unknown[0]]!r} is not supported in rope scaling of type {kind!r}"
-        )
+    unknown = rope.values.keys() - {"rope_type", "type", "rope_theta", *_ROPE_KEYS[kind]}
+    if unknown := sorted(key for key in unknown if not _is_one_of(rope.values[key], _REQUIRED.get(key, (None,)))):
+        raise rope.error(unknown[0], f"is not supported in rope scaling of type {kind!r}")
     return kind
 
 

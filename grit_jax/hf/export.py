@@ -53,6 +53,7 @@ def save_folder(
     dtype: Dtype = "float32",
     max_shard_bytes: int = 2 << 30,
     instructions: Mapping[str, str] = MappingProxyType({}),
+    origin: targets.Origin | None = None,
 ) -> None:
     """Writes a folder that transformers opens and `open_folder` reads back bit by bit (in float32).
 
@@ -65,6 +66,7 @@ def save_folder(
       dtype: Type of the stored weights.
       max_shard_bytes: Largest safetensors file.
       instructions: Instructions of sentence-transformers' named prompts; `query` and `document` have none by default.
+      origin: What the model card says of how the model was made.
 
     Raises:
       InputError: `out` holds something else.
@@ -84,18 +86,18 @@ def save_folder(
     rows = table(architecture, EmbeddingConfig())
     write_tensors(partial, "model", _stored(rows, params, dtype), max_shard_bytes=max_shard_bytes)
     if pretrained.embedding.projection_dim:
-        write_tensors(partial, "projection", _stored(PROJECTION, params, dtype), max_shard_bytes=max_shard_bytes)
+        write_tensors(partial, "projection", _stored(PROJECTION, params, dtype), max_shard_bytes=sys.maxsize)
     _write_json(partial / GRIT_CONFIG_FILE, dataclasses.asdict(pretrained.embedding))
-    special = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.eos_id}
+    special = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.padding_id}
     _write_json(partial / "generation_config.json", special)
     files = tokenizer.files()
     settings = json.loads(files["tokenizer_config.json"]) | {
-        "pad_token": tokenizer.eos,
+        "pad_token": tokenizer.padding,
         "padding_side": "right",
         "model_max_length": architecture.max_length,
         "chat_template": CHAT_TEMPLATE,
     }
-    (partial / "tokenizer.json").write_text(files["tokenizer.json"])
+    (partial / "tokenizer.json").write_text(targets.older_tokenizer(files["tokenizer.json"]))
     _write_json(partial / "tokenizer_config.json", settings)
     (partial / "chat_template.jinja").write_text(CHAT_TEMPLATE)
     for name, value in targets.sentence_files(architecture, pretrained.embedding, instructions).items():
@@ -103,7 +105,9 @@ def save_folder(
         _write_json(partial / name, value)
     if (dense := partial / targets.DENSE_FOLDER).exists():
         write_tensors(dense, "model", _stored(targets.DENSE, params, dtype), max_shard_bytes=sys.maxsize)
-    card = targets.model_card(out.name, architecture, pretrained.embedding, tokenizer, instructions)
+    card = targets.model_card(
+        out.name, architecture, pretrained.embedding, tokenizer, instructions, origin or targets.Origin()
+    )
     (partial / targets.CARD_FILE).write_text(card)
     shutil.rmtree(out, ignore_errors=True)
     partial.rename(out)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
-from typing import Any
+from typing import Any, get_args
 
 import jax.numpy as jnp
 from etils import epath
 
-from grit_jax import files
-from grit_jax.config import EmbeddingConfig, InputError, TransformerConfig
+from grit_jax import files, jsonfile
+from grit_jax.config import Attention, EmbeddingConfig, InputError, Pooling, TransformerConfig
 from grit_jax.hf import tensors as stored
 from grit_jax.hf.architecture import read_config
 from grit_jax.hf.names import TIED_HEAD, get, table
@@ -34,12 +35,19 @@ def open_folder(path: str | os.PathLike[str]) -> Pretrained:
         another shape or not finite.
     """
     folder = epath.Path(path)
-    architecture = read_config(stored.read_json(folder / CONFIG_FILE), source=str(folder / CONFIG_FILE))
+    config = jsonfile.read(folder / CONFIG_FILE)
+    architecture = read_config(config.values, source=config.source)
     embedding = EmbeddingConfig()
     if files.exists(folder / GRIT_CONFIG_FILE):
-        embedding = EmbeddingConfig(**stored.read_json(folder / GRIT_CONFIG_FILE))
-    tokenizer = Tokenizer.load(folder)
-    architecture = architecture.resolve(tokenizer.vocab_size)
+        embedding = _read_embedding(jsonfile.read(folder / GRIT_CONFIG_FILE))
+    stored.weight_files(folder)
+    try:
+        # Some tokenizers have entries that the model has no rows for, Gemma 3's among them.
+        tokenizer = Tokenizer.load(folder).with_rows(architecture.vocab_size)
+        architecture = architecture.resolve(tokenizer.vocab_size)
+    except InputError as error:
+        message = str(error)
+        raise error if message.startswith(str(folder)) else InputError(f"{config.source}: {message}") from error
 
     def load(shardings: Any, dtype: Any = jnp.float32) -> Params:
         return _load(folder, architecture, embedding, shardings, dtype)
@@ -47,12 +55,24 @@ def open_folder(path: str | os.PathLike[str]) -> Pretrained:
     return Pretrained(architecture, embedding, tokenizer, load)
 
 
+def _read_embedding(section: jsonfile.Section) -> EmbeddingConfig:
+    names = [field.name for field in dataclasses.fields(EmbeddingConfig)]
+    if unknown := sorted(section.values.keys() - names):
+        raise section.error(unknown[0], f"is not known; keys are {', '.join(names)}")
+    return EmbeddingConfig(
+        attention=section.choice("attention", get_args(Attention)),
+        pooling=section.choice("pooling", get_args(Pooling)),
+        normalized=section.flag("normalized"),
+        projection_dim=section.integer("projection_dim", null=True),
+    )
+
+
 def _load(
     folder: epath.Path, architecture: TransformerConfig, embedding: EmbeddingConfig, shardings: Any, dtype: Any
 ) -> Params:
     shapes = abstract_params(abstract_model(architecture, embedding.projection_dim))
     rows = table(architecture, embedding)
-    there = stored.stored_tensors(folder)
+    there = stored.stored_tensors(folder, projection=embedding.projection_dim is not None)
     # Some folders repeat the tied table as the head.
     repeated = [TIED_HEAD] if architecture.tie_embeddings and TIED_HEAD.name in there else []
     stored.check_tensors(str(folder), there, [*rows, *repeated], shapes)

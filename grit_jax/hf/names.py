@@ -51,6 +51,7 @@ class Tensor:
         return (stored.T if self.in_dims else stored).reshape(shape[self.name.count("{") :])
 
 
+HEAD = "lm_head.weight"
 _LAYER = "model.layers.{layer}."
 _BASE = (
     Tensor("model.embed_tokens.weight", ("embedding",)),
@@ -60,7 +61,7 @@ _BASE = (
     Tensor(_LAYER + "self_attn.v_proj.weight", ("layers", "attention", "value", "kernel"), 1),
     Tensor(_LAYER + "self_attn.o_proj.weight", ("layers", "attention", "out", "kernel"), 2),
     Tensor("model.norm.weight", ("final_norm", "scale")),
-    Tensor("lm_head.weight", ("head",)),
+    Tensor(HEAD, ("head",)),
 )
 _MLP = (
     Tensor(_LAYER + "mlp.gate_proj.weight", ("layers", "mlp", "gate", "kernel"), 1),
@@ -101,7 +102,7 @@ TENSORS: Mapping[str, tuple[Tensor, ...]] = {
 }
 
 # The output head of a model whose head is its embedding table.
-TIED_HEAD = Tensor("lm_head.weight", ("embedding",))
+TIED_HEAD = Tensor(HEAD, ("embedding",))
 
 # The linear embedding head is ours alone and lives in a file of its own.
 PROJECTION = (

@@ -108,10 +108,10 @@ def _is_part(name: str) -> bool:
 def _check_whole(folder: Path, parts: list[str], left_out: list[str]) -> None:
     """Raises InputError unless what is published is a model."""
     wanted = {"config.json", "README.md"}
-    if tensors.INDEX_FILE in parts:
+    if tensors.WEIGHTS_FILE not in parts and tensors.INDEX_FILE in parts:
         wanted |= tensors.indexed_files(epath.Path(folder / tensors.INDEX_FILE))
-    elif not any(fnmatchcase(part, "model*.safetensors") for part in parts):
-        wanted.add("model.safetensors")
+    else:
+        wanted.add(tensors.WEIGHTS_FILE)
     if missing := sorted(wanted - set(parts)):
         links = [name for name in left_out if name.partition(" (")[0] in missing]
         raise InputError(

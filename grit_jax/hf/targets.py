@@ -14,6 +14,7 @@ import tokenizers
 from grit_jax import prompts
 from grit_jax.config import EmbeddingConfig, TransformerConfig
 from grit_jax.hf.architecture import model_class
+from grit_jax.hf.hub import is_hub_id
 from grit_jax.hf.names import PROJECTION
 from grit_jax.tokenizer import Tokenizer
 
@@ -22,6 +23,26 @@ SENTENCE_BERT_FILE, DENSE_FOLDER = "sentence_bert_config.json", "2_Dense"
 
 # The rows of the projection, as sentence-transformers' Dense module names them.
 DENSE = tuple(dataclasses.replace(row, name=row.name.replace("projection.", "linear.")) for row in PROJECTION)
+
+
+@dataclasses.dataclass(frozen=True)
+class Origin:
+    """How a model was made, as far as that is known; a model card says it.
+
+    Attributes:
+      base_model: What its training began with: an id on the Hub, or a name.
+      licence: Of that.
+      data: Names of the files it was trained on.
+      step: Steps it was trained for.
+      figures: What was measured at the end, by name.
+    """
+
+    base_model: str | None = None
+    licence: str | None = None
+    data: tuple[str, ...] = ()
+    step: int | None = None
+    figures: Mapping[str, float] = dataclasses.field(default_factory=dict)
+
 
 _POOLING_KEYS = {
     "mean": "pooling_mode_mean_tokens",
@@ -130,6 +151,7 @@ def model_card(
     embedding: EmbeddingConfig,
     tokenizer: Tokenizer,
     instructions: Mapping[str, str],
+    origin: Origin = Origin(),
 ) -> str:
     """The folder's README.md: what the model is and how each tool uses it."""
     bidirectional, family = embedding.attention == "bidirectional", architecture.family
@@ -137,6 +159,13 @@ def model_card(
     limit = max_embedding_length(architecture, embedding)
     reference_shaped = bidirectional and embedding.projection_dim is None
     blocks = {
+        "licence": origin.licence is not None,
+        "hub_base": is_hub_id(origin.base_model or ""),
+        "origin": origin != Origin(),
+        "base": origin.base_model is not None,
+        "step": origin.step is not None,
+        "data": bool(origin.data),
+        "figures": bool(origin.figures),
         "sentence": sentence,
         "no_sentence": not sentence,
         "projection": embedding.projection_dim is not None,
@@ -156,15 +185,26 @@ def model_card(
     pooling, pooled = _POOLING_TEXTS[embedding.pooling]
     eager = 'attn_implementation="eager"'
     values = {
+        "licence": json.dumps(origin.licence),
+        "base": origin.base_model,
+        "step": f"{origin.step:,}" if origin.step is not None else "",
+        "data": ", ".join(f"`{file}`" for file in origin.data),
+        "figures": "\n".join(f"| `{figure}` | {value:.4g} |" for figure, value in origin.figures.items()),
+        "ending": f" - {tokenizer.num_ending}" if tokenizer.ending else "",
         "name": name,
         "family": family,
         "attention": embedding.attention,
         "pooling": pooling,
         "width": embedding.projection_dim or architecture.embed_dim,
         "length": "of unit length" if embedding.normalized else "not normalised",
-        "bos": f"The tokenizer puts `{tokenizer.bos}` in front."
-        if tokenizer.bos
-        else "The model has no first token of its own.",
+        "bos": " ".join(
+            [
+                f"The tokenizer puts `{tokenizer.bos}` in front."
+                if tokenizer.bos
+                else "The model has no first token of its own.",
+                *([f"It ends every text with `{tokenizer.ending}`."] if tokenizer.ending else []),
+            ]
+        ),
         "eager": f", {eager}" if family == "gemma2" else "",
         "sentence_eager": ', model_kwargs={"attn_implementation": "eager"}' if family == "gemma2" else "",
         "needs": " needs transformers 5.2 or newer" if bidirectional else "",
@@ -177,6 +217,15 @@ def model_card(
         "gritlm": "" if embedding.normalized else ", normalized=False",
     }
     return _render(_template(CARD_FILE), blocks, values)
+
+
+def older_tokenizer(content: str) -> str:
+    """The tokenizer.json of a tokenizer, with merges as strings: tokenizers before 0.20 know no other form."""
+    values = json.loads(content)
+    merges = values["model"].get("merges") or []
+    if all(isinstance(pair, list) and not any(" " in piece for piece in pair) for pair in merges):
+        values["model"] |= {"merges": [" ".join(pair) for pair in merges]} if merges else {}
+    return json.dumps(values, ensure_ascii=False)
 
 
 def _is_byte_level(tokenizer: Tokenizer) -> bool:

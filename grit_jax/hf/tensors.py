@@ -10,6 +10,8 @@ import functools
 import json
 import math
 import os
+import re
+import stat
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,12 +23,22 @@ import numpy as np
 import safetensors.numpy
 from etils import epath
 
-from grit_jax import files, sharding
+from grit_jax import files, jsonfile, sharding
 from grit_jax.config import InputError
-from grit_jax.hf.names import IGNORED_SUFFIXES, Tensor, get
+from grit_jax.hf.names import HEAD, IGNORED_SUFFIXES, Tensor, get
 from grit_jax.model.transformer import Params
+from grit_jax.ranges import Range
 
-INDEX_FILE, PROJECTION_FILE = "model.safetensors.index.json", "projection.safetensors"
+WEIGHTS_FILE, INDEX_FILE, PROJECTION_FILE = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "projection.safetensors",
+)
+
+_FILE_NAME = re.compile(r"[\w-][\w.-]*\.safetensors")
+_COUNT = Range("must be from 0 to 9223372036854775807", lambda value: 0 <= value < 1 << 63)
+_LONGEST_HEADER = 100_000_000  # bytes, as the safetensors library has it
+_FEW = 1000  # tensors that are compared one by one in any case
 
 _DTYPES = {
     "F64": np.dtype(np.float64),
@@ -65,82 +77,124 @@ class StoredTensor(NamedTuple):
         return values.astype(np.float32) if values.dtype == np.float64 else values
 
 
-def read_json(path: epath.Path) -> dict[str, Any]:
-    """The object of a JSON file.
-
-    Raises:
-      InputError: It is missing or malformed.
-    """
-    try:
-        text = files.read_text(path)
-        if text is None:
-            raise FileNotFoundError("no such file")
-        return json.loads(text)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read: {error}") from error
-
-
 def indexed_files(index: epath.Path) -> set[str]:
     """Names of the files that an index spreads tensors over.
 
     Raises:
-      InputError: It is missing or malformed.
+      InputError: It is missing or malformed, or names a file elsewhere.
     """
-    try:
-        return set(read_json(index)["weight_map"].values())
-    except (KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{index}: has no weight_map of tensors and their files; copy it again") from error
+    section = jsonfile.read(index)
+    entries = section.values.get("weight_map")
+    if not isinstance(entries, dict) or not entries:
+        raise InputError(f"{index}: has no weight_map of tensors and their files; copy it again")
+    weight_map = section.section("weight_map")
+    for tensor, name in entries.items():
+        if not isinstance(name, str) or not _FILE_NAME.fullmatch(name):
+            raise weight_map.error(tensor, "is not the name of a safetensors file in the same folder; copy it again")
+    return set(entries.values())
 
 
-def stored_tensors(folder: epath.Path) -> dict[str, StoredTensor]:
-    """Every tensor of a folder's safetensors files, from their headers; follows the index where there is one.
+def weight_files(folder: epath.Path) -> list[str]:
+    """Names of the files that a model's tensors are in, as transformers chooses them.
 
-    Names begin with one `model.` less where a wrapper's name comes first, as in the reference's training checkpoints.
+    That is model.safetensors, else what the index names; adapters, variants such as model.fp16.safetensors, copies
+    and other people's layouts that lie there too are not read.
 
     Raises:
-      InputError: A file is missing, cut short or not safetensors.
+      InputError: There is neither, the index is malformed, or a file that it names is not there.
     """
-    names = [name for name in files.names(folder) if name.endswith(".safetensors")]
-    if files.exists(folder / INDEX_FILE):
-        indexed = indexed_files(folder / INDEX_FILE)
-        if absent := sorted(indexed - set(names)):
-            raise InputError(f"{folder}: {INDEX_FILE} names files that are not there: {', '.join(absent)}")
-        names = sorted(indexed | ({PROJECTION_FILE} & set(names)))
+    there = set(files.names(folder))
+    if WEIGHTS_FILE in there:
+        return [WEIGHTS_FILE]
+    if INDEX_FILE not in there:
+        others = sorted(name for name in there if name.endswith(".safetensors"))
+        raise InputError(
+            f"{folder}: no {WEIGHTS_FILE} and no {INDEX_FILE}; "
+            + (f"{_some(others)} would not be read: rename the one with the whole model" if others else "copy it again")
+        )
+    indexed = indexed_files(folder / INDEX_FILE)
+    if absent := sorted(indexed - there):
+        raise InputError(f"{folder}: {INDEX_FILE} names files that are not there: {', '.join(absent)}; copy them too")
+    return sorted(indexed)
+
+
+def stored_tensors(folder: epath.Path, *, projection: bool = False) -> dict[str, StoredTensor]:
+    """Every tensor of a folder's `weight_files`, from their headers.
+
+    Names begin with one `model.` less where a wrapper's name comes first, as in the reference's training checkpoints,
+    and with one more where the model was saved without its output head, as transformers' AutoModel does.
+
+    Args:
+      folder: Where the files are.
+      projection: Whether the embedding head, which has a file of its own, is read too.
+
+    Raises:
+      InputError: A file is missing, cut short or not safetensors, or two hold the same tensor.
+    """
     tensors: dict[str, StoredTensor] = {}
-    for name in names:
-        tensors |= _read_header(folder / name)
+    for name in weight_files(folder):
+        _add(tensors, _read_header(folder / name))
     if any(name.startswith("model.model.") for name in tensors):
         tensors = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
+    elif not any(name.startswith("model.") for name in tensors):
+        tensors = {name if name == HEAD else f"model.{name}": tensor for name, tensor in tensors.items()}
+    if projection and files.exists(folder / PROJECTION_FILE):
+        _add(tensors, _read_header(folder / PROJECTION_FILE))
     return {name: tensor for name, tensor in tensors.items() if not name.endswith(IGNORED_SUFFIXES)}
 
 
+def _add(tensors: dict[str, StoredTensor], more: dict[str, StoredTensor]) -> None:
+    if twice := sorted(tensors.keys() & more.keys()):
+        places = f"{tensors[twice[0]].file.name} and {more[twice[0]].file}"
+        raise InputError(f"{places} both hold {twice[0]}; copy both again")
+    tensors |= more
+
+
 def _read_header(file: epath.Path) -> dict[str, StoredTensor]:
-    """The format is 8 bytes with the header's length, a JSON header, and the tensors' bytes."""
+    """The format is 8 bytes with the header's length, a JSON header, and the tensors' bytes, without gaps."""
     try:
         with files.open_binary(file) as stream:
             total = stream.seek(0, os.SEEK_END)
             stream.seek(0)
             length = int.from_bytes(stream.read(8), "little")
-            if not 0 < length <= total - 8:
-                raise ValueError(f"its header is said to be {length} bytes long")
-            header = json.loads(stream.read(length))
-        header.pop("__metadata__", None)
-        ends = [entry["data_offsets"][1] for entry in header.values()]
-        if max(ends, default=0) != total - 8 - length:
-            raise ValueError(f"it has {total - 8 - length} bytes of tensors, its header says {max(ends, default=0)}")
-        tensors = {}
-        for name, entry in header.items():
-            if entry["dtype"] not in _DTYPES:
-                raise InputError(f"{file}: {name} is stored as {entry['dtype']}; known are {', '.join(_DTYPES)}")
-            dtype, shape = _DTYPES[entry["dtype"]], tuple(entry["shape"])
-            start, end = entry["data_offsets"]
-            if end - start != math.prod(shape) * dtype.itemsize:
-                raise ValueError(f"{name} has {end - start} bytes for shape {shape}")
-            tensors[name] = StoredTensor(file, 8 + length + start, dtype, shape)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        if isinstance(error, InputError):
-            raise
+            if not 0 < length <= min(total - 8, _LONGEST_HEADER):
+                raise InputError(f"its header is said to be {length} bytes long")
+            content = stream.read(length)
+        if not content.startswith(b"{"):
+            raise InputError("its header is not an object")
+        return _read_entries(jsonfile.parse(content, source="its header"), file, 8 + length, total - 8 - length)
+    except OSError as error:
+        raise InputError(f"{file}: cannot be read: {error.strerror or error}; copy it again") from error
+    except InputError as error:
         raise InputError(f"{file}: not a complete safetensors file ({error}); copy it again") from error
+
+
+def _read_entries(header: jsonfile.Section, file: epath.Path, begin: int, size: int) -> dict[str, StoredTensor]:
+    """Where the tensors are, of which the first byte is number `begin` of the file, and which have `size` bytes."""
+    if metadata := header.section("__metadata__", default=None, null=True):
+        for key in metadata.values:
+            metadata.text(key)
+    tensors, ranges = {}, []
+    for name in header.values:
+        if name == "__metadata__":
+            continue
+        entry = header.section(name)
+        if unknown := sorted(entry.values.keys() - {"dtype", "shape", "data_offsets"}):
+            raise entry.error(unknown[0], "is no part of the format")
+        dtype = _DTYPES[entry.choice("dtype", _DTYPES)]
+        shape = tuple(entry.integers("shape", _COUNT))
+        start, end = entry.integers("data_offsets", _COUNT, length=2)
+        if end - start != math.prod(shape) * dtype.itemsize:
+            raise entry.error("data_offsets", f"are {end - start} bytes for shape {jsonfile.shown(list(shape))}")
+        tensors[name] = StoredTensor(file, begin + start, dtype, shape)
+        ranges.append((start, end, name))
+    place = 0
+    for start, end, name in sorted(ranges):
+        if start != place:
+            raise InputError(f"{jsonfile.shown(name)} begins at byte {start}, where byte {place} is next")
+        place = end
+    if place != size:
+        raise InputError(f"it has {size} bytes of tensors, its header says {place}")
     return tensors
 
 
@@ -150,6 +204,12 @@ def check_tensors(source: str, tensors: dict[str, StoredTensor], rows: Iterable[
     Raises:
       InputError: Tensors are missing, unknown or of another shape; the message names them.
     """
+    rows = list(rows)
+    count = sum(math.prod(get(shapes, row.path).shape[: row.name.count("{")]) for row in rows)
+    if count > 2 * len(tensors) + _FEW:  # at once, where a damaged file tells of millions
+        raise InputError(
+            f"{source}: config.json describes {count} tensors, the weights are {len(tensors)}; copy both again"
+        )
     expected = {}
     for row in rows:
         shape = get(shapes, row.path).shape
@@ -234,7 +294,10 @@ def write_tensors(folder: Path, stem: str, tensors: Iterator[tuple[str, np.ndarr
     def flush() -> None:
         shards.append(list(pending))
         file = folder / f"{stem}-{len(shards)}.safetensors"
+        file.touch()
+        mode = stat.S_IMODE(file.stat().st_mode)
         safetensors.numpy.save_file(pending, file, metadata={"format": "pt"})
+        file.chmod(mode)  # as any other file here; the library lets nobody else read it
         pending.clear()
 
     for name, value in tensors:

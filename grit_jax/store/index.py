@@ -20,7 +20,7 @@ from etils import epath
 from grit_jax.config import InputError
 from grit_jax.data import cache
 from grit_jax.distributed import gathered, in_first_process, require_same
-from grit_jax.inference import Encoded, GritModel
+from grit_jax.inference import Encoded, GritModel, refuse_not_finite
 from grit_jax.prompts import CacheForm, stripped
 from grit_jax.sole_writer import sole_writer
 from grit_jax.store import caches, layout
@@ -145,8 +145,6 @@ def add_vectors(
             encoded = model.encode_with_counts(
                 texts, instruction=settings.instruction, max_length=settings.max_length, progress=progress
             )
-        if not np.isfinite(encoded.vectors).all():
-            raise InputError(f"{settings.model}: vectors are not finite; its weights are damaged, or too large for it")
         shard = dataclasses.replace(shard, tokens=encoded.num_tokens, truncated=encoded.num_truncated)
         layout.write_vectors(folder, number, shard, pack(encoded.vectors, settings.dtype))
     gathered(np.zeros(1, np.uint8))  # all are done
@@ -177,6 +175,7 @@ def _encode_with_caches(
             vectors[place] = cached.vector
             write(place, cached.cache)
             progress(1)
+    refuse_not_finite(vectors)
     return Encoded(vectors, sum(lengths), sum(len(prompt.tokens) > limit for prompt in read))
 
 

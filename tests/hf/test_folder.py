@@ -1,3 +1,4 @@
+import copy
 import json
 
 import jax
@@ -14,6 +15,7 @@ from grit_jax.hf.folder import open_folder
 from grit_jax.model.pretrained import Pretrained
 from grit_jax.model.transformer import abstract_model, abstract_params, bind, init_params, param_axes
 from grit_jax.tokenizer import Tokenizer
+from tests.hf import families
 
 SHAPE = {"embed_dim": 32, "mlp_dim": 48, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "head_dim": 8}
 KINDS = {
@@ -156,7 +158,7 @@ def exported(tmp_path):
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5 is not supported"),
         ({"attention_dropout": 0.1}, "attention_dropout=0.1 is not supported"),
         ({"use_bidirectional_attention": True}, "use_bidirectional_attention=True is not supported"),
-        ({"model_type": "gemma2", "layer_types": ["chunked_attention"] * 2}, "layer_types has chunked_attention"),
+        ({"model_type": "gemma2", "layer_types": ["chunked_attention"] * 2}, "layer_types has 'chunked_attention'"),
         ({"quantization_config": {"bits": 4}}, "quantization_config="),
     ],
 )
@@ -174,9 +176,70 @@ def test_absent_keys_have_the_values_of_transformers():
     classes = ("Llama", "Mistral", "Mixtral", "Qwen2", "Qwen3", "Gemma2", "Gemma3Text")
     for config_class in (getattr(transformers, f"{name}Config") for name in classes):
         options = {"use_sliding_window": True, "max_window_layers": 2} if "Qwen" in config_class.__name__ else {}
-        given = {**kept, **options, "model_type": config_class.model_type, "num_key_value_heads": 8}
+        given = {**kept, **options, "model_type": config_class.model_type}
         written = config_class(**given).to_dict()
         assert read_config(given, source="short") == read_config(written, source="long")
+
+
+LINEAR = {"rope_type": "linear", "factor": 2.0}
+GEMMA3 = {"model_type": "gemma3_text", "num_hidden_layers": 6, "sliding_window": 4}
+PER_LAYER = {"full_attention": LINEAR | {"rope_theta": 5e5}, "sliding_attention": {"rope_type": "default"}}
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_theta": 5e5},
+        {"rope_scaling": LINEAR},
+        {"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_theta": 5e5},
+        {"rope_scaling": LINEAR | {"rope_theta": 5e5}},
+        {"rope_parameters": LINEAR | {"rope_theta": 5e5}},
+        {"rope_parameters": LINEAR, "rope_theta": 5e5},
+        {"rope_parameters": LINEAR | {"rope_theta": 5e5}, "rope_theta": 5e5},
+        {"rope_parameters": LINEAR, "rope_scaling": LINEAR},
+        {"rope_parameters": LINEAR, "rope_scaling": None},
+        {"rope_parameters": None, "rope_scaling": LINEAR},
+        {"rope_parameters": {}, "rope_scaling": LINEAR},
+        {"rope_parameters": {"rope_theta": 5e5}},
+        GEMMA3 | {"rope_scaling": LINEAR, "rope_theta": 5e5, "rope_local_base_freq": 500.0},
+        GEMMA3 | {"rope_parameters": PER_LAYER, "rope_local_base_freq": 500.0},
+        GEMMA3 | {"rope_parameters": PER_LAYER, "rope_scaling": LINEAR | {"rope_theta": 5e5}},
+    ],
+)
+def test_positions_are_read_as_transformers_reads_them(rope):
+    transformers = pytest.importorskip("transformers")
+    shape = dict(families.SHAPE, rms_norm_eps=1e-6, model_type="llama") | rope
+    written = transformers.AutoConfig.for_model(**copy.deepcopy(shape)).to_dict()
+    assert read_config(shape, source="short") == read_config(written, source="long")
+
+
+@pytest.mark.parametrize(
+    ("rope", "message"),
+    [
+        (
+            {"rope_parameters": LINEAR, "rope_scaling": LINEAR | {"factor": 4.0}},
+            "rope_scaling=.* contradicts rope_para",
+        ),
+        (
+            {"rope_parameters": LINEAR | {"rope_theta": 1e4}, "rope_theta": 5e5},
+            "rope_theta=500000.0 contradicts rope_the",
+        ),
+        ({"rope_scaling": LINEAR | {"type": "dynamic"}}, "rope_scaling.rope_type='linear' contradicts type='dynamic'"),
+        ({"rope_parameters": PER_LAYER}, "rope_parameters=.* has entries for kinds of layers, which are not supported"),
+        (
+            GEMMA3 | {"rope_parameters": LINEAR},
+            "rope_parameters=.* has no entries for sliding_attention and full_atten",
+        ),
+        (
+            GEMMA3 | {"rope_parameters": PER_LAYER, "rope_theta": 1e4},
+            "rope_theta=10000.0 contradicts rope_theta=500000.0 of the rope parameters",
+        ),
+    ],
+)
+def test_positions_that_a_config_tells_twice_and_differently_are_refused(rope, message):
+    shape = dict(families.SHAPE, rms_norm_eps=1e-6, model_type="llama") | rope
+    with pytest.raises(InputError, match=f"^here: {message}"):
+        read_config(shape, source="here")
 
 
 def test_a_repeated_tied_head_is_taken_and_another_head_refused(tmp_path):
