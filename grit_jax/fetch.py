@@ -79,12 +79,14 @@ def fetch_model(
     work = _begin("model", repository, output, revision, downloads, report)
     if work is None:
         return
-    with writer_lock(output):
+    with writer_lock(output) as lock:
         for file in _model_files(work):
             work.get(file, report)
         pretrained, params = load_for_conversion(work.folder, dtype=_exact_dtype(work.folder))
         metadata = CheckpointMetadata(pretrained.architecture, pretrained.embedding, pretrained.tokenizer.files())
+        lock.confirm()
         save_params(output, params, metadata)
+        lock.confirm()
         work.finish(keep)
     report(f"{output}: a checkpoint of {repository}; name it as model.init")
 
@@ -124,16 +126,18 @@ def fetch_data(
     wanted = [file for file in work.repository.files if file.name.endswith(sources.SUFFIXES)]
     if not wanted:
         raise InputError(f"{known.repository}: holds no file that ends in {', '.join(sources.SUFFIXES)}")
-    with writer_lock(output):
+    with writer_lock(output) as lock:
         for file in wanted:
             if "stream" in work.manifest["files"].get(file.name, {}):
                 continue  # copied by an earlier call
             path = work.get(file, report)
             source = sources.open_source(path, skip_bad=True)
+            lock.confirm()
             files.copy(path, files.join(output, file.name))
             work.record(file.name, records=len(source), stream=source.stream)
             if not keep:
                 path.unlink()
+        lock.confirm()
         work.finish(keep)
     entries = work.manifest["files"].values()
     counts: Counter[str] = Counter()

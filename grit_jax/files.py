@@ -120,7 +120,7 @@ def read_bytes(path: PathLike) -> bytes | None:
 
     def read() -> bytes:
         if is_bucket(path):
-            store, key = _store(path)
+            store, key = opened_store(path)
             return store.cat_file(key)
         return Path(path).read_bytes()
 
@@ -145,7 +145,7 @@ def open_binary(path: PathLike) -> io.BufferedReader:
 
     def opened() -> Any:
         if is_bucket(path):
-            store, key = _store(path)
+            store, key = opened_store(path)
             return store.open(key, "rb")
         refuse_special(path)
         return Path(path).open("rb", buffering=0)
@@ -207,7 +207,7 @@ class _Pieces(io.RawIOBase):
 
 @contextlib.contextmanager
 def replacing(path: Path, mode: str = "wb") -> Generator[IO[Any]]:
-    """Opens a file on a disk that takes the place of `path` when all of it is written; an error leaves no trace.
+    """Opens a file on a disk that takes the place of `path` when all of it is on the disk; an error leaves no trace.
 
     Raises:
       OSError: It cannot be written.
@@ -218,9 +218,22 @@ def replacing(path: Path, mode: str = "wb") -> Generator[IO[Any]]:
     try:
         with partial.open(mode, encoding=None if "b" in mode else "utf-8") as file:
             yield file
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(partial, path)
+        sync_folder(path.parent)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Returns when the names in a folder would survive a loss of power, where its disk can say so."""
+    with contextlib.suppress(OSError):  # some network disks cannot open or sync a folder
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def write_bytes(path: PathLike, content: bytes) -> None:
@@ -232,7 +245,7 @@ def write_bytes(path: PathLike, content: bytes) -> None:
 
     def write() -> None:
         if is_bucket(path):
-            store, key = _store(path)
+            store, key = opened_store(path)
             store.pipe_file(key, content)  # an object appears when all of it is there
         else:
             with replacing(Path(path)) as file:
@@ -257,8 +270,8 @@ def copy(source: Path, target: PathLike) -> None:
 
     def write() -> None:
         if is_bucket(target):
-            store, key = _store(target)
-            store.put_file(str(source), key, **({"consistency": "md5"} if _is_gcs(target) else {}))
+            store, key = opened_store(target)
+            store.put_file(str(source), key, **({"consistency": "md5"} if is_gcs(target) else {}))
         else:
             with source.open("rb") as content, replacing(Path(target)) as file:
                 shutil.copyfileobj(content, file, 1 << 22)
@@ -271,7 +284,7 @@ def remove(path: PathLike) -> None:
 
     def unlink() -> None:
         if is_bucket(path):
-            store, key = _store(path)
+            store, key = opened_store(path)
             store.rm_file(key)
         else:
             os.unlink(path)
@@ -291,8 +304,8 @@ def move(source: PathLike, target: PathLike) -> None:
 
     def rename() -> None:
         if is_bucket(source):
-            store, key = _store(source)
-            store.mv(key, _store(target)[1], recursive=True)
+            store, key = opened_store(source)
+            store.mv(key, opened_store(target)[1], recursive=True)
         else:
             Path(target).parent.mkdir(parents=True, exist_ok=True)
             os.rename(source, target)
@@ -303,7 +316,7 @@ def move(source: PathLike, target: PathLike) -> None:
 def forget_listings(path: PathLike) -> None:
     """Makes this process look again at what is in a bucket: clients of other libraries, such as Orbax, remember it."""
     if is_bucket(path):
-        for client in type(_store(path)[0])._cache.values():
+        for client in type(opened_store(path)[0])._cache.values():
             client.invalidate_cache()
 
 
@@ -313,7 +326,7 @@ def names(folder: PathLike) -> list[str]:
     def listed() -> list[str]:
         if not is_bucket(folder):
             return sorted(os.listdir(folder))
-        store, key = _store(folder)
+        store, key = opened_store(folder)
         found = [os.path.basename(entry.rstrip("/")) for entry in store.ls(key, detail=False)]
         return sorted({name for name in found if name and name != os.path.basename(key.rstrip("/"))})
 
@@ -363,7 +376,7 @@ class _About(NamedTuple):
 def _about(path: PathLike) -> _About | None:
     def look() -> _About:
         if is_bucket(path):
-            store, key = _store(path)
+            store, key = opened_store(path)
             info = store.info(key)
             changed = next((info[key] for key in _VERSIONS if info.get(key)), None)
             return _About(info["type"] == "directory", False, info["size"], str(changed))
@@ -378,14 +391,16 @@ def _about(path: PathLike) -> _About | None:
         return None
 
 
-def _is_gcs(path: PathLike) -> bool:
+def is_gcs(path: PathLike) -> bool:
+    """Whether `path` is in a bucket of Google Cloud Storage."""
     return os.fspath(path).startswith(("gs://", "gcs://"))
 
 
-def _store(path: PathLike) -> tuple[Any, str]:
+def opened_store(path: PathLike) -> tuple[Any, str]:
+    """The client of a bucket, and the name it has for `path`; for calls inside `retrying`."""
     import fsspec
 
-    options = _gcs_options() if _is_gcs(path) else {}
+    options = _gcs_options() if is_gcs(path) else {}
     # Others write into the folder too: a listing that is remembered would hide that.
     return fsspec.core.url_to_fs(os.fspath(path), use_listings_cache=False, **options)
 

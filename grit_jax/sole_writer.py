@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from contextlib import contextmanager
 
 from grit_jax import files
@@ -19,16 +19,47 @@ def refuse_other_writers(folder: files.PathLike) -> None:
     in_first_process(lambda: refuse_living(folder))
 
 
+class SoleWriter:
+    """What a process of the job knows of the lock; the others than process 0 learn of its loss from that one.
+
+    Args:
+      lock: Of the folder, in process 0; None in the others.
+    """
+
+    def __init__(self, lock: WriterLock | None = None):
+        self._lock = lock
+
+    def check(self) -> None:
+        """`WriterLock.check`, before every piece of work.
+
+        Raises:
+          InputError: Another writer has taken the folder over.
+        """
+        if self._lock:
+            self._lock.check()
+
+    def confirm(self) -> None:
+        """`WriterLock.confirm`, before anything is written that counts.
+
+        Raises:
+          InputError: Another writer has taken the folder over.
+          OSError: The lock cannot be read.
+          UnreachableError: The same, for a while.
+        """
+        if self._lock:
+            self._lock.confirm()
+
+
 @contextmanager
-def sole_writer(folder: files.PathLike) -> Generator[Callable[[], None]]:
-    """Holds the lock of a folder; gives the check that every step begins with, see `WriterLock.check`.
+def sole_writer(folder: files.PathLike) -> Generator[SoleWriter]:
+    """Holds the lock of a folder.
 
     Raises:
       InputError: A writer lives, in every process of the job.
     """
     lock = in_first_process(lambda: WriterLock(folder))
     try:
-        yield lock.check if lock else lambda: None
+        yield SoleWriter(lock)
     finally:
         if lock:
             lock.release()

@@ -6,6 +6,7 @@ import os
 import socket
 import urllib.parse
 import urllib.request
+from http import HTTPStatus
 
 BUCKET = "bucket"
 
@@ -21,7 +22,7 @@ class Bucket:
         from gcp_storage_emulator.handlers.buckets import create_bucket
         from gcp_storage_emulator.storage import Storage
 
-        _send_generations()
+        _honour_generations()
         self._storage = Storage(use_memory_fs=True)
         create_bucket(BUCKET, self._storage)
         with socket.socket() as free:
@@ -68,17 +69,42 @@ def emulator():
 
 
 @functools.cache
-def _send_generations():
-    """Adds to the emulator's answers what tensorstore needs to write an object again that it has read."""
+def _honour_generations():
+    """Makes the emulator send the generations of what it serves, and refuse changes of others than are asked for."""
+    from gcp_storage_emulator.exceptions import NotFound
     from gcp_storage_emulator.handlers import objects
-    from gcp_storage_emulator.server import GET, HANDLERS
+    from gcp_storage_emulator.server import HANDLERS
+
+    def generation(storage, bucket, name):
+        try:
+            return storage.get_file_obj(bucket, name)["generation"]
+        except NotFound:
+            return "0"
 
     def download(request, response, storage, *more, **options):
         objects.download(request, response, storage, *more, **options)
         if response.status < 300:
-            about = storage.get_file_obj(request.params["bucket_name"], request.params["object_id"])
-            response["x-goog-generation"] = about["generation"]
+            response["x-goog-generation"] = generation(
+                storage, request.params["bucket_name"], request.params["object_id"]
+            )
 
+    def conditional(change):
+        def changed(request, response, storage, *more, **options):
+            asked = request.query.get("ifGenerationMatch")
+            name = request.params.get("object_id") or request.query.get("name", [None])[0]
+            if name is None and isinstance(request.data, dict):  # in the body
+                name = request.data.get("meta", request.data).get("name")
+            if asked and asked[0] != generation(storage, request.params["bucket_name"], name):
+                response.status = HTTPStatus.PRECONDITION_FAILED
+                response.json({"error": {"code": 412, "message": "conditionNotMet"}})
+            else:
+                change(request, response, storage, *more, **options)
+
+        return changed
+
+    instead = {objects.download: download} | {
+        change: conditional(change) for change in (objects.insert, objects.delete)
+    }
     for _, methods in HANDLERS:
-        if methods.get(GET) is objects.download:
-            methods[GET] = download
+        for method, handler in methods.items():
+            methods[method] = instead.get(handler, handler)

@@ -67,17 +67,18 @@ def run(args: argparse.Namespace) -> int:
     from grit_jax.store.index import Wanted, add_documents, add_vectors, own_rows, sole_indexer
 
     corpus = distributed.in_first_process(lambda: find_corpus(args.corpus)) or []
-    with sole_indexer(args.store) as check_writer:
+    with sole_indexer(args.store) as writer:
         store = Path(args.store)
         model = GritModel.load(args.model, devices=jax.local_devices())
         wanted = Wanted(args.dtype, args.instruction, args.max_length, args.caches, args.cache_form)
         with progress_bar("reading") as progress:
             begun = add_documents(
-                store, corpus, model, wanted, name=args.model, shard_rows=args.shard_rows, progress=progress
-            )
+                store, corpus, model, wanted,
+                name=args.model, shard_rows=args.shard_rows, writer=writer, progress=progress,
+            )  # fmt: skip
         started = time.monotonic()
         with progress_bar("embedding", own_rows(begun)) as progress:
-            manifest = add_vectors(store, model, check_writer=check_writer, progress=progress)
+            manifest = add_vectors(store, model, writer=writer, progress=progress)
         seconds = time.monotonic() - started
     if jax.process_index() == 0:
         tokens = manifest.num_tokens - begun.num_tokens

@@ -22,11 +22,13 @@ from grit_jax.data import cache
 from grit_jax.distributed import gathered, in_first_process, require_same
 from grit_jax.inference import Encoded, GritModel, refuse_not_finite
 from grit_jax.prompts import CacheForm, stripped
-from grit_jax.sole_writer import sole_writer
+from grit_jax.sole_writer import SoleWriter, sole_writer
 from grit_jax.store import caches, layout
 from grit_jax.store.corpus import read_corpus, text_key
 from grit_jax.store.layout import CorpusFile, Document, Manifest, Part, Settings, Shard
 from grit_jax.store.vectors import Dtype, pack
+
+_ALONE = SoleWriter()  # of a folder that nobody else knows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,8 +53,8 @@ class Wanted:
 
 
 @contextmanager
-def sole_indexer(folder: str | Path) -> Generator[Callable[[], None]]:
-    """Holds a store, or a new folder for one, against other writers; gives the check that every shard begins with.
+def sole_indexer(folder: str | Path) -> Generator[SoleWriter]:
+    """Holds a store, or a new folder for one, against other writers.
 
     Raises:
       InputError: Another writer lives, or the folder holds other things, is in a bucket or cannot be written.
@@ -60,8 +62,8 @@ def sole_indexer(folder: str | Path) -> Generator[Callable[[], None]]:
     layout.refuse_bucket(folder)
     in_first_process(lambda: layout.refuse_other_folder(Path(folder)))
     try:
-        with sole_writer(folder) as check_writer:
-            yield check_writer
+        with sole_writer(folder) as writer:
+            yield writer
     except OSError as error:
         raise InputError(f"{folder}: cannot be written ({error}); what is finished is kept, run it again") from error
 
@@ -74,6 +76,7 @@ def add_documents(
     *,
     name: str,
     shard_rows: int,
+    writer: SoleWriter = _ALONE,
     progress: Callable[[int], None] = lambda _: None,
 ) -> Manifest:
     """Deals the documents that a store does not have into new shards, whose vectors are not made yet.
@@ -87,6 +90,7 @@ def add_documents(
       wanted: Settings.
       name: What the model is called.
       shard_rows: Documents of a new shard.
+      writer: Who holds it.
       progress: Called with numbers of documents.
 
     Raises:
@@ -102,11 +106,13 @@ def add_documents(
             _refuse_other_settings(folder, old, settings)
             settings = old
         manifest = Manifest(settings, manifest.parts if manifest else [])
+        writer.confirm()
         layout.write_manifest(folder, manifest)  # from now on, what lies there is the store's
         layout.remove_unnamed(folder, manifest)
         manifest = layout.with_finished(folder, manifest)
         if part := _new_part(folder, manifest, corpus, shard_rows, progress):
             manifest = dataclasses.replace(manifest, parts=[*manifest.parts, part])
+        writer.confirm()
         layout.write_manifest(folder, manifest)
 
     require_same({"the model": model.fingerprint(rounded=True)})
@@ -118,7 +124,7 @@ def add_vectors(
     folder: Path,
     model: GritModel,
     *,
-    check_writer: Callable[[], None] = lambda: None,
+    writer: SoleWriter = _ALONE,
     progress: Callable[[int], None] = lambda _: None,
 ) -> Manifest:
     """Makes the vectors that a store lacks; every process a share of them, process 0 writes down that they are there.
@@ -126,7 +132,7 @@ def add_vectors(
     Args:
       folder: The store, which is held, with `add_documents` done.
       model: Its model, on this process's own devices.
-      check_writer: Called before every shard.
+      writer: Who holds it.
       progress: Called with numbers of documents that this process has embedded.
 
     Raises:
@@ -134,7 +140,7 @@ def add_vectors(
     """
     manifest = _read_by_all(folder)
     for number in _own_shards(manifest):
-        check_writer()
+        writer.check()
         shard = manifest.shards[number]
         texts = [document.embedded for document in layout.read_documents(folder, number, shard)]
         settings = manifest.settings
@@ -146,6 +152,7 @@ def add_vectors(
                 texts, instruction=settings.instruction, max_length=settings.max_length, progress=progress
             )
         shard = dataclasses.replace(shard, tokens=encoded.num_tokens, truncated=encoded.num_truncated)
+        writer.confirm()
         layout.write_vectors(folder, number, shard, pack(encoded.vectors, settings.dtype))
     gathered(np.zeros(1, np.uint8))  # all are done
 
@@ -156,6 +163,7 @@ def add_vectors(
             raise InputError(
                 f"{path}: made by another process and not seen by the first; put the store on a shared disk"
             )
+        writer.confirm()
         layout.write_manifest(folder, finished)
 
     in_first_process(finish)

@@ -201,7 +201,7 @@ def refuse_other_folder(folder: Path) -> None:
     found = set(files.names(folder))
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder}: is a file; a store is a folder")
-    other = sorted(name for name in found - {lock.NAME} if not _PARTIAL.fullmatch(name))
+    other = sorted(name for name in found - {lock.NAME, lock.CLAIM} if not _PARTIAL.fullmatch(name))
     if MANIFEST not in found and other:
         raise InputError(f"{folder}: holds {other[0]} and no {MANIFEST}, so it is no store; name another folder")
 

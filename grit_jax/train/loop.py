@@ -152,7 +152,7 @@ class Trainer:
         resolved = dump_config(config)
         datasets = Datasets(self.data.samples, self.data.embedding_dataset, self.data.generative_losses)
         with (
-            taken_over(self.folder, start, self._damaged, self._metadata(start)) as (check_writer, moved),
+            taken_over(self.folder, start, self._damaged, self._metadata(start)) as (writer, moved),
             make_trackers(config.logging, self.folder, resume_step=start, resolved=resolved) as trackers,
             Display(config, start=start) as display,
             Recorder(
@@ -170,13 +170,13 @@ class Trainer:
                 display.say(line)
             for line in [*moved, *(self._changes if not start else ())]:
                 display.say(line)
-            saves = Saves(self.folder, config.checkpoint, self._metadata)
+            saves = Saves(self.folder, config.checkpoint, self._metadata, writer.confirm)
             if start:
                 display.say(f"resumed from step {start}")
             batches = self.data.batches(start)
             running, values, saved = None, None, start
             for step in range(start + 1, config.train.steps + 1):
-                check_writer()
+                writer.check()
                 batch = sharding.place_batch(self.mesh, recorder.next_batch(batches))
                 wait_for_turn(running, recorder.step_began + (recorder.step_seconds or 0), asked)
                 if not stop.proceed():
@@ -186,6 +186,7 @@ class Trainer:
                 with recorder.step(batch):
                     self.state, metrics = self._train_step(self.state, batch)
                 profile.after(step, metrics)
+                writer.check()  # also after a pause in the middle of a step: what follows is written
                 recorder.add(metrics)
                 running, values, last = metrics["loss"], None, step == config.train.steps
                 if saves.params_due(step):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -13,7 +13,7 @@ import numpy as np
 from grit_jax import distributed, files
 from grit_jax.checkpoint import CheckpointMetadata, Checkpoints, DamagedCheckpointError
 from grit_jax.config import InputError
-from grit_jax.sole_writer import sole_writer
+from grit_jax.sole_writer import SoleWriter, sole_writer
 from grit_jax.train.resolve import check_data, same_run
 from grit_jax.train.state import TrainState
 from grit_jax.watch import folder
@@ -69,7 +69,7 @@ def _read(checkpoints: Checkpoints, step: int, abstract: TrainState, fingerprint
 @contextmanager
 def taken_over(
     output: files.PathLike, start: int, damaged: Mapping[int, str], about: CheckpointMetadata
-) -> Generator[tuple[Callable[[], None], list[str]]]:
+) -> Generator[tuple[SoleWriter, list[str]]]:
     """Holds the lock of a run folder, in which nothing is in the way of the steps that are done again.
 
     Process 0 moves damaged checkpoints of these steps to `set_aside/`, and parameters in `params/` that another config
@@ -82,15 +82,15 @@ def taken_over(
       about: What this run's checkpoints say about themselves.
 
     Returns:
-      The check that every step begins with, see `sole_writer`, and, in process 0, what was moved, one line each.
+      Who holds the folder, and, in process 0, what was moved, one line each.
 
     Raises:
       InputError: A writer lives, or has saved since this process looked for the newest checkpoint.
     """
-    with sole_writer(output) as check_writer:
+    with sole_writer(output) as writer:
         moved = distributed.in_first_process(lambda: _set_aside(output, start, damaged, about))
         files.forget_listings(output)
-        yield check_writer, moved or []
+        yield writer, moved or []
 
 
 def _set_aside(output: files.PathLike, start: int, damaged: Mapping[int, str], about: CheckpointMetadata) -> list[str]:

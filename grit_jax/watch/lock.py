@@ -3,8 +3,9 @@
 The file names its writer and carries a count that a thread raises every few seconds. Whoever finds a lock that is not
 its own takes it over when the writer is dead: at once where its process is gone from this machine, or when the
 heartbeat stands still for `LIMIT_SECONDS`. Stores have no common clock, so where the time in the file is recent the
-count is watched, not believed. Two that take over together are told apart by reading the lock again, and a writer that
-was thought dead finds at its next heartbeat that the lock is another's: `check` raises then.
+count is watched, not believed. Every change of the file is a `swap`: of those that take it at the same moment one
+succeeds, and a writer that was thought dead can renew nothing. It finds so at its next heartbeat, at the first `check`
+after a pause, and at `confirm`, which is called before anything that counts is written.
 """
 
 from __future__ import annotations
@@ -23,11 +24,12 @@ from pathlib import Path
 
 from grit_jax import files
 from grit_jax.config import InputError
+from grit_jax.watch import swap
 
 NAME = "writer.json"
+CLAIM = f".{NAME}.claim"  # beside it for a moment, on a disk
 BEAT_SECONDS = 10.0
 LIMIT_SECONDS = 60.0
-_SETTLE_SECONDS = 2.0  # in a bucket, what two writers of the same moment wait before they look again
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,34 +83,47 @@ class Writer:
 
 def read_writer(folder: files.PathLike) -> Writer | None:
     """The writer that a run folder's lock names, dead or alive; None without a lock."""
+    content = files.read_bytes(files.join(folder, NAME))
+    return None if content is None else _named(content)
+
+
+def _named(content: bytes) -> Writer | None:
+    """The writer that a lock file names; None where it names nobody that could be asked."""
     try:
-        text = files.read_text(files.join(folder, NAME))
-        return None if text is None else Writer(**json.loads(text))
-    except (ValueError, TypeError):  # not ours, or of another version: nobody that could be asked
+        return Writer(**json.loads(content))
+    except (ValueError, TypeError):  # not ours, or of another version
         return None
 
 
-def refuse_living(folder: files.PathLike, *, limit: float = LIMIT_SECONDS) -> None:
+def refuse_living(folder: files.PathLike, *, limit: float = LIMIT_SECONDS) -> swap.Seen | None:
     """Returns when no other writer of a run folder lives.
 
     Where only its heartbeat can tell, that is watched: this takes up to `limit` seconds after a writer's death.
 
+    Returns:
+      What is left of a dead one's lock.
+
     Raises:
       InputError: One lives.
     """
-    found = read_writer(folder)
+    path = files.join(folder, NAME)
+    seen = swap.look(path)
+    found = seen and _named(seen.content)
     if found is None or found.dead or found.age >= limit:
-        return
+        return seen
     if found.here:
         raise _refusal(folder, found)
     deadline = time.monotonic() + min(limit, limit - found.age)
     while time.monotonic() < deadline:
         time.sleep(min(1.0, limit / 10))
-        now = read_writer(folder)
+        now = swap.look(path)
         if now is None:
-            return
-        if (now.token, now.count) != (found.token, found.count):
-            raise _refusal(folder, now)
+            return None
+        writer = _named(now.content)
+        if writer and (writer.token, writer.count) != (found.token, found.count):
+            raise _refusal(folder, writer)
+        seen = now
+    return seen
 
 
 class WriterLock:
@@ -119,60 +134,95 @@ class WriterLock:
     """
 
     def __init__(self, folder: files.PathLike, *, beat: float = BEAT_SECONDS, limit: float = LIMIT_SECONDS):
-        self.folder, self._beat = folder, beat
-        refuse_living(folder, limit=limit)
+        self.folder, self._beat, self._limit = folder, beat, limit
+        self._path = files.join(folder, NAME)
         now, pid = time.time(), os.getpid()
         started = _process_started(pid)
         self._writer = Writer(
             uuid.uuid4().hex, socket.gethostname(), _machine(), pid, 0 if started is None else started, now, now
         )
-        self._taken_by: Writer | None = None
-        self._write()
-        if files.is_bucket(folder):
-            time.sleep(_SETTLE_SECONDS)
-        self._look()
-        self.check()
+        self._lost: str | None = None  # to whom
+        while not self._swap(refuse_living(folder, limit=limit), self._content):
+            continue  # another was faster: that one lives, or has ended
+        self._checked = _clock()
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
         self._thread.start()
 
     def check(self) -> None:
-        """Costs nothing, for every step.
+        """Costs nothing, for every step; after a pause in which the lock may have been lost, it looks at the lock.
 
         Raises:
           InputError: Another writer has taken the folder over.
         """
-        if self._taken_by:
+        if _clock() - self._checked > self._limit / 2:
+            with contextlib.suppress(OSError, files.UnreachableError):  # a store that is away does not stop a run
+                self._look()
+        self._checked = _clock()
+        if self._lost:
             raise InputError(
-                f"{self.folder} was taken over by {self._taken_by}, which found no heartbeat of this process; "
+                f"{self.folder} was taken over by {self._lost}, which found no heartbeat of this process; "
                 "end one of the two, this one has stopped writing"
             )
+
+    def confirm(self) -> None:
+        """`check`, with a look at the lock: what is written next is written by the folder's only writer.
+
+        Raises:
+          InputError: Another writer has taken the folder over.
+          OSError: The lock cannot be read.
+          UnreachableError: The same, for a while.
+        """
+        self._look()
+        self.check()
 
     def release(self) -> None:
         """Gives the folder free."""
         self._ended.set()
         self._thread.join()
-        self._look()
-        if not self._taken_by:
-            files.remove(files.join(self.folder, NAME))
+        seen = self._look()
+        if not self._lost:
+            self._swap(seen, None)
 
     def _run(self) -> None:
-        while not self._ended.wait(self._beat) and not self._taken_by:
-            try:
+        while not self._ended.wait(self._beat) and not self._lost:
+            # A network may be away for a while; the limit is several heartbeats.
+            with contextlib.suppress(OSError, files.UnreachableError):
+                self._renew()
+
+    def _renew(self) -> None:
+        seen = self._look()
+        if not self._lost:
+            self._writer = dataclasses.replace(self._writer, beat=time.time(), count=self._writer.count + 1)
+            if not self._swap(seen, self._content):
                 self._look()
-                if not self._taken_by:
-                    self._writer = dataclasses.replace(self._writer, beat=time.time(), count=self._writer.count + 1)
-                    self._write()
-            except (OSError, files.UnreachableError):
-                continue  # a network that is away for a while; the limit is several heartbeats
 
-    def _look(self) -> None:
-        found = read_writer(self.folder)
-        if found is not None and found.token != self._writer.token:
-            self._taken_by = found
+    def _look(self) -> swap.Seen | None:
+        """The lock file; notes who has it, if that is not this writer."""
+        seen = swap.look(self._path)
+        found = seen and _named(seen.content)
+        if found is None:
+            self._lost = "another process, which has ended since or whose lock is damaged"
+        elif found.token != self._writer.token:
+            self._lost = str(found)
+        return seen
 
-    def _write(self) -> None:
-        files.write_text(files.join(self.folder, NAME), json.dumps(dataclasses.asdict(self._writer)) + "\n")
+    @property
+    def _content(self) -> bytes:
+        return json.dumps(dataclasses.asdict(self._writer)).encode() + b"\n"
+
+    def _swap(self, seen: swap.Seen | None, content: bytes | None) -> bool:
+        return swap.swap(self._path, seen, content, self._content, is_gone=_is_gone, limit=self._limit)
+
+
+def _is_gone(claim: bytes) -> bool:
+    writer = _named(claim)
+    return writer is not None and writer.dead
+
+
+def _clock() -> float:
+    """Seconds, those in which the machine slept among them where it can tell."""
+    return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
 
 
 @contextmanager

@@ -37,10 +37,10 @@ def save_model(folder, **architecture):
 
 def index(folder, model, *paths, name="tiny", shard_rows=4, **wanted):
     """Makes or grows a store in this process and returns its manifest."""
-    with sole_indexer(folder) as check_writer:
+    with sole_indexer(folder) as writer:
         corpus = find_corpus([str(path) for path in paths])
-        add_documents(folder, corpus, model, Wanted(**wanted), name=name, shard_rows=shard_rows)
-        return add_vectors(folder, model, check_writer=check_writer)
+        add_documents(folder, corpus, model, Wanted(**wanted), name=name, shard_rows=shard_rows, writer=writer)
+        return add_vectors(folder, model, writer=writer)
 
 
 def content(folder):
