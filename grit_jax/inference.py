@@ -480,7 +480,7 @@ class GritModel:
         ]
         tokenized, limit, truncated = prompts.tokenize(pairs, self.tokenizer), self.architecture.max_length, 0
         num_bos = int(self.tokenizer.bos_id is not None)
-        for place, (tokens, spans) in enumerate(tokenized):
+        for place, (tokens, spans, _) in enumerate(tokenized):
             over = len(tokens) - limit
             if not len(spans):
                 raise InputError(f"continuation {place}: no token starts in {continuations[place]!r}")
@@ -511,7 +511,7 @@ class GritModel:
           InputError: A text has nothing before its scored tokens, or more tokens than the model's limit.
         """
         readings: dict[bytes, list[int]] = {}  # what is read of some texts: all but their last token
-        for place, (tokens, spans) in enumerate(texts):
+        for place, (tokens, spans, _) in enumerate(texts):
             if not 1 < len(tokens) <= self.architecture.max_length or not np.any(spans[:, 1] > 1):
                 raise InputError(
                     f"text {place} has {len(tokens)} tokens; a text has 2 to {self.architecture.max_length}, of which "

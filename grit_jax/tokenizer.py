@@ -62,19 +62,18 @@ class Tokenizer:
     def __init__(self, backend: tokenizers.Tokenizer, *, bos: str, eos: str, rows: int | None = None):
         backend.no_truncation()
         backend.no_padding()
-        added = _ending(backend)
-        self.ending = "".join(map(backend.id_to_token, added))
-        around = [*([backend.token_to_id(bos)] if bos else []), *added]
-        if backend.encode("").ids != around:
+        first, last = [bos] if bos else [], _ending(backend)
+        self.ending = "".join(last)
+        around = [(token, backend.token_to_id(token)) for token in (*first, *last)]
+        if backend.encode("").ids != [number for _, number in around]:
             # Other users of the files get the BOS that our prompts spell out.
-            first, last = [bos] if bos else [], list(map(backend.id_to_token, added))
             backend.post_processor = processors.TemplateProcessing(
                 single=[*first, "$A", *last],
                 pair=[*first, "$A", *last, *first, "$B", *last],
-                special_tokens=[(backend.id_to_token(token), token) for token in dict.fromkeys(around)],
+                special_tokens=list(dict.fromkeys(around)),
             )
         self._backend, self.bos, self.eos, self.rows = backend, bos, eos, rows
-        self.padding = backend.id_to_token(added[-1]) if added else eos
+        self.padding = last[-1] if last else eos
 
     def with_rows(self, rows: int) -> Tokenizer:
         """The same tokenizer for a model whose embedding table has so many rows: texts with later ids are refused.
@@ -194,7 +193,7 @@ class Tokenizer:
         return self._backend.token_to_id(self.eos)
 
     @property
-    def padding_id(self) -> int:
+    def padding_id(self) -> int | None:
         """Id of `padding`."""
         return self._backend.token_to_id(self.padding)
 
@@ -298,12 +297,12 @@ def _special(settings: Sequence[jsonfile.Section], key: str) -> str:
     return ""
 
 
-def _ending(backend: tokenizers.Tokenizer) -> list[int]:
+def _ending(backend: tokenizers.Tokenizer) -> list[str]:
     """Tokens that other tools end every text with."""
     plain, whole = (backend.encode("x", add_special_tokens=added).ids for added in (False, True))
     places = range(len(whole) - len(plain) + 1)
     begin = next((place for place in places if whole[place : place + len(plain)] == plain), 0)
-    return whole[begin + len(plain) :]
+    return [token for number in whole[begin + len(plain) :] if (token := backend.id_to_token(number)) is not None]
 
 
 def _byte_level(model: models.Model) -> tokenizers.Tokenizer:
