@@ -138,7 +138,7 @@ def test_what_is_no_whole_export_is_refused_before_the_hub_is_asked(exports, exp
     (export / "model.safetensors.index.json").write_text("{")
     assert "model.safetensors.index.json: cannot be read" in refusal(export)
     (export / "model.safetensors.index.json").write_text("[]")
-    assert "model.safetensors.index.json: has no weight_map of tensors and their files" in refusal(export)
+    assert "model.safetensors.index.json: holds [], not an object with keys" in refusal(export)
 
 
 REFUSALS = [
