@@ -270,7 +270,7 @@ class GritModel:
         for place, prompt in enumerate(tokenized):
             if not len(prompt.spans):
                 raise InputError(f"text {place} is empty; leave it out")
-            if prompt.spans[0, 0] >= limit:
+            if prompt.spans[0, 0] >= limit - prompt.ending:
                 raise InputError(
                     f"text {place}: its instruction takes {prompt.spans[0, 0]} of {limit} tokens and leaves no room "
                     "for the text; shorten it or raise the maximum length"
@@ -478,7 +478,7 @@ class GritModel:
         ]
         tokenized, limit, truncated = prompts.tokenize(pairs, self.tokenizer), self.architecture.max_length, 0
         num_bos = int(self.tokenizer.bos_id is not None)
-        for place, (tokens, spans) in enumerate(tokenized):
+        for place, (tokens, spans, _) in enumerate(tokenized):
             over = len(tokens) - limit
             if not len(spans):
                 raise InputError(f"continuation {place}: no token starts in {continuations[place]!r}")
@@ -509,7 +509,7 @@ class GritModel:
           InputError: A text has nothing before its scored tokens, or more tokens than the model's limit.
         """
         readings: dict[bytes, list[int]] = {}  # what is read of some texts: all but their last token
-        for place, (tokens, spans) in enumerate(texts):
+        for place, (tokens, spans, _) in enumerate(texts):
             if not 1 < len(tokens) <= self.architecture.max_length or not np.any(spans[:, 1] > 1):
                 raise InputError(
                     f"text {place} has {len(tokens)} tokens; a text has 2 to {self.architecture.max_length}, of which "

@@ -8,7 +8,7 @@ import json
 import os
 import re
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import tokenizers
@@ -55,6 +55,7 @@ class Tokenizer:
       eos: Text of the token that ends an answer.
       ending: Text of the tokens that the model's own tokenizer ends every text with; mostly empty. Texts that are
         embedded end with it.
+      num_ending: Its tokens.
       padding: Text of the token that other tools fill rows with: a special one that ends texts.
       rows: Rows of the model's embedding table, where the tokenizer has more entries; else None.
     """
@@ -63,18 +64,18 @@ class Tokenizer:
         backend.no_truncation()
         backend.no_padding()
         added = _ending(backend)
-        self.ending = "".join(map(backend.id_to_token, added))
-        around = [*([backend.token_to_id(bos)] if bos else []), *added]
-        if backend.encode("").ids != around:
+        first, last = [bos] if bos else [], [backend.id_to_token(token) or "" for token in added]
+        if backend.encode("").ids != [*map(backend.token_to_id, first), *added]:
             # Other users of the files get the BOS that our prompts spell out.
-            first, last = [bos] if bos else [], list(map(backend.id_to_token, added))
+            special: Any = [(token, backend.token_to_id(token)) for token in dict.fromkeys([*first, *last])]
             backend.post_processor = processors.TemplateProcessing(
                 single=[*first, "$A", *last],
                 pair=[*first, "$A", *last, *first, "$B", *last],
-                special_tokens=[(backend.id_to_token(token), token) for token in dict.fromkeys(around)],
+                special_tokens=special,
             )
+        self.ending, self.num_ending = "".join(last), len(last)
+        self.padding = last[-1] if last else eos
         self._backend, self.bos, self.eos, self.rows = backend, bos, eos, rows
-        self.padding = backend.id_to_token(added[-1]) if added else eos
 
     def with_rows(self, rows: int) -> Tokenizer:
         """The same tokenizer for a model whose embedding table has so many rows: texts with later ids are refused.
@@ -194,14 +195,9 @@ class Tokenizer:
         return self._backend.token_to_id(self.eos)
 
     @property
-    def padding_id(self) -> int:
+    def padding_id(self) -> int | None:
         """Id of `padding`."""
         return self._backend.token_to_id(self.padding)
-
-    @property
-    def num_ending(self) -> int:
-        """Tokens of `ending`."""
-        return len(_ending(self._backend))
 
     def encode(self, text: str) -> Encoding:
         """Tokens of a text; special strings in it become their tokens.
