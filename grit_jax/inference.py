@@ -272,7 +272,7 @@ class GritModel:
         for place, prompt in enumerate(tokenized, start=first):
             if not len(prompt.spans):
                 raise InputError(f"text {place} is empty; leave it out")
-            if prompt.spans[0, 0] >= limit:
+            if prompt.spans[0, 0] >= limit - prompt.ending:
                 raise InputError(
                     f"text {place}: its instruction takes {prompt.spans[0, 0]} of {limit} tokens and leaves no room "
                     "for the text; shorten it or raise the maximum length"

@@ -8,7 +8,7 @@ import json
 import os
 import re
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import tokenizers
@@ -55,6 +55,7 @@ class Tokenizer:
       eos: Text of the token that ends an answer.
       ending: Text of the tokens that the model's own tokenizer ends every text with; mostly empty. Texts that are
         embedded end with it.
+      num_ending: Its tokens.
       padding: Text of the token that other tools fill rows with: a special one that ends texts.
       rows: Rows of the model's embedding table, where the tokenizer has more entries; else None.
     """
@@ -62,18 +63,19 @@ class Tokenizer:
     def __init__(self, backend: tokenizers.Tokenizer, *, bos: str, eos: str, rows: int | None = None):
         backend.no_truncation()
         backend.no_padding()
-        first, last = [bos] if bos else [], _ending(backend)
-        self.ending = "".join(last)
-        around = [(token, backend.token_to_id(token)) for token in (*first, *last)]
-        if backend.encode("").ids != [number for _, number in around]:
+        added = _ending(backend)
+        first, last = [bos] if bos else [], [backend.id_to_token(token) or "" for token in added]
+        if backend.encode("").ids != [*map(backend.token_to_id, first), *added]:
             # Other users of the files get the BOS that our prompts spell out.
+            special: Any = [(token, backend.token_to_id(token)) for token in dict.fromkeys([*first, *last])]
             backend.post_processor = processors.TemplateProcessing(
                 single=[*first, "$A", *last],
                 pair=[*first, "$A", *last, *first, "$B", *last],
-                special_tokens=list(dict.fromkeys(around)),
+                special_tokens=special,
             )
-        self._backend, self.bos, self.eos, self.rows = backend, bos, eos, rows
+        self.ending, self.num_ending = "".join(last), len(last)
         self.padding = last[-1] if last else eos
+        self._backend, self.bos, self.eos, self.rows = backend, bos, eos, rows
 
     def with_rows(self, rows: int) -> Tokenizer:
         """The same tokenizer for a model whose embedding table has so many rows: texts with later ids are refused.
@@ -197,11 +199,6 @@ class Tokenizer:
         """Id of `padding`."""
         return self._backend.token_to_id(self.padding)
 
-    @property
-    def num_ending(self) -> int:
-        """Tokens of `ending`."""
-        return len(_ending(self._backend))
-
     def encode(self, text: str) -> Encoding:
         """Tokens of a text; special strings in it become their tokens.
 
@@ -297,12 +294,12 @@ def _special(settings: Sequence[jsonfile.Section], key: str) -> str:
     return ""
 
 
-def _ending(backend: tokenizers.Tokenizer) -> list[str]:
+def _ending(backend: tokenizers.Tokenizer) -> list[int]:
     """Tokens that other tools end every text with."""
     plain, whole = (backend.encode("x", add_special_tokens=added).ids for added in (False, True))
     places = range(len(whole) - len(plain) + 1)
     begin = next((place for place in places if whole[place : place + len(plain)] == plain), 0)
-    return [token for number in whole[begin + len(plain) :] if (token := backend.id_to_token(number)) is not None]
+    return whole[begin + len(plain) :]
 
 
 def _byte_level(model: models.Model) -> tokenizers.Tokenizer:

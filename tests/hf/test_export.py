@@ -1,6 +1,7 @@
 """What an exported folder gives in transformers and sentence-transformers: our vectors and our answers."""
 
 import dataclasses
+import json
 import re
 import sys
 
@@ -189,3 +190,35 @@ def test_the_programs_of_the_model_card_run_and_give_our_vectors(tmp_path, monke
     assert close(names["queries"], ours.encode(["A question?"], instruction=INSTRUCTION))
     assert close(names["instructed"], ours.encode(["A question?"], instruction="Find the answer"))
     assert close(names["vectors"], names["instructed"])
+
+
+@pytest.mark.parametrize("pooling", ["last_token", "mean"])
+def test_a_tokenizer_that_ends_texts_with_a_token_keeps_it_through_import_and_export(tmp_path, pooling):
+    """As that of Qwen3-Embedding: no BOS, and a token after each text that is not the EOS of answers."""
+    import tokenizers
+
+    families.save(families.make("Qwen3", {"vocab_size": 259}), tmp_path / "theirs")
+    file = str(tmp_path / "theirs/tokenizer.json")
+    tokenizer = tokenizers.Tokenizer.from_file(file)
+    tokenizer.add_special_tokens(["<|endoftext|>"])
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        single="$A <|endoftext|>", pair="$A <|endoftext|> $B <|endoftext|>", special_tokens=[("<|endoftext|>", 258)]
+    )
+    tokenizer.save(file)
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>", "pad_token": "<|endoftext|>"}
+    (tmp_path / "theirs/tokenizer_config.json").write_text(json.dumps(settings))
+    pretrained = open_folder(tmp_path / "theirs")
+    params = pretrained.load(whole(pretrained.architecture))
+    pretrained = dataclasses.replace(pretrained, embedding=EmbeddingConfig(pooling=pooling))
+    save_folder(tmp_path / "ours", pretrained, params)
+
+    ours, theirs = GritModel.load(tmp_path / "ours"), sentence_model(tmp_path / "ours")
+    assert (ours.tokenizer.bos, ours.tokenizer.ending) == ("", "<|endoftext|>")
+    ids = [
+        transformers.AutoTokenizer.from_pretrained(tmp_path / name)("a text")["input_ids"]
+        for name in ("theirs", "ours")
+    ]
+    assert ids[0] == ids[1] and ids[0][-1] == 258
+    assert close(theirs.encode(TEXTS), ours.encode(TEXTS))
+    theirs.max_seq_length = 20
+    assert close(theirs.encode(TEXTS), ours.encode(TEXTS, max_length=20))

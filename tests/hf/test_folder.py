@@ -1,20 +1,25 @@
 import copy
 import json
+import os
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
+import tokenizers
 
 from grit_jax import prompts, sharding
 from grit_jax.config import EmbeddingConfig, InputError, MeshConfig, TransformerConfig
 from grit_jax.hf.architecture import read_config
 from grit_jax.hf.export import save_folder
 from grit_jax.hf.folder import open_folder
+from grit_jax.hf.targets import older_tokenizer
+from grit_jax.inference import GritModel
 from grit_jax.model.pretrained import Pretrained
 from grit_jax.model.transformer import abstract_model, abstract_params, bind, init_params, param_axes
 from grit_jax.tokenizer import Tokenizer
+from tests import models
 from tests.hf import families
 
 SHAPE = {"embed_dim": 32, "mlp_dim": 48, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "head_dim": 8}
@@ -373,3 +378,59 @@ def test_the_real_llama_gives_its_recorded_logits(shared):
     ids = np.array([recorded["greedy_ids_from_bos"]], np.int32)[:, :64]
     greedy = np.argmax(logits(pretrained.architecture, params, ids)[0], axis=-1)
     assert np.array_equal(greedy[:-1], ids[0, 1:])
+
+
+def test_a_tokenizer_with_more_entries_than_rows_loads_and_refuses_texts_that_hold_one(exported):
+    tokenizer = tokenizers.Tokenizer.from_file(str(exported / "tokenizer.json"))
+    tokenizer.add_special_tokens(["<image>"])
+    tokenizer.save(str(exported / "tokenizer.json"))
+    model = GritModel.load(exported)
+    assert model.architecture.vocab_size == 258 == model.tokenizer.vocab_size
+    assert model.encode("a text").shape == (32,)
+    message = "text 1: '<image>' is token 258, and the model's embedding table has 258 rows; remove it from the text"
+    with pytest.raises(InputError, match=message):
+        model.encode(["a text", "an <image>"])
+    with pytest.raises(InputError, match="'<image>' is token 258"):
+        model.generate("an <image>")
+    again = Tokenizer.from_files(model.tokenizer.files())  # as a checkpoint and a process that counts tokens have it
+    with pytest.raises(InputError, match="'<image>' is token 258"):
+        again.encode("<image>")
+    assert again.fingerprint == Tokenizer.load(exported).fingerprint
+
+
+def test_a_table_without_rows_for_bos_and_eos_is_refused(exported):
+    edit_config(exported, vocab_size=257)
+    with pytest.raises(InputError, match=r"config.json: vocab_size=257 leaves out the special token '</s>'"):
+        open_folder(exported)
+
+
+def test_a_vector_that_is_not_finite_is_an_error():
+    model = models.make()
+    row = int(model.tokenizer.encode("q").ids[0])
+    model.params["embedding"] = model.params["embedding"].at[row].set(jnp.inf)
+    assert np.isfinite(model.encode("a text")).all()
+    with pytest.raises(InputError, match=r"text 0: its vector is not finite \(1 of 1 are not\)"):
+        model.encode(["quit"])
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
+def test_all_files_of_an_export_are_as_readable_as_the_umask_lets_them_be(tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        pretrained, params = random_model(EmbeddingConfig(projection_dim=8))
+        save_folder(tmp_path / "one", pretrained, params)
+        save_folder(tmp_path / "many", pretrained, params, max_shard_bytes=20_000)
+    finally:
+        os.umask(before)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(files) > 20
+    assert {path.stat().st_mode & 0o777 for path in files} == {0o666 & ~umask}
+
+
+def test_an_exported_tokenizer_has_the_form_that_older_libraries_read(tmp_path, shared):
+    """tokenizers before 0.20, and so transformers before 4.45, read merges as strings alone."""
+    tokenizer = Tokenizer.load(shared / "data/models/stories260K")
+    written = older_tokenizer(tokenizer.files()["tokenizer.json"])
+    assert all(isinstance(merge, str) for merge in json.loads(written)["model"]["merges"])
+    again = Tokenizer.from_files(tokenizer.files() | {"tokenizer.json": written})
+    assert again.fingerprint == tokenizer.fingerprint
