@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    __version__: str
+
     from grit_jax.inference import GritModel
 
-__all__ = ["GritModel"]
+__all__ = ["GritModel", "__version__"]
 
 
 def __getattr__(name: str) -> Any:
@@ -16,4 +18,8 @@ def __getattr__(name: str) -> Any:
         from grit_jax.inference import GritModel
 
         return GritModel
+    if name == "__version__":
+        import importlib.metadata
+
+        return importlib.metadata.version("grit-jax")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

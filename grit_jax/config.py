@@ -706,7 +706,11 @@ def parse_config(text: str, overrides: list[str] | None = None, *, source: str =
     except InputError:
         raise
     except (jsonargparse.ArgumentError, ValueError) as error:
-        raise InputError(f"{source}: {' '.join(str(error).split())}") from error
+        blamed = source
+        if overrides:
+            parse_config(text, source=source)  # where the file alone is wrong, it says so
+            blamed = "command line"
+        raise InputError(f"{blamed}: {' '.join(str(error).split())}") from error
 
 
 def parse_mapping(text: str, *, source: str) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from grit_jax.config import AttentionKernel, ExpertKernel, ModelConfig, Remat
+from grit_jax.config import AttentionKernel, ExpertKernel, InputError, ModelConfig, Remat
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +43,9 @@ class Execution:
 
 # The reference: every other setting gives its numbers, up to the rounding of its type.
 PLAIN = Execution(jnp.dtype("float32"))
+
+# Kernels that one platform alone has.
+_PLATFORMS = {"splash": "tpu", "megablox": "tpu", "cudnn": "gpu"}
 
 # What a layer may keep, by the names that it gives to its values.
 LAYER_INPUT, ATTENTION = "layer_input", "attention"
@@ -92,7 +95,15 @@ def num_chunks(size: int, limit: int | None) -> int:
 
 
 def execution(config: ModelConfig, platform: str) -> Execution:
-    """The settings of a run on devices of a platform: `tpu`, `gpu` or `cpu`."""
+    """The settings of a run on devices of a platform: `tpu`, `gpu` or `cpu`.
+
+    Raises:
+      InputError: A kernel is made for another platform.
+    """
+    for key in ("attention_kernel", "expert_kernel"):
+        needed = _PLATFORMS.get(kernel := getattr(config, key), platform)
+        if needed != platform:
+            raise InputError(f"model.{key}={kernel} runs on {needed} devices, and these are {platform}; set it to auto")
     experts: ExpertKernel = "megablox" if platform == "tpu" else "ragged_dot"
     return Execution(
         dtype=compute_dtype(config.compute_dtype, platform),

@@ -55,6 +55,8 @@ def test_a_curriculum_survives_a_round_trip():
         ("model: {architecture: {embed: 1}}", [], r"'model.architecture.embed'; did you mean '.*embed_dim'\?"),
         ("nothing: 1", [], "unknown key 'nothing'; known here: model, data, loss"),
         ("", ["--train.step=5"], r"command line: unknown key 'train.step'; did you mean 'train.steps'\?"),
+        ("train: {steps: 5}", ["--train.steps=ten"], "^command line: .*train.steps"),
+        ("train: {steps: ten}", ["--train.seed=3"], "^f.yaml: .*train.steps"),
         ("", ["train.steps=5"], "write overrides as --section.key=value"),
         ("train: {steps: many}", [], "f.yaml: Parser key \"train.steps\": .*int.*many"),
         ("train: {steps: 1.5}", [], "train.steps.*1.5"),

@@ -6,6 +6,7 @@ import re
 import shlex
 import tomllib
 
+import markdown
 import pytest
 import yaml
 
@@ -141,6 +142,47 @@ def test_launch_scripts_have_the_options_that_are_named(page):
                 assert [option for option in options if not re.search(rf"{option}\b", known)] == []
                 if script == "run.sh":
                     check_overrides(tuple(rest))
+
+
+def rendered(page):
+    """A page as the site shows it."""
+    extensions = yaml.safe_load((ROOT / "mkdocs.yml").read_text())["markdown_extensions"]
+    configs = {name: options for each in extensions if isinstance(each, dict) for name, options in each.items()}
+    names = [each if isinstance(each, str) else next(iter(each)) for each in extensions]
+    return markdown.markdown(page.read_text(), extensions=names, extension_configs=configs)
+
+
+def paragraphs_of_steps(text):
+    """What belongs to the items of numbered lists, after their first paragraphs; fenced code is left out."""
+    inside = False
+    for paragraph in re.split(r"\n\n+", FENCE.sub("", text)):
+        if re.match(r"\d+\. ", paragraph):
+            inside = True
+        elif inside and paragraph.startswith(" "):
+            yield paragraph
+        elif paragraph:
+            inside = False
+
+
+@each_page
+def test_numbered_steps_are_one_list_with_their_commands_as_blocks(page):
+    text, html = page.read_text(), rendered(page)
+    assert html.count("<ol>") == len(re.findall(r"^1\. ", FENCE.sub("", text), re.MULTILINE))
+    assert "```" not in html, "a fence in the midst of prose"
+    assert html.count("<pre>") >= len(FENCE.findall(text))
+    wrong = [each for each in paragraphs_of_steps(text) if not re.match(r" {4}\S", each)]
+    assert wrong == [], "indent by 4 what belongs to a step, and fence its code"
+
+
+@each_page
+def test_commands_are_called_in_one_way_and_extras_are_those_of_the_clone(page):
+    text = page.read_text()
+    assert ".venv/bin/grit-jax" not in text, "call it grit-jax: pages take the environment as activated"
+    assert "grit-jax[" not in text, "the package is not on PyPI: name the clone's extra, '.[EXTRA]'"
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert set(re.findall(r"'\.\[(\w+)\]'", text)) <= set(extras)
+    for call in re.findall(r"pip install [^`\n]*\.\[", text):
+        assert "-c constraints.txt -e" in call, "would install a frozen copy, or another release of jax"
 
 
 @each_page

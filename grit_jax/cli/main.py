@@ -7,6 +7,7 @@ import glob
 import os
 import sys
 
+import grit_jax
 from grit_jax.chips import DEVICE_FILES
 from grit_jax.cli import (
     answer,
@@ -61,6 +62,8 @@ exit codes: 0 done, 2 bad input (do not retry), 3 a plan that does not fit, 70 a
 (run the same command again), 1 anything else
 """
 
+_GPU_PLATFORMS = {"cuda", "gpu", "rocm"}
+
 
 def make_parser() -> argparse.ArgumentParser:
     """The parser of all commands; importing them imports nothing heavy."""
@@ -71,6 +74,7 @@ def make_parser() -> argparse.ArgumentParser:
         epilog=_EXIT_CODES,
         formatter_class=raw,
     )
+    parser.add_argument("--version", action="version", version=f"grit-jax {grit_jax.__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, module in COMMANDS.items():
         command = commands.add_parser(
@@ -93,6 +97,7 @@ def main(argv: list[str] | None = None) -> int:
         args.overrides = overrides
     elif overrides:
         parser.error(f"{args.command} does not know {' '.join(overrides)}; see grit-jax {args.command} --help")
+    asked = os.environ.get("JAX_PLATFORMS")
     if not any(glob.glob(pattern) for patterns in DEVICE_FILES.values() for pattern in patterns):
         os.environ.setdefault("JAX_PLATFORMS", "cpu")  # an installed TPU library would search and complain
     try:
@@ -103,5 +108,28 @@ def main(argv: list[str] | None = None) -> int:
     except UnreachableError as error:
         print(f"error: {error}; run the same command again", file=sys.stderr)
         return 1
+    except (RuntimeError, AssertionError) as error:
+        if (problem := _unusable_platform(error, asked)) is None:
+            raise
+        print(f"error: {problem}; `grit-jax doctor` says what this machine has", file=sys.stderr)
+        return 2 if asked else 1
     except KeyboardInterrupt:
         return 130
+
+
+def _unusable_platform(error: Exception, asked: str | None) -> str | None:
+    """Why JAX cannot use the platforms that it was asked for, or has found; None for any other error.
+
+    Args:
+      error: What a command raised.
+      asked: The user's JAX_PLATFORMS.
+    """
+    reason = " ".join(str(error).split())
+    # JAX asserts, without a word, that CUDA and ROCm have devices.
+    silent = (
+        isinstance(error, AssertionError) and not reason and set(asked.split(",") if asked else ()) & _GPU_PLATFORMS
+    )
+    if not silent and not reason.startswith("Unable to initialize backend"):
+        return None
+    reason = reason.partition(" (set JAX_PLATFORMS")[0] or type(error).__name__
+    return f"JAX_PLATFORMS={asked}: JAX cannot use that here ({reason}); unset it" if asked else reason

@@ -1,10 +1,12 @@
 """The command line from outside: exit codes, messages and what is written."""
 
+import importlib.metadata
 import json
 
 import numpy as np
 import pytest
 
+from grit_jax import __version__
 from grit_jax.cli.encode import read_texts
 from grit_jax.cli.main import COMMANDS, main
 from grit_jax.config import InputError
@@ -106,6 +108,56 @@ def test_bad_input_is_one_clear_line_and_exit_code_2(arguments, message, capsys,
     captured = capsys.readouterr()
     assert message in captured.err
     assert len(captured.err.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("platforms", "raised", "said"),
+    [
+        ("cuda", AssertionError(), "JAX_PLATFORMS=cuda: JAX cannot use that here (AssertionError)"),
+        (
+            "nonsense",
+            RuntimeError("Unable to initialize backend 'nonsense': not in the list of known backends: ['cpu', 'tpu']."),
+            "JAX_PLATFORMS=nonsense: JAX cannot use that here (Unable to initialize backend 'nonsense'",
+        ),
+        (
+            None,
+            RuntimeError("Unable to initialize backend 'tpu': ABORTED: The TPU is already in use"),
+            "already in use",
+        ),
+    ],
+)
+def test_a_platform_that_jax_cannot_use_is_one_clear_line(platforms, raised, said, capsys, monkeypatch):
+    def run(_):
+        raise raised
+
+    monkeypatch.setattr(COMMANDS["doctor"], "run", run)
+    monkeypatch.delenv("JAX_PLATFORMS")
+    if platforms:
+        monkeypatch.setenv("JAX_PLATFORMS", platforms)
+    assert main(["doctor"]) == (2 if platforms else 1)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    assert said in line
+    assert "grit-jax doctor" in line
+
+
+@pytest.mark.parametrize("raised", [RuntimeError("a fault"), AssertionError("a law"), AssertionError()])
+def test_another_error_keeps_its_traceback(raised, monkeypatch):
+    def run(_):
+        raise raised
+
+    monkeypatch.setattr(COMMANDS["doctor"], "run", run)
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    with pytest.raises(type(raised)):
+        main(["doctor"])
+
+
+def test_the_version_is_that_of_the_installed_package(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["--version"])
+    assert stopped.value.code == 0
+    assert capsys.readouterr().out == f"grit-jax {importlib.metadata.version('grit-jax')}\n"
+    assert __version__ == importlib.metadata.version("grit-jax")
 
 
 def test_unknown_arguments_exit_with_2(capsys):
