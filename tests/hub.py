@@ -18,7 +18,7 @@ class Hub:
       gated: Repositories whose files nobody gets.
       damaged: What is sent in place of a file's content, by the file's name.
       held: Files that are not sent while they are in it.
-      broken: What is answered instead, status and content, by the end of a path.
+      broken: What is answered instead, status and content, by a pattern that paths are searched for.
       requests: Method and path of all requests so far.
     """
 
@@ -37,8 +37,8 @@ class Hub:
 
     def answer(self, method, path, body):
         """Status, headers and content of one request; the calls that huggingface_hub makes and no others."""
-        for end, (status, content) in self.broken.items():
-            if path.endswith(end):
+        for pattern, (status, content) in self.broken.items():
+            if re.search(pattern, path):
                 return status, {}, content
         if path == "/api/repos/create":
             about = json.loads(body)

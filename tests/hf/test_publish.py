@@ -146,6 +146,7 @@ REFUSALS = [
     (403, "commit/main", "403: said so); log in with `hf auth login` or set HF_TOKEN to a token that may write to it"),
     (400, "objects/batch", "the Hub refuses (400: said so)"),
     (404, "create", "the Hub refuses (404: said so)"),
+    (403, "^/objects/", "403: said so); log in with `hf auth login` or set HF_TOKEN to a token that may write to it"),
 ]
 FAILURES = [
     (500, "commit/main", "the Hub cannot answer now (500: said so); run the same command again"),
