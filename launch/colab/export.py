@@ -2,6 +2,10 @@
 # jupyter:
 #   jupytext:
 #     formats: ipynb,py:percent
+#     notebook_metadata_filter: accelerator,colab
+#   accelerator: GPU
+#   colab:
+#     gpuType: T4
 #   kernelspec:
 #     display_name: Python 3
 #     language: python
@@ -23,15 +27,28 @@ import importlib.metadata
 import importlib.util
 import subprocess
 import sys
+import zipfile
 from glob import glob
+from pathlib import Path
 
 REPOSITORY, REF = "https://github.com/grit_jax/grit_jax", "v0.1.0"
 
 if "google.colab" in sys.modules and not importlib.util.find_spec("grit_jax"):
     tpu, gpu = glob("/dev/accel*") + glob("/dev/vfio/[0-9]*"), glob("/dev/nvidia[0-9]*")
-    package = f"grit-jax{'[tpu]' if tpu else '[cuda12]' if gpu else ''} @ git+{REPOSITORY}@{REF}"
-    constraints = f"{REPOSITORY.replace('github.com', 'raw.githubusercontent.com')}/{REF}/constraints.txt"
-    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "-c", constraints, package], check=True)
+    uploaded = Path("grit_jax.zip")
+    if uploaded.exists():
+        source = uploaded.absolute().as_uri()
+        constraints = zipfile.ZipFile(uploaded).extract("grit_jax/constraints.txt", "uploaded")
+    else:
+        source = f"git+{REPOSITORY}@{REF}"
+        constraints = f"{REPOSITORY.replace('github.com', 'raw.githubusercontent.com')}/{REF}/constraints.txt"
+    package = f"grit-jax{'[tpu]' if tpu else '[cuda12]' if gpu else ''} @ {source}"
+    pip = subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "-c", constraints, package], check=False)
+    assert pip.returncode == 0, (
+        f"grit_jax was not installed from {source}; pip's lines above say why. Where you cannot reach that address: run "
+        "`git archive --prefix=grit_jax/ --output=grit_jax.zip HEAD` in a clone, upload grit_jax.zip with the folder icon "
+        "at the left, and run this cell again"
+    )
 
 for name in ("jax", "flax", "numpy", "matplotlib"):
     loaded, installed = sys.modules.get(name), importlib.metadata.version(name)

@@ -10,8 +10,9 @@ import re
 import subprocess
 import sys
 import tomllib
+import zipfile
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import jupytext
 import matplotlib.image
@@ -83,13 +84,18 @@ def test_all_notebooks_install_with_the_same_cell():
     assert len({of_kind(read(name), "code")[0] for name in SMALL}) == 1
 
 
-def run_first_cell(monkeypatch, kind=None):
+def run_first_cell(monkeypatch, kind=None, returncode=0):
     """Runs the installing cell as in Colab on a machine with a kind of accelerator; gives pip's arguments."""
     installed = []
     monkeypatch.setitem(sys.modules, "google.colab", ModuleType("google.colab"))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(glob, "glob", lambda pattern: [pattern] * (pattern in DEVICE_FILES.get(kind, ())))
-    monkeypatch.setattr(subprocess, "run", lambda arguments, **options: installed.extend(arguments))
+
+    def run(arguments, **options):
+        installed.extend(arguments)
+        return SimpleNamespace(returncode=returncode)
+
+    monkeypatch.setattr(subprocess, "run", run)
     monkeypatch.setattr(cli, "main", lambda arguments: 0)
     exec(of_kind(read("quickstart"), "code")[0], {})
     return installed
@@ -101,6 +107,22 @@ def test_colab_gets_the_pinned_package_with_what_its_devices_need(monkeypatch, k
     assert package == f"grit-jax{extra} @ git+{REPOSITORY}@{REF}"
     assert not extra or extra[1:-1] in PROJECT["optional-dependencies"]
     assert constraints == f"{REPOSITORY.replace('github.com', 'raw.githubusercontent.com')}/{REF}/constraints.txt"
+
+
+def test_an_uploaded_archive_is_installed_in_the_place_of_an_address_that_is_not_reached(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(AssertionError, match=r"was not installed from git\+https.*upload grit_jax\.zip"):
+        run_first_cell(monkeypatch, returncode=1)
+    with zipfile.ZipFile("grit_jax.zip", "w") as archive:
+        archive.writestr("grit_jax/constraints.txt", "jax==1")
+    *_, constraints, package = run_first_cell(monkeypatch, "TPU")
+    assert package == f"grit-jax[tpu] @ {(tmp_path / 'grit_jax.zip').as_uri()}"
+    assert Path(constraints).read_text() == "jax==1"
+
+
+@each_notebook
+def test_colab_opens_a_notebook_on_an_accelerator(name):
+    assert read(name).metadata["accelerator"] == "GPU"
 
 
 def test_a_package_that_was_loaded_before_it_was_replaced_asks_for_a_new_session(monkeypatch):
