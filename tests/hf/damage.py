@@ -4,7 +4,7 @@ import copy
 import json
 
 IMPOSSIBLE = [
-    None, True, False, 0, 1, -1, 3, 8, 10**12, 2**31, 2**63, 10**40, 0.0, -0.0, 0.5, 2.0, -1e-6, 1e-320, 1e300,
+    None, True, False, 0, 1, -1, 3, 8, 10**12, 2**31, 2**63, 10**4000, 0.0, -0.0, 0.5, 2.0, -1e-6, 1e-320, 1e300,
     float("nan"), float("inf"), float("-inf"), "", "8", "1e-5", "nan", "linear", "llama3", "\ud800", "é" * 200,
     [], [1], [None], ["full_attention"], ["sliding_attention"] * 3, [[[[]]]], {},
     {"rope_type": "linear", "factor": 2.0}, {"rope_theta": 500.0}, {"full_attention": {"rope_type": "default"}},
