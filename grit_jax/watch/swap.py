@@ -7,6 +7,7 @@ claim to the file. So the file is always whole, and a claim that somebody has re
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Callable
@@ -104,10 +105,9 @@ def _swap_file(
         if content is None:
             path.unlink(missing_ok=True)
             return True
-        try:
+        # Where others have removed the claim, this process was too slow, and the file says who came first.
+        with contextlib.suppress(FileNotFoundError):
             os.rename(claimed, path)
-        except FileNotFoundError:
-            pass  # too slow, others have removed the claim; the file says who came first
         files.sync_folder(path.parent)
         now = look(path)
         return now is not None and now.content == content
