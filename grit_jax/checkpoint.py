@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import json
 import math
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from os import PathLike
 from typing import Any, cast
 
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
-from grit_jax import files
+from grit_jax import files, integrity
 from grit_jax.config import CheckpointConfig, EmbeddingConfig, InputError, TransformerConfig
 from grit_jax.model.pretrained import Pretrained
 from grit_jax.model.transformer import Params, abstract_model, abstract_params
@@ -58,12 +58,22 @@ class Checkpoints:
       folder: Holds one sub-folder per step; made by the first who does not only read.
       keep: Which checkpoints are kept, and how long hosts wait for each other; None keeps all.
       read_only: Whether nothing is written: what is half written may then be a living run's save, and stays.
+      confirm: Called in process 0 when all of a checkpoint is written, right before it counts; raises where it may not.
     """
 
-    def __init__(self, folder: str | PathLike[str], *, keep: CheckpointConfig | None = None, read_only: bool = False):
+    def __init__(
+        self,
+        folder: str | PathLike[str],
+        *,
+        keep: CheckpointConfig | None = None,
+        read_only: bool = False,
+        confirm: Callable[[], None] = lambda: None,
+    ):
         self.folder = epath.Path(folder) if files.is_bucket(folder) else epath.Path(folder).resolve()
         self._saver = None if read_only else _saver(self.folder, keep)
-        self._saving: tuple[int, Any] | None = None
+        self._confirm = confirm
+        self._saving: tuple[int, Any, contextlib.ExitStack] | None = None
+        self._checked: set[int] = set()  # steps whose digests have been compared
 
     def steps(self) -> list[int]:
         """Steps with a complete checkpoint, ascending."""
@@ -104,7 +114,10 @@ class Checkpoints:
             self._saver.save_checkpointables_async,
             metrics=ranked_by, custom_metadata=about, force=True, overwrite=True,
         )  # fmt: skip
-        self._saving = step, self._guarded(step, lambda: save(step, parts))
+        with contextlib.ExitStack() as committing:
+            committing.enter_context(integrity.committing(self.folder / str(step), self._confirm))
+            response = self._guarded(step, lambda: save(step, parts))
+            self._saving = step, response, committing.pop_all()
 
     def wait(self) -> None:
         """Waits for the save in progress.
@@ -113,8 +126,9 @@ class Checkpoints:
           OSError: It failed; earlier checkpoints are untouched.
         """
         if self._saving:
-            (step, response), self._saving = self._saving, None
-            self._guarded(step, response.result)
+            (step, response, committing), self._saving = self._saving, None
+            with committing:
+                self._guarded(step, response.result)
 
     def close(self) -> None:
         """Waits, then lets go of the folder."""
@@ -140,6 +154,7 @@ class Checkpoints:
           DamagedCheckpointError: It cannot be read.
         """
         with self._readable(step):
+            self._check_digests(step)
             stored: Any = ocp.checkpointables_metadata(self.folder / str(step)).custom_metadata
             nested = {
                 "architecture": TransformerConfig(**stored["architecture"]),
@@ -161,13 +176,21 @@ class Checkpoints:
         """
         wanted = {_PARAMS: params} | ({} if opt_state is None else {_OPTIMIZER: opt_state})
         with self._readable(step):
+            self._check_digests(step)
             stored = ocp.checkpointables_metadata(self.folder / str(step)).metadata
             stored = {part: stored[part] for part in wanted}
+            if unread := [part for part in stored if stored[part] is None]:  # Orbax only warns
+                raise ValueError(f"what {', '.join(unread)} holds cannot be read")
         for part, tree in wanted.items():
             _check_matches(f"{self.folder / str(step)}: {part}", stored[part], tree)
         with self._readable(step):
             loaded = ocp.load_checkpointables(self.folder / str(step), wanted)
             return loaded[_PARAMS], loaded.get(_OPTIMIZER)
+
+    def _check_digests(self, step: int) -> None:
+        if step not in self._checked:
+            integrity.check_digests(self.folder / str(step))
+            self._checked.add(step)
 
     @contextlib.contextmanager
     def _readable(self, step: int) -> Generator[None]:

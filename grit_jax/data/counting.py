@@ -14,7 +14,6 @@ import subprocess
 import sys
 import threading
 import time
-import zipfile
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -112,7 +111,7 @@ def read_shard(path: epath.Path) -> ShardCounts | None:
     try:
         with np.load(io.BytesIO(content)) as stored:
             return ShardCounts(*(stored[name] for name in ShardCounts._fields))
-    except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile):
+    except Exception:  # numpy and zipfile, which compares checksums, raise many kinds
         return None
 
 

@@ -7,12 +7,13 @@ import dataclasses
 import functools
 import hashlib
 import json
+import logging
 import os
 import shutil
 import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 from etils import epath
@@ -26,7 +27,8 @@ from grit_jax.data.sources import Source
 from grit_jax.tokenizer import Tokenizer
 
 _TRIES = 3
-_FORMAT = 3  # raised when what is stored, or how prompts are formatted, changes
+_log = logging.getLogger(__name__)
+_FORMAT = 4  # raised when what is stored, or how prompts are formatted, changes
 
 
 class Fingerprint(NamedTuple):
@@ -77,7 +79,7 @@ class FileIndex:
 
     def __reduce__(self):
         if self.folder:  # a mapped array would be sent as a copy
-            return _open, (self.path, self.folder)
+            return _mapped, (self.path, self.folder, _read_meta(self.folder))
         return FileIndex, tuple(getattr(self, field.name) for field in dataclasses.fields(self))
 
     @property
@@ -98,7 +100,7 @@ class FileIndex:
     def fingerprint(self) -> Fingerprint:
         """What the file holds, in short."""
         if self.folder:
-            return Fingerprint(*json.loads((self.folder / _META).read_text())["fingerprint"])
+            return Fingerprint(*_read_meta(self.folder)["fingerprint"])
         digests = _Digests()
         # Those that start each record's and each text's part have a 0 before all others.
         digests.update(
@@ -217,8 +219,12 @@ class _Store:
 
     def _load(self) -> FileIndex | None:
         for folder in self._folders:
-            with contextlib.suppress(OSError, ValueError, KeyError):  # missing or damaged: counted again
+            try:
                 return _open(self._source.path, folder / self._name)
+            except FileNotFoundError:
+                continue
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                _log.warning("%s: damaged (%s); its texts are counted again", folder / self._name, error)
         return None
 
     def shards(self, number: int) -> list[Shard]:
@@ -257,7 +263,32 @@ class _Store:
 
 
 def _open(path: os.PathLike[str], folder: Path) -> FileIndex:
-    meta = json.loads((folder / _META).read_text())
+    """The index that is kept in a folder.
+
+    Raises:
+      OSError: It is missing or cannot be read.
+      ValueError: It is damaged.
+      KeyError: The same.
+    """
+    meta = _read_meta(folder)
+    for name, expected in meta["sha256"].items():
+        if files.sha256(folder / name) != expected:
+            raise ValueError(f"{name} differs from its checksum")
+    return _mapped(path, folder, meta)
+
+
+def _read_meta(folder: Path) -> dict[str, Any]:
+    meta, checksum = json.loads((folder / _META).read_text())
+    if _checksum(meta) != checksum:
+        raise ValueError(f"{_META} differs from its checksum")
+    return meta
+
+
+def _checksum(meta: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(meta).encode()).hexdigest()
+
+
+def _mapped(path: os.PathLike[str], folder: Path, meta: dict[str, Any]) -> FileIndex:
     stored = [name for name in _ARRAYS if meta["bad"] or name != "numbers"]
     arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in stored}
     bad = tuple(BadRecords(kind, count, tuple(examples)) for kind, count, examples in meta["bad"])
@@ -300,15 +331,19 @@ def _merge(paths: Sequence[epath.Path], source: Source, folder: Path) -> bool:
                     written[name].write(array.tobytes())
                     if name in ends and len(array):
                         ends[name] = int(array[-1])
-        meta = {"stream": source.stream, "bad": list(bad.values()), "fingerprint": digests.fingerprint()}
-        (partial / _META).write_text(json.dumps(meta))
+        checksums = {f"{name}.npy": files.sha256(partial / f"{name}.npy") for name in stored}
+        meta = {
+            "stream": source.stream, "bad": list(bad.values()), "fingerprint": digests.fingerprint(),
+            "sha256": checksums,
+        }  # fmt: skip
+        (partial / _META).write_text(json.dumps([meta, _checksum(meta)]))
         try:
             os.rename(partial, folder)
         except OSError:
             if not folder.is_dir():
                 raise
             # Another host was faster, or what is there is damaged.
-            with contextlib.suppress(OSError, ValueError, KeyError):
+            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
                 _open(source.path, folder)
                 return True
             shutil.rmtree(folder, ignore_errors=True)

@@ -220,6 +220,9 @@ def read_manifest(folder: Path) -> Manifest | None:
         content = json.loads(text)
         if content["format"] != FORMAT:
             raise InputError(f"{path}: has format {content['format']}, this version reads {FORMAT}; update grit_jax")
+        checksum = content.pop("sha256", None)  # earlier versions wrote none
+        if checksum is not None and checksum != _content_checksum(content):
+            raise ValueError("differs from its checksum")
         parts = [
             Part(
                 **part
@@ -240,7 +243,12 @@ def read_manifest(folder: Path) -> Manifest | None:
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Writes the manifest whole."""
     content = {"format": FORMAT, **dataclasses.asdict(manifest)}
+    content["sha256"] = _content_checksum(content)
     files.write_text(folder / MANIFEST, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+
+def _content_checksum(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def other_model(folder: str | Path, settings: Settings, model: str) -> str:

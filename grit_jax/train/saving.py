@@ -34,9 +34,9 @@ class Saves:
         confirm: Callable[[], None],
     ):
         self._config, self._about, self._confirm = config, about, confirm
-        self._states = Checkpoints(files.join(output, folder.CHECKPOINTS), keep=config)
+        self._states = Checkpoints(files.join(output, folder.CHECKPOINTS), keep=config, confirm=confirm)
         params = files.join(output, folder.PARAMS)
-        self._params = Checkpoints(params) if config.params_every or files.is_folder(params) else None
+        self._params = Checkpoints(params, confirm=confirm) if config.params_every or files.is_folder(params) else None
 
     def params_due(self, step: int) -> bool:
         """Whether the parameters of a step are to be kept."""

@@ -105,7 +105,7 @@ def _swap_file(
         if content is None:
             path.unlink(missing_ok=True)
             return True
-        # Who is too slow finds the claim removed by others; the file says who came first.
+        # Where others have removed the claim, this process was too slow, and the file says who came first.
         with contextlib.suppress(FileNotFoundError):
             os.rename(claimed, path)
         files.sync_folder(path.parent)

@@ -294,6 +294,18 @@ def test_a_damaged_index_is_counted_anew(source, damage):
     assert build_index(source, BYTES).lengths.tolist() == lengths
 
 
+@pytest.mark.parametrize("name", ["lengths.npy", "spans.npy", "meta.json"])
+def test_a_flipped_bit_of_an_index_is_named_and_the_file_counted_anew(source, name, caplog):
+    first = build_index(source, BYTES)
+    expected, damaged = first.fingerprint, bytearray((first.folder / name).read_bytes())
+    damaged[-3] ^= 1
+    (first.folder / name).write_bytes(damaged)
+    again = build_index(source, BYTES)
+    assert again.fingerprint == expected
+    assert f"{first.folder}: damaged ({name} differs from its checksum)" in caplog.text
+    assert (first.folder / name).read_bytes() != damaged
+
+
 def test_tokens_and_pooled_spans_equal_the_recorded_ones_of_the_reference(shared):
     tokenizer = Tokenizer.load(shared / "golden/tokenizer")
     recorded = json.loads((shared / "golden/collator/instruct.json").read_text())

@@ -219,6 +219,7 @@ def test_damage_is_found_before_it_is_searched(grows):
         (kept.replace('"format": 1', '"format": 2'), "has format 2, this version reads 1; update grit_jax"),
         (kept.replace('"rows"', '"lines"'), "manifest.json: damaged"),
         (kept[:-20], "manifest.json: damaged"),
+        (kept.replace('"model": "t', '"model": "v', 1), r"manifest.json: damaged \(.*differs from its checksum"),
     ):
         manifest.write_text(damaged)
         with pytest.raises(InputError, match=message):

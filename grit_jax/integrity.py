@@ -1,0 +1,99 @@
+"""What makes damage in a checkpoint show: Orbax has no settings for it, so two of its functions are extended here.
+
+Arrays are stored with a CRC-32C of each chunk, beside those that OCDBT has of its own nodes and zarr of its indexes;
+TensorStore compares them with all that it reads. The digests of the other files, which are small, are written last, in
+`DIGESTS`. Checkpoints without these open too.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import json
+import posixpath
+import re
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from orbax.checkpoint._src.path import atomicity
+from orbax.checkpoint._src.serialization import tensorstore_utils
+
+from grit_jax import files
+
+DIGESTS = "digests.json"
+_CHECKED = re.compile(r"d|ocdbt\.process_\d+")  # folders of arrays: what is read there, TensorStore compares
+_ABOUT, _COMMITTED_AT = "_CHECKPOINT_METADATA", "commit_timestamp_nsecs"  # what Orbax adds after all digests
+
+_array_metadata, _commit = tensorstore_utils._build_zarr3_metadata, atomicity.on_commit_callback
+_before_commit: dict[str, Callable[[], None]] = {}  # by the folder that a checkpoint is to have
+
+
+def _checked_array_metadata(*arguments: Any, **options: Any) -> dict[str, Any]:
+    metadata: Any = _array_metadata(*arguments, **options)
+    metadata["codecs"][0]["configuration"]["codecs"].append({"name": "crc32c"})
+    return metadata
+
+
+async def _checked_commit(checkpoint: Any, **options: Any) -> None:
+    confirm = _before_commit.get(str(checkpoint.get_final()))
+    if confirm:
+        await asyncio.to_thread(_write_digests, checkpoint.get())
+        await asyncio.to_thread(confirm)
+    await _commit(checkpoint, **options)
+
+
+tensorstore_utils._build_zarr3_metadata = _checked_array_metadata  # ty: ignore[invalid-assignment]
+atomicity.on_commit_callback = _checked_commit  # ty: ignore[invalid-assignment]
+
+
+@contextlib.contextmanager
+def committing(checkpoint: files.PathLike, confirm: Callable[[], None]) -> Generator[None]:
+    """While a checkpoint is saved: process 0 writes its digests, and then calls `confirm`, before it counts."""
+    _before_commit[str(checkpoint)] = confirm
+    try:
+        yield
+    finally:
+        _before_commit.pop(str(checkpoint), None)
+
+
+def _write_digests(checkpoint: files.PathLike) -> None:
+    names = list(_described(checkpoint))
+    files.write_text(files.join(checkpoint, DIGESTS), json.dumps(_digests(checkpoint, names), indent=1) + "\n")
+
+
+def check_digests(checkpoint: files.PathLike) -> None:
+    """Compares the files of a checkpoint that hold no arrays with their digests, where it has some.
+
+    Raises:
+      ValueError: A file is missing or differs.
+    """
+    text = files.read_text(files.join(checkpoint, DIGESTS))
+    if text is None:
+        return
+    expected = json.loads(text)
+    found = _digests(checkpoint, list(expected))
+    if differing := [name for name in expected if found[name] != expected[name]]:
+        raise ValueError(f"{', '.join(differing[:3])} differs from the digest in {DIGESTS}, or is missing")
+
+
+def _digests(checkpoint: files.PathLike, names: list[str]) -> dict[str, str | None]:
+    def digest(name: str) -> str | None:
+        content = files.read_bytes(files.join(checkpoint, name))
+        if content is not None and name == _ABOUT:
+            about = json.loads(content)
+            about.pop(_COMMITTED_AT, None)
+            content = json.dumps(about, sort_keys=True).encode()
+        return None if content is None else hashlib.sha256(content).hexdigest()
+
+    with ThreadPoolExecutor() as pool:
+        return dict(zip(names, pool.map(digest, names), strict=True))
+
+
+def _described(folder: files.PathLike, below: str = "") -> Iterator[str]:
+    """Names of the files of a checkpoint that hold no arrays."""
+    for name in files.names(files.join(folder, below) if below else folder):
+        path = posixpath.join(below, name)
+        if not _CHECKED.fullmatch(name):
+            yield from _described(folder, path) if files.is_folder(files.join(folder, path)) else [path]
