@@ -62,7 +62,7 @@ class WrittenRequest(Strict):
 
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)] = 1.0
-    top_p: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] = 1.0
+    top_p: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] = 1.0
     n: Annotated[int, Field(ge=1, le=_MOST_CHOICES)] = 1
     stop: str | Annotated[list[str], Field(max_length=4, fail_fast=True)] | None = None
     seed: int | None = None

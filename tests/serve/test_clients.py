@@ -177,6 +177,13 @@ REFUSED = {
 }  # fmt: skip
 
 
+def test_a_nucleus_of_nothing_is_the_likeliest_token(server, model):
+    body = CHAT | {"max_tokens": 12, "temperature": 2, "top_p": 0}
+    answer = httpx2.post(f"{server}/v1/chat/completions", json=body).json()
+    expected = model.generate(QUESTION, max_new_tokens=12, temperature=0)
+    assert answer["choices"][0]["message"]["content"] == expected
+
+
 @pytest.mark.parametrize("name", NEUTRAL)
 def test_a_field_that_asks_for_nothing_is_taken(server, name):
     for value in [*NEUTRAL[name], None]:

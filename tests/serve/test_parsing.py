@@ -69,10 +69,10 @@ HUGE = {
 
 @pytest.mark.parametrize(("kind", "body", "told"), HUGE.values(), ids=HUGE)
 def test_a_huge_body_is_refused_soon_and_in_little_memory(kind, body, told):
-    started = time.process_time()
+    started = time.thread_time()
     with pytest.raises(RequestError) as refused:
         parsing.parse(kind, body)
-    assert time.process_time() - started < 2
+    assert time.thread_time() - started < 2
     assert refused.value.status == 400 and told in refused.value.message
     assert len(json.dumps(refused.value.content())) < 1500
     tracemalloc.start()
