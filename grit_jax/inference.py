@@ -31,6 +31,7 @@ from grit_jax.config import (
 from grit_jax.data.packing import pack
 from grit_jax.data.pipeline import pool_weights
 from grit_jax.engine import Continuation, Engine, LaneSize, bucket
+from grit_jax.errors import NotFiniteError
 from grit_jax.execution import Execution, execution
 from grit_jax.loading import load_params, open_model
 from grit_jax.losses import target_log_likelihoods
@@ -99,11 +100,11 @@ def refuse_not_finite(vectors: np.ndarray) -> None:
     """Returns where all vectors, [texts, embed], are finite.
 
     Raises:
-      InputError: One is not; the message names its place.
+      NotFiniteError: One is not; the message names its place.
     """
     bad = np.flatnonzero(~np.isfinite(vectors).all(axis=-1))
     if len(bad):
-        raise InputError(
+        raise NotFiniteError(
             f"text {bad[0]}: its vector is not finite ({len(bad)} of {len(vectors)} are not); the model's weights are "
             "damaged, or too large for the type it computes in"
         )

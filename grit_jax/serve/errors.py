@@ -10,7 +10,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from grit_jax.config import InputError
+from grit_jax.errors import InputError, NotFiniteError
 from grit_jax.store.layout import DamagedError
 
 _log = logging.getLogger(__name__)
@@ -59,6 +59,8 @@ def as_refusal(error: BaseException) -> RequestError:
     if isinstance(error, DamagedError):
         _log.error("a request failed: %s", error)
         return RequestError(500, "a document of the index cannot be read; the server's log names it", "index_damaged")
+    if isinstance(error, NotFiniteError):
+        return RequestError(500, f"{error}; other requests are answered", "not_finite")
     if isinstance(error, InputError):
         return RequestError(400, str(error))
     if isinstance(error, TimeoutError):
