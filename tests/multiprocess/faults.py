@@ -50,7 +50,7 @@ class Job:
                 self.processes.append(
                     subprocess.Popen(
                         command("train", *options, *joining),
-                        stdout=log, stderr=log, env=environment(DEVICES // num_processes),
+                        stdout=log, stderr=log, env=environment(DEVICES // num_processes, device_order="interleaved"),
                     )
                 )  # fmt: skip
 
