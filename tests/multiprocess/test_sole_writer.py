@@ -11,8 +11,9 @@ SCRIPT = """
     from grit_jax.watch.lock import read_writer
 
     free, taken = sys.argv[1:]
-    with sole_writer(free) as check:
-        check()
+    with sole_writer(free) as writer:
+        writer.check()
+        writer.confirm()
         print(jax.process_index() == 1 or read_writer(free) is not None)
     for refused in (refuse_other_writers, lambda folder: sole_writer(folder).__enter__()):
         try:
