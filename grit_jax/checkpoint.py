@@ -115,7 +115,7 @@ class Checkpoints:
             metrics=ranked_by, custom_metadata=about, force=True, overwrite=True,
         )  # fmt: skip
         with contextlib.ExitStack() as committing:
-            committing.enter_context(integrity.committing(self.folder / str(step), self._confirm))
+            committing.enter_context(integrity.committing(self.folder / str(step), about, self._confirm))
             response = self._guarded(step, lambda: save(step, parts))
             self._saving = step, response, committing.pop_all()
 
@@ -156,6 +156,7 @@ class Checkpoints:
         with self._readable(step):
             self._check_digests(step)
             stored: Any = ocp.checkpointables_metadata(self.folder / str(step)).custom_metadata
+            integrity.check_about(self.folder / str(step), stored)
             nested = {
                 "architecture": TransformerConfig(**stored["architecture"]),
                 "embedding": EmbeddingConfig(**stored["embedding"]),

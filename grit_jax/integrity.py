@@ -24,10 +24,11 @@ from grit_jax import files
 
 DIGESTS = "digests.json"
 _CHECKED = re.compile(r"d|ocdbt\.process_\d+")  # folders of arrays: what is read there, TensorStore compares
-_ABOUT, _COMMITTED_AT = "_CHECKPOINT_METADATA", "commit_timestamp_nsecs"  # what Orbax adds after all digests
+_ABOUT = "custom metadata"  # among the digests, that of what a checkpoint says about itself
+_CHANGING = "_CHECKPOINT_METADATA"  # Orbax writes it again, from its own threads, while digests are made and later
 
 _array_metadata, _commit = tensorstore_utils._build_zarr3_metadata, atomicity.on_commit_callback
-_before_commit: dict[str, Callable[[], None]] = {}  # by the folder that a checkpoint is to have
+_before_commit: dict[str, tuple[Any, Callable[[], None]]] = {}  # by the folder that a checkpoint is to have
 
 
 def _checked_array_metadata(*arguments: Any, **options: Any) -> dict[str, Any]:
@@ -37,9 +38,9 @@ def _checked_array_metadata(*arguments: Any, **options: Any) -> dict[str, Any]:
 
 
 async def _checked_commit(checkpoint: Any, **options: Any) -> None:
-    confirm = _before_commit.get(str(checkpoint.get_final()))
-    if confirm:
-        await asyncio.to_thread(_write_digests, checkpoint.get())
+    if found := _before_commit.get(str(checkpoint.get_final())):
+        about, confirm = found
+        await asyncio.to_thread(_write_digests, checkpoint.get(), about)
         await asyncio.to_thread(confirm)
     await _commit(checkpoint, **options)
 
@@ -49,18 +50,25 @@ atomicity.on_commit_callback = _checked_commit  # ty: ignore[invalid-assignment]
 
 
 @contextlib.contextmanager
-def committing(checkpoint: files.PathLike, confirm: Callable[[], None]) -> Generator[None]:
-    """While a checkpoint is saved: process 0 writes its digests, and then calls `confirm`, before it counts."""
-    _before_commit[str(checkpoint)] = confirm
+def committing(checkpoint: files.PathLike, about: Any, confirm: Callable[[], None]) -> Generator[None]:
+    """While a checkpoint is saved: process 0 writes its digests, and then calls `confirm`, before it counts.
+
+    `about` is what the checkpoint says about itself, as JSON can hold it.
+    """
+    _before_commit[str(checkpoint)] = about, confirm
     try:
         yield
     finally:
         _before_commit.pop(str(checkpoint), None)
 
 
-def _write_digests(checkpoint: files.PathLike) -> None:
-    names = list(_described(checkpoint))
-    files.write_text(files.join(checkpoint, DIGESTS), json.dumps(_digests(checkpoint, names), indent=1) + "\n")
+def _write_digests(checkpoint: files.PathLike, about: Any) -> None:
+    digests = _digests(checkpoint, list(_described(checkpoint))) | {_ABOUT: _digest_of(about)}
+    files.write_text(files.join(checkpoint, DIGESTS), json.dumps(digests, indent=1) + "\n")
+
+
+def _digest_of(about: Any) -> str:
+    return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
 
 
 def check_digests(checkpoint: files.PathLike) -> None:
@@ -69,22 +77,30 @@ def check_digests(checkpoint: files.PathLike) -> None:
     Raises:
       ValueError: A file is missing or differs.
     """
-    text = files.read_text(files.join(checkpoint, DIGESTS))
-    if text is None:
-        return
-    expected = json.loads(text)
+    expected = _read_digests(checkpoint)
+    expected.pop(_ABOUT, None)
     found = _digests(checkpoint, list(expected))
     if differing := [name for name in expected if found[name] != expected[name]]:
         raise ValueError(f"{', '.join(differing[:3])} differs from the digest in {DIGESTS}, or is missing")
 
 
+def check_about(checkpoint: files.PathLike, about: Any) -> None:
+    """Compares what a checkpoint says about itself with its digest, where there is one.
+
+    Raises:
+      ValueError: It differs.
+    """
+    if _read_digests(checkpoint).get(_ABOUT) not in (None, _digest_of(about)):
+        raise ValueError(f"what it says about itself differs from the digest in {DIGESTS}")
+
+
+def _read_digests(checkpoint: files.PathLike) -> dict[str, str]:
+    return json.loads(files.read_text(files.join(checkpoint, DIGESTS)) or "{}")
+
+
 def _digests(checkpoint: files.PathLike, names: list[str]) -> dict[str, str | None]:
     def digest(name: str) -> str | None:
         content = files.read_bytes(files.join(checkpoint, name))
-        if content is not None and name == _ABOUT:
-            about = json.loads(content)
-            about.pop(_COMMITTED_AT, None)
-            content = json.dumps(about, sort_keys=True).encode()
         return None if content is None else hashlib.sha256(content).hexdigest()
 
     with ThreadPoolExecutor() as pool:
@@ -95,5 +111,5 @@ def _described(folder: files.PathLike, below: str = "") -> Iterator[str]:
     """Names of the files of a checkpoint that hold no arrays."""
     for name in files.names(files.join(folder, below) if below else folder):
         path = posixpath.join(below, name)
-        if not _CHECKED.fullmatch(name):
+        if name != _CHANGING and not _CHECKED.fullmatch(name):
             yield from _described(folder, path) if files.is_folder(files.join(folder, path)) else [path]
