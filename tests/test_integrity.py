@@ -90,15 +90,18 @@ def test_all_of_a_thousand_damaged_checkpoints_are_found_or_without_consequence(
 
 
 @ignored
-def test_a_flipped_bit_of_the_weights_is_found(saved, tmp_path):
-    folder, abstract, _ = saved
+def test_no_flipped_bit_of_the_weights_loads_as_another_number(saved, tmp_path):
+    folder, abstract, state = saved
     shutil.copytree(folder, tmp_path / "copy")
     file = max((tmp_path / "copy/1/params/ocdbt.process_0/d").iterdir(), key=lambda file: file.stat().st_size)
-    content = bytearray(file.read_bytes())
-    content[10_000] ^= 1
-    file.write_bytes(content)
-    with pytest.raises(DamagedCheckpointError, match="the checkpoint is damaged"):
-        read(tmp_path / "copy", abstract)
+    content, found = file.read_bytes(), 0
+    for place in range(100, len(content), len(content) // 10):  # some lie where nothing is read
+        file.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+        try:
+            assert same(read(tmp_path / "copy", abstract)[1].params, state.params), place
+        except DamagedCheckpointError:
+            found += 1
+    assert found >= 4
     gc.collect()
 
 
