@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import math
 import reprlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from grit_jax import files
 from grit_jax.errors import InputError
-from grit_jax.ranges import FINITE, Range
+from grit_jax.ranges import Range
 
 REMEDY = "correct it or copy the file again"
 SIZE = Range("must be from 1 to 2147483647", lambda value: 1 <= value < 1 << 31)
@@ -142,9 +141,8 @@ class Section:
 
     def _number(self, key: str, kinds: Any, what: str, allowed: Range, default: Any, null: bool) -> Any:
         value = self._typed(key, kinds, what, default, null)
-        if key in self.values and value is not None and not (_is_finite(value) and allowed.holds(value)):
-            text = allowed.text if _is_finite(value) else FINITE.text
-            raise self.error(key, f"{text}; {'null is allowed too; ' if null else ''}{REMEDY}")
+        if key in self.values and value is not None and (fault := allowed.fault(value)):
+            raise self.error(key, f"{fault}; {'null is allowed too; ' if null else ''}{REMEDY}")
         return value
 
     def _refuse_half_characters(self, key: str, value: str | None) -> None:
@@ -152,7 +150,3 @@ class Section:
             (value or "").encode()
         except UnicodeEncodeError as error:
             raise self.error(key, f"holds half of a surrogate pair, which is no character; {REMEDY}") from error
-
-
-def _is_finite(value: float) -> bool:
-    return isinstance(value, int) or math.isfinite(value)  # an int may be too large for a float

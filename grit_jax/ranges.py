@@ -22,6 +22,12 @@ class Range(NamedTuple):
     text: str
     holds: Callable[[float], bool]
 
+    def fault(self, value: float) -> str | None:
+        """What is asked of a number that is not in the range, or not finite; None for one that is in it."""
+        if not isinstance(value, int) and not math.isfinite(value):  # an int may be too large for a float
+            return FINITE.text
+        return None if self.holds(value) else self.text
+
 
 FINITE = Range("must be a finite number", lambda value: True)
 POSITIVE = Range("must be positive", lambda value: value > 0)
@@ -39,10 +45,8 @@ def require(key: str, value: float | None, allowed: Range, remedy: str = "") -> 
     Raises:
       InputError: The value is outside of the range, infinite or not a number.
     """
-    if value is None or (_finite(value) and allowed.holds(value)):
-        return
-    text = allowed.text if _finite(value) else "must be a finite number"
-    raise InputError(f"{key}={value} {text}{remedy and '; '}{remedy}")
+    if value is not None and (fault := allowed.fault(value)):
+        raise InputError(f"{key}={value} {fault}{remedy and '; '}{remedy}")
 
 
 def require_positive(key: str, value: float | None, remedy: str = "") -> None:
@@ -63,7 +67,3 @@ def require_fields(section: str, settings: Any, **ranges: Range) -> None:
             optional = type(None) in typing.get_args(kinds[field.name])
             remedy = "null is allowed too" if optional else ""
             require(f"{section}.{field.name}", value, ranges.get(field.name, FINITE), remedy)
-
-
-def _finite(value: float) -> bool:
-    return isinstance(value, int) or math.isfinite(value)  # an int may be too large for a float

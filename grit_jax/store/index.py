@@ -19,7 +19,7 @@ from etils import epath
 
 from grit_jax.config import InputError
 from grit_jax.data import cache
-from grit_jax.distributed import gathered, in_first_process, require_same
+from grit_jax.distributed import in_first_process, require_same, wait_for_all
 from grit_jax.inference import Encoded, GritModel, refuse_not_finite
 from grit_jax.prompts import CacheForm, stripped
 from grit_jax.sole_writer import SoleWriter, sole_writer
@@ -154,7 +154,7 @@ def add_vectors(
         shard = dataclasses.replace(shard, tokens=encoded.num_tokens, truncated=encoded.num_truncated)
         writer.confirm()
         layout.write_vectors(folder, number, shard, pack(encoded.vectors, settings.dtype))
-    gathered(np.zeros(1, np.uint8))  # all are done
+    wait_for_all()
 
     def finish() -> None:
         finished = layout.with_finished(folder, manifest)
