@@ -1,4 +1,7 @@
-"""One training step's input: packed rows of many texts each.
+"""One training step's input: packed rows of many texts each, for every stream.
+
+A batch is a mapping from the names of streams to named tuples of arrays. What of a stream has one entry a row is named
+by its `per_row`: hosts hold their own rows of these fields, and all of the others.
 
 A row is a fixed number of tokens holding several texts one after the other.
 `segment_ids` number the texts of a row from 1; 0 is padding. `positions`
@@ -13,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 Array = Any  # numpy.ndarray on the host, jax.Array on the mesh
+Batch = dict[str, Any]  # such as {"embedding": EmbeddingBatch(...), "generative": GenerativeBatch(...)}
 
 
 class EmbeddingBatch(NamedTuple):
@@ -33,6 +37,8 @@ class EmbeddingBatch(NamedTuple):
       passage_ids: int32 [queries * group_size]; passages with equal ids are never each other's negatives,
         -1 is nobody's negative (a filler).
     """
+
+    per_row = ("tokens", "segment_ids", "positions", "pool_weights")
 
     tokens: Array
     segment_ids: Array
@@ -55,18 +61,13 @@ class GenerativeBatch(NamedTuple):
       loss_weights: float32 [rows, length]; L_gen = sum(loss_weights * nll). Zero where the target is not scored.
     """
 
+    per_row = ("tokens", "segment_ids", "positions", "targets", "loss_weights")
+
     tokens: Array
     segment_ids: Array
     positions: Array
     targets: Array
     loss_weights: Array
-
-
-class GritBatch(NamedTuple):
-    """Both streams of one step; a stream that is not trained is None."""
-
-    embedding: EmbeddingBatch | None
-    generative: GenerativeBatch | None
 
 
 class HostShare(NamedTuple):

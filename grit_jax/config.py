@@ -472,14 +472,9 @@ class TrainConfig:
         )
 
     @property
-    def embeds(self) -> bool:
-        """Whether the contrastive loss is trained."""
-        return self.mode in ("unified", "embedding")
-
-    @property
-    def generates(self) -> bool:
-        """Whether the LM loss is trained."""
-        return self.mode in ("unified", "generative")
+    def streams(self) -> tuple[str, ...]:
+        """Names of the streams that are trained."""
+        return ("embedding", "generative") if self.mode == "unified" else (self.mode,)
 
 
 @dataclass(frozen=True)
@@ -660,8 +655,7 @@ class Config:
                 f"optimizer.warmup_steps={self.optimizer.warmup_steps} is over train.steps={self.train.steps}; "
                 "lower it, the learning rate never reaches its peak otherwise"
             )
-        trained = {"embedding": self.train.embeds, "generative": self.train.generates}
-        weights = {f"{name}_weight": getattr(self.loss, f"{name}_weight") for name in trained if trained[name]}
+        weights = {f"{name}_weight": getattr(self.loss, f"{name}_weight") for name in self.train.streams}
         if not any(weights.values()):
             given = " and ".join(f"loss.{name}={value}" for name, value in weights.items())
             raise InputError(f"{given} with train.mode={self.train.mode}: nothing would be trained; raise one of them")

@@ -13,7 +13,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from grit_jax.batch import GritBatch, HostShare
+from grit_jax.batch import Batch, HostShare
 from grit_jax.config import InputError, MeshConfig
 
 Index = tuple[slice, ...]
@@ -270,17 +270,13 @@ def _start(index: Index, size: int) -> int:
     return index[0].indices(size)[0]
 
 
-# Fields of the batches with one entry per row; the others are the same on every host.
-_PER_ROW = {"tokens", "segment_ids", "positions", "pool_weights", "targets", "loss_weights"}
-
-
-def host_rows(mesh: Mesh, batch: GritBatch) -> GritBatch:
+def host_rows(mesh: Mesh, batch: Batch) -> Batch:
     """What this host fills of a whole batch: `place_batch` puts it on the mesh."""
     share = host_share(mesh)
-    return _map_fields(lambda name, value: value[share.rows(len(value))] if name in _PER_ROW else value, batch)
+    return _map_fields(lambda value, per_row: value[share.rows(len(value))] if per_row else value, batch)
 
 
-def place_batch(mesh: Mesh, batch: GritBatch) -> GritBatch:
+def place_batch(mesh: Mesh, batch: Batch) -> Batch:
     """Puts this host's rows of a batch on the mesh: rows split over the devices, slots and weights everywhere.
 
     Args:
@@ -289,9 +285,9 @@ def place_batch(mesh: Mesh, batch: GritBatch) -> GritBatch:
     """
     share = host_share(mesh)
 
-    def place(name, value):
-        split = _field_sharding(mesh, name)
-        if name not in _PER_ROW:
+    def place(value, per_row):
+        split = _field_sharding(mesh, per_row)
+        if not per_row:
             return jax.make_array_from_callback(value.shape, split, lambda index: value[index])
         pieces = dict(zip(share.shards, np.split(value, len(share.shards)), strict=True))
         rows = len(value) // len(share.shards) * share.num_shards
@@ -304,19 +300,22 @@ def place_batch(mesh: Mesh, batch: GritBatch) -> GritBatch:
     return _map_fields(place, batch)
 
 
-def abstract_batch(mesh: Mesh, batch: GritBatch) -> GritBatch:
+def abstract_batch(mesh: Mesh, batch: Batch) -> Batch:
     """Shapes and shardings of a whole batch on the mesh."""
-    return _map_fields(
-        lambda name, value: jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=_field_sharding(mesh, name)), batch
-    )
+
+    def abstract(value, per_row):
+        return jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=_field_sharding(mesh, per_row))
+
+    return _map_fields(abstract, batch)
 
 
-def _field_sharding(mesh: Mesh, name: str) -> NamedSharding:
-    return NamedSharding(mesh, partition_spec(("batch",))) if name in _PER_ROW else replicated(mesh)
+def _field_sharding(mesh: Mesh, per_row: bool) -> NamedSharding:
+    return NamedSharding(mesh, partition_spec(("batch",))) if per_row else replicated(mesh)
 
 
-def _map_fields(function: Callable[[str, Any], Any], batch: GritBatch) -> GritBatch:
-    def map_all(stream: Any) -> Any:
-        return stream and type(stream)(*map(function, stream._fields, stream))
-
-    return GritBatch(*map(map_all, batch))
+def _map_fields(function: Callable[[Any, bool], Any], batch: Batch) -> Batch:
+    """The batch with `function` of every field, and of whether it has one entry a row."""
+    return {
+        name: type(stream)(*(function(value, field in stream.per_row) for field, value in stream._asdict().items()))
+        for name, stream in batch.items()
+    }

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import json
 import os
-from typing import Any, Literal, NamedTuple
+from collections.abc import Sequence
+from typing import Any, ClassVar, NamedTuple, Self
 
 from grit_jax.config import InputError
 from grit_jax.prompts import stripped
-
-Stream = Literal["embedding", "generative"]
 
 
 class RecordError(InputError):
@@ -37,52 +37,171 @@ class EmbeddingText(NamedTuple):
     text: str
 
 
+class Record(abc.ABC):
+    """What one line says; each kind of record is a class.
+
+    Attributes:
+      kind: Its name: that of the stream which is trained on it.
+      keys: What tells it from other kinds, for messages.
+      numbered_with: Files are numbered kind by kind in this order, so that a new kind renumbers none of the others'.
+    """
+
+    kind: ClassVar[str]
+    keys: ClassVar[str]
+    numbered_with: ClassVar[int] = 1
+
+    @classmethod
+    @abc.abstractmethod
+    def reads(cls, row: dict[str, Any]) -> bool:
+        """Whether a line holds a record of this kind, well formed or not."""
+
+    @classmethod
+    @abc.abstractmethod
+    def parse(cls, row: dict[str, Any], where: str) -> Self:
+        """The record of a line that `reads` accepts.
+
+        Raises:
+          RecordError: It is malformed.
+        """
+
+    @abc.abstractmethod
+    def texts(self) -> list[str]:
+        """All its texts, without instructions."""
+
+    def vocabulary(self) -> list[str]:
+        """What a tokenizer is trained on: instructions included, and what other records say as well left out."""
+        return self.texts()
+
+    def comparable(self) -> dict[str, str]:
+        """Parts that are equal in records that nearly repeat each other, by what they are called."""
+        return {}
+
+
 @dataclasses.dataclass(frozen=True)
-class EmbeddingRecord:
+class EmbeddingRecord(Record):
     """A query with passages that answer it and passages that do not."""
+
+    kind = "embedding"
+    keys = '"query", "pos", "neg"'
+    numbered_with = 0
 
     query: EmbeddingText
     positives: tuple[EmbeddingText, ...]
     negatives: tuple[EmbeddingText, ...]
 
+    @classmethod
+    def reads(cls, row: dict[str, Any]) -> bool:
+        """Whether it has a query."""
+        return "query" in row
+
+    @classmethod
+    def parse(cls, row: dict[str, Any], where: str) -> Self:
+        """`{"query": T, "pos": [T, ...], "neg": [T, ...]}` where T is a string or `[instruction, text]`.
+
+        A string has an empty instruction, and `neg` may be missing.
+
+        Raises:
+          RecordError: It is not that.
+        """
+        for key in ("pos", "neg"):
+            if not isinstance(row.setdefault(key, []), list):
+                raise RecordError(
+                    where, f'"{key}" is no list', f'"{key}" is {_describe(row[key])}; it must be a list of texts'
+                )
+        if not row["pos"]:
+            message = '"pos" is missing or empty; every query needs a passage that answers it'
+            raise RecordError(where, 'no "pos"', message)
+        return cls(
+            _embedding_text(row["query"], where, "query"),
+            tuple(_embedding_text(text, where, "pos") for text in row["pos"]),
+            tuple(_embedding_text(text, where, "neg") for text in row["neg"]),
+        )
+
+    def texts(self) -> list[str]:
+        """Query, positives and negatives."""
+        return [text.text for text in (self.query, *self.positives, *self.negatives)]
+
+    def vocabulary(self) -> list[str]:
+        """Query and positives with their instructions; most negatives are the positive of another record."""
+        return [text for pair in (self.query, *self.positives) for text in pair]
+
+    def comparable(self) -> dict[str, str]:
+        """Its query."""
+        return {"queries": repr(self.query)}
+
 
 @dataclasses.dataclass(frozen=True)
-class GenerativeRecord:
+class GenerativeRecord(Record):
     """User and assistant turns, or one plain text."""
+
+    kind = "generative"
+    keys = '"text" (generative)'
+    numbered_with = 0
 
     turns: tuple[str, ...] | str
 
+    @classmethod
+    def reads(cls, row: dict[str, Any]) -> bool:
+        """Whether it has a text."""
+        return "text" in row
 
-Record = EmbeddingRecord | GenerativeRecord
+    @classmethod
+    def parse(cls, row: dict[str, Any], where: str) -> Self:
+        """`{"text": [user, assistant, ...]}` or `{"text": str}`.
+
+        Raises:
+          RecordError: It is neither.
+        """
+        turns = row["text"]
+        if isinstance(turns, str):
+            return cls(turns)
+        if not isinstance(turns, list) or not all(isinstance(turn, str) for turn in turns):
+            raise RecordError(
+                where,
+                '"text" is no text',
+                f'"text" is {_describe(turns)}; it must be a string or a list of strings',
+            )
+        if not turns or len(turns) % 2:
+            raise RecordError(
+                where,
+                "turns not in pairs",
+                f'"text" has {len(turns)} turns; user and assistant turns come in pairs',
+            )
+        return cls(tuple(turns))
+
+    def texts(self) -> list[str]:
+        """Its turns, or the plain text."""
+        return [self.turns] if isinstance(self.turns, str) else list(self.turns)
+
+    def comparable(self) -> dict[str, str]:
+        """The first user turn of a conversation."""
+        return {} if isinstance(self.turns, str) else {"first user turns": self.turns[0]}
 
 
-def texts(record: Record) -> list[str]:
-    """What a record says, instructions included. Negatives are left out: most are the positive of another record."""
-    if isinstance(record, GenerativeRecord):
-        return [record.turns] if isinstance(record.turns, str) else list(record.turns)
-    return [text for pair in (record.query, *record.positives) for text in pair]
+RECORD_KINDS: tuple[type[Record], ...] = (EmbeddingRecord, GenerativeRecord)
 
 
-def parse_record(line: str | bytes, *, path: str | os.PathLike[str], line_number: int) -> Record:
-    """Parses and checks one line.
-
-    Embedding: `{"query": T, "pos": [T, ...], "neg": [T, ...]}` where T is a string or `[instruction, text]`; a string
-    has an empty instruction, and `neg` may be missing. Generative: `{"text": [user, assistant, ...]}` or
-    `{"text": str}`. Other keys are allowed.
+def parse_record(
+    line: str | bytes,
+    *,
+    path: str | os.PathLike[str],
+    line_number: int,
+    kinds: Sequence[type[Record]] = RECORD_KINDS,
+) -> Record:
+    """Parses and checks one line, which may hold other keys than those of its kind.
 
     Raises:
       RecordError: With file, line and remedy.
     """
     where = f"{path}:{line_number}"
     row = parse_object(line, where)
-    if "query" in row:
-        return _embedding_record(row, where)
-    if "text" in row:
-        return _generative_record(row, where)
+    for kind in kinds:
+        if kind.reads(row):
+            return kind.parse(row, where)
     raise RecordError(
         where,
         "keys of neither stream",
-        f'keys {_describe(sorted(row))} are of neither stream; use "query", "pos", "neg" or "text" (generative)',
+        f"keys {_describe(sorted(row))} are of neither stream; use {' or '.join(kind.keys for kind in kinds)}",
     )
 
 
@@ -148,11 +267,6 @@ def _named(error: Exception) -> tuple[str, str]:
             return "not valid JSON", f"not valid JSON ({error}); each line must be one object"
 
 
-def stream_of(record: Record) -> Stream:
-    """The stream that a record belongs to."""
-    return "embedding" if isinstance(record, EmbeddingRecord) else "generative"
-
-
 class _DuplicateKeyError(Exception):
     pass
 
@@ -165,21 +279,6 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return row
 
 
-def _embedding_record(row: dict[str, Any], where: str) -> EmbeddingRecord:
-    for key in ("pos", "neg"):
-        if not isinstance(row.setdefault(key, []), list):
-            raise RecordError(
-                where, f'"{key}" is no list', f'"{key}" is {_describe(row[key])}; it must be a list of texts'
-            )
-    if not row["pos"]:
-        raise RecordError(where, 'no "pos"', '"pos" is missing or empty; every query needs a passage that answers it')
-    return EmbeddingRecord(
-        _embedding_text(row["query"], where, "query"),
-        tuple(_embedding_text(text, where, "pos") for text in row["pos"]),
-        tuple(_embedding_text(text, where, "neg") for text in row["neg"]),
-    )
-
-
 def _embedding_text(value: Any, where: str, key: str) -> EmbeddingText:
     if isinstance(value, str):
         return EmbeddingText("", value)
@@ -190,25 +289,6 @@ def _embedding_text(value: Any, where: str, key: str) -> EmbeddingText:
         f'"{key}" holds no text',
         f'"{key}" holds {_describe(value)}; a text is a string or [instruction, text]',
     )
-
-
-def _generative_record(row: dict[str, Any], where: str) -> GenerativeRecord:
-    turns = row["text"]
-    if isinstance(turns, str):
-        return GenerativeRecord(turns)
-    if not isinstance(turns, list) or not all(isinstance(turn, str) for turn in turns):
-        raise RecordError(
-            where,
-            '"text" is no text',
-            f'"text" is {_describe(turns)}; it must be a string or a list of strings',
-        )
-    if not turns or len(turns) % 2:
-        raise RecordError(
-            where,
-            "turns not in pairs",
-            f'"text" has {len(turns)} turns; user and assistant turns come in pairs',
-        )
-    return GenerativeRecord(tuple(turns))
 
 
 def _describe(value: Any) -> str:

@@ -10,6 +10,7 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from etils import epath
@@ -18,7 +19,7 @@ from grit_jax import files
 from grit_jax.config import InputError
 from grit_jax.data import cache
 from grit_jax.data.lines import BLANK, BOM, is_blank
-from grit_jax.data.records import Record, RecordError, Stream, parse_record, stream_of, texts
+from grit_jax.data.records import RECORD_KINDS, Record, RecordError, parse_record
 
 _JSONL = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 ARRAY_RECORD = (".array_record", ".arrayrecord")
@@ -99,26 +100,29 @@ def _place(path: epath.Path) -> str:
     return os.fspath(path) if files.is_bucket(path) else os.path.realpath(path)
 
 
-def open_source(path: str | os.PathLike[str], *, skip_bad: bool = False) -> Source:
+def open_source(
+    path: str | os.PathLike[str], *, skip_bad: bool = False, kinds: Sequence[type[Record]] = RECORD_KINDS
+) -> Source:
     """Opens a file by its ending.
 
     Args:
       path: One that `find_files` gave.
       skip_bad: Whether the first record may be malformed.
+      kinds: Kinds of records of which it may hold one.
 
     Raises:
       InputError: The file has no record, or cannot be read.
     """
     path = epath.Path(path)
-    kind = ArrayRecordSource if path.name.endswith(ARRAY_RECORD) else JsonlSource
-    return kind(path, skip_bad=skip_bad)
+    source = ArrayRecordSource if path.name.endswith(ARRAY_RECORD) else JsonlSource
+    return source(path, skip_bad=skip_bad, kinds=kinds)
 
 
 def read_texts(paths: str | list[str]) -> Iterator[str]:
     """What the records of files say, negatives left out: for training a tokenizer."""
     for source in map(open_source, find_files(paths)):
         for record in source:
-            yield from texts(record)
+            yield from record.vocabulary()
 
 
 class Source(abc.ABC):
@@ -128,13 +132,14 @@ class Source(abc.ABC):
 
     Args:
       path: The file.
-      skip_bad: Whether the first record may be malformed; the first good one tells the stream then.
-      stream: The stream where it is known.
+      skip_bad: Whether the first record may be malformed; the first good one tells the kind then.
+      kinds: Kinds of records of which it may hold one.
+      kind: The kind where it is known.
       version: What the file must be; None takes what it is.
 
     Attributes:
       path: The file.
-      stream: Which stream its first record, and so every record, belongs to.
+      kind: Kind of its first record, and so of every record.
       version: Of the file, when it was opened.
 
     Raises:
@@ -146,7 +151,8 @@ class Source(abc.ABC):
         path: str | os.PathLike[str],
         *,
         skip_bad: bool = False,
-        stream: Stream | None = None,
+        kinds: Sequence[type[Record]] = RECORD_KINDS,
+        kind: type[Record] | None = None,
         version: cache.Version | None = None,
     ):
         self.path = epath.Path(path)
@@ -156,10 +162,11 @@ class Source(abc.ABC):
         cache.refuse_changed(self.path, self.version)
         if not len(self):
             raise InputError(f"{self.path}: the file is empty; remove it or put records in it")
-        self.stream: Stream = stream or self._first_stream(skip_bad)
+        self._kinds = kinds
+        self.kind: type[Record] = kind or self._first_kind(skip_bad)
 
     def __reduce__(self):
-        return _reopen, (type(self), self.path, self.stream, self.version)
+        return _reopen, (type(self), self.path, self._kinds, self.kind, self.version)
 
     def refuse_changed(self) -> None:
         """Returns where the file is as it was when it was opened; a bucket is asked once a minute.
@@ -204,32 +211,32 @@ class Source(abc.ABC):
         """Record `number`, whose JSON is `line`.
 
         Raises:
-          RecordError: It is malformed, or of the other stream.
+          RecordError: It is malformed, or of another kind.
         """
-        record = parse_record(line, path=self.path, line_number=self.line_number(number))
-        if stream_of(record) != self.stream:
+        record = self._parsed(number, line)
+        if not isinstance(record, self.kind):
             raise RecordError(
                 self.where(number),
                 "of the other stream",
-                f"{stream_of(record)} record in a file of {self.stream} records; keep the streams in separate files",
+                f"{record.kind} record in a file of {self.kind.kind} records; keep the streams in separate files",
             )
         return record
 
-    def _first_stream(self, skip_bad: bool) -> Stream:
+    def _parsed(self, number: int, line: bytes) -> Record:
+        return parse_record(line, path=self.path, line_number=self.line_number(number), kinds=self._kinds)
+
+    def _first_kind(self, skip_bad: bool) -> type[Record]:
         for number in range(len(self)):
             try:
-                record = parse_record(
-                    self.lines(number, number + 1)[0], path=self.path, line_number=self.line_number(number)
-                )
-                return stream_of(record)
+                return type(self._parsed(number, self.lines(number, number + 1)[0]))
             except RecordError:
                 if not skip_bad:
                     raise
         raise InputError(f"{self.path}: none of its {len(self):,} records is well formed; correct or remove the file")
 
 
-def _reopen(kind: type[Source], path: epath.Path, stream: Stream, version: cache.Version) -> Source:
-    return kind(path, stream=stream, version=version)
+def _reopen(source: type[Source], path: epath.Path, kinds: Any, kind: type[Record], version: cache.Version) -> Source:
+    return source(path, kinds=kinds, kind=kind, version=version)
 
 
 class JsonlSource(Source):

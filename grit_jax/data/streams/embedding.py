@@ -1,0 +1,218 @@
+"""The embedding stream: queries, their positives and hard negatives."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+
+from grit_jax import prompts
+from grit_jax.batch import EmbeddingBatch, max_segments
+from grit_jax.config import Config, Pooling
+from grit_jax.data.packing import ranges
+from grit_jax.data.records import EmbeddingRecord
+from grit_jax.data.streams.base import Kind, Lookup, PlannedRows, Ranks, RowPlan, Samples, Stream
+from grit_jax.prompts import Prompt
+from grit_jax.tokenizer import Tokenizer
+
+
+class EmbeddingPlan(NamedTuple):
+    """A batch of the stream; see `EmbeddingBatch` for slots, weights and ids.
+
+    Attributes:
+      rows: Where its texts are.
+      slots_per_row: Texts that a row may hold.
+      query_texts: int [queries]; number of each query's text in `rows`, that of a filler is any.
+      passage_texts: int [queries * group]; likewise.
+      query_weights: float32 [queries].
+      passage_ids: int32 [queries * group].
+    """
+
+    rows: RowPlan
+    slots_per_row: int
+    query_texts: np.ndarray
+    passage_texts: np.ndarray
+    query_weights: np.ndarray
+    passage_ids: np.ndarray
+
+    @property
+    def query_slots(self) -> np.ndarray:
+        """int32 [queries]."""
+        return self._slots[self.query_texts]
+
+    @property
+    def passage_slots(self) -> np.ndarray:
+        """int32 [queries * group]."""
+        return self._slots[self.passage_texts]
+
+    @property
+    def _slots(self) -> np.ndarray:
+        return self.rows.row * np.int32(self.slots_per_row) + self.rows.segment - 1
+
+
+class EmbeddingStream(Stream):
+    """Texts that are pooled into vectors: the first text of a record is its query, then come positives and negatives.
+
+    Args:
+      config: The run's settings.
+    """
+
+    name = "embedding"
+    record = EmbeddingRecord
+    no_room = "instruction leaves no room"
+    one_file = True
+    code = 0
+
+    def __init__(self, config: Config):
+        data = config.data
+        self.batch_size, self.row_length, self.packing = data.embedding_batch, data.embedding_row_length, data.packing
+        self.num_chunks = config.train.embedding_chunks
+        self.limits_by_key = {
+            "data.query_max_length": data.query_max_length,
+            "data.passage_max_length": data.passage_max_length,
+        }
+        self._query_limit, self._passage_limit = self.limits_by_key.values()
+        self._group_size, self._exclude_duplicates = data.group_size, data.exclude_duplicates
+        self._pooling: Pooling = config.model.embedding.pooling
+
+    def prompts(self, record: EmbeddingRecord, tokenizer: Tokenizer) -> list[Prompt]:
+        """Query, positives and negatives, each after its instruction."""
+        return [
+            prompts.embedding(text, instruction, bos=tokenizer.bos, ending=tokenizer.ending)
+            for instruction, text in (record.query, *record.positives, *record.negatives)
+        ]
+
+    def num_positives(self, record: EmbeddingRecord) -> int:
+        """Its positives."""
+        return len(record.positives)
+
+    def limits(self, text: np.ndarray) -> np.ndarray:
+        """int32 [texts]: the limit of queries for the first text, else that of passages."""
+        return np.where(text == 0, self._query_limit, self._passage_limit).astype(np.int32)
+
+    def kinds(self, text: np.ndarray, positives: np.ndarray) -> list[Kind]:
+        """Queries, positives and negatives."""
+        return [
+            Kind("query", text == 0, self._query_limit),
+            Kind("positive", (text > 0) & (text <= positives), self._passage_limit),
+            Kind("negative", text > positives, self._passage_limit),
+        ]
+
+    def usable(self, ok: np.ndarray, first: np.ndarray, positives: np.ndarray) -> np.ndarray:
+        """bool [records]: those with a query and a positive."""
+        sums = np.concatenate([[0], np.cumsum(ok)])
+        return ok[first] & (sums[first + 1 + positives] > sums[first + 1])
+
+    def plan(self, files: Lookup, samples: Samples, ranks: Ranks, *, summed: bool) -> EmbeddingPlan:
+        """Queries, positives and negatives of the samples; fillers make a short batch whole."""
+        batch, group = self.batch_size, self._group_size
+        texts = self._groups(files, samples, ranks)
+        present = texts >= 0
+        owner = np.nonzero(present)[0]
+        of_texts = Samples(samples.file[owner], samples.record[owner])
+        rows = files.rows(of_texts, texts[present])
+        number, ids = np.zeros((batch, 1 + group), int), np.full((batch, 1 + group), -1, np.int32)
+        filled = np.zeros((batch, 1 + group), bool)
+        filled[: len(texts)] = present
+        number[filled] = np.arange(len(owner))
+        if self._exclude_duplicates:
+            ids[filled] = np.unique(files.hashes(of_texts, texts[present]), return_inverse=True)[1]
+            ids[filled[:, 0], 1:] = _with_positives_of_equal_queries(ids[filled[:, 0]])
+        else:
+            ids[filled] = number[filled]
+        weights = np.where(np.arange(batch) < len(texts), 1 if summed else 1 / batch, 0).astype(np.float32)
+        query, passages = number[:, 0], number[:, 1:].reshape(-1)
+        return EmbeddingPlan(rows, max_segments(self.row_length), query, passages, weights, ids[:, 1:].reshape(-1))
+
+    def _groups(self, files: Lookup, samples: Samples, ranks: Ranks) -> np.ndarray:
+        """Numbers of query, positive and negatives in their record, int [samples, 1 + group]; -1 where there is none.
+
+        Negatives are taken again, in the same order, where a record has too few.
+        """
+        zeros = np.zeros(len(samples.file), int)
+        counts, positives = files.num_texts(samples), files.num_positives(samples)
+        owner = np.repeat(np.arange(len(counts)), counts)
+        text = ranges(zeros, counts)
+        usable = files.targets(Samples(samples.file[owner], samples.record[owner]), text) > 0
+        kind = np.where(usable, np.where(text == 0, 0, np.where(text <= positives[owner], 1, 2)), 3)
+        order = np.lexsort((ranks(len(text)), kind, owner))
+        num_positives, num_negatives = (np.bincount(owner[kind == k], minlength=len(counts)) for k in (1, 2))
+        positive = np.cumsum(counts) - counts + 1
+        places = np.arange(self._group_size - 1) % np.maximum(num_negatives, 1)[:, None]
+        negative = (positive + num_positives)[:, None] + np.where(num_negatives[:, None], places, 0)
+        negative = np.minimum(negative, len(order) - 1)  # the last record has nothing behind its positives
+        return np.column_stack(
+            [zeros, text[order[positive]], np.where(num_negatives[:, None], text[order[negative]], -1)]
+        )
+
+    def fill(self, plan: EmbeddingPlan, planned: PlannedRows) -> EmbeddingBatch:
+        """The batch; a text is pooled over its first span."""
+        rows, first = planned.rows, np.cumsum(planned.num_spans) - planned.num_spans
+        weights = rows.spread(pool_weights(planned.spans[first], planned.lengths, self._pooling))
+        return EmbeddingBatch(
+            *rows[:3], weights, plan.query_slots, plan.passage_slots, plan.query_weights, plan.passage_ids
+        )
+
+    def full_step(self) -> np.ndarray:
+        """int [texts]: queries, then passages."""
+        passages = self.batch_size * self._group_size
+        return np.repeat([self._query_limit, self._passage_limit], [self.batch_size, passages])
+
+    def empty(self, num_rows: int) -> EmbeddingBatch:
+        """Zeros of the batch's shapes and types."""
+
+        def zeros(dtype: type, *shape: int) -> np.ndarray:
+            return np.broadcast_to(np.zeros((), dtype), shape)
+
+        rows, queries = (num_rows, self.row_length), self.batch_size
+        ids, passages = [zeros(np.int32, *rows)] * 3, queries * self._group_size
+        slots = zeros(np.int32, queries), zeros(np.int32, passages)
+        return EmbeddingBatch(
+            *ids, zeros(np.float32, *rows), *slots, zeros(np.float32, queries), zeros(np.int32, passages)
+        )
+
+
+def _with_positives_of_equal_queries(ids: np.ndarray) -> np.ndarray:
+    """Ids of passages, [queries, group], that are equal too where passages are positives of equal queries.
+
+    Args:
+      ids: int [queries, 1 + group]; equal for equal texts, -1 for fillers. The first text is the query, the second its
+        positive.
+    """
+    size = ids.max() + 1
+    queries, positives = ids[:, 0], ids[:, 1]
+    edges = coo_array((np.ones(len(ids)), (queries, size + positives)), shape=(2 * size, 2 * size))
+    labels = connected_components(edges, directed=False)[1][size:]
+    return np.where(ids[:, 1:] == -1, -1, labels[ids[:, 1:]])
+
+
+def pool_weights(spans: np.ndarray, lengths: np.ndarray | int, pooling: Pooling) -> np.ndarray:
+    """What each token's hidden state weighs in the vector of its text.
+
+    Args:
+      spans: int [texts, 2]; token range of each text, after BOS, instruction and markers.
+      lengths: int [texts]; tokens of the whole prompts after truncation; more than where their spans start.
+      pooling: `mean` of the text, `weighted_mean` with weights 1, 2, 3 ..., `last_token`, or `cls`, the first token
+        of the prompt.
+
+    Returns:
+      float32 [sum of lengths], one text after the other, each summing to 1.
+    """
+    lengths = np.broadcast_to(lengths, len(spans)).astype(np.int64)
+    firsts = np.cumsum(lengths) - lengths
+    starts, ends = firsts + spans[:, 0], firsts + np.minimum(spans[:, 1], lengths)
+    counts = ends - starts
+    weights = np.zeros(int(lengths.sum()), np.float32)
+    match pooling:
+        case "mean":
+            weights[ranges(starts, counts)] = np.repeat(1 / counts, counts)
+        case "weighted_mean":
+            sums = counts * (counts + 1) / 2
+            weights[ranges(starts, counts)] = ranges(np.ones_like(counts), counts) / np.repeat(sums, counts)
+        case "last_token":
+            weights[ends - 1] = 1
+        case "cls":
+            weights[firsts] = 1
+    return weights
