@@ -1,7 +1,8 @@
-"""Placing texts in fixed-length rows."""
+"""Placing texts in fixed-length rows, and filling the rows."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -50,6 +51,77 @@ def pack(lengths: np.ndarray, *, row_length: int, max_segments: int) -> Packing:
             by_space[space - length].append(place)
             fullest_with[space - length] = True
     return Packing(len(segments), row, offset, segment)
+
+
+class FilledRows(NamedTuple):
+    """Rows with texts in them, and 0 where there is none.
+
+    Attributes:
+      tokens: int32 [rows, length].
+      segment_ids: int32 [rows, length]; numbers of the texts in their row, from 1.
+      positions: int32 [rows, length]; of each token in its text.
+      places: int64 [tokens]; where the tokens of the texts, one text after the other, are in the flattened rows.
+    """
+
+    tokens: np.ndarray
+    segment_ids: np.ndarray
+    positions: np.ndarray
+    places: np.ndarray
+
+    def spread(self, values: np.ndarray) -> np.ndarray:
+        """Values of all tokens of the texts, one text after the other, in their rows: [rows, length]; 0 elsewhere."""
+        return _spread(values, self.places, self.tokens.shape)
+
+
+def fill_rows(tokens: np.ndarray, lengths: np.ndarray, packing: Packing, *, row_length: int) -> FilledRows:
+    """Rows that hold texts where a packing puts them.
+
+    Args:
+      tokens: int [tokens]; of the texts, one after the other.
+      lengths: int [texts]; tokens of each.
+      packing: Where each text goes.
+      row_length: Tokens of a row.
+    """
+    places = ranges(packing.row * np.int64(row_length) + packing.offset, lengths)
+    positions = ranges(np.zeros(len(lengths), np.int64), lengths)
+    shape = packing.num_rows, row_length
+    values = (each.astype(np.int32) for each in (tokens, np.repeat(packing.segment, lengths), positions))
+    return FilledRows(*(_spread(each, places, shape) for each in values), places)
+
+
+def fill_single_rows(texts: Sequence[np.ndarray], *, num_rows: int, row_length: int) -> FilledRows:
+    """Rows of one text each, in order; rows without a text are padding."""
+    number = np.arange(len(texts))
+    packing = Packing(num_rows, number, np.zeros_like(number), np.ones_like(number))
+    return fill_rows(np.concatenate(texts), np.array([len(text) for text in texts]), packing, row_length=row_length)
+
+
+def kept_places(starts: np.ndarray, whole: np.ndarray, lengths: np.ndarray, endings: np.ndarray) -> np.ndarray:
+    """Where the tokens are that stay of texts that are cut as `TokenizedPrompt.cut` does: int64 [sum of lengths].
+
+    Args:
+      starts: int64 [texts]; where each text's tokens start in a flat array.
+      whole: int [texts]; tokens of the whole text.
+      lengths: int [texts]; tokens that stay, at most those of the whole text.
+      endings: int [texts]; tokens at the end that stay.
+    """
+    places = ranges(starts, lengths)
+    endings = np.minimum(endings, lengths)
+    of_endings = ranges(np.cumsum(lengths) - endings, endings)
+    places[of_endings] += np.repeat(whole - lengths, endings)
+    return places
+
+
+def ranges(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """int64 [sum of counts]: `starts[i]`, `starts[i] + 1`, ... `counts[i]` times, for one i after the other."""
+    ends = np.cumsum(counts)
+    return np.arange(ends[-1] if len(ends) else 0) + np.repeat(starts - (ends - counts), counts)
+
+
+def _spread(values: np.ndarray, places: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    rows = np.zeros(shape, values.dtype)
+    rows.reshape(-1)[places] = values
+    return rows
 
 
 def choose_buckets(needed: np.ndarray, *, multiple: int, limit: int, slack: float = 0.05) -> tuple[int, ...]:

@@ -21,8 +21,8 @@ from scipy.sparse.csgraph import connected_components
 from grit_jax.batch import max_segments
 from grit_jax.config import DataConfig, InputError, LossConfig, StageConfig, TrainConfig
 from grit_jax.data.examples import HASH_BITS
-from grit_jax.data.index import FileIndex, num_targets, ranges
-from grit_jax.data.packing import choose_buckets, pack, round_up
+from grit_jax.data.index import FileIndex, num_targets
+from grit_jax.data.packing import choose_buckets, pack, ranges, round_up
 from grit_jax.data.records import Stream
 from grit_jax.data.shuffle import shuffled
 
@@ -463,11 +463,12 @@ class Schedule:
     def fingerprint(self) -> str:
         """Names the data: equal when every file holds the same records, tokenized and cut in the same way.
 
-        It has two parts, for the texts and for what they are in their records; see `same_data`.
+        It has three parts, for the texts, for what they are in their records and for their tokens; see `same_data`.
         """
         texts = [str(_LAWS), *(file.fingerprint() for file in self._planner.files)]
         structure = [file.index.fingerprint.structure for file in self._planner.files]
-        return "-".join(hashlib.sha256(" ".join(part).encode()).hexdigest()[:16] for part in (texts, structure))
+        tokens = [file.index.fingerprint.tokens for file in self._planner.files]
+        return "-".join(hashlib.sha256(" ".join(part).encode()).hexdigest()[:16] for part in (texts, structure, tokens))
 
     def step(self, k: int) -> StepPlan:
         """Step `k`, counted from 0."""
@@ -633,9 +634,10 @@ class Schedule:
 def same_data(recorded: str, fingerprint: str) -> bool:
     """Whether a run that recorded a fingerprint was trained on the data that have this one now.
 
-    Runs made before fingerprints named the records' structure have the texts' part alone, and are held to that.
+    Runs made before fingerprints named the records' structure, or the tokens, have the parts before these alone, and
+    are held to those.
     """
-    return recorded in (fingerprint, fingerprint.partition("-")[0])
+    return f"{fingerprint}-".startswith(f"{recorded}-")
 
 
 def validation_steps(

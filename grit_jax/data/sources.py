@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import abc
-import contextlib
-import math
 import mmap
 import os
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -30,8 +27,6 @@ _KEPT_FROM = 1 << 26  # bytes of a file from which on the places of its lines ar
 
 _IS_BLANK = np.zeros(256, bool)
 _IS_BLANK[list(BLANK)] = True
-
-_ASKED_EVERY = 60  # seconds after which a bucket is asked again whether a file has changed
 
 
 def find_files(paths: str | list[str]) -> list[epath.Path]:
@@ -99,19 +94,17 @@ def _place(path: epath.Path) -> str:
     return os.fspath(path) if files.is_bucket(path) else os.path.realpath(path)
 
 
-def open_source(path: str | os.PathLike[str], *, skip_bad: bool = False) -> Source:
-    """Opens a file by its ending.
-
-    Args:
-      path: One that `find_files` gave.
-      skip_bad: Whether the first record may be malformed.
-
-    Raises:
-      InputError: The file has no record, or cannot be read.
-    """
+def open_source(
+    path: str | os.PathLike[str],
+    *,
+    skip_bad: bool = False,
+    stream: Stream | None = None,
+    version: cache.Version | None = None,
+) -> Source:
+    """Opens a file, one that `find_files` gave, by its ending; other arguments and errors as of `Source`."""
     path = epath.Path(path)
     kind = ArrayRecordSource if path.name.endswith(ARRAY_RECORD) else JsonlSource
-    return kind(path, skip_bad=skip_bad)
+    return kind(path, skip_bad=skip_bad, stream=stream, version=version)
 
 
 def read_texts(paths: str | list[str]) -> Iterator[str]:
@@ -123,8 +116,6 @@ def read_texts(paths: str | list[str]) -> Iterator[str]:
 
 class Source(abc.ABC):
     """The records of one file by number.
-
-    A source can be sent to another process, which opens the file again.
 
     Args:
       path: The file.
@@ -151,28 +142,19 @@ class Source(abc.ABC):
     ):
         self.path = epath.Path(path)
         self.version = version or cache.version(self.path)
-        self._asked = -math.inf
         self._open(cache.local_file(self.path, self.version))
         cache.refuse_changed(self.path, self.version)
         if not len(self):
             raise InputError(f"{self.path}: the file is empty; remove it or put records in it")
         self.stream: Stream = stream or self._first_stream(skip_bad)
 
-    def __reduce__(self):
-        return _reopen, (type(self), self.path, self.stream, self.version)
-
     def refuse_changed(self) -> None:
-        """Returns where the file is as it was when it was opened; a bucket is asked once a minute.
+        """Returns where the file is as it was when it was opened.
 
         Raises:
           InputError: It is not.
         """
-        if not files.is_bucket(self.path):
-            cache.refuse_changed(self.path, self.version)
-        elif time.monotonic() - self._asked >= _ASKED_EVERY:
-            self._asked = time.monotonic()
-            with contextlib.suppress(files.UnreachableError):  # what is read is a copy on a disk
-                cache.refuse_changed(self.path, self.version)
+        cache.refuse_changed(self.path, self.version)
 
     @abc.abstractmethod
     def _open(self, path: Path) -> None:
@@ -228,10 +210,6 @@ class Source(abc.ABC):
         raise InputError(f"{self.path}: none of its {len(self):,} records is well formed; correct or remove the file")
 
 
-def _reopen(kind: type[Source], path: epath.Path, stream: Stream, version: cache.Version) -> Source:
-    return kind(path, stream=stream, version=version)
-
-
 class JsonlSource(Source):
     """The lines of a JSONL file that are not blank; memory-mapped."""
 
@@ -256,7 +234,7 @@ class JsonlSource(Source):
 
     def _kept_line_places(self) -> np.ndarray:
         """`_line_places`, memory-mapped from what an earlier call found."""
-        name = f"{cache.entry(self.path, self.version)}.lines.npy"
+        name = cache.lines_name(self.path, self.version)
         for folder in cache.local_folders(self.path):
             try:
                 return np.load(folder / name, mmap_mode="r")
