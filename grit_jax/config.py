@@ -293,7 +293,6 @@ class DataConfig:
       row_buckets: Most row counts per stream that steps are rounded up to; each one is a compile.
       exclude_duplicates: Whether passages equal to the query's own positive, and positives of equal queries, are left
         out of its negatives.
-      workers: Processes that fill batches; 0 fills them in a thread of the training process.
     """
 
     train: str | list[str] = field(default_factory=list)
@@ -311,7 +310,6 @@ class DataConfig:
     packing: bool = True
     row_buckets: int = 4
     exclude_duplicates: bool = False
-    workers: int = 0
 
     def __post_init__(self):
         require_fields(
@@ -324,7 +322,6 @@ class DataConfig:
             embedding_batch=POSITIVE,
             generative_batch=POSITIVE,
             row_buckets=POSITIVE,
-            workers=NOT_NEGATIVE,
             held_out=BELOW_ONE,
         )
         _require_counts("data.num_samples", self.num_samples)
@@ -795,9 +792,11 @@ def _check_keys(mapping: dict[str, Any], section: type, source: str, prefix: str
                     _check_keys(entry, inner, source, f"{where}.")
 
 
-# Keys that configs of earlier runs hold, each with the value that says what every run does now, and why it does.
+# Keys that configs of earlier runs hold, each with the value that says what every run does now, and why it does; None
+# where no value has changed a number.
 _REMOVED = {
     "model.generative_attention": ("causal", "the generative pass is causal, else a token would see its own target"),
+    "data.workers": None,
 }
 
 
@@ -826,7 +825,7 @@ def _is_removed(override: str) -> bool:
 
 
 def _check_removed(key: str, value: Any, source: str) -> None:
-    allowed, reason = _REMOVED[key]
+    allowed, reason = _REMOVED[key] or (value, "")
     if value != allowed:
         raise InputError(f"{source}: {key}={value} is not possible any more: {reason}; remove the key")
 

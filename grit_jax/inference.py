@@ -26,9 +26,10 @@ from grit_jax.config import (
     InputError,
     MeshConfig,
     ModelConfig,
+    Pooling,
     TransformerConfig,
 )
-from grit_jax.data.packing import pack
+from grit_jax.data.packing import FilledRows, Packing, fill_rows, fill_single_rows, pack
 from grit_jax.data.pipeline import pool_weights
 from grit_jax.engine import Continuation, Engine, LaneSize, bucket
 from grit_jax.errors import NotFiniteError
@@ -87,13 +88,13 @@ class Likelihoods(NamedTuple):
     num_truncated: int
 
 
-class _Rows(NamedTuple):
-    """Packed rows, int32 [rows, length] each, and which text lies where."""
+class _PackedTexts(NamedTuple):
+    """Packed rows, and for each text in them its number, its place in the flattened rows, and its slot: int [texts]."""
 
-    tokens: np.ndarray
-    segment_ids: np.ndarray
-    positions: np.ndarray
-    texts: list[tuple[int, int, int, int]]  # number of the text, row, first column, slot
+    rows: FilledRows
+    texts: np.ndarray
+    starts: np.ndarray
+    slots: np.ndarray
 
 
 def refuse_not_finite(vectors: np.ndarray) -> None:
@@ -304,13 +305,11 @@ class GritModel:
         self, texts: Sequence[prompts.TokenizedPrompt], *, batch_tokens: int | None = None
     ) -> Iterator[StartedEmbedding]:
         """`embed` for a caller with other work: the device has a batch when it comes, and need not be done with it."""
-        for rows in self._packed([text.tokens for text in texts], batch_tokens):
-            weights = np.zeros(rows.tokens.shape, np.float32)
-            for place, row, start, _ in rows.texts:
-                tokens, spans, _ = texts[place]
-                weights[row, start : start + len(tokens)] = pool_weights(spans, len(tokens), self.embedding.pooling)
-            places, slots = ([text[field] for text in rows.texts] for field in (0, 3))
-            yield StartedEmbedding(places, slots, self._slots(*rows[:3], weights))
+        for packed in self._packed([text.tokens for text in texts], batch_tokens):
+            places, rows = packed.texts.tolist(), packed.rows
+            weights = rows.spread(_pool_weights([texts[place] for place in places], self.embedding.pooling))
+            vectors = self._slots(rows.tokens, rows.segment_ids, rows.positions, weights)
+            yield StartedEmbedding(places, packed.slots.tolist(), vectors)
 
     def encode_with_caches(
         self,
@@ -359,15 +358,12 @@ class GritModel:
             for first in range(0, len(of_length), full):
                 members = of_length[first : first + full]
                 shape = min(full, bucket(len(members), at_least=sharding.axis_size(self._mesh, "batch"))), length
-                tokens, segment_ids = (np.zeros(shape, np.int32) for _ in range(2))
-                weights = np.zeros(shape, np.float32)
-                for row, place in enumerate(members):
-                    ids, spans, _ = texts[place]
-                    tokens[row, : len(ids)], segment_ids[row, : len(ids)] = ids, 1
-                    weights[row, : len(ids)] = pool_weights(spans, len(ids), settings.pooling)
+                read = [texts[place] for place in members]
+                rows = fill_single_rows([text.tokens for text in read], num_rows=shape[0], row_length=length)
+                weights = rows.spread(_pool_weights(read, settings.pooling))
                 with jax.set_mesh(self._mesh):
                     vectors, cache = embed_with_cache(
-                        self._model, self.params, tokens, segment_ids, weights,
+                        self._model, self.params, rows.tokens, rows.segment_ids, weights,
                         settings=settings, execution=self._execution,
                     )  # fmt: skip
                 vectors, keys, values = map(np.asarray, (vectors, *cache))
@@ -415,7 +411,7 @@ class GritModel:
         shards = sharding.axis_size(self._mesh, "batch")
         return max(1, (batch_tokens or self.batch_tokens) // (row_length * shards)) * shards
 
-    def _packed(self, texts: Sequence[np.ndarray], batch_tokens: int | None) -> Iterator[_Rows]:
+    def _packed(self, texts: Sequence[np.ndarray], batch_tokens: int | None) -> Iterator[_PackedTexts]:
         """Batches of packed rows that hold the tokens of each text once."""
         if not len(texts):
             return
@@ -435,17 +431,14 @@ class GritModel:
             full = self._full_batch(row_length, batch_tokens)
             for first in range(0, packing.num_rows, full):
                 num_rows = min(full, bucket(min(full, packing.num_rows - first), at_least=shards))
-                tokens, segment_ids, positions = (np.zeros((num_rows, row_length), np.int32) for _ in range(3))
-                placed = []
-                for place in np.flatnonzero((packing.row >= first) & (packing.row < first + num_rows)).tolist():
-                    text, row = int(of_length[place]), int(packing.row[place]) - first
-                    segment, start = int(packing.segment[place]), int(packing.offset[place])
-                    columns = slice(start, start + len(texts[text]))
-                    tokens[row, columns] = texts[text]
-                    segment_ids[row, columns] = segment
-                    positions[row, columns] = np.arange(len(texts[text]))
-                    placed.append((text, row, start, row * most + segment - 1))
-                yield _Rows(tokens, segment_ids, positions, placed)
+                here = np.flatnonzero((packing.row >= first) & (packing.row < first + num_rows))
+                row, offset, segment = (each[here] for each in packing[1:])
+                numbers, placed = of_length[here], Packing(num_rows, row - first, offset, segment)
+                tokens = np.concatenate([texts[number] for number in numbers])
+                yield _PackedTexts(
+                    fill_rows(tokens, lengths[numbers], placed, row_length=row_length), numbers,
+                    placed.row * row_length + offset, placed.row * most + segment - 1,
+                )  # fmt: skip
 
     def log_likelihoods(
         self,
@@ -533,20 +526,21 @@ class GritModel:
     ) -> Iterator[tuple[list[int], jax.Array, jax.Array, int]]:
         """Gives the device a batch at a time: the text of each score, the scores, if they are likeliest, and texts."""
         members = list(readings.values())
-        for rows in self._packed([np.frombuffer(key, np.int32) for key in readings], batch_tokens):
+        for packed in self._packed([np.frombuffer(key, np.int32) for key in readings], batch_tokens):
             owners, places, targets = [], [], []
-            for reading, row, start, _ in rows.texts:
+            for reading, start in zip(packed.texts.tolist(), packed.starts.tolist(), strict=True):
                 for text in members[reading]:
                     for first, last in np.maximum(texts[text].spans, 1).tolist():
                         owners += [text] * (last - first)
-                        places += range(row * rows.tokens.shape[1] + start + first - 1,
-                                        row * rows.tokens.shape[1] + start + last - 1)  # fmt: skip
+                        places += range(start + first - 1, start + last - 1)
                         targets += texts[text].tokens[first:last].tolist()
             size = bucket(len(places), at_least=max(64, sharding.axis_size(self._mesh, "batch")))
             padded = (np.pad(np.array(x, np.int32), (0, size - len(x))) for x in (places, targets))
             with jax.set_mesh(self._mesh):
-                scores, likeliest = _score(self._model, self.params, *rows[:3], *padded, execution=self._execution)
-            yield owners, scores, likeliest, sum(len(members[reading]) for reading, *_ in rows.texts)
+                scores, likeliest = _score(
+                    self._model, self.params, *packed.rows[:3], *padded, execution=self._execution
+                )
+            yield owners, scores, likeliest, sum(len(members[reading]) for reading in packed.texts)
 
     def log_likelihood_after(self, prefix: KVCache | None, prompt: prompts.TokenizedPrompt) -> tuple[float, int]:
         """How likely the spans of a text are that comes after keys and values.
@@ -597,11 +591,10 @@ class GritModel:
             length = len(encoding.ids)
             if not 0 < length <= self.architecture.max_length:
                 raise InputError(f"text {place} has {length} tokens, not 1 to {self.architecture.max_length}")
-            shape = rows, bucket(length, at_least=self._shortest_row)
-            tokens, segment_ids = (np.zeros(shape, np.int32) for _ in range(2))
-            tokens[:, :length], segment_ids[:, :length] = encoding.ids, 1
+            row_length = bucket(length, at_least=self._shortest_row)
+            filled = fill_single_rows([encoding.ids] * rows, num_rows=rows, row_length=row_length)
             with jax.set_mesh(self._mesh):
-                row = _logits(self._model, self.params, tokens, segment_ids, execution=self._execution)
+                row = _logits(self._model, self.params, filled.tokens, filled.segment_ids, execution=self._execution)
             scores.append(np.asarray(row[0, :length], np.float32))
         return scores
 
@@ -737,6 +730,12 @@ class GritModel:
             self._model, self.params, mesh=self._mesh, dtype=self._execution.dtype, eos_id=self.tokenizer.eos_id,
             lanes=lanes, read_tokens=self.batch_tokens, fewer_rows=fewer_rows,
         )  # fmt: skip
+
+
+def _pool_weights(texts: Sequence[prompts.TokenizedPrompt], pooling: Pooling) -> np.ndarray:
+    """Weights of all tokens of some texts, one text after the other; a text is pooled over its first span."""
+    spans, lengths = np.array([text.spans[0] for text in texts]), np.array([len(text.tokens) for text in texts])
+    return pool_weights(spans, lengths, pooling)
 
 
 def _refuse_one(texts: Any, what: str) -> None:

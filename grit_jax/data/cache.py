@@ -19,9 +19,10 @@ from grit_jax import files
 from grit_jax.config import InputError
 
 FOLDER = ".grit_index"
+MAKE_ROOM = "make room there, or set XDG_CACHE_HOME to a folder that has"
 CHANGED = "has changed since the file was indexed; start again, so that it is indexed anew"
+_FORMAT = 5  # raised when what is stored, or how prompts are formatted, changes
 _BLOCK = 1 << 22  # bytes unpacked at a time
-
 
 Version = tuple[Any, ...]
 
@@ -56,29 +57,58 @@ def entry(path: epath.Path, version: Version, *more: Any) -> str:
       version: Its version.
       more: What else it depends on.
     """
-    return f"{_entries(path)}{_digits(version, 12)}{_digits(more, 8)}"
+    return f"{_of_version(path, version)}{_digits(more, 8)}"
 
 
-def _entries(path: epath.Path) -> str:
+def lines_name(path: epath.Path, version: Version) -> str:
+    """The name of what says where the lines of a version of a file are."""
+    return f"{entry(path, version)}.lines.npy"
+
+
+def _copy_name(path: epath.Path, version: Version) -> str:
+    return f"{entry(path, version)}.copy"
+
+
+def _of_file(path: epath.Path) -> str:
     """How the names of all entries of a file begin, whatever its version."""
     place = os.fspath(path) if files.is_bucket(path) else str(Path(path).resolve())
     return f"{path.name}-{_digits(place, 12)}"
+
+
+def _of_version(path: epath.Path, version: Version) -> str:
+    """How the names of all entries of a version of a file begin that have the present format."""
+    return f"{_of_file(path)}{_digits((_FORMAT, version), 12)}"
 
 
 def _digits(value: Any, number: int) -> str:
     return hashlib.sha256(repr(value).encode()).hexdigest()[:number]
 
 
-def _remove_stale(path: epath.Path, name: str) -> None:
-    """Removes what was made from other versions of a file in a bucket; who has mapped that keeps it."""
-    begin = _entries(path)
-    current = name[: len(begin) + 12]
+def remove_stale(path: epath.Path, version: Version) -> None:
+    """Removes what was made from other versions of a file, or in other formats; who has mapped that keeps it."""
+    for folder in (path.parent / FOLDER, *local_folders(path)):
+        for name in files.names(folder):
+            if name.startswith(_of_file(path)) and not name.startswith(_of_version(path, version)):
+                remove(folder / name)
+
+
+def remove_plain(path: epath.Path, version: Version) -> None:
+    """Removes what only served to read a file: its plain copy, and the places of its lines."""
     for folder in local_folders(path):
-        for found in files.names(folder):
-            if found.startswith(begin) and not found.startswith(current):
-                shutil.rmtree(folder / found, ignore_errors=True)
-                with contextlib.suppress(OSError):
-                    files.remove(folder / found)
+        for name in (_copy_name(path, version), lines_name(path, version)):
+            remove(folder / name)
+
+
+def remove(entry: epath.Path | Path) -> None:
+    """Removes an entry, a file or a folder, which need not be there; one that cannot be removed stays."""
+    with contextlib.suppress(OSError, files.UnreachableError):
+        if not files.is_folder(entry):
+            files.remove(entry)
+        elif files.is_bucket(entry):
+            for name in files.names(entry):
+                files.remove(entry / name)
+        else:
+            shutil.rmtree(entry, ignore_errors=True)
 
 
 def local_folders(path: epath.Path) -> list[Path]:
@@ -95,13 +125,12 @@ def local_file(path: epath.Path, version: Version) -> Path:
     """
     if not files.is_bucket(path) and path.suffix not in (".gz", ".zst"):
         return Path(path)
-    name = f"{entry(path, version)}.copy"
+    name = _copy_name(path, version)
     folders = local_folders(path)
     for folder in folders:
         if (folder / name).exists():
             return folder / name
-    if files.is_bucket(path):
-        _remove_stale(path, name)
+    remove_stale(path, version)
     problem: OSError | None = None
     for folder in folders:
         try:

@@ -1,4 +1,4 @@
-"""Token counts of every text of a file, made once per file and tokenizer."""
+"""What is known of a file once its texts have been tokenized: their tokens, and all that the schedule asks for."""
 
 from __future__ import annotations
 
@@ -7,28 +7,43 @@ import dataclasses
 import functools
 import hashlib
 import json
-import logging
 import os
-import shutil
-import uuid
-from collections.abc import Mapping, Sequence
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
-from etils import epath
 
 from grit_jax import files
-from grit_jax.config import InputError
-from grit_jax.data import cache
-from grit_jax.data.counting import SHARD, BadRecords, Shard, ShardCounts, add_bad, count_shards, read_shard
-from grit_jax.data.records import Stream
-from grit_jax.data.sources import Source
-from grit_jax.tokenizer import Tokenizer
+from grit_jax.data.packing import kept_places, ranges
+from grit_jax.data.streams.base import Stream
 
-_TRIES = 3
-_log = logging.getLogger(__name__)
-_FORMAT = 4  # raised when what is stored, or how prompts are formatted, changes
+CHECKED_BYTES = 4096  # of tokens that have a checksum: what a disk reads at least
+_META = "meta.json"
+_EXAMPLES = 3  # messages kept of each kind of bad record
+
+
+class BadRecords(NamedTuple):
+    """Malformed records with the same fault.
+
+    Attributes:
+      kind: The fault.
+      count: How many.
+      examples: Messages of the first few, with file and line.
+    """
+
+    kind: str
+    count: int
+    examples: tuple[str, ...]
+
+
+def add_bad(found: dict[str, BadRecords], more: Sequence[BadRecords]) -> None:
+    """Adds records to those found before them, by kind."""
+    for kind, count, examples in more:
+        before = found.get(kind, BadRecords(kind, 0, ()))
+        examples = (*before.examples, *examples)[:_EXAMPLES]
+        found[kind] = BadRecords(kind, before.count + count, examples)
 
 
 class Fingerprint(NamedTuple):
@@ -38,21 +53,32 @@ class Fingerprint(NamedTuple):
       texts: Equal for files with the same formatted texts in the same order, tokenized in the same way.
       structure: Equal where the texts also have the same roles (query, positive, negative), make the same records, and
         are pooled or scored at the same tokens.
+      tokens: Equal where the texts have the same tokens, and keep the same ones at their end; empty without tokens.
     """
 
     texts: str
     structure: str
+    tokens: str = ""
+
+
+# What each part of a `Fingerprint` is made from.
+_FINGERPRINTED = {
+    "texts": ("hashes", "lengths"),
+    "structure": ("text_starts", "num_positives", "span_starts", "spans"),
+    "tokens": ("tokens", "endings"),
+}
+STARTS = ("text_starts", "span_starts", "token_starts")  # arrays with one more row than there are records or texts
 
 
 @dataclasses.dataclass(frozen=True)
 class FileIndex:
-    """What the schedule needs to know of a file.
+    """What a run needs of a file.
 
     The arrays are memory-mapped where they come from `build_indexes`.
 
     Attributes:
       path: The file.
-      stream: Its stream.
+      kind: Kind of its records.
       text_starts: int64 [records + 1]; texts of record r are `text_starts[r]:text_starts[r + 1]`: query, positives,
         negatives; or one conversation.
       num_positives: int32 [records]; 0 for a conversation.
@@ -60,27 +86,31 @@ class FileIndex:
       hashes: int64 [texts]; of the formatted text.
       span_starts: int64 [texts + 1]; spans of text t are `span_starts[t]:span_starts[t + 1]`.
       spans: int32 [spans, 2]; token ranges that are pooled or scored.
-      numbers: int64 [records]; the records' numbers in the file, where malformed ones lie between them; else None.
+      lines: int64 [records]; line or entry of each record in the file, from 1; None where they are 1, 2, 3 ...
+      tokens: uint8, uint16 or uint32 [tokens]; those of all texts, one text after the other. This and the next three
+        are None where only lengths were asked for.
+      token_starts: int64 [texts + 1]; tokens of text t are `token_starts[t]:token_starts[t + 1]`.
+      endings: uint8 [texts]; tokens at the end that stay where a text is cut.
+      checksums: uint32 [blocks]; CRC-32 of every 4096 bytes of the tokens.
       bad: The malformed records, which are no records here.
       folder: Where the arrays are mapped from; None for arrays in memory.
     """
 
     path: os.PathLike[str]
-    stream: Stream
+    kind: str
     text_starts: np.ndarray
     num_positives: np.ndarray
     lengths: np.ndarray
     hashes: np.ndarray
     span_starts: np.ndarray
     spans: np.ndarray
-    numbers: np.ndarray | None = None
+    lines: np.ndarray | None = None
+    tokens: np.ndarray | None = None
+    token_starts: np.ndarray | None = None
+    endings: np.ndarray | None = None
+    checksums: np.ndarray | None = None
     bad: tuple[BadRecords, ...] = ()
     folder: Path | None = None
-
-    def __reduce__(self):
-        if self.folder:  # a mapped array would be sent as a copy
-            return _mapped, (self.path, self.folder, _read_meta(self.folder))
-        return FileIndex, tuple(getattr(self, field.name) for field in dataclasses.fields(self))
 
     @property
     def name(self) -> str:
@@ -92,285 +122,158 @@ class FileIndex:
         """Well-formed records in the file."""
         return len(self.num_positives)
 
-    def number(self, record: int) -> int:
-        """Number in the file of a record."""
-        return record if self.numbers is None else int(self.numbers[record])
+    def line_numbers(self, records: np.ndarray) -> np.ndarray:
+        """int64 [records]: where records are in the file, counted from 1: their lines, or their entries."""
+        return records + 1 if self.lines is None else np.asarray(self.lines[records])
+
+    def kept_tokens(self, texts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        """Tokens of texts that are cut, one text after the other: [sum of lengths].
+
+        Args:
+          texts: int [texts]; their numbers.
+          lengths: int [texts]; tokens that stay of each, at most all.
+
+        Raises:
+          UnreachableError: What the disk holds is damaged. It is given up, so that the next start makes it anew.
+        """
+        assert self.tokens is not None
+        assert self.token_starts is not None
+        assert self.endings is not None
+        starts, whole = np.asarray(self.token_starts[texts]), np.asarray(self.lengths[texts])
+        places = kept_places(starts, whole, lengths, np.asarray(self.endings[texts]))
+        if self.folder:
+            self._check(places * self.tokens.itemsize // CHECKED_BYTES)
+        return np.asarray(self.tokens)[places]
+
+    def spans_of(self, texts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The spans of texts, int32 [spans, 2], one text after the other, and how many each has, int64 [texts]."""
+        starts = np.asarray(self.span_starts[texts])
+        counts = np.asarray(self.span_starts[texts + 1]) - starts
+        return np.asarray(self.spans[ranges(starts, counts)]), counts
 
     @functools.cached_property
     def fingerprint(self) -> Fingerprint:
         """What the file holds, in short."""
         if self.folder:
-            return Fingerprint(*_read_meta(self.folder)["fingerprint"])
-        digests = _Digests()
+            return Fingerprint(*read_meta(self.folder)["fingerprint"])
+        digests = Digests(tokens=self.tokens is not None)
         # Those that start each record's and each text's part have a 0 before all others.
-        digests.update(
-            {
-                name: getattr(self, name)[1:] if name in _STARTS else getattr(self, name)
-                for name in (*_TEXT_ARRAYS, *_STRUCTURE_ARRAYS)
-            }
-        )
+        digests.update({name: getattr(self, name)[1:] if name in STARTS else getattr(self, name) for name in digests})
         return digests.fingerprint()
 
+    @functools.cached_property
+    def _checked(self) -> np.ndarray:
+        """Which blocks this process has compared with their checksums."""
+        assert self.checksums is not None
+        return np.zeros(len(self.checksums), bool)
 
-# Arrays that are stored, with type and shape of a row.
-_ARRAYS: dict[str, tuple[type, tuple[int, ...]]] = {
-    "text_starts": (np.int64, ()),
-    "num_positives": (np.int32, ()),
-    "lengths": (np.int32, ()),
-    "hashes": (np.int64, ()),
-    "span_starts": (np.int64, ()),
-    "spans": (np.int32, (2,)),
-    "numbers": (np.int64, ()),  # only where there are malformed records
-}
-_META = "meta.json"
-_STARTS = ("text_starts", "span_starts")  # arrays with one more row than there are records or texts
-# What `Fingerprint` is made of.
-_TEXT_ARRAYS = ("hashes", "lengths")
-_STRUCTURE_ARRAYS = ("text_starts", "num_positives", "span_starts", "spans")
+    def _check(self, blocks: np.ndarray) -> None:
+        """Compares blocks with their checksums when they are first read: of all at once, a start would wait."""
+        assert self.tokens is not None
+        assert self.checksums is not None
+        assert self.folder
+        blocks = np.unique(blocks[np.flatnonzero(np.diff(blocks, prepend=-1))])
+        blocks = blocks[~self._checked[blocks]]
+        if np.any(checksums(self.tokens, blocks) != self.checksums[blocks]):
+            with contextlib.suppress(OSError):
+                (self.folder / _META).unlink()
+            raise files.UnreachableError(
+                f"{self.folder}: damaged (tokens.npy differs from its checksums), so the tokens of {self.path} are "
+                "made anew at the next start"
+            )
+        self._checked[blocks] = True
 
 
-def num_targets(index: FileIndex, limits: int | np.ndarray, texts: slice | np.ndarray = slice(None)) -> np.ndarray:
+class ReadFile(NamedTuple):
+    """A file as one stream reads it.
+
+    Attributes:
+      number: Its number among all files, whatever streams read it.
+      index: Its texts as the stream has them.
+      stream: The stream.
+    """
+
+    number: int
+    index: FileIndex
+    stream: Stream
+
+
+def checksums(tokens: np.ndarray, blocks: np.ndarray) -> np.ndarray:
+    """uint32 [blocks]: what `FileIndex.checksums` has of blocks with these numbers."""
+    content = np.asarray(tokens).view(np.uint8).data
+    starts = (blocks * CHECKED_BYTES).tolist()
+    return np.array([zlib.crc32(content[start : start + CHECKED_BYTES]) for start in starts], np.uint32)
+
+
+def num_targets(
+    index: FileIndex, limits: int | np.ndarray, texts: slice | np.ndarray = slice(None), *, first: int
+) -> np.ndarray:
     """int32 [texts]: span tokens left when texts are cut.
-
-    A generative token is scored from the one before it, so the first token of a conversation never counts.
 
     Args:
       index: Of the file.
       limits: Tokens that are kept, of all texts or of each.
       texts: Which texts; all of them without.
+      first: Place in a text of the first token that counts.
     """
     if isinstance(texts, slice):
-        first, last, _ = texts.indices(len(index.lengths))
-        bounds = np.asarray(index.span_starts[first : last + 1])
+        start, stop, _ = texts.indices(len(index.lengths))
+        bounds = np.asarray(index.span_starts[start : stop + 1])
         counts, spans = np.diff(bounds), np.asarray(index.spans[bounds[0] : bounds[-1]])
     else:
-        starts = np.asarray(index.span_starts[texts])
-        counts = np.asarray(index.span_starts[texts + 1]) - starts
-        spans = np.asarray(index.spans[ranges(starts, counts)])
-    begin = 1 if index.stream == "generative" else 0
+        spans, counts = index.spans_of(texts)
     most = np.repeat(np.broadcast_to(limits, counts.shape), counts)
-    kept = np.maximum(np.minimum(spans[:, 1], most), begin) - np.maximum(np.minimum(spans[:, 0], most), begin)
+    kept = np.maximum(np.minimum(spans[:, 1], most), first) - np.maximum(np.minimum(spans[:, 0], most), first)
     sums = np.concatenate([[0], np.cumsum(kept)])
     ends = np.cumsum(counts)
     return (sums[ends] - sums[ends - counts]).astype(np.int32)
 
 
-def ranges(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """int64 [sum of counts]: `starts[i]`, `starts[i] + 1`, ... `counts[i]` times, for one i after the other."""
-    ends = np.cumsum(counts)
-    return np.arange(ends[-1] if len(ends) else 0) + np.repeat(starts - (ends - counts), counts)
+def open_index(path: os.PathLike[str], folder: Path) -> FileIndex:
+    """The index of a file that is kept in a folder.
 
-
-def build_index(source: Source, tokenizer: Tokenizer, *, skip_bad: bool = False) -> FileIndex:
-    """The index of one file; see `build_indexes`."""
-    return build_indexes([source], tokenizer, skip_bad=skip_bad)[0]
-
-
-def build_indexes(sources: Sequence[Source], tokenizer: Tokenizer, *, skip_bad: bool = False) -> list[FileIndex]:
-    """Counts the files' tokens, or reads the counts of an earlier call with the same files and tokenizer.
-
-    Counts are written in shards as they are made, so an interrupted call goes on where it was, and to `.grit_index/`
-    beside the file, so hosts that see the same folder or bucket share them. Where that is read-only they go under the
-    user's cache folder; so do, always, the arrays that are mapped for a file in a bucket.
-
-    Args:
-      sources: The files.
-      tokenizer: The model's.
-      skip_bad: Whether malformed records are left out and counted.
-
-    Raises:
-      InputError: A record is malformed and `skip_bad` is false, or the counts can be written nowhere.
-    """
-    stores = [_Store(source, tokenizer) for source in sources]
-    for _ in range(_TRIES):
-        missing = [store for store in stores if store.index is None]
-        if not missing:
-            break
-        shards = [shard for number, store in enumerate(stores) if store.index is None for shard in store.shards(number)]
-        count_shards(shards, sources, tokenizer, skip_bad=skip_bad)
-        for store in missing:
-            store.merge()  # stays None where a shard is damaged or another host has just removed it
-    indexes = []
-    for source, store in zip(sources, stores, strict=True):
-        if store.index is None:
-            raise InputError(
-                f"{source.path}: its token counts were written but cannot be read; look at {cache.FOLDER} beside it"
-            )
-        indexes.append(store.index)
-    for index in indexes:
-        if index.bad and not skip_bad:
-            raise InputError(f"{index.bad[0].examples[0]} (data.skip_bad=true leaves such records out and counts them)")
-    return indexes
-
-
-class _Store:
-    """Where the index of one file is kept.
-
-    Attributes:
-      index: The index, once it is there.
-    """
-
-    def __init__(self, source: Source, tokenizer: Tokenizer):
-        self._source, path = source, source.path
-        self._name = cache.entry(path, source.version, tokenizer.fingerprint, _FORMAT)
-        self._folders = cache.local_folders(path)
-        self._shard_folder: epath.Path | None = None
-        self.index = self._load()
-
-    def _load(self) -> FileIndex | None:
-        for folder in self._folders:
-            try:
-                return _open(self._source.path, folder / self._name)
-            except FileNotFoundError:
-                continue
-            except (OSError, ValueError, KeyError, TypeError) as error:
-                _log.warning("%s: damaged (%s); its texts are counted again", folder / self._name, error)
-        return None
-
-    def shards(self, number: int) -> list[Shard]:
-        """The parts in which the file is counted; `number` is the source's."""
-        if self._shard_folder is None:
-            beside = self._source.path.parent / cache.FOLDER
-            folder = next((f for f in (beside, *map(epath.Path, self._folders)) if cache.can_write(f)), None)
-            if folder is None:
-                raise InputError(
-                    f"{self._source.path}: neither {beside} nor {self._folders[-1]} can be written to; "
-                    "set XDG_CACHE_HOME to a folder that can"
-                )
-            self._shard_folder = folder / f"{self._name}.shards"
-        size = len(self._source)
-        return [
-            Shard(number, start, min(start + SHARD, size), self._shard_folder / f"{start:012d}.npz")
-            for start in range(0, size, SHARD)
-        ]
-
-    def merge(self) -> None:
-        """Joins the shards into arrays that can be mapped."""
-        self.index = self._load()  # another host's
-        paths = [shard.path for shard in self.shards(0)]
-        for folder in self._folders:
-            if self.index:
-                break
-            try:
-                if not _merge(paths, self._source, folder / self._name):
-                    return
-            except OSError:
-                if folder == self._folders[-1]:
-                    raise
-            self.index = self._load()
-        if self.index and not files.is_bucket(paths[0]):  # a bucket's shards are for hosts that are still to come
-            shutil.rmtree(paths[0].parent, ignore_errors=True)
-
-
-def _open(path: os.PathLike[str], folder: Path) -> FileIndex:
-    """The index that is kept in a folder.
+    Tokens are looked at when they are read, all else now.
 
     Raises:
       OSError: It is missing or cannot be read.
       ValueError: It is damaged.
       KeyError: The same.
     """
-    meta = _read_meta(folder)
+    meta = read_meta(folder)
     for name, expected in meta["sha256"].items():
         if files.sha256(folder / name) != expected:
             raise ValueError(f"{name} differs from its checksum")
-    return _mapped(path, folder, meta)
+    arrays = {Path(name).stem: np.load(folder / name, mmap_mode="r") for name in meta["arrays"]}
+    bad = tuple(BadRecords(kind, count, tuple(examples)) for kind, count, examples in meta["bad"])
+    return FileIndex(path, meta["kind"], **arrays, bad=bad, folder=folder)
 
 
-def _read_meta(folder: Path) -> dict[str, Any]:
+def read_meta(folder: Path) -> dict[str, Any]:
+    """What an index says of itself; raises as `open_index`."""
     meta, checksum = json.loads((folder / _META).read_text())
     if _checksum(meta) != checksum:
         raise ValueError(f"{_META} differs from its checksum")
     return meta
 
 
+def write_meta(folder: Path, meta: dict[str, Any]) -> None:
+    """What `read_meta` reads."""
+    (folder / _META).write_text(json.dumps([meta, _checksum(meta)]))
+
+
 def _checksum(meta: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(meta).encode()).hexdigest()
 
 
-def _mapped(path: os.PathLike[str], folder: Path, meta: dict[str, Any]) -> FileIndex:
-    stored = [name for name in _ARRAYS if meta["bad"] or name != "numbers"]
-    arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in stored}
-    bad = tuple(BadRecords(kind, count, tuple(examples)) for kind, count, examples in meta["bad"])
-    return FileIndex(path, meta["stream"], **arrays, bad=bad, folder=folder)
+class Digests:
+    """Makes a `Fingerprint` from the arrays of one range of records after the other; iterates over their names."""
 
+    def __init__(self, *, tokens: bool):
+        self._parts = {part: names for part, names in _FINGERPRINTED.items() if tokens or part != "tokens"}
+        self._digests = {name: hashlib.sha256() for names in self._parts.values() for name in names}
 
-def _merge(paths: Sequence[epath.Path], source: Source, folder: Path) -> bool:
-    """Writes the arrays of all shards to a folder, which appears as a whole; False where a shard is missing."""
-    sizes = dict.fromkeys(_ARRAYS, 0)
-    bad: dict[str, BadRecords] = {}
-    for counts in map(read_shard, paths):
-        if counts is None:
-            return False
-        add_bad(bad, counts.bad_records())
-        for name, array in _columns(counts, sizes).items():
-            sizes[name] += len(array)
-    stored = [name for name in _ARRAYS if bad or name != "numbers"]
-    partial = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.partial")
-    partial.mkdir(parents=True)
-    try:
-        digests = _Digests()
-        with contextlib.ExitStack() as stack:
-            written: dict[str, IO[bytes]] = {}
-            for name in stored:
-                dtype, row = _ARRAYS[name]
-                written[name] = stack.enter_context((partial / f"{name}.npy").open("wb"))
-                first = name in _STARTS
-                header = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False}
-                np.lib.format.write_array_header_1_0(written[name], header | {"shape": (sizes[name] + first, *row)})
-                if first:
-                    written[name].write(np.zeros(1, dtype).tobytes())
-            ends = dict.fromkeys(_STARTS, 0)
-            for counts in map(read_shard, paths):
-                if counts is None:
-                    return False
-                columns = _columns(counts, ends)
-                digests.update(columns)
-                for name in stored:
-                    array = columns[name]
-                    written[name].write(array.tobytes())
-                    if name in ends and len(array):
-                        ends[name] = int(array[-1])
-        checksums = {f"{name}.npy": files.sha256(partial / f"{name}.npy") for name in stored}
-        meta = {
-            "stream": source.stream, "bad": list(bad.values()), "fingerprint": digests.fingerprint(),
-            "sha256": checksums,
-        }  # fmt: skip
-        (partial / _META).write_text(json.dumps([meta, _checksum(meta)]))
-        try:
-            os.rename(partial, folder)
-        except OSError:
-            if not folder.is_dir():
-                raise
-            # Another host was faster, or what is there is damaged.
-            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-                _open(source.path, folder)
-                return True
-            shutil.rmtree(folder, ignore_errors=True)
-            os.rename(partial, folder)
-        return True
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def _columns(counts: ShardCounts, ends: dict[str, int]) -> dict[str, np.ndarray]:
-    """A shard's part of each stored array; `ends` are the last text and span before it."""
-    return {
-        "text_starts": ends["text_starts"] + np.cumsum(counts.text_counts, dtype=np.int64),
-        "num_positives": counts.num_positives,
-        "lengths": counts.lengths,
-        "hashes": counts.hashes,
-        "span_starts": ends["span_starts"] + np.cumsum(counts.span_counts, dtype=np.int64),
-        "spans": counts.spans,
-        "numbers": counts.numbers,
-    }
-
-
-class _Digests:
-    """Makes a `Fingerprint` from the columns of one range of records after the other."""
-
-    def __init__(self):
-        self._digests = {name: hashlib.sha256() for name in (*_TEXT_ARRAYS, *_STRUCTURE_ARRAYS)}
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._digests)
 
     def update(self, columns: Mapping[str, np.ndarray]) -> None:
         """Adds the next records."""
@@ -379,7 +282,7 @@ class _Digests:
 
     def fingerprint(self) -> Fingerprint:
         """Of all records that were added."""
-        return Fingerprint(self._joined(_TEXT_ARRAYS), self._joined(_STRUCTURE_ARRAYS))
+        return Fingerprint(**{part: self._joined(names) for part, names in self._parts.items()})
 
     def _joined(self, names: Sequence[str]) -> str:
         return hashlib.sha256(b"".join(self._digests[name].digest() for name in names)).hexdigest()[:16]

@@ -2,132 +2,54 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-import grain
 import numpy as np
 
-from grit_jax.batch import EmbeddingBatch, GenerativeBatch, GritBatch, HostShare
-from grit_jax.config import Config, DataConfig, InputError, Pooling
-from grit_jax.data.cache import CHANGED
-from grit_jax.data.examples import record_prompts, text_hash
-from grit_jax.data.index import FileIndex, build_indexes
-from grit_jax.data.records import Record, Stream
+from grit_jax.batch import Batch, HostShare
+from grit_jax.config import Config, InputError
+from grit_jax.data.index import FileIndex, ReadFile
+from grit_jax.data.indexing import build_indexes
+from grit_jax.data.packing import Packing, fill_rows
 from grit_jax.data.samples import FileSamples, dataset_names, file_losses, file_samples
-from grit_jax.data.schedule import RowPlan, Schedule, StepPlan, validation_steps
-from grit_jax.data.sources import Source, find_files, open_source
-from grit_jax.prompts import TokenizedPrompt, tokenize
+from grit_jax.data.schedule import Schedule, StepPlan, validation_steps
+from grit_jax.data.sources import find_files
+from grit_jax.data.streams import all_streams
+from grit_jax.data.streams.base import PlannedRows, RowPlan, Stream
 from grit_jax.tokenizer import Tokenizer
 
 
-def pool_weights(spans: np.ndarray, length: int, pooling: Pooling) -> np.ndarray:
-    """float32 [length], summing to 1: what each token's hidden state weighs in the vector of its text.
-
-    Args:
-      spans: int [1, 2]; token range of the text, after BOS, instruction and markers.
-      length: Tokens of the whole prompt after truncation; more than where the span starts.
-      pooling: `mean` of the text, `weighted_mean` with weights 1, 2, 3 ..., `last_token`, or `cls`, the first token
-        of the prompt.
-    """
-    weights = np.zeros(length, np.float32)
-    start, end = spans[0, 0], min(spans[0, 1], length)
-    match pooling:
-        case "mean":
-            weights[start:end] = 1 / (end - start)
-        case "weighted_mean":
-            weights[start:end] = np.arange(1, end - start + 1) / ((end - start) * (end - start + 1) / 2)
-        case "last_token":
-            weights[end - 1] = 1
-        case "cls":
-            weights[0] = 1
-    return weights
+def planned_rows(plan: RowPlan, indexes: Mapping[int, FileIndex], share: HostShare, row_length: int) -> PlannedRows:
+    """The rows of a plan that a host fills, from the indexes of the files by the numbers that the plan has."""
+    here = share.rows(plan.num_rows)
+    own_row = np.full(plan.num_rows, -1)
+    own_row[here] = np.arange(len(here))
+    mine = np.flatnonzero(own_row[plan.row] >= 0)
+    mine = mine[np.argsort(plan.file[mine], kind="stable")]
+    lengths = plan.length[mine].astype(np.int64)
+    tokens, spans, num_spans = [np.zeros(0, np.uint8)], [np.zeros((0, 2), np.int32)], [np.zeros(0, np.int64)]
+    for file in np.unique(plan.file[mine]).tolist():
+        index, of_file = indexes[file], plan.file[mine] == file
+        texts = index.text_starts[plan.record[mine][of_file]] + plan.text[mine][of_file]
+        tokens.append(index.kept_tokens(texts, lengths[of_file]))
+        for found, part in zip((spans, num_spans), index.spans_of(texts), strict=True):
+            found.append(part)
+    packing = Packing(len(here), own_row[plan.row[mine]], plan.offset[mine], plan.segment[mine])
+    rows = fill_rows(np.concatenate(tokens), lengths, packing, row_length=row_length)
+    return PlannedRows(rows, mine, lengths, np.concatenate(spans), np.concatenate(num_spans))
 
 
-class _Rows(NamedTuple):
-    """This host's rows of a packed batch, and where each of its texts lies in them."""
+class _Files(NamedTuple):
+    """Data files, and their indexes by their numbers for each stream."""
 
-    tokens: np.ndarray
-    segment_ids: np.ndarray
-    positions: np.ndarray
-    texts: list[tuple[int, int, slice, TokenizedPrompt]]  # number in the plan, row, columns, tokens
+    read: list[ReadFile]
+    indexes: dict[str, dict[int, FileIndex]]
 
-
-@dataclasses.dataclass(frozen=True)
-class _Filler:
-    """Turns plans into batches; may be sent to worker processes."""
-
-    sources: Sequence[Source]
-    indexes: Sequence[FileIndex]
-    tokenizer: Tokenizer
-    data: DataConfig
-    pooling: Pooling
-    host_share: HostShare
-
-    def fill(self, plan: StepPlan) -> GritBatch:
-        embedding, generative = plan
-        return GritBatch(
-            embedding and self._embedding(embedding),
-            generative and self._generative(generative),
-        )
-
-    def _embedding(self, plan) -> EmbeddingBatch:
-        rows = self._rows(plan.rows, self.data.embedding_row_length)
-        weights = np.zeros(rows.tokens.shape, np.float32)
-        for _, row, columns, text in rows.texts:
-            weights[row, columns] = pool_weights(text.spans, columns.stop - columns.start, self.pooling)
-        return EmbeddingBatch(
-            *rows[:3], weights, plan.query_slots, plan.passage_slots, plan.query_weights, plan.passage_ids
-        )
-
-    def _generative(self, plan) -> GenerativeBatch:
-        rows = self._rows(plan.rows, self.data.generative_max_length)
-        targets, weights = np.zeros_like(rows.tokens), np.zeros(rows.tokens.shape, np.float32)
-        for number, row, columns, text in rows.texts:
-            length = columns.stop - columns.start
-            targets[row, columns.start : columns.stop - 1] = text.tokens[1:length]
-            for start, end in np.clip(text.spans, 1, length):
-                weights[row, columns.start + start - 1 : columns.start + end - 1] = plan.token_weights[number]
-        return GenerativeBatch(*rows[:3], targets, weights)
-
-    def _rows(self, plan: RowPlan, row_length: int) -> _Rows:
-        here = self.host_share.rows(plan.num_rows)
-        tokens, segment_ids, positions = (np.zeros((len(here), row_length), np.int32) for _ in range(3))
-        own_row = np.full(plan.num_rows, -1)
-        own_row[here] = np.arange(len(here))
-        mine = np.flatnonzero(own_row[plan.row] >= 0)
-        for file in np.unique(plan.file[mine]).tolist():
-            self.sources[file].refuse_changed()
-        keys = list(dict.fromkeys(zip(plan.file[mine].tolist(), plan.record[mine].tolist(), strict=True)))
-        of_record = {key: record_prompts(self._record(*key), self.tokenizer) for key in keys}
-        wanted = []
-        for number in mine.tolist():
-            file, record, which = int(plan.file[number]), int(plan.record[number]), int(plan.text[number])
-            texts_of_record, index = of_record[file, record], self.indexes[file]
-            if (
-                which >= len(texts_of_record)
-                or text_hash(texts_of_record[which]) != index.hashes[index.text_starts[record] + which]
-            ):
-                raise self._changed(file, record)
-            wanted.append(texts_of_record[which])
-        texts = []
-        for number, text in zip(mine.tolist(), tokenize(wanted, self.tokenizer), strict=True):
-            length = int(plan.length[number])
-            row, offset = int(own_row[plan.row[number]]), int(plan.offset[number])
-            columns = slice(offset, offset + length)
-            tokens[row, columns] = text.cut(length).tokens
-            segment_ids[row, columns] = plan.segment[number]
-            positions[row, columns] = np.arange(length)
-            texts.append((number, row, columns, text))
-        return _Rows(tokens, segment_ids, positions, texts)
-
-    def _record(self, file: int, record: int) -> Record:
-        return self.sources[file][self.indexes[file].number(record)]
-
-    def _changed(self, file: int, record: int) -> InputError:
-        where = self.sources[file].where(self.indexes[file].number(record))
-        return InputError(f"{where}: {CHANGED}")
+    @property
+    def paths(self) -> list[str]:
+        """The files' paths, by their numbers."""
+        return [str(path) for _, path in sorted({file.number: file.index.path for file in self.read}.items())]
 
 
 class Pipeline:
@@ -136,7 +58,7 @@ class Pipeline:
     Args:
       config: The run's settings.
       tokenizer: The model's tokenizer.
-      row_multiples: Row counts of the embedding and generative batch are multiples of these.
+      streams: The streams that are trained.
       host_share: Which of a batch's rows this host fills.
 
     Attributes:
@@ -146,99 +68,96 @@ class Pipeline:
       InputError: Files are missing, malformed or without usable records.
     """
 
-    def __init__(self, config: Config, tokenizer: Tokenizer, *, row_multiples: tuple[int, int], host_share: HostShare):
-        self._config, self._tokenizer = config, tokenizer
-        self._host_share = host_share
+    def __init__(self, config: Config, tokenizer: Tokenizer, streams: Sequence[Stream], *, host_share: HostShare):
+        self._config, self._tokenizer, self._streams, self._host_share = config, tokenizer, streams, host_share
         if not config.data.train:
             raise InputError("data.train is missing; name the files or folders to train on")
-        self._training = self._open(config.data.train)
-        self._names = dataset_names([source.path for source in self._training[0]])
+        num_shards = host_share.num_shards
+        self._training = self._read(config.data.train)
+        self._names = dataset_names(self._training.paths)
         self._schedule = Schedule(
-            self._training[1], data=config.data, loss=config.loss, train=config.train, row_multiples=row_multiples
+            self._training.read, streams, data=config.data, train=config.train, num_shards=num_shards
         )
         self.fingerprint = self._schedule.fingerprint
         self._held_out_plans = self._schedule.held_out_steps()
-        self._validation = self._open(config.data.validation) if config.data.validation else ([], [])
+        self._validation = self._read(config.data.validation) if config.data.validation else _Files([], {})
         self._validation_plans = validation_steps(
-            self._validation[1], data=config.data, train=config.train, row_multiples=row_multiples
+            self._validation.read, streams, limit=config.data.row_buckets, num_shards=num_shards
         )
 
     def host_facts(self) -> dict[str, str]:
         """What every host must have found in its files: their order, and what each of them holds."""
         facts = {}
-        for key, (sources, indexes) in (("data.train", self._training), ("data.validation", self._validation)):
-            names = [source.path.name for source in sources]
-            facts[key] = ", ".join(names)
-            for number, (name, index) in enumerate(zip(names, indexes, strict=True)):
-                facts[f"the content of {key}, file {number + 1}"] = f"{name} {'-'.join(index.fingerprint)}"
+        for key, files in (("data.train", self._training), ("data.validation", self._validation)):
+            facts[key] = ", ".join(file.index.name for file in files.read)
+            for number, (_, index, _) in enumerate(files.read):
+                facts[f"the content of {key}, file {number + 1}"] = f"{index.name} {'-'.join(index.fingerprint)}"
         return facts
 
     def samples(self, step: int) -> list[FileSamples]:
         """The records that step `step`, counted from 0, takes of each file."""
-        sources, names = self._training[0], self._names
-        streams: tuple[Stream, ...] = ("embedding", "generative")
-        return [
-            part
-            for stream in streams
-            for part in file_samples(stream, self._schedule.samples(step, stream), sources, names)
-        ]
+        found = []
+        for stream in self._streams:
+            samples = self._schedule.samples(step, stream)
+            found += file_samples(stream.name, samples, self._training.indexes[stream.name], self._names)
+        return found
 
-    def embedding_dataset(self, step: int) -> str | None:
-        """Name of the file of a step's embedding batch, `mixed` for several; None where that stream is not trained."""
-        numbers = self._schedule.embedding_files(step)
-        return None if not numbers else self._names[numbers[0]] if len(numbers) == 1 else "mixed"
+    def losses_by_file(
+        self, step: int, losses: Mapping[str, float], token_losses: Mapping[str, np.ndarray]
+    ) -> dict[str, float]:
+        """The losses of a step's files, as `STREAM/FILE`.
 
-    def generative_losses(self, step: int, token_losses: np.ndarray) -> dict[str, float]:
-        """The mean loss of each file of a step's generative batch; see `file_losses`."""
-        return file_losses(self._schedule.generative_rows(step), token_losses, self._names)
+        A stream with token losses has the mean loss of each file's tokens, see `file_losses`; one whose batches are
+        taken from one file has that of the batch, which is `mixed` where it is of several files.
 
-    def plan(self, step: int) -> StepPlan:
-        """Which texts step `step`, counted from 0, holds, and where."""
-        return self._schedule.step(step)
+        Args:
+          step: The step, counted from 0.
+          losses: Loss of each stream.
+          token_losses: Losses of each stream's tokens, of those streams that have them.
+        """
+        found = {}
+        for stream in self._streams:
+            if stream.name in token_losses:
+                rows = self._schedule.stream_plan(step, stream).rows
+                by_file = file_losses(rows, token_losses[stream.name], self._names)
+                found |= {f"{stream.name}/{file}": loss for file, loss in by_file.items()}
+            elif stream.one_file:
+                numbers = self._schedule.files_of_batch(step, stream)
+                name = self._names[numbers[0]] if len(numbers) == 1 else "mixed"
+                found[f"{stream.name}/{name}"] = losses[stream.name]
+        return found
 
     def report(self) -> list[str]:
         """Lines for people about the training data."""
         return self._schedule.report()
 
-    def batches(self, start: int) -> Iterator[GritBatch]:
-        """Batches of steps `start`, `start + 1`, ..., counted from 0, to the last one, filled ahead of their use."""
-        steps = grain.MapDataset.range(start, self._config.train.steps)
-        batches = steps.map(_StepFiller(self._schedule, self._filler(*self._training)))
-        read = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)  # tokenizing is slower with more threads
-        dataset = batches.to_iter_dataset(read_options=read)
-        workers = self._config.data.workers
-        if workers:
-            _parse_absl_flags()
-            dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2))
-        return iter(dataset)
+    def batch(self, step: int) -> Batch:
+        """The batch of step `step`, counted from 0."""
+        return self._filled(self._schedule.step(step), self._training)
 
-    def validation_batches(self) -> Iterator[GritBatch]:
+    def batches(self, start: int) -> Iterator[Batch]:
+        """The batches of steps `start`, `start + 1`, ..., counted from 0, to the last one."""
+        return map(self.batch, range(start, self._config.train.steps))
+
+    def validation_batches(self) -> Iterator[Batch]:
         """Batches that hold every validation record and every record held out once; none without either."""
-        yield from map(self._filler(*self._validation).fill, self._validation_plans)
-        yield from map(self._filler(*self._training).fill, self._held_out_plans)
+        for plans, files in ((self._validation_plans, self._validation), (self._held_out_plans, self._training)):
+            for plan in plans:
+                yield self._filled(plan, files)
 
-    def _open(self, paths: str | list[str]) -> tuple[list[Source], list[FileIndex]]:
-        skip_bad = self._config.data.skip_bad
-        sources = [open_source(path, skip_bad=skip_bad) for path in find_files(paths)]
-        return sources, build_indexes(sources, self._tokenizer, skip_bad=skip_bad)
+    def _read(self, paths: str | list[str]) -> _Files:
+        # Also files of streams that are not trained: they have their numbers, and a run may not go on without them.
+        names = {stream.name for stream in self._streams}
+        streams = [*self._streams, *(stream for stream in all_streams(self._config) if stream.name not in names)]
+        read = build_indexes(find_files(paths), self._tokenizer, streams, skip_bad=self._config.data.skip_bad)
+        indexes = {stream.name: {f.number: f.index for f in read if f.stream is stream} for stream in streams}
+        return _Files(read, indexes)
 
-    def _filler(self, sources: list[Source], indexes: list[FileIndex]) -> _Filler:
-        config = self._config
-        return _Filler(sources, indexes, self._tokenizer, config.data, config.model.embedding.pooling, self._host_share)
-
-
-@dataclasses.dataclass(frozen=True)
-class _StepFiller:
-    schedule: Schedule
-    filler: _Filler
-
-    def __call__(self, step: int) -> GritBatch:
-        return self.filler.fill(self.schedule.step(int(step)))
-
-
-def _parse_absl_flags() -> None:
-    """Grain's workers read absl flags, which nobody parses in a program that is not absl's."""
-    from absl import flags
-
-    if not flags.FLAGS.is_parsed():
-        flags.FLAGS.mark_as_parsed()
+    def _filled(self, plan: StepPlan, files: _Files) -> Batch:
+        by_name = {stream.name: stream for stream in self._streams}
+        return {
+            name: by_name[name].fill(
+                part, planned_rows(part.rows, files.indexes[name], self._host_share, by_name[name].row_length)
+            )
+            for name, part in plan.items()
+        }

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from grit_jax.data.records import Stream
-from grit_jax.data.schedule import RowPlan, Samples
-from grit_jax.data.sources import SUFFIXES, Source
+from grit_jax.data.index import FileIndex
+from grit_jax.data.sources import SUFFIXES
+from grit_jax.data.streams.base import RowPlan, Samples
 
 
 class FileSamples(NamedTuple):
@@ -20,11 +20,11 @@ class FileSamples(NamedTuple):
       stream: Which stream they belong to.
       dataset: Short name of the file; see `dataset_names`.
       file: Its path.
-      records: Their numbers in the file, from 0, blank lines not counted.
-      lines: Their line numbers, from 1.
+      records: Their numbers in the file, from 0, blank lines and malformed records not counted.
+      lines: Their line numbers, or those of their entries, from 1.
     """
 
-    stream: Stream
+    stream: str
     dataset: str
     file: str
     records: list[int]
@@ -32,14 +32,14 @@ class FileSamples(NamedTuple):
 
 
 def file_samples(
-    stream: Stream, samples: Samples, sources: Sequence[Source], names: Sequence[str]
+    stream: str, samples: Samples, indexes: Mapping[int, FileIndex], names: Sequence[str]
 ) -> list[FileSamples]:
-    """The samples by file, in the files' order."""
+    """The samples of a stream by file, in the files' order."""
     found = []
     for number in np.unique(samples.file).tolist():
-        source, records = sources[number], samples.record[samples.file == number].tolist()
-        lines = [source.line_number(record) for record in records]
-        found.append(FileSamples(stream, names[number], str(source.path), records, lines))
+        index, records = indexes[number], samples.record[samples.file == number]
+        lines = index.line_numbers(records)
+        found.append(FileSamples(stream, names[number], str(index.path), records.tolist(), lines.tolist()))
     return found
 
 

@@ -16,10 +16,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from grit_jax.config import DataConfig, InputError, StageConfig, TrainConfig
+from grit_jax.data.index import ReadFile
 from grit_jax.data.order import Order
 from grit_jax.data.packing import choose_buckets, round_up
 from grit_jax.data.streams.base import Plan, RowPlan, Samples, Stream
-from grit_jax.data.usable import ReadFile, StreamFiles, UsableFile
+from grit_jax.data.usable import StreamFiles, UsableFile
 
 _LAWS = 2  # raised when the same settings give other batches than before
 _SAMPLED_STEPS = 64  # steps whose packing decides the row buckets
@@ -88,11 +89,12 @@ class Schedule:
     def fingerprint(self) -> str:
         """Names the data: equal when every file holds the same records, tokenized and cut in the same way.
 
-        It has two parts, for the texts and for what they are in their records; see `same_data`.
+        It has three parts, for the texts, for what they are in their records and for their tokens; see `same_data`.
         """
         texts = [str(_LAWS), *(file.fingerprint() for file in self._files)]
         structure = [file.index.fingerprint.structure for file in self._files]
-        return "-".join(hashlib.sha256(" ".join(part).encode()).hexdigest()[:16] for part in (texts, structure))
+        tokens = [file.index.fingerprint.tokens for file in self._files]
+        return "-".join(hashlib.sha256(" ".join(part).encode()).hexdigest()[:16] for part in (texts, structure, tokens))
 
     def step(self, k: int) -> StepPlan:
         """Step `k`, counted from 0."""
@@ -212,9 +214,10 @@ class Schedule:
 def same_data(recorded: str, fingerprint: str) -> bool:
     """Whether a run that recorded a fingerprint was trained on the data that have this one now.
 
-    Runs made before fingerprints named the records' structure have the texts' part alone, and are held to that.
+    Runs made before fingerprints named the records' structure, or the tokens, have the parts before these alone, and
+    are held to those.
     """
-    return recorded in (fingerprint, fingerprint.partition("-")[0])
+    return f"{fingerprint}-".startswith(f"{recorded}-")
 
 
 def validation_steps(

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import abc
-import contextlib
-import math
 import mmap
 import os
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,8 +28,6 @@ _KEPT_FROM = 1 << 26  # bytes of a file from which on the places of its lines ar
 
 _IS_BLANK = np.zeros(256, bool)
 _IS_BLANK[list(BLANK)] = True
-
-_ASKED_EVERY = 60  # seconds after which a bucket is asked again whether a file has changed
 
 
 def find_files(paths: str | list[str]) -> list[epath.Path]:
@@ -101,21 +96,17 @@ def _place(path: epath.Path) -> str:
 
 
 def open_source(
-    path: str | os.PathLike[str], *, skip_bad: bool = False, kinds: Sequence[type[Record]] = RECORD_KINDS
+    path: str | os.PathLike[str],
+    *,
+    skip_bad: bool = False,
+    kinds: Sequence[type[Record]] = RECORD_KINDS,
+    kind: type[Record] | None = None,
+    version: cache.Version | None = None,
 ) -> Source:
-    """Opens a file by its ending.
-
-    Args:
-      path: One that `find_files` gave.
-      skip_bad: Whether the first record may be malformed.
-      kinds: Kinds of records of which it may hold one.
-
-    Raises:
-      InputError: The file has no record, or cannot be read.
-    """
+    """Opens a file, one that `find_files` gave, by its ending; other arguments and errors as of `Source`."""
     path = epath.Path(path)
     source = ArrayRecordSource if path.name.endswith(ARRAY_RECORD) else JsonlSource
-    return source(path, skip_bad=skip_bad, kinds=kinds)
+    return source(path, skip_bad=skip_bad, kinds=kinds, kind=kind, version=version)
 
 
 def read_texts(paths: str | list[str]) -> Iterator[str]:
@@ -128,8 +119,6 @@ def read_texts(paths: str | list[str]) -> Iterator[str]:
 class Source(abc.ABC):
     """The records of one file by number.
 
-    A source can be sent to another process, which opens the file again.
-
     Args:
       path: The file.
       skip_bad: Whether the first record may be malformed; the first good one tells the kind then.
@@ -139,6 +128,7 @@ class Source(abc.ABC):
 
     Attributes:
       path: The file.
+      kinds: As given.
       kind: Kind of its first record, and so of every record.
       version: Of the file, when it was opened.
 
@@ -157,29 +147,20 @@ class Source(abc.ABC):
     ):
         self.path = epath.Path(path)
         self.version = version or cache.version(self.path)
-        self._asked = -math.inf
         self._open(cache.local_file(self.path, self.version))
         cache.refuse_changed(self.path, self.version)
         if not len(self):
             raise InputError(f"{self.path}: the file is empty; remove it or put records in it")
-        self._kinds = kinds
+        self.kinds = kinds
         self.kind: type[Record] = kind or self._first_kind(skip_bad)
 
-    def __reduce__(self):
-        return _reopen, (type(self), self.path, self._kinds, self.kind, self.version)
-
     def refuse_changed(self) -> None:
-        """Returns where the file is as it was when it was opened; a bucket is asked once a minute.
+        """Returns where the file is as it was when it was opened.
 
         Raises:
           InputError: It is not.
         """
-        if not files.is_bucket(self.path):
-            cache.refuse_changed(self.path, self.version)
-        elif time.monotonic() - self._asked >= _ASKED_EVERY:
-            self._asked = time.monotonic()
-            with contextlib.suppress(files.UnreachableError):  # what is read is a copy on a disk
-                cache.refuse_changed(self.path, self.version)
+        cache.refuse_changed(self.path, self.version)
 
     @abc.abstractmethod
     def _open(self, path: Path) -> None:
@@ -223,7 +204,7 @@ class Source(abc.ABC):
         return record
 
     def _parsed(self, number: int, line: bytes) -> Record:
-        return parse_record(line, path=self.path, line_number=self.line_number(number), kinds=self._kinds)
+        return parse_record(line, path=self.path, line_number=self.line_number(number), kinds=self.kinds)
 
     def _first_kind(self, skip_bad: bool) -> type[Record]:
         for number in range(len(self)):
@@ -235,10 +216,7 @@ class Source(abc.ABC):
         raise InputError(f"{self.path}: none of its {len(self):,} records is well formed; correct or remove the file")
 
 
-def _reopen(source: type[Source], path: epath.Path, kinds: Any, kind: type[Record], version: cache.Version) -> Source:
-    return source(path, kinds=kinds, kind=kind, version=version)
-
-
+<<<<<<< HEAD
 class JsonlSource(Source):
     """The lines of a JSONL file that are not blank; memory-mapped."""
 
@@ -263,7 +241,7 @@ class JsonlSource(Source):
 
     def _kept_line_places(self) -> np.ndarray:
         """`_line_places`, memory-mapped from what an earlier call found."""
-        name = f"{cache.entry(self.path, self.version)}.lines.npy"
+        name = cache.lines_name(self.path, self.version)
         for folder in cache.local_folders(self.path):
             try:
                 return np.load(folder / name, mmap_mode="r")

@@ -4,31 +4,17 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import numpy as np
 
 from grit_jax.batch import max_segments
-from grit_jax.data.index import HASH_BITS, FileIndex, num_targets
+from grit_jax.data.examples import HASH_BITS
+from grit_jax.data.index import ReadFile, num_targets
 from grit_jax.data.packing import pack, ranges
 from grit_jax.data.streams.base import RowPlan, Samples, Stream
 
 _RECORDS_AT_ONCE = 1 << 20  # records whose lengths are looked at together
 _NO_LIMIT = np.iinfo(np.int32).max
-
-
-class ReadFile(NamedTuple):
-    """A file as one stream reads it.
-
-    Attributes:
-      number: Its number among all files, whatever streams read it.
-      index: Its texts as the stream has them.
-      stream: The stream.
-    """
-
-    number: int
-    index: FileIndex
-    stream: Stream
 
 
 class UsableFile:

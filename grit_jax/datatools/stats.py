@@ -10,10 +10,12 @@ from typing import Any
 import numpy as np
 
 from grit_jax.config import Config, DataConfig, InputError
-from grit_jax.data.index import FileIndex, build_indexes, num_targets, ranges
+from grit_jax.data.index import FileIndex, num_targets
+from grit_jax.data.indexing import build_indexes
+from grit_jax.data.packing import ranges
 from grit_jax.data.records import Stream
 from grit_jax.data.schedule import Schedule
-from grit_jax.data.sources import find_files, open_source
+from grit_jax.data.sources import find_files
 from grit_jax.tokenizer import Tokenizer
 
 _RECORDS_AT_ONCE = 1 << 20
@@ -120,8 +122,7 @@ def measure(config: Config, tokenizer: Tokenizer) -> Stats:
       InputError: Files are missing or malformed.
     """
     data = config.data
-    sources = [open_source(path, skip_bad=data.skip_bad) for path in find_files(data.train)]
-    indexes = build_indexes(sources, tokenizer, skip_bad=data.skip_bad)
+    indexes = build_indexes(find_files(data.train), tokenizer, skip_bad=data.skip_bad, tokens=False)
     files = tuple(_file_stats(index, data) for index in indexes)
     streams = {index.stream for index in indexes}
     mode = "unified" if len(streams) == 2 else next(iter(streams))

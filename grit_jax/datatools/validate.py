@@ -11,7 +11,7 @@ import numpy as np
 from etils import epath
 
 from grit_jax.config import InputError
-from grit_jax.data.counting import BadRecords, add_bad
+from grit_jax.data.index import BadRecords, add_bad
 from grit_jax.data.records import EmbeddingRecord, GenerativeRecord, Record, RecordError, Stream
 from grit_jax.data.sources import open_source
 from grit_jax.datatools.overlap import EvaluationTexts, Match

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from grit_jax.batch import EmbeddingBatch, GenerativeBatch, max_segments
+from grit_jax.data.packing import Packing, fill_rows
 
 # The (row, offset, segment) of each text, by its number.
 Places = dict[int, tuple[int, int, int]]
@@ -24,19 +25,17 @@ def layout(
 
     `rows` lists the numbers of the texts of each row, which must fit in.
     """
-    tokens, segment_ids, positions = (np.zeros((len(rows), length), np.int32) for _ in range(3))
-    places = {}
+    places: Places = {}
     for row, members in enumerate(rows):
         offset = 0
         for segment, number in enumerate(members, start=1):
-            span = slice(offset, offset + len(texts[number]))
-            tokens[row, span] = texts[number]
-            segment_ids[row, span] = segment
-            positions[row, span] = np.arange(len(texts[number]))
             places[number] = (row, offset, segment)
-            offset = span.stop
+            offset += len(texts[number])
         assert offset <= length
-    return tokens, segment_ids, positions, places
+    packing = Packing(len(rows), *np.array(list(places.values()), np.int32).reshape(-1, 3).T)
+    lengths = np.array([len(texts[number]) for number in places])
+    filled = fill_rows(np.concatenate([texts[number] for number in places]), lengths, packing, row_length=length)
+    return filled.tokens, filled.segment_ids, filled.positions, places
 
 
 def embedding_batch(

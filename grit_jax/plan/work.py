@@ -8,10 +8,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from grit_jax.batch import ONE_HOST
 from grit_jax.config import Config, InputError, TransformerConfig
+from grit_jax.data.indexing import build_indexes
 from grit_jax.data.packing import pack
-from grit_jax.data.pipeline import Pipeline
+from grit_jax.data.schedule import Schedule
+from grit_jax.data.sources import find_files
 from grit_jax.loading import open_model
 from grit_jax.train.metrics import model_flops
 from grit_jax.train.resolve import resolve_tokenizer
@@ -69,11 +70,12 @@ def lengths_of_data(config: Config) -> Lengths:
             f"the tokenizer has {tokenizer.vocab_size} tokens and model.architecture.vocab_size is {trained}; "
             "name the model's own with model.tokenizer or model.init"
         )
-    pipeline = Pipeline(config, tokenizer, row_multiples=(1, 1), host_share=ONE_HOST)
+    indexes = build_indexes(find_files(config.data.train), tokenizer, skip_bad=config.data.skip_bad, tokens=False)
+    schedule = Schedule(indexes, data=config.data, loss=config.loss, train=config.train, row_multiples=(1, 1))
     steps = np.unique(np.linspace(0, config.train.steps - 1, _SAMPLED_STEPS).astype(int)).tolist()
     none = np.zeros(0, int)
     found = [
-        Lengths(*(plan.rows.length if plan else none for plan in pipeline.plan(step))) for step in steps
+        Lengths(*(plan.rows.length if plan else none for plan in schedule.step(step))) for step in steps
     ]  # fmt: skip
     return max(found, key=lambda lengths: sum(map(np.sum, lengths)))
 

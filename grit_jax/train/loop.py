@@ -5,15 +5,17 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from typing import NamedTuple
 
+import grain
 import jax
 from etils import epath
 from jax.sharding import Mesh
 
 from grit_jax import distributed, files, sharding
+from grit_jax.batch import GritBatch
 from grit_jax.checkpoint import CheckpointMetadata
 from grit_jax.config import Config, InputError, dump_config
 from grit_jax.data.pipeline import Pipeline
@@ -173,7 +175,7 @@ class Trainer:
             saves = Saves(self.folder, config.checkpoint, self._metadata, writer.confirm)
             if start:
                 display.say(f"resumed from step {start}")
-            batches = self.data.batches(start)
+            batches = self.batches(start)
             running, values, saved = None, None, start
             for step in range(start + 1, config.train.steps + 1):
                 writer.check()
@@ -209,6 +211,11 @@ class Trainer:
                 # A process that ends while others still save would take their silence for a failure.
                 distributed.wait_for_all()
         return self.step == config.train.steps
+
+    def batches(self, start: int) -> Iterator[GritBatch]:
+        """The batches of steps `start`, `start + 1`, ..., counted from 0, filled in a thread two ahead of their use."""
+        steps = grain.MapDataset.range(start, self.config.train.steps).map(lambda step: self.data.batch(int(step)))
+        return iter(steps.to_iter_dataset(read_options=grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)))
 
     def evaluate(self) -> dict[str, float]:
         """Losses on `data.validation`: mean per query and mean per scored token; empty without validation data."""

@@ -1,4 +1,4 @@
-"""Token counts of ranges of records, made in this process or in many and written as they are finished."""
+"""Ranges of records tokenized, in this process or in many, and written as they are finished."""
 
 from __future__ import annotations
 
@@ -22,78 +22,71 @@ from etils import epath
 
 from grit_jax import files
 from grit_jax.config import InputError
-from grit_jax.data.examples import record_prompts, text_hash
-from grit_jax.data.records import EmbeddingRecord, RecordError
-from grit_jax.data.sources import Source
+from grit_jax.data import cache
+from grit_jax.data.examples import text_hash
+from grit_jax.data.index import BadRecords, add_bad
+from grit_jax.data.records import RecordError
+from grit_jax.data.sources import Source, open_source
+from grit_jax.data.streams.base import Stream
 from grit_jax.prompts import tokenize
 from grit_jax.tokenizer import Tokenizer
 
-SHARD = 8192  # records counted and written at a time
+SHARD = 8192  # records tokenized and written at a time
 _RECORDS_AT_ONCE = 1024
-_TWO_PROCESSES_FROM = 4 * SHARD  # records; starting processes for fewer takes longer than counting them
-_EXAMPLES = 3  # messages kept of each kind of bad record
+_TWO_PROCESSES_FROM = 4 * SHARD  # records; starting processes for fewer takes longer than tokenizing them
 _REPORT_EVERY = 30  # seconds
 
 
-class BadRecords(NamedTuple):
-    """Malformed records with the same fault.
+class Reading(NamedTuple):
+    """A file that is tokenized, and the stream whose texts are made of it."""
 
-    Attributes:
-      kind: The fault.
-      count: How many.
-      examples: Messages of the first few, with file and line.
-    """
-
-    kind: str
-    count: int
-    examples: tuple[str, ...]
-
-
-def add_bad(found: dict[str, BadRecords], more: Sequence[BadRecords]) -> None:
-    """Adds records to those found before them, by kind."""
-    for kind, count, examples in more:
-        before = found.get(kind, BadRecords(kind, 0, ()))
-        examples = (*before.examples, *examples)[:_EXAMPLES]
-        found[kind] = BadRecords(kind, before.count + count, examples)
+    source: Source
+    stream: Stream
 
 
 class Shard(NamedTuple):
-    """A range of records that is counted at once, and where its counts are written.
+    """A range of records that is tokenized at once, and where what is found is written.
 
     Attributes:
-      source: Number of its source.
+      reading: Number of its `Reading`.
       start: First record.
       stop: Last record, exclusive.
-      path: Where its counts are written.
+      path: Where it is written.
+      tokens: Whether tokens are kept, or lengths alone.
     """
 
-    source: int
+    reading: int
     start: int
     stop: int
     path: epath.Path
+    tokens: bool
 
 
-class ShardCounts(NamedTuple):
-    """The counts of one shard; texts and spans are as in `FileIndex`.
+class Columns(NamedTuple):
+    """What is found in a range of records; texts, spans, tokens and endings are as in `FileIndex`.
 
     Attributes:
-      numbers: int64 [records]; the well-formed records' numbers in the source.
+      lines: int64 [records]; of the well-formed records.
       text_counts: int32 [records].
       num_positives: int32 [records].
       lengths: int32 [texts].
       hashes: int64 [texts].
       span_counts: int32 [texts].
       spans: int32 [spans, 2].
+      tokens: uint8, uint16 or uint32 [tokens]; none where lengths alone are kept.
+      endings: uint8 [texts].
       bad: uint8 [bytes]; the malformed records' `BadRecords` as JSON.
     """
 
-    numbers: np.ndarray
+    lines: np.ndarray
     text_counts: np.ndarray
     num_positives: np.ndarray
     lengths: np.ndarray
     hashes: np.ndarray
     span_counts: np.ndarray
     spans: np.ndarray
+    tokens: np.ndarray
+    endings: np.ndarray
     bad: np.ndarray
 
     def bad_records(self) -> list[BadRecords]:
@@ -103,82 +96,99 @@ class ShardCounts(NamedTuple):
         ]
 
 
-def read_shard(path: epath.Path) -> ShardCounts | None:
-    """The counts of a shard; None where they are missing or damaged."""
+def token_type(tokenizer: Tokenizer) -> np.dtype:
+    """The smallest type of unsigned integers that holds a tokenizer's ids."""
+    return np.min_scalar_type(tokenizer.vocab_size - 1)
+
+
+def read_shard(path: epath.Path) -> Columns | None:
+    """What was found in a shard; None where it is missing or damaged."""
     content = files.read_bytes(path)
     if content is None:
         return None
     try:
         with np.load(io.BytesIO(content)) as stored:
-            return ShardCounts(*(stored[name] for name in ShardCounts._fields))
+            return Columns(*(stored[name] for name in Columns._fields))
     except Exception:  # numpy and zipfile, which compares checksums, raise many kinds
         return None
 
 
-def count_shards(shards: Sequence[Shard], sources: Sequence[Source], tokenizer: Tokenizer, *, skip_bad: bool) -> None:
-    """Counts and writes the shards, with all cores where they are many.
+def make_shards(shards: Sequence[Shard], readings: Sequence[Reading], tokenizer: Tokenizer, *, skip_bad: bool) -> None:
+    """Makes and writes the shards, with all cores where they are many.
 
     Hosts that share a folder may do this at the same time: each takes the shards in an order of its own and leaves out
     what another has written by then, so they divide the work and need no lock.
 
     Raises:
-      InputError: A record is malformed and `skip_bad` is false.
+      InputError: A record is malformed and `skip_bad` is false, or a shard cannot be written.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     num_records = sum(shard.stop - shard.start for shard in shards)
     if num_records < _TWO_PROCESSES_FROM or cores == 1:
         for shard in shards:
-            _check_bad(_count_shard(shard, sources, tokenizer), skip_bad)
+            _check_bad(_make_shard(shard, readings, tokenizer), skip_bad)
         return
     order = list(shards)
     random.shuffle(order)
-    _count_in_processes(order, sources, tokenizer, processes=min(cores, len(shards)), skip_bad=skip_bad)
+    _make_in_processes(order, readings, tokenizer, processes=min(cores, len(shards)), skip_bad=skip_bad)
 
 
-def count_records(source: Source, start: int, stop: int, tokenizer: Tokenizer) -> ShardCounts:
-    """Counts records `start` to `stop`, exclusive; malformed ones are left out and named in `bad`."""
-    columns: dict[str, list[Any]] = {name: [] for name in ShardCounts._fields}
+def tokenize_range(reading: Reading, start: int, stop: int, tokenizer: Tokenizer, *, tokens: bool = True) -> Columns:
+    """Tokenizes records `start` to `stop`, exclusive; malformed ones are left out and named in `bad`."""
+    columns: dict[str, list[Any]] = {name: [] for name in Columns._fields}
+    source, stream = reading
     bad: dict[str, BadRecords] = {}
+    kept = token_type(tokenizer)
     for begin in range(start, stop, _RECORDS_AT_ONCE):
         records = []
         for number, line in enumerate(source.lines(begin, min(begin + _RECORDS_AT_ONCE, stop)), begin):
             try:
                 records.append(source.parse(number, line))
-                columns["numbers"].append(number)
+                columns["lines"].append(source.line_number(number))
             except RecordError as error:
                 add_bad(bad, [BadRecords(error.kind, 1, (str(error),))])
-        texts = [record_prompts(record, tokenizer) for record in records]
+        texts = [stream.prompts(record, tokenizer) for record in records]
         columns["text_counts"] += [len(prompts) for prompts in texts]
-        columns["num_positives"] += [len(r.positives) if isinstance(r, EmbeddingRecord) else 0 for r in records]
+        columns["num_positives"] += [stream.num_positives(record) for record in records]
         prompts = [prompt for record in texts for prompt in record]
         columns["hashes"] += map(text_hash, prompts)
-        for tokenized in tokenize(prompts, tokenizer):
-            columns["lengths"].append(len(tokenized.tokens))
-            columns["span_counts"].append(len(tokenized.spans))
-            columns["spans"].append(tokenized.spans)
-    return ShardCounts(
-        numbers=np.array(columns["numbers"], np.int64),
+        tokenized = tokenize(prompts, tokenizer)
+        columns["lengths"] += [len(text.tokens) for text in tokenized]
+        columns["span_counts"] += [len(text.spans) for text in tokenized]
+        columns["spans"] += [text.spans for text in tokenized]
+        columns["endings"] += [text.ending for text in tokenized]
+        if tokens and tokenized:
+            columns["tokens"].append(np.concatenate([text.tokens for text in tokenized]).astype(kept))
+    return Columns(
+        lines=np.array(columns["lines"], np.int64),
         text_counts=np.array(columns["text_counts"], np.int32),
         num_positives=np.array(columns["num_positives"], np.int32),
         lengths=np.array(columns["lengths"], np.int32),
         hashes=np.array(columns["hashes"], np.int64),
         span_counts=np.array(columns["span_counts"], np.int32),
         spans=np.concatenate([np.zeros((0, 2), np.int32), *columns["spans"]]),
+        tokens=np.concatenate([np.zeros(0, kept), *columns["tokens"]]),
+        endings=np.array(columns["endings"], np.uint8),
         bad=np.frombuffer(json.dumps(list(bad.values())).encode(), np.uint8),
     )
 
 
-def _count_shard(shard: Shard, sources: Sequence[Source], tokenizer: Tokenizer) -> list[BadRecords]:
-    """Counts a shard unless that has been done, and returns its malformed records."""
-    counts = read_shard(shard.path)
-    if counts is None:
-        counts = count_records(sources[shard.source], shard.start, shard.stop, tokenizer)
-        sources[shard.source].refuse_changed()  # the counts are kept as those of the version that was opened
+def _make_shard(shard: Shard, readings: Sequence[Reading], tokenizer: Tokenizer) -> list[BadRecords]:
+    """Makes a shard unless that has been done, and returns its malformed records."""
+    columns = read_shard(shard.path)
+    if columns is None:
+        reading = readings[shard.reading]
+        columns = tokenize_range(reading, shard.start, shard.stop, tokenizer, tokens=shard.tokens)
+        reading.source.refuse_changed()  # what is kept is that of the version that was opened
         content = io.BytesIO()
-        np.savez(content, allow_pickle=False, **counts._asdict())
-        with contextlib.suppress(FileNotFoundError):  # another host has joined all shards and removed their folder
+        np.savez(content, allow_pickle=False, **columns._asdict())
+        try:
             files.write_bytes(shard.path, content.getvalue())
-    return counts.bad_records()
+        except FileNotFoundError:
+            pass  # another host has joined all shards and removed their folder
+        except OSError as error:
+            raise InputError(f"{shard.path}: cannot be written ({error}); {cache.MAKE_ROOM}") from error
+    return columns.bad_records()
 
 
 def _check_bad(bad: Sequence[BadRecords], skip_bad: bool) -> None:
@@ -186,16 +196,17 @@ def _check_bad(bad: Sequence[BadRecords], skip_bad: bool) -> None:
         raise InputError(f"{bad[0].examples[0]} (data.skip_bad=true leaves such records out and counts them)")
 
 
-def _count_in_processes(
-    shards: Sequence[Shard], sources: Sequence[Source], tokenizer: Tokenizer, *, processes: int, skip_bad: bool
+def _make_in_processes(
+    shards: Sequence[Shard], readings: Sequence[Reading], tokenizer: Tokenizer, *, processes: int, skip_bad: bool
 ) -> None:
-    setup = pickle.dumps((tokenizer.files(), list(sources)))
+    opened = [(os.fspath(source.path), source.kinds, source.kind, source.version, stream) for source, stream in readings]
+    setup = pickle.dumps((tokenizer.files(), opened))
     todo: queue.SimpleQueue[Shard] = queue.SimpleQueue()
     for shard in shards:
         todo.put(shard)
     replies: queue.SimpleQueue[Any] = queue.SimpleQueue()
     # Not multiprocessing: its processes run the user's main module again, and forking is not safe once JAX has threads.
-    command = [sys.executable, "-c", "from grit_jax.data.counting import serve; serve()"]
+    command = [sys.executable, "-c", "from grit_jax.data.shards import serve; serve()"]
     settings = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "TOKENIZERS_PARALLELISM": "false"}
     started = [
         subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=os.environ | settings)
@@ -206,7 +217,7 @@ def _count_in_processes(
         thread.start()
     try:
         num_records = sum(shard.stop - shard.start for shard in shards)
-        for _ in _with_reports(len(shards), f"counting the tokens of {num_records:,} records, {processes} processes"):
+        for _ in _with_reports(len(shards), f"tokenizing {num_records:,} records, {processes} processes"):
             reply = replies.get()
             if isinstance(reply, BaseException):
                 raise reply
@@ -250,7 +261,7 @@ def _feed(
     except (OSError, EOFError):
         code = process.wait()
         memory = " (killed: is there memory for all of them?)" if code == -signal.SIGKILL else ""
-        replies.put(RuntimeError(f"a process that counts tokens ended with exit code {code}{memory}"))
+        replies.put(RuntimeError(f"a process that tokenizes ended with exit code {code}{memory}"))
     finally:
         with contextlib.suppress(OSError):
             process.stdin.close()
@@ -259,19 +270,24 @@ def _feed(
 
 
 def serve() -> None:
-    """Counts the shards that come in on stdin until it is closed; the answers go to stdout."""
+    """Makes the shards that come in on stdin until it is closed; the answers go to stdout."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that started this one closes stdin
     requests, replies = sys.stdin.buffer, sys.stdout.buffer
     sys.stdout = sys.stderr
-    tokenizer_files, sources = pickle.load(requests)
+    tokenizer_files, opened = pickle.load(requests)
     tokenizer = Tokenizer.from_files(tokenizer_files)
+    readings: list[Reading] = []
     while True:
         try:
             shard = pickle.load(requests)
         except EOFError:
             return
         try:
-            reply: Any = _count_shard(shard, sources, tokenizer)
+            readings = readings or [
+                Reading(open_source(path, kinds=kinds, kind=kind, version=version), stream)
+                for path, kinds, kind, version, stream in opened
+            ]
+            reply: Any = _make_shard(shard, readings, tokenizer)
         except (InputError, OSError, files.UnreachableError) as error:
             reply = error
         try:
