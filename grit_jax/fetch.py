@@ -134,7 +134,7 @@ def fetch_data(
             source = sources.open_source(path, skip_bad=True)
             lock.confirm()
             files.copy(path, files.join(output, file.name))
-            work.record(file.name, records=len(source), stream=source.stream)
+            work.record(file.name, records=len(source), stream=source.kind.kind)
             if not keep:
                 path.unlink()
         lock.confirm()

@@ -30,7 +30,7 @@ from grit_jax.config import (
     TransformerConfig,
 )
 from grit_jax.data.packing import FilledRows, Packing, fill_rows, fill_single_rows, pack
-from grit_jax.data.pipeline import pool_weights
+from grit_jax.data.streams.embedding import pool_weights
 from grit_jax.engine import Continuation, Engine, LaneSize, bucket
 from grit_jax.errors import NotFiniteError
 from grit_jax.execution import Execution, execution

@@ -24,13 +24,15 @@ def next_token_loss(
     targets: Int[Array, "batch length"],
     loss_weights: Float[Array, "batch length"],
     block: int | None = None,
-) -> Float[Array, ""]:
+) -> tuple[Float[Array, ""], Float[Array, "batch length"]]:
     """sum(loss_weights * -log p(target)), with logits made for up to `block` tokens at a time.
+
+    Beside it is -log p(target) of every token, 0 for those that weigh nothing; no gradient flows through it.
 
     A block has 1024 tokens, or an eighth of all where they are few, so that skipping blocks pays.
     The gradient is made along with the value, block by block, so that logits are computed once and no more than one
     block of them exists. Tokens that weigh something come first, and blocks without any are skipped: prompts and
-    padding cost no logits. The gradient of the weights, which is -log p(target), is 0 in these.
+    padding cost no logits.
     """
     order = jnp.argsort(loss_weights.reshape(-1) == 0, stable=True)
     number = num_chunks(len(order), block or min(1024, -(-len(order) // 8)))
@@ -39,7 +41,9 @@ def next_token_loss(
         ordered = x.reshape(len(order), -1).at[order].get(unique_indices=True)
         return ordered.reshape(number, -1, *x.shape[2:])
 
-    return _weighted_nll(logits, output_weights, blocks(hidden), blocks(targets), blocks(loss_weights))
+    loss, nll = _weighted_nll(logits, output_weights, blocks(hidden), blocks(targets), blocks(loss_weights))
+    nll = jnp.zeros(len(order), nll.dtype).at[order].set(jax.lax.stop_gradient(nll).reshape(-1), unique_indices=True)
+    return loss, jnp.where(loss_weights == 0, 0, nll.reshape(loss_weights.shape))
 
 
 def _block_nll(logits: Logits, output_weights, hidden, targets, loss_weights):
@@ -72,8 +76,13 @@ def _sum_over_blocks(function, zero, blocks):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _weighted_nll(logits, output_weights, *blocks):
-    value = functools.partial(_block_nll, logits, output_weights)
-    return _sum_over_blocks(lambda *block: (value(*block)[0], None), (jnp.zeros((), wide(blocks[0])), None), blocks)[0]
+    zero = jnp.zeros((), wide(blocks[0])), jnp.zeros_like(blocks[-1][0])
+
+    def value(*block):
+        loss, nll = _block_nll(logits, output_weights, *block)
+        return loss, nll.astype(block[-1].dtype)
+
+    return _sum_over_blocks(value, zero, blocks)
 
 
 def _weighted_nll_forward(logits, output_weights, *blocks):
@@ -87,10 +96,11 @@ def _weighted_nll_forward(logits, output_weights, *blocks):
     zero = (jnp.zeros((), wide(blocks[0])), jnp.zeros(output_weights.shape, wide(output_weights)))
     no_block = (jnp.zeros_like(blocks[0][0]), jnp.zeros_like(blocks[-1][0]))
     (value, weights), (hidden, nll) = _sum_over_blocks(value_and_gradient, (zero, no_block), blocks)
-    return value, (weights.astype(output_weights.dtype), hidden, nll)
+    return (value, nll), (weights.astype(output_weights.dtype), hidden, nll)
 
 
-def _weighted_nll_backward(logits, gradients, cotangent):
+def _weighted_nll_backward(logits, gradients, cotangents):
+    cotangent, _ = cotangents
     weights, hidden, nll = (cotangent.astype(gradient.dtype) * gradient for gradient in gradients)
     return weights, hidden, None, nll
 

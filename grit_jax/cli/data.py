@@ -230,7 +230,7 @@ def _sample(args: argparse.Namespace) -> int:
 
     refuse_not_positive(args, "count")
     console = rich.console.Console(highlight=False, soft_wrap=True)
-    for where, texts in draw(_config(args).data, _tokenizer(args.tokenizer), count=args.count, seed=args.seed):
+    for where, texts in draw(_config(args), _tokenizer(args.tokenizer), count=args.count, seed=args.seed):
         console.rule(rich.text.Text(where), align="left")
         for shown in texts:
             counted = "scored" if shown.kind == "conversation" else "pooled"

@@ -53,6 +53,7 @@ def run(args: argparse.Namespace) -> int:
     refuse_not_positive(args, "compile")
     config = load_config(args.config, args.overrides)
 
+    from grit_jax.data.streams import trained_streams
     from grit_jax.plan import outline
     from grit_jax.plan.program import make_plan, planned_config
     from grit_jax.plan.report import as_json, as_lines
@@ -63,7 +64,8 @@ def run(args: argparse.Namespace) -> int:
     config = planned_config(config)
     if args.data:
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, train=args.data))
-    lengths = lengths_of_data(config) if args.data else lengths_at_limits(config, args.fill)
+    streams = trained_streams(config)
+    lengths = lengths_of_data(config, streams) if args.data else lengths_at_limits(streams, args.fill)
     if args.no_compile:
         found = outline.make_outline(config, topology, lengths)
         print(json.dumps(outline.as_json(found)) if args.json else "\n".join(outline.as_lines(found)))

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from grit_jax.data.records import Record
-from grit_jax.data.streams.base import Stream
 from grit_jax.prompts import Prompt, TokenizedPrompt, tokenize
 from grit_jax.tokenizer import Tokenizer
 
@@ -18,8 +18,10 @@ def text_hash(prompt: Prompt) -> int:
     return int.from_bytes(hashlib.blake2b(prompt.text.encode(), digest_size=HASH_BITS // 8).digest())
 
 
-def tokenize_records(records: Sequence[Record], stream: Stream, tokenizer: Tokenizer) -> list[list[TokenizedPrompt]]:
-    """The tokenized texts of each record, as a stream has them, untruncated."""
-    texts = [stream.prompts(record, tokenizer) for record in records]
+def tokenize_records(
+    records: Sequence[Record], prompts: Callable[[Any, Tokenizer], list[Prompt]], tokenizer: Tokenizer
+) -> list[list[TokenizedPrompt]]:
+    """The tokenized texts of each record, untruncated; `prompts` are a stream's."""
+    texts = [prompts(record, tokenizer) for record in records]
     tokenized = iter(tokenize([prompt for record in texts for prompt in record], tokenizer))
     return [[next(tokenized) for _ in record] for record in texts]

@@ -105,7 +105,9 @@ def build_indexes(
     found = []
     for store in stores:
         if store.index is None:
-            raise InputError(f"{store.path}: its index was written but cannot be read; look at {cache.FOLDER} beside it")
+            raise InputError(
+                f"{store.path}: its index was written but cannot be read; look at {cache.FOLDER} beside it"
+            )
         if store.index.bad and not skip_bad:
             example = store.index.bad[0].examples[0]
             raise InputError(f"{example} (data.skip_bad=true leaves such records out and counts them)")
@@ -235,7 +237,9 @@ class _Store:
         if not self.index:
             paths = [shard.path for shard in self.shards(0)]
             try:
-                if not _merge(paths, self.reading.source, self._folder / self._name, self._tokenizer, tokens=self._tokens):
+                if not _merge(
+                    paths, self.reading.source, self._folder / self._name, self._tokenizer, tokens=self._tokens
+                ):
                     return
             except OSError as error:
                 raise InputError(f"{self._folder}: cannot be written to ({error}); {cache.MAKE_ROOM}") from error

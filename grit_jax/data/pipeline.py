@@ -15,7 +15,7 @@ from grit_jax.data.packing import Packing, fill_rows
 from grit_jax.data.samples import FileSamples, dataset_names, file_losses, file_samples
 from grit_jax.data.schedule import Schedule, StepPlan, validation_steps
 from grit_jax.data.sources import find_files
-from grit_jax.data.streams import all_streams
+from grit_jax.data.streams import readers
 from grit_jax.data.streams.base import PlannedRows, RowPlan, Stream
 from grit_jax.tokenizer import Tokenizer
 
@@ -146,9 +146,7 @@ class Pipeline:
                 yield self._filled(plan, files)
 
     def _read(self, paths: str | list[str]) -> _Files:
-        # Also files of streams that are not trained: they have their numbers, and a run may not go on without them.
-        names = {stream.name for stream in self._streams}
-        streams = [*self._streams, *(stream for stream in all_streams(self._config) if stream.name not in names)]
+        streams = readers(self._config, self._streams)
         read = build_indexes(find_files(paths), self._tokenizer, streams, skip_bad=self._config.data.skip_bad)
         indexes = {stream.name: {f.number: f.index for f in read if f.stream is stream} for stream in streams}
         return _Files(read, indexes)

@@ -271,9 +271,7 @@ def _cut(samples: Samples, size: int) -> list[Samples]:
     return [Samples(*(part[start : start + size] for part in samples)) for start in starts]
 
 
-def _evaluation_plans(
-    batches: Sequence[tuple[StreamFiles, Samples]], *, limit: int, num_shards: int
-) -> list[StepPlan]:
+def _evaluation_plans(batches: Sequence[tuple[StreamFiles, Samples]], *, limit: int, num_shards: int) -> list[StepPlan]:
     """A plan for each batch, of one stream, in which a query and a scored token weigh 1."""
     planned = [(files.stream, files.stream.plan(files, samples, np.arange, summed=True)) for files, samples in batches]
     buckets: Mapping[str, tuple[int, ...]] = {}

@@ -199,7 +199,9 @@ def _check_bad(bad: Sequence[BadRecords], skip_bad: bool) -> None:
 def _make_in_processes(
     shards: Sequence[Shard], readings: Sequence[Reading], tokenizer: Tokenizer, *, processes: int, skip_bad: bool
 ) -> None:
-    opened = [(os.fspath(source.path), source.kinds, source.kind, source.version, stream) for source, stream in readings]
+    opened = [
+        (os.fspath(source.path), source.kinds, source.kind, source.version, stream) for source, stream in readings
+    ]
     setup = pickle.dumps((tokenizer.files(), opened))
     todo: queue.SimpleQueue[Shard] = queue.SimpleQueue()
     for shard in shards:

@@ -7,7 +7,6 @@ import mmap
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from etils import epath
@@ -216,7 +215,6 @@ class Source(abc.ABC):
         raise InputError(f"{self.path}: none of its {len(self):,} records is well formed; correct or remove the file")
 
 
-<<<<<<< HEAD
 class JsonlSource(Source):
     """The lines of a JSONL file that are not blank; memory-mapped."""
 

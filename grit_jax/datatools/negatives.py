@@ -69,8 +69,10 @@ class Passages:
     """
 
     def __init__(self, source: Source, corpus: Path | None = None):
-        if source.stream != "embedding":
-            raise InputError(f"{source.path}: holds {source.stream} records; negatives are those of embedding records")
+        if source.kind is not EmbeddingRecord:
+            raise InputError(
+                f"{source.path}: holds {source.kind.kind} records; negatives are those of embedding records"
+            )
         self._source = source
         self._numbers: dict[int, int] = {}
         self._places: list[tuple[int, int] | EmbeddingText] = []

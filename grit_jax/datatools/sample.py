@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from grit_jax.config import DataConfig, InputError
-from grit_jax.data.examples import record_prompts
-from grit_jax.data.records import EmbeddingRecord, Record, RecordError
+from grit_jax.config import Config, InputError
+from grit_jax.data.records import Record, RecordError
 from grit_jax.data.sources import Source, find_files, open_source
+from grit_jax.data.streams import all_streams
+from grit_jax.data.streams.base import Stream
 from grit_jax.prompts import tokenize
 from grit_jax.tokenizer import Tokenizer
 
@@ -27,7 +28,7 @@ class Shown(NamedTuple):
     """A text of a record.
 
     Attributes:
-      kind: query, positive, negative or conversation.
+      kind: What it is in its record, such as query, positive, negative or conversation.
       pieces: What the model reads of it, special tokens included.
       tokens: Tokens that it reads.
       counted: Of these, how many are pooled or scored.
@@ -41,12 +42,13 @@ class Shown(NamedTuple):
     cut: int
 
 
-def draw(data: DataConfig, tokenizer: Tokenizer, *, count: int, seed: int) -> Iterator[tuple[str, list[Shown]]]:
+def draw(config: Config, tokenizer: Tokenizer, *, count: int, seed: int) -> Iterator[tuple[str, list[Shown]]]:
     """Random records of `data.train`, each once, with their file and line; every record is as likely as another.
 
     Raises:
       InputError: Files are missing, or a record drawn is malformed and `data.skip_bad` is false.
     """
+    data, streams = config.data, all_streams(config)
     sources = [open_source(path, skip_bad=data.skip_bad) for path in find_files(data.train)]
     ends = np.cumsum([len(source) for source in sources])
     order = np.random.default_rng(seed).choice(int(ends[-1]), size=min(4 * count, int(ends[-1])), replace=False)
@@ -59,7 +61,7 @@ def draw(data: DataConfig, tokenizer: Tokenizer, *, count: int, seed: int) -> It
         record = _record(sources[file], number, data.skip_bad)
         if record:
             left -= 1
-            yield sources[file].where(number), show(record, data, tokenizer)
+            yield sources[file].where(number), show(record, streams, tokenizer)
 
 
 def _record(source: Source, number: int, skip_bad: bool) -> Record | None:
@@ -71,23 +73,21 @@ def _record(source: Source, number: int, skip_bad: bool) -> Record | None:
         raise InputError(f"{error} (--data.skip_bad=true passes over such records)") from error
 
 
-def show(record: Record, data: DataConfig, tokenizer: Tokenizer) -> list[Shown]:
-    """The texts of a record, cut at their limits."""
-    texts = record_prompts(record, tokenizer)
+def show(record: Record, streams: Sequence[Stream], tokenizer: Tokenizer) -> list[Shown]:
+    """The texts of a record as the first of some streams that reads it has them, cut at their limits."""
+    stream = next(stream for stream in streams if isinstance(record, stream.record))
+    texts = stream.prompts(record, tokenizer)
+    number = np.arange(len(texts))
+    kinds, limits = stream.kinds(number, np.full(len(texts), stream.num_positives(record))), stream.limits(number)
     encodings = tokenizer.encode_batch([prompt.text for prompt in texts])
     shown = []
     for number, (prompt, tokenized, encoding) in enumerate(
         zip(texts, tokenize(texts, tokenizer), encodings, strict=True)
     ):
-        if isinstance(record, EmbeddingRecord):
-            kind = "query" if not number else "positive" if number <= len(record.positives) else "negative"
-            limit = data.passage_max_length if number else data.query_max_length
-            first = 0
-        else:
-            kind, limit, first = "conversation", data.generative_max_length, 1  # the first token is never predicted
+        kind, limit = next(kind.name for kind in kinds if kind.mine[number]), int(limits[number])
         length = min(len(encoding.ids), limit)
         counts = np.zeros(length, bool)
-        for start, end in np.clip(tokenized.spans, first, length):
+        for start, end in np.clip(tokenized.spans, stream.first_target, length):
             counts[start:end] = True
         starts = [*encoding.starts[:length].tolist(), len(prompt.text) if length == len(encoding.ids) else None]
         if starts[-1] is None:

@@ -9,13 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from grit_jax.config import Config, DataConfig, InputError
-from grit_jax.data.index import FileIndex, num_targets
+from grit_jax.config import Config, InputError
+from grit_jax.data.index import ReadFile, num_targets
 from grit_jax.data.indexing import build_indexes
 from grit_jax.data.packing import ranges
-from grit_jax.data.records import Stream
 from grit_jax.data.schedule import Schedule
 from grit_jax.data.sources import find_files
+from grit_jax.data.streams import all_streams
+from grit_jax.data.streams.base import Stream
 from grit_jax.tokenizer import Tokenizer
 
 _RECORDS_AT_ONCE = 1 << 20
@@ -24,9 +25,9 @@ _LONGEST = 1 << 14  # lengths are counted one by one up to here; longer texts co
 _EDGES = np.unique(np.round(2 ** np.arange(0, 14.01, 0.25)).astype(int))  # of the picture's bars: quarters of octaves
 _PERCENTILES = (50, 90, 99)
 
-_LIMITED = {"query": "queries", "positive": "passages", "negative": "passages", "conversation": "conversations"}
-
-Kind = str  # query, positive, negative or conversation
+_LIMITED = {"query": "queries", "positive": "passages", "negative": "passages"}  # in the picture; others get an s
+_COLORS = {"query": "#4c78a8", "positive": "#54a24b", "negative": "#e45756", "conversation": "#b279a2"}
+_OTHER_COLOR = "#9d755d"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,10 +62,10 @@ class FileStats:
     """One file."""
 
     name: str
-    stream: Stream
+    stream: str
     records: int
     bad: int
-    lengths: dict[Kind, Lengths]
+    lengths: dict[str, Lengths]
 
     @property
     def tokens(self) -> int:
@@ -106,36 +107,47 @@ class Stats:
     """Everything."""
 
     files: tuple[FileStats, ...]
-    fills: dict[Stream, Fill]
+    fills: dict[str, Fill]
     notes: tuple[str, ...]
 
-    def total(self, kind: Kind) -> Lengths | None:
+    @property
+    def kinds(self) -> list[str]:
+        """Kinds of texts, those of one stream after the other."""
+        files = sorted(self.files, key=lambda file: file.stream)
+        return list(dict.fromkeys(kind for file in files for kind in file.lengths))
+
+    def total(self, kind: str) -> Lengths | None:
         """The texts of one kind in all files."""
         parts = [file.lengths[kind] for file in self.files if kind in file.lengths]
         return _joined(parts) if parts else None
 
 
-def measure(config: Config, tokenizer: Tokenizer) -> Stats:
+def measure(config: Config, tokenizer: Tokenizer, streams: Sequence[Stream] | None = None) -> Stats:
     """Counts the files of `data.train` and packs some of its steps.
+
+    Args:
+      config: The settings.
+      tokenizer: The model's.
+      streams: Streams that may read the files; those of this package without.
 
     Raises:
       InputError: Files are missing or malformed.
     """
     data = config.data
-    indexes = build_indexes(find_files(data.train), tokenizer, skip_bad=data.skip_bad, tokens=False)
-    files = tuple(_file_stats(index, data) for index in indexes)
-    streams = {index.stream for index in indexes}
-    mode = "unified" if len(streams) == 2 else next(iter(streams))
-    train = dataclasses.replace(config.train, mode=mode)
+    streams = all_streams(config) if streams is None else streams
+    read = build_indexes(find_files(data.train), tokenizer, streams, skip_bad=data.skip_bad, tokens=False)
+    files = tuple(map(_file_stats, read))
+    streams = [stream for stream in streams if any(file.stream is stream for file in read)]
     try:
-        schedule = Schedule(indexes, data=data, loss=config.loss, train=train, row_multiples=(1, 1))
+        schedule = Schedule(read, streams, data=data, train=config.train, num_shards=1)
     except InputError as error:  # the limits leave nothing: the lengths say why
         return Stats(files, {}, (str(error),))
-    return Stats(files, _fills(schedule, files, data), tuple(schedule.report()))
+    return Stats(files, _fills(schedule, files, streams), tuple(schedule.report()))
 
 
-def _file_stats(index: FileIndex, data: DataConfig) -> FileStats:
-    parts: dict[Kind, list[Lengths]] = {}
+def _file_stats(file: ReadFile) -> FileStats:
+    _, index, stream = file
+    parts: dict[str, list[Lengths]] = {}
     for start in range(0, index.num_records, _RECORDS_AT_ONCE):
         bounds = np.asarray(index.text_starts[start : start + _RECORDS_AT_ONCE + 1])
         counts = np.diff(bounds)
@@ -143,20 +155,12 @@ def _file_stats(index: FileIndex, data: DataConfig) -> FileStats:
         positives = np.repeat(index.num_positives[start : start + len(counts)], counts)
         chosen = slice(int(bounds[0]), int(bounds[-1]))
         lengths = np.asarray(index.lengths[chosen])
-        if index.stream == "generative":
-            kinds = [("conversation", np.ones(len(text), bool), data.generative_max_length)]
-        else:
-            kinds = [
-                ("query", text == 0, data.query_max_length),
-                ("positive", (text > 0) & (text <= positives), data.passage_max_length),
-                ("negative", text > positives, data.passage_max_length),
-            ]
-        for kind, mine, limit in kinds:
+        for kind, mine, limit in stream.kinds(text, positives):
             if mine.any():
-                targets = num_targets(index, limit, chosen)[mine]
+                targets = num_targets(index, limit, chosen, first=stream.first_target)[mine]
                 parts.setdefault(kind, []).append(_lengths(lengths[mine], limit, int(targets.sum(dtype=np.int64))))
     joined = {kind: _joined(of_kind) for kind, of_kind in parts.items()}
-    return FileStats(index.name, index.stream, index.num_records, sum(bad.count for bad in index.bad), joined)
+    return FileStats(index.name, stream.name, index.num_records, sum(bad.count for bad in index.bad), joined)
 
 
 def _lengths(lengths: np.ndarray, limit: int, targets: int) -> Lengths:
@@ -179,30 +183,24 @@ def _joined(parts: Sequence[Lengths]) -> Lengths:
     return Lengths(**sums, longest=max(part.longest for part in parts), limit=parts[0].limit)
 
 
-def _fills(schedule: Schedule, files: Sequence[FileStats], data: DataConfig) -> dict[Stream, Fill]:
-    fills: dict[Stream, Fill] = {}
-    for stream, batch, row_length in (
-        ("embedding", data.embedding_batch, data.embedding_row_length),
-        ("generative", data.generative_batch, data.generative_max_length),
-    ):
-        records = sum(file.records for file in files if file.stream == stream)
-        if not records:
-            continue
-        steps = np.unique(np.linspace(0, max(_STEPS, records // batch) - 1, _STEPS).astype(int)).tolist()
-        rows = [getattr(schedule.step(k), stream).rows for k in steps]
-        fills[stream] = Fill(
+def _fills(schedule: Schedule, files: Sequence[FileStats], streams: Sequence[Stream]) -> dict[str, Fill]:
+    fills = {}
+    for stream in streams:
+        epoch_steps = sum(file.records for file in files if file.stream == stream.name) / stream.batch_size
+        steps = np.unique(np.linspace(0, max(_STEPS, int(epoch_steps)) - 1, _STEPS).astype(int)).tolist()
+        rows = [schedule.stream_plan(k, stream).rows for k in steps]
+        fills[stream.name] = Fill(
             rows=float(np.mean([plan.num_rows for plan in rows])),
-            row_length=row_length,
+            row_length=stream.row_length,
             tokens=float(np.mean([plan.length.sum() for plan in rows])),
             texts=float(np.mean([len(plan.length) for plan in rows])),
-            epoch_steps=records / batch,
+            epoch_steps=epoch_steps,
         )
     return fills
 
 
 def as_lines(stats: Stats) -> Iterator[str]:
     """The figures for people."""
-    kinds = [kind for kind in ("query", "positive", "negative", "conversation") if stats.total(kind)]
     names = [file.name for file in stats.files]
     width = max(len("all files"), *map(len, names))
     yield (
@@ -211,7 +209,9 @@ def as_lines(stats: Stats) -> Iterator[str]:
         + f"  {'longest':>8}  {'limit':>6}  {'cut':>7}"
     )
     rows = [(file.name, kind, lengths) for file in stats.files for kind, lengths in file.lengths.items()]
-    rows += [("all files", kind, total) for kind in kinds if len(stats.files) > 1 and (total := stats.total(kind))]
+    rows += [
+        ("all files", kind, total) for kind in stats.kinds if len(stats.files) > 1 and (total := stats.total(kind))
+    ]
     for name, kind, lengths in rows:
         yield (
             f"{name:<{width}}  {kind:<12}  {lengths.texts:>11,}  {lengths.tokens:>14,}  "
@@ -231,7 +231,7 @@ def plot(stats: Stats, out: Path) -> None:
     """Draws lengths against their limits, tokens by file, and the fill, as PNG."""
     from matplotlib.figure import Figure
 
-    colors = {"query": "#4c78a8", "positive": "#54a24b", "negative": "#e45756", "conversation": "#b279a2"}
+    colors = {kind: _COLORS.get(kind, _OTHER_COLOR) for kind in stats.kinds}
     files = sorted(stats.files, key=lambda file: -file.tokens)
     shown, rest = files[:16], files[16:]
     figure = Figure(figsize=(15, max(4.2, 1.6 + 0.26 * len(shown))), layout="constrained")
@@ -254,7 +254,7 @@ def plot(stats: Stats, out: Path) -> None:
         lengths_axis.axvline(limit, color="#555555", lw=1, ls=(0, (4, 3)))
         cut = sum(total.cut for kind in kinds if (total := stats.total(kind)))
         texts = sum(total.texts for kind in kinds if (total := stats.total(kind)))
-        what = " and ".join(dict.fromkeys(_LIMITED[kind] for kind in kinds))
+        what = " and ".join(dict.fromkeys(_LIMITED.get(kind, f"{kind}s") for kind in kinds))
         lengths_axis.annotate(
             f"{what}:\n{limit:,}, {cut / texts:.1%} cut", (limit, top * (1.28 - 0.12 * number)), xytext=(-4, 0),
             textcoords="offset points", ha="right", va="top", fontsize=8, color="#555555",

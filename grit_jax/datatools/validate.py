@@ -5,6 +5,7 @@ from __future__ import annotations
 import array
 import dataclasses
 import hashlib
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -12,8 +13,10 @@ from etils import epath
 
 from grit_jax.config import InputError
 from grit_jax.data.index import BadRecords, add_bad
-from grit_jax.data.records import EmbeddingRecord, GenerativeRecord, Record, RecordError, Stream
+from grit_jax.data.records import Record, RecordError
 from grit_jax.data.sources import open_source
+from grit_jax.data.streams import STREAMS
+from grit_jax.data.streams.base import Stream
 from grit_jax.datatools.overlap import EvaluationTexts, Match
 
 _RECORDS_AT_ONCE = 1024
@@ -48,7 +51,7 @@ class FileReport:
     """
 
     path: str
-    stream: Stream | None
+    stream: str | None
     records: int
     bad: tuple[BadRecords, ...]
     problem: str | None = None
@@ -74,6 +77,7 @@ def validate(
     *,
     against: EvaluationTexts | None = None,
     progress: Callable[[int], None] = lambda _: None,
+    streams: Sequence[type[Stream]] = tuple(STREAMS.values()),
 ) -> Report:
     """Reads every record of the files once.
 
@@ -83,11 +87,12 @@ def validate(
       paths: The files.
       against: Evaluation texts that must not occur.
       progress: Called with numbers of records that were read.
+      streams: Streams that may read the files.
     """
-    files, seen = [], _Seen()
+    files, seen, kinds = [], _Seen(), [stream.record for stream in streams]
     for path in paths:
         try:
-            source = open_source(path, skip_bad=True)
+            source = open_source(path, skip_bad=True, kinds=kinds)
         except InputError as error:
             files.append(FileReport(str(path), None, 0, (), str(error)))
             continue
@@ -107,23 +112,16 @@ def validate(
                 good += 1
                 seen.add(number, record)
                 if against:
-                    of_record = record_texts(record)
+                    of_record = record.texts()
                     texts += of_record
                     numbers += [number] * len(of_record)
             if against:
                 against.look_up(texts, numbers, source.where)
                 texts, numbers = [], []
             progress(stop - start)
-        files.append(FileReport(str(path), source.stream, good, tuple(bad.values())))
+        files.append(FileReport(str(path), source.kind.kind, good, tuple(bad.values())))
     matches = tuple(against.matches()) if against else ()
     return Report(tuple(files), seen.duplicates(), matches, against.counts if against else {})
-
-
-def record_texts(record: Record) -> list[str]:
-    """The texts of a record, without instructions."""
-    if isinstance(record, EmbeddingRecord):
-        return [text.text for text in (record.query, *record.positives, *record.negatives)]
-    return [record.turns] if isinstance(record.turns, str) else list(record.turns)
 
 
 class _Seen:
@@ -133,8 +131,8 @@ class _Seen:
         self._where: list[Callable[[int], str]] = []
         self._starts: list[int] = []
         self._numbers = array.array("q")
-        self._hashes = {name: array.array("q") for name in ("records", "queries", "first user turns")}
-        self._owners = {name: array.array("q") for name in self._hashes}
+        self._hashes: defaultdict[str, array.array[int]] = defaultdict(lambda: array.array("q"))
+        self._owners: defaultdict[str, array.array[int]] = defaultdict(lambda: array.array("q"))
 
     def open(self, where: Callable[[int], str]) -> None:
         """Takes the next records from another file."""
@@ -145,11 +143,8 @@ class _Seen:
         """Adds a record."""
         place = len(self._numbers)
         self._numbers.append(number)
-        self._note("records", repr(record), place)
-        if isinstance(record, EmbeddingRecord):
-            self._note("queries", repr(record.query), place)
-        elif isinstance(record, GenerativeRecord) and not isinstance(record.turns, str):
-            self._note("first user turns", record.turns[0], place)
+        for what, text in ({"records": repr(record)} | record.comparable()).items():
+            self._note(what, text, place)
 
     def _note(self, what: str, text: str, place: int) -> None:
         self._hashes[what].append(int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest()))

@@ -20,7 +20,7 @@ from etils import epath
 from jax.sharding import Mesh
 
 from grit_jax import contrastive, sharding
-from grit_jax.batch import GritBatch
+from grit_jax.batch import Batch
 from grit_jax.checkpoint import CheckpointMetadata, Checkpoints
 from grit_jax.checks import Check
 from grit_jax.config import (
@@ -244,7 +244,7 @@ def _random_params(architecture: TransformerConfig) -> Any:
     return jax.tree.map(draw, abstract_params(abstract_model(architecture)))
 
 
-def _batch(num_rows: int) -> GritBatch:
+def _batch(num_rows: int) -> Batch:
     """Random texts for both streams; a query and its two passages lie in different rows."""
     rng = np.random.default_rng(0)
     embedding, generative = (random_texts(rng, count * num_rows, vocab=_VOCAB) for count in (3, 2))
@@ -252,10 +252,10 @@ def _batch(num_rows: int) -> GritBatch:
     def dealt(count):
         return np.arange(count).reshape(-1, num_rows).T.tolist()
 
-    return GritBatch(
-        embedding_batch(embedding, dealt(len(embedding)), _LENGTH, num_queries=num_rows),
-        generative_batch(generative, dealt(len(generative)), _LENGTH),
-    )
+    return {
+        "embedding": embedding_batch(embedding, dealt(len(embedding)), _LENGTH, num_queries=num_rows),
+        "generative": generative_batch(generative, dealt(len(generative)), _LENGTH),
+    }
 
 
 def _place(tree: Any, abstract: Any) -> Any:

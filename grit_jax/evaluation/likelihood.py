@@ -11,7 +11,9 @@ import numpy as np
 
 from grit_jax.config import InputError
 from grit_jax.data.examples import tokenize_records
+from grit_jax.data.records import GenerativeRecord
 from grit_jax.data.sources import find_files, open_source
+from grit_jax.data.streams.generative import GenerativeStream
 from grit_jax.evaluation.data import Row, by_row, existing
 from grit_jax.evaluation.prompted import PromptedTask, fill, letter_of, lettered, letters_of
 from grit_jax.evaluation.task import Outcome, Session, Task
@@ -83,10 +85,13 @@ class Perplexity(Task):
         texts: list[TokenizedPrompt] = []
         total = 0
         for source in map(open_source, map(str, self.files())):
-            if source.stream != "generative":
-                raise InputError(f"{source.path}: holds embedding records; perplexity needs generative ones")
+            if source.kind is not GenerativeRecord:
+                raise InputError(f"{source.path}: holds {source.kind.kind} records; perplexity needs generative ones")
             total += len(source)
-            texts += [text.cut(limit) for (text,) in tokenize_records(list(source), session.model.tokenizer)]
+            texts += [
+                text.cut(limit)
+                for (text,) in tokenize_records(list(source), GenerativeStream.prompts, session.model.tokenizer)
+            ]
         scorable = [text for text in texts if np.any(text.spans[:, 1] > 1)]
         if not scorable:
             raise InputError(f"{self.path}: no record has a token to score within {limit} tokens")

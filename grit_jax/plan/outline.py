@@ -8,11 +8,11 @@ from typing import Any
 
 from grit_jax.chips import GIB
 from grit_jax.config import Config
-from grit_jax.plan.program import lower_step, planned_mesh
+from grit_jax.plan.program import lower, planned_mesh
 from grit_jax.plan.topology import Topology
-from grit_jax.plan.work import Lengths, Work, planned_work
+from grit_jax.plan.work import Lengths, Work, described_rows, rows_by_stream
 from grit_jax.train.dry_run import state_and_gradient_bytes
-from grit_jax.train.setup import row_multiples, set_up
+from grit_jax.train.setup import set_up
 
 
 @dataclass(frozen=True)
@@ -49,9 +49,9 @@ def make_outline(config: Config, topology: Topology, lengths: Lengths) -> Outlin
       InputError: libtpu is missing, or mesh, batch, lengths and model do not fit together.
     """
     mesh = planned_mesh(config, topology)
-    lower_step(config, topology, lengths)
-    state = state_and_gradient_bytes(set_up(config, mesh).abstract)
-    return Outline(topology, dict(mesh.shape), planned_work(config, row_multiples(config, mesh), lengths), state)
+    setup = set_up(config, mesh)
+    work, _ = lower(setup, mesh, lengths)
+    return Outline(topology, dict(mesh.shape), work, state_and_gradient_bytes(setup.abstract))
 
 
 def as_json(outline: Outline) -> dict[str, Any]:
@@ -64,8 +64,7 @@ def as_json(outline: Outline) -> dict[str, Any]:
         "mesh": outline.mesh,
         "hbm_bytes": outline.topology.chip.hbm_bytes,
         "state_bytes_per_device": outline.state_bytes,
-        "embedding_rows": outline.work.rows[0],
-        "generative_rows": outline.work.rows[1],
+        **{f"{name}_rows": rows for name, rows in rows_by_stream(outline.work).items()},
         "tokens": outline.work.tokens,
     }
 
@@ -74,10 +73,7 @@ def as_lines(outline: Outline) -> Iterator[str]:
     """The outline for people."""
     mesh = ", ".join(f"mesh.{axis}={size}" for axis, size in outline.mesh.items() if size > 1) or "one device"
     yield f"{outline.topology.num_chips} chips of {outline.topology.libtpu_name} as {mesh}"
-    yield (
-        f"a step: {outline.work.tokens:,} tokens in {outline.work.rows[0]:,} embedding and {outline.work.rows[1]:,} "
-        "generative rows"
-    )
+    yield f"a step: {outline.work.tokens:,} tokens in {described_rows(outline.work)}"
     verdict = "without --no-compile the compiler says what is needed" if outline.may_fit else "DOES NOT FIT"
     needed, limit = outline.state_bytes / GIB, outline.topology.chip.hbm_bytes / GIB
     yield f"memory of a device: {needed:.2f} of {limit:.2f} GiB for state and gradients alone: {verdict}"

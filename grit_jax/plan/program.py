@@ -6,24 +6,22 @@ import dataclasses
 import math
 import re
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
-import numpy as np
 
 from grit_jax import sharding
-from grit_jax.batch import EmbeddingBatch, GenerativeBatch, GritBatch
 from grit_jax.config import Config, InputError, TransformerConfig
-from grit_jax.contrastive import resolve_negatives
 from grit_jax.loading import open_model
-from grit_jax.model.transformer import abstract_model, abstract_params
 from grit_jax.plan.cost import Cost, estimate
 from grit_jax.plan.topology import Topology, devices
 from grit_jax.plan.work import Lengths, Work, planned_work
 from grit_jax.train.dry_run import state_and_gradient_bytes
+from grit_jax.train.objectives.base import Objective
 from grit_jax.train.resolve import resolve_architecture, resolve_tokenizer
-from grit_jax.train.setup import Setup, row_multiples, set_up
+from grit_jax.train.setup import Setup, set_up
 
 
 @dataclass(frozen=True)
@@ -117,31 +115,33 @@ def planned_mesh(config: Config, topology: Topology) -> jax.sharding.Mesh:
     return sharding.make_mesh(config.mesh, devices(topology))
 
 
-def make_plan(config: Config, topology: Topology, lengths: Lengths) -> Plan:
+def make_plan(
+    config: Config, topology: Topology, lengths: Lengths, *, streams: Sequence[Objective] | None = None
+) -> Plan:
     """Compiles the step for the topology.
 
     Args:
       config: With its architecture resolved (`planned_config`).
       topology: What to compile for.
       lengths: Of the texts of a step.
+      streams: What is trained, as of `Trainer`.
 
     Raises:
       InputError: libtpu is missing, or the config does not fit the mesh.
     """
     mesh = planned_mesh(config, topology)
-    work = planned_work(config, row_multiples(config, mesh), lengths)
-    setup = set_up(config, mesh)
-    lowered = _lower(setup, config, mesh, work)
-    architecture, width = config.model.architecture, config.model.embedding.projection_dim
-    shapes = abstract_params(abstract_model(architecture, width))
-    parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
-    data, shards = config.data, sharding.axis_size(mesh, "batch")
-    texts = (data.embedding_batch, data.embedding_batch * data.group_size)
-    form = resolve_negatives(config.loss.negatives, *texts, width or architecture.embed_dim, shards)
+    setup = set_up(config, mesh, streams)
+    work, lowered = lower(setup, mesh, lengths)
+    architecture = config.model.architecture
+    parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(setup.abstract.params))
+    shards = sharding.axis_size(mesh, "batch")
+    facts: dict[str, Any] = {}
+    for objective in setup.objective.objectives:
+        facts |= objective.facts(shards, architecture.embed_dim)
     about: dict[str, Any] = {
         "topology": topology, "parameters": parameters, "work": work, "steps": config.train.steps,
         "state_bytes": state_and_gradient_bytes(setup.abstract),
-        "negatives": form if config.train.embeds else None,
+        "negatives": facts.get("negatives"),
     }  # fmt: skip
     started = time.monotonic()
     try:
@@ -178,35 +178,13 @@ def _expert_fill(architecture: TransformerConfig, mesh: jax.sharding.Mesh) -> fl
     return per_token / (shards * min(per_token, architecture.num_experts // shards)) if shards > 1 else 1.0
 
 
-def lower_step(config: Config, topology: Topology, lengths: Lengths) -> jax.stages.Lowered:
-    """The step, ready to be compiled for the topology; arguments and errors as those of `make_plan`."""
-    mesh = planned_mesh(config, topology)
-    return _lower(set_up(config, mesh), config, mesh, planned_work(config, row_multiples(config, mesh), lengths))
-
-
-def _lower(setup: Setup, config: Config, mesh: jax.sharding.Mesh, work: Work) -> jax.stages.Lowered:
+def lower(setup: Setup, mesh: jax.sharding.Mesh, lengths: Lengths) -> tuple[Work, jax.stages.Lowered]:
+    """What a step with texts of these lengths holds, and the step, ready to be compiled for the devices of a mesh."""
+    objectives, architecture = setup.objective.objectives, setup.objective.model.config
+    work = planned_work(architecture, objectives, sharding.axis_size(mesh, "batch"), lengths)
+    batch = {objective.name: objective.stream.empty(work.rows[objective.name]) for objective in objectives}
     with jax.set_mesh(mesh):
-        return setup.train_step.lower(setup.abstract, _abstract_batch(config, mesh, work))
-
-
-def _abstract_batch(config: Config, mesh: jax.sharding.Mesh, work: Work) -> GritBatch:
-    def array(dtype: Any, *shape: int) -> Any:
-        return np.broadcast_to(np.zeros((), dtype), shape)
-
-    data = config.data
-    queries, passages = data.embedding_batch, data.embedding_batch * data.group_size
-    embedding = generative = None
-    if work.rows[0]:
-        shape = (work.rows[0], data.embedding_row_length)
-        ids = [array(np.int32, *shape)] * 3
-        slots = array(np.int32, queries), array(np.int32, passages)
-        embedding = EmbeddingBatch(
-            *ids, array(np.float32, *shape), *slots, array(np.float32, queries), array(np.int32, passages)
-        )
-    if work.rows[1]:
-        shape = (work.rows[1], data.generative_max_length)
-        generative = GenerativeBatch(*[array(np.int32, *shape)] * 4, array(np.float32, *shape))
-    return sharding.abstract_batch(mesh, GritBatch(embedding, generative))
+        return work, setup.train_step.lower(setup.abstract, sharding.abstract_batch(mesh, batch))
 
 
 _UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}

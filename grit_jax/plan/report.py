@@ -9,6 +9,7 @@ from grit_jax.chips import GIB
 from grit_jax.config import Config
 from grit_jax.plan.cost import KERNEL_EFFICIENCY
 from grit_jax.plan.program import Plan
+from grit_jax.plan.work import rows_by_stream
 
 _HOUR = 3600  # seconds
 
@@ -29,8 +30,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "host_bytes_per_device": plan.host_bytes,
         "state_bytes_per_device": plan.state_bytes,
         "largest_buffers": list(plan.largest),
-        "embedding_rows": plan.work.rows[0],
-        "generative_rows": plan.work.rows[1],
+        **{f"{name}_rows": rows for name, rows in rows_by_stream(plan.work).items()},
         "tokens": plan.work.tokens,
         "model_flops_per_step": plan.work.flops,
         "negatives": plan.negatives,

@@ -14,7 +14,7 @@ from grit_jax.execution import num_chunks
 from grit_jax.plan.program import Plan, make_plan
 from grit_jax.plan.topology import Topology, devices
 from grit_jax.plan.work import Lengths, planned_work
-from grit_jax.train.setup import row_multiples
+from grit_jax.train.objectives import trained_objectives
 
 # What the formula leaves out of a device's memory: programs, fragmentation, collectives' buffers.
 _HEADROOM = 0.9
@@ -93,7 +93,6 @@ def candidates(config: Config, topology: Topology, lengths: Lengths) -> Iterator
         )
         try:
             mesh = sharding.make_mesh(changed.mesh, mesh_devices)
-            multiples = row_multiples(changed, mesh)
         except InputError:
             continue
         shards = sharding.axis_size(mesh, "batch")
@@ -104,8 +103,10 @@ def candidates(config: Config, topology: Topology, lengths: Lengths) -> Iterator
             or architecture.num_kv_heads % tensor
         ):
             continue
-        embedding, generative = planned_work(changed, multiples, lengths).rows
-        rows = max(embedding // shards // chunks, generative // shards)
+        objectives = trained_objectives(changed)
+        by_stream = planned_work(architecture, objectives, shards, lengths).rows
+        at_once = {o.name: by_stream[o.name] // shards // o.stream.num_chunks for o in objectives}
+        rows = max(at_once.values())
         if layer_rows is not None and layer_rows >= rows:
             continue  # the same as taking all
         overrides = [
@@ -114,10 +115,9 @@ def candidates(config: Config, topology: Topology, lengths: Lengths) -> Iterator
             f"--model.layer_rows={'null' if layer_rows is None else layer_rows}",
         ]  # fmt: skip
         memory = _memory(changed, tensor, shards, rows)
-        # The generative pass is never chunked here; a chunk costs the embedding pass one more forward.
-        work = (
-            3 + {"dots": 0.1, "full": 1.0, "offload": 1.05}[remat] + (chunks > 1) * embedding / (embedding + generative)
-        )
+        # Chunks cost a stream's pass one more forward.
+        again = sum(by_stream[o.name] for o in objectives if o.stream.num_chunks > 1) / sum(by_stream.values())
+        work = 3 + {"dots": 0.1, "full": 1.0, "offload": 1.05}[remat] + again
         # Tensor parallelism adds a collective to every product; smaller products took 1.11 times as long in two passes
         # and 1.19 in four.
         work *= (1 + 0.05 * (tensor - 1)) * (1 + 0.1 * math.log2(num_chunks(rows, layer_rows)))

@@ -12,6 +12,7 @@ from grit_jax.config import InputError
 from grit_jax.data.examples import tokenize_records
 from grit_jax.data.records import EmbeddingRecord
 from grit_jax.data.sources import find_files, open_source
+from grit_jax.data.streams.generative import GenerativeStream
 from grit_jax.evaluation import metrics
 from grit_jax.evaluation.retrieval import read_collection
 from grit_jax.inference import GritModel
@@ -94,6 +95,6 @@ def unigram_loss(train: Path, held_out: Path, tokenizer: Tokenizer, *, max_lengt
 
 def _scored_tokens(folder: Path, tokenizer: Tokenizer, max_length: int) -> Iterator[np.ndarray]:
     for source in map(open_source, find_files(str(folder))):
-        for (conversation,) in tokenize_records(list(source), tokenizer):
+        for (conversation,) in tokenize_records(list(source), GenerativeStream.prompts, tokenizer):
             for start, end in np.clip(conversation.spans, 1, max_length):
                 yield conversation.tokens[start:end]

@@ -11,6 +11,7 @@ import math
 import os
 import shutil
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,9 @@ from grit_jax.checks import Check, verdict
 from grit_jax.chips import GIB, memory_bytes
 from grit_jax.config import Config, InputError
 from grit_jax.data.pipeline import Pipeline
-from grit_jax.data.records import RecordError
+from grit_jax.data.records import RECORD_KINDS, RecordError
 from grit_jax.data.sources import Source, find_files, open_source
+from grit_jax.data.streams import trained_streams
 from grit_jax.loading import open_model
 from grit_jax.tokenizer import Tokenizer
 from grit_jax.train.metrics import check_trackers
@@ -37,7 +39,7 @@ from grit_jax.train.resolve import (
     resolve_architecture,
     resolve_tokenizer,
 )
-from grit_jax.train.setup import row_multiples, set_up
+from grit_jax.train.setup import set_up
 from grit_jax.train.state import TrainState
 from grit_jax.watch import folder
 from grit_jax.watch.lock import read_writer
@@ -72,7 +74,7 @@ def dry_run(config: Config) -> Iterator[Check]:
             yield verdict("shapes", True, "batch, lengths and parameters fit the mesh and the model")
             yield _memory_check(abstract, mesh)
             yield _space_check(config, abstract)
-            failed, _ = _checked("resume", lambda: _check_resume(config, tokenizer, mesh))
+            failed, _ = _checked("resume", lambda: _check_resume(config, tokenizer))
             yield failed or verdict("resume", True, "train.output is new, or holds this run")
     failed, trackers = _checked("logging", lambda: check_trackers(config.logging))
     yield failed or verdict("logging", True, f"metrics.jsonl{''.join(f', {name}' for name in trackers)}")
@@ -102,18 +104,17 @@ def _data_checks(config: Config) -> Iterator[Check]:
         if failed:
             yield failed
             continue
-        counts = {stream: sum(len(source) for source in sources if source.stream == stream) for stream in _STREAMS}
-        trained = {"embedding": config.train.embeds, "generative": config.train.generates}
-        missing = [stream for stream in _STREAMS if trained[stream] and not counts[stream] and key == "data.train"]
-        text = ", ".join(f"{count:,} {stream} records" for stream, count in counts.items() if count)
+        counts = Counter[str]()
+        for source in sources:
+            counts[source.kind.kind] += len(source)
+        trained = trained_streams(config) if key == "data.train" else []
+        missing = [stream.name for stream in trained if not counts[stream.record.kind]]
+        text = ", ".join(f"{counts[kind.kind]:,} {kind.kind} records" for kind in RECORD_KINDS if counts[kind.kind])
         if missing:
             text += f"; no {missing[0]} file, and train.mode={config.train.mode} trains that stream"
         else:
             text += f" in {len(sources)} files; up to {_SAMPLED_RECORDS} of each were parsed"
         yield verdict(key, not missing, text)
-
-
-_STREAMS = ("embedding", "generative")
 
 
 def _sampled(path: Any, skip_bad: bool) -> Source:
@@ -133,7 +134,7 @@ def _set_up(config: Config, pretrained: Any, tokenizer: Any, mesh: Any) -> tuple
     return config, set_up(config, mesh).abstract
 
 
-def _check_resume(config: Config, tokenizer: Tokenizer, mesh: jax.sharding.Mesh) -> None:
+def _check_resume(config: Config, tokenizer: Tokenizer) -> None:
     """Checks what `train.output` holds, if anything, against config and data, whose tokens it may have to count."""
     check_folder(config)
     path = files.join(config.train.output, folder.CHECKPOINTS)
@@ -143,7 +144,7 @@ def _check_resume(config: Config, tokenizer: Tokenizer, mesh: jax.sharding.Mesh)
     for step in reversed(checkpoints.steps()):
         with contextlib.suppress(DamagedCheckpointError):  # the run passes over it
             recorded = checkpoints.metadata(step).data["fingerprint"]
-            data = Pipeline(config, tokenizer, row_multiples=row_multiples(config, mesh), host_share=ONE_HOST)
+            data = Pipeline(config, tokenizer, trained_streams(config), host_share=ONE_HOST)
             check_data(config.train.output, recorded, data.fingerprint)
             return
 

@@ -5,17 +5,18 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from typing import NamedTuple
 
 import grain
 import jax
+import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
 from grit_jax import distributed, files, sharding
-from grit_jax.batch import GritBatch
+from grit_jax.batch import Batch
 from grit_jax.checkpoint import CheckpointMetadata
 from grit_jax.config import Config, InputError, dump_config
 from grit_jax.data.pipeline import Pipeline
@@ -28,12 +29,14 @@ from grit_jax.model.transformer import Params, init_params
 from grit_jax.sole_writer import refuse_other_writers
 from grit_jax.tokenizer import Tokenizer
 from grit_jax.train.metrics import Display, check_trackers, make_trackers
+from grit_jax.train.objectives import trained_objectives
+from grit_jax.train.objectives.base import Objective
 from grit_jax.train.profile import ProfileWindow
 from grit_jax.train.recorder import Datasets, Recorder
 from grit_jax.train.resolve import check_folder, embedding_changes, host_facts, resolve_architecture, resolve_tokenizer
 from grit_jax.train.resume import newest_state, taken_over
 from grit_jax.train.saving import Saves
-from grit_jax.train.setup import Setup, row_multiples, set_up
+from grit_jax.train.setup import Setup, set_up
 from grit_jax.train.state import TrainState, new_state, shardings_of
 from grit_jax.train.step import make_eval_step, make_gradient_norm
 from grit_jax.train.stopping import stop_signals, wait_for_turn
@@ -54,7 +57,7 @@ class _Opened(NamedTuple):
     changes: list[str]  # what `embedding_changes` says
 
 
-def _open(config: Config) -> _Opened:
+def _open(config: Config, objectives: Sequence[Objective]) -> _Opened:
     check_trackers(config.logging)
     pretrained = open_model(config.model.init) if config.model.init else None
     tokenizer = resolve_tokenizer(config, pretrained)
@@ -62,7 +65,7 @@ def _open(config: Config) -> _Opened:
     changes = embedding_changes(config, pretrained) if pretrained else []
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, architecture=architecture))
     mesh = sharding.make_mesh(config.mesh)
-    setup = set_up(config, mesh)
+    setup = set_up(config, mesh, objectives)
     check_folder(config)
     return _Opened(config, pretrained, tokenizer, mesh, setup, changes)
 
@@ -73,6 +76,7 @@ class Trainer:
     Args:
       config: The run's settings.
       scorecard: Measures the model as `config.scorecard` says; None where that names no suite.
+      streams: What is trained: objectives, each with its stream; those of `train.mode` without.
 
     Attributes:
       config: The resolved config.
@@ -85,23 +89,29 @@ class Trainer:
       InputError: The config, the data or the run folder is not usable; nothing has been written then.
     """
 
-    def __init__(self, config: Config, scorecard: Callable[[GritModel], Mapping[str, float]] | None = None):
+    def __init__(
+        self,
+        config: Config,
+        scorecard: Callable[[GritModel], Mapping[str, float]] | None = None,
+        *,
+        streams: Sequence[Objective] | None = None,
+    ):
         if config.scorecard.suite and scorecard is None:
             raise InputError(f"scorecard.suite={config.scorecard.suite}: nothing measures it; give Trainer a scorecard")
         self._began = time.monotonic()
         self.folder = epath.Path(config.train.output)
-        opened = distributed.in_every_process(lambda: _open(config))
+        objectives = trained_objectives(config) if streams is None else streams
+        opened = distributed.in_every_process(lambda: _open(config, objectives))
         config, pretrained, self.tokenizer, self.mesh, setup, self._changes = opened
         self.config = config
         distributed.require_same(host_facts(config, self.tokenizer))
         refuse_other_writers(self.folder)
         self._train_step = setup.train_step
+        self._names = setup.objective.names
         self._eval_step = make_eval_step(setup.objective)
         self._gradient_norm = make_gradient_norm(setup.objective)
-        multiples, share = row_multiples(config, self.mesh), sharding.host_share(self.mesh)
-        self.data = distributed.in_every_process(
-            lambda: Pipeline(config, self.tokenizer, row_multiples=multiples, host_share=share)
-        )
+        trained, share = [objective.stream for objective in objectives], sharding.host_share(self.mesh)
+        self.data = distributed.in_every_process(lambda: Pipeline(config, self.tokenizer, trained, host_share=share))
         distributed.require_same(self.data.host_facts())
         self._measures: list[tuple[Callable[[], Mapping[str, float]], int | None]] = [
             (self.evaluate, config.train.eval_every)
@@ -152,11 +162,11 @@ class Trainer:
             return True
         self.folder.mkdir(parents=True, exist_ok=True)
         resolved = dump_config(config)
-        datasets = Datasets(self.data.samples, self.data.embedding_dataset, self.data.generative_losses)
+        datasets = Datasets(self.data.samples, self.data.losses_by_file)
         with (
             taken_over(self.folder, start, self._damaged, self._metadata(start)) as (writer, moved),
             make_trackers(config.logging, self.folder, resume_step=start, resolved=resolved) as trackers,
-            Display(config, start=start) as display,
+            Display(config, self._names, start=start) as display,
             Recorder(
                 config, self.mesh, self.folder, datasets, trackers, display, began=self._began, start=start
             ) as recorder,
@@ -212,24 +222,21 @@ class Trainer:
                 distributed.wait_for_all()
         return self.step == config.train.steps
 
-    def batches(self, start: int) -> Iterator[GritBatch]:
+    def batches(self, start: int) -> Iterator[Batch]:
         """The batches of steps `start`, `start + 1`, ..., counted from 0, filled in a thread two ahead of their use."""
         steps = grain.MapDataset.range(start, self.config.train.steps).map(lambda step: self.data.batch(int(step)))
         return iter(steps.to_iter_dataset(read_options=grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)))
 
     def evaluate(self) -> dict[str, float]:
         """Losses on `data.validation`: mean per query and mean per scored token; empty without validation data."""
-        totals: dict[str, float] = {}
+        totals: dict[str, np.ndarray] = {}
         with jax.set_mesh(self.mesh):
             for batch in self.data.validation_batches():
-                sums = self._eval_step(self.state.params, sharding.place_batch(self.mesh, batch))
-                for name, value in jax.device_get(sums).items():
-                    totals[name] = totals.get(name, 0.0) + float(value)
-        return {
-            f"validation/{name}": total / totals[f"weight/{name.removeprefix('loss/')}"]
-            for name, total in totals.items()
-            if name.startswith("loss/")
-        }
+                found = self._eval_step(self.state.params, sharding.place_batch(self.mesh, batch))
+                losses, weights = jax.device_get(found)
+                for name, loss in losses.items():
+                    totals[name] = totals.get(name, 0.0) + np.array([loss, weights[name]], np.float64)
+        return {f"validation/{name}": float(loss / weight) for name, (loss, weight) in totals.items()}
 
     def model(self) -> GritModel:
         """The model as it is now, to embed and generate with; use it before the next `fit`, which takes its memory."""

@@ -6,7 +6,7 @@ import importlib
 import json
 import os
 import time
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol, Self
 
@@ -29,14 +29,14 @@ def peak_flops(device: jax.Device) -> float | None:
 
 
 def model_flops(
-    architecture: TransformerConfig, *, tokens: float, generative_tokens: float, attention_pairs: float
+    architecture: TransformerConfig, *, tokens: float, tokens_through_head: float, attention_pairs: float
 ) -> float:
     """FLOPs of one step's matrix products, forward and backward, without recomputation or padding.
 
     Args:
       architecture: Resolved architecture.
-      tokens: Tokens of both streams.
-      generative_tokens: Tokens of the generative stream, which also pass through the output head.
+      tokens: Tokens of all streams.
+      tokens_through_head: Those of them that pass through the output head.
       attention_pairs: Visible (query, key) pairs.
     """
     heads = architecture.num_heads * architecture.head_dim
@@ -46,7 +46,7 @@ def model_flops(
     widths = 2 * heads + 2 * kv_heads + 3 * mlps * architecture.mlp_dim + architecture.num_experts
     projections = architecture.embed_dim * widths
     layers = architecture.num_layers * (projections * tokens + 2 * heads * attention_pairs)
-    return 6 * (layers + architecture.vocab_size * architecture.embed_dim * generative_tokens)
+    return 6 * (layers + architecture.vocab_size * architecture.embed_dim * tokens_through_head)
 
 
 # Packages of the trackers, by their keys in `logging`; the extra that brings one is called as the key.
@@ -189,7 +189,8 @@ def make_trackers(
 class Display:
     """A live line on a terminal, a plain line every `logging.every` steps elsewhere, nothing on other hosts."""
 
-    def __init__(self, config: Config, *, start: int):
+    def __init__(self, config: Config, streams: Sequence[str], *, start: int):
+        self._streams = streams
         self._every, self._steps = config.logging.every, config.train.steps
         self._started, self._start = time.monotonic(), start
         self._console = rich.console.Console(quiet=jax.process_index() != 0, highlight=False, soft_wrap=True)
@@ -216,8 +217,7 @@ class Display:
         """Shows the metrics of a step."""
         elapsed = time.monotonic() - self._started
         left = elapsed / max(1, step - self._start) * (self._steps - step)
-        names = {"loss/embedding": "embedding", "loss/generative": "generative"}
-        losses = "  ".join(f"{short} {values[name]:.3f}" for name, short in names.items() if name in values)
+        losses = "  ".join(f"{name} {values[f'loss/{name}']:.3f}" for name in self._streams)
         speed = f"{values['tokens_per_second']:,.0f} tokens/s  {left // 60:.0f}:{left % 60:02.0f} left"
         if self._live:
             self._live.update(self._task, completed=step, losses=losses, speed=speed)

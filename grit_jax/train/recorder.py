@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from grit_jax import files, sharding
-from grit_jax.batch import GritBatch
+from grit_jax.batch import Batch
 from grit_jax.config import Config
 from grit_jax.data.samples import FileSamples
 from grit_jax.train.health import GRAM, health_figures
@@ -33,13 +33,11 @@ class Datasets(NamedTuple):
 
     Attributes:
       samples: Its records by file.
-      embedding: Name of the file of its embedding batch; None where that stream is not trained.
-      generative_losses: Loss of each file of its generative batch, given the losses of its tokens.
+      losses_by_file: Loss of each file, given the losses of its streams and of their tokens.
     """
 
     samples: Callable[[int], list[FileSamples]]
-    embedding: Callable[[int], str | None]
-    generative_losses: Callable[[int, np.ndarray], dict[str, float]]
+    losses_by_file: Callable[[int, dict[str, float], dict[str, np.ndarray]], dict[str, float]]
 
 
 @dataclasses.dataclass
@@ -154,7 +152,7 @@ class Recorder:
             self.step_seconds = self._unread.seconds = ended - self.step_began
             self.step_began = ended
 
-    def next_batch(self, batches: Iterator[GritBatch]) -> GritBatch:
+    def next_batch(self, batches: Iterator[Batch]) -> Batch:
         """The next batch; time that the devices have nothing to do is counted as waiting for data."""
         self._watchdog.beat(f"the data of step {self._step + 1}")
         asked = time.monotonic()
@@ -166,10 +164,10 @@ class Recorder:
         return batch
 
     @contextmanager
-    def step(self, batch: GritBatch) -> Generator[None]:
+    def step(self, batch: Batch) -> Generator[None]:
         """Around the call of the compiled step, which compiles when the batch has a new shape."""
         self._step += 1
-        shapes = tuple(stream and stream.tokens.shape for stream in batch)
+        shapes = tuple((name, stream.tokens.shape) for name, stream in batch.items())
         if shapes in self._compiled:
             self._watchdog.beat(f"step {self._step}")
             yield
@@ -178,21 +176,18 @@ class Recorder:
         with self.spent("compile", watched=False):
             yield
 
-    def gradient_norms(self, measure: Callable[[GritBatch], jax.Array], batch: GritBatch) -> None:
+    def gradient_norms(self, measure: Callable[[Batch], jax.Array], batch: Batch) -> None:
         """Before a step: the norm of each objective's gradient and their ratio, where it is time for them."""
         every = self._config.logging.gradient_ratio_every
-        if not every or (self._step + 1) % every or batch.embedding is None or batch.generative is None:
+        if not every or (self._step + 1) % every or len(batch) < 2:
             return
         if self._unread:
             self.log(self.read())
         with self.spent("evaluation", watched=False):
-            embedding = float(measure(batch._replace(generative=None)))
-            generative = float(measure(batch._replace(embedding=None)))
-        self._extra = {
-            "grad_norm/embedding": embedding,
-            "grad_norm/generative": generative,
-            "grad_norm/ratio": embedding / generative if generative else math.inf,
-        }
+            norms = {name: float(measure({name: stream})) for name, stream in batch.items()}
+        first, second, *_ = norms.values()
+        self._extra = {f"grad_norm/{name}": norm for name, norm in norms.items()}
+        self._extra["grad_norm/ratio"] = first / second if second else math.inf
 
     def add(self, metrics: Metrics) -> None:
         """Takes the metrics of the step that was started, and logs those of the one before.
@@ -218,7 +213,7 @@ class Recorder:
         details = self._unread.details if jax.process_index() == 0 else {}
         found: dict[str, np.ndarray] = jax.device_get(self._unread.metrics | details)
         values = {name: value.item() for name, value in found.items() if not value.ndim} | self._unread.extra
-        pairs, generative = values.pop("attention_pairs"), values.pop("tokens/generative")
+        pairs, through_head = values.pop("attention_pairs"), values.pop("tokens_through_head")
         values |= {
             "tokens_per_second": values["tokens"] / seconds,
             "step_seconds": seconds,
@@ -228,17 +223,16 @@ class Recorder:
             flops = model_flops(
                 self._config.model.architecture,
                 tokens=values["tokens"],
-                generative_tokens=generative,
+                tokens_through_head=through_head,
                 attention_pairs=pairs,
             )
             values["mfu"] = flops / seconds / self._peak
-        if dataset := self._data.embedding(step - 1):
-            values[f"loss/embedding/{dataset}"] = values["loss/embedding"]
+        losses = {name.removeprefix("loss/"): value for name, value in values.items() if name.startswith("loss/")}
+        of_tokens = {name.removeprefix(TOKEN_LOSSES): x for name, x in found.items() if name.startswith(TOKEN_LOSSES)}
+        by_file = self._data.losses_by_file(step - 1, losses, of_tokens)
+        values |= {f"loss/{name}": value for name, value in by_file.items()}
         if GRAM in found:
             values |= health_figures(found[GRAM])
-        if TOKEN_LOSSES in found:
-            by_file = self._data.generative_losses(step - 1, found[TOKEN_LOSSES])
-            values |= {f"loss/generative/{name}": value for name, value in by_file.items()}
         return values
 
     def log(self, values: Mapping[str, float]) -> None:

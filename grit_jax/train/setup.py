@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import optax
@@ -9,11 +10,14 @@ from jax.sharding import Mesh
 
 from grit_jax import sharding
 from grit_jax.config import Config, InputError
+from grit_jax.data.streams.base import Stream
 from grit_jax.execution import execution
 from grit_jax.model.transformer import abstract_model, param_axes
+from grit_jax.train.objectives import trained_objectives
+from grit_jax.train.objectives.base import Objective
 from grit_jax.train.optimizer import learning_rate, make_optimizer
 from grit_jax.train.state import TrainState, abstract_state, shardings_of
-from grit_jax.train.step import Objective, make_train_step
+from grit_jax.train.step import JointObjective, make_train_step
 
 
 class Setup(NamedTuple):
@@ -26,48 +30,37 @@ class Setup(NamedTuple):
       train_step: The step, compiled when it is called.
     """
 
-    objective: Objective
+    objective: JointObjective
     optimizer: optax.GradientTransformation
     abstract: TrainState
     train_step: Any
 
 
-def set_up(config: Config, mesh: Mesh) -> Setup:
+def set_up(config: Config, mesh: Mesh, objectives: Sequence[Objective] | None = None) -> Setup:
     """The step of a config whose architecture is resolved.
+
+    Args:
+      config: The run's settings.
+      mesh: The devices.
+      objectives: What is trained; those of `train.mode` without.
 
     Raises:
       InputError: A parameter or the batch is not divisible by the mesh, or a text may be longer than the model reads.
     """
-    _check_lengths(config)
-    _check_batch(config, mesh)
+    objectives = trained_objectives(config) if objectives is None else objectives
+    for objective in objectives:
+        _check_lengths(objective.stream, config.model.architecture.max_length)
+        if problem := objective.problem({axis: mesh.shape[axis] for axis in sharding.mesh_axes("batch")}):
+            raise InputError(problem)
     model = abstract_model(config.model.architecture, config.model.embedding.projection_dim)
     optimizer = make_optimizer(config.optimizer, config.train.steps, param_axes(model))
     abstract = abstract_state(model, optimizer, mesh)
-    objective = Objective(model, config, execution(config.model, sharding.platform(mesh)))
+    joint = JointObjective(model, objectives, execution(config.model, sharding.platform(mesh)))
     rate = learning_rate(config.optimizer, config.train.steps)
-    return Setup(objective, optimizer, abstract, make_train_step(objective, optimizer, rate, shardings_of(abstract)))
+    return Setup(joint, optimizer, abstract, make_train_step(joint, optimizer, rate, shardings_of(abstract)))
 
 
-def row_multiples(config: Config, mesh: Mesh) -> tuple[int, int]:
-    """What the row counts of the embedding and of the generative batch are multiples of."""
-    shards = sharding.axis_size(mesh, "batch")
-    return config.train.embedding_chunks * shards, config.train.generative_chunks * shards
-
-
-def _check_lengths(config: Config) -> None:
-    limit = config.model.architecture.max_length
-    streams = {"query": config.train.embeds, "passage": config.train.embeds, "generative": config.train.generates}
-    for name in (name for name, trained in streams.items() if trained):
-        length = getattr(config.data, f"{name}_max_length")
+def _check_lengths(stream: Stream, limit: int) -> None:
+    for key, length in stream.limits_by_key.items():
         if length > limit:
-            raise InputError(f"data.{name}_max_length={length} is over the model's {limit} tokens; lower it")
-
-
-def _check_batch(config: Config, mesh: Mesh) -> None:
-    shards = sharding.axis_size(mesh, "batch")
-    if config.train.embeds and config.data.embedding_batch % shards:
-        raise InputError(
-            f"data.embedding_batch={config.data.embedding_batch} is not divisible by the mesh's {shards} batch shards "
-            f"({' * '.join(f'mesh.{axis}={mesh.shape[axis]}' for axis in sharding.mesh_axes('batch'))}); "
-            f"use a multiple of {shards}"
-        )
+            raise InputError(f"{key}={length} is over the model's {limit} tokens; lower it")

@@ -1,172 +1,131 @@
-"""One update: both losses, their gradient and the optimizer, in one compiled function."""
+"""One update: the losses of all streams, their gradient and the optimizer, in one compiled function."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from grit_jax.batch import EmbeddingBatch, GenerativeBatch, GritBatch
-from grit_jax.config import Config
-from grit_jax.contrastive import contrastive_loss
+from grit_jax.batch import Batch
 from grit_jax.execution import Execution, map_chunks
-from grit_jax.losses import balance_loss, next_token_loss
+from grit_jax.losses import balance_loss
 from grit_jax.model.moe import RouterStats
-from grit_jax.model.pooling import embed_rows
 from grit_jax.model.transformer import Params, Transformer, bind, param_axes
-from grit_jax.sharding import constrain, mesh_axes, on_devices, split_axes
-from grit_jax.train.health import health_parts
+from grit_jax.sharding import mesh_axes, on_devices, split_axes
+from grit_jax.train.objectives.base import Losses, Metrics, Objective, Parts
 from grit_jax.train.optimizer import updates_done
 from grit_jax.train.state import TrainState
 
-Metrics = dict[str, jax.Array]
-
-TOKEN_LOSSES = "tokens/losses"
+TOKEN_LOSSES = "tokens/"  # begins the names of what `Losses.of_tokens` holds, among a step's metrics
 
 _ROWS = ("batch", "length")
 
 
 def _over_devices(chunks: Any) -> Any:
-    """Sums over the chunks, the first dim of every array, and over the devices that hold the batch."""
+    """Sums over the first dim of every array, and over the devices that hold the batch."""
     return jax.tree.map(lambda x: jax.lax.psum(jnp.sum(x, axis=0), split_axes("batch")), chunks)
 
 
-def _own_texts(vectors: jax.Array, slots: jax.Array) -> jax.Array:
-    """This device's share of the vectors at `slots` of the global batch; `vectors` are those of its own rows."""
-    axes = split_axes("batch")
-    local = slots - jax.lax.axis_index(axes) * len(vectors) if axes else slots
-    here = (local >= 0) & (local < len(vectors))
-    found = jnp.where(here[:, None], vectors[jnp.where(here, local, 0)], 0)
-    return jax.lax.psum_scatter(found, axes, tiled=True) if axes else found
-
-
-def _balance(name: str, stats: RouterStats | None) -> Metrics:
-    """The balance loss of the batch's router statistics; nothing without experts."""
-    return {} if stats is None else {name: balance_loss(*stats)}
-
-
 @dataclasses.dataclass(frozen=True)
-class Objective:
-    """The joint loss of a model as a function of its parameters and a batch.
+class JointObjective:
+    """The weighted sum of all objectives as a function of a model's parameters and a batch.
 
     Attributes:
       model: Abstract model; parameters are bound to it in every call.
-      config: The run's settings.
+      objectives: Those of the streams that are trained.
       execution: How the model computes.
     """
 
     model: Transformer
-    config: Config
+    objectives: Sequence[Objective]
     execution: Execution
 
-    def embedding_losses(self, params: Params, batch: EmbeddingBatch) -> tuple[Metrics, Metrics]:
-        """L_rep of the batch and the balance loss of its experts, float32 scalars; and its vectors' `health_parts`."""
-        settings = self.config.model.embedding
-
-        def on_device(params, tokens, rows, *slots):
-            model = bind(self.model, params)
-
-            def vectors(rows):
-                return embed_rows(model, *rows, settings=settings, execution=self.execution)
-
-            # The table of tokens is gathered once, outside the chunks. Pooled: [chunks, rows, segments, embed].
-            rows = (model.embed(tokens, self.execution.dtype), *rows)
-            pooled, stats = map_chunks(vectors, rows, self.config.train.embedding_chunks)
-            pooled = pooled.reshape(-1, pooled.shape[-1])
-            return tuple(_own_texts(pooled, texts) for texts in slots), _over_devices(stats)
-
-        rows = (batch.segment_ids, batch.positions, batch.pool_weights)
-        texts = ("batch", "activation_embed")
-        split = on_devices(
-            on_device,
-            in_axes=(param_axes(self.model), _ROWS, (_ROWS,) * 3, ("whole",), ("whole",)),
-            out_axes=((texts, texts), ()),
-            over=mesh_axes("batch"),
-        )
-        (query, passage), stats = split(params, batch.tokens, rows, batch.query_slots, batch.passage_slots)
-        loss = contrastive_loss(
-            query,
-            passage,
-            temperature=self.config.loss.temperature,
-            query_weights=batch.query_weights,
-            passage_ids=batch.passage_ids,
-            negatives=self.config.loss.negatives,
-        )
-        return {"loss/embedding": loss} | _balance("loss/router_embedding", stats), health_parts(query, passage)
-
-    def generative_losses(self, params: Params, batch: GenerativeBatch) -> Metrics:
-        """L_gen of the batch, and the balance loss of its experts; float32 scalars."""
+    def stream_losses(self, objective: JointObjective, params: Params, batch: Any) -> tuple[Losses, RouterStats | None]:
+        """The losses of one stream's batch, and the sums of its experts' routers."""
 
         def on_device(params, batch):
             model = bind(self.model, params)
+            tokens, segment_ids, positions, beside = objective.inputs(batch)
 
-            def hidden_states(rows):
-                x, segment_ids, positions = rows
-                return model.hidden(x, model.mask(segment_ids, positions, causal=True), self.execution)
+            def kept(rows):
+                x, segment_ids, positions, beside = rows
+                mask = model.mask(segment_ids, positions, causal=objective.causal)
+                hidden, stats = model.hidden(x, mask, self.execution)
+                return objective.kept(model, hidden, segment_ids, beside), stats
 
-            # The tables of tokens are gathered once, outside the chunks.
-            rows = (model.embed(batch.tokens, self.execution.dtype), batch.segment_ids, batch.positions)
-            hidden, stats = map_chunks(hidden_states, rows, self.config.train.generative_chunks)
-            # Tied together, the table's gradient leaves before the layers' backward pass begins, and frees its memory.
-            hidden, table = jax.lax.optimization_barrier((hidden, model.output_table[...]))
-            model.output_table[...] = table
-            loss = next_token_loss(
-                hidden.reshape(*batch.tokens.shape, -1),
-                model.output_weights(self.execution.dtype),
-                model.logits,
-                targets=batch.targets,
-                loss_weights=batch.loss_weights,
-            )
-            return _over_devices((loss[None], stats))
+            # The table of tokens is gathered once, outside the chunks.
+            rows = (model.embed(tokens, self.execution.dtype), segment_ids, positions, beside)
+            pieces, stats = map_chunks(kept, rows, objective.stream.num_chunks)
+            whole = pieces.reshape(len(tokens), *pieces.shape[2:])
+            split, sums = objective.parts(model, whole, batch, self.execution.dtype)
+            return Parts(split, _over_devices((sums, stats)))
 
-        in_axes = (param_axes(self.model), GenerativeBatch(*[_ROWS] * 5))
-        split = on_devices(on_device, in_axes=in_axes, out_axes=(), over=mesh_axes("batch"))
-        loss, stats = split(params, batch)
-        return {"loss/generative": loss} | _balance("loss/router", stats)
+        fields = type(batch)(*(_ROWS if field in batch.per_row else ("whole",) for field in batch._fields))
+        split = on_devices(
+            on_device,
+            in_axes=(param_axes(self.model), fields),
+            out_axes=Parts(objective.split_axes, ()),
+            over=mesh_axes("batch"),
+        )
+        split, (sums, stats) = split(params, batch)
+        return objective.losses(split, sums, batch), stats
 
-    def losses(self, params: Params, batch: GritBatch) -> tuple[Metrics, Metrics]:
-        """The losses of the streams that the batch holds, and the `health_parts` of its vectors.
+    def losses(self, params: Params, batch: Batch) -> tuple[Metrics, Metrics]:
+        """The losses of the streams that the batch holds, and what else they measure.
 
-        `loss/embedding` and `loss/generative`; with experts also `loss/router` and `loss/router_embedding`, the
-        balance losses of the generative and of the embedding pass.
+        `loss/STREAM`; with experts also the balance losses, `loss/router` of the generative and `loss/router_STREAM` of
+        another pass. What is measured has the losses of a stream's tokens as `tokens/STREAM`.
         """
-        losses, health = {}, {}
-        if batch.embedding is not None:
-            losses, health = self.embedding_losses(params, batch.embedding)
-        if batch.generative is not None:
-            losses = losses | self.generative_losses(params, batch.generative)
-        return losses, health
+        losses, measured = {}, {}
+        for objective in self._of(batch):
+            found, stats = self.stream_losses(objective, params, batch[objective.name])
+            losses[f"loss/{objective.name}"] = found.loss
+            if stats is not None:
+                losses[objective.router_metric] = balance_loss(*stats)
+            measured |= found.metrics
+            if found.of_tokens is not None:
+                measured[f"{TOKEN_LOSSES}{objective.name}"] = found.of_tokens
+        return losses, measured
 
-    def work(self, batch: GritBatch) -> Metrics:
-        """What a batch asks for, padding left out: `tokens`, those of the generative stream, and visible pairs."""
-        causal = {"embedding": self.config.model.embedding.attention == "causal", "generative": True}
-        tokens, pairs = {}, {}
-        for name, stream in batch._asdict().items():
-            real = stream.segment_ids > 0 if stream is not None else jnp.zeros((), bool)
-            earlier = jnp.sum(jnp.where(real, stream.positions, 0.0)) if stream is not None else 0.0
-            tokens[name] = jnp.count_nonzero(real)
-            pairs[name] = (1 if causal[name] else 2) * earlier + tokens[name]
-        return {
-            "tokens": sum(tokens.values()),
-            "tokens/generative": tokens["generative"],
-            "attention_pairs": sum(pairs.values()),
-        }
+    def work(self, batch: Batch) -> Metrics:
+        """What a batch asks for, padding left out: `tokens`, those that go through the head, and visible pairs."""
+        tokens, through_head, pairs = 0, jnp.zeros((), int), 0.0
+        for objective in self._of(batch):
+            inputs = objective.inputs(batch[objective.name])
+            real = inputs.segment_ids > 0
+            earlier, count = jnp.sum(jnp.where(real, inputs.positions, 0.0)), jnp.count_nonzero(real)
+            tokens, pairs = tokens + count, pairs + (1 if objective.causal else 2) * earlier + count
+            through_head += count if objective.uses_head else 0
+        return {"tokens": tokens, "tokens_through_head": through_head, "attention_pairs": pairs}
 
-    def __call__(self, params: Params, batch: GritBatch) -> tuple[jax.Array, Metrics]:
-        """The weighted sum that is minimised; its parts, and the `health_parts` of the vectors."""
-        losses, health = self.losses(params, batch)
-        weights = {
-            "loss/embedding": self.config.loss.embedding_weight,
-            "loss/generative": self.config.loss.generative_weight,
-            "loss/router": self.config.loss.router_weight,
-            "loss/router_embedding": self.config.loss.embedding_router_weight,
-        }
+    def __call__(self, params: Params, batch: Batch) -> tuple[jax.Array, Metrics]:
+        """The weighted sum that is minimised; its parts, and what else is measured."""
+        losses, measured = self.losses(params, batch)
+        weights = {f"loss/{objective.name}": objective.weight for objective in self.objectives}
+        weights |= {objective.router_metric: objective.router_weight for objective in self.objectives}
         weighted = [weights[name] * value for name, value in losses.items()]
-        return jnp.sum(jnp.stack(weighted)), losses | health
+        return jnp.sum(jnp.stack(weighted)), losses | measured
+
+    def weights(self, batch: Batch) -> Metrics:
+        """By how much each loss of a batch is to be divided where it is made with weights of 1, under its name."""
+        found = {}
+        for objective in self._of(batch):
+            found[f"loss/{objective.name}"] = objective.total_weight(batch[objective.name])
+            found[objective.router_metric] = jnp.ones(())  # a balance loss is one number per batch
+        return found
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the streams, in their order."""
+        return [objective.name for objective in self.objectives]
+
+    def _of(self, batch: Batch) -> list[Objective]:
+        """The objectives of the streams that a batch holds."""
+        return [objective for objective in self.objectives if objective.name in batch]
 
 
 def _all_finite(tree: Any) -> jax.Array:
@@ -174,40 +133,24 @@ def _all_finite(tree: Any) -> jax.Array:
 
 
 def make_train_step(
-    objective: Objective,
+    objective: JointObjective,
     optimizer: optax.GradientTransformation,
     schedule: optax.Schedule,
     state_shardings: TrainState,
-) -> Callable[[TrainState, GritBatch], tuple[TrainState, Metrics]]:
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """Compiles `train_step(state, batch) -> (state, metrics)`; the old state's memory is reused.
 
     An update is skipped where it, the loss or the gradient is not finite: parameters and optimizer state stay as they
     are, the schedule's count among them, and the step number alone goes on.
 
-    Metrics are scalars: `loss`, the parts that are trained and their ratio, `grad_norm` (before clipping),
-    `learning_rate` of this update, `skipped` (1 or 0), and the counts of `Objective.work`. Beside them are the
-    `health_parts`. Every device holds them. Under `TOKEN_LOSSES` are the weighted losses and the weights of the
-    generative tokens, float32 [2, rows, length], those of its own rows on each device: few steps' are wanted.
+    Metrics are scalars: `loss`, the parts that are trained, the ratio of the first two streams' losses, `grad_norm`
+    (before clipping), `learning_rate` of this update, `skipped` (1 or 0), and the counts of `JointObjective.work`.
+    Beside them is what objectives measure. Every device holds them, but of the losses of tokens, float32
+    [2, rows, length], those of its own rows: few steps' are wanted.
     """
 
-    def value_and_gradient(params: Params, batch: GritBatch) -> tuple[tuple[jax.Array, Metrics], Params]:
-        if batch.generative is None or not objective.config.loss.generative_weight:
-            return jax.value_and_grad(objective, has_aux=True)(params, batch)
-        generative = batch.generative
-
-        # The loss is linear in the tokens' weights: its derivatives by them are the tokens' losses.
-        def weighted(params, loss_weights):
-            return objective(params, batch._replace(generative=generative._replace(loss_weights=loss_weights)))
-
-        differentiate = jax.value_and_grad(weighted, argnums=(0, 1), has_aux=True)
-        (loss, parts), (gradient, token_losses) = differentiate(params, generative.loss_weights)
-        token_losses = token_losses * generative.loss_weights / objective.config.loss.generative_weight
-        token_losses = jnp.stack([token_losses, generative.loss_weights])
-        parts = parts | {TOKEN_LOSSES: constrain(token_losses, "whole", "batch", "length")}
-        return (loss, parts), gradient
-
-    def train_step(state: TrainState, batch: GritBatch) -> tuple[TrainState, Metrics]:
-        (loss, parts), gradient = value_and_gradient(state.params, batch)
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        (loss, parts), gradient = jax.value_and_grad(objective, has_aux=True)(state.params, batch)
         norm = jnp.asarray(optax.tree.norm(gradient))
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm) & _all_finite(updates)
@@ -216,8 +159,9 @@ def make_train_step(
             lambda new, old: jnp.where(finite, new, old), (params, opt_state), (state.params, state.opt_state)
         )
         metrics: Metrics = {"loss": loss, **parts}
-        if batch.embedding is not None and batch.generative is not None:
-            metrics["loss/ratio"] = parts["loss/embedding"] / parts["loss/generative"]
+        if len(batch) > 1:
+            first, second, *_ = (parts[f"loss/{name}"] for name in objective.names)
+            metrics["loss/ratio"] = first / second
         metrics["grad_norm"] = norm
         metrics["learning_rate"] = jnp.asarray(schedule(updates_done(state.opt_state, otherwise=state.step)))
         metrics["skipped"] = 1.0 - finite
@@ -228,32 +172,26 @@ def make_train_step(
     return jax.jit(train_step, donate_argnums=0, out_shardings=(state_shardings, None))
 
 
-def make_gradient_norm(objective: Objective) -> Callable[[Params, GritBatch], jax.Array]:
+def make_gradient_norm(objective: JointObjective) -> Callable[[Params, Batch], jax.Array]:
     """Compiles the norm of the weighted objective's gradient.
 
     Called with one stream of a batch at a time it tells how much each objective moves the shared weights. It needs one
     gradient's memory, as the train step does, and the time of that stream's share of a step.
     """
 
-    def gradient_norm(params: Params, batch: GritBatch) -> jax.Array:
+    def gradient_norm(params: Params, batch: Batch) -> jax.Array:
         gradient, _ = jax.grad(objective, has_aux=True)(params, batch)
         return jnp.asarray(optax.tree.norm(gradient))
 
     return jax.jit(gradient_norm)
 
 
-def make_eval_step(objective: Objective) -> Callable[[Params, GritBatch], Metrics]:
-    """Compiles the losses of a batch as sums over its weights, with those weights' sums under `weight/...`."""
+def make_eval_step(objective: JointObjective) -> Callable[[Params, Batch], tuple[Metrics, Metrics]]:
+    """Compiles the losses of a batch as sums over its weights, and those weights' sums, under the same names."""
 
-    def eval_step(params: Params, batch: GritBatch) -> Metrics:
-        sums, _ = objective.losses(params, batch)
-        if batch.embedding is not None:
-            sums["weight/embedding"] = jnp.sum(batch.embedding.query_weights)
-        if batch.generative is not None:
-            sums["weight/generative"] = jnp.sum(batch.generative.loss_weights)
-        # A balance loss is one number per batch.
-        routers = [name for name in sums if name.startswith("loss/router")]
-        sums |= {name.replace("loss/", "weight/"): jnp.ones(()) for name in routers}
-        return sums
+    def eval_step(params: Params, batch: Batch) -> tuple[Metrics, Metrics]:
+        losses, _ = objective.losses(params, batch)
+        weights = objective.weights(batch)
+        return losses, {name: weights[name] for name in losses}
 
     return jax.jit(eval_step)

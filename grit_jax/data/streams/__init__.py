@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from grit_jax.config import Config
 from grit_jax.data.streams.base import Stream
 from grit_jax.data.streams.embedding import EmbeddingStream
@@ -15,6 +17,15 @@ STREAMS: dict[str, type[EmbeddingStream] | type[GenerativeStream]] = {
 def all_streams(config: Config) -> list[Stream]:
     """Every stream under the settings of a config."""
     return [stream(config) for stream in STREAMS.values()]
+
+
+def readers(config: Config, trained: Sequence[Stream]) -> list[Stream]:
+    """The streams that are trained, and what else may read a run's files.
+
+    Files of streams that are not trained have their numbers, and a run may not go on without them.
+    """
+    names = {stream.name for stream in trained}
+    return [*trained, *(stream for stream in all_streams(config) if stream.name not in names)]
 
 
 def trained_streams(config: Config) -> list[Stream]:

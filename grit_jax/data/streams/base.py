@@ -183,7 +183,7 @@ class Stream(abc.ABC):
         """The kinds of texts with these numbers in records with so many positives, int [texts] each."""
 
     def usable(self, ok: np.ndarray, first: np.ndarray, positives: np.ndarray) -> np.ndarray:
-        """bool [records]: which records can be trained on.
+        """Which records can be trained on: bool [records].
 
         Args:
           ok: bool [texts]; which texts have a token that is pooled or scored.
@@ -210,7 +210,7 @@ class Stream(abc.ABC):
 
     @abc.abstractmethod
     def full_step(self) -> np.ndarray:
-        """int [texts]: tokens of each text of a step whose texts all reach their limits."""
+        """Tokens of each text of a step whose texts all reach their limits: int [texts]."""
 
     @abc.abstractmethod
     def empty(self, num_rows: int) -> Any:

@@ -77,14 +77,16 @@ class EmbeddingStream(Stream):
         self._group_size, self._exclude_duplicates = data.group_size, data.exclude_duplicates
         self._pooling: Pooling = config.model.embedding.pooling
 
-    def prompts(self, record: EmbeddingRecord, tokenizer: Tokenizer) -> list[Prompt]:
+    @staticmethod
+    def prompts(record: EmbeddingRecord, tokenizer: Tokenizer) -> list[Prompt]:
         """Query, positives and negatives, each after its instruction."""
         return [
             prompts.embedding(text, instruction, bos=tokenizer.bos, ending=tokenizer.ending)
             for instruction, text in (record.query, *record.positives, *record.negatives)
         ]
 
-    def num_positives(self, record: EmbeddingRecord) -> int:
+    @staticmethod
+    def num_positives(record: EmbeddingRecord) -> int:
         """Its positives."""
         return len(record.positives)
 
@@ -101,7 +103,7 @@ class EmbeddingStream(Stream):
         ]
 
     def usable(self, ok: np.ndarray, first: np.ndarray, positives: np.ndarray) -> np.ndarray:
-        """bool [records]: those with a query and a positive."""
+        """Those with a query and a positive: bool [records]."""
         sums = np.concatenate([[0], np.cumsum(ok)])
         return ok[first] & (sums[first + 1 + positives] > sums[first + 1])
 
@@ -156,7 +158,7 @@ class EmbeddingStream(Stream):
         )
 
     def full_step(self) -> np.ndarray:
-        """int [texts]: queries, then passages."""
+        """Queries, then passages: int [texts]."""
         passages = self.batch_size * self._group_size
         return np.repeat([self._query_limit, self._passage_limit], [self.batch_size, passages])
 

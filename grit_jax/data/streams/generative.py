@@ -48,7 +48,8 @@ class GenerativeStream(Stream):
         self.limits_by_key = {"data.generative_max_length": data.generative_max_length}
         self._loss = config.loss
 
-    def prompts(self, record: GenerativeRecord, tokenizer: Tokenizer) -> list[Prompt]:
+    @staticmethod
+    def prompts(record: GenerativeRecord, tokenizer: Tokenizer) -> list[Prompt]:
         """The conversation, or the plain text."""
         if isinstance(record.turns, str):
             return [prompts.plain(record.turns, bos=tokenizer.bos)]
@@ -82,7 +83,7 @@ class GenerativeStream(Stream):
         return GenerativeBatch(*rows[:3], targets, rows.spread(weights))
 
     def full_step(self) -> np.ndarray:
-        """int [texts]: conversations."""
+        """Conversations: int [texts]."""
         return np.full(self.batch_size, self.row_length)
 
     def empty(self, num_rows: int) -> GenerativeBatch:

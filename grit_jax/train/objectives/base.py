@@ -1,0 +1,127 @@
+"""What a stream teaches: the device's side of a stream, from the hidden states of its rows to its losses."""
+
+from __future__ import annotations
+
+import abc
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from grit_jax.data.streams.base import Stream
+from grit_jax.model.transformer import Transformer
+
+Metrics = dict[str, jax.Array]
+
+
+class Inputs(NamedTuple):
+    """What goes through the model of a batch, piece by piece.
+
+    Attributes:
+      tokens: int32 [rows, length].
+      segment_ids: int32 [rows, length]; 0 is padding.
+      positions: int32 [rows, length].
+      beside: Other arrays [rows, ...] that `Objective.kept` takes.
+    """
+
+    tokens: jax.Array
+    segment_ids: jax.Array
+    positions: jax.Array
+    beside: Any = ()
+
+
+class Parts(NamedTuple):
+    """What each device makes of its rows.
+
+    Attributes:
+      split: Tree of its share of arrays that are split over the devices.
+      sums: Tree of arrays [1, ...] that are summed over the devices.
+    """
+
+    split: Any
+    sums: Any
+
+
+class Losses(NamedTuple):
+    """What a batch costs.
+
+    Attributes:
+      loss: Scalar.
+      of_tokens: float32 [2, rows, length], weighted losses and weights of all tokens; None where tokens have none.
+      metrics: What else is measured.
+    """
+
+    loss: jax.Array
+    of_tokens: jax.Array | None = None
+    metrics: Metrics = {}  # noqa: RUF012 - never changed
+
+
+class Objective(abc.ABC):
+    """A loss of one stream. The step runs the layers between `inputs` and `kept`.
+
+    Args:
+      stream: The host's side.
+
+    Attributes:
+      stream: The host's side.
+      weight: Of the loss in the sum that is minimised.
+      router_weight: Of the balance loss of experts in its pass.
+      router_metric: What that is called among the metrics.
+      causal: Whether a token sees only those before it.
+      uses_head: Whether its tokens go through the output head.
+      split_axes: Tree of the logical axes of `Parts.split`.
+    """
+
+    weight: float
+    router_weight: float = 0.0
+    causal: bool = True
+    uses_head: bool = True
+    split_axes: ClassVar[Any] = ()
+
+    def __init__(self, stream: Stream):
+        self.stream = stream
+
+    @property
+    def name(self) -> str:
+        """That of the stream."""
+        return self.stream.name
+
+    @property
+    def router_metric(self) -> str:
+        """Name of the balance loss of its pass."""
+        return f"loss/router_{self.name}"
+
+    def inputs(self, batch: Any) -> Inputs:
+        """What of the batch goes through the model."""
+        return Inputs(batch.tokens, batch.segment_ids, batch.positions)
+
+    def kept(self, model: Transformer, hidden: jax.Array, segment_ids: jax.Array, beside: Any) -> jax.Array:
+        """What stays of the hidden states of a piece's rows: [rows, ...]."""
+        return hidden
+
+    @abc.abstractmethod
+    def parts(self, model: Transformer, kept: jax.Array, batch: Any, dtype: jnp.dtype) -> Parts:
+        """What a device makes of its rows.
+
+        Args:
+          model: The model.
+          kept: [rows, ...]; of the rows of this device.
+          batch: Its rows, and the whole fields of the batch that are not per row.
+          dtype: Type of the activations.
+        """
+
+    @abc.abstractmethod
+    def losses(self, split: Any, sums: Any, batch: Any) -> Losses:
+        """The losses of the whole batch from the parts of all devices."""
+
+    @abc.abstractmethod
+    def total_weight(self, batch: Any) -> jax.Array:
+        """Sum of the weights by which the loss is a sum, a scalar."""
+
+    def problem(self, mesh_shape: dict[str, int]) -> str | None:
+        """Why a mesh whose axes that split the batch have these sizes cannot take its batches; None where it can."""
+        return None
+
+    def facts(self, num_shards: int, embed_dim: int) -> dict[str, Any]:
+        """What `plan` says of it on a mesh of so many shards: its figures by name."""
+        return {}
