@@ -14,12 +14,12 @@ import jax
 import ml_dtypes
 import numpy as np
 
-from grit_jax.batch import GritBatch
 from grit_jax.config import Config, DataConfig, ModelConfig, TransformerConfig
 from grit_jax.doctor.rows import generative_batch, random_texts
 from grit_jax.execution import PLAIN
 from grit_jax.model.transformer import abstract_model, init_params
-from grit_jax.train.step import Objective
+from grit_jax.train.objectives import trained_objectives
+from grit_jax.train.step import JointObjective
 
 ROWS, LENGTH = 4, 64
 ARCHITECTURE = TransformerConfig(embed_dim=64, mlp_dim=192, num_layers=2).resolve(64)
@@ -28,9 +28,9 @@ ARCHITECTURE = TransformerConfig(embed_dim=64, mlp_dim=192, num_layers=2).resolv
 def gradients(num_devices: int) -> np.ndarray:
     """The gradient of the layers' weights by the texts of each device, float32 [devices, weights]."""
     config = Config(model=ModelConfig(architecture=ARCHITECTURE), data=DataConfig(train="unused"))
-    objective = Objective(abstract_model(ARCHITECTURE), config, PLAIN)
+    objective = JointObjective(abstract_model(ARCHITECTURE), trained_objectives(config), PLAIN)
     params = init_params(ARCHITECTURE, jax.random.key(0))
-    gradient = jax.jit(jax.grad(lambda params, batch: objective(params, GritBatch(None, batch))[0]))
+    gradient = jax.jit(jax.grad(lambda params, batch: objective(params, {"generative": batch})[0]))
 
     def of_device(seed):
         texts = random_texts(np.random.default_rng(seed), 4 * ROWS)

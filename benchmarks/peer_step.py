@@ -21,9 +21,11 @@ from typing import Any
 os.environ["JAX_PLATFORMS"] = "cpu"
 
 from grit_jax.config import load_config
-from grit_jax.plan.program import lower_step, planned_config
+from grit_jax.data.streams import trained_streams
+from grit_jax.plan.program import lower, planned_config, planned_mesh
 from grit_jax.plan.topology import parse_topology
 from grit_jax.plan.work import lengths_at_limits
+from grit_jax.train.setup import set_up
 
 _CONFIG = Path(__file__).parents[1] / "configs/gritlm_7b_v5p_128_generative.yaml"
 _ROWS = ("v5e-64:4:offload", "v5p-16:8:full", "v5p-32:4:dots", "v6e-64:8:full", "v6e-64:4:dots")
@@ -36,7 +38,9 @@ def measure(row: str, judge: Any) -> dict[str, Any]:
     topology = parse_topology(name)
     settings = [f"--data.generative_batch={int(rows) * topology.num_chips}", f"--model.remat={remat}"]
     config = planned_config(load_config(_CONFIG, settings))
-    lowered, begun = lower_step(config, topology, lengths_at_limits(config)), time.monotonic()
+    mesh = planned_mesh(config, topology)
+    _, lowered = lower(set_up(config, mesh), mesh, lengths_at_limits(trained_streams(config)))
+    begun = time.monotonic()
     compiled = lowered.compile()
     memory = compiled.memory_analysis()
     assert memory is not None

@@ -25,16 +25,18 @@ import jax
 import numpy as np
 
 from grit_jax import sharding
-from grit_jax.batch import ONE_HOST, EmbeddingBatch, GenerativeBatch, GritBatch, max_segments
+from grit_jax.batch import ONE_HOST, Batch, EmbeddingBatch, GenerativeBatch, max_segments
 from grit_jax.config import Config, DataConfig, MeshConfig, ModelConfig, OptimizerConfig, TrainConfig
 from grit_jax.data.pipeline import Pipeline
+from grit_jax.data.streams import trained_streams
 from grit_jax.execution import execution
 from grit_jax.loading import load_params, open_model
 from grit_jax.model.pretrained import Pretrained
 from grit_jax.model.transformer import abstract_model, param_axes
+from grit_jax.train.objectives import trained_objectives
 from grit_jax.train.optimizer import learning_rate, make_optimizer
 from grit_jax.train.state import TrainState, abstract_state, new_state, shardings_of
-from grit_jax.train.step import Objective, make_train_step
+from grit_jax.train.step import JointObjective, make_train_step
 
 QUERIES, CONVERSATIONS, LIMIT = 32, 8, 512
 Text = tuple[np.ndarray, np.ndarray]  # tokens, and what each is weighed with in pooling or in the loss
@@ -67,9 +69,8 @@ def write_data(folder: Path, source: Path, *, steps: int, at_limits: bool) -> No
         (folder / name).write_text("".join(json.dumps(record) + "\n" for record in records))
 
 
-def embedding_texts(batch: EmbeddingBatch | None) -> tuple[list[Text], list[Text]]:
+def embedding_texts(batch: EmbeddingBatch) -> tuple[list[Text], list[Text]]:
     """The queries and the passages of a packed batch, in order."""
-    assert batch is not None
 
     def text(slot: int) -> Text:
         row, segment = divmod(int(slot), max_segments(batch.tokens.shape[1]))
@@ -79,36 +80,37 @@ def embedding_texts(batch: EmbeddingBatch | None) -> tuple[list[Text], list[Text
     return [text(slot) for slot in batch.query_slots], [text(slot) for slot in batch.passage_slots]
 
 
-def conversations(batch: GenerativeBatch | None) -> list[Text]:
+def conversations(batch: GenerativeBatch) -> list[Text]:
     """The conversations of a packed batch; a weight is that of the token after."""
-    assert batch is not None
     places = [(row, segment) for row, ids in enumerate(batch.segment_ids) for segment in range(1, ids.max() + 1)]
     found = [(row, batch.segment_ids[row] == segment) for row, segment in places]
     return [(batch.tokens[row, here], batch.loss_weights[row, here]) for row, here in found]
 
 
-def useful(batches: Iterable[GritBatch]) -> tuple[int, dict[str, float]]:
+def useful(batches: Iterable[Batch]) -> tuple[int, dict[str, float]]:
     """Real tokens of all batches, and their share of what each side computes for each stream."""
     real, ours, torch = Counter(), Counter(), Counter()
     for batch in batches:
-        padded = {"embedding": embedding_texts(batch.embedding), "generative": (conversations(batch.generative),)}
+        padded = {"embedding": embedding_texts(batch["embedding"]), "generative": (conversations(batch["generative"]),)}
         for stream, groups in padded.items():
             lengths = [[len(tokens) for tokens, _ in group] for group in groups]
             real[stream] += sum(map(sum, lengths))
-            ours[stream] += getattr(batch, stream).tokens.size
+            ours[stream] += batch[stream].tokens.size
             torch[stream] += sum(max(group) * len(group) for group in lengths)
     shares = {f"ours_useful_{stream}": round(count / ours[stream], 3) for stream, count in real.items()}
     return real.total(), shares | {f"torch_useful_{stream}": round(real[stream] / torch[stream], 3) for stream in real}
 
 
-def ours(config: Config, pretrained: Pretrained, batches: list[GritBatch]) -> Callable[[], list[float]]:
+def ours(config: Config, pretrained: Pretrained, batches: list[Batch]) -> Callable[[], list[float]]:
     """A function that takes one step on every batch and gives their losses."""
     mesh = sharding.make_mesh(MeshConfig())
     model = abstract_model(pretrained.architecture)
     optimizer = make_optimizer(config.optimizer, config.train.steps, param_axes(model))
     placed = shardings_of(abstract_state(model, optimizer, mesh))
     rate = learning_rate(config.optimizer, config.train.steps)
-    step = make_train_step(Objective(model, config, execution(config.model, "cpu")), optimizer, rate, placed)
+    step = make_train_step(
+        JointObjective(model, trained_objectives(config), execution(config.model, "cpu")), optimizer, rate, placed
+    )
     with jax.set_mesh(mesh):
         params = load_params(pretrained, mesh)
         state: TrainState = jax.jit(new_state, static_argnums=1, out_shardings=placed)(params, optimizer)
@@ -125,7 +127,7 @@ def ours(config: Config, pretrained: Pretrained, batches: list[GritBatch]) -> Ca
     return run
 
 
-def in_torch(model: Any, config: Config, batches: list[GritBatch], *, checkpointing: bool) -> Callable[[], list[float]]:
+def in_torch(model: Any, config: Config, batches: list[Batch], *, checkpointing: bool) -> Callable[[], list[float]]:
     """The same in PyTorch."""
     import torch
     from torch.nn import functional
@@ -151,12 +153,12 @@ def in_torch(model: Any, config: Config, batches: list[GritBatch], *, checkpoint
         hidden = model.model(tokens, attention_mask=mask, is_causal=False, use_cache=False).last_hidden_state
         return functional.normalize((weights[:, None] @ hidden)[:, 0], dim=-1)
 
-    def step(batch: GritBatch) -> float:
-        queries, passages = map(vectors, embedding_texts(batch.embedding))
+    def step(batch: Batch) -> float:
+        queries, passages = map(vectors, embedding_texts(batch["embedding"]))
         scores = queries @ passages.T / config.loss.temperature
         embedding_loss = functional.cross_entropy(scores, torch.arange(QUERIES) * (len(passages) // QUERIES))
         embedding_loss.backward()  # frees its activations before those of the other stream are made
-        tokens, weights, mask = padded(conversations(batch.generative))
+        tokens, weights, mask = padded(conversations(batch["generative"]))
         scored = functional.pad(weights, (1, 0))[:, :-1] > 0
         labels = torch.where(scored, tokens, -100).long()
         generative_loss = model(tokens, attention_mask=mask, labels=labels, use_cache=False).loss
@@ -190,7 +192,7 @@ def main() -> None:
             optimizer=OptimizerConfig(schedule="constant", warmup_steps=0),
             train=TrainConfig(steps=steps),
         )  # fmt: skip
-        pipeline = Pipeline(config, pretrained.tokenizer, row_multiples=(1, 1), host_share=ONE_HOST)
+        pipeline = Pipeline(config, pretrained.tokenizer, trained_streams(config), host_share=ONE_HOST)
         batches = list(pipeline.batches(0))
         sides = {"ours": ours(config, pretrained, batches)}
         if not args.no_torch and common.has_torch():

@@ -7,8 +7,8 @@ import pytest
 
 from grit_jax import GritModel, prompts
 from grit_jax.config import EmbeddingConfig, InputError
-from grit_jax.data.examples import record_prompts
 from grit_jax.data.records import parse_record
+from grit_jax.data.streams.embedding import EmbeddingStream
 from grit_jax.inference import _one_behind
 from grit_jax.model.transformer import abstract_model, bind, stack_layers
 from tests.models import make
@@ -207,7 +207,7 @@ def test_a_string_is_never_taken_for_a_list_of_its_characters(model, call):
 def test_an_instruction_is_read_as_training_reads_it(model, instruction):
     assert np.array_equal(model.encode(TEXTS[:2], instruction=instruction), model.encode(TEXTS[:2], instruction="find"))
     line = json.dumps({"query": [instruction, "short"], "pos": ["p"]})
-    trained = record_prompts(parse_record(line, path="x", line_number=1), model.tokenizer)[0]
+    trained = EmbeddingStream.prompts(parse_record(line, path="x", line_number=1), model.tokenizer)[0]
     assert trained == prompts.embedding("short", instruction, bos="<s>")
     assert model.encode(TEXTS[:1], instruction=" :\n").tolist() == model.encode(TEXTS[:1]).tolist()
 

@@ -98,7 +98,7 @@ class Pipeline:
         """The records that step `step`, counted from 0, takes of each file."""
         found = []
         for stream in self._streams:
-            samples = self._schedule.samples(step, stream)
+            samples = self._schedule.samples(step, stream.name)
             found += file_samples(stream.name, samples, self._training.indexes[stream.name], self._names)
         return found
 
@@ -118,11 +118,11 @@ class Pipeline:
         found = {}
         for stream in self._streams:
             if stream.name in token_losses:
-                rows = self._schedule.stream_plan(step, stream).rows
+                rows = self._schedule.stream_plan(step, stream.name).rows
                 by_file = file_losses(rows, token_losses[stream.name], self._names)
                 found |= {f"{stream.name}/{file}": loss for file, loss in by_file.items()}
             elif stream.one_file:
-                numbers = self._schedule.files_of_batch(step, stream)
+                numbers = self._schedule.files_of_batch(step, stream.name)
                 name = self._names[numbers[0]] if len(numbers) == 1 else "mixed"
                 found[f"{stream.name}/{name}"] = losses[stream.name]
         return found

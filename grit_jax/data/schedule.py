@@ -10,7 +10,7 @@ import difflib
 import fnmatch
 import functools
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -35,12 +35,12 @@ class _Stage(NamedTuple):
     Attributes:
       first: First step.
       last: Last step, exclusive; None for the last stage.
-      orders: Order of each stream.
+      orders: Order of each stream, by its name.
     """
 
     first: int
     last: int | None
-    orders: list[Order]
+    orders: dict[str, Order]
 
 
 class Schedule:
@@ -80,7 +80,7 @@ class Schedule:
             first = self._stages[-1].last if self._stages else 0
             assert first is not None
             last = None if stage.steps is None else first + stage.steps
-            self._stages.append(_Stage(first, last, list(self._orders(number, stage))))
+            self._stages.append(_Stage(first, last, self._orders(number, stage)))
         if data.held_out:
             self._refuse_nothing_held_out()
         self.buckets = {stream.name: self._buckets(stream) for stream in streams}
@@ -98,20 +98,21 @@ class Schedule:
 
     def step(self, k: int) -> StepPlan:
         """Step `k`, counted from 0."""
-        return {stream.name: self.stream_plan(k, stream) for stream in self._streams}
+        return {name: self.stream_plan(k, name) for name in self._by_stream}
 
-    def stream_plan(self, k: int, stream: Stream) -> Any:
-        """The `Plan` of one stream of step `k`."""
-        return _dealt(self._plan(k, stream), self.buckets[stream.name], stream.num_chunks * self._num_shards)
+    def stream_plan(self, k: int, name: str) -> Any:
+        """The `Plan` of the stream `name` of step `k`."""
+        pieces = self._by_stream[name].stream.num_chunks * self._num_shards
+        return _dealt(self._plan(k, name), self.buckets[name], pieces)
 
-    def samples(self, k: int, stream: Stream) -> Samples:
+    def samples(self, k: int, name: str) -> Samples:
         """The records of a stream that step `k` takes, in sample order, without planning their rows."""
-        order, number = self._order(k, stream)
+        order, number = self._order(k, name)
         return order.batch(number)
 
-    def files_of_batch(self, k: int, stream: Stream) -> list[int]:
+    def files_of_batch(self, k: int, name: str) -> list[int]:
         """Numbers of the files that a stream's batch of step `k` is taken from, without its records."""
-        order, number = self._order(k, stream)
+        order, number = self._order(k, name)
         return order.files_of_batch(number)
 
     def report(self) -> list[str]:
@@ -120,7 +121,7 @@ class Schedule:
         for stream in self._streams:
             buckets = " or ".join(map(str, self.buckets[stream.name]))
             for stage in self._stages:
-                order = next(order for order in stage.orders if order.stream is stream)
+                order = stage.orders[stream.name]
                 name = stream.name + (f" from step {stage.first + 1:,}" if len(self._stages) > 1 else "")
                 lines.append(
                     f"{name}: {order.epoch_size:,} samples in {len(order.files)} files, "
@@ -153,7 +154,7 @@ class Schedule:
                     "set it to 0 and name data.validation"
                 )
 
-    def _orders(self, number: int, stage: StageConfig) -> Iterator[Order]:
+    def _orders(self, number: int, stage: StageConfig) -> dict[str, Order]:
         """The order of each stream in a stage."""
         where = f"data.curriculum[{number}]" if self._data.curriculum else "data"
         names = [file.index.name for file in self._files]
@@ -165,6 +166,7 @@ class Schedule:
                 raise InputError(
                     f"{where}.files names {pattern!r}, which is no file of data.train; {_hint(pattern, names)}"
                 )
+        orders = {}
         for stream in self._streams:
             used, sizes = [], []
             for file in self._by_stream[stream.name].files:
@@ -175,7 +177,8 @@ class Schedule:
                     sizes.append(size)
             if not used:
                 self._refuse(stream, where if stage.files else "data.train")
-            yield Order(used, sizes, stream, seed=self._train.seed, stage=number)
+            orders[stream.name] = Order(used, sizes, stream, seed=self._train.seed, stage=number)
+        return orders
 
     def _refuse(self, stream: Stream, where: str) -> None:
         dropped = "; ".join(dropped_lines(self._files)) or "no file holds that stream"
@@ -189,26 +192,26 @@ class Schedule:
     def _stage(self, k: int) -> _Stage:
         return next(stage for stage in self._stages if stage.last is None or k < stage.last)
 
-    def _order(self, k: int, stream: Stream) -> tuple[Order, int]:
+    def _order(self, k: int, name: str) -> tuple[Order, int]:
         """The order of a stream at step `k`, and the number of the step in it."""
         stage = self._stage(k)
-        return next(order for order in stage.orders if order.stream is stream), k - stage.first
+        return stage.orders[name], k - stage.first
 
     def _buckets(self, stream: Stream) -> tuple[int, ...]:
         needed = []
         for stage in self._stages:
-            order, _ = self._order(stage.first, stream)
-            epoch = -(-order.epoch_size // stream.batch_size)
+            epoch = -(-stage.orders[stream.name].epoch_size // stream.batch_size)
             # An epoch, or more when that is short, but no step of another stage.
             steps = min(max(_SAMPLED_STEPS, epoch), (stage.last or np.inf) - stage.first)
             for k in np.unique(np.linspace(stage.first, stage.first + steps - 1, _SAMPLED_STEPS).astype(int)).tolist():
-                needed.append(self._plan(k, stream).rows.num_rows)
+                needed.append(self._plan(k, stream.name).rows.num_rows)
         multiple = stream.num_chunks * self._num_shards
         return choose_buckets(np.array(needed), multiple=multiple, limit=self._data.row_buckets)
 
-    def _plan(self, k: int, stream: Stream) -> Any:
-        ranks = np.random.default_rng((self._train.seed, stream.code, _PICK, k)).random
-        return stream.plan(self._by_stream[stream.name], self.samples(k, stream), ranks, summed=False)
+    def _plan(self, k: int, name: str) -> Any:
+        files = self._by_stream[name]
+        ranks = np.random.default_rng((self._train.seed, files.stream.code, _PICK, k)).random
+        return files.stream.plan(files, self.samples(k, name), ranks, summed=False)
 
 
 def same_data(recorded: str, fingerprint: str) -> bool:
@@ -274,10 +277,10 @@ def _cut(samples: Samples, size: int) -> list[Samples]:
 def _evaluation_plans(batches: Sequence[tuple[StreamFiles, Samples]], *, limit: int, num_shards: int) -> list[StepPlan]:
     """A plan for each batch, of one stream, in which a query and a scored token weigh 1."""
     planned = [(files.stream, files.stream.plan(files, samples, np.arange, summed=True)) for files, samples in batches]
-    buckets: Mapping[str, tuple[int, ...]] = {}
+    buckets: dict[str, tuple[int, ...]] = {}
     for stream in {stream.name: stream for stream, _ in planned}.values():
         needed = np.array([plan.rows.num_rows for other, plan in planned if other is stream])
-        buckets |= {stream.name: choose_buckets(needed, multiple=stream.num_chunks * num_shards, limit=limit)}
+        buckets[stream.name] = choose_buckets(needed, multiple=stream.num_chunks * num_shards, limit=limit)
     return [
         {stream.name: _dealt(plan, buckets[stream.name], stream.num_chunks * num_shards)} for stream, plan in planned
     ]

@@ -188,7 +188,7 @@ def _fills(schedule: Schedule, files: Sequence[FileStats], streams: Sequence[Str
     for stream in streams:
         epoch_steps = sum(file.records for file in files if file.stream == stream.name) / stream.batch_size
         steps = np.unique(np.linspace(0, max(_STEPS, int(epoch_steps)) - 1, _STEPS).astype(int)).tolist()
-        rows = [schedule.stream_plan(k, stream).rows for k in steps]
+        rows = [schedule.stream_plan(k, stream.name).rows for k in steps]
         fills[stream.name] = Fill(
             rows=float(np.mean([plan.num_rows for plan in rows])),
             row_length=stream.row_length,

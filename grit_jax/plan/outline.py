@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ from grit_jax.plan.program import lower, planned_mesh
 from grit_jax.plan.topology import Topology
 from grit_jax.plan.work import Lengths, Work, described_rows, rows_by_stream
 from grit_jax.train.dry_run import state_and_gradient_bytes
+from grit_jax.train.objectives.base import Objective
 from grit_jax.train.setup import set_up
 
 
@@ -37,19 +38,22 @@ class Outline:
         return self.state_bytes < self.topology.chip.hbm_bytes
 
 
-def make_outline(config: Config, topology: Topology, lengths: Lengths) -> Outline:
+def make_outline(
+    config: Config, topology: Topology, lengths: Lengths, *, streams: Sequence[Objective] | None = None
+) -> Outline:
     """Traces the step for the topology.
 
     Args:
       config: With its architecture resolved (`planned_config`).
       topology: What to trace for.
       lengths: Of the texts of a step.
+      streams: What is trained, as of `Trainer`.
 
     Raises:
       InputError: libtpu is missing, or mesh, batch, lengths and model do not fit together.
     """
     mesh = planned_mesh(config, topology)
-    setup = set_up(config, mesh)
+    setup = set_up(config, mesh, streams)
     work, _ = lower(setup, mesh, lengths)
     return Outline(topology, dict(mesh.shape), work, state_and_gradient_bytes(setup.abstract))
 

@@ -9,6 +9,7 @@ from grit_jax.config import InputError
 from grit_jax.data.examples import tokenize_records
 from grit_jax.data.records import EmbeddingRecord, GenerativeRecord, RecordError, parse_record
 from grit_jax.tokenizer import Tokenizer
+from tests.data.reading import record_prompts
 
 BYTES = Tokenizer.load("bytes")
 
@@ -85,4 +86,4 @@ def test_any_line_is_a_record_that_can_be_tokenized_or_a_named_fault(line):
         assert error.kind
         assert str(pickle.loads(pickle.dumps(error))) == str(error)
     else:
-        assert tokenize_records([record], BYTES)
+        assert tokenize_records([record], record_prompts, BYTES)

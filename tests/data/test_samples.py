@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from grit_jax.data.samples import dataset_names, file_losses, file_samples
-from grit_jax.data.schedule import RowPlan, Samples
 from grit_jax.data.sources import JsonlSource
+from grit_jax.data.streams.base import RowPlan, Samples
 from tests.data.test_schedule import embedding_index, generative_index, schedule
 
 
@@ -18,16 +18,12 @@ def test_samples_are_those_of_the_planned_step():
     for k in range(6):
         planned = plan.step(k)
         for stream in ("embedding", "generative"):
-            rows = getattr(planned, stream).rows
+            rows = planned[stream].rows
             expected = set(zip(rows.file.tolist(), rows.record.tolist(), strict=True))
             samples = plan.samples(k, stream)
             assert set(zip(samples.file.tolist(), samples.record.tolist(), strict=True)) == expected
-        for mine, theirs in zip(plan.generative_rows(k), planned.generative.rows, strict=True):
+        for mine, theirs in zip(plan.stream_plan(k, "generative").rows, planned["generative"].rows, strict=True):
             assert np.array_equal(mine, theirs)
-
-
-def test_a_stream_that_is_not_trained_has_no_samples():
-    assert len(schedule(embedding_index(20), embedding_batch=8).samples(0, "generative").file) == 0
 
 
 def test_records_come_with_their_lines_blank_ones_counted(tmp_path):

@@ -10,10 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from grit_jax.batch import max_segments
-from grit_jax.config import DataConfig, InputError, LossConfig, StageConfig, TrainConfig
+from grit_jax.config import Config, DataConfig, InputError, LossConfig, StageConfig, TrainConfig
 from grit_jax.data.examples import HASH_BITS
 from grit_jax.data.index import FileIndex
-from grit_jax.data.schedule import Schedule, StepPlan, same_data, token_weights, validation_steps
+from grit_jax.data.schedule import Schedule, same_data, validation_steps
+from grit_jax.data.streams import trained_streams
+from grit_jax.data.streams.generative import token_weights
+from tests.data.reading import read_by
 
 
 def embedding_index(records, name="e.jsonl", negatives=2, seed=0, **changes):
@@ -41,21 +44,30 @@ def generative_index(records, name="g.jsonl", seed=0):
     )  # fmt: skip
 
 
-def schedule(*indexes, mode="embedding", loss=LossConfig(), seed=0, multiples=(1, 1), **data):
+def schedule(*indexes, mode="embedding", loss=LossConfig(), seed=0, multiples=(1, 1), shards=1, **data):
     defaults = {"query_max_length": 32, "passage_max_length": 32, "generative_max_length": 32}
-    return Schedule(
-        indexes, data=DataConfig(**defaults | data), loss=loss, train=TrainConfig(mode=mode, seed=seed),
-        row_multiples=multiples,
-    )  # fmt: skip
+    chunks = {"embedding_chunks": multiples[0], "generative_chunks": multiples[1]}
+    train = TrainConfig(mode=mode, seed=seed, **chunks)
+    config = Config(data=DataConfig(**defaults | data), loss=loss, train=train)
+    streams = trained_streams(config)
+    return Schedule(read_by(indexes, config, streams), streams, data=config.data, train=config.train, num_shards=shards)
+
+
+def validation(*indexes, data, train=TrainConfig(), shards=1):
+    config = Config(data=data, train=train)
+    streams = trained_streams(config)
+    return validation_steps(read_by(indexes, config, streams), streams, limit=data.row_buckets, num_shards=shards)
 
 
 def queries(plan):
     """(file, record) of every query of a step."""
-    rows = plan.embedding.rows
+    rows = plan["embedding"].rows
     return [(int(f), int(r)) for f, r, t in zip(rows.file, rows.record, rows.text, strict=True) if t == 0]
 
 
 def same(left, right):
+    if isinstance(left, dict):
+        return left.keys() == right.keys() and all(same(left[name], right[name]) for name in left)
     if isinstance(left, tuple):
         return all(same(a, b) for a, b in zip(left, right, strict=True))
     return np.array_equal(left, right)
@@ -103,7 +115,7 @@ def test_every_conversation_is_used_once_in_each_epoch(sizes, batch, seed):
     total, epochs = sum(sizes), 3
     drawn = []
     for k in range(-(-epochs * total // batch)):
-        rows = plans.step(k).generative.rows
+        rows = plans.step(k)["generative"].rows
         drawn += zip(rows.file.tolist(), rows.record.tolist(), strict=True)
     assert all(len(set(drawn[epoch * total : (epoch + 1) * total])) == total for epoch in range(epochs))
 
@@ -143,7 +155,7 @@ def test_files_are_mixed_in_the_ratio_of_their_samples(files, batch, seed):
     plans = schedule(*indexes, mode="generative", generative_batch=batch, seed=seed, num_samples=taken)
     epoch = sum(taken.values())
     steps = 2 * epoch // batch
-    used = Counter(file for k in range(steps) for file in plans.step(k).generative.rows.file.tolist())
+    used = Counter(file for k in range(steps) for file in plans.step(k)["generative"].rows.file.tolist())
     for number, (_, wanted) in enumerate(files):
         # Exact at the end of an epoch, and the last steps may be cut off.
         assert abs(used[number] - 2 * wanted) <= batch
@@ -183,8 +195,8 @@ def test_each_stage_of_a_curriculum_has_its_own_files():
     steps = stages()
     plans = [steps.step(k) for k in range(60)]
     for embedding, generative, part in (({0}, {2, 3}, plans[:5]), ({1}, {3}, plans[5:9]), ({0, 1}, {3}, plans[9:])):
-        assert set().union(*(files_of(plan.embedding) for plan in part)) == embedding
-        assert set().union(*(files_of(plan.generative) for plan in part)) == generative
+        assert set().union(*(files_of(plan["embedding"]) for plan in part)) == embedding
+        assert set().union(*(files_of(plan["generative"]) for plan in part)) == generative
     used = Counter(file for plan in plans[9:] for file, _ in queries(plan))  # 51 steps of 4; an epoch has 4 + 12
     assert abs(used[1] - 3 * used[0]) <= 16
 
@@ -206,8 +218,8 @@ def test_a_step_of_a_curriculum_does_not_depend_on_earlier_ones():
 
 def test_the_rows_of_every_stage_are_from_the_same_buckets():
     plans = stages()
-    assert len(plans.embedding_buckets) <= 4
-    assert {plans.step(k).embedding.rows.num_rows for k in range(30)} <= set(plans.embedding_buckets)
+    assert len(plans.buckets["embedding"]) <= 4
+    assert {plans.step(k)["embedding"].rows.num_rows for k in range(30)} <= set(plans.buckets["embedding"])
 
 
 def test_the_report_names_each_stage():
@@ -233,8 +245,8 @@ def test_a_stage_without_files_is_refused(stage, message):
 def test_a_stage_can_take_a_file_that_an_epoch_leaves_out_otherwise():
     curriculum = [StageConfig(2, num_samples={"e0.jsonl": 0}), StageConfig()]
     plans = stages(curriculum=curriculum)
-    assert files_of(plans.step(0).embedding) == {1}
-    assert set().union(*(files_of(plans.step(k).embedding) for k in range(2, 10))) == {0, 1}
+    assert files_of(plans.step(0)["embedding"]) == {1}
+    assert set().union(*(files_of(plans.step(k)["embedding"]) for k in range(2, 10))) == {0, 1}
 
 
 def test_full_batches_come_from_one_file_and_only_leftovers_are_mixed():
@@ -265,7 +277,7 @@ def test_num_samples_of_an_unknown_file_is_refused_with_a_suggestion():
 
 @pytest.mark.parametrize("group", [1, 2, 3, 6])
 def test_groups_hold_a_positive_then_distinct_negatives_until_they_run_out(group):
-    plan = schedule(embedding_index(12, negatives=3), embedding_batch=4, group_size=group).step(0).embedding
+    plan = schedule(embedding_index(12, negatives=3), embedding_batch=4, group_size=group).step(0)["embedding"]
     texts = {slot: (rec, text) for slot, rec, text in zip(
         plan.rows.row * max_segments(32) + plan.rows.segment - 1, plan.rows.record, plan.rows.text, strict=True
     )}  # fmt: skip
@@ -280,7 +292,7 @@ def test_groups_hold_a_positive_then_distinct_negatives_until_they_run_out(group
 def test_positives_and_negatives_are_drawn_at_random():
     index = embedding_index(4, negatives=4, num_positives=np.full(4, 2, np.int32))  # texts 1 and 2; 3, 4 and 5
     plans = schedule(index, embedding_batch=4, group_size=2)
-    drawn = Counter(text for k in range(40) for text in plans.step(k).embedding.rows.text.tolist())
+    drawn = Counter(text for k in range(40) for text in plans.step(k)["embedding"].rows.text.tolist())
     assert set(drawn) == {0, 1, 2, 3, 4, 5}
     assert drawn[1] + drawn[2] == drawn[3] + drawn[4] + drawn[5] == 40 * 4
 
@@ -290,12 +302,16 @@ def test_passages_with_nothing_to_pool_are_never_drawn():
     starts = index.text_starts[:-1]
     index.spans[starts + 1] = index.spans[starts + 4] = [4, 4]  # one positive and one negative of each record
     plans = schedule(index, embedding_batch=4, group_size=3)
-    assert {text for k in range(20) for text in plans.step(k).embedding.rows.text.tolist()} == {0, 2, 3, 5}
+    assert {text for k in range(20) for text in plans.step(k)["embedding"].rows.text.tolist()} == {0, 2, 3, 5}
 
 
 def test_queries_and_passages_are_cut_at_their_own_limits():
     index = embedding_index(12, negatives=3)
-    rows = schedule(index, embedding_batch=12, group_size=4, query_max_length=9, passage_max_length=17).step(0)[0].rows
+    rows = (
+        schedule(index, embedding_batch=12, group_size=4, query_max_length=9, passage_max_length=17)
+        .step(0)["embedding"]
+        .rows
+    )
     whole = index.lengths[index.text_starts[rows.record] + rows.text]
     assert whole.max() > 17
     assert np.array_equal(rows.length, np.minimum(whole, np.where(rows.text == 0, 9, 17)))
@@ -315,20 +331,20 @@ def test_a_run_made_before_fingerprints_had_a_structure_is_held_to_its_texts():
 
 
 def test_query_weights_of_a_step_are_a_mean():
-    plan = schedule(embedding_index(12), embedding_batch=8).step(0).embedding
+    plan = schedule(embedding_index(12), embedding_batch=8).step(0)["embedding"]
     assert np.allclose(plan.query_weights, 1 / 8)
 
 
 def test_a_record_without_negatives_leaves_filler_passages():
-    plan = schedule(embedding_index(6, negatives=0), embedding_batch=4, group_size=3).step(0).embedding
+    plan = schedule(embedding_index(6, negatives=0), embedding_batch=4, group_size=3).step(0)["embedding"]
     assert (plan.passage_ids.reshape(4, 3)[:, 1:] == -1).all()
     assert len(set(plan.passage_ids.reshape(4, 3)[:, 0].tolist())) == 4
 
 
 def test_equal_passages_share_an_id_only_when_duplicates_are_excluded():
     index = embedding_index(4, negatives=0, hashes=np.array([0, 9, 1, 9, 2, 9, 3, 8]))
-    kept = schedule(index, embedding_batch=4, group_size=1).step(0).embedding
-    excluded = schedule(index, embedding_batch=4, group_size=1, exclude_duplicates=True).step(0).embedding
+    kept = schedule(index, embedding_batch=4, group_size=1).step(0)["embedding"]
+    excluded = schedule(index, embedding_batch=4, group_size=1, exclude_duplicates=True).step(0)["embedding"]
     assert len(set(kept.passage_ids.tolist())) == 4
     assert sorted(Counter(excluded.passage_ids.tolist()).values()) == [1, 3]
 
@@ -337,9 +353,9 @@ def test_positives_of_equal_queries_are_never_each_others_negatives():
     # Query 0 has positives 9 and 8, query 1 has 8 and 7; query 2 has 6, and a text equal to query 0 as its negative.
     texts = [[0, 9, 20], [0, 8, 21], [1, 8, 22], [1, 7, 23], [2, 6, 0]]
     index = embedding_index(5, negatives=1, hashes=np.ravel(texts))
-    plan = schedule(index, embedding_batch=5, group_size=2, exclude_duplicates=True).step(0).embedding
+    plan = schedule(index, embedding_batch=5, group_size=2, exclude_duplicates=True).step(0)["embedding"]
     ids = {}
-    for (_, record), group in zip(queries(StepPlan(plan, None)), plan.passage_ids.reshape(5, 2), strict=True):
+    for (_, record), group in zip(queries({"embedding": plan}), plan.passage_ids.reshape(5, 2), strict=True):
         ids |= dict(zip(texts[record][1:], group.tolist(), strict=True))
     assert ids[9] == ids[8] == ids[7]
     assert len({ids[text] for text in (9, 6, 20, 21, 22, 23, 0)}) == 7
@@ -370,10 +386,10 @@ def test_row_counts_are_multiples_from_the_buckets():
     )
     for k in range(30):
         plan = plans.step(k)
-        assert plan.embedding.rows.num_rows in plans.embedding_buckets
-        assert plan.generative.rows.num_rows in plans.generative_buckets
-        assert plan.embedding.rows.num_rows % 4 == plan.generative.rows.num_rows % 2 == 0
-    assert len(plans.embedding_buckets) <= 4
+        assert plan["embedding"].rows.num_rows in plans.buckets["embedding"]
+        assert plan["generative"].rows.num_rows in plans.buckets["generative"]
+        assert plan["embedding"].rows.num_rows % 4 == plan["generative"].rows.num_rows % 2 == 0
+    assert len(plans.buckets["embedding"]) <= 4
 
 
 def test_unusable_records_are_dropped_and_counted():
@@ -403,8 +419,8 @@ def test_a_batch_over_an_epoch_repeats_samples_and_says_so():
 def test_validation_takes_the_first_positive_and_the_first_negatives():
     data = DataConfig(query_max_length=32, passage_max_length=32, embedding_batch=3, group_size=3)
     index = embedding_index(6, negatives=4, num_positives=np.full(6, 2, np.int32))
-    for plan in validation_steps([index], data=data, train=TrainConfig(mode="embedding"), row_multiples=(1, 1)):
-        assert plan.embedding.rows.text.tolist() == [0, 1, 3, 4] * 3
+    for plan in validation(index, data=data, train=TrainConfig(mode="embedding")):
+        assert plan["embedding"].rows.text.tolist() == [0, 1, 3, 4] * 3
 
 
 def test_validation_holds_everything_once_with_unit_weights():
@@ -412,12 +428,12 @@ def test_validation_holds_everything_once_with_unit_weights():
         query_max_length=32, passage_max_length=32, generative_max_length=32, embedding_batch=4, generative_batch=3
     )
     files = [embedding_index(10), generative_index(7)]
-    plans = validation_steps(files, data=data, train=TrainConfig(), row_multiples=(2, 2))
-    embedding = [plan for plan in plans if plan.embedding]
+    plans = validation(*files, data=data, shards=2)
+    embedding = [plan for plan in plans if "embedding" in plan]
     assert [record for plan in embedding for _, record in queries(plan)] == list(range(10))
-    assert [float(plan.embedding.query_weights.sum()) for plan in embedding] == [4, 4, 2]
-    assert (embedding[-1].embedding.passage_ids[4:] == -1).all()
-    generative = [plan.generative for plan in plans if plan.generative]
+    assert [float(plan["embedding"].query_weights.sum()) for plan in embedding] == [4, 4, 2]
+    assert (embedding[-1]["embedding"].passage_ids[4:] == -1).all()
+    generative = [plan["generative"] for plan in plans if "generative" in plan]
     assert [int(record) for plan in generative for record in np.sort(plan.rows.record)] == list(range(7))
     assert all((plan.token_weights == 1).all() for plan in generative)
 
@@ -427,10 +443,10 @@ def held_out_from(*indexes, share, mode="unified"):
     held = schedule(*indexes, mode=mode, held_out=share, embedding_batch=16, generative_batch=8)
     kept, trained = Counter(), set()
     for plan in held.held_out_steps():
-        for part in filter(None, plan):
+        for part in plan.values():
             kept.update({(int(f), int(r)) for f, r in zip(part.rows.file, part.rows.record, strict=True)})
     for k in range(30):
-        for stream in ("embedding", "generative"):
+        for stream in held.buckets:
             trained |= {(int(f), int(r)) for f, r in zip(*held.samples(k, stream), strict=True)}
     return held, kept, trained
 
@@ -451,7 +467,7 @@ def test_what_is_held_out_is_evaluated_once_and_never_trained_on():
     assert not set(kept) & trained
     every = {(number, record) for number, file in enumerate(files) for record in range(file.num_records)}
     assert set(kept) | trained == every
-    weights = [plan.embedding.query_weights for plan in held.held_out_steps() if plan.embedding]
+    weights = [plan["embedding"].query_weights for plan in held.held_out_steps() if "embedding" in plan]
     assert sum(map(np.sum, weights)) == sum(file < 2 for file, _ in kept)
     # Batches go from one file to the next, so that a few records of each fill as few of them as can be.
     assert len(weights) == -(-sum(file < 2 for file, _ in kept) // 16)
@@ -483,7 +499,7 @@ def test_all_of_a_validation_file_is_evaluated_whatever_is_held_out():
     def evaluated(share):
         data = DataConfig(held_out=share, embedding_batch=8)
         train = TrainConfig(mode="embedding")
-        return tuple(validation_steps([hashed(embedding_index(50))], data=data, train=train, row_multiples=(1, 1)))
+        return tuple(validation(hashed(embedding_index(50)), data=data, train=train))
 
     assert same(evaluated(0.5), evaluated(0.0))
 
@@ -493,22 +509,21 @@ def test_every_piece_of_a_batch_gets_its_share_of_the_long_rows_and_of_the_paddi
         embedding_index(64, negatives=1), generative_index(64), mode="unified", multiples=(4, 4),
         embedding_batch=48, generative_batch=33, group_size=2,
     ).step(0)  # fmt: skip
-    for rows in (plan.embedding.rows, plan.generative.rows):
+    for rows in (plan["embedding"].rows, plan["generative"].rows):
         assert rows.num_rows % 4 == 0
         tokens = np.bincount(rows.row, rows.length, minlength=rows.num_rows).reshape(4, -1).sum(1)
         assert tokens.max() - tokens.min() <= 64  # two rows; taken in order, the last piece would be nearly empty
     # The slots still are where the texts are.
-    rows = plan.embedding.rows
-    places = set((rows.row * plan.embedding.slots_per_row + rows.segment - 1).tolist())
-    assert places == set(plan.embedding.query_slots.tolist()) | set(plan.embedding.passage_slots.tolist())
+    rows = plan["embedding"].rows
+    places = set((rows.row * plan["embedding"].slots_per_row + rows.segment - 1).tolist())
+    assert places == set(plan["embedding"].query_slots.tolist()) | set(plan["embedding"].passage_slots.tolist())
 
 
 def test_the_files_of_a_batch_are_known_without_its_records():
     several = schedule(*(embedding_index(size, f"{size}.jsonl") for size in (3, 21, 40)), embedding_batch=4)
-    alone = [several.embedding_files(k) for k in range(50)]
+    alone = [several.files_of_batch(k, "embedding") for k in range(50)]
     assert alone == [sorted(set(several.samples(k, "embedding").file.tolist())) for k in range(50)]
     assert {len(files) for files in alone} == {1, 2}, "some batches are mixed"
-    assert schedule(generative_index(9), mode="generative").embedding_files(3) == []
 
 
 @pytest.mark.parametrize("left_out", [[], [0], [9], [0, 1, 2, 5, 6, 9], list(range(9))])

@@ -8,6 +8,7 @@ from grit_jax.cli.main import main
 from grit_jax.config import Config, DataConfig
 from grit_jax.data.examples import tokenize_records
 from grit_jax.data.sources import find_files, open_source
+from grit_jax.data.streams import STREAMS
 from grit_jax.datatools.stats import measure
 from grit_jax.tokenizer import Tokenizer
 from tests.runs import write_data
@@ -28,7 +29,11 @@ def test_figures_are_those_of_the_tokenized_texts(folder):
     for file in stats.files:
         (path,) = [path for path in find_files(str(folder)) if path.name == file.name]
         lengths = {}
-        for record, texts in zip(open_source(path), tokenize_records(list(open_source(path)), BYTES), strict=True):
+        for record, texts in zip(
+            open_source(path),
+            tokenize_records(list(open_source(path)), STREAMS[file.stream].prompts, BYTES),
+            strict=True,
+        ):
             for number, text in enumerate(texts):
                 if file.stream == "generative":
                     kind = "conversation"

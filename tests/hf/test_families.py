@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from grit_jax.batch import GritBatch
 from grit_jax.config import Config, LossConfig, ModelConfig
 from grit_jax.doctor.rows import embedding_batch, generative_batch, random_texts
 from grit_jax.execution import PLAIN
@@ -14,7 +13,8 @@ from grit_jax.hf.export import save_folder
 from grit_jax.hf.folder import open_folder
 from grit_jax.inference import GritModel
 from grit_jax.model.transformer import abstract_model, bind
-from grit_jax.train.step import Objective
+from grit_jax.train.objectives import trained_objectives
+from grit_jax.train.step import JointObjective
 from tests.hf import families
 from tests.hf.test_folder import whole
 
@@ -101,13 +101,13 @@ def test_the_joint_loss_trains_every_parameter(imported):
     _, _, pretrained, params = imported
     architecture = pretrained.architecture
     config = Config(model=ModelConfig(architecture=architecture), loss=LossConfig(temperature=1.0))
-    objective = Objective(abstract_model(architecture), config, PLAIN)
+    objective = JointObjective(abstract_model(architecture), trained_objectives(config), PLAIN)
     rng = np.random.default_rng(0)
     texts = random_texts(rng, 6), random_texts(rng, 4)
-    batch = GritBatch(
-        embedding_batch(texts[0], [[0, 1], [2, 3], [4, 5]], 32, num_queries=2),
-        generative_batch(texts[1], [[0, 1], [2, 3]], 32),
-    )
+    batch = {
+        "embedding": embedding_batch(texts[0], [[0, 1], [2, 3], [4, 5]], 32, num_queries=2),
+        "generative": generative_batch(texts[1], [[0, 1], [2, 3]], 32),
+    }
     gradient = jax.jit(jax.grad(lambda params, batch: objective(params, batch)[0]))(params, batch)
     for path, leaf in jax.tree_util.tree_leaves_with_path(gradient):
         assert np.all(np.isfinite(leaf)), path

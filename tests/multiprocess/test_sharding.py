@@ -10,12 +10,14 @@ PLACE = """
     from jax.sharding import Mesh
     from grit_jax import sharding
     from grit_jax.doctor.rows import embedding_batch, generative_batch, random_texts
-    from grit_jax.batch import GritBatch
 
     rng = np.random.default_rng(0)
     texts = random_texts(rng, 48)
     rows = np.arange(48).reshape(16, 3).tolist()
-    whole = GritBatch(embedding_batch(texts, rows, 64, num_queries=16), generative_batch(texts, rows, 64))
+    whole = {
+        "embedding": embedding_batch(texts, rows, 64, num_queries=16),
+        "generative": generative_batch(texts, rows, 64),
+    }
     shapes = [(1, 8, 1, 1), (8, 1, 1, 1), (2, 2, 2, 1), (1, 2, 4, 1), (1, 1, 8, 1), (2, 1, 2, 2), (1, 2, 2, 2)]
     for seed, shape in itertools.product(range(8), shapes):
         devices = np.random.default_rng(seed).permutation(np.array(jax.devices(), dtype=object))
@@ -23,7 +25,7 @@ PLACE = """
         mine = sharding.host_rows(mesh, whole)
         placed = sharding.place_batch(mesh, mine)
         for field, array, own, expected in zip(*map(jax.tree.leaves, (
-            GritBatch(*(type(stream)(*stream._fields) for stream in whole)), placed, mine, whole
+            {name: type(stream)(*stream._fields) for name, stream in whole.items()}, placed, mine, whole
         ))):
             assert array.shape == expected.shape, field
             for shard in array.addressable_shards:

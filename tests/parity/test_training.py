@@ -11,7 +11,6 @@ import optax
 import pytest
 
 from grit_jax import sharding
-from grit_jax.batch import GritBatch
 from grit_jax.config import (
     Config,
     DataConfig,
@@ -24,9 +23,10 @@ from grit_jax.config import (
 )
 from grit_jax.execution import Execution
 from grit_jax.model.transformer import abstract_model
+from grit_jax.train.objectives import trained_objectives
 from grit_jax.train.optimizer import make_optimizer
 from grit_jax.train.state import abstract_state, new_state, shardings_of
-from grit_jax.train.step import Objective, make_train_step
+from grit_jax.train.step import JointObjective, make_train_step
 from tests.parity import golden
 
 RUNS = ["unified_sgd", "unified_token_sgd", "unified_adamw", "embedding_projection_sgd", "mixtral_unified_adamw"]
@@ -65,7 +65,7 @@ class Run:
         )  # fmt: skip
         # The reference decays norm scales too: here every parameter passes for a matrix.
         transform = make_optimizer(optimizer, steps, jax.tree.map(lambda _: ("embed", "mlp"), params))
-        self.objective = Objective(model, config, Execution(jnp.dtype("float64")))
+        self.objective = JointObjective(model, trained_objectives(config), Execution(jnp.dtype("float64")))
         self._mesh = sharding.make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
         with jax.set_mesh(self._mesh):
             placed = shardings_of(abstract_state(model, transform, self._mesh))
@@ -89,6 +89,12 @@ class Run:
     def weights(self):
         """The parameters under torch names."""
         return golden.torch_names(self.state.params, self.architecture, self.embedding)
+
+
+def joint_batch(ranks):
+    """What both of the reference's processes read in a step."""
+    generative = golden.generative_batch(ranks, "mixed", 2)
+    return {"embedding": golden.embedding_batch(ranks, "mean"), "generative": generative}
 
 
 @pytest.mark.parametrize("name", [*RUNS, *(pytest.param(name, marks=pytest.mark.long) for name in LONG_RUNS)])
@@ -117,8 +123,8 @@ def test_a_run_of_five_steps(shared, tmp_path, name):
     initial = run.weights()
     for step in about["steps"]:
         batch = golden.recorded_batch(recorded, f"batch{step['step']}/")
-        generative = golden.generative_batch([batch], loss_type) if about["mode"] == "unified" else None
-        batch = GritBatch(golden.embedding_batch([batch], embedding.pooling), generative)
+        generative = {"generative": golden.generative_batch([batch], loss_type)} if about["mode"] == "unified" else {}
+        batch = {"embedding": golden.embedding_batch([batch], embedding.pooling)} | generative
         if step["step"] == 1:
             worst, error = golden.compare(recorded, "grad1/", run.gradient(batch), golden.relative)
             assert error < golden.GRADIENT, worst
@@ -126,7 +132,7 @@ def test_a_run_of_five_steps(shared, tmp_path, name):
         loss_tolerance = max(golden.LOSS, 1e-5 * step["loss"] if name in ROUNDED else 0)
         assert abs(metrics["loss/embedding"] - step["loss_emb"]) < loss_tolerance
         assert abs(metrics["loss"] - step["loss"]) < loss_tolerance
-        if generative is not None and not mixtral:
+        if generative and not mixtral:
             assert abs(options["loss_gen_factor"] * metrics["loss/generative"] - step["loss_gen"]) < golden.LOSS
         if f"param{step['step']}/" in {key.split("/")[0] + "/" for key in recorded}:
             weights = run.weights()
@@ -152,7 +158,7 @@ def test_two_ranks_with_gradcache(shared, tmp_path, chunks):
     logs = [entry for entry in about["log"] if entry["rank"] == 0]
     for step in range(1, 5):
         ranks = [golden.recorded_batch(recorded, f"rank{rank}/step{step}/micro1/") for rank in range(2)]
-        batch = GritBatch(golden.embedding_batch(ranks, "mean"), golden.generative_batch(ranks, "mixed", 2))
+        batch = joint_batch(ranks)
         if step == 1:
             worst, error = golden.compare(recorded, "grad1/", run.gradient(batch), golden.relative)
             assert error < golden.GRADIENT, worst
@@ -173,7 +179,7 @@ def test_the_recorded_run_needs_the_half_weight(shared, tmp_path):
     """With the full contrastive weight the gradient is not the reference's: the half is no accident."""
     recorded = golden.tensors(shared, "train/run_unified_2proc_gradcache")
     ranks = [golden.recorded_batch(recorded, f"rank{rank}/step1/micro1/") for rank in range(2)]
-    batch = GritBatch(golden.embedding_batch(ranks, "mean"), golden.generative_batch(ranks, "mixed", 2))
+    batch = joint_batch(ranks)
     run = Run(
         shared, tmp_path / "hf", "mistral", embedding=EmbeddingConfig(), optimizer=OptimizerConfig(), steps=4,
         loss=LossConfig(sub_batch_samples=2), train=TrainConfig(),

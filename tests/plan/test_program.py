@@ -6,14 +6,16 @@ import pytest
 
 from grit_jax.cli import main as cli
 from grit_jax.config import Config, DataConfig, InputError, ModelConfig, TrainConfig, TransformerConfig
+from grit_jax.data.streams import trained_streams
 from grit_jax.plan import program, search
 from grit_jax.plan.cost import Cost
 from grit_jax.plan.program import Plan, planned_config
 from grit_jax.plan.report import advice, as_json, as_lines
 from grit_jax.plan.topology import parse_topology
-from grit_jax.plan.work import Work, lengths_at_limits, lengths_of_data, planned_work
+from grit_jax.plan.work import Work, lengths_at_limits, lengths_of_data, planned_work, rows_by_stream
 from grit_jax.tokenizer import Tokenizer
 from grit_jax.train.metrics import model_flops
+from grit_jax.train.objectives import trained_objectives
 from tests.runs import ROOT, write_data
 
 ARCHITECTURE = TransformerConfig(vocab_size=64, embed_dim=32, num_heads=4, num_kv_heads=2, num_layers=2).resolve(64)
@@ -47,28 +49,36 @@ FAILED = """RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 23.5
 
 def plan(**changes):
     about = {
-        "topology": TOPOLOGY, "parameters": 1000, "work": Work((16, 8), 4096, 1e12), "steps": 1800,
-        "state_bytes": 1 << 30, "negatives": "dense",
+        "topology": TOPOLOGY, "parameters": 1000, "work": Work({"embedding": 16, "generative": 8}, 4096, 1e12),
+        "steps": 1800, "state_bytes": 1 << 30, "negatives": "dense",
         "argument_bytes": 1 << 30, "temporary_bytes": 2 << 30, "peak_bytes": 3 << 30, "host_bytes": 0, "largest": (),
         "cost": None, "compile_seconds": 1.0,
     }  # fmt: skip
     return Plan(**about | changes)
 
 
+def at_limits(config=CONFIG, fill=1.0):
+    return lengths_at_limits(trained_streams(config), fill)
+
+
+def work_of(config, shards, lengths):
+    return planned_work(config.model.architecture, trained_objectives(config), shards, lengths)
+
+
 def test_texts_at_their_limits_are_packed_as_a_step_packs_them():
-    work = planned_work(CONFIG, (8, 8), lengths_at_limits(CONFIG))
+    work = work_of(CONFIG, 8, at_limits())
     # 16 queries of 64 share 4 rows of 256, 32 passages fill one each; 8 conversations fill one each.
-    assert work.rows == (40, 8)
+    assert work.rows == {"embedding": 40, "generative": 8}
     tokens, generated = 16 * 64 + 32 * 256 + 8 * 128, 8 * 128
     assert work.tokens == tokens
     pairs = 16 * 64**2 + 32 * 256**2 + 8 * 128**2 / 2
-    assert work.flops == model_flops(ARCHITECTURE, tokens=tokens, generative_tokens=generated, attention_pairs=pairs)
+    assert work.flops == model_flops(ARCHITECTURE, tokens=tokens, tokens_through_head=generated, attention_pairs=pairs)
 
 
 def test_half_the_fill_is_half_the_tokens_and_rows():
-    work = planned_work(CONFIG, (4, 4), lengths_at_limits(CONFIG, 0.5))
-    assert work.rows == (20, 4)
-    assert work.tokens == planned_work(CONFIG, (4, 4), lengths_at_limits(CONFIG)).tokens // 2
+    work = work_of(CONFIG, 4, at_limits(CONFIG, 0.5))
+    assert work.rows == {"embedding": 20, "generative": 4}
+    assert work.tokens == work_of(CONFIG, 4, at_limits()).tokens // 2
 
 
 def test_texts_of_data_are_those_of_the_steps_that_train_on_it(tmp_path):
@@ -76,19 +86,19 @@ def test_texts_of_data_are_those_of_the_steps_that_train_on_it(tmp_path):
     data = dataclasses.replace(CONFIG.data, train=str(tmp_path), embedding_batch=8, generative_batch=4)
     architecture = TransformerConfig(vocab_size=512, embed_dim=32, num_heads=4, num_kv_heads=2, num_layers=2)
     config = dataclasses.replace(CONFIG, data=data, model=ModelConfig(architecture=architecture.resolve(512)))
-    lengths = lengths_of_data(config)
-    assert (len(lengths.embedding), len(lengths.generative)) == (8 + 16, 4)
-    work = planned_work(config, (1, 1), lengths)
-    assert work.tokens == lengths.embedding.sum() + lengths.generative.sum()
-    assert work.tokens < planned_work(config, (1, 1), lengths_at_limits(config)).tokens
+    lengths = lengths_of_data(config, trained_streams(config))
+    assert {name: len(of_stream) for name, of_stream in lengths.items()} == {"embedding": 8 + 16, "generative": 4}
+    work = work_of(config, 1, lengths)
+    assert work.tokens == sum(of_stream.sum() for of_stream in lengths.values())
+    assert work.tokens < work_of(config, 1, at_limits(config)).tokens
     with pytest.raises(InputError, match=r"the tokenizer has \d+ tokens and model.architecture.vocab_size is 64"):
-        lengths_of_data(dataclasses.replace(config, model=CONFIG.model))
+        lengths_of_data(dataclasses.replace(config, model=CONFIG.model), trained_streams(config))
 
 
 def test_a_stream_that_is_not_trained_has_no_rows():
     for mode, rows in (("embedding", (40, 0)), ("generative", (0, 8))):
         config = dataclasses.replace(CONFIG, train=TrainConfig(mode=mode))
-        assert planned_work(config, (8, 8), lengths_at_limits(config)).rows == rows
+        assert tuple(rows_by_stream(work_of(config, 8, at_limits(config))).values()) == rows
 
 
 def test_a_plan_takes_the_vocabulary_of_the_tokenizer_where_the_architecture_has_none():
@@ -113,14 +123,15 @@ def compiler_says(monkeypatch):
                 raise jax.errors.JaxRuntimeError(message)
 
         monkeypatch.setattr(program, "devices", lambda topology: jax.devices())
-        monkeypatch.setattr(program, "_lower", lambda *_: Lowered())
+        work = Work({"embedding": 40, "generative": 8}, 4096, 1e12)
+        monkeypatch.setattr(program, "lower", lambda *_: (work, Lowered()))
 
     return fail
 
 
 def test_what_the_compiler_says_when_memory_runs_out_is_reported(compiler_says):
     compiler_says(FAILED)
-    failed = program.make_plan(CONFIG, TOPOLOGY, lengths_at_limits(CONFIG))
+    failed = program.make_plan(CONFIG, TOPOLOGY, at_limits())
     assert not failed.fits
     assert failed.peak_bytes == int(23.5 * (1 << 30))
     assert failed.largest[0] == "8.00G bf16[32,4,2048,4096] jit(train_step)/while/body/dot_general"
@@ -139,7 +150,7 @@ def test_memory_that_runs_out_before_allocation_is_advice_and_exit_code_3(compil
 def test_another_error_of_the_compiler_is_raised(compiler_says):
     compiler_says("INTERNAL: Mosaic failed to compile a kernel of 12.5M")
     with pytest.raises(jax.errors.JaxRuntimeError, match="Mosaic"):
-        program.make_plan(CONFIG, TOPOLOGY, lengths_at_limits(CONFIG))
+        program.make_plan(CONFIG, TOPOLOGY, at_limits())
 
 
 def test_a_plan_says_what_the_whole_run_costs():
@@ -166,9 +177,7 @@ def test_a_plan_that_does_not_fit_says_what_dominates_and_what_to_change(changes
 
 def test_the_search_ranks_what_fits_first_and_then_the_least_work(monkeypatch):
     monkeypatch.setattr(search, "devices", lambda topology: jax.devices())
-    ranked = sorted(
-        search.candidates(CONFIG, TOPOLOGY, lengths_at_limits(CONFIG)), key=lambda each: search.rank(each, TOPOLOGY)
-    )
+    ranked = sorted(search.candidates(CONFIG, TOPOLOGY, at_limits()), key=lambda each: search.rank(each, TOPOLOGY))
     assert "--model.remat=dots" in ranked[0].overrides
     assert {"--train.embedding_chunks=1", "--model.layer_rows=null"} <= set(ranked[0].overrides)
     limit = TOPOLOGY.chip.hbm_bytes
@@ -191,7 +200,7 @@ def test_the_search_recommends_the_fastest_that_fits(monkeypatch):
     monkeypatch.setattr(search, "devices", lambda topology: jax.devices())
     monkeypatch.setattr(search, "make_plan", compiled)
     said = []
-    found = search.search(CONFIG, TOPOLOGY, lengths_at_limits(CONFIG), most=3, say=said.append)
+    found = search.search(CONFIG, TOPOLOGY, at_limits(), most=3, say=said.append)
     assert found.plan.cost.total_seconds == 2.0
     assert found.config is tried[2]
     assert len(said) == 3

@@ -36,11 +36,15 @@ def gathers_within(module, computation):
 def compiled_for_four_chips(config):
     """The train step of a config, compiled for a v5e-4."""
     pytest.importorskip("libtpu", reason="libtpu, which compiles for TPUs, is not installed")
-    from grit_jax.plan.program import lower_step
+    from grit_jax.data.streams import trained_streams
+    from grit_jax.plan.program import lower, planned_mesh
     from grit_jax.plan.topology import parse_topology
     from grit_jax.plan.work import lengths_at_limits
+    from grit_jax.train.setup import set_up
 
-    return lower_step(config, parse_topology("v5e-4"), lengths_at_limits(config)).compile()
+    mesh = planned_mesh(config, parse_topology("v5e-4"))
+    _, lowered = lower(set_up(config, mesh), mesh, lengths_at_limits(trained_streams(config)))
+    return lowered.compile()
 
 
 def bfloat16_sums(module):
@@ -63,7 +67,7 @@ def test_a_step_of_both_streams_as_the_tpu_compiler_makes_it(capfd):
 
     # Every device has all metrics, but for the losses of the tokens, which few steps' readers gather.
     _, metrics = compiled.output_shardings
-    assert [name for name, split in metrics.items() if not split.is_fully_replicated] == [TOKEN_LOSSES]
+    assert [name for name, split in metrics.items() if not split.is_fully_replicated] == [f"{TOKEN_LOSSES}generative"]
 
     # Splash attention forward and backward; all scores of a row would be the dense kernel's.
     assert set(re.findall(r"splash_mha_(fwd|dkv)", text)) == {"fwd", "dkv"}

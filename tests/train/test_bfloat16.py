@@ -12,9 +12,10 @@ from grit_jax import sharding
 from grit_jax.config import MeshConfig
 from grit_jax.execution import Execution
 from grit_jax.model.transformer import abstract_model, param_axes
+from grit_jax.train.objectives import trained_objectives
 from grit_jax.train.optimizer import make_optimizer
 from grit_jax.train.state import abstract_state, shardings_of
-from grit_jax.train.step import Objective, make_train_step
+from grit_jax.train.step import JointObjective, make_train_step
 from tests.packing import relative_error
 from tests.train.narrow_sums import FEW, narrow_sums
 from tests.train.test_step import ARCHITECTURE, BASE, EXPERTS, MIXED, make_batch, one_update, with_model, with_train
@@ -44,7 +45,7 @@ def step_of(architecture, execution):
     mesh = sharding.make_mesh(MeshConfig(1, 2, 2, 2))
     model = abstract_model(architecture, config.model.embedding.projection_dim)
     optimizer = make_optimizer(config.optimizer, 10, param_axes(model))
-    objective = Objective(model, config, execution)
+    objective = JointObjective(model, trained_objectives(config), execution)
     with jax.set_mesh(mesh):
         state = abstract_state(model, optimizer, mesh)
         step = make_train_step(objective, optimizer, optax.constant_schedule(0.1), shardings_of(state))

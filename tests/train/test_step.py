@@ -8,7 +8,6 @@ import optax
 import pytest
 
 from grit_jax import sharding
-from grit_jax.batch import GritBatch
 from grit_jax.config import (
     Config,
     DataConfig,
@@ -23,9 +22,10 @@ from grit_jax.config import (
 from grit_jax.doctor.rows import embedding_batch, generative_batch, random_texts
 from grit_jax.execution import PLAIN, execution
 from grit_jax.model.transformer import abstract_model, init_params, param_axes
+from grit_jax.train.objectives import trained_objectives
 from grit_jax.train.optimizer import learning_rate, make_optimizer
 from grit_jax.train.state import abstract_state, new_state, shardings_of
-from grit_jax.train.step import TOKEN_LOSSES, Objective, make_gradient_norm, make_train_step
+from grit_jax.train.step import TOKEN_LOSSES, JointObjective, make_gradient_norm, make_train_step
 from tests.packing import relative_error
 
 LENGTH = 32
@@ -50,10 +50,10 @@ def rows_of(count, num_rows, order=None):
 
 
 def make_batch(embedding_rows=16, generative_rows=16, order=None, length=LENGTH):
-    return GritBatch(
-        embedding_batch(EMBEDDING_TEXTS, rows_of(24, embedding_rows, order), length, num_queries=8),
-        generative_batch(GENERATIVE_TEXTS, rows_of(16, generative_rows), length),
-    )
+    return {
+        "embedding": embedding_batch(EMBEDDING_TEXTS, rows_of(24, embedding_rows, order), length, num_queries=8),
+        "generative": generative_batch(GENERATIVE_TEXTS, rows_of(16, generative_rows), length),
+    }
 
 
 def with_train(config, **changes):
@@ -69,7 +69,7 @@ def one_update(config, batch, *, mesh=MeshConfig(1, 1, 1), num_devices=1):
     mesh = sharding.make_mesh(mesh, jax.devices()[:num_devices])
     model = abstract_model(config.model.architecture, config.model.embedding.projection_dim)
     optimizer = make_optimizer(config.optimizer, 10, param_axes(model))
-    objective = Objective(model, config, execution(config.model, "cpu"))
+    objective = JointObjective(model, trained_objectives(config), execution(config.model, "cpu"))
     with jax.set_mesh(mesh):
         abstract = abstract_state(model, optimizer, mesh)
         placed = shardings_of(abstract)
@@ -179,12 +179,12 @@ def test_padding_rows_change_nothing(plain):
 def test_no_gradient_flows_between_streams_texts():
     """A token that occurs in one text only, in the generative batch, gets no gradient from the embedding loss."""
     config = with_train(BASE, mode="embedding")
-    batch = make_batch()._replace(generative=None)
+    batch = {"embedding": make_batch()["embedding"]}
     metrics, gradient, _ = one_update(config, batch)
     assert np.all(gradient["head"] == 0)
     assert np.any(gradient["embedding"] != 0)
     # The norm of one objective's gradient is that of a step with its stream alone.
-    measure = make_gradient_norm(Objective(abstract_model(ARCHITECTURE, 16), BASE, PLAIN))
+    measure = make_gradient_norm(JointObjective(abstract_model(ARCHITECTURE, 16), trained_objectives(BASE), PLAIN))
     norm = measure(init_params(ARCHITECTURE, jax.random.key(0), 16), batch)
     assert relative_error(norm, metrics["grad_norm"]) < TOLERANCE
 
@@ -202,10 +202,10 @@ def test_the_losses_of_the_tokens_sum_to_the_loss_on_any_mesh(plain, mesh):
     config = dataclasses.replace(BASE, loss=dataclasses.replace(BASE.loss, generative_weight=3.0))
     metrics, _, _ = one_update(config, make_batch(), mesh=MeshConfig(*mesh), num_devices=int(np.prod(mesh)))
     for found in (metrics, plain[0]):
-        losses, weights = found[TOKEN_LOSSES]
+        losses, weights = found[f"{TOKEN_LOSSES}generative"]
         assert relative_error(losses.sum(), plain[0]["loss/generative"]) < TOLERANCE
-        assert np.array_equal(weights, make_batch().generative.loss_weights)
-        assert relative_error(losses, plain[0][TOKEN_LOSSES][0]) < TOLERANCE
+        assert np.array_equal(weights, make_batch()["generative"].loss_weights)
+        assert relative_error(losses, plain[0][f"{TOKEN_LOSSES}generative"][0]) < TOLERANCE
 
 
 def test_tokens_count_what_is_not_padding(plain):
@@ -224,7 +224,7 @@ def test_the_step_compiles_once_per_row_count():
         placed = shardings_of(abstract_state(model, optimizer, mesh))
         params = jax.jit(lambda: init_params(ARCHITECTURE, jax.random.key(0), 16), out_shardings=placed.params)()
         state = jax.jit(lambda params: new_state(params, optimizer), out_shardings=placed)(params)
-        objective = Objective(model, BASE, PLAIN)
+        objective = JointObjective(model, trained_objectives(BASE), PLAIN)
         step = make_train_step(objective, optimizer, optax.constant_schedule(0.1), placed)
         for rows in (16, 16, 24, 16, 24):
             state, _ = step(state, sharding.place_batch(mesh, make_batch(rows, 16)))
@@ -238,12 +238,13 @@ def test_an_update_that_is_not_finite_is_skipped():
     settings = OptimizerConfig(learning_rate=1.0, warmup_steps=8)
     optimizer, rate = make_optimizer(settings, 10, param_axes(model)), learning_rate(settings, 10)
     good = make_batch()
-    bad = good._replace(generative=good.generative._replace(loss_weights=good.generative.loss_weights * np.nan))
+    generative = good["generative"]
+    bad = good | {"generative": generative._replace(loss_weights=generative.loss_weights * np.nan)}
     with jax.set_mesh(mesh):
         placed = shardings_of(abstract_state(model, optimizer, mesh))
         params = jax.jit(lambda: init_params(ARCHITECTURE, jax.random.key(0), 16), out_shardings=placed.params)()
         state = jax.jit(lambda params: new_state(params, optimizer), out_shardings=placed)(params)
-        step = make_train_step(Objective(model, BASE, PLAIN), optimizer, rate, placed)
+        step = make_train_step(JointObjective(model, trained_objectives(BASE), PLAIN), optimizer, rate, placed)
         state, first = step(state, sharding.place_batch(mesh, good))
         before = jax.device_get(state)
         state, skipped = step(state, sharding.place_batch(mesh, bad))
@@ -270,7 +271,7 @@ def test_an_update_that_is_not_finite_is_skipped_where_loss_and_gradient_are_fin
         params = jax.jit(lambda: init_params(ARCHITECTURE, jax.random.key(0), 16), out_shardings=placed.params)()
         state = jax.jit(lambda params: new_state(params, optimizer), out_shardings=placed)(params)
         before = jax.device_get(state)
-        step = make_train_step(Objective(model, BASE, PLAIN), optimizer, rate, placed)
+        step = make_train_step(JointObjective(model, trained_objectives(BASE), PLAIN), optimizer, rate, placed)
         state, metrics = step(state, sharding.place_batch(mesh, make_batch()))
     assert np.isfinite([metrics["loss"], metrics["grad_norm"]]).all()
     assert metrics["skipped"] == 1
