@@ -1,0 +1,45 @@
+"""How much each objective moves the shared weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import jax
+
+from grit_jax.batch import GritBatch
+from grit_jax.model.transformer import Params
+from grit_jax.train.callbacks.base import Callback, Run
+
+GradientNorm = Callable[[Params, GritBatch], jax.Array]
+
+
+class GradientNorms(Callback):
+    """Measures the norm of each stream's own gradient before a step that trains both, and the norms' ratio.
+
+    Args:
+      every: Steps between measurements; None measures nothing.
+      norm: Of the gradient of a batch.
+    """
+
+    def __init__(self, every: int | None, norm: GradientNorm):
+        self._every, self._norm = every, norm
+        self._found: dict[int, dict[str, float]] = {}
+
+    def before_step(self, run: Run, step: int, batch: GritBatch) -> None:
+        """Measures where it is time to."""
+        if not self._every or step % self._every or batch.embedding is None or batch.generative is None:
+            return
+        with run.aside("evaluation"):
+            params = run.trainer.state.params
+            embedding = float(self._norm(params, batch._replace(generative=None)))
+            generative = float(self._norm(params, batch._replace(embedding=None)))
+        self._found[step] = {
+            "grad_norm/embedding": embedding,
+            "grad_norm/generative": generative,
+            "grad_norm/ratio": embedding / generative if generative else math.inf,
+        }
+
+    def step_ended(self, run: Run, step: int, values: dict[str, float]) -> None:
+        """Adds what was measured before the step."""
+        values |= self._found.pop(step, {})
