@@ -31,7 +31,7 @@ from grit_jax.data.sources import Source, find_files, open_source
 from grit_jax.data.streams import trained_streams
 from grit_jax.loading import open_model
 from grit_jax.tokenizer import Tokenizer
-from grit_jax.train.metrics import check_trackers
+from grit_jax.train.callbacks.trackers import check_trackers
 from grit_jax.train.resolve import (
     check_data,
     check_folder,

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from typing import NamedTuple
 
@@ -28,14 +27,13 @@ from grit_jax.model.pretrained import Pretrained
 from grit_jax.model.transformer import Params, init_params
 from grit_jax.sole_writer import refuse_other_writers
 from grit_jax.tokenizer import Tokenizer
-from grit_jax.train.metrics import Display, check_trackers, make_trackers
+from grit_jax.train.callbacks import Callback, make_callbacks
+from grit_jax.train.callbacks.base import Run
+from grit_jax.train.callbacks.trackers import check_trackers
 from grit_jax.train.objectives import trained_objectives
 from grit_jax.train.objectives.base import Objective
-from grit_jax.train.profile import ProfileWindow
-from grit_jax.train.recorder import Datasets, Recorder
 from grit_jax.train.resolve import check_folder, embedding_changes, host_facts, resolve_architecture, resolve_tokenizer
 from grit_jax.train.resume import newest_state, taken_over
-from grit_jax.train.saving import Saves
 from grit_jax.train.setup import Setup, set_up
 from grit_jax.train.state import TrainState, new_state, shardings_of
 from grit_jax.train.step import make_eval_step, make_gradient_norm
@@ -76,6 +74,7 @@ class Trainer:
     Args:
       config: The run's settings.
       scorecard: Measures the model as `config.scorecard` says; None where that names no suite.
+      callbacks: The caller's own, beside those of every run.
       streams: What is trained: objectives, each with its stream; those of `train.mode` without.
 
     Attributes:
@@ -83,6 +82,8 @@ class Trainer:
       tokenizer: The model's tokenizer.
       mesh: The device mesh.
       data: The batches.
+      streams: Names of the streams that are trained.
+      callbacks: What watches the run, in the order of `make_callbacks`; one that is taken out before `fit` is left out.
       state: Parameters and optimizer state; `fit` replaces it with every step.
 
     Raises:
@@ -93,12 +94,12 @@ class Trainer:
         self,
         config: Config,
         scorecard: Callable[[GritModel], Mapping[str, float]] | None = None,
-        *,
+        callbacks: Sequence[Callback] = (),
         streams: Sequence[Objective] | None = None,
     ):
         if config.scorecard.suite and scorecard is None:
             raise InputError(f"scorecard.suite={config.scorecard.suite}: nothing measures it; give Trainer a scorecard")
-        self._began = time.monotonic()
+        began = time.monotonic()
         self.folder = epath.Path(config.train.output)
         objectives = trained_objectives(config) if streams is None else streams
         opened = distributed.in_every_process(lambda: _open(config, objectives))
@@ -106,18 +107,19 @@ class Trainer:
         self.config = config
         distributed.require_same(host_facts(config, self.tokenizer))
         refuse_other_writers(self.folder)
+        self.streams = setup.objective.names
         self._train_step = setup.train_step
-        self._names = setup.objective.names
         self._eval_step = make_eval_step(setup.objective)
-        self._gradient_norm = make_gradient_norm(setup.objective)
+        self.callbacks = make_callbacks(
+            config,
+            began=began,
+            gradient_norm=make_gradient_norm(setup.objective),
+            scorecard=scorecard,
+            own=callbacks,
+        )
         trained, share = [objective.stream for objective in objectives], sharding.host_share(self.mesh)
         self.data = distributed.in_every_process(lambda: Pipeline(config, self.tokenizer, trained, host_share=share))
         distributed.require_same(self.data.host_facts())
-        self._measures: list[tuple[Callable[[], Mapping[str, float]], int | None]] = [
-            (self.evaluate, config.train.eval_every)
-        ]
-        if scorecard:
-            self._measures.append((lambda: scorecard(self.model()), config.scorecard.every))
         with jax.set_mesh(self.mesh):
             restored, self._damaged = newest_state(self.folder, setup.abstract, self.data.fingerprint)
             self.state = restored or self._initial(setup, pretrained)
@@ -161,65 +163,29 @@ class Trainer:
         if start >= config.train.steps:
             return True
         self.folder.mkdir(parents=True, exist_ok=True)
-        resolved = dump_config(config)
-        datasets = Datasets(self.data.samples, self.data.losses_by_file)
         with (
-            taken_over(self.folder, start, self._damaged, self._metadata(start)) as (writer, moved),
-            make_trackers(config.logging, self.folder, resume_step=start, resolved=resolved) as trackers,
-            Display(config, self._names, start=start) as display,
-            Recorder(
-                config, self.mesh, self.folder, datasets, trackers, display, began=self._began, start=start
-            ) as recorder,
-            ProfileWindow(config.logging.profile, self.folder / folder.PROFILE) as profile,
+            taken_over(self.folder, start, self._damaged, self.metadata(start)) as (writer, moved),
             stop_signals() as asked,
             preemption_notices(asked) if config.train.preemption_notices else nullcontext(),
             JointStop(asked) as stop,
             jax.set_mesh(self.mesh),
+            Run(self, proceed=stop.proceed, confirm=writer.confirm).watched() as run,
         ):
             if jax.process_index() == 0:
-                files.write_text(self.folder / folder.CONFIG, resolved)
-            for line in self.data.report():
-                display.say(line)
-            for line in [*moved, *(self._changes if not start else ())]:
-                display.say(line)
-            saves = Saves(self.folder, config.checkpoint, self._metadata, writer.confirm)
-            if start:
-                display.say(f"resumed from step {start}")
+                files.write_text(self.folder / folder.CONFIG, dump_config(config))
+            for line in (*self.data.report(), *moved, *([f"resumed from step {start}"] if start else self._changes)):
+                run.say(line)
             batches = self.batches(start)
-            running, values, saved = None, None, start
-            for step in range(start + 1, config.train.steps + 1):
+            for _ in range(start, config.train.steps):
                 writer.check()
-                batch = sharding.place_batch(self.mesh, recorder.next_batch(batches))
-                wait_for_turn(running, recorder.step_began + (recorder.step_seconds or 0), asked)
+                batch = sharding.place_batch(self.mesh, run.next_batch(batches))
+                wait_for_turn(run.meter.running, run.meter.ends, asked)
                 if not stop.proceed():
                     break
-                recorder.gradient_norms(functools.partial(self._gradient_norm, self.state.params), batch)
-                profile.before(step)
-                with recorder.step(batch):
+                with run.computing(batch):
                     self.state, metrics = self._train_step(self.state, batch)
-                profile.after(step, metrics)
                 writer.check()  # also after a pause in the middle of a step: what follows is written
-                recorder.add(metrics)
-                running, values, last = metrics["loss"], None, step == config.train.steps
-                if saves.params_due(step):
-                    with recorder.spent("checkpoint"):
-                        saves.save_params(step, self.state.params)
-                measures = [measure for measure, every in self._measures if last or (every and step % every == 0)]
-                save = last or step % config.checkpoint.every == 0
-                if measures or save:
-                    values = self._measured(recorder, measures, stop)
-                    if save:
-                        with recorder.spent("checkpoint"):
-                            saves.save(step, self.state, values)
-                        saved = step
-            if saved < self.step:
-                values = values or self._measured(recorder, (), stop)
-                with recorder.spent("checkpoint"):
-                    saves.save(self.step, self.state, values)
-            with recorder.spent("checkpoint"):
-                saves.close()
-                # A process that ends while others still save would take their silence for a failure.
-                distributed.wait_for_all()
+                run.started(metrics)
         return self.step == config.train.steps
 
     def batches(self, start: int) -> Iterator[Batch]:
@@ -249,19 +215,8 @@ class Trainer:
             execution=execution(self.config.model, sharding.platform(self.mesh)),
         )
 
-    def _measured(
-        self, recorder: Recorder, measures: Iterable[Callable[[], Mapping[str, float]]], stop: JointStop
-    ) -> dict[str, float]:
-        """The metrics of the newest step, which are logged, with what is measured after it unless the run stops."""
-        values = recorder.read()
-        for measure in measures:
-            if stop.proceed():
-                with recorder.spent("evaluation", watched=False):
-                    values |= measure()
-        recorder.log(values)
-        return values
-
-    def _metadata(self, step: int) -> CheckpointMetadata:
+    def metadata(self, step: int) -> CheckpointMetadata:
+        """What the checkpoint of a step says about itself."""
         return CheckpointMetadata(
             architecture=self.config.model.architecture,
             embedding=self.config.model.embedding,

@@ -1,26 +1,20 @@
-"""Where a run's numbers go: metrics.jsonl, trackers and the display; and model FLOPs for MFU."""
+"""The metrics of a step as numbers, its speed among them; and model FLOPs for MFU."""
 
 from __future__ import annotations
 
-import importlib
-import json
-import os
+import dataclasses
 import time
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator
 from contextlib import contextmanager
-from typing import Any, Protocol, Self
+from typing import Any
 
 import jax
-import rich.console
-import rich.progress
+import numpy as np
 
 from grit_jax import chips, files
-from grit_jax.config import Config, InputError, LoggingConfig, TransformerConfig
-from grit_jax.errors import install
-from grit_jax.watch import folder
-from grit_jax.watch.lines import LineWriter, read_lines
-
-Values = Mapping[str, float]
+from grit_jax.config import TransformerConfig
+from grit_jax.train.step import Metrics
+from grit_jax.watch.lines import read_lines
 
 
 def peak_flops(device: jax.Device) -> float | None:
@@ -49,177 +43,101 @@ def model_flops(
     return 6 * (layers + architecture.vocab_size * architecture.embed_dim * tokens_through_head)
 
 
-# Packages of the trackers, by their keys in `logging`; the extra that brings one is called as the key.
-_TRACKERS = {"tensorboard": "tensorboardX", "wandb": "wandb", "trackio": "trackio"}
-
-
-def check_trackers(config: LoggingConfig) -> list[str]:
-    """The trackers that a config asks for beside metrics.jsonl, imported first where they will be used: on host 0.
-
-    Raises:
-      InputError: The package of one is not installed.
-    """
-    asked = [name for name in _TRACKERS if getattr(config, name)]
-    if jax.process_index() == 0:
-        for name in asked:
-            _imported(name, getattr(config, name))
-    return asked
-
-
-def _imported(name: str, value: str | bool) -> Any:
-    """The package of the tracker `logging.<name>=<value>`."""
-    try:
-        return importlib.import_module(_TRACKERS[name])
-    except ImportError as error:
-        setting = f"logging.{name}={json.dumps(value)}"
-        raise InputError(f"{setting} needs {_TRACKERS[name]}, which cannot be imported; {install(name)}") from error
-
-
-class Tracker(Protocol):
-    """Takes the metrics of each step."""
-
-    def log(self, step: int, values: Values) -> None:
-        """Records one step."""
-
-    def close(self) -> None:
-        """Flushes what is buffered."""
-
-
-class JsonlTracker:
-    """metrics.jsonl: one object per step, with the `time` it was written, in seconds since 1970.
-
-    On resume, steps after `resume_step` are cut off first.
-    """
-
-    def __init__(self, path: files.PathLike, *, resume_step: int):
-        self._lines = LineWriter(path, keep=lambda line: line["step"] <= resume_step)
-
-    def log(self, step: int, values: Values) -> None:
-        """Records one step."""
-        self._lines.write({"step": step, "time": time.time(), **values})
-
-    def close(self) -> None:
-        """Flushes what is buffered."""
-        self._lines.close()
-
-
 def read_metrics(path: files.PathLike) -> list[dict[str, float]]:
     """The objects of a metrics.jsonl, or of its parts in a bucket; numbers that were not finite are left out."""
     return read_lines(path)
 
 
-class TensorBoardTracker:
-    """Event files in the run folder."""
+@dataclasses.dataclass
+class _Unread:
+    """A step that was started and is not read yet; `seconds` are there once it has ended."""
 
-    def __init__(self, path: files.PathLike):
-        self._writer = _imported("tensorboard", True).SummaryWriter(str(path))
-
-    def log(self, step: int, values: Values) -> None:
-        """Records one step."""
-        for name, value in values.items():
-            self._writer.add_scalar(name, value, step)
-
-    def close(self) -> None:
-        """Flushes what is buffered."""
-        self._writer.close()
+    step: int
+    metrics: Metrics
+    waited: float
+    seconds: float | None = None
 
 
-class WandbTracker:
-    """A Weights & Biases run, resumed under the run folder's name."""
+class Meter:
+    """Reads the metrics of steps one step late, so that devices never wait, and times the steps.
 
-    def __init__(self, project: str, output: files.PathLike, config: str):
-        name = run_name(output)
-        place = None if files.is_bucket(output) else str(output)  # it writes to disks alone
-        self._run = _imported("wandb", project).init(
-            project=project, name=name, id=name, resume="allow", dir=place, config={"yaml": config}
-        )
+    A step's seconds go from the end of the step before it to its own, on the devices; what happens between `wait` and
+    `restart` is left out of them.
 
-    def log(self, step: int, values: Values) -> None:
-        """Records one step."""
-        self._run.log(dict(values), step=step)
+    Args:
+      architecture: Resolved architecture of the model.
+      mesh: The devices.
 
-    def close(self) -> None:
-        """Flushes what is buffered."""
-        self._run.finish()
+    Attributes:
+      unread: The step that `take` took last; None once it is read.
+      waited: Seconds that the newest batch was waited for.
+      step_began: When the step in flight began, by `time.monotonic`.
+      step_seconds: Seconds of the last step that has ended; None before the first.
+    """
 
+    def __init__(self, architecture: TransformerConfig, mesh: jax.sharding.Mesh):
+        peak = peak_flops(mesh.devices.flat[0])
+        self._architecture, self._peak = architecture, peak and peak * mesh.size
+        self.unread: _Unread | None = None
+        self.waited = 0.0
+        self.step_began = time.monotonic()
+        self.step_seconds: float | None = None
 
-class TrackioTracker:
-    """A trackio run, resumed under the run folder's name."""
+    @property
+    def running(self) -> Any:
+        """An array that the step in flight makes; None where none is."""
+        return self.unread and self.unread.metrics["loss"]
 
-    def __init__(self, project: str, output: files.PathLike, config: str):
-        self._trackio = _imported("trackio", project)
-        self._trackio.init(project=project, name=run_name(output), resume="allow", config={"yaml": config})
+    @property
+    def idle(self) -> bool:
+        """Whether the devices have nothing to do."""
+        return self.running is None or self.running.is_ready()
 
-    def log(self, step: int, values: Values) -> None:
-        """Records one step."""
-        self._trackio.log(dict(values), step=step)
+    @property
+    def ends(self) -> float:
+        """When the step in flight is expected to end, by `time.monotonic`."""
+        return self.step_began + (self.step_seconds or 0)
 
-    def close(self) -> None:
-        """Flushes what is buffered."""
-        self._trackio.finish()
+    @contextmanager
+    def waiting(self) -> Generator[None]:
+        """Around the wait for a batch."""
+        began = time.monotonic()
+        yield
+        self.waited = time.monotonic() - began
 
+    def take(self, step: int, metrics: Metrics) -> None:
+        """Takes the scalars among the metrics of a step that was handed to the devices."""
+        scalars = {name: value for name, value in metrics.items() if not value.ndim}
+        self.unread = _Unread(step, scalars, self.waited)
 
-def run_name(output: files.PathLike) -> str:
-    """The name that trackers know a run by: its folder's."""
-    return os.path.basename(os.path.normpath(os.fspath(output)))
+    def wait(self) -> None:
+        """Waits for the end of the step in flight, and takes its time."""
+        if self.unread and self.unread.seconds is None:
+            jax.block_until_ready(self.unread.metrics)
+            ended = time.monotonic()
+            self.step_seconds = self.unread.seconds = ended - self.step_began
+            self.step_began = ended
 
+    def restart(self) -> None:
+        """The next step begins now."""
+        self.step_began = time.monotonic()
 
-@contextmanager
-def make_trackers(
-    config: LoggingConfig, output: files.PathLike, *, resume_step: int, resolved: str
-) -> Generator[list[Tracker]]:
-    """The trackers that a config asks for, metrics.jsonl always among them; closed at the end. Host 0 alone has any."""
-    if jax.process_index() != 0:
-        yield []
-        return
-    trackers: list[Tracker] = [JsonlTracker(files.join(output, folder.METRICS), resume_step=resume_step)]
-    if config.tensorboard:
-        trackers.append(TensorBoardTracker(files.join(output, folder.TENSORBOARD)))
-    if config.wandb:
-        trackers.append(WandbTracker(config.wandb, output, resolved))
-    if config.trackio:
-        trackers.append(TrackioTracker(config.trackio, output, resolved))
-    try:
-        yield trackers
-    finally:
-        for tracker in trackers:
-            tracker.close()
-
-
-class Display:
-    """A live line on a terminal, a plain line every `logging.every` steps elsewhere, nothing on other hosts."""
-
-    def __init__(self, config: Config, streams: Sequence[str], *, start: int):
-        self._streams = streams
-        self._every, self._steps = config.logging.every, config.train.steps
-        self._started, self._start = time.monotonic(), start
-        self._console = rich.console.Console(quiet=jax.process_index() != 0, highlight=False, soft_wrap=True)
-        self._live = None
-        if self._console.is_terminal:
-            columns = ("{task.fields[losses]}", rich.progress.BarColumn(), rich.progress.MofNCompleteColumn())
-            self._live = rich.progress.Progress(*columns, "{task.fields[speed]}", console=self._console)
-            self._task = self._live.add_task("", total=self._steps, completed=start, losses="compiling", speed="")
-
-    def __enter__(self) -> Self:
-        if self._live:
-            self._live.start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        if self._live:
-            self._live.stop()
-
-    def say(self, text: str) -> None:
-        """Prints a line above the live one."""
-        self._console.print(text)
-
-    def step(self, step: int, values: Values) -> None:
-        """Shows the metrics of a step."""
-        elapsed = time.monotonic() - self._started
-        left = elapsed / max(1, step - self._start) * (self._steps - step)
-        losses = "  ".join(f"{name} {values[f'loss/{name}']:.3f}" for name in self._streams)
-        speed = f"{values['tokens_per_second']:,.0f} tokens/s  {left // 60:.0f}:{left % 60:02.0f} left"
-        if self._live:
-            self._live.update(self._task, completed=step, losses=losses, speed=speed)
-        elif step % self._every == 0 or step in (self._start + 1, self._steps):
-            self._console.print(f"step {step}/{self._steps}  {losses}  {speed}")
+    def read(self) -> tuple[int, dict[str, float]]:
+        """Waits for the step that is unread: its number, and its metrics with its speed."""
+        self.wait()
+        assert self.unread and self.unread.seconds is not None
+        unread, seconds, self.unread = self.unread, self.unread.seconds, None
+        found: dict[str, np.ndarray] = jax.device_get(unread.metrics)
+        values = {name: value.item() for name, value in found.items()}
+        pairs, through_head = values.pop("attention_pairs"), values.pop("tokens_through_head")
+        values |= {
+            "tokens_per_second": values["tokens"] / seconds,
+            "step_seconds": seconds,
+            "data_wait_seconds": unread.waited,
+        }
+        if self._peak:
+            flops = model_flops(
+                self._architecture, tokens=values["tokens"], tokens_through_head=through_head, attention_pairs=pairs
+            )
+            values["mfu"] = flops / seconds / self._peak
+        return unread.step, values

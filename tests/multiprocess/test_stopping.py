@@ -65,8 +65,7 @@ TRAIN = """
             os.kill(os.getpid(), signal.SIGTERM)
         return step(state, batch)
 
-    trainer.data.batches, trainer._train_step = slow_data, counted
-    trainer._measures = [(slow_evaluation, every) for _, every in trainer._measures]
+    trainer.data.batches, trainer._train_step, trainer.evaluate = slow_data, counted, slow_evaluation
     done = trainer.fit()
     print(done, trainer.step, begun)
 """

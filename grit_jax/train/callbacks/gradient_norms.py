@@ -1,0 +1,42 @@
+"""How much each objective moves the shared weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import jax
+
+from grit_jax.batch import Batch
+from grit_jax.model.transformer import Params
+from grit_jax.train.callbacks.base import Callback, Run
+
+GradientNorm = Callable[[Params, Batch], jax.Array]
+
+
+class GradientNorms(Callback):
+    """Measures the norm of each stream's own gradient before a step that trains both, and the norms' ratio.
+
+    Args:
+      every: Steps between measurements; None measures nothing.
+      norm: Of the gradient of a batch.
+    """
+
+    def __init__(self, every: int | None, norm: GradientNorm):
+        self._every, self._norm = every, norm
+        self._found: dict[int, dict[str, float]] = {}
+
+    def before_step(self, run: Run, step: int, batch: Batch) -> None:
+        """Measures where it is time to."""
+        if not self._every or step % self._every or len(batch) < 2:
+            return
+        with run.aside("evaluation"):
+            params = run.trainer.state.params
+            norms = {name: float(self._norm(params, {name: batch[name]})) for name in run.trainer.streams}
+        first, second, *_ = norms.values()
+        self._found[step] = {f"grad_norm/{name}": norm for name, norm in norms.items()}
+        self._found[step]["grad_norm/ratio"] = first / second if second else math.inf
+
+    def step_ended(self, run: Run, step: int, values: dict[str, float]) -> None:
+        """Adds what was measured before the step."""
+        values |= self._found.pop(step, {})

@@ -1,0 +1,68 @@
+"""A profiler's trace of a window of steps, for xprof and TensorBoard."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import jax
+
+from grit_jax import files
+from grit_jax.batch import Batch
+from grit_jax.train.callbacks.base import Callback, Run
+from grit_jax.train.step import Metrics
+from grit_jax.watch import folder
+
+
+class Profile(Callback):
+    """Traces the steps of a window into the run folder; in every process, as each sees its own devices.
+
+    Args:
+      window: First and last step; None traces nothing.
+    """
+
+    def __init__(self, window: Sequence[int] | None):
+        self._window = window
+        self._disk: tempfile.TemporaryDirectory | None = None
+        self._tracing = False
+
+    @contextmanager
+    def running(self, run: Run) -> Generator[None]:
+        """Keeps the trace of a run that ends within the window."""
+        try:
+            yield
+        finally:
+            if self._tracing:
+                self._stop(run)
+
+    def before_step(self, run: Run, step: int, batch: Batch) -> None:
+        """Starts with the first step of the window, or with the first that a resumed run does within it."""
+        if self._window and not self._tracing and self._window[0] <= step <= self._window[1]:
+            # The profiler writes to disks alone.
+            if files.is_bucket(run.trainer.folder):
+                self._disk = tempfile.TemporaryDirectory()
+            jax.profiler.start_trace(self._disk.name if self._disk else _place(run))
+            self._tracing = True
+
+    def step_started(self, run: Run, step: int, metrics: Metrics) -> None:
+        """Stops with the last step of the window, when its result is there."""
+        if self._tracing and self._window and step >= self._window[1]:
+            jax.block_until_ready(metrics)
+            self._stop(run)
+
+    def _stop(self, run: Run) -> None:
+        self._tracing = False
+        jax.profiler.stop_trace()
+        if self._disk:
+            root = Path(self._disk.name)
+            for file in root.rglob("*"):
+                if file.is_file():
+                    files.write_bytes(files.join(_place(run), str(file.relative_to(root))), file.read_bytes())
+            self._disk.cleanup()
+            self._disk = None
+
+
+def _place(run: Run) -> str:
+    return files.join(run.trainer.folder, folder.PROFILE)

@@ -1,0 +1,80 @@
+"""What a run saves: its state to go on from, and parameters to keep."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from contextlib import contextmanager
+
+from grit_jax import files
+from grit_jax.checkpoint import Checkpoints
+from grit_jax.config import CheckpointConfig
+from grit_jax.distributed import in_first_process, wait_for_all
+from grit_jax.train.callbacks.base import Callback, Run
+from grit_jax.watch import folder
+
+
+class Saving(Callback):
+    """The checkpoints that a run writes, one at a time: of two at once, Orbax's processes would take one for the other.
+
+    Where another process writes to the run folder, a save does not begin, and one that has begun becomes no checkpoint.
+
+    Args:
+      config: What is saved when, and kept for how long.
+    """
+
+    def __init__(self, config: CheckpointConfig):
+        self._config = config
+
+    @contextmanager
+    def running(self, run: Run) -> Generator[None]:
+        """Removes what is half written; at the end saves what is not saved yet, and waits until all is on disk."""
+        output, config = run.trainer.folder, self._config
+        self._states = Checkpoints(files.join(output, folder.CHECKPOINTS), keep=config, confirm=run.confirm)
+        params = files.join(output, folder.PARAMS)
+        self._params = None
+        if config.params_every or files.is_folder(params):
+            self._params = Checkpoints(params, confirm=run.confirm)
+        self._saved, self._values = run.start, {}
+        yield
+        if self._saved < run.step:
+            self._save(run, run.step)
+        with run.aside("checkpoint"):
+            self._states.close()
+            if self._params:
+                self._params.close()
+            # A process that ends while others still save would take their silence for a failure.
+            wait_for_all()
+
+    def due(self, run: Run, step: int) -> bool:
+        """Whether the state or the parameters of a step are to be kept."""
+        return run.reached(step, self._config.every) or self._keeps_params(step)
+
+    def step_ended(self, run: Run, step: int, values: dict[str, float]) -> None:
+        """Starts saving what is to be kept."""
+        self._values = values
+        if self._keeps_params(step):
+            self._save_params(run, step)
+        if run.reached(step, self._config.every):
+            self._save(run, step)
+
+    def _keeps_params(self, step: int) -> bool:
+        every = self._config.params_every
+        return every is not None and step % every == 0
+
+    def _save_params(self, run: Run, step: int) -> None:
+        assert self._params
+        with run.aside("checkpoint"):
+            self._states.wait()
+            in_first_process(run.confirm)
+            self._params.save(step, run.trainer.state.params, None, run.trainer.metadata(step))
+
+    def _save(self, run: Run, step: int) -> None:
+        """Saves the state, with what it is ranked by where the numbers of the step have it."""
+        state, metric = run.trainer.state, self._config.best_metric
+        with run.aside("checkpoint"):
+            if self._params:
+                self._params.wait()
+            in_first_process(run.confirm)
+            ranked_by = {metric: self._values[metric]} if metric and metric in self._values else None
+            self._states.save(step, state.params, state.opt_state, run.trainer.metadata(step), ranked_by)
+        self._saved = step
