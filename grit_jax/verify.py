@@ -17,7 +17,7 @@ import numpy as np
 from grit_jax import prompts
 from grit_jax.checks import Check
 from grit_jax.config import EmbeddingConfig, InputError
-from grit_jax.data.pipeline import pool_weights
+from grit_jax.data.streams.embedding import pool_weights
 from grit_jax.errors import install
 from grit_jax.hf.folder import is_folder
 from grit_jax.hf.targets import SENTENCE_BERT_FILE, SENTENCE_FILE, max_embedding_length

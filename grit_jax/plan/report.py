@@ -9,7 +9,7 @@ from grit_jax.chips import GIB
 from grit_jax.config import Config
 from grit_jax.plan.cost import KERNEL_EFFICIENCY
 from grit_jax.plan.program import Plan
-from grit_jax.plan.work import rows_by_stream
+from grit_jax.plan.work import described_rows, rows_by_stream
 
 _HOUR = 3600  # seconds
 
@@ -66,8 +66,8 @@ def as_lines(plan: Plan, config: Config) -> Iterator[str]:
     slices = f"{plan.topology.num_slices} slices of " if plan.topology.num_slices > 1 else ""
     yield f"{plan.parameters:,} parameters on {slices}{plan.topology.libtpu_name}: {plan.topology.num_chips} chips"
     yield (
-        f"a step: {plan.work.tokens:,} tokens in {plan.work.rows[0]:,} embedding and {plan.work.rows[1]:,} generative "
-        f"rows, {plan.work.flops:.3g} model FLOPs" + (f", negatives {plan.negatives}" if plan.negatives else "")
+        f"a step: {plan.work.tokens:,} tokens in {described_rows(plan.work)}, {plan.work.flops:.3g} model FLOPs"
+        + (f", negatives {plan.negatives}" if plan.negatives else "")
     )
     verdict = "fits" if plan.fits else "DOES NOT FIT"
     yield f"memory of a device: peak {_gib(plan.peak_bytes)} of {_gib(chip.hbm_bytes)} GiB: {verdict}"
@@ -117,10 +117,10 @@ def advice(plan: Plan, config: Config) -> str:
         )
     if plan.argument_bytes is not None and 2 * plan.argument_bytes > plan.peak_bytes:
         return "the state dominates: use more chips, or raise mesh.fsdp at the cost of mesh.data"
-    model, train = config.model, config.train
+    model = config.model
     if model.remat in ("none", "dots"):
         return f"what layers keep dominates: set model.remat=full (it is {model.remat})"
-    rows = max(1, max(plan.work.rows) // plan.topology.num_chips // train.embedding_chunks)
+    rows = max(1, plan.work.rows_at_once // plan.topology.num_chips)
     if model.layer_rows is None and rows > 1:
         return f"activations dominate: set model.layer_rows={max(1, rows // 4)} ({rows} rows of a device go together)"
     if model.remat == "full":

@@ -104,9 +104,8 @@ def candidates(config: Config, topology: Topology, lengths: Lengths) -> Iterator
         ):
             continue
         objectives = trained_objectives(changed)
-        by_stream = planned_work(architecture, objectives, shards, lengths).rows
-        at_once = {o.name: by_stream[o.name] // shards // o.stream.num_chunks for o in objectives}
-        rows = max(at_once.values())
+        planned = planned_work(architecture, objectives, shards, lengths)
+        rows = planned.rows_at_once // shards
         if layer_rows is not None and layer_rows >= rows:
             continue  # the same as taking all
         overrides = [
@@ -116,7 +115,8 @@ def candidates(config: Config, topology: Topology, lengths: Lengths) -> Iterator
         ]  # fmt: skip
         memory = _memory(changed, tensor, shards, rows)
         # Chunks cost a stream's pass one more forward.
-        again = sum(by_stream[o.name] for o in objectives if o.stream.num_chunks > 1) / sum(by_stream.values())
+        in_chunks = sum(planned.rows[each.name] for each in objectives if each.stream.num_chunks > 1)
+        again = in_chunks / sum(planned.rows.values())
         work = 3 + {"dots": 0.1, "full": 1.0, "offload": 1.05}[remat] + again
         # Tensor parallelism adds a collective to every product; smaller products took 1.11 times as long in two passes
         # and 1.19 in four.

@@ -31,11 +31,13 @@ class Work:
 
     Attributes:
       rows: Rows of each stream's batch, all devices together.
+      rows_at_once: Most rows that go through the model in one piece, all devices together.
       tokens: Tokens that are not padding.
       flops: Model FLOPs: forward and backward, without recomputation and padding.
     """
 
     rows: dict[str, int]
+    rows_at_once: int
     tokens: int
     flops: float
 
@@ -85,7 +87,8 @@ def planned_work(architecture: TransformerConfig, objectives: Sequence[Objective
         through_head += int(tokens.sum()) if objective.uses_head else 0
     total = sum(int(tokens.sum()) for tokens in texts.values())
     flops = model_flops(architecture, tokens=total, tokens_through_head=through_head, attention_pairs=pairs)
-    return Work(rows, total, flops)
+    at_once = max(rows[objective.name] // objective.stream.num_chunks for objective in objectives)
+    return Work(rows, at_once, total, flops)
 
 
 def rows_by_stream(work: Work) -> dict[str, int]:

@@ -44,7 +44,7 @@ class JointObjective:
     objectives: Sequence[Objective]
     execution: Execution
 
-    def stream_losses(self, objective: JointObjective, params: Params, batch: Any) -> tuple[Losses, RouterStats | None]:
+    def stream_losses(self, objective: Objective, params: Params, batch: Any) -> tuple[Losses, RouterStats | None]:
         """The losses of one stream's batch, and the sums of its experts' routers."""
 
         def on_device(params, batch):
@@ -93,7 +93,7 @@ class JointObjective:
 
     def work(self, batch: Batch) -> Metrics:
         """What a batch asks for, padding left out: `tokens`, those that go through the head, and visible pairs."""
-        tokens, through_head, pairs = 0, jnp.zeros((), int), 0.0
+        tokens, through_head, pairs = jnp.zeros((), int), jnp.zeros((), int), jnp.zeros(())
         for objective in self._of(batch):
             inputs = objective.inputs(batch[objective.name])
             real = inputs.segment_ids > 0

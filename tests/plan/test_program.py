@@ -49,7 +49,7 @@ FAILED = """RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 23.5
 
 def plan(**changes):
     about = {
-        "topology": TOPOLOGY, "parameters": 1000, "work": Work({"embedding": 16, "generative": 8}, 4096, 1e12),
+        "topology": TOPOLOGY, "parameters": 1000, "work": Work({"embedding": 16, "generative": 8}, 16, 4096, 1e12),
         "steps": 1800, "state_bytes": 1 << 30, "negatives": "dense",
         "argument_bytes": 1 << 30, "temporary_bytes": 2 << 30, "peak_bytes": 3 << 30, "host_bytes": 0, "largest": (),
         "cost": None, "compile_seconds": 1.0,
@@ -123,7 +123,7 @@ def compiler_says(monkeypatch):
                 raise jax.errors.JaxRuntimeError(message)
 
         monkeypatch.setattr(program, "devices", lambda topology: jax.devices())
-        work = Work({"embedding": 40, "generative": 8}, 4096, 1e12)
+        work = Work({"embedding": 40, "generative": 8}, 40, 4096, 1e12)
         monkeypatch.setattr(program, "lower", lambda *_: (work, Lowered()))
 
     return fail

@@ -17,8 +17,8 @@ from grit_jax.train.step import TOKEN_LOSSES, Metrics
 class Details(Callback):
     """Adds the losses of batches that are of one file under its name, and every few steps what takes longer.
 
-    That is the health of the embeddings and, of streams whose tokens have losses, the loss of each file, made in process
-    0 from arrays that all processes gather.
+    That is the health of the embeddings, and the loss of each file of streams whose tokens have losses. It is made in
+    process 0 from arrays that all processes gather.
 
     Args:
       every: Steps between measurements of what takes longer; None for none.

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from grit_jax.batch import EmbeddingBatch, max_segments
 from grit_jax.config import Config
 from grit_jax.contrastive import contrastive_loss, resolve_negatives
-from grit_jax.data.streams.embedding import EmbeddingStream
+from grit_jax.data.streams.base import Stream
 from grit_jax.model.pooling import vectors_of
 from grit_jax.model.transformer import Transformer
 from grit_jax.sharding import split_axes
@@ -32,7 +32,7 @@ class ContrastiveObjective(Objective):
     uses_head = False
     split_axes = (_TEXTS, _TEXTS)
 
-    def __init__(self, stream: EmbeddingStream, config: Config):
+    def __init__(self, stream: Stream, config: Config):
         super().__init__(stream)
         self._settings, self._loss, self._data = config.model.embedding, config.loss, config.data
         self.weight, self.router_weight = config.loss.embedding_weight, config.loss.embedding_router_weight

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from grit_jax.batch import GenerativeBatch
 from grit_jax.config import Config
-from grit_jax.data.streams.generative import GenerativeStream
+from grit_jax.data.streams.base import Stream
 from grit_jax.losses import next_token_loss
 from grit_jax.model.transformer import Transformer
 from grit_jax.train.objectives.base import Losses, Objective, Parts
@@ -24,7 +24,7 @@ class NextTokenObjective(Objective):
     router_metric = "loss/router"
     split_axes = ("whole", "batch", "length")
 
-    def __init__(self, stream: GenerativeStream, config: Config):
+    def __init__(self, stream: Stream, config: Config):
         super().__init__(stream)
         self.weight, self.router_weight = config.loss.generative_weight, config.loss.router_weight
 

@@ -49,7 +49,7 @@ def trainer(folder, callbacks, *, start=0, steps=12):
     """What a run asks of its trainer; records of step k (from 0) are number k, of files that alternate."""
 
     def losses_by_file(step, losses, of_tokens):
-        cot = {"generative/cot": float(each.sum()) for each in of_tokens.values()}
+        cot = {f"{name}/cot": float(each.sum()) for name, each in of_tokens.items()}
         return {f"embedding/{('nli', 'quora')[step % 2]}": losses["embedding"]} | cot
 
     data = SimpleNamespace(
