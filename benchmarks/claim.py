@@ -61,7 +61,7 @@ from pages import print_tables, publish
 
 from grit_jax import files
 from grit_jax.config import InputError, config_differences, dump_config, load_config, parse_config
-from grit_jax.data.records import EmbeddingRecord, Record, texts
+from grit_jax.data.records import EmbeddingRecord, Record
 from grit_jax.data.sources import find_files, open_source, read_texts
 from grit_jax.evaluation.likelihood import Perplexity
 from grit_jax.evaluation.report import fingerprint, interval
@@ -147,7 +147,7 @@ def split(data: Path, output: Path) -> None:
 
 def key(record: Record) -> str:
     """What decides on which side of the split a record is: its query, or its first turn."""
-    return record.query.text if isinstance(record, EmbeddingRecord) else texts(record)[0]
+    return record.query.text if isinstance(record, EmbeddingRecord) else record.texts()[0]
 
 
 def _held_out(record: Record) -> bool:
