@@ -12,7 +12,7 @@ from grit_jax.config import Config, InputError
 from grit_jax.execution import execution
 from grit_jax.model.transformer import abstract_model, param_axes
 from grit_jax.train.optimizer import learning_rate, make_optimizer
-from grit_jax.train.state import TrainState, abstract_state, shardings_of
+from grit_jax.train.state import Partition, TrainState, abstract_state, shardings_of
 from grit_jax.train.step import Objective, make_train_step
 
 
@@ -20,12 +20,14 @@ class Setup(NamedTuple):
     """The parts of a training step.
 
     Attributes:
+      partition: What is trained.
       objective: The joint loss.
       optimizer: What turns its gradient into updates.
       abstract: Shapes and shardings of the state.
       train_step: The step, compiled when it is called.
     """
 
+    partition: Partition
     objective: Objective
     optimizer: optax.GradientTransformation
     abstract: TrainState
@@ -36,16 +38,20 @@ def set_up(config: Config, mesh: Mesh) -> Setup:
     """The step of a config whose architecture is resolved.
 
     Raises:
-      InputError: A parameter or the batch is not divisible by the mesh, or a text may be longer than the model reads.
+      InputError: A parameter or the batch is not divisible by the mesh, a text may be longer than the model reads, or
+        `train.trainable` names what is no parameter.
     """
     _check_lengths(config)
     _check_batch(config, mesh)
     model = abstract_model(config.model.architecture, config.model.embedding.projection_dim)
-    optimizer = make_optimizer(config.optimizer, config.train.steps, param_axes(model))
-    abstract = abstract_state(model, optimizer, mesh)
+    partition = Partition(tuple(config.train.trainable), config.train.frozen_dtype)
+    trained_axes, _ = partition.split(param_axes(model))
+    optimizer = make_optimizer(config.optimizer, config.train.steps, trained_axes)
+    abstract = abstract_state(model, optimizer, mesh, partition)
     objective = Objective(model, config, execution(config.model, sharding.platform(mesh)))
     rate = learning_rate(config.optimizer, config.train.steps)
-    return Setup(objective, optimizer, abstract, make_train_step(objective, optimizer, rate, shardings_of(abstract)))
+    train_step = make_train_step(objective, optimizer, rate, shardings_of(abstract))
+    return Setup(partition, objective, optimizer, abstract, train_step)
 
 
 def row_multiples(config: Config, mesh: Mesh) -> tuple[int, int]:

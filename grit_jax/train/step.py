@@ -21,7 +21,7 @@ from grit_jax.model.transformer import Params, Transformer, bind, param_axes
 from grit_jax.sharding import constrain, mesh_axes, on_devices, split_axes
 from grit_jax.train.health import health_parts
 from grit_jax.train.optimizer import updates_done
-from grit_jax.train.state import TrainState
+from grit_jax.train.state import TrainState, merged
 
 Metrics = dict[str, jax.Array]
 
@@ -169,6 +169,11 @@ class Objective:
         return jnp.sum(jnp.stack(weighted)), losses | health
 
 
+def _by_trainable(objective: Objective, frozen: Params) -> Callable[[Params, GritBatch], tuple[jax.Array, Metrics]]:
+    """The objective as a function of the trainable parameters and a batch."""
+    return lambda trainable, batch: objective(merged(trainable, frozen), batch)
+
+
 def _all_finite(tree: Any) -> jax.Array:
     return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]))
 
@@ -181,8 +186,9 @@ def make_train_step(
 ) -> Callable[[TrainState, GritBatch], tuple[TrainState, Metrics]]:
     """Compiles `train_step(state, batch) -> (state, metrics)`; the old state's memory is reused.
 
-    An update is skipped where it, the loss or the gradient is not finite: parameters and optimizer state stay as they
-    are, the schedule's count among them, and the step number alone goes on.
+    The loss is differentiated by what is trained alone, and frozen parameters come back as they are. An update is
+    skipped where it, the loss or the gradient is not finite: parameters and optimizer state stay as they are, the
+    schedule's count among them, and the step number alone goes on.
 
     Metrics are scalars: `loss`, the parts that are trained and their ratio, `grad_norm` (before clipping),
     `learning_rate` of this update, `skipped` (1 or 0), and the counts of `Objective.work`. Beside them are the
@@ -190,30 +196,31 @@ def make_train_step(
     generative tokens, float32 [2, rows, length], those of its own rows on each device: few steps' are wanted.
     """
 
-    def value_and_gradient(params: Params, batch: GritBatch) -> tuple[tuple[jax.Array, Metrics], Params]:
+    def value_and_gradient(state: TrainState, batch: GritBatch) -> tuple[tuple[jax.Array, Metrics], Params]:
+        loss_of = _by_trainable(objective, state.frozen)
         if batch.generative is None or not objective.config.loss.generative_weight:
-            return jax.value_and_grad(objective, has_aux=True)(params, batch)
+            return jax.value_and_grad(loss_of, has_aux=True)(state.trainable, batch)
         generative = batch.generative
 
         # The loss is linear in the tokens' weights: its derivatives by them are the tokens' losses.
-        def weighted(params, loss_weights):
-            return objective(params, batch._replace(generative=generative._replace(loss_weights=loss_weights)))
+        def weighted(trainable, loss_weights):
+            return loss_of(trainable, batch._replace(generative=generative._replace(loss_weights=loss_weights)))
 
         differentiate = jax.value_and_grad(weighted, argnums=(0, 1), has_aux=True)
-        (loss, parts), (gradient, token_losses) = differentiate(params, generative.loss_weights)
+        (loss, parts), (gradient, token_losses) = differentiate(state.trainable, generative.loss_weights)
         token_losses = token_losses * generative.loss_weights / objective.config.loss.generative_weight
         token_losses = jnp.stack([token_losses, generative.loss_weights])
         parts = parts | {TOKEN_LOSSES: constrain(token_losses, "whole", "batch", "length")}
         return (loss, parts), gradient
 
     def train_step(state: TrainState, batch: GritBatch) -> tuple[TrainState, Metrics]:
-        (loss, parts), gradient = value_and_gradient(state.params, batch)
+        (loss, parts), gradient = value_and_gradient(state, batch)
         norm = jnp.asarray(optax.tree.norm(gradient))
-        updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
+        updates, opt_state = optimizer.update(gradient, state.opt_state, state.trainable)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm) & _all_finite(updates)
-        params = optax.apply_updates(state.params, updates)
-        params, opt_state = jax.tree.map(
-            lambda new, old: jnp.where(finite, new, old), (params, opt_state), (state.params, state.opt_state)
+        trainable = optax.apply_updates(state.trainable, updates)
+        trainable, opt_state = jax.tree.map(
+            lambda new, old: jnp.where(finite, new, old), (trainable, opt_state), (state.trainable, state.opt_state)
         )
         metrics: Metrics = {"loss": loss, **parts}
         if batch.embedding is not None and batch.generative is not None:
@@ -222,21 +229,21 @@ def make_train_step(
         metrics["learning_rate"] = jnp.asarray(schedule(updates_done(state.opt_state, otherwise=state.step)))
         metrics["skipped"] = 1.0 - finite
         metrics |= objective.work(batch)
-        return TrainState(state.step + 1, params, opt_state), metrics
+        return TrainState(state.step + 1, trainable, state.frozen, opt_state), metrics
 
     # The metrics' shardings are as written above; a scalar has but one.
     return jax.jit(train_step, donate_argnums=0, out_shardings=(state_shardings, None))
 
 
-def make_gradient_norm(objective: Objective) -> Callable[[Params, GritBatch], jax.Array]:
-    """Compiles the norm of the weighted objective's gradient.
+def make_gradient_norm(objective: Objective) -> Callable[[Params, Params, GritBatch], jax.Array]:
+    """Compiles the norm of the weighted objective's gradient by the trainable parameters, given these and the frozen.
 
     Called with one stream of a batch at a time it tells how much each objective moves the shared weights. It needs one
     gradient's memory, as the train step does, and the time of that stream's share of a step.
     """
 
-    def gradient_norm(params: Params, batch: GritBatch) -> jax.Array:
-        gradient, _ = jax.grad(objective, has_aux=True)(params, batch)
+    def gradient_norm(trainable: Params, frozen: Params, batch: GritBatch) -> jax.Array:
+        gradient, _ = jax.grad(_by_trainable(objective, frozen), has_aux=True)(trainable, batch)
         return jnp.asarray(optax.tree.norm(gradient))
 
     return jax.jit(gradient_norm)

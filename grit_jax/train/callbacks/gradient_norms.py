@@ -11,7 +11,7 @@ from grit_jax.batch import GritBatch
 from grit_jax.model.transformer import Params
 from grit_jax.train.callbacks.base import Callback, Run
 
-GradientNorm = Callable[[Params, GritBatch], jax.Array]
+GradientNorm = Callable[[Params, Params, GritBatch], jax.Array]
 
 
 class GradientNorms(Callback):
@@ -19,7 +19,7 @@ class GradientNorms(Callback):
 
     Args:
       every: Steps between measurements; None measures nothing.
-      norm: Of the gradient of a batch.
+      norm: Of the gradient of a batch by the trainable parameters, given these and the frozen ones.
     """
 
     def __init__(self, every: int | None, norm: GradientNorm):
@@ -31,9 +31,9 @@ class GradientNorms(Callback):
         if not self._every or step % self._every or batch.embedding is None or batch.generative is None:
             return
         with run.aside("evaluation"):
-            params = run.trainer.state.params
-            embedding = float(self._norm(params, batch._replace(generative=None)))
-            generative = float(self._norm(params, batch._replace(embedding=None)))
+            params = run.trainer.state.trainable, run.trainer.state.frozen
+            embedding = float(self._norm(*params, batch._replace(generative=None)))
+            generative = float(self._norm(*params, batch._replace(embedding=None)))
         self._found[step] = {
             "grad_norm/embedding": embedding,
             "grad_norm/generative": generative,

@@ -31,7 +31,7 @@ class Collected(Callback):
 
 
 def batch(rows):
-    return GritBatch(*[SimpleNamespace(tokens=np.zeros((rows, 4)))] * 2)
+    return GritBatch(*[np.zeros((rows, 4))] * 2)
 
 
 def metrics(generative=3.0, skipped=0.0):
@@ -55,7 +55,7 @@ def trainer(folder, callbacks, *, start=0, steps=12):
     config = Config(model=ModelConfig(architecture=ARCHITECTURE), train=TrainConfig(steps=steps))
     return SimpleNamespace(
         config=config, folder=folder, mesh=sharding.make_mesh(MeshConfig()), data=data, step=start,
-        state=SimpleNamespace(params=None), callbacks=callbacks,
+        state=SimpleNamespace(trainable=None, frozen=None), callbacks=callbacks,
     )  # fmt: skip
 
 
