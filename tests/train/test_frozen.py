@@ -43,10 +43,11 @@ def steps(config, trainable, *, num_steps=STEPS, devices=1, mask=None, **changes
         placed = shardings_of(setup.abstract)
         architecture, width = config.model.architecture, config.model.embedding.projection_dim
         params = jax.jit(init_params, static_argnums=(0, 2))(architecture, jax.random.key(0), width)
-        step, optimizer = setup.train_step, setup.optimizer
+        step, make_state = setup.train_step, jax.jit(new_state, static_argnums=(1, 2), out_shardings=placed)
+        state = make_state(params, setup.optimizer, setup.partition)
         if mask is not None:
             optimizer, step = masked(setup, config, mask)
-        state = jax.jit(lambda params: new_state(params, optimizer, setup.partition), out_shardings=placed)(params)
+            state = state._replace(opt_state=jax.jit(optimizer.init)(state.params))
         before = jax.device_get(state)
         batch = sharding.place_batch(mesh, make_batch())
         for _ in range(num_steps):
@@ -87,12 +88,11 @@ def masked(setup, config, trainable):
 @pytest.mark.parametrize("devices", [1, 8])
 def test_frozen_parameters_stay_bit_by_bit_and_the_others_are_those_of_masked_gradients(devices):
     before, after, _ = steps(BASE, MLPS, devices=devices)
-    _, expected, _ = steps(BASE, ["*"], mask=MLPS)
+    _, expected, _ = steps(BASE, ["*"], mask=MLPS, devices=devices)
     moved = {path for path in before if not np.array_equal(before[path], after[path])}
     assert moved == {path for path in before if path == "head" or path.startswith(("layers.mlp.", "projection."))}
     errors = {path: relative_error(after[path], expected[path]) for path in moved}
-    # On one device the two are the same sums in the same order.
-    assert max(errors.values()) < (1e-6 if devices == 1 else 1e-4), errors
+    assert max(errors.values()) < 1e-6, errors
     assert all(np.array_equal(expected[path], before[path]) for path in before if path not in moved)
 
 
@@ -109,9 +109,8 @@ def test_the_frozen_part_may_be_bfloat16():
     trained, frozen = Partition(tuple(MLPS)).split(abstract_params(abstract_model(BASE.model.architecture, 16)))
     assert {str(narrow[path].dtype) for path in flatten_dict(frozen, sep=".")} == {"bfloat16"}
     assert {str(narrow[path].dtype) for path in flatten_dict(trained, sep=".")} == {"float32"}
-    assert all(
-        np.array_equal(narrow[path], wide[path].astype(narrow[path].dtype)) for path in flatten_dict(frozen, sep=".")
-    )
+    rounded = {path: wide[path].astype(narrow[path].dtype) for path in flatten_dict(frozen, sep=".")}
+    assert all(np.array_equal(narrow[path], value) for path, value in rounded.items())
     assert 0 < relative_error(few["loss"], many["loss"]) < 0.01
 
 
@@ -177,9 +176,8 @@ def test_a_run_that_trains_a_part_resumes_exactly_and_is_a_model_like_any_other(
     _, params = load_for_conversion(whole)
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(params))
     assert np.array_equal(params["embedding"], jax.device_get(trainer.state.frozen["embedding"]).astype(np.float32))
-    np.testing.assert_allclose(
-        trainer.model().encode(["red"]), GritModel.load(whole).encode(["red"]), rtol=0, atol=1e-6
-    )
+    vectors = [model.encode(["red"]) for model in (trainer.model(), GritModel.load(whole))]
+    np.testing.assert_allclose(*vectors, rtol=0, atol=1e-6)
     stored = Checkpoints(whole / "checkpoints", read_only=True).restore(4, trainer.state.params, None)[0]
     assert jax.tree.all(jax.tree.map(np.array_equal, stored, trainer.state.params))
 
