@@ -433,6 +433,9 @@ class TrainConfig:
       steps: Optimizer steps.
       seed: Seed of weights and data order; from 0 to 4294967295.
       mode: Streams that are trained: `unified`, `embedding` or `generative`.
+      trainable: Parameters that are trained, by patterns for their paths in which `*` stands for anything, such as
+        `layers.mlp.*`; the others are frozen, and need neither gradient nor optimizer state.
+      frozen_dtype: Type that frozen parameters are kept in, in memory and in checkpoints.
       embedding_chunks: Pieces the embedding rows are processed in; the numbers do not depend on it, memory does.
       generative_chunks: The same for the generative rows.
       eval_every: Steps between evaluation losses on `data.validation`; null evaluates after the last step only.
@@ -448,6 +451,8 @@ class TrainConfig:
     steps: int = 1000
     seed: int = 0
     mode: Literal["unified", "embedding", "generative"] = "unified"
+    trainable: list[str] = field(default_factory=lambda: ["*"])
+    frozen_dtype: Literal["float32", "bfloat16"] = "float32"
     embedding_chunks: int = 1
     generative_chunks: int = 1
     eval_every: int | None = None
@@ -467,6 +472,10 @@ class TrainConfig:
             max_skipped=POSITIVE,
             watchdog_seconds=SECONDS,
         )
+        if not self.trainable:
+            raise InputError(
+                "train.trainable=[]: every parameter would be frozen; name those that are trained, or remove the key"
+            )
 
     @property
     def streams(self) -> tuple[str, ...]:

@@ -161,12 +161,12 @@ def device_bytes(tree: Any) -> int:
 
 def state_and_gradient_bytes(abstract: TrainState) -> int:
     """Bytes of parameters, optimizer state and one gradient on one device: the least that a step needs."""
-    return device_bytes(abstract) + device_bytes(abstract.params)
+    return device_bytes(abstract) + device_bytes(abstract.trainable)
 
 
 def _memory_check(abstract: TrainState, mesh: jax.sharding.Mesh) -> Check:
     """Parameters, optimizer state and one gradient against a device's memory: the least that a step needs."""
-    state, gradient = device_bytes(abstract), device_bytes(abstract.params)
+    state, gradient = device_bytes(abstract), device_bytes(abstract.trainable)
     needed = f"{_gib(state)} of state and {_gib(gradient)} of gradients on each device"
     limit = device_memory(mesh.devices.flat[0], mesh.size)
     if limit is None:

@@ -121,7 +121,7 @@ class Trainer:
         self.data = distributed.in_every_process(lambda: Pipeline(config, self.tokenizer, trained, host_share=share))
         distributed.require_same(self.data.host_facts())
         with jax.set_mesh(self.mesh):
-            restored, self._damaged = newest_state(self.folder, setup.abstract, self.data.fingerprint)
+            restored, self._damaged = newest_state(self.folder, setup.abstract, setup.partition, self.data.fingerprint)
             self.state = restored or self._initial(setup, pretrained)
 
     def _initial(self, setup: Setup, pretrained: Pretrained | None) -> TrainState:
@@ -141,7 +141,9 @@ class Trainer:
                 params.pop(_HEAD, None)
             elif _HEAD not in params:
                 params[_HEAD] = jax.jit(lambda key: init(key)[_HEAD], out_shardings=head)(key)
-        return jax.jit(new_state, static_argnums=1, donate_argnums=0, out_shardings=placed)(params, setup.optimizer)
+        params = jax.tree.map(lambda param, stored: param.astype(stored.dtype), params, setup.abstract.params)
+        make_state = jax.jit(new_state, static_argnums=(1, 2), donate_argnums=0, out_shardings=placed)
+        return make_state(params, setup.optimizer, setup.partition)
 
     @property
     def step(self) -> int:

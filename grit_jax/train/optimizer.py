@@ -47,7 +47,8 @@ def make_optimizer(config: OptimizerConfig, steps: int, axes: Any) -> optax.Grad
     Args:
       config: Its settings.
       steps: Length of the schedule.
-      axes: Tree of each parameter's logical axes; `is_matrix` tells by them what weight decay applies to.
+      axes: Tree of the logical axes of each parameter that is trained; `is_matrix` tells by them what weight decay
+        applies to.
     """
     decayed = jax.tree.map(is_matrix, axes, is_leaf=lambda names: isinstance(names, tuple))
     rate = learning_rate(config, steps)

@@ -15,7 +15,7 @@ from grit_jax.checkpoint import CheckpointMetadata, Checkpoints, DamagedCheckpoi
 from grit_jax.config import InputError
 from grit_jax.sole_writer import SoleWriter, sole_writer
 from grit_jax.train.resolve import check_data, same_run
-from grit_jax.train.state import TrainState
+from grit_jax.train.state import Partition, TrainState
 from grit_jax.watch import folder
 
 
@@ -31,12 +31,13 @@ class Restored(NamedTuple):
     damaged: dict[int, str]
 
 
-def newest_state(output: files.PathLike, abstract: TrainState, fingerprint: str) -> Restored:
+def newest_state(output: files.PathLike, abstract: TrainState, partition: Partition, fingerprint: str) -> Restored:
     """The newest state of a run folder that every process can read.
 
     Args:
       output: The run folder.
       abstract: Shapes and shardings of the state.
+      partition: What of it is trained.
       fingerprint: Of the data, `Pipeline.fingerprint`.
 
     Raises:
@@ -48,7 +49,7 @@ def newest_state(output: files.PathLike, abstract: TrainState, fingerprint: str)
     for step in reversed(steps):
         state, problem = None, ""
         try:
-            state = _read(checkpoints, step, abstract, fingerprint)
+            state = _read(checkpoints, step, abstract, partition, fingerprint)
         except DamagedCheckpointError as error:
             problem = str(error)
         problems = [text for text in distributed.gathered_texts(problem) if text]
@@ -60,10 +61,12 @@ def newest_state(output: files.PathLike, abstract: TrainState, fingerprint: str)
     return Restored(None, damaged)
 
 
-def _read(checkpoints: Checkpoints, step: int, abstract: TrainState, fingerprint: str) -> TrainState:
+def _read(
+    checkpoints: Checkpoints, step: int, abstract: TrainState, partition: Partition, fingerprint: str
+) -> TrainState:
     check_data(checkpoints.folder.parent, checkpoints.metadata(step).data["fingerprint"], fingerprint)
     params, opt_state = checkpoints.restore(step, abstract.params, abstract.opt_state)
-    return TrainState(jax.device_put(np.int32(step), abstract.step.sharding), params, opt_state)
+    return TrainState(jax.device_put(np.int32(step), abstract.step.sharding), *partition.split(params), opt_state)
 
 
 @contextmanager

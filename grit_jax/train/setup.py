@@ -16,7 +16,7 @@ from grit_jax.model.transformer import abstract_model, param_axes
 from grit_jax.train.objectives import trained_objectives
 from grit_jax.train.objectives.base import Objective
 from grit_jax.train.optimizer import learning_rate, make_optimizer
-from grit_jax.train.state import TrainState, abstract_state, shardings_of
+from grit_jax.train.state import Partition, TrainState, abstract_state, shardings_of
 from grit_jax.train.step import JointObjective, make_train_step
 
 
@@ -24,12 +24,14 @@ class Setup(NamedTuple):
     """The parts of a training step.
 
     Attributes:
+      partition: What is trained.
       objective: The joint loss.
       optimizer: What turns its gradient into updates.
       abstract: Shapes and shardings of the state.
       train_step: The step, compiled when it is called.
     """
 
+    partition: Partition
     objective: JointObjective
     optimizer: optax.GradientTransformation
     abstract: TrainState
@@ -45,7 +47,8 @@ def set_up(config: Config, mesh: Mesh, objectives: Sequence[Objective] | None = 
       objectives: What is trained; those of `train.mode` without.
 
     Raises:
-      InputError: A parameter or the batch is not divisible by the mesh, or a text may be longer than the model reads.
+      InputError: A parameter or the batch is not divisible by the mesh, a text may be longer than the model reads, or
+        `train.trainable` names what is no parameter.
     """
     objectives = trained_objectives(config) if objectives is None else objectives
     for objective in objectives:
@@ -53,11 +56,14 @@ def set_up(config: Config, mesh: Mesh, objectives: Sequence[Objective] | None = 
         if problem := objective.problem({axis: mesh.shape[axis] for axis in sharding.mesh_axes("batch")}):
             raise InputError(problem)
     model = abstract_model(config.model.architecture, config.model.embedding.projection_dim)
-    optimizer = make_optimizer(config.optimizer, config.train.steps, param_axes(model))
-    abstract = abstract_state(model, optimizer, mesh)
+    partition = Partition(tuple(config.train.trainable), config.train.frozen_dtype)
+    trained_axes, _ = partition.split(param_axes(model))
+    optimizer = make_optimizer(config.optimizer, config.train.steps, trained_axes)
+    abstract = abstract_state(model, optimizer, mesh, partition)
     joint = JointObjective(model, objectives, execution(config.model, sharding.platform(mesh)))
     rate = learning_rate(config.optimizer, config.train.steps)
-    return Setup(joint, optimizer, abstract, make_train_step(joint, optimizer, rate, shardings_of(abstract)))
+    train_step = make_train_step(joint, optimizer, rate, shardings_of(abstract))
+    return Setup(partition, joint, optimizer, abstract, train_step)
 
 
 def _check_lengths(stream: Stream, limit: int) -> None:

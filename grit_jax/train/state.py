@@ -1,50 +1,110 @@
-"""What a training step changes, and where it lives on the mesh."""
+"""What a training step changes and what it leaves alone, and where both live on the mesh."""
 
 from __future__ import annotations
 
+import dataclasses
+import difflib
+import fnmatch
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
+from jax.typing import DTypeLike
 
 from grit_jax import sharding
+from grit_jax.config import InputError
 from grit_jax.model.transformer import Params, Transformer, abstract_params, param_axes
 
 
+@dataclasses.dataclass(frozen=True)
+class Partition:
+    """The rule by which parameters are trained or frozen.
+
+    Attributes:
+      trainable: Patterns of `fnmatch` for the paths of parameters that are trained, such as `layers.mlp.*`.
+      frozen_dtype: Type that the others are kept in.
+    """
+
+    trainable: tuple[str, ...] = ("*",)
+    frozen_dtype: DTypeLike = jnp.float32
+
+    def split(self, tree: Any) -> tuple[Any, Any]:
+        """A nested dict by parameter, of arrays or anything else, as two: of what is trained, and of the others.
+
+        Raises:
+          InputError: A pattern is that of no parameter.
+        """
+        leaves = flatten_dict(tree, sep=".")
+        trained: set[str] = set()
+        for pattern in self.trainable:
+            found = fnmatch.filter(leaves, pattern)
+            if not found:
+                close = difflib.get_close_matches(pattern, leaves, n=1, cutoff=0)[0]
+                raise InputError(
+                    f"train.trainable: no parameter is called {pattern!r}; did you mean {close!r}? "
+                    f"There are {', '.join(sorted(leaves))}"
+                )
+            trained.update(found)
+        parts = ({path: leaf for path, leaf in leaves.items() if (path in trained) is kept} for kept in (True, False))
+        trainable, frozen = (unflatten_dict(part, sep=".") for part in parts)
+        return trainable, frozen
+
+
+EVERYTHING = Partition()
+
+
+def merged(trainable: Any, frozen: Any) -> Any:
+    """The nested dict that `Partition.split` has split."""
+    return unflatten_dict(flatten_dict(trainable, sep=".") | flatten_dict(frozen, sep="."), sep=".")
+
+
 class TrainState(NamedTuple):
-    """Everything that one update replaces.
+    """Everything that a run goes on from.
 
     Attributes:
       step: int32 scalar; updates done.
-      params: Nested dict of float32 arrays.
-      opt_state: The optimizer's state, its moments sharded like the parameters.
+      trainable: Nested dict of float32 arrays, which an update replaces.
+      frozen: The other parameters, a nested dict too, in their `Partition.frozen_dtype`; updates leave them alone.
+      opt_state: The optimizer's state for what is trained, its moments sharded like the parameters.
     """
 
     step: Any
-    params: Any
+    trainable: Any
+    frozen: Any
     opt_state: Any
 
+    @property
+    def params(self) -> Any:
+        """All parameters in one nested dict, as checkpoints and the model have them."""
+        return merged(self.trainable, self.frozen)
 
-def new_state(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
+
+def new_state(params: Params, optimizer: optax.GradientTransformation, partition: Partition = EVERYTHING) -> TrainState:
     """The state before the first update."""
-    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+    trainable, frozen = partition.split(params)
+    frozen = jax.tree.map(lambda param: param.astype(partition.frozen_dtype), frozen)
+    return TrainState(jnp.zeros((), jnp.int32), trainable, frozen, optimizer.init(trainable))
 
 
-def abstract_state(model: Transformer, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+def abstract_state(
+    model: Transformer, optimizer: optax.GradientTransformation, mesh: Mesh, partition: Partition = EVERYTHING
+) -> TrainState:
     """Shapes and shardings of the whole state, without memory.
 
     Raises:
       InputError: A parameter's dim is not divisible by the mesh.
     """
-    shapes = jax.eval_shape(lambda params: new_state(params, optimizer), abstract_params(model))
-    param_shardings = sharding.shardings(mesh, shapes.params, param_axes(model))
+    params = abstract_params(model)
+    shapes = jax.eval_shape(lambda params: new_state(params, optimizer, partition), params)
+    trainable, frozen = partition.split(sharding.shardings(mesh, params, param_axes(model)))
     whole = sharding.replicated(mesh)
-    opt_shardings = optax.tree_map_params(
-        optimizer, lambda _, split: split, shapes.opt_state, param_shardings, transform_non_params=lambda _: whole
+    opt_state = optax.tree_map_params(
+        optimizer, lambda _, split: split, shapes.opt_state, trainable, transform_non_params=lambda _: whole
     )
-    placed = TrainState(whole, param_shardings, opt_shardings)
+    placed = TrainState(whole, trainable, frozen, opt_state)
     return jax.tree.map(
         lambda shape, split: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=split), shapes, placed
     )

@@ -18,7 +18,7 @@ from grit_jax.model.transformer import Params, Transformer, bind, param_axes
 from grit_jax.sharding import mesh_axes, on_devices, split_axes
 from grit_jax.train.objectives.base import Losses, Metrics, Objective, Parts
 from grit_jax.train.optimizer import updates_done
-from grit_jax.train.state import TrainState
+from grit_jax.train.state import TrainState, merged
 
 TOKEN_LOSSES = "tokens/"  # begins the names of what `Losses.of_tokens` holds, among a step's metrics
 
@@ -128,6 +128,11 @@ class JointObjective:
         return [objective for objective in self.objectives if objective.name in batch]
 
 
+def _by_trainable(objective: JointObjective, frozen: Params) -> Callable[[Params, Batch], tuple[jax.Array, Metrics]]:
+    """The objective as a function of the trainable parameters and a batch."""
+    return lambda trainable, batch: objective(merged(trainable, frozen), batch)
+
+
 def _all_finite(tree: Any) -> jax.Array:
     return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]))
 
@@ -140,8 +145,9 @@ def make_train_step(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """Compiles `train_step(state, batch) -> (state, metrics)`; the old state's memory is reused.
 
-    An update is skipped where it, the loss or the gradient is not finite: parameters and optimizer state stay as they
-    are, the schedule's count among them, and the step number alone goes on.
+    The loss is differentiated by what is trained alone, and frozen parameters come back as they are. An update is
+    skipped where it, the loss or the gradient is not finite: parameters and optimizer state stay as they are, the
+    schedule's count among them, and the step number alone goes on.
 
     Metrics are scalars: `loss`, the parts that are trained, the ratio of the first two streams' losses, `grad_norm`
     (before clipping), `learning_rate` of this update, `skipped` (1 or 0), and the counts of `JointObjective.work`.
@@ -150,13 +156,14 @@ def make_train_step(
     """
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        (loss, parts), gradient = jax.value_and_grad(objective, has_aux=True)(state.params, batch)
+        differentiate = jax.value_and_grad(_by_trainable(objective, state.frozen), has_aux=True)
+        (loss, parts), gradient = differentiate(state.trainable, batch)
         norm = jnp.asarray(optax.tree.norm(gradient))
-        updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
+        updates, opt_state = optimizer.update(gradient, state.opt_state, state.trainable)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm) & _all_finite(updates)
-        params = optax.apply_updates(state.params, updates)
-        params, opt_state = jax.tree.map(
-            lambda new, old: jnp.where(finite, new, old), (params, opt_state), (state.params, state.opt_state)
+        trainable = optax.apply_updates(state.trainable, updates)
+        trainable, opt_state = jax.tree.map(
+            lambda new, old: jnp.where(finite, new, old), (trainable, opt_state), (state.trainable, state.opt_state)
         )
         metrics: Metrics = {"loss": loss, **parts}
         if len(batch) > 1:
@@ -166,21 +173,21 @@ def make_train_step(
         metrics["learning_rate"] = jnp.asarray(schedule(updates_done(state.opt_state, otherwise=state.step)))
         metrics["skipped"] = 1.0 - finite
         metrics |= objective.work(batch)
-        return TrainState(state.step + 1, params, opt_state), metrics
+        return TrainState(state.step + 1, trainable, state.frozen, opt_state), metrics
 
     # The metrics' shardings are as written above; a scalar has but one.
     return jax.jit(train_step, donate_argnums=0, out_shardings=(state_shardings, None))
 
 
-def make_gradient_norm(objective: JointObjective) -> Callable[[Params, Batch], jax.Array]:
-    """Compiles the norm of the weighted objective's gradient.
+def make_gradient_norm(objective: JointObjective) -> Callable[[Params, Params, Batch], jax.Array]:
+    """Compiles the norm of the weighted objective's gradient by the trainable parameters, given these and the frozen.
 
     Called with one stream of a batch at a time it tells how much each objective moves the shared weights. It needs one
     gradient's memory, as the train step does, and the time of that stream's share of a step.
     """
 
-    def gradient_norm(params: Params, batch: Batch) -> jax.Array:
-        gradient, _ = jax.grad(objective, has_aux=True)(params, batch)
+    def gradient_norm(trainable: Params, frozen: Params, batch: Batch) -> jax.Array:
+        gradient, _ = jax.grad(_by_trainable(objective, frozen), has_aux=True)(trainable, batch)
         return jnp.asarray(optax.tree.norm(gradient))
 
     return jax.jit(gradient_norm)

@@ -307,7 +307,7 @@ def test_bad_input_is_refused_before_anything_is_written(data, tmp_path, more, m
 def test_updates_that_are_not_finite_are_skipped_and_stop_the_run_when_there_are_many(data, tmp_path):
     run = tmp_path / "run"
     trainer = Trainer(config(data, run, "--train.steps=5", "--train.max_skipped=2"))
-    trainer.state = trainer.state._replace(params=jax.tree.map(lambda x: x * np.nan, trainer.state.params))
+    trainer.state = trainer.state._replace(trainable=jax.tree.map(lambda x: x * np.nan, trainer.state.trainable))
     with pytest.raises(FloatingPointError, match=r"2 updates in a row were skipped, up to step 2, .*bad_batches.jsonl"):
         trainer.fit()
     bad = read_lines(run / "bad_batches.jsonl")

@@ -91,7 +91,7 @@ def test_every_step_has_its_own_seconds_and_no_others(tmp_path, monkeypatch, dat
             device.now += data_seconds
             yield made_up.batch(2 if step < 9 else 4)
 
-    def measured(params, part):
+    def measured(trainable, frozen, part):
         device.now += 7.0
         return 1.0
 

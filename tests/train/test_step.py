@@ -185,7 +185,7 @@ def test_no_gradient_flows_between_streams_texts():
     assert np.any(gradient["embedding"] != 0)
     # The norm of one objective's gradient is that of a step with its stream alone.
     measure = make_gradient_norm(JointObjective(abstract_model(ARCHITECTURE, 16), trained_objectives(BASE), PLAIN))
-    norm = measure(init_params(ARCHITECTURE, jax.random.key(0), 16), batch)
+    norm = measure(init_params(ARCHITECTURE, jax.random.key(0), 16), {}, batch)
     assert relative_error(norm, metrics["grad_norm"]) < TOLERANCE
 
 

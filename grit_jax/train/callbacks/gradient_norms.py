@@ -11,7 +11,7 @@ from grit_jax.batch import Batch
 from grit_jax.model.transformer import Params
 from grit_jax.train.callbacks.base import Callback, Run
 
-GradientNorm = Callable[[Params, Batch], jax.Array]
+GradientNorm = Callable[[Params, Params, Batch], jax.Array]
 
 
 class GradientNorms(Callback):
@@ -19,7 +19,7 @@ class GradientNorms(Callback):
 
     Args:
       every: Steps between measurements; None measures nothing.
-      norm: Of the gradient of a batch.
+      norm: Of the gradient of a batch by the trainable parameters, given these and the frozen ones.
     """
 
     def __init__(self, every: int | None, norm: GradientNorm):
@@ -31,8 +31,8 @@ class GradientNorms(Callback):
         if not self._every or step % self._every or len(batch) < 2:
             return
         with run.aside("evaluation"):
-            params = run.trainer.state.params
-            norms = {name: float(self._norm(params, {name: batch[name]})) for name in run.trainer.streams}
+            params = run.trainer.state.trainable, run.trainer.state.frozen
+            norms = {name: float(self._norm(*params, {name: batch[name]})) for name in run.trainer.streams}
         first, second, *_ = norms.values()
         self._found[step] = {f"grad_norm/{name}": norm for name, norm in norms.items()}
         self._found[step]["grad_norm/ratio"] = first / second if second else math.inf

@@ -59,7 +59,7 @@ def trainer(folder, callbacks, *, start=0, steps=12):
     config = Config(model=ModelConfig(architecture=ARCHITECTURE), train=TrainConfig(steps=steps))
     return SimpleNamespace(
         config=config, folder=folder, mesh=sharding.make_mesh(MeshConfig()), data=data, step=start,
-        state=SimpleNamespace(params=None), callbacks=callbacks, streams=STREAMS,
+        state=SimpleNamespace(trainable=None, frozen=None), callbacks=callbacks, streams=STREAMS,
     )  # fmt: skip
 
 

@@ -7,7 +7,7 @@ from tests.train.callbacks import made_up
 def test_gradient_norms_belong_to_the_step_that_they_are_measured_for(tmp_path):
     seen = []
 
-    def norm(params, part):
+    def norm(trainable, frozen, part):
         seen.append(list(part))
         return jnp.asarray(6.0 if "embedding" in part else 2.0)
 
