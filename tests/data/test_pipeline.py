@@ -1,14 +1,21 @@
 import json
-import os
+import shutil
 
 import numpy as np
 import pytest
+import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import processors
 
 from grit_jax.batch import ONE_HOST, HostShare, max_segments
 from grit_jax.config import Config, DataConfig, EmbeddingConfig, InputError, LossConfig, ModelConfig, TrainConfig
-from grit_jax.data.pipeline import Pipeline, pool_weights
+from grit_jax.data.examples import tokenize_records
+from grit_jax.data.indexing import build_indexes
+from grit_jax.data.pipeline import Pipeline, embedding_batch, generative_batch, planned_rows, pool_weights
+from grit_jax.data.schedule import Schedule
+from grit_jax.data.sources import find_files, open_source
+from grit_jax.files import UnreachableError
 from grit_jax.tokenizer import Tokenizer
 from tests.data.test_sources import write
 
@@ -164,7 +171,7 @@ def test_hosts_share_the_batches_of_any_settings(folder, shards, queries, conver
     check_hosts(list(make(folder, **data).batches(3)), parts, shares)
 
 
-def test_skipped_records_are_in_no_batch_and_workers_agree(folder, tmp_path):
+def test_skipped_records_are_in_no_batch(folder, tmp_path):
     for name in "abg":
         lines = (folder / f"{name}.jsonl").read_text().splitlines()
         (tmp_path / f"{name}.jsonl").write_text("\n".join(["{", *lines[:4], "[]", *lines[4:], '{"text": 1}']))
@@ -172,9 +179,7 @@ def test_skipped_records_are_in_no_batch_and_workers_agree(folder, tmp_path):
         make(tmp_path)
     pipeline = make(tmp_path, skip_bad=True)
     assert "skipped 1 of 16 records: not an object" in "\n".join(pipeline.report())
-    plain = list(pipeline.batches(0))
-    assert all(same(a, b) for a, b in zip(plain, make(folder).batches(0), strict=True))
-    assert all(same(a, b) for a, b in zip(make(tmp_path, skip_bad=True, workers=2).batches(0), plain, strict=True))
+    assert all(same(a, b) for a, b in zip(pipeline.batches(0), make(folder).batches(0), strict=True))
 
 
 def test_every_format_gives_the_same_batches(folder, tmp_path):
@@ -183,16 +188,13 @@ def test_every_format_gives_the_same_batches(folder, tmp_path):
         other.mkdir()
         for name in "abg":
             write(other / f"{name}{suffix}", (folder / f"{name}.jsonl").read_text())
-        workers = 2 if suffix == ".array_record" else 0
-        batches = make(other, workers=workers).batches(0)
-        assert all(same(a, b) for a, b in zip(batches, make(folder).batches(0), strict=True))
+        assert all(same(a, b) for a, b in zip(make(other).batches(0), make(folder).batches(0), strict=True))
 
 
-def test_workers_and_a_later_start_change_nothing(folder):
+def test_a_later_start_changes_nothing(folder):
     plain = list(make(folder).batches(0))
     assert len(plain) == 6
     assert all(same(a, b) for a, b in zip(make(folder).batches(4), plain[4:], strict=True))
-    assert all(same(a, b) for a, b in zip(make(folder, workers=2).batches(1), plain[1:], strict=True))
 
 
 @pytest.mark.parametrize(
@@ -218,60 +220,95 @@ def test_a_stream_that_is_trained_alone_has_the_batches_that_it_has_beside_the_o
         assert all(np.array_equal(a, b) for a, b in zip(getattr(one, mode), stream, strict=True))
 
 
-@pytest.mark.parametrize(
-    ("mode", "row", "before", "after"),
-    [
-        pytest.param("embedding", {"query": "q" * 40, "pos": ["p"]}, "q" * 40, "q" * 10 + " \\n" * 10, id="shorter"),
-        pytest.param("embedding", {"query": "\n" * 20, "pos": ["p"]}, "\\n" * 20, "q" * 40, id="longer"),
-        pytest.param(
-            "embedding", {"query": ["find", "a" * 40], "pos": ["p"]},
-            '"find", "' + "a" * 40, '"find' + "i" * 39 + '", "a', id="text became instruction",
-        ),
-        pytest.param(
-            "generative", {"text": ["u", "a" * 40]},
-            '"u", "' + "a" * 40, '"u' + "u" * 39 + '", "a', id="answer became user",
-        ),
-    ],
-)  # fmt: skip
-def test_a_file_that_changed_under_its_index_is_noticed(tmp_path, mode, row, before, after):
-    path = tmp_path / "e.jsonl"
-    path.write_text(8 * (json.dumps(row) + "\n"))
-    config = Config(data=DataConfig(train=str(path), embedding_batch=4), train=TrainConfig(mode=mode, steps=2))
-    pipeline = Pipeline(config, BYTES, row_multiples=(1, 1), host_share=ONE_HOST)
-    changed = path.read_text().replace(before, after)
-    assert len(changed) == path.stat().st_size
-    assert changed != path.read_text()
-    with path.open("r+") as file:  # the memory map sees what is written in place
-        file.write(changed)
-    with pytest.raises(InputError, match="has changed since the file was indexed"):
-        list(pipeline.batches(0))
+CHANGES = {
+    "appended": lambda path: path.write_text(path.read_text() + '{"text": ["u", "another"]}\n'),
+    "rewritten": lambda path: path.write_text(path.read_text().replace("answer 3", "reply 3")),
+    "removed": lambda path: path.unlink(),
+}
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_rows_that_are_appended_under_a_run_are_noticed_at_its_next_step(tmp_path, workers):
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_run_reads_its_index_alone_and_the_next_start_notices_a_file_that_has_changed(tmp_path, change):
     path = tmp_path / "g.jsonl"
     path.write_text("".join(json.dumps({"text": ["u", f"answer {n}"]}) + "\n" for n in range(8)))
-    data = DataConfig(train=str(path), generative_batch=2, workers=workers)
-    config = Config(data=data, train=TrainConfig(mode="generative", steps=1000))
-    batches = Pipeline(config, BYTES, row_multiples=(1, 1), host_share=ONE_HOST).batches(0)
-    next(batches)
-    with path.open("a") as file:
-        file.write('{"text": ["u", "another"]}\n')
-    with pytest.raises(InputError, match=r"g.jsonl: has changed since the file was indexed"):
-        list(batches)
+    before, running = list(make(path, mode="generative").batches(0)), make(path, mode="generative")
+    CHANGES[change](path)
+    assert all(same(a[1:], b[1:]) for a, b in zip(running.batches(0), before, strict=True))
+    if change == "removed":
+        with pytest.raises(InputError, match=r"g.jsonl: no such file"):
+            make(path, mode="generative")
+    else:
+        assert make(path, mode="generative").fingerprint != running.fingerprint
 
 
-def test_a_text_of_the_same_size_and_time_is_compared_with_its_hash(tmp_path):
-    path = tmp_path / "g.jsonl"
-    path.write_text(8 * '{"text": ["u", "red"]}\n')
-    config = Config(data=DataConfig(train=str(path), generative_batch=8), train=TrainConfig(mode="generative", steps=1))
-    before = path.stat().st_mtime_ns
-    pipeline = Pipeline(config, BYTES, row_multiples=(1, 1), host_share=ONE_HOST)
-    with path.open("r+") as file:
-        file.write(path.read_text().replace("red", "tan"))
-    os.utime(path, ns=(before, before))
-    with pytest.raises(InputError, match=r"g.jsonl:\d: has changed since the file was indexed"):
-        list(pipeline.batches(0))
+def test_damaged_tokens_are_in_no_batch_and_made_anew_at_the_next_start(folder, tmp_path, caplog):
+    shutil.copytree(folder, tmp_path / "data", ignore=shutil.ignore_patterns(".*"))
+    plain = list(make(tmp_path / "data").batches(0))
+    (damaged,) = (tmp_path / "data/.grit_index").glob("g.jsonl-*/tokens.npy")
+    content = bytearray(damaged.read_bytes())
+    content[len(content) // 2] ^= 4
+    damaged.write_bytes(content)
+    with pytest.raises(UnreachableError, match=r"g.jsonl-.*: damaged \(tokens.npy differs from its checksums\)"):
+        list(make(tmp_path / "data").batches(0))
+    assert all(same(a, b) for a, b in zip(make(tmp_path / "data").batches(0), plain, strict=True))
+
+
+def with_ending():
+    """A byte tokenizer that ends texts that are embedded with two tokens, which stay where they are cut."""
+    backend = tokenizers.Tokenizer.from_str(BYTES.files()["tokenizer.json"])
+    special = [(token, backend.token_to_id(token)) for token in ("<s>", "</s>")]
+    backend.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s> </s>", pair="<s> $A </s> $B </s>", special_tokens=special
+    )
+    return Tokenizer(backend, bos="<s>", eos="</s>")
+
+
+@pytest.mark.parametrize("pooling", ["mean", "weighted_mean", "last_token", "cls"])
+def test_rows_are_those_of_a_loop_over_texts_that_are_tokenized_and_cut_one_by_one(folder, tmp_path, pooling):
+    tokenizer, share = with_ending(), HostShare((1, 2), 4)
+    shutil.copytree(folder, tmp_path / "data", ignore=shutil.ignore_patterns(".*"))
+    paths = find_files(str(tmp_path / "data"))
+    texts = [tokenize_records(list(open_source(path)), tokenizer) for path in paths]
+    indexes = build_indexes(paths, tokenizer)
+    data = DataConfig(
+        query_max_length=30, passage_max_length=40, generative_max_length=60, embedding_batch=9, generative_batch=7
+    )
+    schedule = Schedule(indexes, data=data, loss=LossConfig("mixed"), train=TrainConfig(), row_multiples=(4, 4))
+    cut = 0
+    for k in range(3):
+        for name, plan, length in zip(("embedding", "generative"), schedule.step(k), (40, 60), strict=True):
+            own = share.rows(plan.rows.num_rows).tolist()
+            tokens, segments, positions, targets = (np.zeros((len(own), length), np.int32) for _ in range(4))
+            weights = np.zeros((len(own), length), np.float32)
+            for text, (file, record, which, kept, row, offset, segment) in enumerate(zip(*plan.rows[1:], strict=True)):
+                if row not in own:
+                    continue
+                whole = texts[file][record][which]
+                cut += len(whole.tokens) > kept
+                row, place = own.index(row), slice(offset, offset + kept)
+                tokens[row, place] = whole.cut(kept).tokens
+                segments[row, place], positions[row, place] = segment, range(kept)
+                if name == "generative":
+                    targets[row, offset : offset + kept - 1] = whole.tokens[1:kept]
+                    for start, end in np.clip(whole.spans, 1, kept):
+                        weights[row, offset + start - 1 : offset + end - 1] = plan.token_weights[text]
+                else:
+                    start, end = whole.spans[0, 0], min(whole.spans[0, 1], kept)
+                    weights[row, place] = {
+                        "mean": lambda n: np.ones(n) / n,
+                        "weighted_mean": lambda n: np.arange(1, n + 1) / (n * (n + 1) / 2),
+                        "last_token": lambda n: np.eye(n)[-1],
+                        "cls": lambda n: np.zeros(n),
+                    }[pooling](end - start)[np.maximum(np.arange(kept) - start, 0)] * (np.arange(kept) >= start)
+                    weights[row, offset] += pooling == "cls"
+            rows = planned_rows(plan.rows, indexes, share, length)
+            batch = embedding_batch(plan, rows, pooling) if name == "embedding" else generative_batch(plan, rows)
+            expected = [tokens, segments, positions] + [weights] * (name == "embedding")
+            expected += [targets, weights] * (name == "generative")
+            for ours, theirs in zip(batch, expected, strict=False):
+                assert ours.dtype == theirs.dtype
+                assert np.array_equal(ours, theirs)
+    assert cut > 20
 
 
 def test_missing_training_data_is_refused():
