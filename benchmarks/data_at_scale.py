@@ -3,15 +3,17 @@
     python benchmarks/data_at_scale.py
     python benchmarks/data_at_scale.py --rows 100000 1000000 10000000 --steps 8
 
-- `index`: records and tokens counted per second and core, from files to mapped arrays, in this process;
+- `index`: records and tokens tokenized per second and core, from files to mapped arrays on the disk, in this process,
+  and the bytes that a token takes there: its own, and with lengths, spans and all else;
 - `lines`: how fast the lines of a JSONL file are found;
 - `fill`: batches from the files of --data, of 32 x (256 + 2 x 512) + 8 x 512 tokens (the limits of data_pipeline.py)
   and of the paper's 2048 x (256 + 2 x 2048) + 256 x 2048, on one device and dealt to 64: the share of their tokens that
   is no padding, with rows rounded up to the buckets, and records and tokens per second and core;
 - `first_batch`: seconds from nothing but the index to the first batch, of a run that starts at step 0 or 1,000,000;
 - `scheduled`: with so many synthetic rows in the index (4 records in 5 with one negative, the rest without), the
-  anonymous memory that the schedule takes, the seconds to make it, and milliseconds a step at steps 0 and 1,000,000 of
-  2048 queries. Mapped pages are not counted: the system may drop them.
+  anonymous memory that schedule and batches take, the seconds to open index and schedule and to the first batch, and
+  milliseconds of the processor a step, planned alone and filled too, at steps 0 and 1,000,000 of 2048 queries. Mapped
+  pages are not counted: the system may drop them. Texts have 20 to 399 tokens: 10,000,000 rows take 13 GB in --folder.
 
 Speeds per core are by processor time, so they hold on a machine that others use.
 """
@@ -19,6 +21,7 @@ Speeds per core are by processor time, so they hold on a machine that others use
 from __future__ import annotations
 
 import dataclasses
+import multiprocessing
 import os
 import shutil
 import tempfile
@@ -31,11 +34,12 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one core, for figures per core
 import common
 import numpy as np
 
+from grit_jax import files
 from grit_jax.batch import ONE_HOST
 from grit_jax.config import Config, DataConfig, LossConfig, TrainConfig
-from grit_jax.data import counting, sources
-from grit_jax.data.index import FileIndex
-from grit_jax.data.pipeline import Pipeline
+from grit_jax.data import indexing, sources
+from grit_jax.data.index import CHECKED_BYTES, checksums, open_index, write_meta
+from grit_jax.data.pipeline import Pipeline, embedding_batch, planned_rows
 from grit_jax.data.schedule import Schedule
 from grit_jax.tokenizer import Tokenizer
 
@@ -54,15 +58,26 @@ LIMITS = {
 
 
 def index_speed(data: Path, tokenizer: Tokenizer, most: int) -> dict[str, float]:
-    """Records and tokens counted per second of one core."""
-    records = tokens = 0
-    started = time.process_time()
-    for path in sources.find_files([str(data / "embedding"), str(data / "generative")]):
-        source = sources.open_source(path)
-        counts = counting.count_records(source, 0, min(len(source), most), tokenizer)
-        records, tokens = records + len(counts.numbers), tokens + int(counts.lengths.sum())
-    seconds = time.process_time() - started
-    return {"records_per_second": round(records / seconds), "tokens_per_second": round(tokens / seconds)}
+    """Records and tokens per second of one core, with the first so many records of each file, and bytes a token."""
+    seconds = 0.0
+    indexes = []
+    with tempfile.TemporaryDirectory() as folder:
+        for path in sources.find_files([str(data / "embedding"), str(data / "generative")]):
+            source = sources.open_source(path)
+            part = Path(folder, f"{path.name.partition('.')[0]}.jsonl")
+            part.write_bytes(b"\n".join(source.lines(0, min(len(source), most))))
+            started = time.process_time()
+            indexes.append(indexing.build_index(part, tokenizer))
+            seconds += time.process_time() - started
+        tokens = sum(int(index.lengths.sum()) for index in indexes)
+        size = sum(path.stat().st_size for path in Path(folder).rglob("*.npy"))
+        own = sum(path.stat().st_size for path in Path(folder).rglob("tokens.npy"))
+    return {
+        "records_per_second": round(sum(index.num_records for index in indexes) / seconds),
+        "tokens_per_second": round(tokens / seconds),
+        "bytes_a_token": round(own / tokens, 2),
+        "bytes_a_token_with_all_else": round(size / tokens, 2),
+    }
 
 
 def line_speed(megabytes: int) -> dict[str, float]:
@@ -80,11 +95,10 @@ def fill(data: Path, tokenizer: Tokenizer, devices: int, config: DataConfig, ste
     train = [str(data / "embedding"), str(data / "generative")]
     run = Config(data=dataclasses.replace(config, train=train), train=TrainConfig(steps=2 * LATE))
     pipeline = Pipeline(run, tokenizer, row_multiples=(devices, devices), host_share=ONE_HOST)
-    filler = pipeline._filler(*pipeline._training)
     filled: dict[str, list[tuple[int, int]]] = {"embedding": [], "generative": []}
     started = time.process_time()
     for k in range(steps):
-        batch = filler.fill(pipeline._schedule.step(k))
+        batch = pipeline.batch(k)
         for stream, sizes in filled.items():
             segments = getattr(batch, stream).segment_ids
             sizes.append((int((segments > 0).sum()), segments.size))
@@ -113,26 +127,34 @@ def first_batch(data: Path, tokenizer: Tokenizer, start: int) -> float:
     return round(time.perf_counter() - started, 2)
 
 
-def synthetic_index(folder: Path, rows: int) -> FileIndex:
-    """An index of that many records of one positive, mapped from files."""
+def write_index(folder: Path, rows: int) -> None:
+    """Writes an index of that many records of one positive."""
     rng = np.random.default_rng(0)
     texts_of = np.full(rows, 3, np.int64)
     texts_of[::5] = 2
     starts = np.concatenate([[0], np.cumsum(texts_of)])
     texts = int(starts[-1])
     lengths = rng.integers(20, 400, texts, np.int32)
+    token_starts = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+    folder.mkdir()
+    tokens = np.lib.format.open_memmap(folder / "tokens.npy", "w+", np.dtype(np.uint16), (int(token_starts[-1]),))
+    for start in range(0, len(tokens), 1 << 26):
+        part = tokens[start : start + (1 << 26)]
+        part[:] = np.frombuffer(rng.bytes(part.nbytes), np.uint16)
+    tokens.flush()
     arrays = {
         "text_starts": starts, "num_positives": np.ones(rows, np.int32), "lengths": lengths,
         "hashes": np.arange(texts), "span_starts": np.arange(texts + 1),
-        "spans": np.stack([np.full(texts, 8, np.int32), lengths], 1),
+        "spans": np.stack([np.full(texts, 8, np.int32), lengths], 1), "token_starts": token_starts,
+        "endings": np.zeros(texts, np.uint8),
+        "checksums": checksums(tokens, np.arange(-(-tokens.nbytes // CHECKED_BYTES))),
     }  # fmt: skip
-    folder.mkdir()
-    (folder / "meta.json").write_text('{"stream": "embedding", "bad": [], "fingerprint": "synthetic"}')
     for name, array in arrays.items():
         np.save(folder / f"{name}.npy", array)
-    del arrays, starts, texts_of, lengths
-    mapped: dict[str, Any] = {path.stem: np.load(path, mmap_mode="r") for path in folder.glob("*.npy")}
-    return FileIndex(folder / "synthetic.jsonl", "embedding", **mapped, folder=folder)
+    names = ["tokens.npy", *(f"{name}.npy" for name in arrays)]
+    digests = {name: files.sha256(folder / name) for name in names[1:]}
+    about = {"stream": "embedding", "bad": [], "fingerprint": ["synthetic"] * 3, "arrays": names, "sha256": digests}
+    write_meta(folder, about)
 
 
 def anonymous_mebibytes() -> float:
@@ -143,28 +165,47 @@ def anonymous_mebibytes() -> float:
     return float("nan")
 
 
-def scheduled(rows: int) -> dict[str, float]:
-    """Memory and times of a schedule over many rows, in a process that has nothing else."""
-    folder = Path(tempfile.mkdtemp())
+def scheduled(rows: int, parent: Path | None) -> dict[str, float]:
+    """Memory and times of schedule and batches over many rows, in a process that has nothing else."""
+    folder = Path(tempfile.mkdtemp(dir=parent))
     try:
-        index = synthetic_index(folder / "index", rows)
+        write = multiprocessing.get_context("spawn").Process(target=write_index, args=(folder / "index", rows))
+        write.start()
+        write.join()
         before, started = anonymous_mebibytes(), time.perf_counter()
+        index = open_index(folder / "synthetic.jsonl", folder / "index")
+        opened = time.perf_counter() - started
         data = DataConfig(query_max_length=256, passage_max_length=512, embedding_batch=2048)
         train = TrainConfig(mode="embedding")
         schedule = Schedule([index], data=data, loss=LossConfig(), train=train, row_multiples=(64, 64))
         made = time.perf_counter() - started
-        milliseconds = {}
+        memory = anonymous_mebibytes() - before
+
+        def fill(k: int) -> int:
+            plan = schedule.step(k).embedding
+            assert plan
+            rows = planned_rows(plan.rows, [index], ONE_HOST, data.embedding_row_length)
+            return int((embedding_batch(plan, rows, "mean").segment_ids > 0).sum())
+
+        values = {}
         for first in (0, LATE):
-            started = time.process_time()
-            for k in range(first, first + 8):
-                schedule.step(k)
-            milliseconds[f"milliseconds_a_step_at_{first}"] = round((time.process_time() - started) / 8 * 1e3, 1)
+            started = time.perf_counter()
+            values["tokens_a_step"] = fill(first)
+            values[f"first_batch_seconds_at_{first}"] = round(made + time.perf_counter() - started, 2)
+            for name, make in (("planned", schedule.step), ("filled", fill)):
+                started = time.process_time()
+                for k in range(first + 1, first + 9):
+                    make(k)
+                seconds = (time.process_time() - started) / 8
+                values[f"milliseconds_a_step_at_{first}_{name}"] = round(seconds * 1e3, 1)
         return {
             "rows": rows,
             "index_mebibytes_on_disk": round(sum(p.stat().st_size for p in folder.rglob("*.npy")) / 2**20),
-            "schedule_mebibytes": round(anonymous_mebibytes() - before, 1),
+            "schedule_mebibytes": round(memory, 1),
+            "schedule_and_batches_mebibytes": round(anonymous_mebibytes() - before, 1),
+            "seconds_to_open_the_index": round(opened, 2),
             "seconds": round(made, 2),
-            **milliseconds,
+            **values,
         }
     finally:
         shutil.rmtree(folder)
@@ -182,12 +223,13 @@ def main() -> None:
     )
     parser.add_argument("--steps", type=int, default=8, help="batches that are filled (%(default)s)")
     parser.add_argument(
-        "--records", type=int, default=2000, help="most records of a file that are counted (%(default)s)"
+        "--records", type=int, default=2000, help="most records of a file that are tokenized (%(default)s)"
     )
+    parser.add_argument("--folder", type=Path, help="where synthetic indexes are written (that of temporary files)")
     args = parser.parse_args()
     tokenizer = Tokenizer.load(args.tokenizer)
     # The first in a process whose heap has not grown yet.
-    values: dict[str, Any] = {"scheduled": [scheduled(rows) for rows in args.rows]}
+    values: dict[str, Any] = {"scheduled": [scheduled(rows, args.folder) for rows in args.rows]}
     values |= {"lines": line_speed(256), "index": index_speed(args.data, tokenizer, args.records)}
     values["fill"] = {
         name: fill(args.data, tokenizer, devices, config, args.steps) for name, (devices, config) in LIMITS.items()

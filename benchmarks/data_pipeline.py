@@ -2,9 +2,9 @@
 
     python benchmarks/data_pipeline.py
 
-Both sides read the same records, format and tokenize them: 32 queries, 64 passages and 8 conversations a step. Here
-they are packed into rows with their weights; in PyTorch a DataLoader's collate function calls transformers' tokenizer,
-which truncates and pads. Neither side uses workers. `index_seconds` is the once-only count of all tokens of the files.
+Both sides have the same records: 32 queries, 64 passages and 8 conversations a step. Here they are tokenized once
+(`index_seconds`) and then packed into rows with their weights; in PyTorch a DataLoader's collate function calls
+transformers' tokenizer, which truncates and pads, in every epoch. Neither side uses workers.
 """
 
 from __future__ import annotations

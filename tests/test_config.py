@@ -1,4 +1,5 @@
 import math
+import re
 import subprocess
 import sys
 import typing
@@ -96,7 +97,6 @@ def test_a_curriculum_survives_a_round_trip():
          "low_frequency_factor=4.0 must be less than high_frequency_factor=4.0"),
         ("model: {architecture: {norm_epsilon: 0}}", [], "model.architecture.norm_epsilon=0.0 must be positive"),
         ("model: {architecture: {sliding_window: 0}}", [], "model.architecture.sliding_window=0 must be positive"),
-        ("data: {workers: -1}", [], "data.workers=-1 must be 0 or more"),
         ("data: {num_samples: {a.jsonl: -1}}", [], "data.num_samples.a.jsonl=-1 must be 0 or more; use 0 to leave"),
         ("data: {curriculum: [{num_samples: {a.jsonl: -1}}]}", [], r"data.curriculum\[0\].num_samples.a.jsonl=-1 must"),
         ("scorecard: {embedding_weight: 2}", [], "scorecard.embedding_weight=2.0 must be from 0 to 1"),
@@ -140,10 +140,15 @@ def test_no_setting_but_the_norms_offset_is_negative(key, section, name):
             section(**more | {name: -7})
 
 
-@pytest.mark.parametrize("earlier", ["model: {generative_attention: causal, init: a}", "model: {init: a}"])
+@pytest.mark.parametrize(
+    "earlier",
+    ["model: {generative_attention: causal, init: a}", "model: {init: a}", "{model: {init: a}, data: {workers: 3}}"],
+)
 def test_configs_of_earlier_runs_load_without_the_keys_that_are_gone(earlier):
-    assert parse_config(earlier) == parse_config("", ["--model.generative_attention=causal", "--model.init=a"])
-    assert "generative_attention" not in dump_config(parse_config(earlier))
+    assert parse_config(earlier) == parse_config(
+        "", ["--model.generative_attention=causal", "--data.workers=2", "--model.init=a"]
+    )
+    assert not {"generative_attention", "workers"} & set(re.findall(r"\w+", dump_config(parse_config(earlier))))
 
 
 @pytest.mark.parametrize(

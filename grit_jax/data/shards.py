@@ -28,7 +28,7 @@ from grit_jax.data.index import BadRecords, add_bad
 from grit_jax.data.records import RecordError
 from grit_jax.data.sources import Source, open_source
 from grit_jax.data.streams.base import Stream
-from grit_jax.prompts import tokenize
+from grit_jax.prompts import Prompt, TokenizedPrompt, tokenize
 from grit_jax.tokenizer import Tokenizer
 
 SHARD = 8192  # records tokenized and written at a time
@@ -150,9 +150,8 @@ def tokenize_range(reading: Reading, start: int, stop: int, tokenizer: Tokenizer
         texts = [stream.prompts(record, tokenizer) for record in records]
         columns["text_counts"] += [len(prompts) for prompts in texts]
         columns["num_positives"] += [stream.num_positives(record) for record in records]
-        prompts = [prompt for record in texts for prompt in record]
-        columns["hashes"] += map(text_hash, prompts)
-        tokenized = tokenize(prompts, tokenizer)
+        columns["hashes"] += [text_hash(prompt) for record in texts for prompt in record]
+        tokenized = _tokenized(texts, columns["lines"][-len(texts) :], source, tokenizer)
         columns["lengths"] += [len(text.tokens) for text in tokenized]
         columns["span_counts"] += [len(text.spans) for text in tokenized]
         columns["spans"] += [text.spans for text in tokenized]
@@ -171,6 +170,21 @@ def tokenize_range(reading: Reading, start: int, stop: int, tokenizer: Tokenizer
         endings=np.array(columns["endings"], np.uint8),
         bad=np.frombuffer(json.dumps(list(bad.values())).encode(), np.uint8),
     )
+
+
+def _tokenized(
+    texts: Sequence[Sequence[Prompt]], lines: Sequence[int], source: Source, tokenizer: Tokenizer
+) -> list[TokenizedPrompt]:
+    """The texts of some records; an error names the line."""
+    try:
+        return tokenize([prompt for record in texts for prompt in record], tokenizer)
+    except InputError:
+        for line, record in zip(lines, texts, strict=True):
+            try:
+                tokenize(record, tokenizer)
+            except InputError as error:
+                raise InputError(f"{source.path}:{line}: {error}") from error
+        raise
 
 
 def _make_shard(shard: Shard, readings: Sequence[Reading], tokenizer: Tokenizer) -> list[BadRecords]:

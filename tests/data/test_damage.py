@@ -10,12 +10,12 @@ import json
 import os
 import random
 
+import numpy as np
 import pytest
 
 from grit_jax.cli.encode import read_texts
 from grit_jax.cli.main import main
 from grit_jax.config import InputError
-from grit_jax.data.index import build_index
 from grit_jax.data.records import RecordError, parse_record
 from grit_jax.data.rows import Failed
 from grit_jax.data.sources import open_source
@@ -23,6 +23,7 @@ from grit_jax.datatools import convert
 from grit_jax.datatools.overlap import EvaluationTexts
 from grit_jax.store.corpus import read_corpus
 from grit_jax.tokenizer import Tokenizer
+from tests.data.reading import build_index
 from tests.data.test_sources import write
 
 TEXTS = [
@@ -157,11 +158,10 @@ def test_damaged_rows_are_named_and_the_others_are_what_they_were(tmp_path, coun
     kept = [json.loads(line) for line in out.read_bytes().split(b"\n")[:-1]]
     assert [{key: row[key] for key in wanted} for row, wanted in zip(kept, good, strict=True)] == good
     assert main(["data", "validate", str(path)]) == 2
-    assert f"{len(good):,} {source.stream} records, {count - len(good):,} malformed" in capsys.readouterr().out
-    index = build_index(source, Tokenizer.load("bytes"), skip_bad=True)
-    assert [index.number(record) for record in range(index.num_records)] == [
-        number for number, (_, row) in enumerate(expected) if row is not None
-    ]
+    assert f"{len(good):,} {source.kind.kind} records, {count - len(good):,} malformed" in capsys.readouterr().out
+    index = build_index(path, Tokenizer.load("bytes"), skip_bad=True)
+    lines = index.line_numbers(np.arange(index.num_records))
+    assert lines.tolist() == [line for line, row in expected if row is not None]
 
 
 @pytest.mark.parametrize("count", COUNTS)

@@ -1,7 +1,8 @@
 import dataclasses
+import errno
 import json
 import os
-import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -9,21 +10,25 @@ import sys
 import numpy as np
 import pytest
 import safetensors.numpy
+import tokenizers
+from etils import epath
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grit_jax.config import DataConfig, InputError, LossConfig, TrainConfig
-from grit_jax.data import counting, schedule
-from grit_jax.data import index as index_module
-from grit_jax.data.examples import record_prompts, tokenize_records
-from grit_jax.data.index import build_index, num_targets
+from grit_jax.config import Config, DataConfig, InputError, TrainConfig
+from grit_jax.data import cache, indexing, schedule, shards, sources
+from grit_jax.data.examples import tokenize_records
+from grit_jax.data.index import num_targets
 from grit_jax.data.records import parse_record
 from grit_jax.data.sources import open_source
+from grit_jax.data.streams import trained_streams
 from grit_jax.tokenizer import Tokenizer
+from tests.data.reading import build_index, build_indexes, read_by, reading, record_prompts
+from tests.data.test_sources import write
 from tests.runs import ROOT
 
 BYTES = Tokenizer.load("bytes")
-ARRAYS = ("text_starts", "num_positives", "lengths", "hashes", "span_starts", "spans")
+ARRAYS = ("text_starts", "num_positives", "lengths", "hashes", "span_starts", "spans", "lines")
 ROWS = [
     {"query": ["do", "question"], "pos": ["answer one", "two"], "neg": ["no"]},
     {"query": "", "pos": ["something"]},
@@ -38,20 +43,25 @@ def source(tmp_path):
 
 
 def test_counts_are_those_of_the_tokens(source):
-    index = build_index(source, BYTES)
-    tokenized = [text for record in tokenize_records(list(source), BYTES) for text in record]
+    index = build_index(source.path, BYTES)
+    tokenized = [text for record in tokenize_records(list(source), record_prompts, BYTES) for text in record]
     assert index.text_starts.tolist() == [0, 4, 6]
     assert index.num_positives.tolist() == [2, 1]
     assert index.lengths.tolist() == [len(text.tokens) for text in tokenized]
     assert index.spans.tolist() == [span for text in tokenized for span in text.spans.tolist()]
+    assert index.tokens.tolist() == [token for text in tokenized for token in text.tokens.tolist()]
+    assert index.token_starts.tolist() == [0, *np.cumsum(index.lengths)]
+    assert index.endings.tolist() == [0] * 6
+    assert index.tokens.dtype == np.uint16
+    assert index.lines is None
     assert np.diff(index.span_starts).tolist() == [1, 1, 1, 1, 0, 1]
 
 
 @pytest.mark.parametrize("limit", [5, 12, 25, 1000])
 def test_targets_are_span_tokens_within_the_limit(source, limit):
-    tokenized = [text for record in tokenize_records(list(source), BYTES) for text in record]
+    tokenized = [text for record in tokenize_records(list(source), record_prompts, BYTES) for text in record]
     expected = [sum(max(0, min(end, limit) - min(start, limit)) for start, end in text.spans) for text in tokenized]
-    assert num_targets(build_index(source, BYTES), limit).tolist() == expected
+    assert num_targets(build_index(source.path, BYTES), limit, first=0).tolist() == expected
 
 
 def test_the_first_token_of_a_text_is_never_a_target(tmp_path):
@@ -61,9 +71,9 @@ def test_the_first_token_of_a_text_is_never_a_target(tmp_path):
     (folder / "tokenizer.json").write_text(BYTES.files()["tokenizer.json"])
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     (tmp_path / "f.jsonl").write_text('{"text": "abcd"}\n')
-    index = build_index(open_source(tmp_path / "f.jsonl"), Tokenizer.load(folder))
+    index = build_index(tmp_path / "f.jsonl", Tokenizer.load(folder))
     assert index.spans.tolist() == [[0, 4]]
-    assert num_targets(index, 100).tolist() == [3]
+    assert num_targets(index, 100, first=1).tolist() == [3]
 
 
 def same(left, right):
@@ -72,7 +82,7 @@ def same(left, right):
 
 def fingerprint(path, *rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return build_index(open_source(path), BYTES).fingerprint
+    return build_index(path, BYTES).fingerprint
 
 
 def test_the_fingerprint_names_texts_and_apart_from_them_what_they_are_in_their_records(tmp_path):
@@ -90,24 +100,26 @@ def test_the_fingerprint_names_texts_and_apart_from_them_what_they_are_in_their_
     assert (two.texts, two.structure != four.structure) == (four.texts, True)
 
 
+def test_the_fingerprint_names_the_tokens_and_their_endings_apart_from_all_else(source):
+    index = dataclasses.replace(build_index(source.path, BYTES), folder=None)
+    for change in ({"tokens": index.tokens[::-1].copy()}, {"endings": index.endings + np.uint8(1)}):
+        other = dataclasses.replace(index, **change).fingerprint
+        assert other[:2] == index.fingerprint[:2]
+        assert other.tokens != index.fingerprint.tokens
+
+
 def not_counted(monkeypatch):
-    monkeypatch.setattr(counting, "count_records", lambda *_: pytest.fail("counted again"))
+    monkeypatch.setattr(shards, "tokenize_range", lambda *_, **__: pytest.fail("tokenized again"))
 
 
 def test_a_second_call_maps_what_the_first_counted(source, monkeypatch):
-    first = build_index(source, BYTES)
+    first = build_index(source.path, BYTES)
     not_counted(monkeypatch)
-    second = build_index(source, BYTES)
+    second = build_index(source.path, BYTES)
     assert same(first, second)
     assert isinstance(second.lengths, np.memmap)
+    assert isinstance(second.tokens, np.memmap)
     assert len(list((source.path.parent / ".grit_index").iterdir())) == 1  # the shards are gone
-
-
-def test_an_index_is_sent_to_a_worker_by_its_place(source):
-    index = build_index(source, BYTES)
-    sent = pickle.loads(pickle.dumps(index))
-    assert same(index, sent)
-    assert isinstance(sent.lengths, np.memmap)
 
 
 def many(path, count=50):
@@ -118,13 +130,13 @@ def many(path, count=50):
 
 @pytest.fixture
 def small_shards(monkeypatch):
-    monkeypatch.setattr(counting, "SHARD", 8)
-    monkeypatch.setattr(index_module, "SHARD", 8)
+    monkeypatch.setattr(shards, "SHARD", 8)
+    monkeypatch.setattr(indexing, "SHARD", 8)
 
 
 def test_shards_make_the_index_of_the_whole(tmp_path, small_shards):
-    index = build_index(many(tmp_path / "f.jsonl"), BYTES)
-    whole = counting.count_records(many(tmp_path / "f.jsonl"), 0, 50, BYTES)
+    index = build_index(many(tmp_path / "f.jsonl").path, BYTES)
+    whole = shards.tokenize_range(reading(many(tmp_path / "f.jsonl")), 0, 50, BYTES)
     assert index.num_records == 50
     assert np.array_equal(index.lengths, whole.lengths)
     assert np.array_equal(index.spans, whole.spans)
@@ -136,47 +148,45 @@ def test_shards_make_the_index_of_the_whole(tmp_path, small_shards):
 
 def test_an_interrupted_count_goes_on_with_what_is_missing(tmp_path, small_shards, monkeypatch):
     source, counted = many(tmp_path / "f.jsonl"), []
-    count = counting.count_records
+    count = shards.tokenize_range
 
-    def interrupted(source, start, stop, tokenizer):
+    def interrupted(reading, start, stop, tokenizer, *, tokens):
         counted.append(start)
         if len(counted) == 4:
             raise KeyboardInterrupt
-        return count(source, start, stop, tokenizer)
+        return count(reading, start, stop, tokenizer, tokens=tokens)
 
-    monkeypatch.setattr(counting, "count_records", interrupted)
+    monkeypatch.setattr(shards, "tokenize_range", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        build_index(source, BYTES)
-    build_index(source, BYTES)
+        build_index(source.path, BYTES)
+    build_index(source.path, BYTES)
     assert counted == [0, 8, 16, 24, 24, 32, 40, 48]
 
 
 def test_a_damaged_shard_is_counted_anew(tmp_path, small_shards, monkeypatch):
     source = many(tmp_path / "f.jsonl")
-    expected = build_index(source, BYTES)
+    expected = build_index(source.path, BYTES)
     for folder in (tmp_path / ".grit_index").iterdir():
         shutil.rmtree(folder)
-    monkeypatch.setattr(index_module._Store, "merge", lambda _: None)
+    monkeypatch.setattr(indexing._Store, "merge", lambda _: None)
     with pytest.raises(InputError, match="cannot be read"):
-        build_index(source, BYTES)
+        build_index(source.path, BYTES)
     monkeypatch.undo()
-    (shards,) = (tmp_path / ".grit_index").iterdir()
-    for number, shard in enumerate(sorted(shards.iterdir())):
+    (folder,) = (tmp_path / ".grit_index").iterdir()
+    for number, shard in enumerate(sorted(folder.iterdir())):
         shard.write_bytes(shard.read_bytes()[: 100 * number])
-    monkeypatch.setattr(index_module, "SHARD", 8)
-    assert same(build_index(source, BYTES), expected)
+    monkeypatch.setattr(indexing, "SHARD", 8)
+    assert same(build_index(source.path, BYTES), expected)
 
 
 HOST = """
 import sys
-from grit_jax.data import counting, index
-from grit_jax.data.sources import open_source
+from grit_jax.data import indexing, shards
 from grit_jax.tokenizer import Tokenizer
-from tests.runs import ROOT
-counting.SHARD = index.SHARD = 100
-counting._TWO_PROCESSES_FROM = 500
-count, counted = counting.count_records, []
-made = index.build_indexes([open_source(path) for path in sys.argv[1:]], Tokenizer.load("bytes"))
+from tests.data.reading import build_indexes
+shards.SHARD = indexing.SHARD = 100
+shards._TWO_PROCESSES_FROM = 500
+made = build_indexes(sys.argv[1:], Tokenizer.load("bytes"))
 print([int(one.lengths.sum()) for one in made], [one.fingerprint for one in made])
 """
 
@@ -185,7 +195,7 @@ def test_hosts_that_start_together_count_in_processes_and_agree(tmp_path):
     paths = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
     expected = []
     for path, count in zip(paths, (1500, 700), strict=True):
-        counts = counting.count_records(many(path, count), 0, count, BYTES)
+        counts = shards.tokenize_range(reading(many(path, count)), 0, count, BYTES)
         expected.append(int(counts.lengths.sum()))
     command = [sys.executable, "-c", HOST, *map(str, paths)]
     hosts = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(2)]
@@ -202,11 +212,11 @@ def test_a_host_whose_shards_another_has_joined_and_removed_has_the_others_index
     def late(partial, path):
         if not others and ".shards" in str(path):
             others.append(None)
-            others[0] = build_index(source, BYTES)
+            others[0] = build_index(source.path, BYTES)
         replace(partial, path)
 
     monkeypatch.setattr(os, "replace", late)
-    assert same(build_index(source, BYTES), others[0])
+    assert same(build_index(source.path, BYTES), others[0])
     assert len(list((tmp_path / ".grit_index").iterdir())) == 1
 
 
@@ -217,28 +227,26 @@ def test_malformed_records_stop_with_file_line_and_remedy(tmp_path):
     path = tmp_path / "f.jsonl"
     path.write_text("\n".join(BAD))
     with pytest.raises(InputError, match=r"f.jsonl:2: not valid JSON .*data.skip_bad=true"):
-        build_index(open_source(path), BYTES)
-    build_index(open_source(path), BYTES, skip_bad=True)
+        build_index(path, BYTES)
+    build_index(path, BYTES, skip_bad=True)
     with pytest.raises(InputError, match=r"f.jsonl:2: not valid JSON .*data.skip_bad=true"):
-        build_index(open_source(path), BYTES)  # also where they have been counted
+        build_index(path, BYTES)  # also where they have been counted
 
 
 def test_skipped_records_are_counted_by_kind_and_leave_the_others_their_numbers(tmp_path):
     path = tmp_path / "f.jsonl"
     path.write_text("\n".join(["oops", *BAD]))
     source = open_source(path, skip_bad=True)
-    index = build_index(source, BYTES, skip_bad=True)
+    index = build_index(source.path, BYTES, skip_bad=True)
     assert index.num_records == 2
-    assert [source[index.number(record)].turns for record in range(2)] == [("u", "a"), ("u", "b")]
+    assert index.line_numbers(np.arange(2)).tolist() == [2, 7]
     found = {bad.kind: (bad.count, [message.split(":")[1] for message in bad.examples]) for bad in index.bad}
     assert found == {
         "not valid JSON": (3, ["1", "3", "6"]),
         '"text" is no text': (1, ["4"]),
         "of the other stream": (1, ["5"]),
     }
-    sent = pickle.loads(pickle.dumps(index))
-    assert sent.bad == index.bad
-    assert sent.number(1) == 6
+    assert build_index(path, BYTES, skip_bad=True).bad == index.bad
 
 
 def test_a_file_without_a_good_record_is_refused(tmp_path):
@@ -260,47 +268,49 @@ def test_no_line_is_lost_and_none_raises_but_with_file_and_line(tmp_path_factory
     path = tmp_path_factory.mktemp("fuzz") / "f.jsonl"
     path.write_bytes(b"\n".join([b'{"text": "good"}', *lines]))
     source = open_source(path, skip_bad=True)
-    index = build_index(source, BYTES, skip_bad=True)
+    index = build_index(source.path, BYTES, skip_bad=True)
     blank = sum(not line.strip(b" \t\r\n\v\f") for line in lines)
     assert index.num_records + sum(bad.count for bad in index.bad) == 1 + len(lines) - blank
-    plans = schedule.Schedule(
-        [index], data=DataConfig(generative_batch=2), loss=LossConfig(), train=TrainConfig(mode="generative"),
-        row_multiples=(1, 1),
-    )  # fmt: skip
+    config = Config(data=DataConfig(generative_batch=2), train=TrainConfig(mode="generative"))
+    streams = trained_streams(config)
+    read = read_by([index], config, streams)
+    plans = schedule.Schedule(read, streams, data=config.data, train=config.train, num_shards=1)
     report = "\n".join(plans.report())
     assert all(f"skipped {bad.count}" in report and bad.examples[0] in report for bad in index.bad)
     if index.bad:
         with pytest.raises(InputError, match=r"f.jsonl:\d+: "):
-            build_index(open_source(path), BYTES)
+            build_index(path, BYTES)
 
 
 def test_another_tokenizer_or_file_is_counted_anew(source):
-    assert build_index(source, BYTES).num_records == 2
+    assert build_index(source.path, BYTES).num_records == 2
     with source.path.open("a") as file:
         file.write(json.dumps(ROWS[0]) + "\n")
-    assert build_index(open_source(source.path), BYTES).num_records == 3
+    assert build_index(source.path, BYTES).num_records == 3
 
 
-@pytest.mark.parametrize("damage", ["cut", "missing", "meta"])
+@pytest.mark.parametrize("damage", ["cut", "cut tokens", "missing", "meta"])
 def test_a_damaged_index_is_counted_anew(source, damage):
-    first = build_index(source, BYTES)
+    first = build_index(source.path, BYTES)
     lengths, folder = first.lengths.tolist(), first.folder
     if damage == "cut":
         (folder / "lengths.npy").write_bytes((folder / "lengths.npy").read_bytes()[:130])
+    elif damage == "cut tokens":
+        (folder / "tokens.npy").write_bytes((folder / "tokens.npy").read_bytes()[:-1])
     elif damage == "missing":
         (folder / "spans.npy").unlink()
     else:
         (folder / "meta.json").write_text("{")
-    assert build_index(source, BYTES).lengths.tolist() == lengths
+    assert build_index(source.path, BYTES).lengths.tolist() == lengths
 
 
-@pytest.mark.parametrize("name", ["lengths.npy", "spans.npy", "meta.json"])
+@pytest.mark.parametrize("name", ["lengths.npy", "spans.npy", "token_starts.npy", "checksums.npy", "meta.json"])
 def test_a_flipped_bit_of_an_index_is_named_and_the_file_counted_anew(source, name, caplog):
-    first = build_index(source, BYTES)
+    first = build_index(source.path, BYTES)
     expected, damaged = first.fingerprint, bytearray((first.folder / name).read_bytes())
     damaged[-3] ^= 1
     (first.folder / name).write_bytes(damaged)
-    again = build_index(source, BYTES)
+    again = build_index(source.path, BYTES)
     assert again.fingerprint == expected
     assert f"{first.folder}: damaged ({name} differs from its checksum)" in caplog.text
     assert (first.folder / name).read_bytes() != damaged
@@ -317,7 +327,7 @@ def test_tokens_and_pooled_spans_equal_the_recorded_ones_of_the_reference(shared
     for row, (query, passages, turns) in enumerate(recorded["features"]):
         lines = {"query": query, "pos": passages[:1], "neg": passages[1:]}, {"text": turns}
         records = [parse_record(json.dumps(line), path="f", line_number=1) for line in lines]
-        (query, *passages), (conversation,) = tokenize_records(records, tokenizer)
+        (query, *passages), (conversation,) = tokenize_records(records, record_prompts, tokenizer)
         assert np.array_equal(query.tokens[:96], real("query", row))
         assert query.spans[0, 0] == arrays["query.instruction_lens"][row]
         for number, passage in enumerate(passages):
@@ -329,12 +339,124 @@ def test_tokens_and_pooled_spans_equal_the_recorded_ones_of_the_reference(shared
             assert scored.tolist() == list(range(conversation.spans[0, 0], min(conversation.spans[0, 1], 160)))
 
 
-def test_a_file_that_changes_between_opening_and_counting_is_not_indexed(tmp_path):
+def test_a_file_that_changes_while_it_is_tokenized_is_not_indexed(tmp_path, monkeypatch):
     path = tmp_path / "g.jsonl"
     path.write_text('{"text": "one"}\n')
-    source = open_source(path)
-    with path.open("a") as file:
-        file.write('{"text": "two"}\n')
+    tokenize_range = shards.tokenize_range
+
+    def changing(*args, **options):
+        with path.open("a") as file:
+            file.write('{"text": "two"}\n')
+        return tokenize_range(*args, **options)
+
+    monkeypatch.setattr(shards, "tokenize_range", changing)
     with pytest.raises(InputError, match=r"g.jsonl: has changed since the file was indexed"):
-        build_index(source, BYTES)
-    assert build_index(open_source(path), BYTES).num_records == 2
+        build_index(path, BYTES)
+    monkeypatch.undo()
+    assert build_index(path, BYTES).num_records == 2
+
+
+def kept(folder):
+    """The names of what is kept beside a file."""
+    return {path.name for path in (folder / ".grit_index").iterdir()}
+
+
+def test_lengths_alone_are_those_of_an_index_with_tokens_which_replaces_them(source, monkeypatch):
+    folder = source.path.parent
+    lengths = build_index(source.path, BYTES, tokens=False)
+    (name,) = kept(folder)
+    assert lengths.tokens is lengths.token_starts is lengths.endings is None
+    whole = build_index(source.path, BYTES)
+    assert same(lengths, whole)
+    assert (lengths.fingerprint.texts, lengths.fingerprint.tokens) == (whole.fingerprint.texts, "")
+    assert len(kept(folder)) == 1
+    assert name not in kept(folder)
+    not_counted(monkeypatch)
+    assert build_index(source.path, BYTES, tokens=False).folder == whole.folder
+
+
+def test_a_model_with_fewer_rows_has_an_index_of_its_own_and_refuses_later_tokens_by_line(source):
+    build_index(source.path, BYTES)
+    backend = tokenizers.Tokenizer.from_str(BYTES.files()["tokenizer.json"])
+    with pytest.raises(InputError, match=r"f.jsonl:1: text 0: .* is token .*, and the model's embedding table has 60"):
+        build_index(source.path, Tokenizer(backend, bos="", eos="!", rows=60))
+
+
+def test_what_other_versions_and_formats_of_a_file_have_left_goes_and_nothing_else(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    beside, users = cache.local_folders(epath.Path(tmp_path / "f.jsonl"))
+    many(tmp_path / "f.jsonl")
+    with monkeypatch.context() as earlier:
+        earlier.setattr(cache, "_FORMAT", 4)
+        build_index(tmp_path / "f.jsonl", BYTES)
+    (first,) = beside.iterdir()
+    shutil.copytree(first, users / first.name)
+    others = {build_index(many(tmp_path / name).path, BYTES).folder for name in ("g.jsonl", "ff.jsonl")}
+    second = build_index(tmp_path / "f.jsonl", BYTES)
+    assert {*beside.iterdir(), *users.iterdir()} == {second.folder, *others}
+    third = build_index(many(tmp_path / "f.jsonl", 51).path, BYTES)
+    assert {*beside.iterdir(), *users.iterdir()} == {third.folder, *others}
+    assert second.kept_tokens(np.arange(50), second.lengths[:]).tolist()[:3] == [256, 27, 91]  # whoever has it mapped
+
+
+@pytest.mark.parametrize("name", ["f.jsonl.gz", "f.array_record", "f.jsonl"])
+def test_once_there_is_an_index_nothing_else_is_kept_and_the_file_is_not_opened(tmp_path, name, monkeypatch):
+    path = write(tmp_path / name)
+    monkeypatch.setattr(sources, "_KEPT_FROM", 1)
+    index = build_index(path, BYTES)
+    assert kept(tmp_path) == {index.folder.name}
+    monkeypatch.setattr(indexing, "open_source", lambda *_, **__: pytest.fail("opened again"))
+    assert same(build_index(path, BYTES), index)
+
+
+def test_tokens_have_the_smallest_type_that_holds_the_vocabulary():
+    class Sized:
+        def __init__(self, vocab_size):
+            self.vocab_size = vocab_size
+
+    sizes = {256: np.uint8, 257: np.uint16, 1 << 16: np.uint16, (1 << 16) + 1: np.uint32}
+    assert {size: shards.token_type(Sized(size)) for size in sizes} == sizes
+
+
+def disks(monkeypatch, **free):
+    """Makes the folders whose paths end in these names lie on disks with so many bytes free."""
+    usage = shutil.disk_usage
+
+    def looked(folder):
+        return usage(folder)._replace(free=next(size for name, size in free.items() if str(folder).endswith(name)))
+
+    monkeypatch.setattr(shutil, "disk_usage", looked)
+
+
+def test_without_room_nothing_is_made_and_folder_need_and_remedy_are_named(source, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    disks(monkeypatch, grit_index=100, index=200)
+    with pytest.raises(InputError) as error:
+        build_index(source.path, BYTES)
+    assert re.fullmatch(
+        rf"{source.path}: its tokens need about 0.00 GiB on a disk while they are made, and {tmp_path}/.grit_index has "
+        rf"0.00 GiB and {tmp_path}/cache/grit_jax/index has 0.00 GiB left; make room there, or set XDG_CACHE_HOME to a "
+        r"folder that has",
+        str(error.value),
+    )
+    assert not kept(tmp_path)
+    assert build_index(source.path, BYTES, tokens=False).num_records == 2
+
+
+def test_tokens_go_where_there_is_room_and_files_do_not_count_on_the_same(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    paths = [many(tmp_path / name).path for name in ("a.jsonl", "b.jsonl")]
+    need = 4 * paths[0].stat().st_size  # two copies of two bytes a token
+    disks(monkeypatch, grit_index=need * 3 // 2, index=need * 3)
+    monkeypatch.setattr(indexing, "_estimated_tokens", indexing._most_tokens)
+    folders = [index.folder.parent for index in build_indexes(paths, BYTES)]
+    assert folders == [tmp_path / ".grit_index", tmp_path / "cache/grit_jax/index"]
+    assert kept(tmp_path) == {build_index(paths[0], BYTES).folder.name}
+
+
+def test_a_disk_that_fills_up_all_the_same_ends_with_its_name_and_the_remedy(source, monkeypatch):
+    monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device")))
+    with pytest.raises(
+        InputError, match=r".grit_index/.*: cannot be written .*No space left.*; make room there, or set"
+    ):
+        build_index(source.path, BYTES)

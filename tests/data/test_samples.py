@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from grit_jax.data.samples import dataset_names, file_losses, file_samples
-from grit_jax.data.sources import JsonlSource
 from grit_jax.data.streams.base import RowPlan, Samples
+from grit_jax.tokenizer import Tokenizer
+from tests.data.reading import build_index
 from tests.data.test_schedule import embedding_index, generative_index, schedule
 
 
@@ -29,8 +30,17 @@ def test_samples_are_those_of_the_planned_step():
 def test_records_come_with_their_lines_blank_ones_counted(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text("\n\n" + "\n".join(json.dumps({"text": f"t {i}"}) + ("\n" if i == 1 else "") for i in range(4)))
-    (found,) = file_samples("generative", Samples(np.array([1, 1]), np.array([3, 0])), [None, JsonlSource(path)], "ab")
+    indexes = [None, build_index(path, Tokenizer.load("bytes"))]
+    (found,) = file_samples("generative", Samples(np.array([1, 1]), np.array([3, 0])), indexes, "ab")
     assert found == ("generative", "b", str(path), [3, 0], [7, 3])
+
+
+def test_records_after_malformed_ones_come_with_their_own_lines(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(["{", *(json.dumps({"text": f"t {i}"}) for i in range(2)), "[]", '{"text": "t 2"}']))
+    index = build_index(path, Tokenizer.load("bytes"), skip_bad=True)
+    (found,) = file_samples("generative", Samples(np.zeros(3, int), np.array([2, 0, 1])), [index], "a")
+    assert (found.records, found.lines) == ([2, 0, 1], [5, 2, 3])
 
 
 @pytest.mark.parametrize(

@@ -330,6 +330,20 @@ def test_a_run_made_before_fingerprints_had_a_structure_is_held_to_its_texts():
     assert not same_data(before, after)
 
 
+def test_data_are_the_same_where_all_parts_agree_that_were_recorded():
+    assert all(same_data(recorded, "a-b-c") for recorded in ("a", "a-b", "a-b-c"))
+    assert not any(same_data(recorded, "a-b-c") for recorded in ("b", "a-c", "a-b-d", "a-b-c-d", "", "a-"))
+
+
+def test_a_run_is_held_to_its_tokens():
+    index = dataclasses.replace(embedding_index(6), tokens=np.arange(9, dtype=np.uint8), endings=np.zeros(24, np.uint8))
+    other = dataclasses.replace(index, tokens=index.tokens + np.uint8(1))
+    before, after = (schedule(each, embedding_batch=3).fingerprint for each in (index, other))
+    assert before.split("-")[:2] == after.split("-")[:2]
+    assert not same_data(before, after)
+    assert same_data(before.rpartition("-")[0], after)
+
+
 def test_query_weights_of_a_step_are_a_mean():
     plan = schedule(embedding_index(12), embedding_batch=8).step(0)["embedding"]
     assert np.allclose(plan.query_weights, 1 / 8)

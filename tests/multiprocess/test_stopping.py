@@ -46,7 +46,7 @@ TRAIN = """
     told, at, *options = sys.argv[2:]
     here, at = jax.process_index(), int(at)
     trainer = Trainer(load_config(sys.argv[1], options))
-    batches, step, evaluate = trainer.data.batches, trainer._train_step, trainer.evaluate
+    batches, step, evaluate = trainer.batches, trainer._train_step, trainer.evaluate
     begun = 0
 
     def slow_data(start):
@@ -65,7 +65,7 @@ TRAIN = """
             os.kill(os.getpid(), signal.SIGTERM)
         return step(state, batch)
 
-    trainer.data.batches, trainer._train_step, trainer.evaluate = slow_data, counted, slow_evaluation
+    trainer.batches, trainer._train_step, trainer.evaluate = slow_data, counted, slow_evaluation
     done = trainer.fit()
     print(done, trainer.step, begun)
 """

@@ -334,8 +334,8 @@ def data_that_stops(batches):
     time.sleep(600)
 
 trainer = Trainer(load_config(sys.argv[1], sys.argv[2:]))
-batches = trainer.data.batches
-trainer.data.batches = lambda start: data_that_stops(batches(start))
+batches = trainer.batches
+trainer.batches = lambda start: data_that_stops(batches(start))
 trainer.fit()
 """
 

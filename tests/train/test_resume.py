@@ -58,7 +58,7 @@ def crash_when_saved(output):
 
 def at_batch(run, step, action):
     """Makes a run do something when it asks for the batch of a step."""
-    batches = run.data.batches
+    batches = run.batches
 
     def disturbed(start):
         for number, batch in enumerate(batches(start), start + 1):
@@ -66,7 +66,7 @@ def at_batch(run, step, action):
                 action()
             yield batch
 
-    run.data.batches = disturbed
+    run.batches = disturbed
     return run
 
 

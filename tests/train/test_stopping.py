@@ -96,13 +96,13 @@ def test_a_run_stops_after_the_step_that_is_in_flight_when_it_is_told_to(slow_ru
 
 
 def test_a_run_that_is_told_to_stop_before_its_first_step_does_none(slow_run):
-    batches = slow_run.data.batches
+    batches = slow_run.batches
 
     def told(start):
         tell_to_stop()
         yield from batches(start)
 
-    slow_run.data.batches = told
+    slow_run.batches = told
     assert not slow_run.fit()
     assert (slow_run.step, last_checkpoint(slow_run.folder)) == (0, None)
 

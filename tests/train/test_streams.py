@@ -226,7 +226,7 @@ def test_its_texts_over_the_models_limit_are_refused(data, tmp_path):
 
 def test_it_is_planned():
     pytest.importorskip("libtpu", reason="libtpu, which knows the topologies of TPUs, is not installed")
-    settings = planned_config(load_config(ROOT / "configs/tiny.yaml"))
+    settings = planned_config(load_config(ROOT / "configs/tiny.yaml", ["--model.attention_kernel=dense"]))
     objectives = three(settings)
     lengths = lengths_at_limits([objective.stream for objective in objectives])
     found = outline.make_outline(settings, parse_topology("v5e-1"), lengths, streams=objectives)
