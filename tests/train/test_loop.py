@@ -17,6 +17,7 @@ from grit_jax.config import InputError, load_config
 from grit_jax.inference import GritModel
 from grit_jax.loading import load_for_conversion
 from grit_jax.model.transformer import init_params
+from grit_jax.train.callbacks import Callback
 from grit_jax.train.dry_run import dry_run
 from grit_jax.train.loop import Trainer
 from grit_jax.train.metrics import read_metrics
@@ -368,6 +369,41 @@ def test_goodput_and_metrics_go_on_through_a_restart(data, finished):
     # One file holds all conversations, and the loss is the mean over its tokens.
     assert metrics[0]["loss/generative/generative"] == pytest.approx(metrics[0]["loss/generative"], rel=1e-5)
     assert metrics[0].keys() >= {"embedding/uniformity", "embedding/mean_cosine", "embedding/effective_rank"}
+
+
+class Probe(Callback):
+    """Adds a number of the state that every second step leaves."""
+
+    def due(self, run, step):
+        return step % 2 == 0
+
+    def step_ended(self, run, step, values):
+        if self.due(run, step):
+            with run.aside("evaluation"):
+                values["probe/step"] = float(run.trainer.state.step)
+            run.say(f"probed step {step}")
+
+
+def test_a_callback_of_the_callers_adds_to_what_is_logged_and_ranks_checkpoints(data, tmp_path, capsys):
+    run = tmp_path / "run"
+    options = ["--checkpoint.keep=1", "--checkpoint.keep_best=1", "--checkpoint.best_metric=probe/step"]
+    assert Trainer(config(data, run, "--train.steps=6", *options), callbacks=[Probe()]).fit()
+    assert [line.get("probe/step") for line in read_metrics(run / "metrics.jsonl")] == [None, 2, None, 4, None, 6]
+    assert {path.name for path in (run / "checkpoints").iterdir()} == {"2", "6"}, "the smallest, and the newest"
+    assert "probed step 4" in capsys.readouterr().out
+    assert read_lines(run / "goodput.jsonl")[-1]["seconds"]["evaluation"] > 0
+
+
+def test_any_callbacks_may_be_left_out(data, tmp_path):
+    def ran(name, kept):
+        trainer = Trainer(config(data, tmp_path / name, "--train.steps=2", "--logging.gradient_ratio_every=1"))
+        trainer.callbacks[:] = trainer.callbacks[kept]
+        assert trainer.fit()
+        return {path.name for path in (tmp_path / name).iterdir()}
+
+    logs = {"config.yaml", "goodput.jsonl", "metrics.jsonl", "checkpoints"}
+    assert ran("one half", slice(0, None, 2)) | ran("the other half", slice(1, None, 2)) == logs
+    assert ran("none", slice(0)) == {"config.yaml"}
 
 
 def test_a_trainer_gives_the_model_that_its_run_folder_holds(data, tmp_path):
