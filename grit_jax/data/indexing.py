@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import logging
 import os
 import shutil
@@ -202,20 +203,29 @@ class _Store:
         """Joins the shards into arrays that can be mapped, and removes what only served to make them."""
         self.index = self._load()  # another host's
         if not self.index:
+            problem: OSError | None = None
             paths = [shard.path for shard in self.shards(0)]
             try:
                 if not _merge(paths, self.source, self._folder / self._name, self._tokenizer, tokens=self._tokens):
                     return
             except OSError as error:
-                raise InputError(f"{self._folder}: cannot be written to ({error}); {cache.MAKE_ROOM}") from error
+                problem = error
             self.index = self._load()
+            if not self.index and problem:
+                raise InputError(f"{self._folder}: cannot be written to ({problem}); {cache.MAKE_ROOM}") from problem
         if self.index:
-            if not files.is_bucket(self._shards):  # a bucket's shards are for hosts that are still to come
-                cache.remove(self._shards)
+            self._clean_up()
+
+    def _clean_up(self) -> None:
+        """Removes what an index that is there leaves without a use, also of others that have begun to make it."""
+        if not files.is_bucket(self._shards):  # a bucket's shards are for hosts that are still to come
+            cache.remove(self._shards)
+        for folder in cache.local_folders(self._path):
             if self._tokens:
-                for folder in cache.local_folders(self._path):
-                    cache.remove(folder / self._lengths)
-            cache.remove_plain(self._path, self._version)
+                cache.remove(folder / self._lengths)
+            for partial in folder.glob(f".{glob.escape(self._name)}.*.partial"):
+                cache.remove(partial)
+        cache.remove_plain(self._path, self._version)
 
 
 def _sample(source: Source) -> list[int]:
