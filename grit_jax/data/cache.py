@@ -88,7 +88,8 @@ def remove_stale(path: epath.Path, version: Version) -> None:
     """Removes what was made from other versions of a file, or in other formats; who has mapped that keeps it."""
     for folder in (path.parent / FOLDER, *local_folders(path)):
         for name in files.names(folder):
-            if name.startswith(_of_file(path)) and not name.startswith(_of_version(path, version)):
+            entry = name.removeprefix(".")  # of one that was being written
+            if entry.startswith(_of_file(path)) and not entry.startswith(_of_version(path, version)):
                 remove(folder / name)
 
 

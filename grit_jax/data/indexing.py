@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import logging
 import os
 import shutil
@@ -235,22 +236,29 @@ class _Store:
         """Joins the shards into arrays that can be mapped, and removes what only served to make them."""
         self.index = self._load()  # another host's
         if not self.index:
-            paths = [shard.path for shard in self.shards(0)]
+            problem: OSError | None = None
+            paths, folder = [shard.path for shard in self.shards(0)], self._folder / self._name
             try:
-                if not _merge(
-                    paths, self.reading.source, self._folder / self._name, self._tokenizer, tokens=self._tokens
-                ):
+                if not _merge(paths, self.reading.source, folder, self._tokenizer, tokens=self._tokens):
                     return
             except OSError as error:
-                raise InputError(f"{self._folder}: cannot be written to ({error}); {cache.MAKE_ROOM}") from error
+                problem = error
             self.index = self._load()
+            if not self.index and problem:
+                raise InputError(f"{self._folder}: cannot be written to ({problem}); {cache.MAKE_ROOM}") from problem
         if self.index:
-            if not files.is_bucket(self._shards):  # a bucket's shards are for hosts that are still to come
-                cache.remove(self._shards)
+            self._clean_up()
+
+    def _clean_up(self) -> None:
+        """Removes what an index that is there leaves without a use, also of others that have begun to make it."""
+        if not files.is_bucket(self._shards):  # a bucket's shards are for hosts that are still to come
+            cache.remove(self._shards)
+        for folder in cache.local_folders(self.path):
             if self._tokens:
-                for folder in cache.local_folders(self.path):
-                    cache.remove(folder / self._lengths)
-            cache.remove_plain(self.path, self._version)
+                cache.remove(folder / self._lengths)
+            for partial in folder.glob(f".{glob.escape(self._name)}.*.partial"):
+                cache.remove(partial)
+        cache.remove_plain(self.path, self._version)
 
 
 def _sample(source: Source) -> list[int]:

@@ -1,6 +1,6 @@
 """What can be checked in seconds before an expensive start.
 
-Nothing is compiled, and nothing stays written but token counts, where a run would go on with data that have none.
+Nothing is compiled, and nothing stays written but the tokens of data, where a run would go on with data that have none.
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ def _set_up(config: Config, pretrained: Any, tokenizer: Any, mesh: Any) -> tuple
 
 
 def _check_resume(config: Config, tokenizer: Tokenizer) -> None:
-    """Checks what `train.output` holds, if anything, against config and data, whose tokens it may have to count."""
+    """Checks what `train.output` holds, if anything, against config and data, which it may have to tokenize."""
     check_folder(config)
     path = files.join(config.train.output, folder.CHECKPOINTS)
     if not files.exists(path):
