@@ -35,12 +35,14 @@ import common
 import numpy as np
 
 from grit_jax import files
-from grit_jax.batch import ONE_HOST
-from grit_jax.config import Config, DataConfig, LossConfig, TrainConfig
-from grit_jax.data import indexing, sources
-from grit_jax.data.index import CHECKED_BYTES, checksums, open_index, write_meta
-from grit_jax.data.pipeline import Pipeline, embedding_batch, planned_rows
+from grit_jax.batch import ONE_HOST, HostShare
+from grit_jax.config import Config, DataConfig, TrainConfig
+from grit_jax.data import sources
+from grit_jax.data.index import CHECKED_BYTES, ReadFile, checksums, open_index, write_meta
+from grit_jax.data.indexing import build_indexes
+from grit_jax.data.pipeline import Pipeline, planned_rows
 from grit_jax.data.schedule import Schedule
+from grit_jax.data.streams import all_streams, trained_streams
 from grit_jax.tokenizer import Tokenizer
 
 LATE = 1_000_000
@@ -67,7 +69,7 @@ def index_speed(data: Path, tokenizer: Tokenizer, most: int) -> dict[str, float]
             part = Path(folder, f"{path.name.partition('.')[0]}.jsonl")
             part.write_bytes(b"\n".join(source.lines(0, min(len(source), most))))
             started = time.process_time()
-            indexes.append(indexing.build_index(part, tokenizer))
+            indexes += [file.index for file in build_indexes([part], tokenizer, all_streams(Config()))]
             seconds += time.process_time() - started
         tokens = sum(int(index.lengths.sum()) for index in indexes)
         size = sum(path.stat().st_size for path in Path(folder).rglob("*.npy"))
@@ -94,13 +96,14 @@ def fill(data: Path, tokenizer: Tokenizer, devices: int, config: DataConfig, ste
     """Share that is no padding, and speeds per core."""
     train = [str(data / "embedding"), str(data / "generative")]
     run = Config(data=dataclasses.replace(config, train=train), train=TrainConfig(steps=2 * LATE))
-    pipeline = Pipeline(run, tokenizer, row_multiples=(devices, devices), host_share=ONE_HOST)
+    every_shard = HostShare(tuple(range(devices)), devices)
+    pipeline = Pipeline(run, tokenizer, trained_streams(run), host_share=every_shard)
     filled: dict[str, list[tuple[int, int]]] = {"embedding": [], "generative": []}
     started = time.process_time()
     for k in range(steps):
         batch = pipeline.batch(k)
         for stream, sizes in filled.items():
-            segments = getattr(batch, stream).segment_ids
+            segments = batch[stream].segment_ids
             sizes.append((int((segments > 0).sum()), segments.size))
     seconds = time.process_time() - started
     tokens = sum(used for sizes in filled.values() for used, _ in sizes)
@@ -122,7 +125,7 @@ def first_batch(data: Path, tokenizer: Tokenizer, start: int) -> float:
     _, limits = LIMITS["benchmark"]
     run = Config(data=dataclasses.replace(limits, train=train), train=TrainConfig(steps=2 * LATE))
     started = time.perf_counter()
-    pipeline = Pipeline(run, tokenizer, row_multiples=(1, 1), host_share=ONE_HOST)
+    pipeline = Pipeline(run, tokenizer, trained_streams(run), host_share=ONE_HOST)
     next(pipeline.batches(start))
     return round(time.perf_counter() - started, 2)
 
@@ -153,7 +156,7 @@ def write_index(folder: Path, rows: int) -> None:
         np.save(folder / f"{name}.npy", array)
     names = ["tokens.npy", *(f"{name}.npy" for name in arrays)]
     digests = {name: files.sha256(folder / name) for name in names[1:]}
-    about = {"stream": "embedding", "bad": [], "fingerprint": ["synthetic"] * 3, "arrays": names, "sha256": digests}
+    about = {"kind": "embedding", "bad": [], "fingerprint": ["synthetic"] * 3, "arrays": names, "sha256": digests}
     write_meta(folder, about)
 
 
@@ -177,15 +180,15 @@ def scheduled(rows: int, parent: Path | None) -> dict[str, float]:
         opened = time.perf_counter() - started
         data = DataConfig(query_max_length=256, passage_max_length=512, embedding_batch=2048)
         train = TrainConfig(mode="embedding")
-        schedule = Schedule([index], data=data, loss=LossConfig(), train=train, row_multiples=(64, 64))
+        (stream,) = trained_streams(Config(data=data, train=train))
+        schedule = Schedule([ReadFile(0, index, stream)], [stream], data=data, train=train, num_shards=64)
         made = time.perf_counter() - started
         memory = anonymous_mebibytes() - before
 
         def fill(k: int) -> int:
-            plan = schedule.step(k).embedding
-            assert plan
-            rows = planned_rows(plan.rows, [index], ONE_HOST, data.embedding_row_length)
-            return int((embedding_batch(plan, rows, "mean").segment_ids > 0).sum())
+            plan = schedule.stream_plan(k, stream.name)
+            rows = planned_rows(plan.rows, {0: index}, ONE_HOST, stream.row_length)
+            return int((stream.fill(plan, rows).segment_ids > 0).sum())
 
         values = {}
         for first in (0, LATE):

@@ -23,6 +23,7 @@ from grit_jax import prompts
 from grit_jax.batch import ONE_HOST
 from grit_jax.config import Config, DataConfig, TrainConfig
 from grit_jax.data.pipeline import Pipeline
+from grit_jax.data.streams import trained_streams
 from grit_jax.tokenizer import Tokenizer
 
 QUERIES, CONVERSATIONS = 32, 8
@@ -84,12 +85,12 @@ def main() -> None:
             train=TrainConfig(steps=args.steps),
         )  # fmt: skip
         started = time.perf_counter()
-        pipeline = Pipeline(config, tokenizer, row_multiples=(1, 1), host_share=ONE_HOST)
+        pipeline = Pipeline(config, tokenizer, trained_streams(config), host_share=ONE_HOST)
         index_seconds = time.perf_counter() - started
 
         def ours() -> int:
-            streams = itertools.chain.from_iterable(pipeline.batches(0))
-            return sum(int((stream.segment_ids > 0).sum()) for stream in streams if stream)
+            streams = itertools.chain.from_iterable(batch.values() for batch in pipeline.batches(0))
+            return sum(int((stream.segment_ids > 0).sum()) for stream in streams)
 
         sides = {"ours": ours}
         if not args.no_torch and common.has_torch():

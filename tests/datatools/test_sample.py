@@ -1,8 +1,9 @@
 import pytest
 
 from grit_jax.cli.main import main
-from grit_jax.config import DataConfig
+from grit_jax.config import Config, DataConfig
 from grit_jax.data.records import parse_record
+from grit_jax.data.streams import all_streams
 from grit_jax.datatools.sample import draw, show
 from grit_jax.tokenizer import Tokenizer
 from tests.runs import write_data
@@ -12,7 +13,7 @@ BYTES = Tokenizer.load("bytes")
 
 def shown(line, **limits):
     record = parse_record(line, path="f", line_number=1)
-    return show(record, DataConfig(**limits), BYTES)
+    return show(record, all_streams(Config(data=DataConfig(**limits))), BYTES)
 
 
 def test_texts_are_shown_with_special_tokens_and_what_is_pooled():
@@ -34,12 +35,12 @@ def test_answers_are_scored_and_what_is_over_the_limit_is_cut():
 
 
 def test_draws_are_repeatable_different_and_within_the_data(tmp_path):
-    data = DataConfig(train=[str(write_data(tmp_path / "data"))])
-    first, again, other = (list(draw(data, BYTES, count=6, seed=seed)) for seed in (0, 0, 1))
+    config = Config(data=DataConfig(train=[str(write_data(tmp_path / "data"))]))
+    first, again, other = (list(draw(config, BYTES, count=6, seed=seed)) for seed in (0, 0, 1))
     assert first == again
     assert first != other
     assert len({where for where, _ in first}) == 6
-    assert len(list(draw(data, BYTES, count=100, seed=0))) == 24
+    assert len(list(draw(config, BYTES, count=100, seed=0))) == 24
 
 
 def test_the_command_marks_what_counts(tmp_path, capsys):
