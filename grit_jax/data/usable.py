@@ -98,7 +98,7 @@ class UsableFile:
 
 
 class StreamFiles:
-    """The files of one stream, in the order of their numbers; implements `Lookup`."""
+    """The files of one stream, in the order of their numbers, and what it asks of their indexes."""
 
     def __init__(self, stream: Stream, files: Sequence[UsableFile]):
         self.stream, self.files = stream, files

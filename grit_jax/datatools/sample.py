@@ -78,13 +78,13 @@ def show(record: Record, streams: Sequence[Stream], tokenizer: Tokenizer) -> lis
     stream = next(stream for stream in streams if isinstance(record, stream.record))
     texts = stream.prompts(record, tokenizer)
     number = np.arange(len(texts))
-    kinds, limits = stream.kinds(number, np.full(len(texts), stream.num_positives(record))), stream.limits(number)
+    roles, limits = stream.roles(number, np.full(len(texts), stream.num_positives(record))), stream.limits(number)
     encodings = tokenizer.encode_batch([prompt.text for prompt in texts])
     shown = []
     for number, (prompt, tokenized, encoding) in enumerate(
         zip(texts, tokenize(texts, tokenizer), encodings, strict=True)
     ):
-        kind, limit = next(kind.name for kind in kinds if kind.mine[number]), int(limits[number])
+        kind, limit = next(role.name for role in roles if role.mine[number]), int(limits[number])
         length = min(len(encoding.ids), limit)
         counts = np.zeros(length, bool)
         for start, end in np.clip(tokenized.spans, stream.first_target, length):

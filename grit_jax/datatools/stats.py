@@ -111,7 +111,7 @@ class Stats:
     notes: tuple[str, ...]
 
     @property
-    def kinds(self) -> list[str]:
+    def roles(self) -> list[str]:
         """Kinds of texts, those of one stream after the other."""
         files = sorted(self.files, key=lambda file: file.stream)
         return list(dict.fromkeys(kind for file in files for kind in file.lengths))
@@ -155,7 +155,7 @@ def _file_stats(file: ReadFile) -> FileStats:
         positives = np.repeat(index.num_positives[start : start + len(counts)], counts)
         chosen = slice(int(bounds[0]), int(bounds[-1]))
         lengths = np.asarray(index.lengths[chosen])
-        for kind, mine, limit in stream.kinds(text, positives):
+        for kind, mine, limit in stream.roles(text, positives):
             if mine.any():
                 targets = num_targets(index, limit, chosen, first=stream.first_target)[mine]
                 parts.setdefault(kind, []).append(_lengths(lengths[mine], limit, int(targets.sum(dtype=np.int64))))

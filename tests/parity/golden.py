@@ -12,7 +12,7 @@ import safetensors.numpy
 from grit_jax import sharding
 from grit_jax.batch import EmbeddingBatch, GenerativeBatch, max_segments
 from grit_jax.config import MeshConfig
-from grit_jax.data.pipeline import pool_weights
+from grit_jax.data.streams.embedding import pool_weights
 from grit_jax.hf.folder import open_folder
 from grit_jax.hf.names import get, table
 from grit_jax.model.transformer import abstract_model, abstract_params, param_axes

@@ -16,7 +16,7 @@ from grit_jax.data.pipeline import Pipeline
 from grit_jax.data.records import Record, RecordError
 from grit_jax.data.sources import find_files
 from grit_jax.data.streams import all_streams
-from grit_jax.data.streams.base import Kind, RowPlan, Stream
+from grit_jax.data.streams.base import Role, RowPlan, Stream
 from grit_jax.datatools.stats import as_lines, measure
 from grit_jax.datatools.validate import validate
 from grit_jax.plan import outline
@@ -85,8 +85,8 @@ class PlainStream(Stream):
     def limits(self, text):
         return np.full(len(text), self.row_length, np.int32)
 
-    def kinds(self, text, positives):
-        return [Kind("text", np.ones(len(text), bool), self.row_length)]
+    def roles(self, text, positives):
+        return [Role("text", np.ones(len(text), bool), self.row_length)]
 
     def plan(self, files, samples, ranks, *, summed):
         rows = files.rows(samples, np.zeros(len(samples.file), int))

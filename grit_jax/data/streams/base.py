@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import hashlib
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
 import numpy as np
 
@@ -13,6 +13,9 @@ from grit_jax.data.packing import FilledRows
 from grit_jax.data.records import Record
 from grit_jax.prompts import Prompt
 from grit_jax.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from grit_jax.data.usable import StreamFiles
 
 
 class Samples(NamedTuple):
@@ -57,28 +60,12 @@ class Plan(Protocol):
     def _replace(self, *, rows: RowPlan) -> Plan: ...
 
 
-class StreamBatch(Protocol):
-    """A stream's part of a batch: a named tuple of arrays of NumPy or JAX.
+class Role(NamedTuple):
+    """What texts are in their records, for people.
 
     Attributes:
-      per_row: Names of the fields with one entry a row; hosts hold their own rows of these, and all of the others.
-      tokens: int32 [rows, length].
-    """
-
-    per_row: ClassVar[tuple[str, ...]]
-
-    @property
-    def tokens(self) -> Any:
-        """int32 [rows, length]."""
-        ...
-
-
-class Kind(NamedTuple):
-    """One kind of a stream's texts, for people.
-
-    Attributes:
-      name: Of one such text, such as query.
-      mine: bool [texts]; which texts are of this kind.
+      name: Of the role, such as query.
+      mine: bool [texts]; which texts have it.
       limit: Most tokens of one.
     """
 
@@ -108,30 +95,6 @@ class PlannedRows(NamedTuple):
 # For each text of some records a number; of a record's usable positives the one with the smallest is taken, and of its
 # negatives those with the smallest ones.
 Ranks = Callable[[int], np.ndarray]
-
-
-class Lookup(Protocol):
-    """What a stream asks of the indexes of its files; see `grit_jax.data.usable.StreamFiles`."""
-
-    def num_texts(self, samples: Samples) -> np.ndarray:
-        """int64 [samples]: texts of each record."""
-        ...
-
-    def num_positives(self, samples: Samples) -> np.ndarray:
-        """int32 [samples]: positives of each record."""
-        ...
-
-    def targets(self, samples: Samples, text: np.ndarray) -> np.ndarray:
-        """int32 [texts]: tokens within the limits that are pooled or scored, of texts of the records of `samples`."""
-        ...
-
-    def hashes(self, samples: Samples, text: np.ndarray) -> np.ndarray:
-        """int64 [texts]: equal for equal formatted texts."""
-        ...
-
-    def rows(self, samples: Samples, text: np.ndarray) -> RowPlan:
-        """The texts packed into rows."""
-        ...
 
 
 class Stream(abc.ABC):
@@ -179,8 +142,8 @@ class Stream(abc.ABC):
         """int32 [texts]: most tokens of texts with these numbers in their records."""
 
     @abc.abstractmethod
-    def kinds(self, text: np.ndarray, positives: np.ndarray) -> list[Kind]:
-        """The kinds of texts with these numbers in records with so many positives, int [texts] each."""
+    def roles(self, text: np.ndarray, positives: np.ndarray) -> list[Role]:
+        """The roles of texts with these numbers in records with so many positives, int [texts] each."""
 
     def usable(self, ok: np.ndarray, first: np.ndarray, positives: np.ndarray) -> np.ndarray:
         """Which records can be trained on: bool [records].
@@ -193,7 +156,7 @@ class Stream(abc.ABC):
         return ok[first]
 
     @abc.abstractmethod
-    def plan(self, files: Lookup, samples: Samples, ranks: Ranks, *, summed: bool) -> Any:
+    def plan(self, files: StreamFiles, samples: Samples, ranks: Ranks, *, summed: bool) -> Any:
         """The `Plan` of a batch of these samples.
 
         Args:
@@ -206,7 +169,7 @@ class Stream(abc.ABC):
 
     @abc.abstractmethod
     def fill(self, plan: Any, planned: PlannedRows) -> Any:
-        """The `StreamBatch` of a plan, given its rows, or those of one host."""
+        """The batch of a plan, given its rows, or those of one host: a named tuple of arrays, see `grit_jax.batch`."""
 
     @abc.abstractmethod
     def full_step(self) -> np.ndarray:
@@ -214,4 +177,4 @@ class Stream(abc.ABC):
 
     @abc.abstractmethod
     def empty(self, num_rows: int) -> Any:
-        """A `StreamBatch` of zeros that takes no memory, for its shapes and types."""
+        """A batch of zeros that takes no memory, for its shapes and types."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from scipy.sparse import coo_array
@@ -13,9 +13,12 @@ from grit_jax.batch import EmbeddingBatch, max_segments
 from grit_jax.config import Config, Pooling
 from grit_jax.data.packing import ranges
 from grit_jax.data.records import EmbeddingRecord
-from grit_jax.data.streams.base import Kind, Lookup, PlannedRows, Ranks, RowPlan, Samples, Stream
+from grit_jax.data.streams.base import PlannedRows, Ranks, Role, RowPlan, Samples, Stream
 from grit_jax.prompts import Prompt
 from grit_jax.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from grit_jax.data.usable import StreamFiles
 
 
 class EmbeddingPlan(NamedTuple):
@@ -94,12 +97,12 @@ class EmbeddingStream(Stream):
         """int32 [texts]: the limit of queries for the first text, else that of passages."""
         return np.where(text == 0, self._query_limit, self._passage_limit).astype(np.int32)
 
-    def kinds(self, text: np.ndarray, positives: np.ndarray) -> list[Kind]:
+    def roles(self, text: np.ndarray, positives: np.ndarray) -> list[Role]:
         """Queries, positives and negatives."""
         return [
-            Kind("query", text == 0, self._query_limit),
-            Kind("positive", (text > 0) & (text <= positives), self._passage_limit),
-            Kind("negative", text > positives, self._passage_limit),
+            Role("query", text == 0, self._query_limit),
+            Role("positive", (text > 0) & (text <= positives), self._passage_limit),
+            Role("negative", text > positives, self._passage_limit),
         ]
 
     def usable(self, ok: np.ndarray, first: np.ndarray, positives: np.ndarray) -> np.ndarray:
@@ -107,7 +110,7 @@ class EmbeddingStream(Stream):
         sums = np.concatenate([[0], np.cumsum(ok)])
         return ok[first] & (sums[first + 1 + positives] > sums[first + 1])
 
-    def plan(self, files: Lookup, samples: Samples, ranks: Ranks, *, summed: bool) -> EmbeddingPlan:
+    def plan(self, files: StreamFiles, samples: Samples, ranks: Ranks, *, summed: bool) -> EmbeddingPlan:
         """Queries, positives and negatives of the samples; fillers make a short batch whole."""
         batch, group = self.batch_size, self._group_size
         texts = self._groups(files, samples, ranks)
@@ -128,7 +131,7 @@ class EmbeddingStream(Stream):
         query, passages = number[:, 0], number[:, 1:].reshape(-1)
         return EmbeddingPlan(rows, max_segments(self.row_length), query, passages, weights, ids[:, 1:].reshape(-1))
 
-    def _groups(self, files: Lookup, samples: Samples, ranks: Ranks) -> np.ndarray:
+    def _groups(self, files: StreamFiles, samples: Samples, ranks: Ranks) -> np.ndarray:
         """Numbers of query, positive and negatives in their record, int [samples, 1 + group]; -1 where there is none.
 
         Negatives are taken again, in the same order, where a record has too few.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -11,9 +11,12 @@ from grit_jax.batch import GenerativeBatch
 from grit_jax.config import Config, LossConfig
 from grit_jax.data.packing import ranges
 from grit_jax.data.records import GenerativeRecord
-from grit_jax.data.streams.base import Kind, Lookup, PlannedRows, Ranks, RowPlan, Samples, Stream
+from grit_jax.data.streams.base import PlannedRows, Ranks, Role, RowPlan, Samples, Stream
 from grit_jax.prompts import Prompt
 from grit_jax.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from grit_jax.data.usable import StreamFiles
 
 
 class GenerativePlan(NamedTuple):
@@ -59,11 +62,11 @@ class GenerativeStream(Stream):
         """int32 [texts]: a row."""
         return np.full(len(text), self.row_length, np.int32)
 
-    def kinds(self, text: np.ndarray, positives: np.ndarray) -> list[Kind]:
+    def roles(self, text: np.ndarray, positives: np.ndarray) -> list[Role]:
         """Conversations."""
-        return [Kind("conversation", np.ones(len(text), bool), self.row_length)]
+        return [Role("conversation", np.ones(len(text), bool), self.row_length)]
 
-    def plan(self, files: Lookup, samples: Samples, ranks: Ranks, *, summed: bool) -> GenerativePlan:
+    def plan(self, files: StreamFiles, samples: Samples, ranks: Ranks, *, summed: bool) -> GenerativePlan:
         """The samples' conversations."""
         text = np.zeros(len(samples.file), int)
         scored = files.targets(samples, text)
