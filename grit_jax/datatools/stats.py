@@ -116,6 +116,12 @@ class Stats:
         files = sorted(self.files, key=lambda file: file.stream)
         return list(dict.fromkeys(kind for file in files for kind in file.lengths))
 
+    @property
+    def kinds(self) -> list[str]:
+        """What texts are in their records, those of one stream after the other."""
+        files = sorted(self.files, key=lambda file: file.stream)
+        return list(dict.fromkeys(kind for file in files for kind in file.lengths))
+
     def total(self, kind: str) -> Lengths | None:
         """The texts of one kind in all files."""
         parts = [file.lengths[kind] for file in self.files if kind in file.lengths]
