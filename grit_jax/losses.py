@@ -101,7 +101,8 @@ def _weighted_nll_forward(logits, output_weights, *blocks):
 
 def _weighted_nll_backward(logits, gradients, cotangents):
     cotangent, _ = cotangents
-    weights, hidden, nll = (cotangent.astype(gradient.dtype) * gradient for gradient in gradients)
+    # Not rounded before the product: a loss weight would be another one in bfloat16.
+    weights, hidden, nll = ((cotangent * gradient).astype(gradient.dtype) for gradient in gradients)
     return weights, hidden, None, nll
 
 
