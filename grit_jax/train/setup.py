@@ -44,7 +44,7 @@ def set_up(config: Config, mesh: Mesh) -> Setup:
     _check_lengths(config)
     _check_batch(config, mesh)
     model = abstract_model(config.model.architecture, config.model.embedding.projection_dim)
-    partition = Partition(tuple(config.train.trainable), config.train.frozen_dtype)
+    partition = partition_of(config)
     trained_axes, _ = partition.split(param_axes(model))
     optimizer = make_optimizer(config.optimizer, config.train.steps, trained_axes)
     abstract = abstract_state(model, optimizer, mesh, partition)
@@ -52,6 +52,11 @@ def set_up(config: Config, mesh: Mesh) -> Setup:
     rate = learning_rate(config.optimizer, config.train.steps)
     train_step = make_train_step(objective, optimizer, rate, shardings_of(abstract))
     return Setup(partition, objective, optimizer, abstract, train_step)
+
+
+def partition_of(config: Config) -> Partition:
+    """Which parameters a config trains."""
+    return Partition(tuple(config.train.trainable), config.train.frozen_dtype)
 
 
 def row_multiples(config: Config, mesh: Mesh) -> tuple[int, int]:
