@@ -8,20 +8,25 @@ import math
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+import jax
+import jax.numpy as jnp
+
 from grit_jax import sharding
 from grit_jax.config import Config, InputError
 from grit_jax.execution import num_chunks
+from grit_jax.model.transformer import abstract_model, abstract_params
 from grit_jax.plan.program import Plan, make_plan
 from grit_jax.plan.topology import Topology, devices
 from grit_jax.plan.work import Lengths, planned_work
 from grit_jax.train.objectives import trained_objectives
+from grit_jax.train.setup import partition_of
 
 # What the formula leaves out of a device's memory: programs, fragmentation, collectives' buffers.
 _HEADROOM = 0.9
 # Widths of one token inside a layer in the backward pass, in units of (embed, heads, mlp), counted by hand.
 _INSIDE = (8, 8, 6)
 _ACTIVATION_BYTES = 2  # bfloat16
-_STATE_BYTES = 12  # float32 weights and two moments
+_TRAINED_BYTES = 12  # of a parameter that is trained: itself and two moments, float32
 
 
 class Candidate(NamedTuple):
@@ -82,7 +87,7 @@ def rank(candidate: Candidate, topology: Topology) -> tuple[bool, float, float]:
 
 def candidates(config: Config, topology: Topology, lengths: Lengths) -> Iterator[Candidate]:
     """All settings that are considered, meshes, chunks, rematerialisation and rows of a layer, where the mesh fits."""
-    mesh_devices = devices(topology)
+    mesh_devices, state_bytes = devices(topology), _state_bytes(config)
     options = itertools.product((1, 2, 4), (1, 2, 4, 8), ("dots", "full", "offload"), (None, 8, 4, 2, 1))
     for tensor, chunks, remat, layer_rows in options:
         changed = dataclasses.replace(
@@ -113,7 +118,7 @@ def candidates(config: Config, topology: Topology, lengths: Lengths) -> Iterator
             f"--train.embedding_chunks={chunks}", f"--model.remat={remat}",
             f"--model.layer_rows={'null' if layer_rows is None else layer_rows}",
         ]  # fmt: skip
-        memory = _memory(changed, tensor, shards, rows)
+        memory = _memory(changed, tensor, shards, rows, state_bytes)
         # Chunks cost a stream's pass one more forward.
         in_chunks = sum(planned.rows[each.name] for each in objectives if each.stream.num_chunks > 1)
         again = in_chunks / sum(planned.rows.values())
@@ -124,7 +129,16 @@ def candidates(config: Config, topology: Topology, lengths: Lengths) -> Iterator
         yield Candidate(changed, overrides, memory, work)
 
 
-def _memory(config: Config, tensor: int, shards: int, rows: int) -> float:
+def _state_bytes(config: Config) -> float:
+    """Bytes of a parameter with its optimizer state, the mean over all: a frozen one has no such state."""
+    shapes = abstract_params(abstract_model(config.model.architecture, config.model.embedding.projection_dim))
+    partition = partition_of(config)
+    trainable, frozen = (sum(leaf.size for leaf in jax.tree.leaves(part)) for part in partition.split(shapes))
+    frozen_bytes = jnp.dtype(partition.frozen_dtype).itemsize
+    return (_TRAINED_BYTES * trainable + frozen_bytes * frozen) / (trainable + frozen)
+
+
+def _memory(config: Config, tensor: int, shards: int, rows: int, state_bytes: float) -> float:
     """Peak bytes of a device: state, what layers keep, the inside of one layer, gathered weights."""
     architecture, remat = config.model.architecture, config.model.remat
     embed = architecture.embed_dim
@@ -138,7 +152,7 @@ def _memory(config: Config, tensor: int, shards: int, rows: int) -> float:
     kept = {"full": embed, "offload": 0, "dots": 2 * embed + 2 * heads + 2 * mlp}[remat]
     inside = sum(count * width for count, width in zip(_INSIDE, (embed, heads, mlp), strict=True))
     at_once = tokens * min(1.0, (config.model.layer_rows or rows) / rows)
-    state = _STATE_BYTES * (architecture.num_layers * layer + 2 * table) / shards
+    state = state_bytes * (architecture.num_layers * layer + 2 * table) / shards
     # A layer's weights and their gradient, and the output table's gradient in float32.
     weights = _ACTIVATION_BYTES * 3 * layer + 8 * table
     return state + weights + _ACTIVATION_BYTES * (architecture.num_layers * tokens * kept + at_once * inside)

@@ -56,7 +56,7 @@ def set_up(config: Config, mesh: Mesh, objectives: Sequence[Objective] | None = 
         if problem := objective.problem({axis: mesh.shape[axis] for axis in sharding.mesh_axes("batch")}):
             raise InputError(problem)
     model = abstract_model(config.model.architecture, config.model.embedding.projection_dim)
-    partition = Partition(tuple(config.train.trainable), config.train.frozen_dtype)
+    partition = partition_of(config)
     trained_axes, _ = partition.split(param_axes(model))
     optimizer = make_optimizer(config.optimizer, config.train.steps, trained_axes)
     abstract = abstract_state(model, optimizer, mesh, partition)
@@ -64,6 +64,11 @@ def set_up(config: Config, mesh: Mesh, objectives: Sequence[Objective] | None = 
     rate = learning_rate(config.optimizer, config.train.steps)
     train_step = make_train_step(joint, optimizer, rate, shardings_of(abstract))
     return Setup(partition, joint, optimizer, abstract, train_step)
+
+
+def partition_of(config: Config) -> Partition:
+    """Which parameters a config trains."""
+    return Partition(tuple(config.train.trainable), config.train.frozen_dtype)
 
 
 def _check_lengths(stream: Stream, limit: int) -> None:

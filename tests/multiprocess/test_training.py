@@ -30,6 +30,10 @@ FEATURES = {
         "--data.exclude_duplicates=true",
     ],
     "experts, no packing": [*MIXTRAL, "--mesh.fsdp=4", "--mesh.expert=2", "--data.packing=false", "--model.remat=dots"],
+    "a part, the rest in bfloat16": [
+        "--mesh.data=2", "--mesh.fsdp=4", '--train.trainable=["layers.mlp.*", "final_norm.*"]',
+        "--train.frozen_dtype=bfloat16", "--logging.gradient_ratio_every=2",
+    ],
     "data alone, dense": ["--mesh.data=8", "--loss.negatives=dense", "--loss.type=token"],
 }  # fmt: skip
 

@@ -185,6 +185,17 @@ def test_the_search_ranks_what_fits_first_and_then_the_least_work(monkeypatch):
     assert sorted([*huge, ranked[-1]], key=lambda each: search.rank(each, TOPOLOGY))[0] is ranked[-1]
 
 
+def test_the_search_knows_that_frozen_parameters_have_no_optimizer_state(monkeypatch):
+    monkeypatch.setattr(search, "devices", lambda topology: jax.devices())
+
+    def memory(**train):
+        config = dataclasses.replace(CONFIG, train=TrainConfig(**train))
+        return next(search.candidates(config, TOPOLOGY, lengths_at_limits(config))).memory_bytes
+
+    mlps = {"trainable": ["layers.mlp.*"]}
+    assert memory() > memory(**mlps) > memory(**mlps, frozen_dtype="bfloat16")
+
+
 def test_the_search_recommends_the_fastest_that_fits(monkeypatch):
     class Cost:
         def __init__(self, seconds):

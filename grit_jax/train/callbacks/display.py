@@ -22,13 +22,12 @@ class Display(Callback):
 
     def __init__(self, every: int):
         self._every = every
+        self._console = rich.console.Console(quiet=jax.process_index() != 0, highlight=False, soft_wrap=True)
 
     @contextmanager
     def running(self, run: Run) -> Generator[None]:
         """Shows the live line."""
-        self._started = time.monotonic()
-        self._console = rich.console.Console(quiet=jax.process_index() != 0, highlight=False, soft_wrap=True)
-        self._live = None
+        self._started, self._live = time.monotonic(), None
         if not self._console.is_terminal:
             yield
             return

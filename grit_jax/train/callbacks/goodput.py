@@ -34,6 +34,7 @@ class Goodput(Callback):
         self._clock, self._starting = Clock(began=self._began, from_step=run.start), True
         self._earlier: list[dict[str, Any]] = []
         self._log: LineWriter | None = None
+        self._written = time.time()
         if jax.process_index() == 0:
             path = files.join(run.trainer.folder, folder.GOODPUT)
             self._earlier = list({line["session"]: line for line in read_lines(path)}.values())
