@@ -217,6 +217,7 @@ again = open_source(f"{root}/two/a.jsonl")
 build_index(again.path, tokenizer)
 after = set(os.listdir(cache))
 assert len(after) == 2 and len(after & before) == 1, (before, after)
+assert len(files.names(f"{root}/two/.grit_index")) == 1
 assert (source[0].turns, again[0].turns) == ("first", "second, which is longer")
 print("cleaned")
 """
