@@ -461,6 +461,16 @@ def full(*_):
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
+def test_where_the_data_cannot_be_written_to_tokens_go_to_the_users_cache(source, tmp_path, monkeypatch):
+    (tmp_path / ".grit_index").touch()  # no folder can be made there
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    index = build_index(source.path, BYTES)
+    assert [*(tmp_path / "cache/grit_jax/index").iterdir()] == [index.folder]
+    monkeypatch.setenv("XDG_CACHE_HOME", str(source.path))
+    with pytest.raises(InputError, match=r"neither .*/.grit_index nor .*/f.jsonl/grit_jax/index can be written to"):
+        build_index(source.path, BYTES)
+
+
 @pytest.mark.parametrize("when", ["a shard is written", "shards are joined"])
 def test_a_disk_that_fills_up_all_the_same_ends_with_its_name_and_the_remedy(source, when, monkeypatch):
     if when == "shards are joined":
