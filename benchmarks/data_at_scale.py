@@ -138,9 +138,10 @@ def write_index(folder: Path, rows: int) -> None:
     token_starts = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
     folder.mkdir()
     tokens = np.lib.format.open_memmap(folder / "tokens.npy", "w+", np.dtype(np.uint16), (int(token_starts[-1]),))
-    for start in range(0, len(tokens), 1 << 26):
-        part = tokens[start : start + (1 << 26)]
-        part[:] = np.frombuffer(rng.bytes(part.nbytes), np.uint16)
+    block = np.frombuffer(rng.bytes(1 << 25), np.uint16)
+    for start in range(0, len(tokens), len(block)):
+        part = tokens[start : start + len(block)]
+        part[:] = block[: len(part)]
     tokens.flush()
     arrays = {
         "text_starts": starts, "num_positives": np.ones(rows, np.int32), "lengths": lengths,
