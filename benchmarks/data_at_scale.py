@@ -11,9 +11,10 @@
   is no padding, with rows rounded up to the buckets, and records and tokens per second and core;
 - `first_batch`: seconds from nothing but the index to the first batch, of a run that starts at step 0 or 1,000,000;
 - `scheduled`: with so many synthetic rows in the index (4 records in 5 with one negative, the rest without), the
-  anonymous memory that schedule and batches take, the seconds to open index and schedule and to the first batch, and
-  milliseconds of the processor a step, planned alone and filled too, at steps 0 and 1,000,000 of 2048 queries. Mapped
-  pages are not counted: the system may drop them. Texts have 20 to 399 tokens: 10,000,000 rows take 13 GB in --folder.
+  anonymous memory that the schedule takes and what stays after batches, the seconds to open index and schedule and to
+  the first batch, and milliseconds of the processor a step, planned alone and filled too, at steps 0 and 1,000,000 of
+  2048 queries. Mapped pages are not counted: the system may drop them. Texts have 20 to 399 tokens: 10,000,000 rows
+  take 13 GB in --folder.
 
 Speeds per core are by processor time, so they hold on a machine that others use.
 """
@@ -141,9 +142,10 @@ def write_index(folder: Path, rows: int) -> None:
     token_starts = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
     folder.mkdir()
     tokens = np.lib.format.open_memmap(folder / "tokens.npy", "w+", np.dtype(np.uint16), (int(token_starts[-1]),))
-    for start in range(0, len(tokens), 1 << 26):
-        part = tokens[start : start + (1 << 26)]
-        part[:] = np.frombuffer(rng.bytes(part.nbytes), np.uint16)
+    block = np.frombuffer(rng.bytes(1 << 25), np.uint16)
+    for start in range(0, len(tokens), len(block)):
+        part = tokens[start : start + len(block)]
+        part[:] = block[: len(part)]
     tokens.flush()
     arrays = {
         "text_starts": starts, "num_positives": np.ones(rows, np.int32), "lengths": lengths,
@@ -205,7 +207,7 @@ def scheduled(rows: int, parent: Path | None) -> dict[str, float]:
             "rows": rows,
             "index_mebibytes_on_disk": round(sum(p.stat().st_size for p in folder.rglob("*.npy")) / 2**20),
             "schedule_mebibytes": round(memory, 1),
-            "schedule_and_batches_mebibytes": round(anonymous_mebibytes() - before, 1),
+            "mebibytes_after_batches": round(anonymous_mebibytes() - before, 1),
             "seconds_to_open_the_index": round(opened, 2),
             "seconds": round(made, 2),
             **values,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -175,11 +174,13 @@ class FileIndex:
         blocks = np.unique(blocks[np.flatnonzero(np.diff(blocks, prepend=-1))])
         blocks = blocks[~self._checked[blocks]]
         if np.any(checksums(self.tokens, blocks) != self.checksums[blocks]):
-            with contextlib.suppress(OSError):
+            try:
                 (self.folder / _META).unlink()
+                remedy = "they are made anew at the next start"
+            except OSError as error:
+                remedy = f"remove it, so that they are made anew ({error})"
             raise files.UnreachableError(
-                f"{self.folder}: damaged (tokens.npy differs from its checksums), so the tokens of {self.path} are "
-                "made anew at the next start"
+                f"{self.folder}: tokens of {self.path} are damaged (tokens.npy differs from its checksums); {remedy}"
             )
         self._checked[blocks] = True
 

@@ -28,16 +28,16 @@ def planned_rows(plan: RowPlan, indexes: Mapping[int, FileIndex], share: HostSha
     mine = np.flatnonzero(own_row[plan.row] >= 0)
     mine = mine[np.argsort(plan.file[mine], kind="stable")]
     lengths = plan.length[mine].astype(np.int64)
-    tokens, spans, num_spans = [np.zeros(0, np.uint8)], [np.zeros((0, 2), np.int32)], [np.zeros(0, np.int64)]
+    # One file after the other; hosts may have rows without a text.
+    parts = [(np.zeros(0, np.uint8), np.zeros((0, 2), np.int32), np.zeros(0, np.int64))]
     for file in np.unique(plan.file[mine]).tolist():
-        index, of_file = indexes[file], plan.file[mine] == file
-        texts = index.text_starts[plan.record[mine][of_file]] + plan.text[mine][of_file]
-        tokens.append(index.kept_tokens(texts, lengths[of_file]))
-        for found, part in zip((spans, num_spans), index.spans_of(texts), strict=True):
-            found.append(part)
+        index, own = indexes[file], mine[plan.file[mine] == file]
+        texts = index.text_starts[plan.record[own]] + plan.text[own]
+        parts.append((index.kept_tokens(texts, plan.length[own]), *index.spans_of(texts)))
+    tokens, spans, num_spans = map(np.concatenate, zip(*parts, strict=True))
     packing = Packing(len(here), own_row[plan.row[mine]], plan.offset[mine], plan.segment[mine])
-    rows = fill_rows(np.concatenate(tokens), lengths, packing, row_length=row_length)
-    return PlannedRows(rows, mine, lengths, np.concatenate(spans), np.concatenate(num_spans))
+    rows = fill_rows(tokens, lengths, packing, row_length=row_length)
+    return PlannedRows(rows, mine, lengths, spans, num_spans)
 
 
 class _Files(NamedTuple):

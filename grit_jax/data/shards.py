@@ -140,18 +140,19 @@ def tokenize_range(reading: Reading, start: int, stop: int, tokenizer: Tokenizer
     bad: dict[str, BadRecords] = {}
     kept = token_type(tokenizer)
     for begin in range(start, stop, _RECORDS_AT_ONCE):
-        records = []
+        records, lines = [], []
         for number, line in enumerate(source.lines(begin, min(begin + _RECORDS_AT_ONCE, stop)), begin):
             try:
                 records.append(source.parse(number, line))
-                columns["lines"].append(source.line_number(number))
+                lines.append(source.line_number(number))
             except RecordError as error:
                 add_bad(bad, [BadRecords(error.kind, 1, (str(error),))])
         texts = [stream.prompts(record, tokenizer) for record in records]
+        columns["lines"] += lines
         columns["text_counts"] += [len(prompts) for prompts in texts]
         columns["num_positives"] += [stream.num_positives(record) for record in records]
         columns["hashes"] += [text_hash(prompt) for record in texts for prompt in record]
-        tokenized = _tokenized(texts, columns["lines"][-len(texts) :], source, tokenizer)
+        tokenized = _tokenized(texts, lines, source, tokenizer)
         columns["lengths"] += [len(text.tokens) for text in tokenized]
         columns["span_counts"] += [len(text.spans) for text in tokenized]
         columns["spans"] += [text.spans for text in tokenized]

@@ -10,7 +10,6 @@ import sys
 import numpy as np
 import pytest
 import safetensors.numpy
-import tokenizers
 from etils import epath
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -379,9 +378,10 @@ def test_lengths_alone_are_those_of_an_index_with_tokens_which_replaces_them(sou
 
 def test_a_model_with_fewer_rows_has_an_index_of_its_own_and_refuses_later_tokens_by_line(source):
     build_index(source.path, BYTES)
-    backend = tokenizers.Tokenizer.from_str(BYTES.files()["tokenizer.json"])
-    with pytest.raises(InputError, match=r"f.jsonl:1: text 0: .* is token .*, and the model's embedding table has 60"):
-        build_index(source.path, Tokenizer(backend, bos="", eos="!", rows=60))
+    fewer = Tokenizer(BYTES._backend, bos=BYTES.bos, eos=BYTES.eos, rows=200)
+    assert fewer.fingerprint == BYTES.fingerprint
+    with pytest.raises(InputError, match=r"f.jsonl:1: text 0: '<s>' is token 256, and .* table has 200 rows"):
+        build_index(source.path, fewer)
 
 
 def test_what_other_versions_and_formats_of_a_file_have_left_goes_and_nothing_else(tmp_path, monkeypatch):
@@ -461,6 +461,16 @@ def test_tokens_go_where_there_is_room_and_files_do_not_count_on_the_same(tmp_pa
 
 def full(*_):
     raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_where_the_data_cannot_be_written_to_tokens_go_to_the_users_cache(source, tmp_path, monkeypatch):
+    (tmp_path / ".grit_index").touch()  # no folder can be made there
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    index = build_index(source.path, BYTES)
+    assert [*(tmp_path / "cache/grit_jax/index").iterdir()] == [index.folder]
+    monkeypatch.setenv("XDG_CACHE_HOME", str(source.path))
+    with pytest.raises(InputError, match=r"neither .*/.grit_index nor .*/f.jsonl/grit_jax/index can be written to"):
+        build_index(source.path, BYTES)
 
 
 @pytest.mark.parametrize("when", ["a shard is written", "shards are joined"])

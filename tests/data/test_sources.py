@@ -160,6 +160,7 @@ def test_places_of_many_lines_are_kept(path, monkeypatch):
 
 PROGRAM = """
 import sys
+import numpy as np
 from etils import epath
 from grit_jax.data import shards
 from grit_jax.data.sources import find_files, open_source
@@ -174,7 +175,8 @@ else:
     shards.tokenize_range = None  # another host has tokenized
 for path in find_files(str(remote)):
     index = build_index(path, Tokenizer.load("bytes"))
-    print(path.name, [record.turns for record in open_source(path)], index.lengths.tolist())
+    text = Tokenizer.load("bytes").decode(index.kept_tokens(np.arange(3), index.lengths[:]))
+    print(path.name, [record.turns for record in open_source(path)], index.lengths.tolist(), text)
 print(len({path.name for path in (remote / "more" / ".grit_index").iterdir()}))
 """
 
@@ -192,7 +194,7 @@ def test_every_format_is_read_from_a_bucket_and_its_hosts_share_their_counts(tmp
             command = [sys.executable, "-c", PROGRAM, str(local), f"gs://{BUCKET}/data", host]
             done.append(subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=180))
     for run in done:
-        expected = [f"{name} ['one', 'two', 'three'] [4, 4, 6]" for name in names]
+        expected = [f"{name} ['one', 'two', 'three'] [4, 4, 6] onetwothree" for name in names]
         assert run.stdout.splitlines() == [*expected, "4"], run.stderr
 
 
@@ -217,6 +219,7 @@ again = open_source(f"{root}/two/a.jsonl")
 build_index(again.path, tokenizer)
 after = set(os.listdir(cache))
 assert len(after) == 2 and len(after & before) == 1, (before, after)
+assert len(files.names(f"{root}/two/.grit_index")) == 1
 assert (source[0].turns, again[0].turns) == ("first", "second, which is longer")
 print("cleaned")
 """
