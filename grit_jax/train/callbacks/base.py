@@ -23,8 +23,8 @@ Phase = Literal["data", "step", "compile", "evaluation", "checkpoint"]
 class Callback:
     """Watches a run, or does something besides training. What is not overridden does nothing.
 
-    In a run of several processes each has callbacks of its own, which are told the same things in the same order; what is
-    `due` must be so in all of them.
+    In a run of several processes each has callbacks of its own, which are told the same things in the same order; what
+    is `due` must be so in all of them.
     """
 
     @contextmanager
