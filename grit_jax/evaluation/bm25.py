@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
@@ -37,7 +38,9 @@ class Bm25:
 
 def _library() -> ModuleType:
     """bm25s without the messages for its own debugging; imported late, as that runs a program of JAX."""
-    import bm25s
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "IProgress not found")  # a notebook without widgets; no bar is shown anyway
+        import bm25s
 
     logging.getLogger("bm25s").setLevel(logging.WARNING)  # the import asks for all of them
     return bm25s
