@@ -195,6 +195,7 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _readable(self, step: int) -> Generator[None]:
+        jax.devices()  # a platform that JAX cannot use is no damage
         try:
             yield
         except Exception as error:  # orbax, tensorstore and json raise many kinds

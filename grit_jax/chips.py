@@ -17,6 +17,15 @@ DEVICE_FILES = {
     "AMD GPU": ("/dev/kfd",),
 }
 
+# What libtpu must find when it is loaded where there is no TPU: no search for a TPU host's metadata, no lock against
+# other processes, and the host that it would otherwise complain not to know.
+LIBTPU_WITHOUT_TPU = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-1",
+}
+
 
 @dataclass(frozen=True)
 class Chip:

@@ -74,14 +74,16 @@ class TokenizedPrompt(NamedTuple):
     spans: np.ndarray
     ending: int = 0
 
-    def cut(self, limit: int) -> TokenizedPrompt:
-        """`limit` tokens, the first ones and the ending, with what is left of the spans."""
-        if len(self.tokens) <= limit:
-            return self
+    def kept(self, limit: int) -> np.ndarray:
+        """Places of the tokens that stay in a cut, int [at most `limit`]: the first ones and the ending."""
+        length = len(self.tokens)
         ending = min(self.ending, limit)
-        tokens = np.concatenate([self.tokens[: limit - ending], self.tokens[len(self.tokens) - ending :]])
+        return np.arange(length) if length <= limit else np.r_[: limit - ending, length - ending : length]
+
+    def cut(self, limit: int) -> TokenizedPrompt:
+        """`limit` tokens, those that are `kept`, with what is left of the spans."""
         spans = np.minimum(self.spans, limit)
-        return TokenizedPrompt(tokens, spans[spans[:, 0] < spans[:, 1]], ending)
+        return TokenizedPrompt(self.tokens[self.kept(limit)], spans[spans[:, 0] < spans[:, 1]], min(self.ending, limit))
 
 
 def stripped(instruction: str) -> str:

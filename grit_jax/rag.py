@@ -221,12 +221,12 @@ class Rag:
         return cache
 
     def _passage(self, document: Document) -> str:
-        """What the store's model read of a document."""
+        """What the store's model read of a document, without the tokenizer's `ending`, which stays where one is cut."""
         settings, tokenizer = self._store.settings, self._model.tokenizer
         opening = prompts.opening(settings.cache_form, bos=tokenizer.bos)
         prompt = prompts.embedding(document.embedded, settings.instruction, bos=opening)
-        starts = tokenizer.encode(prompt.text).starts
-        end = starts[settings.max_length] if len(starts) > settings.max_length else len(prompt.text)
+        starts, limit = tokenizer.encode(prompt.text).starts, settings.max_length - tokenizer.num_ending
+        end = starts[limit] if len(starts) > limit else len(prompt.text)
         return prompt.text[prompt.spans[0][0] : end]
 
     def _lack(self, method: RagMethod) -> str | None:

@@ -81,6 +81,7 @@ def verify(folder: str | Path, texts: Sequence[str] = SAMPLE_TEXTS) -> Iterator[
     unknown = [name for name, instruction in named.items() if instruction is None]
     instructions = {"", _INSTRUCTION} | {instruction for instruction in named.values() if instruction is not None}
     ours = _ours(folder, list(texts), sorted(instructions))
+    _silence_libraries()
 
     tokens = _compare_tokens(folder, texts, ours)
     yield tokens
@@ -91,6 +92,15 @@ def verify(folder: str | Path, texts: Sequence[str] = SAMPLE_TEXTS) -> Iterator[
         yield Check("sentence-transformers prompts", np.inf, f"{', '.join(unknown)} not in the GRIT format")
     if (folder / SENTENCE_FILE).exists():
         yield from _sentence_transformers(folder, texts, ours, named)
+
+
+def _silence_libraries() -> None:
+    """No bars, and no reports of weights that a class leaves out: the comparison says whether one is missing."""
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    for name in ("transformers", "sentence_transformers"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def _named_prompts(folder: Path) -> dict[str, str | None]:
@@ -181,7 +191,6 @@ def _sentence_transformers(
     limit = _read(folder / SENTENCE_BERT_FILE).get("max_seq_length")
     if limit != ours.limit:
         yield Check("sentence-transformers, max_seq_length", np.inf, f"{limit}, not {ours.limit}")
-    logging.getLogger("sentence_transformers").setLevel(logging.ERROR)
     model: Any = sentence_transformers.SentenceTransformer(str(folder), device="cpu", model_kwargs=_model_arguments())
     instructed = prompts.embedding("", _INSTRUCTION, bos="").text
     runs: list[tuple[str, dict[str, str], str]] = [

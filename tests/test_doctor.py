@@ -175,6 +175,14 @@ def test_facts_are_those_of_this_machine(monkeypatch):
     assert any("JAX does not start" in problem.text for problem in find_problems(facts))
 
 
+def test_a_platform_that_was_asked_for_and_is_not_there_is_to_be_unset():
+    facts = dataclasses.replace(
+        HEALTHY, platforms="tpu", devices=(), device_files={}, error="RuntimeError: Unable to initialize backend 'tpu'"
+    )
+    (problem,) = find_problems(facts)
+    assert problem.remedy == "unset JAX_PLATFORMS"
+
+
 def test_a_lock_file_is_a_problem_while_another_holds_it(tmp_path):
     path = tmp_path / "lock"
     assert environment._lock(path) is None

@@ -11,7 +11,8 @@ from grit_jax.config import EmbeddingConfig, InputError
 from grit_jax.engine import Continuation
 from grit_jax.rag import Rag
 from grit_jax.store.layout import Store
-from tests.models import make
+from grit_jax.tokenizer import Tokenizer
+from tests.models import bytes_with_ending, make
 from tests.store.stores import index, save_model, write_corpus
 
 QUERY, NUM_NEW = "Title 3 one", 12
@@ -94,15 +95,18 @@ def test_what_is_cached_and_what_is_read_is_the_text_of_the_method(bidirectional
     assert prepared.text == prompts.rag(method, QUERY, passage, bos=bos)
 
 
-def test_plain_methods_read_of_documents_what_the_store_did(bidirectional):
-    store = bidirectional.stores["first"]
-    prepared = bidirectional.rag("document_first").prepare(QUERY, method="document_first", k=len(store))
+@pytest.mark.parametrize("tokenizer", [Tokenizer.load("bytes"), bytes_with_ending()])
+def test_plain_methods_read_of_documents_what_the_store_did(tokenizer, tmp_path):
+    model, corpus = make(max_length=1024, tokenizer=tokenizer), write_corpus(tmp_path / "corpus.jsonl")
+    index(tmp_path / "store", model, corpus, caches="float32", max_length=60, instruction="keep")
+    store = Store(tmp_path / "store")
+    prepared = Rag(model, store).prepare(QUERY, method="document_first", k=len(store))
     passages = prepared.text.partition("<|user|>\n")[2].partition(f"\n\n{QUERY}\n\n")[0].split("\n\n")
     head = len(prompts.embedding("", "keep", bos="").text)
     for hit, passage in zip(prepared.hits, passages, strict=True):
         assert hit.document.embedded.startswith(passage)
-        # A byte is a token here, and BOS another.
-        assert 1 + head + len(passage) == store.cache(hit.row).keys.shape[1]
+        # A byte is a token here, BOS another, and the tokenizer's ending, which no document has in a prompt, too.
+        assert 1 + head + len(passage) + tokenizer.num_ending == store.cache(hit.row).keys.shape[1]
     assert any(hit.document.embedded != passage for hit, passage in zip(prepared.hits, passages, strict=True))
 
 

@@ -8,7 +8,7 @@ import os
 import sys
 
 import grit_jax
-from grit_jax.chips import DEVICE_FILES
+from grit_jax.chips import DEVICE_FILES, LIBTPU_WITHOUT_TPU
 from grit_jax.cli import (
     answer,
     data,
@@ -58,8 +58,8 @@ COMMANDS = {
 }
 
 _EXIT_CODES = """\
-exit codes: 0 done, 2 bad input (do not retry), 3 a plan that does not fit, 70 a step hung and 75 told to stop and saved
-(run the same command again), 1 anything else
+exit codes: 0 done, 2 bad input (do not retry), 3 a plan that does not fit,
+70 a step hung and 75 told to stop and saved (run the same command again), 1 anything else
 """
 
 _GPU_PLATFORMS = {"cuda", "gpu", "rocm"}
@@ -98,8 +98,10 @@ def main(argv: list[str] | None = None) -> int:
     elif overrides:
         parser.error(f"{args.command} does not know {' '.join(overrides)}; see grit-jax {args.command} --help")
     asked = os.environ.get("JAX_PLATFORMS")
-    if not any(glob.glob(pattern) for patterns in DEVICE_FILES.values() for pattern in patterns):
-        os.environ.setdefault("JAX_PLATFORMS", "cpu")  # an installed TPU library would search and complain
+    found = {kind for kind, patterns in DEVICE_FILES.items() if any(map(glob.glob, patterns))}
+    # An installed TPU library would search and complain.
+    quiet = ({} if "TPU" in found else LIBTPU_WITHOUT_TPU) | ({} if found else {"JAX_PLATFORMS": "cpu"})
+    os.environ.update(quiet | os.environ)
     try:
         return COMMANDS[args.command].run(args)
     except (InputError, DeniedError) as error:

@@ -81,21 +81,14 @@ def show(record: Record, streams: Sequence[Stream], tokenizer: Tokenizer) -> lis
     roles, limits = stream.roles(number, np.full(len(texts), stream.num_positives(record))), stream.limits(number)
     encodings = tokenizer.encode_batch([prompt.text for prompt in texts])
     shown = []
-    for number, (prompt, tokenized, encoding) in enumerate(
-        zip(texts, tokenize(texts, tokenizer), encodings, strict=True)
-    ):
+    for number, (prompt, whole, encoding) in enumerate(zip(texts, tokenize(texts, tokenizer), encodings, strict=True)):
         kind, limit = next(role.name for role in roles if role.mine[number]), int(limits[number])
-        length = min(len(encoding.ids), limit)
-        counts = np.zeros(length, bool)
-        for start, end in np.clip(tokenized.spans, stream.first_target, length):
-            counts[start:end] = True
-        starts = [*encoding.starts[:length].tolist(), len(prompt.text) if length == len(encoding.ids) else None]
-        if starts[-1] is None:
-            starts[-1] = int(encoding.starts[length])
-        borders = [0, *(np.flatnonzero(np.diff(counts)) + 1).tolist(), length] if length else [0]
-        pieces = [
-            Piece(prompt.text[starts[a] if a else 0 : starts[b]], bool(counts[a]))
-            for a, b in itertools.pairwise(borders)
-        ]
-        shown.append(Shown(kind, pieces, length, int(counts.sum()), len(encoding.ids) - length))
+        borders = [0, *encoding.starts[1:].tolist(), len(prompt.text)]
+        read = [prompt.text[borders[place] : borders[place + 1]] for place in whole.kept(limit).tolist()]
+        counts = np.zeros(len(read), bool)
+        for start, end in whole.cut(limit).spans:
+            counts[max(start, stream.first_target) : end] = True
+        tokens = itertools.groupby(zip(read, counts.tolist(), strict=True), key=lambda token: token[1])
+        pieces = [Piece("".join(text for text, _ in group), counted) for counted, group in tokens]
+        shown.append(Shown(kind, pieces, len(read), int(counts.sum()), len(whole.tokens) - len(read)))
     return shown

@@ -174,7 +174,9 @@ def find_problems(facts: Environment) -> Iterator[Problem]:
     """What the facts say is probably wrong, with its remedy."""
     yield from _version_problems(facts.versions, facts.fitting)
     if facts.error:
-        yield Problem(f"JAX does not start: {facts.error}", "see the other problems, and `python -c 'import jax'`")
+        asked = facts.platforms and "Unable to initialize backend" in facts.error
+        remedy = "unset JAX_PLATFORMS" if asked else "see the other problems, and `python -c 'import jax'`"
+        yield Problem(f"JAX does not start: {facts.error}", remedy)
     found = {device.platform for device in facts.devices}
     for kind, support in _SUPPORT.items():
         if (files := facts.device_files.get(kind)) and support.device_platform not in found:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
+import warnings
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -16,9 +19,7 @@ class Bm25:
     """
 
     def __init__(self, documents: Sequence[str]):
-        import bm25s
-
-        self._size = len(documents)
+        self._size, bm25s = len(documents), _library()
         corpus: Any = bm25s.tokenize(list(documents), show_progress=False)
         self._retriever = bm25s.BM25() if any(map(len, corpus.ids)) else None  # an index of no word cannot be made
         if self._retriever:
@@ -26,12 +27,20 @@ class Bm25:
 
     def scores(self, queries: Sequence[str]) -> np.ndarray:
         """float32 [queries, documents]; 0 where they share no word."""
-        import bm25s
-
         scores = np.zeros((len(queries), self._size), np.float32)
         if self._retriever:
-            words: Any = bm25s.tokenize(list(queries), show_progress=False, return_ids=False)
+            words: Any = _library().tokenize(list(queries), show_progress=False, return_ids=False)
             for row, query in zip(scores, words, strict=True):
                 if query:
                     row[:] = self._retriever.get_scores(query)
         return scores
+
+
+def _library() -> ModuleType:
+    """bm25s without the messages for its own debugging; imported late, as that runs a program of JAX."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "IProgress not found")  # a notebook without widgets; no bar is shown anyway
+        import bm25s
+
+    logging.getLogger("bm25s").setLevel(logging.WARNING)  # the import asks for all of them
+    return bm25s

@@ -8,7 +8,7 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from grit_jax.chips import CHIPS, Chip
+from grit_jax.chips import CHIPS, LIBTPU_WITHOUT_TPU, Chip
 from grit_jax.config import InputError
 from grit_jax.errors import install
 
@@ -55,15 +55,6 @@ _ALIASES = {"v5litepod": "v5e"}
 # Optical switches close a dimension of a 3-D slice to a ring where every dimension is a multiple of a cube's side;
 # a 2-D slice has a ring along each side of the whole pod.
 _CUBE_SIDE, _POD_SIDE_2D = 4, 16
-
-# What libtpu must find when it is loaded: no search for a TPU host's metadata, no lock against other processes, and the
-# host that it would otherwise complain not to know. The topology is given in the call, whatever host this names.
-_LIBTPU_ENVIRONMENT = {
-    "TPU_SKIP_MDS_QUERY": "1",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-1",
-}
 
 
 @dataclass(frozen=True)
@@ -143,7 +134,7 @@ def devices(topology: Topology) -> list[jax.Device]:
     """
     if importlib.util.find_spec("libtpu") is None:
         raise InputError(f"compiling for {topology.libtpu_name} needs libtpu (no TPU is needed); {install('tpu')}")
-    for key, value in _LIBTPU_ENVIRONMENT.items():
+    for key, value in LIBTPU_WITHOUT_TPU.items():  # the topology is given in the call, whatever host this names
         os.environ.setdefault(key, value)
     import jax
     from jax.experimental import topologies

@@ -1,16 +1,20 @@
 """The command line from outside: exit codes, messages and what is written."""
 
+import glob
 import importlib.metadata
+import importlib.util
 import json
+import subprocess
 
 import numpy as np
 import pytest
 
 from grit_jax import __version__
+from grit_jax.chips import DEVICE_FILES
 from grit_jax.cli.encode import read_texts
 from grit_jax.cli.main import COMMANDS, main
 from grit_jax.config import InputError
-from tests.runs import ROOT, grit_jax, train_arguments, write_data
+from tests.runs import ROOT, command, environment, grit_jax, train_arguments, write_data
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +61,7 @@ def test_a_run_mines_negatives_for_its_own_data(run, tmp_path):
         result = grit_jax("data", "mine-negatives", source, tmp_path / f"{name}.jsonl", *arguments)
         assert result.returncode == 0, result.stderr
         assert "12 rows over 24 passages; 0 got fewer than 2 negatives" in result.stdout
+        assert result.stderr == ""
     rows = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
     assert all(len(row["neg"]) == 2 and row["pos"][0] not in row["neg"] for row in rows)
     assert (tmp_path / "a.jsonl").read_bytes() == (tmp_path / "b.jsonl").read_bytes()
@@ -139,6 +144,20 @@ def test_a_platform_that_jax_cannot_use_is_one_clear_line(platforms, raised, sai
     assert line.startswith("error: ")
     assert said in line
     assert "grit-jax doctor" in line
+
+
+def test_a_platform_that_is_not_there_is_no_damage_and_its_library_says_nothing(run, tmp_path):
+    if importlib.util.find_spec("libtpu") is None or any(map(glob.glob, DEVICE_FILES["TPU"])):
+        pytest.skip("needs libtpu, and no TPU")
+    (tmp_path / "in.txt").write_text("one\n")
+    variables = {key: value for key, value in environment().items() if not key.startswith("TPU_")}
+    arguments = command("encode", run, "--input", tmp_path / "in.txt", "--output", tmp_path / "out.npy")
+    result = subprocess.run(
+        arguments, capture_output=True, text=True, env=variables | {"JAX_PLATFORMS": "tpu"}, timeout=300
+    )
+    assert (result.returncode, result.stdout) == (2, "")
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("error: JAX_PLATFORMS=tpu: JAX cannot use that here (Unable to initialize backend 'tpu'")
 
 
 @pytest.mark.parametrize("raised", [RuntimeError("a fault"), AssertionError("a law"), AssertionError()])

@@ -6,14 +6,15 @@ from grit_jax.data.records import parse_record
 from grit_jax.data.streams import all_streams
 from grit_jax.datatools.sample import draw, show
 from grit_jax.tokenizer import Tokenizer
+from tests.models import bytes_with_ending
 from tests.runs import write_data
 
 BYTES = Tokenizer.load("bytes")
 
 
-def shown(line, **limits):
+def shown(line, tokenizer=BYTES, **limits):
     record = parse_record(line, path="f", line_number=1)
-    return show(record, all_streams(Config(data=DataConfig(**limits))), BYTES)
+    return show(record, all_streams(Config(data=DataConfig(**limits))), tokenizer)
 
 
 def test_texts_are_shown_with_special_tokens_and_what_is_pooled():
@@ -32,6 +33,15 @@ def test_answers_are_scored_and_what_is_over_the_limit_is_cut():
     (cut,) = shown('{"text": ["u", "a", "v", "bc"]}', generative_max_length=conversation.tokens - 2)
     assert cut.cut == 2
     assert cut.pieces == [head, answer, middle, ("b", True)]
+
+
+def test_what_a_tokenizer_ends_texts_with_stays_where_they_are_cut():
+    line, tokenizer = '{"query": ["find", "blue"], "pos": ["p"], "neg": ["n"]}', bytes_with_ending()
+    whole, *_ = shown(line, tokenizer)
+    assert whole.pieces[1] == ("blue</s>", True)
+    query, *_ = shown(line, tokenizer, query_max_length=whole.tokens - 2)
+    assert query.pieces == [whole.pieces[0], ("bl</s>", True)]
+    assert (query.tokens, query.counted, query.cut) == (whole.tokens - 2, 3, 2)
 
 
 def test_draws_are_repeatable_different_and_within_the_data(tmp_path):

@@ -18,11 +18,12 @@ from tests.evaluation.fake import session
 from tests.evaluation.tasks import write_jsonl, write_retrieval
 
 
-def test_bm25_finds_shared_words():
+def test_bm25_finds_shared_words_and_says_nothing(caplog):
     documents = ["the cat sat on the mat", "a dog barked", "fish swim in water"]
     scores = bm25_scores(["dog barked loudly", "where do fish swim", "of"], documents)
     assert scores[:2].argmax(axis=1).tolist() == [1, 2]
     assert not scores[2].any()
+    assert [record.message for record in caplog.records if record.name == "bm25s"] == []
 
 
 def test_only_judged_queries_are_read_and_larger_ids_come_first(tmp_path):
