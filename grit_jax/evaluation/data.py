@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from grit_jax.config import InputError
-from grit_jax.data.rows import Failed, read_cells, read_objects
+from grit_jax.data.rows import read_cells, read_objects, sound
 
 _NAMES: dict[type, str] = {str: "a string", int: "a whole number", float: "a number", list: "a list"}
 
@@ -92,10 +92,7 @@ def read_rows(path: Path, *columns: str) -> list[Row]:
     if kind not in (".jsonl", ".json", ".tsv"):
         raise InputError(f"{file}: must end in .jsonl, .json or .tsv, or those with .gz")
     rows = []
-    for entry in read_cells(file, frozenset(columns)) if kind == ".tsv" else read_objects(file):
-        if isinstance(entry, Failed):
-            raise entry.error
-        where, values = entry
+    for where, values in sound(read_cells(file, frozenset(columns)) if kind == ".tsv" else read_objects(file)):
         if isinstance(values, list):
             raise InputError(f"{where}: the first row is no header; it must name {', '.join(columns)}, tabs between")
         rows.append(Row(where, values))
