@@ -12,6 +12,7 @@ import numpy as np
 
 from grit_jax.config import InputError
 from grit_jax.data.rows import read_cells, read_objects, sound
+from grit_jax.jsonfile import named
 
 _NAMES: dict[type, str] = {str: "a string", int: "a whole number", float: "a number", list: "a list"}
 
@@ -38,7 +39,8 @@ class Row(NamedTuple):
         if isinstance(value, kinds) and not isinstance(value, bool):
             return value
         wanted = " or ".join(_NAMES[kind] for kind in kinds)
-        found = f"is {value!r:.60}" if key in self.values else f"is missing; there are {', '.join(self.values)}"
+        there = ", ".join(map(named, self.values))
+        found = f"is {value!r:.60}" if key in self.values else f"is missing; there are {there:.300}"
         raise InputError(f"{self.where}: {key!r} {found}; it must be {wanted}")
 
     def strings(self, key: str) -> list[str]:

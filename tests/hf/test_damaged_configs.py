@@ -10,7 +10,7 @@ import pytest
 from grit_jax import jsonfile
 from grit_jax.config import InputError
 from grit_jax.hf.architecture import read_config
-from tests.hf import damage
+from tests import damage
 from tests.hf.families import CASES, SHAPE
 
 transformers = pytest.importorskip("transformers")

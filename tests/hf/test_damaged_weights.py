@@ -14,7 +14,7 @@ from grit_jax.config import InputError
 from grit_jax.hf.export import save_folder
 from grit_jax.hf.folder import open_folder
 from grit_jax.hf.tensors import INDEX_FILE, indexed_files, stored_tensors
-from tests.hf import damage
+from tests import damage
 from tests.hf.test_folder import edit_config, random_model, same, whole
 
 SECONDS = 1.0
@@ -108,8 +108,8 @@ def test_damage_in_a_small_file_is_refused_by_its_name(exported):
 
 
 @pytest.mark.long
-def test_much_damage_in_small_files_is_refused_by_their_names(exported):
-    check_small_files(exported[0], 3000)
+def test_ten_thousand_damages_of_small_files_are_refused_by_their_names(exported):
+    check_small_files(exported[0], 10_000)
 
 
 @pytest.mark.parametrize(

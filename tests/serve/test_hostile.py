@@ -93,6 +93,7 @@ def refusal(response):
         ("rerank", {"model": NAME, "query": "", "documents": ["x"]}, 400, "is empty"),
         ("search", {"query": "x", "k": 10**9}, 400, "k: "),
         ("nothing", {}, 404, "POST /v1/nothing"),
+        ("search/", {"query": "x"}, 404, "POST /v1/search/"),
     ],
 )
 def test_a_bad_request_gets_its_status(server, path, body, status, told):
