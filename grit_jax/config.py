@@ -819,7 +819,7 @@ def _check_keys(mapping: dict[str, Any], section: type, source: str, prefix: str
                 _check_section(entry, inner, source, f"{where}[{number}]", may_be_empty=False)
 
 
-def _check_section(values: Any, section: type, source: str, where: str, *, may_be_empty: bool = True) -> None:
+def _check_section(values: Any, section: Any, source: str, where: str, *, may_be_empty: bool = True) -> None:
     if not isinstance(values, dict) or not (values or may_be_empty):
         known = ", ".join(field.name for field in dataclasses.fields(section))
         raise InputError(f"{source}: {where} is {values!r:.60}; it must be a mapping with one of {known}")

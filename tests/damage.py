@@ -28,7 +28,7 @@ def mutate(rng, values, spare=()):
         elif action < 0.75 and key is not None:
             del place[key]
         elif action < 0.85 and isinstance(place, dict) and len(place) > 1:
-            left, right = rng.sample(sorted(place), 2)
+            left, right = rng.sample(sorted(place, key=str), 2)
             place[left], place[right] = place[right], place[left]
         elif isinstance(place, dict):
             place[rng.choice([*spare, *ODD_KEYS])] = copy.deepcopy(rng.choice(IMPOSSIBLE))
@@ -38,7 +38,7 @@ def mutate(rng, values, spare=()):
 def _place(rng, values):
     """A container somewhere in `values` and one of its keys, None where it has none."""
     while True:
-        keys = sorted(values) if isinstance(values, dict) else list(range(len(values)))
+        keys = sorted(values, key=str) if isinstance(values, dict) else list(range(len(values)))
         if not keys:
             return values, None
         key = rng.choice(keys)

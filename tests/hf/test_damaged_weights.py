@@ -72,7 +72,7 @@ def test_ten_thousand_damaged_headers_are_refused_or_read_as_the_library_reads_t
 def check_small_files(folder, number):
     """Folders with damage in one of the small files: refused by the name of the file, or opened."""
     rng = random.Random(0)
-    names = ["grit_config.json", "tokenizer_config.json", "special_tokens_map.json"]
+    names = ["grit_config.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.json"]
     (folder / names[2]).write_text(json.dumps({"eos_token": {"content": "</s>", "lstrip": False}}))
     whole_files = {name: (folder / name).read_bytes() for name in names}
     refused = 0

@@ -1,4 +1,4 @@
-"""Clients that take more than their share: what others wait for is counted in turns of the scheduler, not in seconds."""
+"""Clients that take more than their share: what others wait is counted in turns of the scheduler, not in seconds."""
 
 import contextlib
 import copy
