@@ -1,6 +1,6 @@
 """Copies of a checkpoint with one file damaged: bits flipped, cut, missing or exchanged with another.
 
-The oracle for each: it is called damaged, or all that is read of it, arrays and metadata, is bit for bit what was saved.
+The oracle for each: it is called damaged, or all that is read of it, arrays and metadata, is bit for bit as saved.
 """
 
 import gc

@@ -1,8 +1,8 @@
 """Weight files, indexes and small JSON files with impossible values, and files that lie beside the weights.
 
-The oracle for each damaged file: within a second one line that names it, of less than 700 characters; or it is read as it
-says. Of a header that is what the safetensors library reads there, of the embedding's settings every key, and of the
-tokenizer's the end of a text.
+The oracle for each damaged file: within a second one line that names it, of less than 700 characters; or it is read as
+it says. Of a header that is what the safetensors library reads there, of the embedding's settings every key, and of the
+tokenizer's settings the token that ends answers.
 """
 
 import dataclasses
