@@ -73,7 +73,7 @@ class Checkpoints:
         self._saver = None if read_only else _saver(self.folder, keep)
         self._confirm = confirm
         self._saving: tuple[int, Any, contextlib.ExitStack] | None = None
-        self._checked: set[int] = set()  # steps whose digests have been compared
+        self._checked: dict[int, str | None] = {}  # what `check_digests` has returned, by step
 
     def steps(self) -> list[int]:
         """Steps with a complete checkpoint, ascending."""
@@ -154,9 +154,9 @@ class Checkpoints:
           DamagedCheckpointError: It cannot be read.
         """
         with self._readable(step):
-            self._check_digests(step)
+            digest = self._check_digests(step)
             stored: Any = ocp.checkpointables_metadata(self.folder / str(step)).custom_metadata
-            integrity.check_about(self.folder / str(step), stored)
+            integrity.check_about(stored, digest)
             nested = {
                 "architecture": TransformerConfig(**stored["architecture"]),
                 "embedding": EmbeddingConfig(**stored["embedding"]),
@@ -188,10 +188,10 @@ class Checkpoints:
             loaded = ocp.load_checkpointables(self.folder / str(step), wanted)
             return loaded[_PARAMS], loaded.get(_OPTIMIZER)
 
-    def _check_digests(self, step: int) -> None:
+    def _check_digests(self, step: int) -> str | None:
         if step not in self._checked:
-            integrity.check_digests(self.folder / str(step))
-            self._checked.add(step)
+            self._checked[step] = integrity.check_digests(self.folder / str(step))
+        return self._checked[step]
 
     @contextlib.contextmanager
     def _readable(self, step: int) -> Generator[None]:

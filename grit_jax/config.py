@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import os
+import textwrap
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -28,6 +30,9 @@ from grit_jax.ranges import (
 )
 
 T = TypeVar("T")
+
+_LONGEST_MESSAGE = 500  # characters of what a library says of a value, which it may quote in full
+_LARGEST = (1 << 63) - 1  # that any number may be
 
 Attention = Literal["bidirectional", "causal"]
 Pooling = Literal["mean", "weighted_mean", "cls", "last_token"]
@@ -696,21 +701,33 @@ def parse_config(text: str, overrides: list[str] | None = None, *, source: str =
 
     import jsonargparse
 
-    parser = jsonargparse.ArgumentParser(exit_on_error=False, allow_abbrev=False)
-    parser.add_argument("--config", action="config")
-    parser.add_class_arguments(Config, None)
+    parser = _parser(Config, takes_file=True)
     try:
         namespace = parser.parse_args([f"--config={text}", *overrides] if mapping else overrides)
         sections = parser.instantiate(namespace)
         return Config(**{section.name: sections[section.name] for section in dataclasses.fields(Config)})
-    except InputError:
-        raise
-    except (jsonargparse.ArgumentError, ValueError) as error:
+    except (jsonargparse.ArgumentError, ValueError, OverflowError) as error:
         blamed = source
         if overrides:
             parse_config(text, source=source)  # where the file alone is wrong, it says so
             blamed = "command line"
-        raise InputError(f"{blamed}: {' '.join(str(error).split())}") from error
+        raise InputError(f"{blamed}: {_one_line(error)}") from error
+
+
+@functools.cache
+def _parser(section: type, *, takes_file: bool = False) -> Any:
+    """What reads the settings of a section; to make it takes longer than to read them."""
+    import jsonargparse
+
+    parser = jsonargparse.ArgumentParser(exit_on_error=False, allow_abbrev=False)
+    if takes_file:
+        parser.add_argument("--config", action="config")
+    parser.add_class_arguments(section, None)
+    return parser
+
+
+def _one_line(error: Exception | str) -> str:
+    return textwrap.shorten(str(error), _LONGEST_MESSAGE, placeholder=" ...")
 
 
 def parse_mapping(text: str, *, source: str) -> dict[str, Any]:
@@ -726,7 +743,9 @@ def parse_mapping(text: str, *, source: str) -> dict[str, Any]:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{source}:{mark.line + 1}" if mark else source
-        raise InputError(f"{where}: not valid YAML: {getattr(error, 'problem', error)}") from error
+        raise InputError(f"{where}: not valid YAML: {_one_line(getattr(error, 'problem', error))}") from error
+    except (ValueError, RecursionError) as error:  # of dates that are none, of digits by the thousand, of deep nesting
+        raise InputError(f"{source}: not valid YAML: {_one_line(error)}") from error
     if not isinstance(mapping, dict):
         raise InputError(f"{source}: expected a mapping of sections, found {type(mapping).__name__}")
     return mapping
@@ -749,12 +768,10 @@ def from_mapping(section: type[T], values: Mapping[str, Any], *, source: str) ->
 
     import jsonargparse
 
-    parser = jsonargparse.ArgumentParser(exit_on_error=False, allow_abbrev=False)
-    parser.add_class_arguments(section, None)
     try:
-        return section(**vars(parser.parse_object(dict(values))))
+        return section(**vars(_parser(section).parse_object(dict(values))))
     except (jsonargparse.ArgumentError, ValueError) as error:
-        raise InputError(f"{source}: {' '.join(str(error).split())}") from error
+        raise InputError(f"{source}: {_one_line(error)}") from error
 
 
 def dump_config(config: Config) -> str:
@@ -788,17 +805,25 @@ def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _check_keys(mapping: dict[str, Any], section: type, source: str, prefix: str = "") -> None:
     for key, value in mapping.items():
-        nested = _field_type(section, str(key), source, prefix)
-        if dataclasses.is_dataclass(nested) and isinstance(value, dict):
-            _check_keys(value, nested, source, f"{prefix}{key}.")
-        for inner in typing.get_args(nested):  # the entries of a list of sections
-            if dataclasses.is_dataclass(inner) and isinstance(value, list):
-                for number, entry in enumerate(value):
-                    where = f"{prefix}{key}[{number}]"
-                    if not entry or not isinstance(entry, dict):
-                        known = ", ".join(field.name for field in dataclasses.fields(inner))
-                        raise InputError(f"{source}: {where} is {entry!r}; it must be a mapping with one of {known}")
-                    _check_keys(entry, inner, source, f"{where}.")
+        where, kind = f"{prefix}{key}", _field_type(section, str(key), source, prefix)
+        kinds = typing.get_args(kind) or (kind,)
+        if value is None and type(None) not in kinds:
+            raise InputError(f"{source}: {where} has no value; give it one, or remove the key")
+        if isinstance(value, int) and not -_LARGEST <= value <= _LARGEST:
+            raise InputError(f"{source}: {where} is a number beyond 64 bits; give a smaller one")
+        is_list = typing.get_origin(kind) is list
+        for inner in filter(dataclasses.is_dataclass, kinds):
+            if not is_list and value is not None:
+                _check_section(value, inner, source, where)
+            for number, entry in enumerate(value if is_list and isinstance(value, list) else ()):
+                _check_section(entry, inner, source, f"{where}[{number}]", may_be_empty=False)
+
+
+def _check_section(values: Any, section: Any, source: str, where: str, *, may_be_empty: bool = True) -> None:
+    if not isinstance(values, dict) or not (values or may_be_empty):
+        known = ", ".join(field.name for field in dataclasses.fields(section))
+        raise InputError(f"{source}: {where} is {values!r:.60}; it must be a mapping with one of {known}")
+    _check_keys(values, section, source, f"{where}.")
 
 
 # Keys that configs of earlier runs hold, each with the value that says what every run does now, and why it does; None
@@ -856,7 +881,7 @@ def _field_type(section: type, key: str, source: str, prefix: str) -> Any:
     if key not in types:
         close = difflib.get_close_matches(key, types, n=1)
         hint = f"did you mean {prefix + close[0]!r}?" if close else f"known here: {', '.join(types)}"
-        raise InputError(f"{source}: unknown key {prefix + key!r}; {hint}")
+        raise InputError(f"{source}: unknown key {prefix + key!r:.120}; {hint}")
     return types[key]
 
 

@@ -71,31 +71,31 @@ def _digest_of(about: Any) -> str:
     return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
 
 
-def check_digests(checkpoint: files.PathLike) -> None:
+def check_digests(checkpoint: files.PathLike) -> str | None:
     """Compares the files of a checkpoint that hold no arrays with their digests, where it has some.
+
+    Returns:
+      The digest of what the checkpoint says about itself, for `check_about`; None where there is none.
 
     Raises:
       ValueError: A file is missing or differs.
     """
-    expected = _read_digests(checkpoint)
-    expected.pop(_ABOUT, None)
+    expected = json.loads(files.read_text(files.join(checkpoint, DIGESTS)) or "{}")
+    about = expected.pop(_ABOUT, None)
     found = _digests(checkpoint, list(expected))
     if differing := [name for name in expected if found[name] != expected[name]]:
         raise ValueError(f"{', '.join(differing[:3])} differs from the digest in {DIGESTS}, or is missing")
+    return about
 
 
-def check_about(checkpoint: files.PathLike, about: Any) -> None:
+def check_about(about: Any, digest: str | None) -> None:
     """Compares what a checkpoint says about itself with its digest, where there is one.
 
     Raises:
       ValueError: It differs.
     """
-    if _read_digests(checkpoint).get(_ABOUT) not in (None, _digest_of(about)):
+    if digest not in (None, _digest_of(about)):
         raise ValueError(f"what it says about itself differs from the digest in {DIGESTS}")
-
-
-def _read_digests(checkpoint: files.PathLike) -> dict[str, str]:
-    return json.loads(files.read_text(files.join(checkpoint, DIGESTS)) or "{}")
 
 
 def _digests(checkpoint: files.PathLike, names: list[str]) -> dict[str, str | None]:

@@ -16,12 +16,18 @@ SIZE = Range("must be from 1 to 2147483647", lambda value: 1 <= value < 1 << 31)
 
 _NEEDED: Any = object()  # the default of a key that must be there
 _SHORT = reprlib.Repr()
+_LONGEST_NAME = 120  # characters
 _SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 2, 60, 60
 
 
 def shown(value: Any) -> str:
     """A value in an error message, cut to a few dozen characters however large it is."""
     return _SHORT.repr(value)
+
+
+def named(name: str) -> str:
+    """A name from a file in an error message: as it is, or like other values where it is long or has odd characters."""
+    return name if name.isprintable() and len(name) <= _LONGEST_NAME else shown(name)
 
 
 def parse(content: bytes, *, source: str) -> Section:
@@ -74,9 +80,18 @@ class Section:
     def __contains__(self, key: str) -> bool:
         return key in self.values
 
+    def names(self) -> list[str]:
+        """Its keys, which must be of whole characters."""
+        for key in self.values:
+            self._refuse_half_characters(key, key)
+        return list(self.values)
+
     def error(self, key: str, problem: str) -> InputError:
         """What to raise where a key's value is not right; `problem` follows file, key and value."""
-        return InputError(f"{self.source}: {self._prefix}{key}={shown(self.values.get(key))} {problem}")
+        return InputError(f"{self.source}: {self._named(key)}={shown(self.values.get(key))} {problem}")
+
+    def _named(self, key: str) -> str:
+        return named(f"{self._prefix}{key}")
 
     def integer(self, key: str, allowed: Range = SIZE, *, default: Any = _NEEDED, null: bool = False) -> Any:
         """A whole number within a range."""
@@ -130,7 +145,7 @@ class Section:
     def _typed(self, key: str, kinds: Any, what: str, default: Any, null: bool) -> Any:
         if key not in self.values:
             if default is _NEEDED:
-                raise InputError(f"{self.source}: {self._prefix}{key} is missing; add it or copy the file again")
+                raise InputError(f"{self.source}: {self._named(key)} is missing; add it or copy the file again")
             return default
         value = self.values[key]
         if value is None and null:

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import re
+import textwrap
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -22,6 +23,8 @@ from grit_jax.sentencepiece_bpe import convert
 _TOKENIZER, _MODEL = "tokenizer.json", "tokenizer.model"
 _SETTINGS, _SPECIAL = "tokenizer_config.json", "special_tokens_map.json"
 _ROWS = "embedding_rows"  # a key of ours in the settings, where the model has fewer than the tokenizer has entries
+
+_LONGEST_REASON = 300  # characters of what the library says
 
 # BOS and EOS of tokenizer files that come without settings, tried in this order.
 _WELL_KNOWN = (
@@ -88,8 +91,8 @@ class Tokenizer:
         for token in filter(None, (self.bos, self.eos, self.ending)):
             if max(self._backend.encode(token, add_special_tokens=False).ids, default=0) >= rows:
                 raise InputError(
-                    f"vocab_size={rows} leaves out the special token {token!r}, as the tokenizer has {self.vocab_size} "
-                    "entries; use the model's own tokenizer"
+                    f"vocab_size={rows} leaves out the special token {jsonfile.shown(token)}, as the tokenizer has "
+                    f"{self.vocab_size} entries; use the model's own tokenizer"
                 )
         return Tokenizer(self._backend, bos=self.bos, eos=self.eos, rows=rows)
 
@@ -138,7 +141,7 @@ class Tokenizer:
         except BaseException as error:  # the library raises plain Exception, and where its Rust panics not even that
             if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
                 raise
-            reason = " ".join(str(error).split())
+            reason = textwrap.shorten(str(error), _LONGEST_REASON, placeholder=" ...")
             raise InputError(f"{source} is not a tokenizer file of the tokenizers library: {reason}") from error
         if not eos:
             known = [
@@ -151,7 +154,9 @@ class Tokenizer:
             bos, eos = known[0]
         for token in filter(None, (bos, eos)):
             if backend.token_to_id(token) is None:
-                raise InputError(f"{source}: special token {token!r} is not in the vocabulary; correct {_SETTINGS}")
+                raise InputError(
+                    f"{source}: special token {jsonfile.shown(token)} is not in the vocabulary; correct {_SETTINGS}"
+                )
         return Tokenizer(backend, bos=bos, eos=eos, rows=rows)
 
     def files(self) -> dict[str, str]:

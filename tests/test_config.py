@@ -1,11 +1,15 @@
+import dataclasses
 import math
+import random
 import re
 import subprocess
 import sys
+import time
 import typing
 from pathlib import Path
 
 import pytest
+import yaml
 
 from grit_jax.config import (
     CheckpointConfig,
@@ -27,7 +31,9 @@ from grit_jax.config import (
     dump_config,
     parse_config,
 )
+from tests import damage
 
+SECONDS = 5.0  # of a config, at most
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
 
 
@@ -185,3 +191,49 @@ def test_light_modules_import_without_jax():
     names = ", ".join(f"grit_jax.{name}" for name in modules.split(", "))
     code = f"import sys, {names}; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def is_meant(given, read):
+    """Whether settings are what a text says: the same values, or the number that a string of it says."""
+    if isinstance(given, dict) and isinstance(read, dict):
+        return all(key in read and is_meant(value, read[key]) for key, value in given.items())
+    if isinstance(given, list) and isinstance(read, list | tuple):
+        return len(given) == len(read) and all(map(is_meant, given, read))
+    if isinstance(given, str) and not isinstance(read, str):
+        given = yaml.safe_load(given)
+        given = float(given) if isinstance(read, float) else given  # YAML reads 1e-5 as a text
+    return given == read and isinstance(given, bool) == isinstance(read, bool)
+
+
+def check_configs(number):
+    """Configs of runs with damage: refused in a line that begins with the file, or read as the text says, each key."""
+    rng = random.Random(0)
+    originals = [yaml.safe_load(path.read_text()) for path in CONFIGS] + [yaml.safe_load(dump_config(Config()))]
+    refused = 0
+    for trial in range(number):
+        text = yaml.safe_dump(damage.mutate(rng, rng.choice(originals), ["steps", *SECTIONS]), allow_unicode=True)
+        if trial % 3 == 0:
+            text = damage.damage_bytes(rng, text.encode(errors="replace")).decode(errors="replace")
+        begun = time.process_time()
+        try:
+            config = parse_config(text, source="here.yaml")
+        except InputError as error:
+            refused += 1
+            assert re.match(r"here\.yaml(:\d+)?: ", str(error)), text
+            assert "\n" not in str(error)
+            assert len(str(error)) < 700, text
+            continue
+        finally:
+            assert time.process_time() - begun < SECONDS, text
+        assert is_meant(yaml.safe_load(text) or {}, dataclasses.asdict(config)), text
+        assert parse_config(dump_config(config)) == config, text
+    assert number / 3 < refused < number
+
+
+def test_a_damaged_config_is_refused_or_read_as_it_is_written():
+    check_configs(100)
+
+
+@pytest.mark.long
+def test_ten_thousand_damaged_configs_are_refused_or_read_as_they_are_written():
+    check_configs(10_000)

@@ -1,4 +1,7 @@
-"""Damage of checkpoints shows."""
+"""Copies of a checkpoint with one file damaged: bits flipped, cut, missing or exchanged with another.
+
+The oracle for each: it is called damaged, or all that is read of it, arrays and metadata, is bit for bit as saved.
+"""
 
 import gc
 import os

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import glob
+import io
 import os
 import sys
 
@@ -91,6 +92,8 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a notebook's is none
+        sys.stdout.reconfigure(errors="backslashreplace")  # keys of a row and names of files may be no text
     parser = make_parser()
     args, overrides = parser.parse_known_args(argv)
     if hasattr(COMMANDS[args.command], "TAKES_OVERRIDES"):

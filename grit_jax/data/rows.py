@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from grit_jax.config import InputError
 from grit_jax.data.lines import is_blank, read_lines, read_text
 from grit_jax.data.records import RecordError, parse_entry, parse_json, text_of
+
+T = TypeVar("T")
 
 Row = dict[str, Any]
 Cells = dict[str, str] | list[str]
@@ -40,6 +42,18 @@ class LeftOut(NamedTuple):
 def failed(where: str, kind: str, message: str) -> Failed:
     """A row with a fault; arguments as of `RecordError`."""
     return Failed(RecordError(where, kind, message))
+
+
+def sound(entries: Iterable[T | Failed]) -> Iterator[T]:
+    """The rows, for a reader that leaves none out.
+
+    Raises:
+      RecordError: One has a fault.
+    """
+    for entry in entries:
+        if isinstance(entry, Failed):
+            raise entry.error
+        yield entry
 
 
 def read_objects(path: Path) -> Iterator[tuple[str, Row] | Failed]:

@@ -7,10 +7,11 @@ counted.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from grit_jax import jsonfile
 from grit_jax.config import InputError
 from grit_jax.data.qrels import Judgement, find_qrels, read_qrels
 from grit_jax.data.records import RecordError
@@ -200,14 +201,14 @@ def _listed(row: list[Any], instruction: str, min_score: float | None) -> Row:
 def _named(row: Row, instruction: str, min_score: float | None) -> Row | str:
     named = {str(key).strip().lower(): value for key, value in row.items()}
     if len(named) < len(row):
-        raise FaultError("a key twice", f"{', '.join(row)}: two of these keys differ in case or spaces alone")
+        raise FaultError("a key twice", f"{_listing(row)}: two of these keys differ in case or spaces alone")
     if reason := labels.refused(named, min_score):
         return reason
     found = [next((named[key] for key in keys if key in named), None) for keys in (_QUERY, _POSITIVE)]
     if None in found:
         raise FaultError(
             "no query or positive",
-            f"has {', '.join(sorted(named)[:8])}; a query is under {', '.join(_QUERY)}, a positive under "
+            f"has {_listing(sorted(named)[:8])}; a query is under {', '.join(_QUERY)}, a positive under "
             f"{', '.join(_POSITIVE)}",
         )
     negatives: list[Any] = []
@@ -216,6 +217,10 @@ def _named(row: Row, instruction: str, min_score: float | None) -> Row | str:
             negatives += value if isinstance(value, list) else [value]
     positives = found[1] if isinstance(found[1], list) else [found[1]]
     return embedding_row(found[0], positives, negatives, instruction)
+
+
+def _listing(keys: Iterable[str]) -> str:
+    return ", ".join(map(jsonfile.named, keys))
 
 
 def _is_number(text: str) -> bool:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 from etils import epath
@@ -14,7 +14,7 @@ from etils import epath
 from grit_jax.config import InputError
 from grit_jax.data.lines import read_text_lines
 from grit_jax.data.qrels import find_qrels, read_qrels
-from grit_jax.data.rows import Failed, read_objects
+from grit_jax.data.rows import read_objects, sound
 from grit_jax.data.sources import files_below, refuse_twins
 
 # Scripts that put nothing between words: Thai, Lao, Burmese, Khmer, Kana and Han. Each character stands for a word.
@@ -29,8 +29,6 @@ _FEWEST_WORDS = 4  # of texts that are not known to be queries or documents; "ye
 _FACTOR = np.uint64(0x9E3779B97F4A7C15)
 _SUFFIXES = (".jsonl", ".txt", ".tsv")
 _ENDINGS = (*_SUFFIXES, *(f"{suffix}.gz" for suffix in _SUFFIXES))
-
-T = TypeVar("T")
 
 
 class Match(NamedTuple):
@@ -194,7 +192,7 @@ def _first(folder: Path, name: str) -> Path | None:
 def _beir_texts(folder: Path) -> Iterator[tuple[Path, int, str, bool]]:
     judged: set[str] | None = None
     if qrels := find_qrels(folder, "test"):
-        judged = {judgement.query for judgement in _sound(read_qrels(qrels))}
+        judged = {judgement.query for judgement in sound(read_qrels(qrels))}
     names = set()
     for name, keys in (("queries.jsonl", ("text",)), ("corpus.jsonl", ("title", "text"))):
         path = _first(folder, name)
@@ -210,13 +208,6 @@ def _beir_texts(folder: Path) -> Iterator[tuple[Path, int, str, bool]]:
             raise InputError(f"--against {qrels}: judges no query of {path}; correct its ids, or remove it")
 
 
-def _sound(entries: Iterable[T | Failed]) -> Iterator[T]:
-    for entry in entries:
-        if isinstance(entry, Failed):
-            raise entry.error
-        yield entry
-
-
 def _file_texts(path: Path) -> Iterator[tuple[Path, int, str, bool]]:
     if path.name.removesuffix(".gz").endswith(".jsonl"):
         rows: Any = ((line, list(_strings(row))) for line, row in _objects(path))
@@ -229,7 +220,7 @@ def _file_texts(path: Path) -> Iterator[tuple[Path, int, str, bool]]:
 
 
 def _objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    for where, row in _sound(read_objects(path)):
+    for where, row in sound(read_objects(path)):
         yield int(where.rpartition(":")[2]), row
 
 

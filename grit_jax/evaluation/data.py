@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from grit_jax.config import InputError
-from grit_jax.data.rows import Failed, read_cells, read_objects
+from grit_jax.data.rows import read_cells, read_objects, sound
+from grit_jax.jsonfile import named
 
 _NAMES: dict[type, str] = {str: "a string", int: "a whole number", float: "a number", list: "a list"}
 
@@ -38,7 +39,8 @@ class Row(NamedTuple):
         if isinstance(value, kinds) and not isinstance(value, bool):
             return value
         wanted = " or ".join(_NAMES[kind] for kind in kinds)
-        found = f"is {value!r:.60}" if key in self.values else f"is missing; there are {', '.join(self.values)}"
+        there = ", ".join(map(named, self.values))
+        found = f"is {value!r:.60}" if key in self.values else f"is missing; there are {there:.300}"
         raise InputError(f"{self.where}: {key!r} {found}; it must be {wanted}")
 
     def strings(self, key: str) -> list[str]:
@@ -92,10 +94,7 @@ def read_rows(path: Path, *columns: str) -> list[Row]:
     if kind not in (".jsonl", ".json", ".tsv"):
         raise InputError(f"{file}: must end in .jsonl, .json or .tsv, or those with .gz")
     rows = []
-    for entry in read_cells(file, frozenset(columns)) if kind == ".tsv" else read_objects(file):
-        if isinstance(entry, Failed):
-            raise entry.error
-        where, values = entry
+    for where, values in sound(read_cells(file, frozenset(columns)) if kind == ".tsv" else read_objects(file)):
         if isinstance(values, list):
             raise InputError(f"{where}: the first row is no header; it must name {', '.join(columns)}, tabs between")
         rows.append(Row(where, values))

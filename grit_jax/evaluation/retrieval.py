@@ -10,9 +10,11 @@ from typing import NamedTuple
 import numpy as np
 
 from grit_jax.config import InputError
+from grit_jax.data.qrels import find_qrels, read_qrels
+from grit_jax.data.rows import sound
 from grit_jax.evaluation import metrics
 from grit_jax.evaluation.bm25 import Bm25
-from grit_jax.evaluation.data import existing, number, read_rows
+from grit_jax.evaluation.data import existing, read_rows
 from grit_jax.evaluation.task import EmbeddingTask, Outcome, Session
 from grit_jax.search import Searchable
 from grit_jax.store.layout import Document
@@ -51,7 +53,8 @@ class Ranking(NamedTuple):
 
 def collection_files(folder: Path, split: str) -> list[Path]:
     """Corpus, queries and judgements."""
-    return [folder / "corpus.jsonl", folder / "queries.jsonl", folder / "qrels" / f"{split}.tsv"]
+    judgements = find_qrels(folder, split) or folder / "qrels" / f"{split}.tsv"
+    return [folder / "corpus.jsonl", folder / "queries.jsonl", judgements]
 
 
 def read_corpus(path: Path, judged: Container[str] | None = None) -> dict[str, str]:
@@ -80,16 +83,18 @@ def read_collection(folder: Path, split: str) -> Collection:
     """Reads a folder in BEIR layout.
 
     Raises:
-      InputError: A file is missing or malformed, or a judged query is not there.
+      InputError: A file is missing or malformed, a judged query is not there, or judgements contradict each other.
     """
     corpus_file, queries_file, judgements_file = collection_files(folder, split)
     texts = read_corpus(queries_file)
     judgements: dict[str, dict[str, float]] = {}
-    for row in read_rows(judgements_file, "query-id", "corpus-id", "score"):
-        query = row.get("query-id")
+    for where, query, document, score in sound(read_qrels(existing(judgements_file))):
         if query not in texts:
-            raise InputError(f"{row.where}: query {query!r} is not in {existing(queries_file)}; add or remove it")
-        judgements.setdefault(query, {})[row.get("corpus-id")] = number(row, "score")
+            raise InputError(f"{where}: query {query!r} is not in {existing(queries_file)}; add or remove it")
+        if judgements.setdefault(query, {}).setdefault(document, score) != score:
+            raise InputError(f"{where}: judges document {document!r} a second time, with another score; remove one")
+    if not judgements:
+        raise InputError(f"{judgements_file}: judges nothing; put judgements in it")
     documents = read_corpus(corpus_file, {name for judged in judgements.values() for name in judged})
     queries = {query: text for query, text in texts.items() if query in judgements}
     return Collection(
@@ -107,7 +112,7 @@ class Retrieval(EmbeddingTask):
     """Documents for queries. `path` is a folder in BEIR layout; the main score is nDCG@10.
 
     Attributes:
-      split: Judgements that count, `qrels/{split}.tsv`.
+      split: Judgements that count, `qrels/{split}.tsv` or another form that `read_qrels` reads.
       document_instruction: What the model is told about the documents.
       stored_dtype: Type that the documents' vectors are kept in; they are compared in float32, as a store of
         `grit-jax index` is.

@@ -146,7 +146,7 @@ def stored_tensors(folder: epath.Path, *, projection: bool = False) -> dict[str,
 def _add(tensors: dict[str, StoredTensor], more: dict[str, StoredTensor]) -> None:
     if twice := sorted(tensors.keys() & more.keys()):
         places = f"{tensors[twice[0]].file.name} and {more[twice[0]].file}"
-        raise InputError(f"{places} both hold {twice[0]}; copy both again")
+        raise InputError(f"{places} both hold {jsonfile.named(twice[0])}; copy both again")
     tensors |= more
 
 
@@ -172,10 +172,10 @@ def _read_header(file: epath.Path) -> dict[str, StoredTensor]:
 def _read_entries(header: jsonfile.Section, file: epath.Path, begin: int, size: int) -> dict[str, StoredTensor]:
     """Where the tensors are, of which the first byte is number `begin` of the file, and which have `size` bytes."""
     if metadata := header.section("__metadata__", default=None, null=True):
-        for key in metadata.values:
+        for key in metadata.names():
             metadata.text(key)
     tensors, ranges = {}, []
-    for name in header.values:
+    for name in header.names():
         if name == "__metadata__":
             continue
         entry = header.section(name)
@@ -191,7 +191,7 @@ def _read_entries(header: jsonfile.Section, file: epath.Path, begin: int, size: 
     place = 0
     for start, end, name in sorted(ranges):
         if start != place:
-            raise InputError(f"{jsonfile.shown(name)} begins at byte {start}, where byte {place} is next")
+            raise InputError(f"{jsonfile.named(name)} begins at byte {start}, where byte {place} is next")
         place = end
     if place != size:
         raise InputError(f"it has {size} bytes of tensors, its header says {place}")
@@ -215,7 +215,8 @@ def check_tensors(source: str, tensors: dict[str, StoredTensor], rows: Iterable[
         shape = get(shapes, row.path).shape
         expected |= {name: row.stored_shape(shape) for name, _ in row.places(shape)}
     problems = [f"{name} is missing" for name in expected if name not in tensors]
-    problems += [f"{name} is not a tensor of this model" for name in sorted(tensors.keys() - expected.keys())]
+    unknown = sorted(tensors.keys() - expected.keys())
+    problems += [f"{jsonfile.named(name)} is not a tensor of this model" for name in unknown]
     problems += [
         f"{name} has shape {tensors[name].shape}, not {shape}"
         for name, shape in expected.items()

@@ -115,6 +115,7 @@ class Server:
             exception_handlers={HTTPException: http_error, RequestError: http_error},
             lifespan=self._lifespan,
         )
+        self.app.router.redirect_slashes = False  # to an address that a proxy may have rewritten
 
     @property
     def weights_bytes(self) -> int:

@@ -103,6 +103,7 @@ DAMAGED = {
     "cut": cut,
     "not UTF-8": without_utf8,
     "a key twice": key_twice,
+    "a key of half a character twice": lambda row, rng: plain(row)[:-1] + rb', "\ud83d": 1, "\ud83d": 2}',
     "half a character": lambda row, rng: json.dumps(row | {"note": "a\ud83d"}).encode(),
     "two rows on a line": lambda row, rng: plain(row) + b" " + plain(row),
     "a control character": lambda row, rng: plain(row).replace(b'": ', b'": \x00', 1),

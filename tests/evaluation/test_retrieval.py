@@ -1,4 +1,5 @@
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from grit_jax.evaluation.retrieval import (
     without_own_ids,
 )
 from grit_jax.store.vectors import pack, unpack
+from tests.data.test_qrels import FORMS as QRELS_FORMS
 from tests.evaluation.fake import session
 from tests.evaluation.tasks import write_jsonl, write_retrieval
 
@@ -44,10 +46,13 @@ def test_bad_judgements_and_ids_are_named(tmp_path):
     with pytest.raises(InputError, match=r"test\.tsv:2: query 'q99' is not in .*queries\.jsonl"):
         read_collection(tmp_path, "test")
     judgements.write_text("query-id\tcorpus-id\tscore\nq1\td1\tgood\n")
-    with pytest.raises(InputError, match=r"test\.tsv:2: 'score' is 'good'; it must be a finite number"):
+    with pytest.raises(InputError, match=r"test\.tsv:2: holds 'q1', 'd1', 'good'; a judgement is query-id"):
         read_collection(tmp_path, "test")
-    judgements.write_text("q1\td1\t1\n")
-    with pytest.raises(InputError, match=r"test\.tsv:1: the first row is no header"):
+    judgements.write_text("q1\td1\t1\nq1\td1\t2\n")
+    with pytest.raises(InputError, match=r"test\.tsv:2: judges document 'd1' a second time, with another score"):
+        read_collection(tmp_path, "test")
+    judgements.write_text("query-id\tcorpus-id\tscore\n")
+    with pytest.raises(InputError, match=r"test\.tsv: judges nothing"):
         read_collection(tmp_path, "test")
     write_jsonl(tmp_path / "queries.jsonl", [{"_id": "q1", "text": "a"}, {"_id": "q1", "text": "b"}])
     with pytest.raises(InputError, match=r"queries\.jsonl:2: '_id' 'q1' comes a second time"):
@@ -57,6 +62,17 @@ def test_bad_judgements_and_ids_are_named(tmp_path):
         InputError, match=r"queries\.jsonl:1: 'text' is missing; there are _id, txt; it must be a string"
     ):
         read_collection(tmp_path, "test")
+
+
+@pytest.mark.parametrize("form", QRELS_FORMS)
+def test_judgements_of_every_form_are_the_same(tmp_path, form):
+    write_jsonl(tmp_path / "queries.jsonl", [{"_id": name, "text": name} for name in ("q1", "q2")])
+    write_jsonl(tmp_path / "corpus.jsonl", [{"_id": name, "text": name} for name in ("d 1", "d2", "d3")])
+    file = tmp_path / f"qrels/test{Path(form).suffix}"
+    file.parent.mkdir()
+    file.write_text(QRELS_FORMS[form])
+    assert read_collection(tmp_path, "test").judgements == {"q1": {"d 1": 1, "d2": 0}, "q2": {"d3": -1}}
+    assert Retrieval("t", str(tmp_path)).files()[-1] == file
 
 
 def test_an_id_that_comes_twice_names_two_documents_unless_it_is_judged(tmp_path):

@@ -1,4 +1,8 @@
-"""config.json with impossible values: one line that names file and key, or the architecture that transformers reads."""
+"""config.json with impossible values, of every family.
+
+The oracle for each: within a second a line that begins with the file, of less than 700 characters; or the architecture
+that transformers reads there, where it reads any.
+"""
 
 import contextlib
 import json
@@ -10,7 +14,7 @@ import pytest
 from grit_jax import jsonfile
 from grit_jax.config import InputError
 from grit_jax.hf.architecture import read_config
-from tests.hf import damage
+from tests import damage
 from tests.hf.families import CASES, SHAPE
 
 transformers = pytest.importorskip("transformers")

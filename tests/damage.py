@@ -1,4 +1,4 @@
-"""Values that no file of a model should have, and random damage done with them."""
+"""Values that no file of settings should have, and random damage done with them."""
 
 import copy
 import json
@@ -11,11 +11,13 @@ IMPOSSIBLE = [
     {"type": "yarn", "factor": 2.0}, {"a": {"b": []}},
 ]  # fmt: skip
 
+ODD_KEYS = ["", "two\nlines", "k" * 5000, "\ud800", "é", "a.b"]
+
 
 def mutate(rng, values, spare=()):
     """A copy of a nested object in which one to three entries are replaced, removed, moved or added.
 
-    `spare` are further keys that may be added.
+    `spare` are further keys that may be added, beside odd ones.
     """
     values = copy.deepcopy(values)
     for _ in range(rng.randint(1, 3)):
@@ -26,17 +28,17 @@ def mutate(rng, values, spare=()):
         elif action < 0.75 and key is not None:
             del place[key]
         elif action < 0.85 and isinstance(place, dict) and len(place) > 1:
-            left, right = rng.sample(sorted(place), 2)
+            left, right = rng.sample(sorted(place, key=str), 2)
             place[left], place[right] = place[right], place[left]
-        elif spare and isinstance(values, dict):
-            values[rng.choice(spare)] = copy.deepcopy(rng.choice(IMPOSSIBLE))
+        elif isinstance(place, dict):
+            place[rng.choice([*spare, *ODD_KEYS])] = copy.deepcopy(rng.choice(IMPOSSIBLE))
     return values
 
 
 def _place(rng, values):
     """A container somewhere in `values` and one of its keys, None where it has none."""
     while True:
-        keys = sorted(values) if isinstance(values, dict) else list(range(len(values)))
+        keys = sorted(values, key=str) if isinstance(values, dict) else list(range(len(values)))
         if not keys:
             return values, None
         key = rng.choice(keys)
