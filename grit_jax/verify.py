@@ -96,9 +96,9 @@ def verify(folder: str | Path, texts: Sequence[str] = SAMPLE_TEXTS) -> Iterator[
 
 def _silence_libraries() -> None:
     """No bars, and no reports of weights that a class leaves out: the comparison says whether one is missing."""
-    import transformers
+    from transformers.utils import logging as transformers_logging
 
-    transformers.utils.logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
     for name in ("transformers", "sentence_transformers"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
