@@ -33,6 +33,10 @@ from pathlib import Path
 
 REPOSITORY, REF = "https://github.com/grit_jax/grit_jax", "v0.1.0"
 
+assert sys.version_info >= (3, 11), (
+    f"Python 3.11 or newer is needed, this is {sys.version.split()[0]}: choose another under Runtime > Change runtime type"
+)
+
 if "google.colab" in sys.modules and not importlib.util.find_spec("grit_jax"):
     tpu, gpu = glob("/dev/accel*") + glob("/dev/vfio/[0-9]*"), glob("/dev/nvidia[0-9]*")
     uploaded = Path("grit_jax.zip")
