@@ -101,6 +101,12 @@ def run_first_cell(monkeypatch, kind=None, returncode=0):
     return installed
 
 
+def test_the_first_cell_asks_for_a_newer_python_before_it_installs_anything(monkeypatch):
+    monkeypatch.setattr(sys, "version_info", (3, 10, 12))
+    with pytest.raises(AssertionError, match=r"Python 3.11 or newer is needed, .*Change runtime type"):
+        run_first_cell(monkeypatch)
+
+
 @pytest.mark.parametrize(("kind", "extra"), [("TPU", "[tpu]"), ("NVIDIA GPU", "[cuda12]"), (None, "")])
 def test_colab_gets_the_pinned_package_with_what_its_devices_need(monkeypatch, kind, extra):
     *_, constraints, package = run_first_cell(monkeypatch, kind)
