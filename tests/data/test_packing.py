@@ -3,7 +3,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from grit_jax.data.packing import choose_buckets, pack, round_up
+from grit_jax.data.packing import choose_buckets, fill_rows, kept_places, pack, round_up
+from grit_jax.prompts import TokenizedPrompt
 
 LENGTHS = st.lists(st.integers(1, 32), min_size=1, max_size=60).map(np.array)
 
@@ -32,6 +33,33 @@ def test_each_text_goes_into_the_fullest_row_that_holds_it_the_longest_first(len
             left.remove(space)
         left.append(space - lengths[text])
     assert packing.num_rows == len(left)
+
+
+@given(LENGTHS, st.integers(1, 8))
+def test_rows_hold_each_text_where_it_was_put_and_nothing_else(lengths, most):
+    packing = pack(lengths, row_length=32, max_segments=most)
+    texts = [100 * number + np.arange(length) for number, length in enumerate(lengths, start=1)]
+    rows = fill_rows(np.concatenate(texts), lengths, packing, row_length=32)
+    for text, row, offset, segment in zip(texts, *packing[1:], strict=True):
+        place = row, slice(offset, offset + len(text))
+        assert rows.tokens[place].tolist() == text.tolist()
+        assert set(rows.segment_ids[place]) == {segment}
+        assert rows.positions[place].tolist() == list(range(len(text)))
+    for array in rows[:3]:
+        assert array.shape == (packing.num_rows, 32)
+        assert not array[rows.segment_ids == 0].any()
+    assert (rows.segment_ids > 0).sum() == lengths.sum()
+    assert np.array_equal(rows.spread(np.concatenate(texts)), rows.tokens)
+
+
+@given(st.lists(st.tuples(st.integers(1, 20), st.integers(0, 3), st.integers(1, 25)), min_size=1, max_size=9))
+def test_what_stays_of_texts_is_what_a_cut_prompt_keeps(texts):
+    whole, endings, limits = np.array(texts).T
+    starts, lengths = np.cumsum(whole) - whole, np.minimum(whole, limits)
+    kept = np.split(kept_places(starts, whole, lengths, endings), np.cumsum(lengths))
+    for start, length, ending, limit, places in zip(starts, whole, endings, limits, kept, strict=False):
+        prompt = TokenizedPrompt(start + np.arange(length), np.zeros((0, 2), np.int32), min(ending, length))
+        assert places.tolist() == prompt.cut(limit).tokens.tolist()
 
 
 def test_one_text_per_row_is_the_special_case():

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import types
 
 import jax
 import numpy as np
@@ -13,7 +14,7 @@ import pytest
 
 from grit_jax.checks import verdict
 from grit_jax.cli.main import main
-from grit_jax.config import InputError, load_config
+from grit_jax.config import Config, InputError, TrainConfig, load_config
 from grit_jax.inference import GritModel
 from grit_jax.loading import load_for_conversion
 from grit_jax.model.transformer import init_params
@@ -147,6 +148,21 @@ def test_texts_that_became_positives_are_other_data(data, finished, tmp_path):
     with pytest.raises(InputError, match=r"data.train is not what this run was trained on") as error:
         Trainer(resumed)
     assert check_of(resumed, "resume").text == str(error.value)
+
+
+def test_batches_come_in_order_and_what_filling_one_raises_comes_in_its_place():
+    def batch(step):
+        if step == 5:
+            raise InputError("no batch 5")
+        return step
+
+    data = types.SimpleNamespace(batch=batch)
+    run = types.SimpleNamespace(config=Config(train=TrainConfig(steps=9)), data=data)
+    batches = Trainer.batches(run, 2)
+    assert [next(batches) for _ in range(3)] == [2, 3, 4]
+    with pytest.raises(InputError, match="no batch 5"):
+        next(batches)
+    assert list(Trainer.batches(run, 6)) == [6, 7, 8]
 
 
 def test_a_run_goes_on_whose_config_holds_keys_that_are_gone(data, finished, tmp_path):
