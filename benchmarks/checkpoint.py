@@ -16,11 +16,11 @@ from pathlib import Path
 import common
 import jax
 
-from grit_jax import sharding
-from grit_jax.checkpoint import CheckpointMetadata, Checkpoints
+from grit_jax.checkpoints.checkpoint import CheckpointMetadata, Checkpoints
+from grit_jax.checkpoints.loading import load_params, open_model
 from grit_jax.config import CheckpointConfig, MeshConfig, OptimizerConfig
-from grit_jax.loading import load_params, open_model
 from grit_jax.model.transformer import abstract_model, param_axes
+from grit_jax.parallel import sharding
 from grit_jax.train.optimizer import make_optimizer
 from grit_jax.train.state import new_state
 

@@ -60,20 +60,21 @@ from claim_report import (
 from pages import print_tables, publish
 
 from grit_jax import files
-from grit_jax.config import InputError, config_differences, dump_config, load_config, parse_config
+from grit_jax.config import config_differences, dump_config, load_config, parse_config
 from grit_jax.data.records import EmbeddingRecord, Record
 from grit_jax.data.sources import find_files, open_source, read_texts
+from grit_jax.errors import InputError
 from grit_jax.evaluation.likelihood import Perplexity
 from grit_jax.evaluation.report import fingerprint, interval
 from grit_jax.evaluation.retrieval import Ranking, Retrieval, bm25_scores, outcome, read_collection
 from grit_jax.evaluation.run import evaluate
 from grit_jax.evaluation.suite import Suite, load_suite
-from grit_jax.tokenizer import train_bpe
+from grit_jax.runs.folder import CONFIG
+from grit_jax.runs.plot import series
+from grit_jax.text.tokenizer import train_bpe
 from grit_jax.train.loop import Trainer
 from grit_jax.train.metrics import read_metrics
 from grit_jax.train.resolve import MAY_DIFFER
-from grit_jax.watch.folder import CONFIG
-from grit_jax.watch.plot import series
 
 _ROOT = Path(__file__).parents[1]
 CONFIGS = _ROOT / "configs/claim"

@@ -16,11 +16,12 @@ import numpy as np
 from pages import COLOURS, draw_differences, markdown_table, save_drawing
 
 from grit_jax import files
-from grit_jax.config import InputError, parse_config
+from grit_jax.config import parse_config
+from grit_jax.errors import InputError
 from grit_jax.evaluation.compare import Comparison, compare
 from grit_jax.evaluation.likelihood import loss_per_token
 from grit_jax.evaluation.task import mean
-from grit_jax.watch.plot import running_mean
+from grit_jax.runs.plot import running_mean
 
 PRIMARY = ("medquad", "wordnet_wsd", "scifact")
 HELD_OUT = "held-out answers"

@@ -25,7 +25,7 @@ from grit_jax.config import EmbeddingConfig, TransformerConfig
 from grit_jax.hf.export import save_folder
 from grit_jax.model.pretrained import Pretrained
 from grit_jax.model.transformer import init_params
-from grit_jax.tokenizer import Tokenizer
+from grit_jax.text.tokenizer import Tokenizer
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 # 58 million parameters with a vocabulary of 32,000.

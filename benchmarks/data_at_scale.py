@@ -36,15 +36,15 @@ import common
 import numpy as np
 
 from grit_jax import files
-from grit_jax.batch import ONE_HOST, HostShare
 from grit_jax.config import Config, DataConfig, TrainConfig
 from grit_jax.data import sources
+from grit_jax.data.batch import ONE_HOST, HostShare
 from grit_jax.data.index import CHECKED_BYTES, ReadFile, checksums, open_index, write_meta
 from grit_jax.data.indexing import build_indexes
 from grit_jax.data.pipeline import Pipeline, planned_rows
 from grit_jax.data.schedule import Schedule
 from grit_jax.data.streams import all_streams, trained_streams
-from grit_jax.tokenizer import Tokenizer
+from grit_jax.text.tokenizer import Tokenizer
 
 LATE = 1_000_000
 LIMITS = {

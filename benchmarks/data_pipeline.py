@@ -19,12 +19,12 @@ from typing import Any
 
 import common
 
-from grit_jax import prompts
-from grit_jax.batch import ONE_HOST
 from grit_jax.config import Config, DataConfig, TrainConfig
+from grit_jax.data.batch import ONE_HOST
 from grit_jax.data.pipeline import Pipeline
 from grit_jax.data.streams import trained_streams
-from grit_jax.tokenizer import Tokenizer
+from grit_jax.text import prompts
+from grit_jax.text.tokenizer import Tokenizer
 
 QUERIES, CONVERSATIONS = 32, 8
 QUERY_LIMIT, LIMIT = 256, 512

@@ -17,9 +17,9 @@ from typing import Any
 import common
 import numpy as np
 
-from grit_jax import prompts
-from grit_jax.inference import GritModel
-from grit_jax.tokenizer import Tokenizer
+from grit_jax.inference.model import GritModel
+from grit_jax.text import prompts
+from grit_jax.text.tokenizer import Tokenizer
 
 LIMIT = 512
 

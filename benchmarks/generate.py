@@ -16,8 +16,8 @@ from typing import Any
 import common
 import numpy as np
 
-from grit_jax.inference import GritModel
-from grit_jax.tokenizer import Tokenizer
+from grit_jax.inference.model import GritModel
+from grit_jax.text.tokenizer import Tokenizer
 
 PROMPT_TOKENS = 32
 

@@ -16,8 +16,8 @@ import numpy as np
 
 from grit_jax.config import Config, DataConfig, ModelConfig, TransformerConfig
 from grit_jax.doctor.rows import generative_batch, random_texts
-from grit_jax.execution import PLAIN
 from grit_jax.model.transformer import abstract_model, init_params
+from grit_jax.parallel.execution import PLAIN
 from grit_jax.train.objectives import trained_objectives
 from grit_jax.train.step import JointObjective
 

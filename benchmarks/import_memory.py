@@ -25,7 +25,7 @@ from grit_jax.hf.architecture import write_config
 from grit_jax.hf.names import get, table
 from grit_jax.hf.tensors import write_tensors
 from grit_jax.model.transformer import abstract_model, abstract_params
-from grit_jax.tokenizer import Tokenizer
+from grit_jax.text.tokenizer import Tokenizer
 
 GIB = 1 << 30
 BASE = TransformerConfig(
@@ -74,8 +74,8 @@ def child(source: str, out: str) -> None:
     """Does what `import-hf` does and prints the peak resident memory before, after reading and after writing."""
     import jax
 
-    from grit_jax.checkpoint import CheckpointMetadata, save_params
-    from grit_jax.loading import load_for_conversion
+    from grit_jax.checkpoints.checkpoint import CheckpointMetadata, save_params
+    from grit_jax.checkpoints.loading import load_for_conversion
 
     jax.block_until_ready(jax.jit(lambda: jax.numpy.zeros(8))())
     before, started = peak_memory(), time.monotonic()

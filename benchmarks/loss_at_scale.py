@@ -27,8 +27,8 @@ def compile_loss(devices, negatives, num_queries, num_passages, embed):
     from jax.sharding import NamedSharding
 
     from grit_jax.config import MeshConfig
-    from grit_jax.contrastive import contrastive_loss
-    from grit_jax.sharding import make_mesh, partition_spec, replicated
+    from grit_jax.losses.contrastive import contrastive_loss
+    from grit_jax.parallel.sharding import make_mesh, partition_spec, replicated
 
     def loss(query, passage, weights, ids):
         return contrastive_loss(

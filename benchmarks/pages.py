@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grit_jax import files
-from grit_jax.config import InputError
+from grit_jax.errors import InputError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

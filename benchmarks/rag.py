@@ -35,11 +35,10 @@ import numpy as np
 from claim import CONFIGS
 from pages import COLOURS, draw_differences, markdown_table, print_tables, publish, save_drawing
 
-from grit_jax import GritModel, files, prompts, sharding
-from grit_jax.checkpoint import CheckpointMetadata, save_params
+from grit_jax import GritModel, files
+from grit_jax.checkpoints.checkpoint import CheckpointMetadata, save_params
 from grit_jax.cli.main import main as grit_jax
 from grit_jax.config import EmbeddingConfig, MeshConfig
-from grit_jax.engine import Continuation, Engine, LaneSize
 from grit_jax.evaluation.compare import compare
 from grit_jax.evaluation.data import read_rows
 from grit_jax.evaluation.likelihood import loss_per_token
@@ -48,11 +47,14 @@ from grit_jax.evaluation.report import interval
 from grit_jax.evaluation.retrieval import Retrieval, read_collection
 from grit_jax.evaluation.suite import load_suite
 from grit_jax.evaluation.task import Outcome
+from grit_jax.inference.engine import Continuation, Engine, LaneSize
 from grit_jax.model.transformer import init_params
-from grit_jax.prompts import RagMethod
-from grit_jax.rag import Positions, Prepared, Rag
-from grit_jax.store.layout import Store
-from grit_jax.tokenizer import Tokenizer
+from grit_jax.parallel import sharding
+from grit_jax.retrieval.layout import Store
+from grit_jax.retrieval.rag import Positions, Prepared, Rag
+from grit_jax.text import prompts
+from grit_jax.text.prompts import RagMethod
+from grit_jax.text.tokenizer import Tokenizer
 
 WRITTEN = (1, 16, 64)
 STORES = {

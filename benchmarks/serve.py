@@ -29,8 +29,8 @@ import httpx2
 import numpy as np
 import openai
 
-from grit_jax.engine import Continuation
-from grit_jax.inference import GritModel
+from grit_jax.inference.engine import Continuation
+from grit_jax.inference.model import GritModel
 
 ROWS, MAX_LENGTH = 16, 512
 

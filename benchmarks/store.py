@@ -15,8 +15,8 @@ import time
 import common
 import numpy as np
 
-from grit_jax.search import Searchable
-from grit_jax.store.vectors import DTYPES, pack
+from grit_jax.retrieval.exact_search import Searchable
+from grit_jax.retrieval.vectors import DTYPES, pack
 
 QUERIES, BEST = 64, 10
 

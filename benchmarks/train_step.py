@@ -24,15 +24,15 @@ import common
 import jax
 import numpy as np
 
-from grit_jax import sharding
-from grit_jax.batch import ONE_HOST, Batch, EmbeddingBatch, GenerativeBatch, max_segments
+from grit_jax.checkpoints.loading import load_params, open_model
 from grit_jax.config import Config, DataConfig, MeshConfig, ModelConfig, OptimizerConfig, TrainConfig
+from grit_jax.data.batch import ONE_HOST, Batch, EmbeddingBatch, GenerativeBatch, max_segments
 from grit_jax.data.pipeline import Pipeline
 from grit_jax.data.streams import trained_streams
-from grit_jax.execution import execution
-from grit_jax.loading import load_params, open_model
 from grit_jax.model.pretrained import Pretrained
 from grit_jax.model.transformer import abstract_model, param_axes
+from grit_jax.parallel import sharding
+from grit_jax.parallel.execution import execution
 from grit_jax.train.objectives import trained_objectives
 from grit_jax.train.optimizer import learning_rate, make_optimizer
 from grit_jax.train.state import TrainState, abstract_state, new_state, shardings_of

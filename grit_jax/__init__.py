@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     __version__: str
 
-    from grit_jax.inference import GritModel
+    from grit_jax.inference.model import GritModel
 
 __all__ = ["GritModel", "__version__"]
 
@@ -15,7 +15,7 @@ __all__ = ["GritModel", "__version__"]
 def __getattr__(name: str) -> Any:
     # Imported when it is asked for: the command line must start without JAX.
     if name == "GritModel":
-        from grit_jax.inference import GritModel
+        from grit_jax.inference.model import GritModel
 
         return GritModel
     if name == "__version__":

@@ -14,7 +14,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from grit_jax.config import Config, InputError, dump_config, load_config
+from grit_jax.config import Config, dump_config, load_config
+from grit_jax.errors import InputError
 
 # Where a config names files and folders. Hosts read a suite and its data from their disks alone.
 _PATHS = {"model": ("init", "tokenizer"), "data": ("train", "validation"), "scorecard": ("suite", "data")}

@@ -3,15 +3,15 @@
 import os
 from pathlib import Path
 
-from tests import runs
+from tests import commands
 
-os.environ.update(runs.environment(devices=8))
+os.environ.update(commands.environment(devices=8))
 
 import pytest
 from jaxtyping import install_import_hook
 
 # Shapes and types in signatures are checked whenever a test calls the function.
-install_import_hook(["grit_jax.model", "grit_jax.losses", "grit_jax.contrastive"], "beartype.beartype")
+install_import_hook(["grit_jax.model", "grit_jax.losses.language", "grit_jax.losses.contrastive"], "beartype.beartype")
 
 
 @pytest.fixture(scope="session")

@@ -3,11 +3,12 @@
 import jax
 import tokenizers
 
-from grit_jax import GritModel, sharding
+from grit_jax import GritModel
 from grit_jax.config import EmbeddingConfig, MeshConfig, TransformerConfig
-from grit_jax.execution import PLAIN
 from grit_jax.model.transformer import abstract_model, init_params, param_axes
-from grit_jax.tokenizer import Tokenizer
+from grit_jax.parallel import sharding
+from grit_jax.parallel.execution import PLAIN
+from grit_jax.text.tokenizer import Tokenizer
 
 
 def shape(**changes):

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from grit_jax.config import InputError
 from grit_jax.data.sources import find_files, open_source
+from grit_jax.errors import InputError
 from grit_jax.evaluation.compare import compare
 from grit_jax.evaluation.suite import Suite
-from tests.runs import ROOT, environment
+from tests.commands import ROOT, environment
 
 SHARED = ROOT.parent / "shared/data"
 needs_shared = pytest.mark.skipif(not SHARED.exists(), reason="needs the shared data beside the checkout")

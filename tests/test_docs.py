@@ -12,7 +12,7 @@ import yaml
 
 from grit_jax.cli.main import COMMANDS, make_parser
 from grit_jax.config import parse_config
-from tests.runs import ROOT
+from tests.commands import ROOT
 
 PAGES = [
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/README.md")),

@@ -14,7 +14,7 @@ import pytest
 
 from grit_jax import files
 from tests.bucket import BUCKET, Bucket, environment
-from tests.runs import ROOT, command
+from tests.commands import ROOT, command
 
 
 def failing(*errors):
@@ -113,8 +113,8 @@ OUTAGE = """
 import sys
 from grit_jax import files
 from grit_jax.data.sources import open_source
-from grit_jax.watch.lines import LineWriter, read_lines
-from grit_jax.watch.lock import WriterLock, read_writer
+from grit_jax.runs.lines import LineWriter, read_lines
+from grit_jax.runs.lock import WriterLock, read_writer
 root = sys.argv[1]
 files.write_text(root + "/data/a.jsonl", '{"text": "one"}\\n{"text": "two"}\\n')
 log = LineWriter(root + "/run/log.jsonl", part_seconds=0.1)
@@ -164,7 +164,7 @@ import asyncio, sys, time
 from grit_jax import files
 from grit_jax.config import load_config
 from grit_jax.data.sources import find_files, open_source
-from grit_jax.watch.lines import LineWriter
+from grit_jax.runs.lines import LineWriter
 sleep = asyncio.sleep
 asyncio.sleep = lambda seconds: sleep(seconds / 60)
 root = sys.argv[1]

@@ -6,8 +6,8 @@ import pages
 import pytest
 import rag
 
-from grit_jax.config import InputError
-from tests.runs import ROOT
+from grit_jax.errors import InputError
+from tests.commands import ROOT
 
 
 def test_tables_go_between_their_marks_and_files_beside_the_page(tmp_path):

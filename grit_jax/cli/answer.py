@@ -6,7 +6,7 @@ import argparse
 import json
 
 from grit_jax.cli.arguments import refuse_empty, refuse_not_positive, shortened
-from grit_jax.prompts import POSITIONS, RAG_METHODS
+from grit_jax.text.prompts import POSITIONS, RAG_METHODS
 
 HELP = "answer queries from a store, with or without its documents' keys and values"
 EXAMPLES = """\
@@ -42,10 +42,10 @@ def run(args: argparse.Namespace) -> int:
     refuse_not_positive(args, "k", "max_new_tokens")
     refuse_empty(args.query)
 
-    from grit_jax.inference import GritModel
-    from grit_jax.rag import Rag
-    from grit_jax.store.layout import Store
-    from grit_jax.store.retriever import as_json
+    from grit_jax.inference.model import GritModel
+    from grit_jax.retrieval.layout import Store
+    from grit_jax.retrieval.rag import Rag
+    from grit_jax.retrieval.retriever import as_json
 
     store = Store(args.store)
     rag = Rag(GritModel.load(args.model), store, name=args.model)

@@ -6,8 +6,8 @@ import argparse
 import textwrap
 from collections.abc import Iterable
 
-from grit_jax.config import InputError
-from grit_jax.ranges import require_positive
+from grit_jax.config.ranges import require_positive
+from grit_jax.errors import InputError
 
 _WIDTH = 100  # characters of a document that are shown
 

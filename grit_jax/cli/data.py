@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING
 from grit_jax.cli.arguments import refuse_not_positive
 from grit_jax.cli.overrides import refuse_unknown
 from grit_jax.cli.progress import progress_bar
-from grit_jax.config import Config, InputError, load_config, parse_config
+from grit_jax.config import Config, load_config, parse_config
+from grit_jax.errors import InputError
 
 if TYPE_CHECKING:
-    from grit_jax.tokenizer import Tokenizer
+    from grit_jax.text.tokenizer import Tokenizer
 
 HELP = "check, measure, convert and look at training data, and mine hard negatives"
 EXAMPLES = """\
@@ -126,12 +127,12 @@ def _config(args: argparse.Namespace) -> Config:
 
 
 def _tokenizer(source: str) -> Tokenizer:
-    from grit_jax.tokenizer import Tokenizer
+    from grit_jax.text.tokenizer import Tokenizer
 
     if source == "bytes":
         return Tokenizer.load(source)
 
-    from grit_jax.loading import open_model, open_tokenizer
+    from grit_jax.checkpoints.loading import open_model, open_tokenizer
 
     try:
         return open_tokenizer(source)
@@ -262,7 +263,7 @@ def _mine(args: argparse.Namespace) -> int:
         raise InputError(f"{output}: is the source; choose another output")
     mining = Mining(args.count, first, last, args.ceiling or None, args.draw, args.keep, args.seed)
     if args.model:
-        from grit_jax import distributed
+        from grit_jax.parallel import distributed
 
         distributed.start(parse_config("", args.overrides).distributed)
     elif args.overrides:
@@ -272,8 +273,8 @@ def _mine(args: argparse.Namespace) -> int:
     if args.model:
         import jax
 
-        from grit_jax.distributed import require_same
-        from grit_jax.inference import GritModel
+        from grit_jax.inference.model import GritModel
+        from grit_jax.parallel.distributed import require_same
 
         first_process = jax.process_index() == 0
         lengths = (args.query_max_length, args.passage_max_length)

@@ -10,10 +10,11 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from grit_jax.checks import Check, print_checks
-from grit_jax.chips import GIB
-from grit_jax.config import DistributedConfig, InputError
+from grit_jax.config import DistributedConfig
 from grit_jax.doctor.environment import Environment, Problem, find_problems, inspect
+from grit_jax.errors import InputError
+from grit_jax.parallel.chips import GIB
+from grit_jax.runs.checks import Check, print_checks
 
 HELP = "show what JAX finds on this machine, what is probably wrong, and whether the numbers are right"
 EXAMPLES = """\
@@ -42,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
         raise InputError(f"--checkpoint={args.checkpoint} is where --selftest writes; add --selftest")
 
     if args.selftest:
-        from grit_jax import distributed
+        from grit_jax.parallel import distributed
 
         distributed.start(DistributedConfig())
 

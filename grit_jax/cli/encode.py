@@ -8,7 +8,7 @@ from pathlib import Path
 
 from grit_jax.cli.arguments import refuse_not_positive
 from grit_jax.cli.progress import progress_bar
-from grit_jax.config import InputError
+from grit_jax.errors import InputError
 
 HELP = "embed the texts of a file"
 EXAMPLES = """\
@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
     import numpy as np
 
     from grit_jax.files import replacing
-    from grit_jax.inference import GritModel
+    from grit_jax.inference.model import GritModel
 
     model = GritModel.load(args.model)
     started = time.monotonic()

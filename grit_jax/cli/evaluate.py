@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from grit_jax.config import InputError
+from grit_jax.errors import InputError
 
 HELP = "measure a model on the tasks of a suite: search, similarity, classification, answers, programs, likelihood"
 EXAMPLES = """\
@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
 
     from grit_jax.evaluation.run import evaluate
     from grit_jax.evaluation.suite import load_suite
-    from grit_jax.inference import GritModel
+    from grit_jax.inference.model import GritModel
 
     suite = load_suite(args.suite, data=args.data)
     model = GritModel.load(args.model, step=args.step)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from grit_jax.config import InputError
+from grit_jax.errors import InputError
 
 HELP = "write a store as an index of FAISS"
 EXAMPLES = """\
@@ -24,8 +24,8 @@ def run(args: argparse.Namespace) -> int:
     if not args.output.endswith(".faiss"):
         raise InputError(f"{args.output}: must end in .faiss")
 
-    from grit_jax.store.faiss_export import export_faiss
-    from grit_jax.store.layout import Store
+    from grit_jax.retrieval.faiss_export import export_faiss
+    from grit_jax.retrieval.layout import Store
 
     store = Store(args.store)
     ids = export_faiss(store, Path(args.output))

@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from grit_jax import files
-from grit_jax.checks import print_checks
-from grit_jax.config import InputError, load_config
-from grit_jax.errors import install
-from grit_jax.watch import folder as run_folder
+from grit_jax.config import load_config
+from grit_jax.errors import InputError, install
+from grit_jax.runs import folder as run_folder
+from grit_jax.runs.checks import print_checks
 
 if TYPE_CHECKING:
     from grit_jax.hf.targets import Origin
@@ -49,10 +49,10 @@ def run(args: argparse.Namespace) -> int:
 
     import jax.numpy as jnp
 
+    from grit_jax.checkpoints.loading import load_for_conversion
+    from grit_jax.doctor.verify import missing_packages, verify
     from grit_jax.hf.export import save_folder
     from grit_jax.hf.targets import has_sentence_pooling
-    from grit_jax.loading import load_for_conversion
-    from grit_jax.verify import missing_packages, verify
 
     pretrained, params = load_for_conversion(args.source, args.step, jnp.dtype(args.dtype))
     origin = read_origin(args.source, args.step)
@@ -112,7 +112,7 @@ def read_origin(source: str, step: int | None) -> Origin:
 
 def _base(init: str) -> tuple[str, str | None]:
     """Name and licence of the model that a run began with; `grit-jax fetch` writes both beside what it fetches."""
-    from grit_jax.fetch import DONE
+    from grit_jax.datatools.fetch import DONE
     from grit_jax.hf.hub import is_hub_id
 
     if is_hub_id(init):

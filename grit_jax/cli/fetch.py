@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Fetches."""
-    from grit_jax.fetch import fetch_data, fetch_model
+    from grit_jax.datatools.fetch import fetch_data, fetch_model
 
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     downloads = Path(args.downloads or cache / "grit_jax" / "fetch")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from grit_jax.cli.arguments import refuse_not_positive
-from grit_jax.ranges import NOT_NEGATIVE, SHARE, require
+from grit_jax.config.ranges import NOT_NEGATIVE, SHARE, require
 
 HELP = "answer a prompt"
 EXAMPLES = """\
@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
     require("--temperature", args.temperature, NOT_NEGATIVE)
     require("--top-p", args.top_p, SHARE)
 
-    from grit_jax.inference import GritModel
+    from grit_jax.inference.model import GritModel
 
     model = GritModel.load(args.model)
     pieces = model.stream(

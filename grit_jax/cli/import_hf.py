@@ -22,9 +22,9 @@ def run(args: argparse.Namespace) -> int:
     """Imports a model."""
     from etils import epath
 
-    from grit_jax.checkpoint import CheckpointMetadata, save_params
-    from grit_jax.config import InputError
-    from grit_jax.loading import load_for_conversion
+    from grit_jax.checkpoints.checkpoint import CheckpointMetadata, save_params
+    from grit_jax.checkpoints.loading import load_for_conversion
+    from grit_jax.errors import InputError
 
     out = epath.Path(args.out)
     if out.exists() and any(out.iterdir()):

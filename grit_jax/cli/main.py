@@ -9,7 +9,6 @@ import os
 import sys
 
 import grit_jax
-from grit_jax.chips import DEVICE_FILES, LIBTPU_WITHOUT_TPU
 from grit_jax.cli import (
     answer,
     data,
@@ -32,8 +31,9 @@ from grit_jax.cli import (
     train,
     verify_export,
 )
-from grit_jax.config import InputError
+from grit_jax.errors import InputError
 from grit_jax.files import DeniedError, UnreachableError
+from grit_jax.parallel.chips import DEVICE_FILES, LIBTPU_WITHOUT_TPU
 
 COMMANDS = {
     "fetch": fetch,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from grit_jax.config import InputError
+from grit_jax.errors import InputError
 
 
 def refuse_unknown(overrides: Sequence[str], command: str, *, known: str | None) -> None:

@@ -8,7 +8,8 @@ import json
 import sys
 
 from grit_jax.cli.arguments import refuse_not_positive
-from grit_jax.config import InputError, load_config
+from grit_jax.config import load_config
+from grit_jax.errors import InputError
 
 HELP = "compile a config's train step for a TPU topology, without a TPU: does it fit, what will it cost"
 EXAMPLES = """\

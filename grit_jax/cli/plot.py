@@ -20,8 +20,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Draws what is logged so far."""
     from grit_jax import files
-    from grit_jax.watch import folder
-    from grit_jax.watch.plot import plot_run
+    from grit_jax.runs import folder
+    from grit_jax.runs.plot import plot_run
 
     output = args.output or files.join(args.run, folder.PLOT)
     plot_run(args.run, output)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from grit_jax.cli.arguments import refuse_empty, refuse_not_positive, shortened
 from grit_jax.cli.encode import read_texts
-from grit_jax.config import InputError
+from grit_jax.errors import InputError
 
 HELP = "find the documents of a store that answer queries"
 EXAMPLES = """\
@@ -36,9 +36,9 @@ def run(args: argparse.Namespace) -> int:
         raise InputError("there is nothing to search for; give --query or --queries")
     refuse_empty(queries)
 
-    from grit_jax.inference import GritModel
-    from grit_jax.store.layout import Store
-    from grit_jax.store.retriever import Retriever, as_json
+    from grit_jax.inference.model import GritModel
+    from grit_jax.retrieval.layout import Store
+    from grit_jax.retrieval.retriever import Retriever, as_json
 
     store = Store(args.store)
     retriever = Retriever(GritModel.load(args.model), store, name=args.model)

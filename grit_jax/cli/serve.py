@@ -11,8 +11,8 @@ from pathlib import Path
 
 from grit_jax.cli.arguments import refuse_not_positive
 from grit_jax.cli.overrides import refuse_unknown
-from grit_jax.config import COPIES, Config, InputError, MeshConfig, dump_config, parse_config
-from grit_jax.errors import install
+from grit_jax.config import COPIES, Config, MeshConfig, dump_config, parse_config
+from grit_jax.errors import InputError, install
 
 HELP = "answer embedding and chat requests over HTTP, as OpenAI's API does, with one copy of a model"
 EXAMPLES = """\
@@ -81,9 +81,9 @@ def run(args: argparse.Namespace) -> int:
         from grit_jax.serve.service import Limits
     except ModuleNotFoundError as error:
         raise InputError(f"the server needs {error.name}; {install('serve')}") from error
-    from grit_jax.inference import GritModel
-    from grit_jax.rag import Rag
-    from grit_jax.store.layout import Store
+    from grit_jax.inference.model import GritModel
+    from grit_jax.retrieval.layout import Store
+    from grit_jax.retrieval.rag import Rag
 
     api_key = os.environ.get(_KEY)
     if api_key is not None:

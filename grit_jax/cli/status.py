@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Reads the folder; needs no accelerator and disturbs nobody."""
-    from grit_jax.watch.status import as_json, as_lines, read_status
+    from grit_jax.runs.status import as_json, as_lines, read_status
 
     status = read_status(args.run)
     print(json.dumps(as_json(status)) if args.json else "\n".join(as_lines(status)))

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from grit_jax.checks import Check
     from grit_jax.config import Config
+    from grit_jax.runs.checks import Check
 
 HELP = "train a model, or resume the run folder that train.output names"
 EXAMPLES = """\
@@ -37,12 +37,12 @@ def run(args: argparse.Namespace) -> int:
 
     config = load_config(args.config, args.overrides)
     if args.dry_run:
-        from grit_jax.checks import print_checks
+        from grit_jax.runs.checks import print_checks
         from grit_jax.train.dry_run import dry_run
 
         return 2 if print_checks(itertools.chain(dry_run(config), _scorecard_check(config))) else 0
 
-    from grit_jax import distributed
+    from grit_jax.parallel import distributed
 
     distributed.start(config.distributed)
 
@@ -65,9 +65,9 @@ def run(args: argparse.Namespace) -> int:
 
 def _scorecard_check(config: Config) -> Iterator[Check]:
     """The suite can be read, and its data are there."""
-    from grit_jax.checks import verdict
-    from grit_jax.config import InputError
+    from grit_jax.errors import InputError
     from grit_jax.evaluation.scorecard import Scorecard
+    from grit_jax.runs.checks import verdict
 
     if config.scorecard.suite:
         try:

@@ -6,8 +6,8 @@ import argparse
 import dataclasses
 from pathlib import Path
 
-from grit_jax.checks import TOLERANCE, print_checks
 from grit_jax.cli.arguments import refuse_not_positive
+from grit_jax.runs.checks import TOLERANCE, print_checks
 
 HELP = "compare PyTorch's numbers with ours on an exported folder"
 EXAMPLES = """\
@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> int:
     refuse_not_positive(args, "tolerance")
 
     from grit_jax.cli.encode import read_texts
-    from grit_jax.verify import SAMPLE_TEXTS, verify
+    from grit_jax.doctor.verify import SAMPLE_TEXTS, verify
 
     texts = read_texts(Path(args.texts), option="--texts") if args.texts else SAMPLE_TEXTS
     checks = verify(args.folder, texts)

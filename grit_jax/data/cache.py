@@ -16,7 +16,7 @@ from typing import IO, Any
 from etils import epath
 
 from grit_jax import files
-from grit_jax.config import InputError
+from grit_jax.errors import InputError
 
 FOLDER = ".grit_index"
 MAKE_ROOM = "make room there, or set XDG_CACHE_HOME to a folder that has"

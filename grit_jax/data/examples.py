@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from grit_jax.data.records import Record
-from grit_jax.prompts import Prompt, TokenizedPrompt, tokenize
-from grit_jax.tokenizer import Tokenizer
+from grit_jax.text.prompts import Prompt, TokenizedPrompt, tokenize
+from grit_jax.text.tokenizer import Tokenizer
 
 HASH_BITS = 56  # of a text's hash
 

@@ -17,7 +17,6 @@ import numpy as np
 from etils import epath
 
 from grit_jax import files
-from grit_jax.config import InputError
 from grit_jax.data import cache
 from grit_jax.data.index import (
     CHECKED_BYTES,
@@ -35,7 +34,8 @@ from grit_jax.data.records import Record
 from grit_jax.data.shards import SHARD, Columns, Reading, Shard, make_shards, read_shard, token_type, tokenize_range
 from grit_jax.data.sources import Source, open_source
 from grit_jax.data.streams.base import Stream
-from grit_jax.tokenizer import Tokenizer
+from grit_jax.errors import InputError
+from grit_jax.text.tokenizer import Tokenizer
 
 _TRIES = 3
 _SAMPLE = 64  # records of a file from which its tokens are estimated

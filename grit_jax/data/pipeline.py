@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from grit_jax.batch import Batch, HostShare
-from grit_jax.config import Config, InputError
+from grit_jax.config import Config
+from grit_jax.data.batch import Batch, HostShare
 from grit_jax.data.index import FileIndex, ReadFile
 from grit_jax.data.indexing import build_indexes
 from grit_jax.data.packing import Packing, fill_rows
@@ -17,7 +17,8 @@ from grit_jax.data.schedule import Schedule, StepPlan, validation_steps
 from grit_jax.data.sources import find_files
 from grit_jax.data.streams import readers
 from grit_jax.data.streams.base import PlannedRows, RowPlan, Stream
-from grit_jax.tokenizer import Tokenizer
+from grit_jax.errors import InputError
+from grit_jax.text.tokenizer import Tokenizer
 
 
 def planned_rows(plan: RowPlan, indexes: Mapping[int, FileIndex], share: HostShare, row_length: int) -> PlannedRows:

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from grit_jax.config import InputError
 from grit_jax.data.lines import is_blank, read_lines
 from grit_jax.data.records import RecordError, text_of
 from grit_jax.data.rows import Failed, failed, read_objects, unpacked_name
+from grit_jax.errors import InputError
 
 _KEYS = ("query-id", "corpus-id", "score")
 _ENDINGS = (".tsv", ".jsonl", ".txt", ".trec", ".qrels")

@@ -9,8 +9,8 @@ import os
 from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple, Self
 
-from grit_jax.config import InputError
-from grit_jax.prompts import stripped
+from grit_jax.errors import InputError
+from grit_jax.text.prompts import stripped
 
 
 class RecordError(InputError):

@@ -8,9 +8,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from grit_jax.config import InputError
 from grit_jax.data.lines import is_blank, read_lines, read_text
 from grit_jax.data.records import RecordError, parse_entry, parse_json, text_of
+from grit_jax.errors import InputError
 
 T = TypeVar("T")
 

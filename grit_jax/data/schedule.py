@@ -15,12 +15,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from grit_jax.config import DataConfig, InputError, StageConfig, TrainConfig
+from grit_jax.config import DataConfig, StageConfig, TrainConfig
 from grit_jax.data.index import ReadFile
 from grit_jax.data.order import Order
 from grit_jax.data.packing import choose_buckets, round_up
 from grit_jax.data.streams.base import Plan, RowPlan, Samples, Stream
 from grit_jax.data.usable import StreamFiles, UsableFile
+from grit_jax.errors import InputError
 
 _LAWS = 2  # raised when the same settings give other batches than before
 _SAMPLED_STEPS = 64  # steps whose packing decides the row buckets

@@ -21,15 +21,15 @@ import numpy as np
 from etils import epath
 
 from grit_jax import files
-from grit_jax.config import InputError
 from grit_jax.data import cache
 from grit_jax.data.examples import text_hash
 from grit_jax.data.index import BadRecords, add_bad
 from grit_jax.data.records import RecordError
 from grit_jax.data.sources import Source, open_source
 from grit_jax.data.streams.base import Stream
-from grit_jax.prompts import Prompt, TokenizedPrompt, tokenize
-from grit_jax.tokenizer import Tokenizer
+from grit_jax.errors import InputError
+from grit_jax.text.prompts import Prompt, TokenizedPrompt, tokenize
+from grit_jax.text.tokenizer import Tokenizer
 
 SHARD = 8192  # records tokenized and written at a time
 _RECORDS_AT_ONCE = 1024

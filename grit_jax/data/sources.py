@@ -12,10 +12,10 @@ import numpy as np
 from etils import epath
 
 from grit_jax import files
-from grit_jax.config import InputError
 from grit_jax.data import cache
 from grit_jax.data.lines import BLANK, BOM, is_blank
 from grit_jax.data.records import RECORD_KINDS, Record, RecordError, parse_record
+from grit_jax.errors import InputError
 
 _JSONL = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 ARRAY_RECORD = (".array_record", ".arrayrecord")

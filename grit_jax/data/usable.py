@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from grit_jax.batch import max_segments
+from grit_jax.data.batch import max_segments
 from grit_jax.data.examples import HASH_BITS
 from grit_jax.data.index import ReadFile, num_targets
 from grit_jax.data.packing import pack, ranges

@@ -10,10 +10,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from grit_jax.config import InputError
 from grit_jax.data.rows import Row, read_objects
 from grit_jax.datatools.faults import FaultError, Rows, converted
-from grit_jax.prompts import SYSTEM_ROLES, fold_system
+from grit_jax.errors import InputError
+from grit_jax.text.prompts import SYSTEM_ROLES, fold_system
 
 Messages = list[tuple[str, Any]]
 

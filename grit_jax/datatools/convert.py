@@ -11,8 +11,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from grit_jax import jsonfile
-from grit_jax.config import InputError
+from grit_jax.config import jsonfile
 from grit_jax.data.qrels import Judgement, find_qrels, read_qrels
 from grit_jax.data.records import RecordError
 from grit_jax.data.rows import Failed, LeftOut, Row, failed, read_cells, read_objects, read_values, unpacked_name
@@ -20,6 +19,7 @@ from grit_jax.data.sources import find_files, open_source
 from grit_jax.datatools import labels
 from grit_jax.datatools.chats import alpaca, openai, sharegpt
 from grit_jax.datatools.faults import FaultError, Rows, converted, embedding_row, titled
+from grit_jax.errors import InputError
 
 __all__ = ["alpaca", "beir", "grit", "openai", "sharegpt", "triples"]
 

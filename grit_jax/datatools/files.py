@@ -11,10 +11,10 @@ from collections.abc import Callable, Generator, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from grit_jax.config import InputError
 from grit_jax.data.records import RecordError, parse_record
 from grit_jax.data.rows import Failed, LeftOut, Row
 from grit_jax.data.sources import ARRAY_RECORD
+from grit_jax.errors import InputError
 from grit_jax.files import replacing
 
 

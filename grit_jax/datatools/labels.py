@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from grit_jax.config import InputError
 from grit_jax.data.rows import Row
 from grit_jax.datatools.faults import FaultError
+from grit_jax.errors import InputError
 
 _BINARY = ("is_duplicate", "quality")  # 1 for the same, of QQP and MRPC
 _CLASSES = ("gold_label", "entailment_judgment", "entailment_label", "label")

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 
-from grit_jax.config import InputError
 from grit_jax.data.records import EmbeddingRecord, EmbeddingText
 from grit_jax.data.rows import Failed, Row, read_objects
 from grit_jax.data.sources import Source
+from grit_jax.errors import InputError
 from grit_jax.evaluation.bm25 import Bm25
 
 if TYPE_CHECKING:
-    from grit_jax.inference import GritModel
+    from grit_jax.inference.model import GritModel
 
 _QUERIES_AT_ONCE, _PASSAGES_AT_ONCE = 256, 16384
 _GATHERED_BYTES = 1 << 28  # of scores, which every device holds while they are gathered
@@ -161,8 +161,8 @@ class ModelSearcher:
         max_lengths: tuple[int, int],
         progress: Callable[[int], None] = lambda _: None,
     ):
-        from grit_jax.distributed import own_share
-        from grit_jax.search import Searchable
+        from grit_jax.parallel.distributed import own_share
+        from grit_jax.retrieval.exact_search import Searchable
 
         self._model, self._max_lengths, self._size = model, max_lengths, len(passages)
         mine, blocks = own_share(len(passages)), []
@@ -174,7 +174,7 @@ class ModelSearcher:
 
     def scores(self, queries: Sequence[EmbeddingText]) -> np.ndarray:
         """float32 [queries, passages]; cosines where the model's vectors have unit length."""
-        from grit_jax.distributed import gathered, own_share
+        from grit_jax.parallel.distributed import gathered, own_share
 
         mine = [queries[number] for number in own_share(len(queries))]
         vectors = np.concatenate(gathered(_encode(self._model, mine, self._max_lengths[0])))[: len(queries)]

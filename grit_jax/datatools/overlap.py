@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from etils import epath
 
-from grit_jax.config import InputError
 from grit_jax.data.lines import read_text_lines
 from grit_jax.data.qrels import find_qrels, read_qrels
 from grit_jax.data.rows import read_objects, sound
 from grit_jax.data.sources import files_below, refuse_twins
+from grit_jax.errors import InputError
 
 # Scripts that put nothing between words: Thai, Lao, Burmese, Khmer, Kana and Han. Each character stands for a word.
 _UNSPACED = (

@@ -8,13 +8,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from grit_jax.config import Config, InputError
+from grit_jax.config import Config
 from grit_jax.data.records import Record, RecordError
 from grit_jax.data.sources import Source, find_files, open_source
 from grit_jax.data.streams import all_streams
 from grit_jax.data.streams.base import Stream
-from grit_jax.prompts import tokenize
-from grit_jax.tokenizer import Tokenizer
+from grit_jax.errors import InputError
+from grit_jax.text.prompts import tokenize
+from grit_jax.text.tokenizer import Tokenizer
 
 
 class Piece(NamedTuple):

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from grit_jax.config import Config, InputError
+from grit_jax.config import Config
 from grit_jax.data.index import ReadFile, num_targets
 from grit_jax.data.indexing import build_indexes
 from grit_jax.data.packing import ranges
@@ -17,7 +17,8 @@ from grit_jax.data.schedule import Schedule
 from grit_jax.data.sources import find_files
 from grit_jax.data.streams import all_streams
 from grit_jax.data.streams.base import Stream
-from grit_jax.tokenizer import Tokenizer
+from grit_jax.errors import InputError
+from grit_jax.text.tokenizer import Tokenizer
 
 _RECORDS_AT_ONCE = 1 << 20
 _STEPS = 32  # over which the fill is averaged

@@ -11,13 +11,13 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from etils import epath
 
-from grit_jax.config import InputError
 from grit_jax.data.index import BadRecords, add_bad
 from grit_jax.data.records import Record, RecordError
 from grit_jax.data.sources import open_source
 from grit_jax.data.streams import STREAMS
 from grit_jax.data.streams.base import Stream
 from grit_jax.datatools.overlap import EvaluationTexts, Match
+from grit_jax.errors import InputError
 
 _RECORDS_AT_ONCE = 1024
 _EXAMPLES = 3

@@ -19,8 +19,8 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
-from grit_jax.chips import DEVICE_FILES
 from grit_jax.errors import install
+from grit_jax.parallel.chips import DEVICE_FILES
 
 LOCK_FILE = "/tmp/libtpu_lockfile"
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from grit_jax.batch import EmbeddingBatch, GenerativeBatch, max_segments
+from grit_jax.data.batch import EmbeddingBatch, GenerativeBatch, max_segments
 from grit_jax.data.packing import Packing, fill_rows
 
 # The (row, offset, segment) of each text, by its number.

@@ -19,10 +19,7 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
-from grit_jax import contrastive, sharding
-from grit_jax.batch import Batch
-from grit_jax.checkpoint import CheckpointMetadata, Checkpoints
-from grit_jax.checks import Check
+from grit_jax.checkpoints.checkpoint import CheckpointMetadata, Checkpoints
 from grit_jax.config import (
     Config,
     DataConfig,
@@ -34,12 +31,16 @@ from grit_jax.config import (
     TrainConfig,
     TransformerConfig,
 )
-from grit_jax.distributed import gathered, in_first_process, wait_for_all
+from grit_jax.data.batch import Batch
 from grit_jax.doctor.rows import embedding_batch, generative_batch, layout, random_texts
-from grit_jax.execution import PLAIN, Execution, execution
+from grit_jax.losses import contrastive
 from grit_jax.model.attention import AttentionMask, attention
 from grit_jax.model.moe import ExpertMLP
 from grit_jax.model.transformer import abstract_model, abstract_params, param_axes
+from grit_jax.parallel import sharding
+from grit_jax.parallel.distributed import gathered, in_first_process, wait_for_all
+from grit_jax.parallel.execution import PLAIN, Execution, execution
+from grit_jax.runs.checks import Check
 from grit_jax.train.setup import set_up
 from grit_jax.train.state import new_state
 

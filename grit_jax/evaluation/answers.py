@@ -9,12 +9,12 @@ from pathlib import Path
 
 import numpy as np
 
-from grit_jax.config import InputError
+from grit_jax.config.ranges import require_positive
+from grit_jax.errors import InputError
 from grit_jax.evaluation.data import Row, read_rows
 from grit_jax.evaluation.prompted import Comparison, PromptedTask, f1, fill, is_right, written_examples
 from grit_jax.evaluation.retrieval import read_corpus
 from grit_jax.evaluation.task import Outcome, Session, Task
-from grit_jax.ranges import require_positive
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,11 +9,11 @@ from typing import Literal
 
 import numpy as np
 
-from grit_jax.config import InputError
+from grit_jax.config.ranges import require_positive
+from grit_jax.errors import InputError
 from grit_jax.evaluation import metrics, sandbox
 from grit_jax.evaluation.data import Row, read_rows
 from grit_jax.evaluation.task import Outcome, Session, Task
-from grit_jax.ranges import require_positive
 
 # What bigcode-evaluation-harness has before every Python program, but for numpy, which is not there when programs run.
 _IMPORTS = """import math

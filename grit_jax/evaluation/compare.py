@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from grit_jax.config import InputError
+from grit_jax.errors import InputError
 from grit_jax.evaluation.metrics import BOOTSTRAP_DRAWS, percentile_interval, t_interval
 from grit_jax.evaluation.task import mean
 

@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from grit_jax.config import InputError
+from grit_jax.config.jsonfile import named
 from grit_jax.data.rows import read_cells, read_objects, sound
-from grit_jax.jsonfile import named
+from grit_jax.errors import InputError
 
 _NAMES: dict[type, str] = {str: "a string", int: "a whole number", float: "a number", list: "a list"}
 

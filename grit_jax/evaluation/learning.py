@@ -11,12 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from grit_jax.config import InputError
-from grit_jax.errors import install
+from grit_jax.config.ranges import require_positive
+from grit_jax.errors import InputError, install
 from grit_jax.evaluation import metrics
 from grit_jax.evaluation.data import Row, read_rows
 from grit_jax.evaluation.task import EmbeddingTask, Outcome, Session
-from grit_jax.ranges import require_positive
 
 _KMEANS_BATCH = 500
 

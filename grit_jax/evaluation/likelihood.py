@@ -9,16 +9,16 @@ from pathlib import Path
 
 import numpy as np
 
-from grit_jax.config import InputError
+from grit_jax.config.ranges import require_positive
 from grit_jax.data.examples import tokenize_records
 from grit_jax.data.records import GenerativeRecord
 from grit_jax.data.sources import find_files, open_source
 from grit_jax.data.streams.generative import GenerativeStream
+from grit_jax.errors import InputError
 from grit_jax.evaluation.data import Row, by_row, existing
 from grit_jax.evaluation.prompted import PromptedTask, fill, letter_of, lettered, letters_of
 from grit_jax.evaluation.task import Outcome, Session, Task
-from grit_jax.prompts import TokenizedPrompt
-from grit_jax.ranges import require_positive
+from grit_jax.text.prompts import TokenizedPrompt
 
 _LETTER_TOKENS = 2  # of a letter with the space before it, where a tokenizer has both apart
 

@@ -13,10 +13,10 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows
 
-from grit_jax import prompts
-from grit_jax.config import InputError
+from grit_jax.errors import InputError
 from grit_jax.evaluation.task import Session
-from grit_jax.inference import GritModel
+from grit_jax.inference.model import GritModel
+from grit_jax.text import prompts
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance

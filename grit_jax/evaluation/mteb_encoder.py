@@ -18,7 +18,7 @@ from mteb.types import PromptType
 
 from grit_jax.evaluation.suite import packaged_instructions
 from grit_jax.evaluation.task import Session
-from grit_jax.inference import GritModel
+from grit_jax.inference.model import GritModel
 
 if TYPE_CHECKING:
     from mteb.abstasks.task_metadata import TaskMetadata

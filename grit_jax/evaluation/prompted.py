@@ -13,11 +13,11 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from grit_jax.config import InputError
+from grit_jax.config.ranges import require_positive
 from grit_jax.data.lines import read_text
+from grit_jax.errors import InputError
 from grit_jax.evaluation.data import Row, read_rows
 from grit_jax.evaluation.task import Session, Task
-from grit_jax.ranges import require_positive
 
 _FIELD = re.compile(r"\{(\w+)\}")
 _LETTERS = string.ascii_uppercase

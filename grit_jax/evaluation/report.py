@@ -15,7 +15,7 @@ import rich.table
 from rich.markup import escape
 
 from grit_jax import files
-from grit_jax.config import InputError
+from grit_jax.errors import InputError
 from grit_jax.evaluation.data import existing
 from grit_jax.evaluation.metrics import BOOTSTRAP_DRAWS, percentile_interval
 from grit_jax.evaluation.suite import PATHS, Suite

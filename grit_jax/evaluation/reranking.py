@@ -9,12 +9,12 @@ from typing import Literal
 
 import numpy as np
 
-from grit_jax.config import InputError
+from grit_jax.config.ranges import require_positive
+from grit_jax.errors import InputError
 from grit_jax.evaluation import metrics
 from grit_jax.evaluation.data import Row, by_row, read_rows
 from grit_jax.evaluation.prompted import fill
 from grit_jax.evaluation.task import EmbeddingTask, Outcome, Session
-from grit_jax.ranges import require_positive
 
 _MRR_RANKS = 10
 _TOKENS_PER_NUMBER = 8  # of "[12] > " where every character is a token

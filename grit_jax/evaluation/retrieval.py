@@ -9,16 +9,16 @@ from typing import NamedTuple
 
 import numpy as np
 
-from grit_jax.config import InputError
 from grit_jax.data.qrels import find_qrels, read_qrels
 from grit_jax.data.rows import sound
+from grit_jax.errors import InputError
 from grit_jax.evaluation import metrics
 from grit_jax.evaluation.bm25 import Bm25
 from grit_jax.evaluation.data import existing, read_rows
 from grit_jax.evaluation.task import EmbeddingTask, Outcome, Session
-from grit_jax.search import Searchable
-from grit_jax.store.layout import Document
-from grit_jax.store.vectors import Dtype, pack
+from grit_jax.retrieval.exact_search import Searchable
+from grit_jax.retrieval.layout import Document
+from grit_jax.retrieval.vectors import Dtype, pack
 
 _SHALLOW, _DEEP = 10, 100  # ranks that figures look at
 

@@ -11,12 +11,12 @@ import rich.console
 import rich.progress
 
 from grit_jax import files
-from grit_jax.config import InputError
+from grit_jax.errors import InputError
 from grit_jax.evaluation.answers import AlpacaEval
 from grit_jax.evaluation.report import Entry, entry, fingerprint, read_report, show, write_report
 from grit_jax.evaluation.suite import TYPES, Suite
 from grit_jax.evaluation.task import Progress, Session
-from grit_jax.inference import GritModel
+from grit_jax.inference.model import GritModel
 
 _NAMES = {kind: name for name, kind in TYPES.items()}
 

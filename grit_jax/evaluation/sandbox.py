@@ -22,8 +22,7 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple
 
-from grit_jax.config import InputError
-from grit_jax.errors import install
+from grit_jax.errors import InputError, install
 
 _GUEST = Path(__file__).with_name("sandbox_guest.py")
 _START_SECONDS = 60.0  # in which two interpreters must be ready, whatever else the machine does

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 
-from grit_jax.config import InputError, ScorecardConfig
+from grit_jax.config import ScorecardConfig
+from grit_jax.errors import InputError
 from grit_jax.evaluation.answers import AlpacaEval
 from grit_jax.evaluation.data import existing
 from grit_jax.evaluation.suite import load_suite
 from grit_jax.evaluation.task import EmbeddingTask, Session
-from grit_jax.inference import GritModel
+from grit_jax.inference.model import GritModel
 
 
 class Scorecard:

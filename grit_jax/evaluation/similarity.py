@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from grit_jax.config import InputError
+from grit_jax.errors import InputError
 from grit_jax.evaluation import metrics
 from grit_jax.evaluation.data import Row, by_row, number, read_rows
 from grit_jax.evaluation.task import EmbeddingTask, Outcome, Session

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from grit_jax import files
-from grit_jax.config import InputError, from_mapping, parse_mapping
+from grit_jax.config import from_mapping, parse_mapping
+from grit_jax.errors import InputError
 from grit_jax.evaluation.answers import AlpacaEval, ExactMatch
 from grit_jax.evaluation.code import Code
 from grit_jax.evaluation.learning import Classification, Clustering

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from grit_jax.inference import GritModel, Likelihoods, Messages
+from grit_jax.inference.model import GritModel, Likelihoods, Messages
 
 
 def mean(examples: np.ndarray) -> float:

@@ -6,9 +6,10 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from grit_jax.config import InputError, RopeScaling, TransformerConfig
-from grit_jax.jsonfile import SIZE, Section, shown
-from grit_jax.ranges import Range
+from grit_jax.config import RopeScaling, TransformerConfig
+from grit_jax.config.jsonfile import SIZE, Section, shown
+from grit_jax.config.ranges import Range
+from grit_jax.errors import InputError
 
 # Fields that every family stores under the same key.
 _FIELDS = {

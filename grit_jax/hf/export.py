@@ -14,7 +14,8 @@ from typing import Any, Literal
 import ml_dtypes
 import numpy as np
 
-from grit_jax.config import EmbeddingConfig, InputError
+from grit_jax.config import EmbeddingConfig
+from grit_jax.errors import InputError
 from grit_jax.hf import targets
 from grit_jax.hf.architecture import write_config
 from grit_jax.hf.folder import CONFIG_FILE, GRIT_CONFIG_FILE, is_folder

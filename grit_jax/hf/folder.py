@@ -9,14 +9,15 @@ from typing import Any, get_args
 import jax.numpy as jnp
 from etils import epath
 
-from grit_jax import files, jsonfile
-from grit_jax.config import Attention, EmbeddingConfig, InputError, Pooling, TransformerConfig
+from grit_jax import files
+from grit_jax.config import Attention, EmbeddingConfig, Pooling, TransformerConfig, jsonfile
+from grit_jax.errors import InputError
 from grit_jax.hf import tensors as stored
 from grit_jax.hf.architecture import read_config
 from grit_jax.hf.names import TIED_HEAD, get, table
 from grit_jax.model.pretrained import Pretrained
 from grit_jax.model.transformer import Params, abstract_model, abstract_params
-from grit_jax.tokenizer import Tokenizer
+from grit_jax.text.tokenizer import Tokenizer
 
 CONFIG_FILE, GRIT_CONFIG_FILE = "config.json", "grit_config.json"
 

@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 
 from etils import epath
 
-from grit_jax.config import InputError
+from grit_jax.errors import InputError
 from grit_jax.files import UnreachableError
 
 Kind = Literal["model", "dataset"]

@@ -11,7 +11,7 @@ from typing import Any
 
 from etils import epath
 
-from grit_jax.config import InputError
+from grit_jax.errors import InputError
 from grit_jax.hf import hub, tensors
 
 # All of a folder that is published: what export-hf writes, and files of their own that tokenizers and licences have.

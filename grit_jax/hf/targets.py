@@ -11,12 +11,12 @@ from typing import Any
 
 import tokenizers
 
-from grit_jax import prompts
 from grit_jax.config import EmbeddingConfig, TransformerConfig
 from grit_jax.hf.architecture import model_class
 from grit_jax.hf.hub import is_hub_id
 from grit_jax.hf.names import PROJECTION
-from grit_jax.tokenizer import Tokenizer
+from grit_jax.text import prompts
+from grit_jax.text.tokenizer import Tokenizer
 
 REMOTE_CODE_FILE, CARD_FILE, SENTENCE_FILE = "modeling_grit.py", "README.md", "config_sentence_transformers.json"
 SENTENCE_BERT_FILE, DENSE_FOLDER = "sentence_bert_config.json", "2_Dense"

@@ -23,11 +23,13 @@ import numpy as np
 import safetensors.numpy
 from etils import epath
 
-from grit_jax import files, jsonfile, sharding
-from grit_jax.config import InputError
+from grit_jax import files
+from grit_jax.config import jsonfile
+from grit_jax.config.ranges import Range
+from grit_jax.errors import InputError
 from grit_jax.hf.names import HEAD, IGNORED_SUFFIXES, Tensor, get
 from grit_jax.model.transformer import Params
-from grit_jax.ranges import Range
+from grit_jax.parallel import sharding
 
 WEIGHTS_FILE, INDEX_FILE, PROJECTION_FILE = (
     "model.safetensors",

@@ -11,10 +11,10 @@ import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
 from jaxtyping import Array, Bool, Float, Int
 
-from grit_jax.config import InputError
-from grit_jax.execution import ATTENTION, PLAIN, Execution, wide
+from grit_jax.errors import InputError
 from grit_jax.model.blockwise import blockwise_attention
-from grit_jax.sharding import on_devices
+from grit_jax.parallel.execution import ATTENTION, PLAIN, Execution, wide
+from grit_jax.parallel.sharding import on_devices
 
 
 @jax.tree_util.register_dataclass

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from grit_jax.execution import ATTENTION, num_chunks, wide
+from grit_jax.parallel.execution import ATTENTION, num_chunks, wide
 
 _TILE = 64
 _SCORES = 64  # rows * heads in one tile: their scores are a megabyte, which a core's cache holds

@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from grit_jax.execution import Execution
 from grit_jax.model.attention import AttentionMask
 from grit_jax.model.transformer import Cache, KVCache, Params, Transformer, bind
-from grit_jax.sharding import constrain
+from grit_jax.parallel.execution import Execution
+from grit_jax.parallel.sharding import constrain
 
 TOP_LOGPROBS = 20  # likeliest tokens that are told with each sampled one
 

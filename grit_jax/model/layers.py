@@ -14,8 +14,8 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from grit_jax.config import RopeScaling, TransformerConfig
-from grit_jax.execution import Execution, wide
-from grit_jax.sharding import constrain, gather
+from grit_jax.parallel.execution import Execution, wide
+from grit_jax.parallel.sharding import constrain, gather
 
 
 class Linear(nnx.Module):

@@ -11,10 +11,11 @@ from flax import nnx
 from jax.experimental.pallas.ops.tpu.megablox import ops as megablox
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from grit_jax.config import InputError, TransformerConfig
-from grit_jax.execution import PLAIN, Execution, wide
+from grit_jax.config import TransformerConfig
+from grit_jax.errors import InputError
 from grit_jax.model.layers import Linear, activation
-from grit_jax.sharding import on_devices, split_axes
+from grit_jax.parallel.execution import PLAIN, Execution, wide
+from grit_jax.parallel.sharding import on_devices, split_axes
 
 
 class RouterStats(NamedTuple):

@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from grit_jax.batch import max_segments
 from grit_jax.config import EmbeddingConfig
-from grit_jax.execution import PLAIN, Execution, wide
+from grit_jax.data.batch import max_segments
 from grit_jax.model.layers import gathered
 from grit_jax.model.moe import RouterStats
 from grit_jax.model.transformer import Transformer
+from grit_jax.parallel.execution import PLAIN, Execution, wide
 
 
 def pool(

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from grit_jax.config import EmbeddingConfig, TransformerConfig
 from grit_jax.model.transformer import Params
-from grit_jax.tokenizer import Tokenizer
+from grit_jax.text.tokenizer import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,11 +14,11 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from grit_jax.config import TransformerConfig
-from grit_jax.execution import LAYER_INPUT, PLAIN, Execution, map_chunks, num_chunks, rematerialized, wide
 from grit_jax.model.attention import AttentionMask, attention
 from grit_jax.model.layers import GatedMLP, Linear, RMSNorm, Rotation, gathered, rotate, rotation
 from grit_jax.model.moe import ExpertMLP, RouterStats
-from grit_jax.sharding import constrain
+from grit_jax.parallel.execution import LAYER_INPUT, PLAIN, Execution, map_chunks, num_chunks, rematerialized, wide
+from grit_jax.parallel.sharding import constrain
 
 Params = dict[str, Any]
 

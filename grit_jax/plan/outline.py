@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from grit_jax.chips import GIB
 from grit_jax.config import Config
+from grit_jax.parallel.chips import GIB
 from grit_jax.plan.program import lower, planned_mesh
 from grit_jax.plan.topology import Topology
 from grit_jax.plan.work import Lengths, Work, described_rows, rows_by_stream

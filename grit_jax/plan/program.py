@@ -12,9 +12,10 @@ from typing import Any
 
 import jax
 
-from grit_jax import sharding
-from grit_jax.config import Config, InputError, TransformerConfig
-from grit_jax.loading import open_model
+from grit_jax.checkpoints.loading import open_model
+from grit_jax.config import Config, TransformerConfig
+from grit_jax.errors import InputError
+from grit_jax.parallel import sharding
 from grit_jax.plan.cost import Cost, estimate
 from grit_jax.plan.topology import Topology, devices
 from grit_jax.plan.work import Lengths, Work, planned_work

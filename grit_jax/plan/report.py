@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from grit_jax.chips import GIB
 from grit_jax.config import Config
+from grit_jax.parallel.chips import GIB
 from grit_jax.plan.cost import KERNEL_EFFICIENCY
 from grit_jax.plan.program import Plan
 from grit_jax.plan.work import described_rows, rows_by_stream

@@ -11,10 +11,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from grit_jax import sharding
-from grit_jax.config import Config, InputError
-from grit_jax.execution import num_chunks
+from grit_jax.config import Config
+from grit_jax.errors import InputError
 from grit_jax.model.transformer import abstract_model, abstract_params
+from grit_jax.parallel import sharding
+from grit_jax.parallel.execution import num_chunks
 from grit_jax.plan.program import Plan, make_plan
 from grit_jax.plan.topology import Topology, devices
 from grit_jax.plan.work import Lengths, planned_work

@@ -8,9 +8,8 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from grit_jax.chips import CHIPS, LIBTPU_WITHOUT_TPU, Chip
-from grit_jax.config import InputError
-from grit_jax.errors import install
+from grit_jax.errors import InputError, install
+from grit_jax.parallel.chips import CHIPS, LIBTPU_WITHOUT_TPU, Chip
 
 if TYPE_CHECKING:
     import jax

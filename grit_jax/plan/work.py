@@ -8,14 +8,15 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from grit_jax.config import Config, InputError, TransformerConfig
+from grit_jax.checkpoints.loading import open_model
+from grit_jax.config import Config, TransformerConfig
 from grit_jax.data.indexing import build_indexes
 from grit_jax.data.packing import pack
 from grit_jax.data.schedule import Schedule
 from grit_jax.data.sources import find_files
 from grit_jax.data.streams import STREAMS, readers
 from grit_jax.data.streams.base import Stream
-from grit_jax.loading import open_model
+from grit_jax.errors import InputError
 from grit_jax.train.metrics import model_flops
 from grit_jax.train.objectives.base import Objective
 from grit_jax.train.resolve import resolve_tokenizer

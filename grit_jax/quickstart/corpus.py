@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from grit_jax.config import InputError
+from grit_jax.errors import InputError
 
 # Run-time requirements and what they bring along, so that every installation sees the same texts.
 PACKAGES = ("numpy", "scipy", "jax", "flax", "optax", "orbax", "grain", "tensorstore", "ml_dtypes", "matplotlib")

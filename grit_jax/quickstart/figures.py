@@ -8,15 +8,15 @@ from typing import NamedTuple
 
 import numpy as np
 
-from grit_jax.config import InputError
 from grit_jax.data.examples import tokenize_records
 from grit_jax.data.records import EmbeddingRecord
 from grit_jax.data.sources import find_files, open_source
 from grit_jax.data.streams.generative import GenerativeStream
+from grit_jax.errors import InputError
 from grit_jax.evaluation import metrics
 from grit_jax.evaluation.retrieval import read_collection
-from grit_jax.inference import GritModel
-from grit_jax.tokenizer import Tokenizer
+from grit_jax.inference.model import GritModel
+from grit_jax.text.tokenizer import Tokenizer
 
 
 class RetrievalTask(NamedTuple):

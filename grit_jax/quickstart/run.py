@@ -15,11 +15,12 @@ import numpy as np
 import rich.console
 
 from grit_jax import files
-from grit_jax.config import InputError, load_config
+from grit_jax.checkpoints.loading import open_model
+from grit_jax.config import load_config
 from grit_jax.data.sources import read_texts
+from grit_jax.errors import InputError
 from grit_jax.evaluation.retrieval import bm25_scores
 from grit_jax.hf.export import save_folder
-from grit_jax.loading import open_model
 from grit_jax.quickstart.corpus import DESCRIBE, package_roots, write_corpus
 from grit_jax.quickstart.figures import (
     RetrievalTask,
@@ -30,7 +31,7 @@ from grit_jax.quickstart.figures import (
     unigram_loss,
 )
 from grit_jax.quickstart.report import plot_losses, show_report
-from grit_jax.tokenizer import train_bpe
+from grit_jax.text.tokenizer import train_bpe
 from grit_jax.train.loop import Trainer
 from grit_jax.train.metrics import read_metrics
 

@@ -13,8 +13,8 @@ from typing import Annotated, Any, Literal, NamedTuple, Protocol
 import numpy as np
 from pydantic import Field
 
-from grit_jax.answer import Answer
-from grit_jax.engine import Continuation
+from grit_jax.inference.answer import Answer
+from grit_jax.inference.engine import Continuation
 from grit_jax.model.decode import Logprobs
 from grit_jax.model.transformer import KVCache
 from grit_jax.serve.endpoint import Response
@@ -22,7 +22,7 @@ from grit_jax.serve.errors import RequestError, not_finite
 from grit_jax.serve.fairness import Caller
 from grit_jax.serve.protocol import Exact, Strict, only, usage
 from grit_jax.serve.service import Service
-from grit_jax.tokenizer import Tokenizer
+from grit_jax.text.tokenizer import Tokenizer
 
 _NEW_TOKENS = 256  # of an answer whose request does not say
 _MOST_CHOICES = 16

@@ -18,9 +18,9 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from grit_jax.engine import Engine
-from grit_jax.inference import GritModel
-from grit_jax.rag import Rag
+from grit_jax.inference.engine import Engine
+from grit_jax.inference.model import GritModel
+from grit_jax.retrieval.rag import Rag
 from grit_jax.serve.bodies import Bodies
 from grit_jax.serve.chat import Chat
 from grit_jax.serve.completions import Completions

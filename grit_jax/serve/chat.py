@@ -10,8 +10,7 @@ from typing import Annotated, Any, Self
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
 from grit_jax.model.decode import TOP_LOGPROBS
-from grit_jax.prompts import SYSTEM_ROLES, Positions, RagMethod
-from grit_jax.rag import Prepared
+from grit_jax.retrieval.rag import Prepared
 from grit_jax.serve import protocol
 from grit_jax.serve.answers import Answers, Begun, Piece, WrittenRequest, begin, token_text, told_tokens
 from grit_jax.serve.endpoint import Response
@@ -20,7 +19,8 @@ from grit_jax.serve.fairness import Caller, FairSemaphore
 from grit_jax.serve.protocol import Exact, only
 from grit_jax.serve.search import as_documents
 from grit_jax.serve.service import Service, count_tokens
-from grit_jax.tokenizer import Tokenizer
+from grit_jax.text.prompts import SYSTEM_ROLES, Positions, RagMethod
+from grit_jax.text.tokenizer import Tokenizer
 
 _MOST_PARTS = 2048  # messages of a conversation, and parts of a message
 _ROLES = (*SYSTEM_ROLES, "user", "assistant")

@@ -16,7 +16,7 @@ from grit_jax.serve.endpoint import Response
 from grit_jax.serve.fairness import Caller
 from grit_jax.serve.protocol import only
 from grit_jax.serve.service import Service
-from grit_jax.tokenizer import Tokenizer
+from grit_jax.text.tokenizer import Tokenizer
 
 
 class CompletionRequest(WrittenRequest):

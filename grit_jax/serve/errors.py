@@ -11,7 +11,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from grit_jax.errors import InputError, NotFiniteError
-from grit_jax.store.layout import DamagedError
+from grit_jax.retrieval.layout import DamagedError
 
 _log = logging.getLogger(__name__)
 

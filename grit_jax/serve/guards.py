@@ -11,7 +11,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from grit_jax.config import InputError
+from grit_jax.errors import InputError
 from grit_jax.serve.errors import RequestError
 
 ANY_HOST = "*"

@@ -14,13 +14,13 @@ from typing import Literal, NamedTuple, TypeVar, cast
 import jax
 import numpy as np
 
-from grit_jax.config import InputError
-from grit_jax.engine import Block, Continuation, Engine
-from grit_jax.inference import GritModel, StartedEmbedding
-from grit_jax.prompts import TokenizedPrompt
+from grit_jax.errors import InputError
+from grit_jax.inference.engine import Block, Continuation, Engine
+from grit_jax.inference.model import GritModel, StartedEmbedding
 from grit_jax.serve.errors import RequestError
 from grit_jax.serve.fairness import Caller, FairQueue
 from grit_jax.serve.metrics import Metrics
+from grit_jax.text.prompts import TokenizedPrompt
 
 T = TypeVar("T")
 

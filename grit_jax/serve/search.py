@@ -9,11 +9,11 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
+from grit_jax.retrieval.retriever import Hit
 from grit_jax.serve import protocol
 from grit_jax.serve.errors import not_finite
 from grit_jax.serve.fairness import Caller
 from grit_jax.serve.service import Service, count_tokens
-from grit_jax.store.retriever import Hit
 
 MOST_FOUND = 1000  # documents
 

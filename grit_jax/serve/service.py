@@ -10,11 +10,10 @@ from typing import TypeVar, cast
 import numpy as np
 from pydantic import BaseModel
 
-from grit_jax.batch import sizes
-from grit_jax.engine import LaneSize
-from grit_jax.inference import GritModel
-from grit_jax.prompts import TokenizedPrompt
-from grit_jax.rag import Rag
+from grit_jax.data.batch import sizes
+from grit_jax.inference.engine import LaneSize
+from grit_jax.inference.model import GritModel
+from grit_jax.retrieval.rag import Rag
 from grit_jax.serve import parsing
 from grit_jax.serve.errors import RequestError, not_finite
 from grit_jax.serve.fairness import Caller
@@ -22,6 +21,7 @@ from grit_jax.serve.metrics import Metrics
 from grit_jax.serve.parsing import MOST_TOKENS
 from grit_jax.serve.protocol import Inputs
 from grit_jax.serve.scheduler import Scheduler
+from grit_jax.text.prompts import TokenizedPrompt
 
 T = TypeVar("T", bound=BaseModel)
 

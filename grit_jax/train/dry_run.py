@@ -19,18 +19,22 @@ from typing import Any
 import jax
 import numpy as np
 
-from grit_jax import files, sharding
-from grit_jax.batch import ONE_HOST
-from grit_jax.checkpoint import Checkpoints, DamagedCheckpointError
-from grit_jax.checks import Check, verdict
-from grit_jax.chips import GIB, memory_bytes
-from grit_jax.config import Config, InputError
+from grit_jax import files
+from grit_jax.checkpoints.checkpoint import Checkpoints, DamagedCheckpointError
+from grit_jax.checkpoints.loading import open_model
+from grit_jax.config import Config
+from grit_jax.data.batch import ONE_HOST
 from grit_jax.data.pipeline import Pipeline
 from grit_jax.data.records import RECORD_KINDS, RecordError
 from grit_jax.data.sources import Source, find_files, open_source
 from grit_jax.data.streams import trained_streams
-from grit_jax.loading import open_model
-from grit_jax.tokenizer import Tokenizer
+from grit_jax.errors import InputError
+from grit_jax.parallel import sharding
+from grit_jax.parallel.chips import GIB, memory_bytes
+from grit_jax.runs import folder
+from grit_jax.runs.checks import Check, verdict
+from grit_jax.runs.lock import read_writer
+from grit_jax.text.tokenizer import Tokenizer
 from grit_jax.train.callbacks.trackers import check_trackers
 from grit_jax.train.resolve import (
     check_data,
@@ -41,8 +45,6 @@ from grit_jax.train.resolve import (
 )
 from grit_jax.train.setup import set_up
 from grit_jax.train.state import TrainState
-from grit_jax.watch import folder
-from grit_jax.watch.lock import read_writer
 
 _SAMPLED_RECORDS = 200  # of each file
 

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from grit_jax.contrastive import exact_einsum
-from grit_jax.execution import wide
-from grit_jax.sharding import constrain
+from grit_jax.losses.contrastive import exact_einsum
+from grit_jax.parallel.execution import wide
+from grit_jax.parallel.sharding import constrain
 
 SAMPLE = 256
 

@@ -14,19 +14,23 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
-from grit_jax import distributed, files, sharding
-from grit_jax.batch import Batch
-from grit_jax.checkpoint import CheckpointMetadata
-from grit_jax.config import Config, InputError, dump_config
+from grit_jax import files
+from grit_jax.checkpoints.checkpoint import CheckpointMetadata
+from grit_jax.checkpoints.loading import load_params, open_model
+from grit_jax.config import Config, dump_config
+from grit_jax.data.batch import Batch
 from grit_jax.data.pipeline import Pipeline
-from grit_jax.distributed import JointStop
-from grit_jax.execution import execution
-from grit_jax.inference import GritModel
-from grit_jax.loading import load_params, open_model
+from grit_jax.errors import InputError
+from grit_jax.inference.model import GritModel
 from grit_jax.model.pretrained import Pretrained
 from grit_jax.model.transformer import Params, init_params
-from grit_jax.sole_writer import refuse_other_writers
-from grit_jax.tokenizer import Tokenizer
+from grit_jax.parallel import distributed, sharding
+from grit_jax.parallel.distributed import JointStop
+from grit_jax.parallel.execution import execution
+from grit_jax.runs import folder
+from grit_jax.runs.preemption import preemption_notices
+from grit_jax.runs.sole_writer import refuse_other_writers
+from grit_jax.text.tokenizer import Tokenizer
 from grit_jax.train.callbacks import Callback, make_callbacks
 from grit_jax.train.callbacks.base import Run
 from grit_jax.train.callbacks.trackers import check_trackers
@@ -38,8 +42,6 @@ from grit_jax.train.setup import Setup, set_up
 from grit_jax.train.state import TrainState, new_state, shardings_of
 from grit_jax.train.step import make_eval_step, make_gradient_norm
 from grit_jax.train.stopping import stop_signals, wait_for_turn
-from grit_jax.watch import folder
-from grit_jax.watch.preemption import preemption_notices
 
 _HEAD = "projection"  # the parameters that a run may have and its `model.init` not, or the other way round
 

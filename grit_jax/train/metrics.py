@@ -11,10 +11,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from grit_jax import chips, files
+from grit_jax import files
 from grit_jax.config import TransformerConfig
+from grit_jax.parallel import chips
+from grit_jax.runs.lines import read_lines
 from grit_jax.train.step import Metrics
-from grit_jax.watch.lines import read_lines
 
 
 def peak_flops(device: jax.Device) -> float | None:

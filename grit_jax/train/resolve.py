@@ -7,22 +7,15 @@ import dataclasses
 import jax
 
 from grit_jax import files
-from grit_jax.checkpoint import CheckpointMetadata
-from grit_jax.config import (
-    Config,
-    InputError,
-    TransformerConfig,
-    config_differences,
-    flat_values,
-    load_config,
-    parse_config,
-)
+from grit_jax.checkpoints.checkpoint import CheckpointMetadata
+from grit_jax.checkpoints.loading import open_tokenizer
+from grit_jax.config import Config, TransformerConfig, config_differences, flat_values, load_config, parse_config
 from grit_jax.data.schedule import same_data
-from grit_jax.loading import open_tokenizer
+from grit_jax.errors import InputError
 from grit_jax.model.pretrained import Pretrained
-from grit_jax.tokenizer import Tokenizer
-from grit_jax.watch import folder
-from grit_jax.watch.status import last_checkpoint
+from grit_jax.runs import folder
+from grit_jax.runs.status import last_checkpoint
+from grit_jax.text.tokenizer import Tokenizer
 
 # What changes no update, and what may differ between a run folder's config and the one that resumes it.
 _CHANGES_NO_UPDATE = (

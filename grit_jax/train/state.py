@@ -14,9 +14,9 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from grit_jax import sharding
-from grit_jax.config import InputError
+from grit_jax.errors import InputError
 from grit_jax.model.transformer import Params, Transformer, abstract_params, param_axes
+from grit_jax.parallel import sharding
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,12 +10,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from grit_jax.batch import Batch
-from grit_jax.execution import Execution, map_chunks
-from grit_jax.losses import balance_loss
+from grit_jax.data.batch import Batch
+from grit_jax.losses.language import balance_loss
 from grit_jax.model.moe import RouterStats
 from grit_jax.model.transformer import Params, Transformer, bind, param_axes
-from grit_jax.sharding import mesh_axes, on_devices, split_axes
+from grit_jax.parallel.execution import Execution, map_chunks
+from grit_jax.parallel.sharding import mesh_axes, on_devices, split_axes
 from grit_jax.train.objectives.base import Losses, Metrics, Objective, Parts
 from grit_jax.train.optimizer import updates_done
 from grit_jax.train.state import TrainState, merged

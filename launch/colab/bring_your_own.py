@@ -119,7 +119,7 @@ if DATA is None:
 # imported where it is.
 
 # %%
-from grit_jax.fetch import fetch_model
+from grit_jax.datatools.fetch import fetch_model
 
 base = BASE
 if not Path(BASE).is_dir():
@@ -139,8 +139,8 @@ if not Path(BASE).is_dir():
 # `--dry-run` checks data, model and memory first.
 
 # %%
-from grit_jax.checks import print_checks
 from grit_jax.config import parse_config
+from grit_jax.runs.checks import print_checks
 from grit_jax.train.dry_run import dry_run
 from grit_jax.train.loop import Trainer
 

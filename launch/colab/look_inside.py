@@ -114,8 +114,9 @@ import numpy as np
 from matplotlib.colors import ListedColormap
 from matplotlib.patches import Patch
 
-from grit_jax import GritModel, prompts
+from grit_jax import GritModel
 from grit_jax.model.attention import AttentionMask
+from grit_jax.text import prompts
 
 HIDDEN, SEEN, USED = "#f1f3f5", "#a9cbe8", "#1f5f9f"
 model = GritModel.load(RUN)

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from grit_jax import __version__
-from grit_jax.chips import DEVICE_FILES
 from grit_jax.cli.encode import read_texts
 from grit_jax.cli.main import COMMANDS, main
-from grit_jax.config import InputError
-from tests.runs import ROOT, command, environment, grit_jax, train_arguments, write_data
+from grit_jax.errors import InputError
+from grit_jax.parallel.chips import DEVICE_FILES
+from tests.commands import ROOT, command, environment, grit_jax, train_arguments, write_data
 
 
 @pytest.fixture(scope="module")

@@ -20,11 +20,11 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
-from grit_jax.chips import DEVICE_FILES
 from grit_jax.cli import main as cli
+from grit_jax.parallel.chips import DEVICE_FILES
 from tests import hub
+from tests.commands import ROOT, environment
 from tests.hf import families
-from tests.runs import ROOT, environment
 
 FOLDER = ROOT / "launch/colab"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]

@@ -15,14 +15,14 @@ import pytest
 
 from grit_jax.cli.encode import read_texts
 from grit_jax.cli.main import main
-from grit_jax.config import InputError
 from grit_jax.data.records import RecordError, parse_record
 from grit_jax.data.rows import Failed
 from grit_jax.data.sources import open_source
 from grit_jax.datatools import convert
 from grit_jax.datatools.overlap import EvaluationTexts
-from grit_jax.store.corpus import read_corpus
-from grit_jax.tokenizer import Tokenizer
+from grit_jax.errors import InputError
+from grit_jax.retrieval.corpus import read_corpus
+from grit_jax.text.tokenizer import Tokenizer
 from tests.data.reading import build_index
 from tests.data.test_sources import write
 

@@ -15,17 +15,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from grit_jax import files
-from grit_jax.config import Config, DataConfig, InputError, TrainConfig
+from grit_jax.config import Config, DataConfig, TrainConfig
 from grit_jax.data import cache, indexing, schedule, shards, sources
 from grit_jax.data.examples import tokenize_records
 from grit_jax.data.index import num_targets
 from grit_jax.data.records import parse_record
 from grit_jax.data.sources import open_source
 from grit_jax.data.streams import trained_streams
-from grit_jax.tokenizer import Tokenizer
+from grit_jax.errors import InputError
+from grit_jax.text.tokenizer import Tokenizer
+from tests.commands import ROOT
 from tests.data.reading import build_index, build_indexes, read_by, reading, record_prompts
 from tests.data.test_sources import write
-from tests.runs import ROOT
 
 BYTES = Tokenizer.load("bytes")
 ARRAYS = ("text_starts", "num_positives", "lengths", "hashes", "span_starts", "spans", "lines")
@@ -182,7 +183,7 @@ def test_a_damaged_shard_is_counted_anew(tmp_path, small_shards, monkeypatch):
 HOST = """
 import sys
 from grit_jax.data import indexing, shards
-from grit_jax.tokenizer import Tokenizer
+from grit_jax.text.tokenizer import Tokenizer
 from tests.data.reading import build_indexes
 shards.SHARD = indexing.SHARD = 100
 shards._TWO_PROCESSES_FROM = 500

@@ -6,11 +6,11 @@ import zstandard
 from etils import epath
 
 from grit_jax.cli.encode import read_texts
-from grit_jax.config import InputError
 from grit_jax.data.lines import is_blank, read_lines, read_text, read_text_lines
 from grit_jax.data.rows import Failed, read_cells, read_objects
 from grit_jax.data.sources import open_source
-from grit_jax.store.corpus import read_corpus
+from grit_jax.errors import InputError
+from grit_jax.retrieval.corpus import read_corpus
 
 BOM = "\ufeff"
 # What other readers take for the end of a line, what may be before it, and what says nothing.

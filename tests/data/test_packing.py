@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from grit_jax.data.packing import choose_buckets, fill_rows, kept_places, pack, round_up
-from grit_jax.prompts import TokenizedPrompt
+from grit_jax.text.prompts import TokenizedPrompt
 
 LENGTHS = st.lists(st.integers(1, 32), min_size=1, max_size=60).map(np.array)
 

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import processors
 
-from grit_jax.batch import ONE_HOST, HostShare, max_segments
-from grit_jax.config import Config, DataConfig, EmbeddingConfig, InputError, LossConfig, ModelConfig, TrainConfig
+from grit_jax.config import Config, DataConfig, EmbeddingConfig, LossConfig, ModelConfig, TrainConfig
+from grit_jax.data.batch import ONE_HOST, HostShare, max_segments
 from grit_jax.data.examples import tokenize_records
 from grit_jax.data.indexing import build_indexes
 from grit_jax.data.pipeline import Pipeline, planned_rows
@@ -17,8 +17,9 @@ from grit_jax.data.schedule import Schedule
 from grit_jax.data.sources import find_files, open_source
 from grit_jax.data.streams import trained_streams
 from grit_jax.data.streams.embedding import pool_weights
+from grit_jax.errors import InputError
 from grit_jax.files import UnreachableError
-from grit_jax.tokenizer import Tokenizer
+from grit_jax.text.tokenizer import Tokenizer
 from tests.data.reading import record_prompts
 from tests.data.test_sources import write
 

@@ -2,9 +2,9 @@ import json
 
 import pytest
 
-from grit_jax.config import InputError
 from grit_jax.data.qrels import find_qrels, read_qrels
 from grit_jax.data.rows import Failed
+from grit_jax.errors import InputError
 
 ROWS = [("q1", "d 1", 1), ("q1", "d2", 0), ("q2", "d3", -1)]
 FORMS = {

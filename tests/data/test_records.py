@@ -5,10 +5,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grit_jax.config import InputError
 from grit_jax.data.examples import tokenize_records
 from grit_jax.data.records import EmbeddingRecord, GenerativeRecord, RecordError, parse_record
-from grit_jax.tokenizer import Tokenizer
+from grit_jax.errors import InputError
+from grit_jax.text.tokenizer import Tokenizer
 from tests.data.reading import record_prompts
 
 BYTES = Tokenizer.load("bytes")

@@ -9,13 +9,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grit_jax.batch import max_segments
-from grit_jax.config import Config, DataConfig, InputError, LossConfig, StageConfig, TrainConfig
+from grit_jax.config import Config, DataConfig, LossConfig, StageConfig, TrainConfig
+from grit_jax.data.batch import max_segments
 from grit_jax.data.examples import HASH_BITS
 from grit_jax.data.index import FileIndex
 from grit_jax.data.schedule import Schedule, same_data, validation_steps
 from grit_jax.data.streams import trained_streams
 from grit_jax.data.streams.generative import token_weights
+from grit_jax.errors import InputError
 from tests.data.reading import read_by
 
 

@@ -12,13 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from grit_jax import files
-from grit_jax.config import InputError
 from grit_jax.data import sources
 from grit_jax.data.lines import read_lines
 from grit_jax.data.records import GenerativeRecord
 from grit_jax.data.sources import find_files, open_source
+from grit_jax.errors import InputError
 from tests.bucket import BUCKET, emulator
-from tests.runs import ROOT
+from tests.commands import ROOT
 
 LINES = '{"text": "one"}\n\n   \n{"text": "two"}\n{"text": "three"}'
 
@@ -164,7 +164,7 @@ import numpy as np
 from etils import epath
 from grit_jax.data import shards
 from grit_jax.data.sources import find_files, open_source
-from grit_jax.tokenizer import Tokenizer
+from grit_jax.text.tokenizer import Tokenizer
 from tests.data.reading import build_index
 local, remote = map(epath.Path, sys.argv[1:3])
 if sys.argv[3] == "first":
@@ -203,7 +203,7 @@ import os, sys
 from pathlib import Path
 from grit_jax import files
 from grit_jax.data.sources import open_source
-from grit_jax.tokenizer import Tokenizer
+from grit_jax.text.tokenizer import Tokenizer
 from tests.data.reading import build_index
 root = sys.argv[1]
 tokenizer = Tokenizer.load("bytes")
@@ -360,7 +360,7 @@ def test_a_source_says_that_its_file_has_changed(tmp_path, name, change):
 REPLACED = """
 import sys
 from grit_jax import files
-from grit_jax.config import InputError
+from grit_jax.errors import InputError
 from grit_jax.data.sources import open_source
 path = sys.argv[1]
 files.write_text(path, '{"text": "one"}\\n')

@@ -2,9 +2,9 @@ import json
 
 import pytest
 
-from grit_jax import prompts
 from grit_jax.data.rows import Failed
 from grit_jax.datatools import convert
+from grit_jax.text import prompts
 
 
 def outcome(tmp_path, kind, row):

@@ -6,11 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from grit_jax.cli.main import main
-from grit_jax.config import InputError
 from grit_jax.data.rows import Failed, LeftOut
 from grit_jax.data.sources import open_source
 from grit_jax.datatools import convert
 from grit_jax.datatools.files import write_rows
+from grit_jax.errors import InputError
 
 
 def rows_of(path):

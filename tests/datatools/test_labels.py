@@ -5,9 +5,9 @@ import pytest
 import zstandard
 
 from grit_jax.cli.main import main
-from grit_jax.config import InputError
 from grit_jax.data.rows import Failed, LeftOut
 from grit_jax.datatools import convert
+from grit_jax.errors import InputError
 
 NAN = float("nan")
 

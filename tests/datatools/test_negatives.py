@@ -6,11 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from grit_jax.cli.main import main
-from grit_jax.config import InputError
 from grit_jax.data.records import EmbeddingText
 from grit_jax.data.sources import open_source
 from grit_jax.datatools.negatives import KeywordSearcher, Mining, Passages, choose, mine
-from grit_jax.search import Searchable
+from grit_jax.errors import InputError
+from grit_jax.retrieval.exact_search import Searchable
 
 ROWS = [
     {"query": ["find", "red apple fruit"], "pos": [["", "an apple is a red fruit"]], "neg": [["", "stones are hard"]]},

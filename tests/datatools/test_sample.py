@@ -5,9 +5,9 @@ from grit_jax.config import Config, DataConfig
 from grit_jax.data.records import parse_record
 from grit_jax.data.streams import all_streams
 from grit_jax.datatools.sample import draw, show
-from grit_jax.tokenizer import Tokenizer
+from grit_jax.text.tokenizer import Tokenizer
+from tests.commands import write_data
 from tests.models import bytes_with_ending
-from tests.runs import write_data
 
 BYTES = Tokenizer.load("bytes")
 

@@ -10,8 +10,8 @@ from grit_jax.data.examples import tokenize_records
 from grit_jax.data.sources import find_files, open_source
 from grit_jax.data.streams import STREAMS
 from grit_jax.datatools.stats import measure
-from grit_jax.tokenizer import Tokenizer
-from tests.runs import write_data
+from grit_jax.text.tokenizer import Tokenizer
+from tests.commands import write_data
 
 BYTES = Tokenizer.load("bytes")
 

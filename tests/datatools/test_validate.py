@@ -6,11 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from grit_jax.cli.main import main
-from grit_jax.config import InputError
 from grit_jax.data.sources import find_files
 from grit_jax.datatools import overlap
 from grit_jax.datatools.overlap import EvaluationTexts, words_of
 from grit_jax.datatools.validate import validate
+from grit_jax.errors import InputError
 
 LONG = "the quick brown fox jumps over the lazy dog while it rains in the old town"
 

@@ -4,9 +4,9 @@ import sys
 
 import pytest
 
-from grit_jax.checkpoint import CheckpointMetadata, save_params
+from grit_jax.checkpoints.checkpoint import CheckpointMetadata, save_params
 from grit_jax.config import EmbeddingConfig
-from grit_jax.tokenizer import Tokenizer
+from grit_jax.text.tokenizer import Tokenizer
 from tests.evaluation.tasks import write_all
 from tests.models import make, shape, weights
 

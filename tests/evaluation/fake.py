@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 
 from grit_jax.evaluation.task import Session
-from grit_jax.inference import Encoded, Likelihoods
+from grit_jax.inference.model import Encoded, Likelihoods
 
 
 class Fake:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import sklearn.metrics
 
-from grit_jax.config import InputError
+from grit_jax.errors import InputError
 from grit_jax.evaluation.learning import Classification, Clustering, undersample
 from grit_jax.evaluation.reranking import Reranking, permutation
 from grit_jax.evaluation.similarity import STS, PairClassification, Summarization

@@ -2,7 +2,7 @@ import dataclasses
 
 import pytest
 
-from grit_jax.config import InputError
+from grit_jax.errors import InputError
 from grit_jax.evaluation.answers import ExactMatch
 from grit_jax.evaluation.code import Code, check_of
 from grit_jax.evaluation.data import Row
@@ -188,7 +188,7 @@ def test_a_prompt_that_begins_no_function_is_refused():
 def test_shared_sets_are_read_as_the_shipped_suites_name_them(shared):
     from grit_jax.evaluation.retrieval import read_collection
     from grit_jax.evaluation.suite import load_suite
-    from tests.runs import ROOT
+    from tests.commands import ROOT
 
     data = shared / "data/eval"
     for suite in ("embedding", "generative"):

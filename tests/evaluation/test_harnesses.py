@@ -9,16 +9,16 @@ import numpy as np
 import pytest
 import yaml
 
-from grit_jax.config import InputError
+from grit_jax.checkpoints.loading import open_model
+from grit_jax.errors import InputError
 from grit_jax.evaluation.retrieval import read_collection
 from grit_jax.evaluation.suite import load_suite
 from grit_jax.evaluation.task import Session
 from grit_jax.hf.export import save_folder
-from grit_jax.loading import open_model
+from tests.commands import environment
 from tests.evaluation.conftest import save_checkpoint
 from tests.evaluation.tasks import WORDS, write_all, write_jsonl, write_suite
 from tests.models import weights
-from tests.runs import environment
 
 # The harnesses and what they import warn of their own affairs.
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -58,7 +58,7 @@ def on_data(mteb, name, dataset):
 def run_mteb(mteb, model, task, *, cache=None):
     """The scores of a task; the model is one of mteb's, or ours."""
     from grit_jax.evaluation.mteb_encoder import MtebEncoder
-    from grit_jax.inference import GritModel
+    from grit_jax.inference.model import GritModel
 
     if isinstance(model, GritModel):
         model = MtebEncoder(model, instructions={task.metadata.name: FIND})
@@ -185,7 +185,7 @@ def test_lm_eval_chooses_as_we_do(lm_eval, model, choices):
 
 
 def test_lm_eval_s_command_knows_the_model_by_name(lm_eval, checkpoint, choices):
-    from grit_jax.inference import GritModel
+    from grit_jax.inference.model import GritModel
 
     folder, task = choices
     found = ours(GritModel.load(checkpoint), folder, {"name": "t", "type": "multiple_choice", "path": "choices.jsonl"})
@@ -306,7 +306,7 @@ def test_the_export_gives_sentence_transformers_evaluators_our_figures(checkpoin
     sentence_transformers = pytest.importorskip("sentence_transformers")
     from sentence_transformers.sentence_transformer import evaluation
 
-    from grit_jax.inference import GritModel
+    from grit_jax.inference.model import GritModel
 
     model = GritModel.load(checkpoint)
     save_folder(tmp_path / "hf", open_model(checkpoint), weights(model.architecture))

@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from grit_jax.config import InputError
+from grit_jax.errors import InputError
 from grit_jax.evaluation.retrieval import (
     Collection,
     Ranking,
@@ -14,7 +14,7 @@ from grit_jax.evaluation.retrieval import (
     read_collection,
     without_own_ids,
 )
-from grit_jax.store.vectors import pack, unpack
+from grit_jax.retrieval.vectors import pack, unpack
 from tests.data.test_qrels import FORMS as QRELS_FORMS
 from tests.evaluation.fake import session
 from tests.evaluation.tasks import write_jsonl, write_retrieval

@@ -4,7 +4,7 @@ import shutil
 import numpy as np
 import pytest
 
-from grit_jax.config import InputError
+from grit_jax.errors import InputError
 from grit_jax.evaluation.report import fingerprint
 from grit_jax.evaluation.run import evaluate
 from grit_jax.evaluation.suite import TYPES, load_suite

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import grit_jax
-from grit_jax.config import InputError
+from grit_jax.errors import InputError
 from grit_jax.evaluation import sandbox
 from grit_jax.evaluation.code import Code, check_of
 from grit_jax.evaluation.data import read_rows

@@ -5,16 +5,17 @@ import math
 import numpy as np
 import pytest
 
-from grit_jax.config import InputError, ScorecardConfig, load_config
+from grit_jax.config import ScorecardConfig, load_config
+from grit_jax.errors import InputError
 from grit_jax.evaluation.scorecard import Scorecard
 from grit_jax.evaluation.suite import load_suite
 from grit_jax.evaluation.task import Session
-from grit_jax.inference import GritModel
+from grit_jax.inference.model import GritModel
 from grit_jax.train.loop import Trainer
 from grit_jax.train.metrics import read_metrics
+from tests.commands import ROOT, train_arguments, write_data
 from tests.evaluation.tasks import write_all, write_suite
 from tests.multiprocess import launch
-from tests.runs import ROOT, train_arguments, write_data
 
 SEARCH = {"name": "search", "type": "retrieval", "path": "retrieval", "instruction": "find"}
 SIMILAR = {"name": "similar", "type": "sts", "path": "sts.tsv"}

@@ -3,10 +3,10 @@ import re
 import pytest
 import yaml
 
-from grit_jax.config import InputError
+from grit_jax.errors import InputError
 from grit_jax.evaluation.suite import load_suite, packaged_instructions
+from tests.commands import ROOT
 from tests.evaluation.tasks import write_suite
-from tests.runs import ROOT
 
 SUITES = [*sorted((ROOT / "configs/suites").glob("*.yaml")), *sorted((ROOT / "configs/claim").glob("*suite.yaml"))]
 STS = {"name": "x", "type": "sts", "path": "x.tsv"}

@@ -7,8 +7,8 @@ import pytest
 
 from grit_jax.hf.export import save_folder
 from tests.bucket import BUCKET, emulator
+from tests.commands import ROOT
 from tests.hf.test_folder import random_model
-from tests.runs import ROOT
 
 pytest.importorskip("gcp_storage_emulator")
 
@@ -16,7 +16,7 @@ PROGRAM = """
 import sys
 import jax, numpy as np
 from etils import epath
-from grit_jax.loading import load_for_conversion
+from grit_jax.checkpoints.loading import load_for_conversion
 local, remote = sys.argv[1:]
 epath.Path(remote).mkdir(parents=True, exist_ok=True)
 for file in epath.Path(local).iterdir():

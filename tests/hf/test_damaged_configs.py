@@ -11,8 +11,8 @@ import time
 
 import pytest
 
-from grit_jax import jsonfile
-from grit_jax.config import InputError
+from grit_jax.config import jsonfile
+from grit_jax.errors import InputError
 from grit_jax.hf.architecture import read_config
 from tests import damage
 from tests.hf.families import CASES, SHAPE

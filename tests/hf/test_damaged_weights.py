@@ -16,7 +16,7 @@ import safetensors
 import safetensors.numpy
 from etils import epath
 
-from grit_jax.config import InputError
+from grit_jax.errors import InputError
 from grit_jax.hf.export import save_folder
 from grit_jax.hf.folder import open_folder
 from grit_jax.hf.tensors import INDEX_FILE, indexed_files, stored_tensors

@@ -9,16 +9,18 @@ import pytest
 import safetensors.numpy
 import tokenizers
 
-from grit_jax import prompts, sharding
-from grit_jax.config import EmbeddingConfig, InputError, MeshConfig, TransformerConfig
+from grit_jax.config import EmbeddingConfig, MeshConfig, TransformerConfig
+from grit_jax.errors import InputError
 from grit_jax.hf.architecture import read_config
 from grit_jax.hf.export import save_folder
 from grit_jax.hf.folder import open_folder
 from grit_jax.hf.targets import older_tokenizer
-from grit_jax.inference import GritModel
+from grit_jax.inference.model import GritModel
 from grit_jax.model.pretrained import Pretrained
 from grit_jax.model.transformer import abstract_model, abstract_params, bind, init_params, param_axes
-from grit_jax.tokenizer import Tokenizer
+from grit_jax.parallel import sharding
+from grit_jax.text import prompts
+from grit_jax.text.tokenizer import Tokenizer
 from tests import models
 from tests.hf import families
 

@@ -6,12 +6,12 @@ from pathlib import Path
 import jax
 import pytest
 
+from grit_jax.checkpoints.loading import load_for_conversion
 from grit_jax.hf.export import save_folder
 from grit_jax.hf.hub import is_hub_id
-from grit_jax.loading import load_for_conversion
 from tests import hub
+from tests.commands import ROOT, command
 from tests.hf.test_folder import random_model, same
-from tests.runs import ROOT, command
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from grit_jax.hf.export import save_folder
 from grit_jax.hf.folder import open_folder
 from grit_jax.model.pretrained import Pretrained
 from grit_jax.model.transformer import init_params
-from grit_jax.tokenizer import Tokenizer
+from grit_jax.text.tokenizer import Tokenizer
 from tests.hf import families
 from tests.hf.test_families import TOKENS, TOLERANCE, forward
 from tests.hf.test_folder import same, whole

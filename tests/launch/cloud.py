@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.runs import ROOT
+from tests.commands import ROOT
 
 # Imported, because what is imported is compiled once; a journey makes dozens of calls.
 GCLOUD = f"""

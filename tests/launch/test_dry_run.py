@@ -4,8 +4,8 @@ import shlex
 
 import pytest
 
+from tests.commands import ROOT
 from tests.launch.test_prepare import NAMED
-from tests.runs import ROOT
 from tests.test_docs import SHELL, blocks, of_program
 
 POD = ["run", "--zone=us-east5-a", "--dry-run"]

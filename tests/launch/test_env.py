@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from tests.runs import ROOT
+from tests.commands import ROOT
 
 START = """
 import os

@@ -7,9 +7,9 @@ import subprocess
 
 import pytest
 
+from tests.commands import ROOT
 from tests.launch.cloud import Cloud, make_repository
 from tests.launch.test_prepare import NAMED
-from tests.runs import ROOT
 
 # Runs in gcloud's own Python. From stdin: commands, and resources to filter and print; to stdout: what is wrong with
 # the commands, and what is printed.

@@ -11,8 +11,8 @@ import time
 import pytest
 import yaml
 
+from tests.commands import ROOT
 from tests.launch.cloud import AGAIN, LOGIN, NETWORK, ROLES, Cloud, make_repository
-from tests.runs import ROOT
 
 CREATE = ("compute", "tpus", "queued-resources", "create")
 DELETE = ("compute", "tpus", "queued-resources", "delete")

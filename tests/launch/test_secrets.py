@@ -5,8 +5,8 @@ import subprocess
 
 import pytest
 
+from tests.commands import ROOT
 from tests.launch.test_prepare import NAMED
-from tests.runs import ROOT
 
 VALUES = [
     "hf_abc",

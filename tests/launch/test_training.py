@@ -10,11 +10,11 @@ import jax
 import numpy as np
 import pytest
 
+from tests.commands import TINY, environment, grit_jax, losses, train_arguments, write_data
 from tests.launch.cloud import Cloud, make_repository
 from tests.launch.test_run import wait_for
 from tests.multiprocess.faults import checkpoint_steps, weights
 from tests.multiprocess.launch import free_address
-from tests.runs import TINY, environment, grit_jax, losses, train_arguments, write_data
 
 STEPS = 12
 OPTIONS = [f"--train.steps={STEPS}", "--checkpoint.every=2", "--logging.every=1"]

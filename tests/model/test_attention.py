@@ -5,12 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grit_jax import sharding
-from grit_jax.config import InputError, MeshConfig
-from grit_jax.execution import PLAIN, Execution
+from grit_jax.config import MeshConfig
+from grit_jax.errors import InputError
 from grit_jax.model import blockwise
 from grit_jax.model.attention import AttentionMask, attention
 from grit_jax.model.layers import rotate, rotation
+from grit_jax.parallel import sharding
+from grit_jax.parallel.execution import PLAIN, Execution
 from tests.packing import relative_error
 
 SEGMENTS = jnp.array([[1, 1, 1, 2, 2, 0]])

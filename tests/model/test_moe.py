@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from grit_jax import sharding
-from grit_jax.config import InputError, MeshConfig, TransformerConfig
-from grit_jax.execution import PLAIN
-from grit_jax.losses import balance_loss
+from grit_jax.config import MeshConfig, TransformerConfig
+from grit_jax.errors import InputError
+from grit_jax.losses.language import balance_loss
 from grit_jax.model.moe import ExpertMLP
+from grit_jax.parallel import sharding
+from grit_jax.parallel.execution import PLAIN
 from tests.packing import relative_error
 
 CONFIG = TransformerConfig(

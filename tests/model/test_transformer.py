@@ -8,8 +8,8 @@ import pytest
 
 from grit_jax.config import TransformerConfig
 from grit_jax.doctor.rows import layout, random_texts
-from grit_jax.execution import PLAIN
 from grit_jax.model.transformer import abstract_model, abstract_params, bind, init_params, param_axes
+from grit_jax.parallel.execution import PLAIN
 from tests.packing import relative_error
 
 CONFIG = TransformerConfig(embed_dim=32, mlp_dim=48, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8).resolve(64)

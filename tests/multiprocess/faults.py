@@ -18,10 +18,10 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from grit_jax.checkpoint import open_checkpoint
+from grit_jax.checkpoints.checkpoint import open_checkpoint
 from grit_jax.model.transformer import abstract_model, abstract_params
+from tests.commands import ROOT, TINY, command, environment, write_data
 from tests.multiprocess import launch
-from tests.runs import ROOT, TINY, command, environment, write_data
 
 STEPS, EVERY, DEVICES = 8, 2, 4
 SILENCE = 10  # distributed.timeout_seconds

@@ -8,7 +8,7 @@ import tempfile
 import textwrap
 import time
 
-from tests.runs import command, environment
+from tests.commands import command, environment
 
 # Every process starts with this; the script after it sees all devices. Only Python prints to standard output: the
 # threads of the collectives' library write there in the middle of each other's lines, so it gets standard error. A
@@ -38,7 +38,7 @@ def run(script, *arguments, num_processes=2, devices_each=2, device_order="inter
       *arguments: Its `sys.argv[1:]`.
       num_processes: How many processes run it.
       devices_each: CPU devices of each.
-      device_order: Of the devices in a mesh, as `tests.runs.environment` takes it; by default as on a pod.
+      device_order: Of the devices in a mesh, as `tests.commands.environment` takes it; by default as on a pod.
       timeout: Seconds after which all are killed.
 
     Returns:

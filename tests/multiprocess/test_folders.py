@@ -7,16 +7,16 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+from grit_jax.checkpoints.loading import load_for_conversion
 from grit_jax.hf.export import save_folder
-from grit_jax.loading import load_for_conversion
+from tests.commands import grit_jax
 from tests.hf.test_folder import random_model, same
 from tests.multiprocess import launch
-from tests.runs import grit_jax
 
 SAVE = """
     import sys
-    from grit_jax import sharding
-    from grit_jax.checkpoint import CheckpointMetadata, save_params
+    from grit_jax.parallel import sharding
+    from grit_jax.checkpoints.checkpoint import CheckpointMetadata, save_params
     from grit_jax.config import MeshConfig
     from grit_jax.model.transformer import abstract_model, abstract_params, param_axes
     from tests.hf.test_folder import random_model
@@ -34,9 +34,9 @@ SAVE = """
 
 IMPORT = """
     import json, sys
-    from grit_jax.checkpoint import CheckpointMetadata, save_params
+    from grit_jax.checkpoints.checkpoint import CheckpointMetadata, save_params
     from grit_jax.hf.tensors import StoredTensor
-    from grit_jax.loading import load_for_conversion
+    from grit_jax.checkpoints.loading import load_for_conversion
 
     read, count = StoredTensor.read, 0
 

@@ -4,12 +4,12 @@ import re
 
 import pytest
 
+from tests.commands import ROOT, TINY, write_data
 from tests.multiprocess import launch
-from tests.runs import ROOT, TINY, write_data
 
 FACTS = """
-    from grit_jax.config import InputError
-    from grit_jax.distributed import in_every_process, require_same
+    from grit_jax.errors import InputError
+    from grit_jax.parallel.distributed import in_every_process, require_same
 
     index = jax.process_index()
 

@@ -5,7 +5,7 @@ import pytest
 
 from grit_jax import GritModel
 from tests.multiprocess import launch
-from tests.store.stores import content, index, save_model, write_corpus
+from tests.retrieval.stores import content, index, save_model, write_corpus
 
 
 def test_two_processes_make_the_store_that_one_makes(tmp_path):

@@ -3,9 +3,9 @@
 import pytest
 
 from grit_jax.data.sources import open_source
+from tests.commands import grit_jax, write_data
 from tests.multiprocess import launch
-from tests.runs import grit_jax, write_data
-from tests.store.stores import save_model
+from tests.retrieval.stores import save_model
 
 
 def test_two_processes_mine_what_one_does_and_the_first_one_writes(tmp_path):

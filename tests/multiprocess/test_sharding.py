@@ -8,7 +8,7 @@ PLACE = """
     import itertools
     import numpy as np
     from jax.sharding import Mesh
-    from grit_jax import sharding
+    from grit_jax.parallel import sharding
     from grit_jax.doctor.rows import embedding_batch, generative_batch, random_texts
 
     rng = np.random.default_rng(0)
@@ -45,7 +45,7 @@ def test_every_device_gets_its_rows_and_a_host_fills_no_others_in_any_order(num_
 SELFTEST = """
     import sys
     from grit_jax.doctor import selftest
-    from grit_jax import sharding
+    from grit_jax.parallel import sharding
     from grit_jax.config import MeshConfig
 
     shards = sharding.host_share(sharding.make_mesh(MeshConfig())).shards

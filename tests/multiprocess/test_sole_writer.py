@@ -1,14 +1,14 @@
 """The run folder's lock in a job of two processes."""
 
-from grit_jax.watch.lock import WriterLock
+from grit_jax.runs.lock import WriterLock
 from tests.multiprocess.launch import run
 
 SCRIPT = """
     import sys
     import jax
-    from grit_jax.config import InputError
-    from grit_jax.sole_writer import refuse_other_writers, sole_writer
-    from grit_jax.watch.lock import read_writer
+    from grit_jax.errors import InputError
+    from grit_jax.runs.sole_writer import refuse_other_writers, sole_writer
+    from grit_jax.runs.lock import read_writer
 
     free, taken = sys.argv[1:]
     with sole_writer(free) as writer:

@@ -2,13 +2,13 @@
 
 import pytest
 
+from tests.commands import ROOT, TINY, write_data
 from tests.multiprocess import launch
-from tests.runs import ROOT, TINY, write_data
 
 # Rounds of work, each told to stop in another way: by one process or by all, early or late, or not at all.
 ROUNDS = """
     import random, threading, time
-    from grit_jax.distributed import JointStop, wait_for_all
+    from grit_jax.parallel.distributed import JointStop, wait_for_all
 
     here = jax.process_index()
     for number in range(8):

@@ -4,10 +4,10 @@ import jax
 import numpy as np
 import pytest
 
+from tests.commands import ROOT, TINY, losses, write_data
 from tests.multiprocess import launch
 from tests.multiprocess.faults import weights
 from tests.packing import relative_error
-from tests.runs import ROOT, TINY, losses, write_data
 
 TRAIN = """
     import sys

@@ -9,13 +9,13 @@ import jax
 import numpy as np
 import safetensors.numpy
 
-from grit_jax import sharding
-from grit_jax.batch import EmbeddingBatch, GenerativeBatch, max_segments
 from grit_jax.config import MeshConfig
+from grit_jax.data.batch import EmbeddingBatch, GenerativeBatch, max_segments
 from grit_jax.data.streams.embedding import pool_weights
 from grit_jax.hf.folder import open_folder
 from grit_jax.hf.names import get, table
 from grit_jax.model.transformer import abstract_model, abstract_params, param_axes
+from grit_jax.parallel import sharding
 
 POOLING = {"mean": "mean", "weightedmean": "weighted_mean", "lasttoken": "last_token", "cls": "cls"}
 HIDDEN, LOSS, SGD, ADAMW, GRADIENT = 2e-5, 2e-5, 5e-6, 1e-4, 1e-4

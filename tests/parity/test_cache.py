@@ -4,10 +4,11 @@ import jax
 import numpy as np
 import pytest
 
-from grit_jax import GritModel, sharding
+from grit_jax import GritModel
 from grit_jax.config import EmbeddingConfig, MeshConfig
-from grit_jax.engine import Continuation, LaneSize
-from grit_jax.execution import PLAIN
+from grit_jax.inference.engine import Continuation, LaneSize
+from grit_jax.parallel import sharding
+from grit_jax.parallel.execution import PLAIN
 from tests.parity import golden
 
 ASKED = "\n<|user|>\nWhy?\n<|assistant|>\n"

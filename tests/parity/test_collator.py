@@ -7,7 +7,7 @@ import pytest
 
 from grit_jax.data.examples import tokenize_records
 from grit_jax.data.records import parse_record
-from grit_jax.tokenizer import Tokenizer
+from grit_jax.text.tokenizer import Tokenizer
 from tests.data.reading import record_prompts
 from tests.parity import golden
 

@@ -5,10 +5,11 @@ import re
 import jax
 import pytest
 
-from grit_jax import prompts, sharding
 from grit_jax.config import EmbeddingConfig, MeshConfig
-from grit_jax.execution import PLAIN
-from grit_jax.inference import GritModel
+from grit_jax.inference.model import GritModel
+from grit_jax.parallel import sharding
+from grit_jax.parallel.execution import PLAIN
+from grit_jax.text import prompts
 from tests.parity import golden
 
 OPTIONS = ["default", "attn=cccc", "normalized=False", "weightedmean", "cls", "lasttoken"]

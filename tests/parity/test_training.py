@@ -10,7 +10,6 @@ import numpy as np
 import optax
 import pytest
 
-from grit_jax import sharding
 from grit_jax.config import (
     Config,
     DataConfig,
@@ -21,8 +20,9 @@ from grit_jax.config import (
     OptimizerConfig,
     TrainConfig,
 )
-from grit_jax.execution import Execution
 from grit_jax.model.transformer import abstract_model
+from grit_jax.parallel import sharding
+from grit_jax.parallel.execution import Execution
 from grit_jax.train.objectives import trained_objectives
 from grit_jax.train.optimizer import make_optimizer
 from grit_jax.train.state import abstract_state, new_state, shardings_of

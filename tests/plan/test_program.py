@@ -5,18 +5,19 @@ import jax
 import pytest
 
 from grit_jax.cli import main as cli
-from grit_jax.config import Config, DataConfig, InputError, ModelConfig, TrainConfig, TransformerConfig
+from grit_jax.config import Config, DataConfig, ModelConfig, TrainConfig, TransformerConfig
 from grit_jax.data.streams import trained_streams
+from grit_jax.errors import InputError
 from grit_jax.plan import program, search
 from grit_jax.plan.cost import Cost
 from grit_jax.plan.program import Plan, planned_config
 from grit_jax.plan.report import advice, as_json, as_lines
 from grit_jax.plan.topology import parse_topology
 from grit_jax.plan.work import Work, lengths_at_limits, lengths_of_data, planned_work, rows_by_stream
-from grit_jax.tokenizer import Tokenizer
+from grit_jax.text.tokenizer import Tokenizer
 from grit_jax.train.metrics import model_flops
 from grit_jax.train.objectives import trained_objectives
-from tests.runs import ROOT, write_data
+from tests.commands import ROOT, write_data
 
 ARCHITECTURE = TransformerConfig(vocab_size=64, embed_dim=32, num_heads=4, num_kv_heads=2, num_layers=2).resolve(64)
 CONFIG = Config(

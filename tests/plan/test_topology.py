@@ -5,10 +5,11 @@ import sys
 import numpy as np
 import pytest
 
-from grit_jax.config import COPIES, InputError, MeshConfig
+from grit_jax.config import COPIES, MeshConfig
+from grit_jax.errors import InputError
+from grit_jax.parallel.sharding import host_share, make_mesh
 from grit_jax.plan import topology
 from grit_jax.plan.topology import devices, parse_topology, topology_names
-from grit_jax.sharding import host_share, make_mesh
 
 needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
 

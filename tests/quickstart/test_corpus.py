@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from grit_jax.config import InputError
 from grit_jax.data.records import parse_record
+from grit_jax.errors import InputError
 from grit_jax.quickstart import corpus
 from grit_jax.quickstart.corpus import DocumentedObject, collect_objects, package_roots, write_corpus
 

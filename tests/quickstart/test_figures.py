@@ -3,7 +3,7 @@ import json
 import numpy as np
 import pytest
 
-from grit_jax.config import InputError
+from grit_jax.errors import InputError
 from grit_jax.quickstart.figures import (
     ranks_of,
     read_task,
@@ -11,7 +11,7 @@ from grit_jax.quickstart.figures import (
     task_of_records,
     unigram_loss,
 )
-from grit_jax.tokenizer import Tokenizer
+from grit_jax.text.tokenizer import Tokenizer
 
 
 def test_figures_of_known_ranks():

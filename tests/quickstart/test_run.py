@@ -5,7 +5,7 @@ import json
 import pytest
 
 from grit_jax.cli.main import main
-from grit_jax.config import InputError
+from grit_jax.errors import InputError
 from grit_jax.quickstart import corpus
 from grit_jax.quickstart.corpus import DocumentedObject
 from grit_jax.quickstart.run import run_quickstart

@@ -9,13 +9,13 @@ import httpx2
 import pytest
 import uvicorn
 
-from grit_jax.rag import Rag
+from grit_jax.retrieval.layout import Store
+from grit_jax.retrieval.rag import Rag
 from grit_jax.serve.app import Server
 from grit_jax.serve.connection import PatientProtocol
 from grit_jax.serve.service import Limits
-from grit_jax.store.layout import Store
 from tests.models import make
-from tests.store import stores
+from tests.retrieval import stores
 
 NAME = "tiny"
 PROMPTS = {"question": "Find what answers"}

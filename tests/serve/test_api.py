@@ -11,13 +11,13 @@ import numpy as np
 import openai
 import pytest
 
-from grit_jax.rag import Rag
+from grit_jax.retrieval.layout import Store
+from grit_jax.retrieval.rag import Rag
 from grit_jax.serve.app import Server
 from grit_jax.serve.service import Limits
-from grit_jax.store.layout import Store
 from tests.models import make
+from tests.retrieval import stores
 from tests.serve.conftest import DOCUMENTS, NAME, PROMPTS, metric, running, until
-from tests.store import stores
 
 QUESTION = [{"role": "user", "content": "What is the sea?"}]
 TURNS = [*QUESTION, {"role": "assistant", "content": "Water."}, {"role": "user", "content": "More?"}]

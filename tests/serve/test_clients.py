@@ -10,9 +10,9 @@ import httpx2
 import numpy as np
 import pytest
 
-from grit_jax import prompts
 from grit_jax.serve.app import Server
 from grit_jax.serve.service import Limits
+from grit_jax.text import prompts
 from tests.serve.conftest import NAME, running
 from tests.serve.test_api import QUESTION
 

@@ -8,13 +8,13 @@ import httpx2
 import numpy as np
 import pytest
 
-from grit_jax.rag import Rag
+from grit_jax.retrieval.layout import Store
+from grit_jax.retrieval.rag import Rag
 from grit_jax.serve.app import Server
 from grit_jax.serve.service import Limits
-from grit_jax.store.layout import Store
 from tests.models import make
+from tests.retrieval import stores
 from tests.serve.conftest import DOCUMENTS, NAME, running, until
-from tests.store import stores
 
 LIMITS = Limits(max_length=1024, rows=4)
 EMBED = {"model": NAME, "input": "x"}

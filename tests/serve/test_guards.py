@@ -5,7 +5,7 @@ import re
 import httpx2
 import pytest
 
-from grit_jax.config import InputError
+from grit_jax.errors import InputError
 from grit_jax.serve.app import Server
 from grit_jax.serve.guards import check_api_key
 from grit_jax.serve.service import Limits

@@ -10,11 +10,11 @@ import time
 import httpx2
 import pytest
 
-from grit_jax.checkpoint import CheckpointMetadata, save_params
+from grit_jax.checkpoints.checkpoint import CheckpointMetadata, save_params
 from grit_jax.cli import serve
 from grit_jax.config import COPIES, MeshConfig
+from tests.commands import command, environment, grit_jax
 from tests.hf.test_folder import random_model
-from tests.runs import command, environment, grit_jax
 
 
 @pytest.fixture(scope="module")

@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 from safetensors import SafetensorError
 
-from grit_jax.engine import Block, Continuation, LaneSize
-from grit_jax.inference import StartedEmbedding
-from grit_jax.prompts import TokenizedPrompt
+from grit_jax.inference.engine import Block, Continuation, LaneSize
+from grit_jax.inference.model import StartedEmbedding
 from grit_jax.serve.errors import RequestError
 from grit_jax.serve.fairness import Caller
 from grit_jax.serve.metrics import Metrics
 from grit_jax.serve.scheduler import Scheduler
+from grit_jax.text.prompts import TokenizedPrompt
 from tests.serve.conftest import until
 
 numbers = itertools.count()

@@ -8,8 +8,8 @@ import pytest
 from jax.sharding import NamedSharding
 
 from grit_jax.config import MeshConfig
-from grit_jax.contrastive import TILE, contrastive_loss
-from grit_jax.sharding import make_mesh, partition_spec
+from grit_jax.losses.contrastive import TILE, contrastive_loss
+from grit_jax.parallel.sharding import make_mesh, partition_spec
 
 
 def compile_for_tpu(monkeypatch, topology, negatives, num_queries, num_passages, embed):

@@ -7,7 +7,7 @@ import pytest
 from grit_jax.config import MeshConfig, TransformerConfig
 from grit_jax.model.decode import Sampling, decode, empty_state, extend
 from grit_jax.model.transformer import abstract_model, abstract_params, param_axes
-from grit_jax.sharding import make_mesh, replicated, shardings
+from grit_jax.parallel.sharding import make_mesh, replicated, shardings
 
 ROWS, SLOTS = 16, 512
 

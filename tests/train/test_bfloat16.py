@@ -8,10 +8,10 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec
 
-from grit_jax import sharding
 from grit_jax.config import MeshConfig
-from grit_jax.execution import Execution
 from grit_jax.model.transformer import abstract_model, param_axes
+from grit_jax.parallel import sharding
+from grit_jax.parallel.execution import Execution
 from grit_jax.train.objectives import trained_objectives
 from grit_jax.train.optimizer import make_optimizer
 from grit_jax.train.state import abstract_state, shardings_of

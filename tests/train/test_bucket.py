@@ -12,12 +12,12 @@ import pytest
 
 from grit_jax import files
 from tests.bucket import BUCKET, Bucket
-from tests.runs import ROOT, grit_jax, losses, start, train_arguments, write_data
+from tests.commands import ROOT, grit_jax, losses, start, train_arguments, write_data
 
 pytest.importorskip("gcp_storage_emulator")
 COPY = """
 import json, sys
-from grit_jax.watch.lines import read_lines
+from grit_jax.runs.lines import read_lines
 for line in read_lines(sys.argv[1]):
     print(json.dumps(line))
 """
@@ -49,7 +49,8 @@ def succeeded(*arguments):
 
 CHECK = """
 import sys
-from grit_jax.config import InputError, load_config
+from grit_jax.config import load_config
+from grit_jax.errors import InputError
 from grit_jax.train.resolve import check_folder
 try:
     check_folder(load_config(sys.argv[1], ["--train.output=" + sys.argv[2], "--loss.temperature=0.5"]))

@@ -10,11 +10,11 @@ import pytest
 from grit_jax.cli.main import main
 from grit_jax.config import load_config
 from grit_jax.datatools.files import write_rows
+from grit_jax.runs.lock import writer_lock
 from grit_jax.train import dry_run as module
 from grit_jax.train import loop
 from grit_jax.train.dry_run import dry_run
-from grit_jax.watch.lock import writer_lock
-from tests.runs import ROOT, TINY, train_arguments, write_data
+from tests.commands import ROOT, TINY, train_arguments, write_data
 
 CHECKED = [
     "data.train",

@@ -11,19 +11,20 @@ import optax
 import pytest
 from flax.traverse_util import flatten_dict
 
-from grit_jax import sharding
-from grit_jax.checkpoint import Checkpoints
-from grit_jax.config import InputError, MeshConfig, OptimizerConfig, TrainConfig, load_config
-from grit_jax.inference import GritModel
-from grit_jax.loading import load_for_conversion
+from grit_jax.checkpoints.checkpoint import Checkpoints
+from grit_jax.checkpoints.loading import load_for_conversion
+from grit_jax.config import MeshConfig, OptimizerConfig, TrainConfig, load_config
+from grit_jax.errors import InputError
+from grit_jax.inference.model import GritModel
 from grit_jax.model.transformer import abstract_model, abstract_params, init_params, param_axes
+from grit_jax.parallel import sharding
 from grit_jax.train.dry_run import dry_run, state_and_gradient_bytes
 from grit_jax.train.loop import Trainer
 from grit_jax.train.optimizer import make_optimizer
 from grit_jax.train.setup import set_up
 from grit_jax.train.state import EVERYTHING, Partition, merged, new_state, shardings_of
+from tests.commands import ROOT, TINY, losses, write_data
 from tests.packing import relative_error
-from tests.runs import ROOT, TINY, losses, write_data
 from tests.train.test_step import BASE, MIXED, make_batch, with_train
 
 MLPS = ["layers.mlp.*", "head", "projection.*"]

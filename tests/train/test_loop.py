@@ -12,19 +12,20 @@ import jax
 import numpy as np
 import pytest
 
-from grit_jax.checks import verdict
+from grit_jax.checkpoints.loading import load_for_conversion
 from grit_jax.cli.main import main
-from grit_jax.config import Config, InputError, TrainConfig, load_config
-from grit_jax.inference import GritModel
-from grit_jax.loading import load_for_conversion
+from grit_jax.config import Config, TrainConfig, load_config
+from grit_jax.errors import InputError
+from grit_jax.inference.model import GritModel
 from grit_jax.model.transformer import init_params
+from grit_jax.runs.checks import verdict
+from grit_jax.runs.lines import read_lines
+from grit_jax.runs.lock import read_writer, refuse_living, writer_lock
 from grit_jax.train.callbacks import Callback
 from grit_jax.train.dry_run import dry_run
 from grit_jax.train.loop import Trainer
 from grit_jax.train.metrics import read_metrics
-from grit_jax.watch.lines import read_lines
-from grit_jax.watch.lock import read_writer, refuse_living, writer_lock
-from tests.runs import ROOT, TINY, environment, grit_jax, losses, start, train_arguments, write_data
+from tests.commands import ROOT, TINY, environment, grit_jax, losses, start, train_arguments, write_data
 
 
 @pytest.fixture(scope="module")
@@ -220,7 +221,7 @@ def test_a_run_starts_from_a_checkpoint_and_from_an_export(data, finished, tmp_p
     with pytest.raises(InputError, match=r"is not the tokenizer of model.init"):
         other = tmp_path / "tokenizer"
         other.mkdir()
-        from grit_jax.tokenizer import train_bpe
+        from grit_jax.text.tokenizer import train_bpe
 
         for name, text in train_bpe(["a b"], 260).files().items():
             (other / name).write_text(text)

@@ -7,11 +7,12 @@ import time
 
 import pytest
 
-from grit_jax.checkpoint import Checkpoints
-from grit_jax.config import InputError, load_config, parse_config
+from grit_jax.checkpoints.checkpoint import Checkpoints
+from grit_jax.config import load_config, parse_config
+from grit_jax.errors import InputError
 from grit_jax.train.loop import Trainer
+from tests.commands import ROOT, TINY, losses, write_data
 from tests.multiprocess import launch
-from tests.runs import ROOT, TINY, losses, write_data
 
 STEPS = 6
 
@@ -193,9 +194,10 @@ def test_what_another_process_saved_meanwhile_is_not_taken_for_damaged(data, tmp
 
 SEVERAL = """
     import sys
-    from grit_jax.config import InputError, load_config, parse_config
+    from grit_jax.config import load_config, parse_config
+    from grit_jax.errors import InputError
     from grit_jax.train.loop import Trainer
-    from grit_jax.watch import folder
+    from grit_jax.runs import folder
 
     apart, *options = sys.argv[2:]
     if apart == "apart" and jax.process_index() == 1:

@@ -7,7 +7,6 @@ import numpy as np
 import optax
 import pytest
 
-from grit_jax import sharding
 from grit_jax.config import (
     Config,
     DataConfig,
@@ -20,8 +19,9 @@ from grit_jax.config import (
     TransformerConfig,
 )
 from grit_jax.doctor.rows import embedding_batch, generative_batch, random_texts
-from grit_jax.execution import PLAIN, execution
 from grit_jax.model.transformer import abstract_model, init_params, param_axes
+from grit_jax.parallel import sharding
+from grit_jax.parallel.execution import PLAIN, execution
 from grit_jax.train.objectives import trained_objectives
 from grit_jax.train.optimizer import learning_rate, make_optimizer
 from grit_jax.train.state import abstract_state, new_state, shardings_of

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from grit_jax.config import load_config
+from grit_jax.runs.status import last_checkpoint
 from grit_jax.train import stopping
 from grit_jax.train.loop import Trainer
 from grit_jax.train.stopping import stop_signals, wait_for_turn
-from grit_jax.watch.status import last_checkpoint
-from tests.runs import ROOT, TINY, write_data
+from tests.commands import ROOT, TINY, write_data
 
 SECONDS = 1.0  # of a step that takes long
 

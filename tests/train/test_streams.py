@@ -9,9 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grit_jax import prompts
-from grit_jax.batch import ONE_HOST, Array
-from grit_jax.config import InputError, load_config
+from grit_jax.config import load_config
+from grit_jax.data.batch import ONE_HOST, Array
 from grit_jax.data.pipeline import Pipeline
 from grit_jax.data.records import Record, RecordError
 from grit_jax.data.sources import find_files
@@ -19,16 +18,18 @@ from grit_jax.data.streams import all_streams
 from grit_jax.data.streams.base import Role, RowPlan, Stream
 from grit_jax.datatools.stats import as_lines, measure
 from grit_jax.datatools.validate import validate
+from grit_jax.errors import InputError
 from grit_jax.plan import outline
 from grit_jax.plan.program import planned_config
 from grit_jax.plan.topology import parse_topology
 from grit_jax.plan.work import lengths_at_limits
-from grit_jax.tokenizer import Tokenizer
+from grit_jax.text import prompts
+from grit_jax.text.tokenizer import Tokenizer
 from grit_jax.train.loop import Trainer
 from grit_jax.train.metrics import read_metrics
 from grit_jax.train.objectives import trained_objectives
 from grit_jax.train.objectives.base import Losses, Objective, Parts
-from tests.runs import ROOT, TINY, write_data
+from tests.commands import ROOT, TINY, write_data
 
 BYTES = Tokenizer.load("bytes")
 

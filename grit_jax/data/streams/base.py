@@ -11,8 +11,8 @@ import numpy as np
 
 from grit_jax.data.packing import FilledRows
 from grit_jax.data.records import Record
-from grit_jax.prompts import Prompt
-from grit_jax.tokenizer import Tokenizer
+from grit_jax.text.prompts import Prompt
+from grit_jax.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from grit_jax.data.usable import StreamFiles
@@ -169,7 +169,7 @@ class Stream(abc.ABC):
 
     @abc.abstractmethod
     def fill(self, plan: Any, planned: PlannedRows) -> Any:
-        """The batch of a plan, given its rows, or those of one host: a named tuple of arrays, see `grit_jax.batch`."""
+        """The batch of a plan, given its rows, or those of one host: a named tuple as in `grit_jax.data.batch`."""
 
     @abc.abstractmethod
     def full_step(self) -> np.ndarray:

@@ -8,14 +8,14 @@ import numpy as np
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from grit_jax import prompts
-from grit_jax.batch import EmbeddingBatch, max_segments
 from grit_jax.config import Config, Pooling
+from grit_jax.data.batch import EmbeddingBatch, max_segments
 from grit_jax.data.packing import ranges
 from grit_jax.data.records import EmbeddingRecord
 from grit_jax.data.streams.base import PlannedRows, Ranks, Role, RowPlan, Samples, Stream
-from grit_jax.prompts import Prompt
-from grit_jax.tokenizer import Tokenizer
+from grit_jax.text import prompts
+from grit_jax.text.prompts import Prompt
+from grit_jax.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from grit_jax.data.usable import StreamFiles

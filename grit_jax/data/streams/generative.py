@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from grit_jax import prompts
-from grit_jax.batch import GenerativeBatch
 from grit_jax.config import Config, LossConfig
+from grit_jax.data.batch import GenerativeBatch
 from grit_jax.data.packing import ranges
 from grit_jax.data.records import GenerativeRecord
 from grit_jax.data.streams.base import PlannedRows, Ranks, Role, RowPlan, Samples, Stream
-from grit_jax.prompts import Prompt
-from grit_jax.tokenizer import Tokenizer
+from grit_jax.text import prompts
+from grit_jax.text.prompts import Prompt
+from grit_jax.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from grit_jax.data.usable import StreamFiles

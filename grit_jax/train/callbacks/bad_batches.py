@@ -9,11 +9,11 @@ from contextlib import contextmanager
 import jax
 
 from grit_jax import files
+from grit_jax.runs import folder
+from grit_jax.runs.lines import LineWriter
+from grit_jax.runs.spikes import WINDOW, Spikes
 from grit_jax.train.callbacks.base import Callback, Run
 from grit_jax.train.metrics import read_metrics
-from grit_jax.watch import folder
-from grit_jax.watch.lines import LineWriter
-from grit_jax.watch.spikes import WINDOW, Spikes
 
 
 class BadBatches(Callback):

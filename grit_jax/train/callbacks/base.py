@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 import jax
 import numpy as np
 
-from grit_jax.batch import Batch
+from grit_jax.data.batch import Batch
 from grit_jax.train.metrics import Meter
 from grit_jax.train.step import Metrics
 

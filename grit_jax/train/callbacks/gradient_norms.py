@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import jax
 
-from grit_jax.batch import Batch
+from grit_jax.data.batch import Batch
 from grit_jax.model.transformer import Params
 from grit_jax.train.callbacks.base import Callback, Run
 

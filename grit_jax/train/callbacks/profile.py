@@ -10,10 +10,10 @@ from pathlib import Path
 import jax
 
 from grit_jax import files
-from grit_jax.batch import Batch
+from grit_jax.data.batch import Batch
+from grit_jax.runs import folder
 from grit_jax.train.callbacks.base import Callback, Run
 from grit_jax.train.step import Metrics
-from grit_jax.watch import folder
 
 
 class Profile(Callback):

@@ -6,11 +6,11 @@ from collections.abc import Generator
 from contextlib import contextmanager
 
 from grit_jax import files
-from grit_jax.checkpoint import Checkpoints
+from grit_jax.checkpoints.checkpoint import Checkpoints
 from grit_jax.config import CheckpointConfig
-from grit_jax.distributed import in_first_process, wait_for_all
+from grit_jax.parallel.distributed import in_first_process, wait_for_all
+from grit_jax.runs import folder
 from grit_jax.train.callbacks.base import Callback, Run
-from grit_jax.watch import folder
 
 
 class Saving(Callback):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from grit_jax.inference import GritModel
+from grit_jax.inference.model import GritModel
 from grit_jax.train.callbacks.base import Run
 from grit_jax.train.callbacks.evaluation import Evaluation
 

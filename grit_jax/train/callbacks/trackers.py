@@ -13,11 +13,11 @@ from typing import Any, Protocol
 import jax
 
 from grit_jax import files
-from grit_jax.config import InputError, LoggingConfig, dump_config
-from grit_jax.errors import install
+from grit_jax.config import LoggingConfig, dump_config
+from grit_jax.errors import InputError, install
+from grit_jax.runs import folder
+from grit_jax.runs.lines import LineWriter
 from grit_jax.train.callbacks.base import Callback, Run
-from grit_jax.watch import folder
-from grit_jax.watch.lines import LineWriter
 
 Values = Mapping[str, float]
 

@@ -8,8 +8,8 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import jax
 
 from grit_jax import files
+from grit_jax.runs import folder, watchdog
 from grit_jax.train.callbacks.base import Callback, Phase, Run
-from grit_jax.watch import folder, watchdog
 
 _UNTIMED = ("compile", "evaluation")  # may take any time
 

@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
+from grit_jax.runs.lines import read_lines
 from grit_jax.train.callbacks.bad_batches import BadBatches
-from grit_jax.watch.lines import read_lines
 from tests.train.callbacks import made_up
 
 

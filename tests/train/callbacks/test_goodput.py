@@ -1,7 +1,7 @@
 import time
 
+from grit_jax.runs.lines import read_lines
 from grit_jax.train.callbacks.goodput import Goodput
-from grit_jax.watch.lines import read_lines
 from tests.train.callbacks import made_up
 
 

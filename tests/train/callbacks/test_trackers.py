@@ -4,7 +4,8 @@ from types import ModuleType
 
 import pytest
 
-from grit_jax.config import InputError, LoggingConfig
+from grit_jax.config import LoggingConfig
+from grit_jax.errors import InputError
 from grit_jax.train.callbacks.trackers import JsonlTracker, TensorBoardTracker, make_trackers
 from grit_jax.train.metrics import read_metrics
 

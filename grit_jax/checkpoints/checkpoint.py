@@ -1,0 +1,340 @@
+"""Checkpoints on disk: Orbax folders, one per step, each complete in itself."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import json
+import math
+from collections.abc import Callable, Generator, Mapping, Sequence
+from os import PathLike
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+from etils import epath
+from orbax.checkpoint import v1 as ocp
+
+from grit_jax import files
+from grit_jax.checkpoints import integrity
+from grit_jax.config import CheckpointConfig, EmbeddingConfig, TransformerConfig
+from grit_jax.errors import InputError
+from grit_jax.model.pretrained import Pretrained
+from grit_jax.model.transformer import Params, abstract_model, abstract_params
+from grit_jax.runs import folder as run_folder
+from grit_jax.text.tokenizer import Tokenizer
+
+# The parts of a checkpoint; each can be read without the others.
+_PARAMS, _OPTIMIZER = "params", "optimizer"
+_METRICS = ("metrics", "metrics")  # where Orbax writes the metrics of a checkpoint
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointMetadata:
+    """What a checkpoint says about its arrays.
+
+    Attributes:
+      architecture: Resolved shape of the model.
+      embedding: How its vectors are made.
+      tokenizer_files: `Tokenizer.files` of its tokenizer.
+      config: Resolved config of the run as YAML, None for an imported model.
+      data: Position in the training data.
+    """
+
+    architecture: TransformerConfig
+    embedding: EmbeddingConfig
+    tokenizer_files: dict[str, str]
+    config: str | None = None
+    data: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+class DamagedCheckpointError(OSError):
+    """A checkpoint cannot be read; those of other steps may be good."""
+
+
+class Checkpoints:
+    """The checkpoints of a folder.
+
+    Args:
+      folder: Holds one sub-folder per step; made by the first who does not only read.
+      keep: Which checkpoints are kept, and how long hosts wait for each other; None keeps all.
+      read_only: Whether nothing is written: what is half written may then be a living run's save, and stays.
+      confirm: Called in process 0 when all of a checkpoint is written, right before it counts; raises where it may not.
+    """
+
+    def __init__(
+        self,
+        folder: str | PathLike[str],
+        *,
+        keep: CheckpointConfig | None = None,
+        read_only: bool = False,
+        confirm: Callable[[], None] = lambda: None,
+    ):
+        self.folder = epath.Path(folder) if files.is_bucket(folder) else epath.Path(folder).resolve()
+        self._saver = None if read_only else _saver(self.folder, keep)
+        self._confirm = confirm
+        self._saving: tuple[int, Any, contextlib.ExitStack] | None = None
+        self._checked: dict[int, str | None] = {}  # what `check_digests` has returned, by step
+
+    def steps(self) -> list[int]:
+        """Steps with a complete checkpoint, ascending."""
+        return sorted(run_folder.checkpoint_steps(self.folder))
+
+    def save(
+        self,
+        step: int,
+        params: Params,
+        opt_state: Any | None,
+        metadata: CheckpointMetadata,
+        metrics: Mapping[str, float] | None = None,
+    ) -> None:
+        """Starts saving; the arrays may be overwritten when this returns, `wait` returns when the save is on disk.
+
+        A complete checkpoint of the step that is there already stays, and nothing is saved: to replace it, it would
+        have to be deleted first, and a crash would leave neither. The step may be lower than others that are there.
+
+        Args:
+          step: Which step's state this is.
+          params: Parameters.
+          opt_state: State of the optimizer; None saves parameters alone.
+          metadata: What the checkpoint says about itself.
+          metrics: What the best checkpoints are chosen by.
+
+        Raises:
+          OSError: The save before this one failed, for example because the disk is full.
+        """
+        assert self._saver, "opened for reading only"
+        self.wait()
+        if run_folder.is_complete(self.folder / str(step)):
+            return
+        parts = {_PARAMS: params} | ({} if opt_state is None else {_OPTIMIZER: opt_state})
+        about, ranked_by = dataclasses.asdict(metadata), cast(Any, metrics and dict(metrics))
+        # Orbax by itself saves nothing below the newest step: `force`. Without `overwrite`, which has nothing to delete
+        # here, it asks when every checkpoint was made, and fails where one of them is damaged.
+        save = functools.partial(
+            self._saver.save_checkpointables_async,
+            metrics=ranked_by, custom_metadata=about, force=True, overwrite=True,
+        )  # fmt: skip
+        with contextlib.ExitStack() as committing:
+            committing.enter_context(integrity.committing(self.folder / str(step), about, self._confirm))
+            response = self._guarded(step, lambda: save(step, parts))
+            self._saving = step, response, committing.pop_all()
+
+    def wait(self) -> None:
+        """Waits for the save in progress.
+
+        Raises:
+          OSError: It failed; earlier checkpoints are untouched.
+        """
+        if self._saving:
+            (step, response, committing), self._saving = self._saving, None
+            with committing:
+                self._guarded(step, response.result)
+
+    def close(self) -> None:
+        """Waits, then lets go of the folder."""
+        self.wait()
+        if self._saver:
+            self._saver.close()
+
+    def _guarded(self, step: int, save):
+        try:
+            return save()
+        except Exception as error:  # orbax and tensorstore raise many kinds
+            reason = " ".join(str(error).split())
+            steps = self.steps()
+            kept = f"the last good checkpoint is step {steps[-1]}" if steps else "no checkpoint is kept yet"
+            raise OSError(
+                f"{self.folder}: saving step {step} failed ({reason[:300]}); {kept}: make room and run again"
+            ) from error
+
+    def metadata(self, step: int) -> CheckpointMetadata:
+        """What the checkpoint of `step` says about itself.
+
+        Raises:
+          DamagedCheckpointError: It cannot be read.
+        """
+        with self._readable(step):
+            digest = self._check_digests(step)
+            stored: Any = ocp.checkpointables_metadata(self.folder / str(step)).custom_metadata
+            integrity.check_about(stored, digest)
+            nested = {
+                "architecture": TransformerConfig(**stored["architecture"]),
+                "embedding": EmbeddingConfig(**stored["embedding"]),
+            }
+            return CheckpointMetadata(**stored | nested)
+
+    def restore(self, step: int, params: Params, opt_state: Any) -> tuple[Params, Any]:
+        """Parameters and optimizer state, placed as asked.
+
+        Args:
+          step: Which checkpoint.
+          params: Tree of ShapeDtypeStructs with shardings.
+          opt_state: The same for the optimizer; None leaves it unread.
+
+        Raises:
+          InputError: The checkpoint has other keys or shapes; the message lists them.
+          DamagedCheckpointError: It cannot be read.
+        """
+        wanted = {_PARAMS: params} | ({} if opt_state is None else {_OPTIMIZER: opt_state})
+        with self._readable(step):
+            self._check_digests(step)
+            stored = ocp.checkpointables_metadata(self.folder / str(step)).metadata
+            stored = {part: stored[part] for part in wanted}
+            if unread := [part for part in stored if stored[part] is None]:  # Orbax only warns
+                raise ValueError(f"what {', '.join(unread)} holds cannot be read")
+        for part, tree in wanted.items():
+            _check_matches(f"{self.folder / str(step)}: {part}", stored[part], tree)
+        with self._readable(step):
+            loaded = ocp.load_checkpointables(self.folder / str(step), wanted)
+            return loaded[_PARAMS], loaded.get(_OPTIMIZER)
+
+    def _check_digests(self, step: int) -> str | None:
+        if step not in self._checked:
+            self._checked[step] = integrity.check_digests(self.folder / str(step))
+        return self._checked[step]
+
+    @contextlib.contextmanager
+    def _readable(self, step: int) -> Generator[None]:
+        jax.devices()  # a platform that JAX cannot use is no damage
+        try:
+            yield
+        except Exception as error:  # orbax, tensorstore and json raise many kinds
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            others = ", ".join(str(other) for other in self.steps() if other != step) or "none"
+            raise DamagedCheckpointError(
+                f"{self.folder / str(step)}: the checkpoint is damaged ({reason}); other steps: {others}"
+            ) from error
+
+
+def _saver(folder: epath.Path, keep: CheckpointConfig | None) -> ocp.training.Checkpointer:
+    """Orbax's part in saving; it removes what is half written, and reads no checkpoint, which may be damaged."""
+    policy, context = None, None
+    if keep:
+        policy, context = _Kept(folder, keep), ocp.Context()
+        context.asynchronous.timeout_secs = keep.timeout_seconds
+    return ocp.training.Checkpointer(
+        str(folder), preservation_policy=policy, context=context,
+        cleanup_tmp_directories=True, lightweight_initialize=True,
+    )  # fmt: skip
+
+
+class _Kept:
+    """Tells Orbax which checkpoints stay, as `CheckpointConfig` says.
+
+    Args:
+      folder: Where they are; the metrics of those that are there are read now.
+      keep: The settings.
+    """
+
+    def __init__(self, folder: epath.Path, keep: CheckpointConfig):
+        self._keep = keep
+        there = run_folder.checkpoint_steps(folder) if keep.keep_best else ()
+        self._metrics = {step: _read_metrics(folder / str(step)) for step in there}
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        """One answer for each checkpoint, which has a `step` and, when this process saved it, `metrics`."""
+        keep, steps = self._keep, sorted(checkpoint.step for checkpoint in checkpoints)
+        kept = set(steps[-keep.keep :])
+        if keep.keep_every:
+            kept |= {step for step in steps if step % keep.keep_every == 0}
+        if keep.keep_best:
+            sign = 1 if keep.best_is == "largest" else -1
+            values = {checkpoint.step: self._value(checkpoint) for checkpoint in checkpoints}
+            ranked = sorted((sign * value, step) for step, value in values.items() if value is not None)
+            kept |= {step for _, step in ranked[-keep.keep_best :]}
+        return [checkpoint.step in kept for checkpoint in checkpoints]
+
+    def _value(self, checkpoint: Any) -> float | None:
+        metrics = checkpoint.metrics or self._metrics.get(checkpoint.step, {})
+        value = metrics.get(self._keep.best_metric)
+        return value if isinstance(value, int | float) and math.isfinite(value) else None
+
+
+def _read_metrics(checkpoint: epath.Path) -> dict[str, Any]:
+    """What a checkpoint was saved with to be ranked by; empty where there is none, or it is damaged."""
+    try:
+        found = json.loads(files.read_text(files.join(checkpoint, *_METRICS)) or "{}")
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _check_matches(where: str, stored: Any, wanted: Any) -> None:
+    def shapes(tree):
+        leaves = jax.tree_util.tree_leaves_with_path(tree)
+        # Tuples come back from disk as lists, named tuples as dicts: compare by the names alone.
+        return {jax.tree_util.keystr(path, simple=True, separator="."): tuple(leaf.shape) for path, leaf in leaves}
+
+    there, asked = shapes(stored), shapes(wanted)
+    problems = [f"{name} is missing" for name in asked if name not in there]
+    problems += [f"{name} is not expected" for name in there if name not in asked]
+    problems += [
+        f"{name} is {there[name]}, not {asked[name]}" for name in asked if there.get(name, asked[name]) != asked[name]
+    ]
+    if problems:
+        shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
+        raise InputError(f"{where}: not a checkpoint of this model ({shown}); use the config it was made with")
+
+
+def _locate(path: epath.Path) -> tuple[epath.Path, int | None] | None:
+    """The folder of checkpoints that `path` means, and the step when it names one; None when it is no checkpoint."""
+    if files.is_folder(path / "checkpoints"):
+        return path / "checkpoints", None
+    if path.name.isdigit() and files.is_folder(path / _PARAMS):
+        return path.parent, int(path.name)
+    if any(name.isdigit() and files.is_folder(path / name / _PARAMS) for name in files.names(path)):
+        return path, None
+    return None
+
+
+def is_checkpoint(path: str | PathLike[str]) -> bool:
+    """Whether `path` is a run folder, a folder of checkpoints or one checkpoint."""
+    return _locate(epath.Path(path)) is not None
+
+
+def open_checkpoint(path: str | PathLike[str], step: int | None = None) -> Pretrained:
+    """The model of a run folder, a folder of checkpoints or one checkpoint: the newest step unless one is named.
+
+    Raises:
+      InputError: There is no such checkpoint.
+    """
+    located = _locate(epath.Path(path))
+    if located is None:
+        raise InputError(f"{path}: no checkpoint there; name a run folder, a folder of checkpoints or one checkpoint")
+    folder, named = located
+    checkpoints = Checkpoints(folder, read_only=True)
+    steps, step = checkpoints.steps(), named if step is None else step
+    if not steps:
+        raise InputError(f"{path}: no complete checkpoint there; the run has not saved one yet")
+    if step is not None and step not in steps:
+        raise InputError(f"{path}: no checkpoint of step {step}; there are steps {', '.join(map(str, steps))}")
+    step = steps[-1] if step is None else step
+    metadata = checkpoints.metadata(step)
+    model = abstract_model(metadata.architecture, metadata.embedding.projection_dim)
+
+    def load(shardings: Any, dtype: Any = jnp.float32) -> Params:
+        shapes = jax.tree.map(
+            lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, dtype, sharding=sharding),
+            abstract_params(model),
+            shardings,
+        )
+        return checkpoints.restore(step, shapes, None)[0]
+
+    tokenizer = Tokenizer.from_files(metadata.tokenizer_files)
+    return Pretrained(metadata.architecture, metadata.embedding, tokenizer, load)
+
+
+def save_params(folder: str | PathLike[str], params: Params, metadata: CheckpointMetadata) -> None:
+    """Writes a checkpoint folder with parameters alone, as step 0, and waits for it.
+
+    No more than the largest parameter is copied at a time: on a host that the parameters nearly fill, that counts
+    more than speed.
+    """
+    context = ocp.Context()
+    context.memory.write_concurrent_bytes = 1 + max(leaf.nbytes for leaf in jax.tree.leaves(params))
+    with context:
+        checkpoints = Checkpoints(folder)
+        checkpoints.save(0, params, None, metadata)
+        checkpoints.close()

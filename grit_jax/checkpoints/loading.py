@@ -1,0 +1,74 @@
+"""Opens a model wherever it is stored."""
+
+from __future__ import annotations
+
+import os
+
+import jax.numpy as jnp
+from etils import epath
+from jax.sharding import Mesh
+from jax.typing import DTypeLike
+
+from grit_jax import files
+from grit_jax.checkpoints import checkpoint
+from grit_jax.config import MeshConfig
+from grit_jax.errors import InputError
+from grit_jax.hf import folder, hub
+from grit_jax.model.pretrained import Pretrained
+from grit_jax.model.transformer import Params, abstract_model, abstract_params, param_axes
+from grit_jax.parallel import sharding
+from grit_jax.text.tokenizer import Tokenizer
+
+
+def open_model(path: str | os.PathLike[str], step: int | None = None) -> Pretrained:
+    """The model of a run folder, a checkpoint, a Hugging Face folder or the Hugging Face Hub.
+
+    Args:
+      path: Where it is: on a disk, in a bucket, or `org/name` or `org/name@revision` on the Hub.
+      step: Checkpoint to take; None takes the newest.
+
+    Raises:
+      InputError: Nothing there can be read as a model.
+    """
+    path = epath.Path(hub.snapshot(str(path)) if hub.is_hub_id(path) else path)
+    if checkpoint.is_checkpoint(path):
+        return checkpoint.open_checkpoint(path, step)
+    if folder.is_folder(path):
+        if step is not None:
+            raise InputError(f"{path} is a Hugging Face folder and has no steps; leave the step out")
+        return folder.open_folder(path)
+    what = (
+        "nothing there"
+        if not files.exists(path)
+        else "no checkpoints/, no step folder, no config.json with safetensors"
+    )
+    raise InputError(f"{path}: {what}; name a run folder, a checkpoint or a Hugging Face folder")
+
+
+def open_tokenizer(source: str) -> Tokenizer:
+    """A tokenizer by folder, file, Hub id or `bytes`.
+
+    Raises:
+      InputError: Nothing usable is there.
+    """
+    return Tokenizer.load(hub.snapshot(source) if hub.is_hub_id(source) else source)
+
+
+def load_params(pretrained: Pretrained, mesh: Mesh, dtype: DTypeLike = jnp.float32) -> Params:
+    """Reads a model's parameters onto a mesh, as training and inference split them.
+
+    Raises:
+      InputError: The stored weights are not of this model, or the mesh does not divide them.
+    """
+    model = abstract_model(pretrained.architecture, pretrained.embedding.projection_dim)
+    return pretrained.load(sharding.shardings(mesh, abstract_params(model), param_axes(model)), dtype)
+
+
+def load_for_conversion(
+    path: str | os.PathLike[str], step: int | None = None, dtype: DTypeLike = jnp.float32
+) -> tuple[Pretrained, Params]:
+    """Opens a model and reads its parameters, one copy over all devices."""
+    pretrained = open_model(path, step)
+    model = abstract_model(pretrained.architecture, pretrained.embedding.projection_dim)
+    mesh = sharding.make_mesh(MeshConfig())
+    return pretrained, pretrained.load(sharding.spread(mesh, abstract_params(model)), dtype)

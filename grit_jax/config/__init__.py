@@ -1,0 +1,66 @@
+"""What a model is and every setting of a run: dataclasses, read from YAML and `--section.key=value`."""
+
+from __future__ import annotations
+
+from grit_jax.config.architecture import Attention, EmbeddingConfig, Family, Pooling, RopeScaling, TransformerConfig
+from grit_jax.config.loading import (
+    config_differences,
+    dump_config,
+    flat_values,
+    from_mapping,
+    load_config,
+    parse_config,
+    parse_mapping,
+)
+from grit_jax.config.run import (
+    COPIES,
+    AttentionKernel,
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    DistributedConfig,
+    ExpertKernel,
+    LoggingConfig,
+    LossConfig,
+    MeshConfig,
+    ModelConfig,
+    Negatives,
+    OptimizerConfig,
+    Remat,
+    ScorecardConfig,
+    StageConfig,
+    TrainConfig,
+)
+
+__all__ = [
+    "COPIES",
+    "Attention",
+    "AttentionKernel",
+    "CheckpointConfig",
+    "Config",
+    "DataConfig",
+    "DistributedConfig",
+    "EmbeddingConfig",
+    "ExpertKernel",
+    "Family",
+    "LoggingConfig",
+    "LossConfig",
+    "MeshConfig",
+    "ModelConfig",
+    "Negatives",
+    "OptimizerConfig",
+    "Pooling",
+    "Remat",
+    "RopeScaling",
+    "ScorecardConfig",
+    "StageConfig",
+    "TrainConfig",
+    "TransformerConfig",
+    "config_differences",
+    "dump_config",
+    "flat_values",
+    "from_mapping",
+    "load_config",
+    "parse_config",
+    "parse_mapping",
+]

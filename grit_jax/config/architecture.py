@@ -1,0 +1,200 @@
+"""What a model is: the shape of its transformer, and how its vectors are made."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Literal
+
+from grit_jax.config.ranges import (
+    NOT_NEGATIVE,
+    POSITIVE,
+    require_fields,
+)
+from grit_jax.errors import InputError
+
+Attention = Literal["bidirectional", "causal"]
+Pooling = Literal["mean", "weighted_mean", "cls", "last_token"]
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """Stretches rotary positions beyond the length a model was first trained on.
+
+    Attributes:
+      kind: `linear` divides every frequency by `factor`; `llama3` divides the slow ones only, with a ramp between.
+      factor: By how much.
+      low_frequency_factor: `llama3`: waves longer than `original_length / low_frequency_factor` are divided.
+      high_frequency_factor: `llama3`: waves shorter than `original_length / high_frequency_factor` are kept.
+      original_length: `llama3`: the length of the first training, in tokens.
+    """
+
+    kind: Literal["linear", "llama3"] = "linear"
+    factor: float = 1.0
+    low_frequency_factor: float = 1.0
+    high_frequency_factor: float = 4.0
+    original_length: int = 8192
+
+    def __post_init__(self):
+        require_fields(
+            "model.architecture.rope_scaling",
+            self,
+            factor=POSITIVE,
+            low_frequency_factor=POSITIVE,
+            high_frequency_factor=POSITIVE,
+            original_length=POSITIVE,
+        )
+        if self.kind == "llama3" and self.low_frequency_factor >= self.high_frequency_factor:
+            raise InputError(
+                f"model.architecture.rope_scaling.low_frequency_factor={self.low_frequency_factor} must be less than "
+                f"high_frequency_factor={self.high_frequency_factor}"
+            )
+
+
+Family = Literal["llama", "mistral", "mixtral", "qwen2", "qwen3", "gemma2", "gemma3_text"]
+
+
+@dataclass(frozen=True)
+class TransformerConfig:
+    """Architecture of a decoder of one of the supported families.
+
+    Attributes:
+      family: Hugging Face `model_type` that the model is exported as.
+      vocab_size: Rows of the embedding table; 0 takes the tokenizer's size.
+      embed_dim: Width of the residual stream.
+      mlp_dim: Width of the gated MLP, of one expert where there are experts.
+      num_layers: Transformer blocks.
+      num_heads: Query heads.
+      num_kv_heads: Key and value heads; divides `num_heads`.
+      head_dim: Width of one head; 0 means `embed_dim / num_heads`.
+      max_length: Longest sequence the model was made for, in tokens.
+      rope_theta: Base of the rotary embedding's wavelengths.
+      rope_scaling: How they are stretched; null for not at all.
+      local_rope_theta: Base in layers with a window, never stretched; null for the same as everywhere.
+      norm_epsilon: Epsilon of every RMSNorm.
+      norm_offset: Added to every stored norm scale: 1 for Gemma, whose scales are stored around 0.
+      activation: Of the gated MLP.
+      qkv_bias: Whether query, key and value have biases.
+      qk_norm: Whether each head's queries and keys are normalised before the rotation.
+      post_norms: Whether what attention and MLP add to the residual stream is normalised.
+      scale_embedding: Whether token embeddings are multiplied by `sqrt(embed_dim)`.
+      attention_scale_dim: Query-key products are divided by its square root; null means `head_dim`.
+      attention_soft_cap: Bound of attention scores, by tanh; null for none.
+      logit_soft_cap: Bound of logits, by tanh; null for none.
+      sliding_window: Keys a causal query sees, itself included; null for all of them.
+      windowed_layers: For each layer whether it has the window; empty for every layer.
+      window_bidirectional: Whether a bidirectional query is held to keys at most `sliding_window` away; without, it
+        sees all keys.
+      tie_embeddings: Whether the output head is the embedding table.
+      num_experts: Experts of every MLP; 0 for a dense MLP.
+      experts_per_token: Experts that a token is sent to.
+    """
+
+    family: Family = "llama"
+    vocab_size: int = 0
+    embed_dim: int = 256
+    mlp_dim: int = 768
+    num_layers: int = 4
+    num_heads: int = 4
+    num_kv_heads: int = 2
+    head_dim: int = 0
+    max_length: int = 2048
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    local_rope_theta: float | None = None
+    norm_epsilon: float = 1e-5
+    norm_offset: float = 0.0
+    activation: Literal["silu", "gelu_tanh"] = "silu"
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    post_norms: bool = False
+    scale_embedding: bool = False
+    attention_scale_dim: int | None = None
+    attention_soft_cap: float | None = None
+    logit_soft_cap: float | None = None
+    sliding_window: int | None = None
+    windowed_layers: tuple[bool, ...] = ()
+    window_bidirectional: bool = False
+    tie_embeddings: bool = True
+    num_experts: int = 0
+    experts_per_token: int = 2
+
+    def __post_init__(self):
+        positive = (
+            "embed_dim", "mlp_dim", "num_layers", "num_heads", "num_kv_heads", "max_length", "rope_theta",
+            "local_rope_theta", "norm_epsilon", "attention_scale_dim", "attention_soft_cap", "logit_soft_cap",
+            "sliding_window", "experts_per_token",
+        )  # fmt: skip
+        not_negative = ("vocab_size", "head_dim", "num_experts")
+        require_fields(
+            "model.architecture", self, **dict.fromkeys(positive, POSITIVE), **dict.fromkeys(not_negative, NOT_NEGATIVE)
+        )
+        if self.num_heads % self.num_kv_heads:
+            raise InputError(
+                f"model.architecture.num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}; "
+                "every key/value head serves the same number of query heads"
+            )
+        if not self.head_dim and self.embed_dim % self.num_heads:
+            raise InputError(
+                f"model.architecture.embed_dim={self.embed_dim} is not a multiple of num_heads={self.num_heads}; "
+                "set model.architecture.head_dim"
+            )
+        if self.family == "mixtral" and not self.num_experts:
+            raise InputError("model.architecture.family=mixtral needs model.architecture.num_experts")
+        if self.num_experts and self.experts_per_token > self.num_experts:
+            raise InputError(
+                f"model.architecture.experts_per_token={self.experts_per_token} is not between 1 and "
+                f"num_experts={self.num_experts}"
+            )
+        # Stored as JSON and YAML, lists and mappings come back.
+        object.__setattr__(self, "windowed_layers", tuple(self.windowed_layers))
+        if isinstance(self.rope_scaling, dict):
+            object.__setattr__(self, "rope_scaling", RopeScaling(**self.rope_scaling))
+        if self.windowed_layers and len(self.windowed_layers) != self.num_layers:
+            raise InputError(
+                f"model.architecture.windowed_layers has {len(self.windowed_layers)} entries for "
+                f"num_layers={self.num_layers}; give one per layer, or none"
+            )
+        if any(self.windowed_layers) and not self.sliding_window:
+            raise InputError("model.architecture.windowed_layers needs model.architecture.sliding_window")
+
+    @property
+    def layer_windows(self) -> tuple[bool, ...]:
+        """For each layer whether it has the sliding window."""
+        return self.windowed_layers or (self.sliding_window is not None,) * self.num_layers
+
+    def resolve(self, vocab_size: int) -> TransformerConfig:
+        """The same architecture with no 0 left: `vocab_size` and `head_dim` filled in where they are missing.
+
+        Raises:
+          InputError: The embedding table has fewer rows than the tokenizer has tokens, or heads of odd width.
+        """
+        if 0 < self.vocab_size < vocab_size:
+            raise InputError(
+                f"model.architecture.vocab_size={self.vocab_size} is smaller than the tokenizer's {vocab_size} tokens; "
+                "remove it or use the model's own tokenizer"
+            )
+        head_dim = self.head_dim or self.embed_dim // self.num_heads
+        if head_dim % 2:
+            raise InputError(f"model.architecture.head_dim={head_dim} is odd; rotary embeddings pair its values")
+        return dataclasses.replace(self, vocab_size=self.vocab_size or vocab_size, head_dim=head_dim)
+
+
+@dataclass(frozen=True)
+class EmbeddingConfig:
+    """How hidden states become a vector; travels with the weights.
+
+    Attributes:
+      attention: Attention of the embedding pass.
+      pooling: `mean`, `weighted_mean` (later tokens weigh more) or `last_token` of the text, or `cls` (first token).
+      normalized: Whether vectors have unit length.
+      projection_dim: Width of a linear head after pooling's hidden states; null for none.
+    """
+
+    attention: Attention = "bidirectional"
+    pooling: Pooling = "mean"
+    normalized: bool = True
+    projection_dim: int | None = None
+
+    def __post_init__(self):
+        require_fields("model.embedding", self, projection_dim=POSITIVE)

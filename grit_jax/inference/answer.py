@@ -1,0 +1,78 @@
+"""The text of an answer, released piece by piece."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from grit_jax.text.tokenizer import Tokenizer
+
+_CONTEXT = 8  # tokens of the prompt
+_UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # what bytes that are no whole character are decoded to
+
+
+class Answer:
+    """Text of one answer; a piece is released once later tokens cannot change it.
+
+    Args:
+      tokenizer: Of the model that writes it.
+      prompt_ids: int32 [tokens]; what it continues.
+      stop: The answer ends before this string, or the first of several.
+
+    Attributes:
+      done: Whether a stop string has ended it.
+      num_tokens: Tokens that it has, up to the one that completes a stop string.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, prompt_ids: np.ndarray, stop: str | Sequence[str]):
+        self._tokenizer, self._stop = tokenizer, [text for text in ([stop] if isinstance(stop, str) else stop) if text]
+        self._ids = _end_of(prompt_ids.tolist(), tokenizer)
+        self._skip = len(tokenizer.decode(self._ids))
+        self._text, self._released, self.done, self.num_tokens = "", 0, False, 0
+
+    def extend(self, tokens: np.ndarray, *, last: bool) -> str:
+        """Adds tokens and returns the text that is certain by now.
+
+        Args:
+          tokens: int32 [tokens].
+          last: Whether there will be no more, so that nothing is held back.
+        """
+        if self.done:
+            return ""
+        # Token by token where there is a stop string, to know which of them completes it.
+        whole = self._decoded(tokens)
+        stops = any(text in whole for text in self._stop)
+        for some in np.split(tokens, len(tokens)) if stops and len(tokens) else [tokens]:
+            self._text = self._decoded(some)
+            self._ids += some.tolist()
+            self.num_tokens += len(some)
+            ends = [place for place in map(self._text.find, self._stop) if place >= 0]
+            if ends:
+                self._text, self.done = self._text[: min(ends)], True
+                break
+        piece = self._text[self._released : len(self._text) if self.done or last else self._certain()]
+        self._released += len(piece)
+        return piece
+
+    def _decoded(self, more: np.ndarray) -> str:
+        """The text so far with that of more tokens."""
+        return self._tokenizer.decode([*self._ids, *more.tolist()])[self._skip :]
+
+    def _certain(self) -> int:
+        """Length of the text before an unfinished character or what may become a stop string."""
+        end = len(self._text.rstrip(_UNFINISHED))
+        for stop in self._stop:
+            for length in range(min(len(stop) - 1, end), 0, -1):
+                if self._text.endswith(stop[:length], 0, end):
+                    end -= length
+                    break
+        return end
+
+
+def _end_of(ids: list[int], tokenizer: Tokenizer) -> list[int]:
+    """The last few tokens, with which the decoder places spaces; more where they begin within a character."""
+    length = _CONTEXT
+    while length < len(ids) and tokenizer.decode(ids[-length:]).startswith(_UNFINISHED):
+        length *= 2
+    return ids[-length:]

@@ -1,0 +1,135 @@
+"""How the model computes: in which types, with which kernels, keeping what for the backward pass.
+
+Of these only the types change the numbers, beyond the order of sums.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from grit_jax.config import AttentionKernel, ExpertKernel, ModelConfig, Remat
+from grit_jax.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class Execution:
+    """Settings of one call of the model.
+
+    Attributes:
+      dtype: Type of the activations.
+      attention: Kernel of packed rows; with a cache attention is always dense.
+      experts: Kernel of the grouped matrix products of experts.
+      remat: What a layer recomputes in the backward pass.
+      layer_rows: Most rows that go through a layer at once; None takes all.
+      interpret: Whether Pallas kernels are interpreted, which runs them on any device, slowly.
+    """
+
+    dtype: jnp.dtype
+    attention: AttentionKernel = "dense"
+    experts: ExpertKernel = "ragged_dot"
+    remat: Remat = "none"
+    layer_rows: int | None = None
+    interpret: bool = False
+
+    @property
+    def row_unit(self) -> int:
+        """What the length of packed rows is a multiple of."""
+        return 128 if self.attention == "splash" or self.experts == "megablox" else 1
+
+
+# The reference: every other setting gives its numbers, up to the rounding of its type.
+PLAIN = Execution(jnp.dtype("float32"))
+
+# Kernels that one platform alone has.
+_PLATFORMS = {"splash": "tpu", "megablox": "tpu", "cudnn": "gpu"}
+
+# What a layer may keep, by the names that it gives to its values.
+LAYER_INPUT, ATTENTION = "layer_input", "attention"
+
+
+def rematerialized(layer: Callable, remat: Remat) -> Callable:
+    """`layer`, keeping for the backward pass what `remat` says; arguments that are Python's own bools stay so."""
+    if remat == "none":
+        return layer
+    policies = jax.checkpoint_policies
+    policy = {
+        "full": policies.nothing_saveable,
+        "dots": policies.save_from_both_policies(
+            policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names(ATTENTION)
+        ),
+        "offload": policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=[],
+            names_which_can_be_offloaded=[LAYER_INPUT],
+            offload_src="device",
+            offload_dst="pinned_host",
+        ),
+    }[remat]
+
+    def checkpointed(*args):
+        static = tuple(i for i, arg in enumerate(args) if isinstance(arg, bool))
+        return jax.checkpoint(layer, policy=policy, static_argnums=static)(*args)
+
+    return checkpointed
+
+
+def map_chunks(function: Callable[[Any], Any], rows: Any, num_chunks: int) -> Any:
+    """Applies `function` to `num_chunks` pieces of a tree of rows, one after the other, and stacks the results.
+
+    Each piece is computed again in the backward pass: memory follows the piece, the gradient is the whole batch's.
+    With one piece nothing is recomputed here.
+    """
+    if num_chunks == 1:
+        return jax.tree.map(lambda x: x[None], function(rows))
+    pieces = jax.tree.map(lambda x: x.reshape(num_chunks, x.shape[0] // num_chunks, *x.shape[1:]), rows)
+    return jax.lax.map(jax.checkpoint(function), pieces)
+
+
+def num_chunks(size: int, limit: int | None) -> int:
+    """The fewest equal pieces of at most `limit` that `size` can be cut into; one without a limit."""
+    fewest = -(-size // limit) if limit else 1
+    return next(number for number in range(fewest, size + 1) if size % number == 0)
+
+
+def execution(config: ModelConfig, platform: str) -> Execution:
+    """The settings of a run on devices of a platform: `tpu`, `gpu` or `cpu`.
+
+    Raises:
+      InputError: A kernel is made for another platform.
+    """
+    for key in ("attention_kernel", "expert_kernel"):
+        needed = _PLATFORMS.get(kernel := getattr(config, key), platform)
+        if needed != platform:
+            raise InputError(f"model.{key}={kernel} runs on {needed} devices, and these are {platform}; set it to auto")
+    experts: ExpertKernel = "megablox" if platform == "tpu" else "ragged_dot"
+    return Execution(
+        dtype=compute_dtype(config.compute_dtype, platform),
+        attention=_attention(platform) if config.attention_kernel == "auto" else config.attention_kernel,
+        experts=experts if config.expert_kernel == "auto" else config.expert_kernel,
+        remat=config.remat,
+        layer_rows=config.layer_rows,
+    )
+
+
+def _attention(platform: str) -> AttentionKernel:
+    """The kernel of a platform's devices; cuDNN's needs GPUs of compute capability 8, Ampere's, or newer."""
+    if platform == "gpu" and any(float(device.compute_capability) < 8 for device in jax.local_devices(backend="gpu")):
+        return "dense"
+    kernels: dict[str, AttentionKernel] = {"tpu": "splash", "gpu": "cudnn", "cpu": "blockwise"}
+    return kernels[platform]
+
+
+def compute_dtype(name: Literal["auto", "float32", "bfloat16"], platform: str) -> jnp.dtype:
+    """The type of activations: `auto` is float32 on CPU, where bfloat16 is slow, and bfloat16 elsewhere."""
+    if name == "auto":
+        name = "float32" if platform == "cpu" else "bfloat16"
+    return jnp.dtype(name)
+
+
+def wide(x: jax.Array) -> jnp.dtype:
+    """The type of what needs range and precision in a model whose activations are `x`: float32, or float64 for that."""
+    return jnp.promote_types(x.dtype, jnp.float32)
