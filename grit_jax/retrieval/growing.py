@@ -21,11 +21,11 @@ from grit_jax.data import cache
 from grit_jax.errors import InputError
 from grit_jax.inference.model import Encoded, GritModel, refuse_not_finite
 from grit_jax.parallel.distributed import in_first_process, require_same, wait_for_all
+from grit_jax.parallel.sole_writer import SoleWriter, sole_writer
 from grit_jax.retrieval import caches, layout
 from grit_jax.retrieval.corpus import read_corpus, text_key
 from grit_jax.retrieval.layout import CorpusFile, Document, Manifest, Part, Settings, Shard
 from grit_jax.retrieval.vectors import Dtype, pack
-from grit_jax.runs.sole_writer import SoleWriter, sole_writer
 from grit_jax.text.prompts import CacheForm, stripped
 
 _ALONE = SoleWriter()  # of a folder that nobody else knows

@@ -27,9 +27,9 @@ from grit_jax.model.transformer import Params, init_params
 from grit_jax.parallel import distributed, sharding
 from grit_jax.parallel.distributed import JointStop
 from grit_jax.parallel.execution import execution
+from grit_jax.parallel.sole_writer import refuse_other_writers
 from grit_jax.runs import folder
 from grit_jax.runs.preemption import preemption_notices
-from grit_jax.runs.sole_writer import refuse_other_writers
 from grit_jax.text.tokenizer import Tokenizer
 from grit_jax.train.callbacks import Callback, make_callbacks
 from grit_jax.train.callbacks.base import Run

@@ -14,8 +14,8 @@ from grit_jax import files
 from grit_jax.checkpoints.checkpoint import CheckpointMetadata, Checkpoints, DamagedCheckpointError
 from grit_jax.errors import InputError
 from grit_jax.parallel import distributed
+from grit_jax.parallel.sole_writer import SoleWriter, sole_writer
 from grit_jax.runs import folder
-from grit_jax.runs.sole_writer import SoleWriter, sole_writer
 from grit_jax.train.resolve import check_data, same_run
 from grit_jax.train.state import Partition, TrainState
 

@@ -7,7 +7,7 @@ SCRIPT = """
     import sys
     import jax
     from grit_jax.errors import InputError
-    from grit_jax.runs.sole_writer import refuse_other_writers, sole_writer
+    from grit_jax.parallel.sole_writer import refuse_other_writers, sole_writer
     from grit_jax.runs.lock import read_writer
 
     free, taken = sys.argv[1:]
