@@ -185,8 +185,9 @@ def test_a_vocabulary_smaller_than_the_tokenizer_is_refused():
 
 def test_light_modules_import_without_jax():
     modules = (
-        "config, text.tokenizer, text.prompts, runs.status, data.batch, data.cache, data.records, data.sources, data.examples, data.shards, "
-        "data.indexing, data.pipeline, data.index, data.shuffle, data.packing, data.schedule, cli.main"
+        "config, text.tokenizer, text.prompts, runs.status, data.batch, data.cache, data.records, data.sources, "
+        "data.examples, data.shards, data.indexing, data.pipeline, data.index, data.shuffle, data.packing, "
+        "data.schedule, cli.main"
     )
     names = ", ".join(f"grit_jax.{name}" for name in modules.split(", "))
     code = f"import sys, {names}; sys.exit('jax' in sys.modules)"
