@@ -8,8 +8,9 @@ if TYPE_CHECKING:
     __version__: str
 
     from grit_jax.inference.model import GritModel
+    from grit_jax.train.loop import Trainer
 
-__all__ = ["GritModel", "__version__"]
+__all__ = ["GritModel", "Trainer", "__version__"]
 
 
 def __getattr__(name: str) -> Any:
@@ -18,6 +19,10 @@ def __getattr__(name: str) -> Any:
         from grit_jax.inference.model import GritModel
 
         return GritModel
+    if name == "Trainer":
+        from grit_jax.train.loop import Trainer
+
+        return Trainer
     if name == "__version__":
         import importlib.metadata
 

@@ -139,10 +139,10 @@ if not Path(BASE).is_dir():
 # `--dry-run` checks data, model and memory first.
 
 # %%
+from grit_jax import Trainer
 from grit_jax.config import parse_config
 from grit_jax.runs.checks import print_checks
 from grit_jax.train.dry_run import dry_run
-from grit_jax.train.loop import Trainer
 
 config = parse_config(f"""
 model: {{init: {base}, remat: full}}

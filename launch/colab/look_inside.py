@@ -177,10 +177,10 @@ plt.show()
 # %%
 from collections import Counter
 
+from grit_jax import Trainer
 from grit_jax.config import load_config
 from grit_jax.quickstart.corpus import DESCRIBE
 from grit_jax.quickstart.figures import model_scores, ranks_of, read_task, retrieval_figures
-from grit_jax.train.loop import Trainer
 
 task = read_task(RUN / "data/retrieval")
 packages = np.array([document.split("(")[0].split(".")[0].split()[0] for document in task.documents])
