@@ -54,7 +54,8 @@ def saved(tmp_path_factory):
 
 def read(folder, abstract):
     checkpoints = Checkpoints(folder, read_only=True)
-    return checkpoints.metadata(1), TrainState(1, *checkpoints.restore(1, abstract.params, abstract.opt_state))
+    params, opt_state = checkpoints.restore(1, abstract.params, abstract.opt_state)
+    return checkpoints.metadata(1), TrainState(1, params, {}, opt_state)
 
 
 def damaged(saved, folder, seed):
