@@ -191,7 +191,7 @@ def test_the_search_knows_that_frozen_parameters_have_no_optimizer_state(monkeyp
 
     def memory(**train):
         config = dataclasses.replace(CONFIG, train=TrainConfig(**train))
-        return next(search.candidates(config, TOPOLOGY, lengths_at_limits(config))).memory_bytes
+        return next(search.candidates(config, TOPOLOGY, at_limits(config))).memory_bytes
 
     mlps = {"trainable": ["layers.mlp.*"]}
     assert memory() > memory(**mlps) > memory(**mlps, frozen_dtype="bfloat16")

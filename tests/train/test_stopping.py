@@ -107,7 +107,10 @@ def test_a_run_that_is_told_to_stop_before_its_first_step_does_none(slow_run):
     assert (slow_run.step, last_checkpoint(slow_run.folder)) == (0, None)
 
 
-def test_a_second_signal_acts_at_once():
+def test_a_second_signal_acts_at_once(request):
+    # A shell starts what runs in the background with interrupts ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     with pytest.raises(KeyboardInterrupt), stop_signals() as stop:
         for _ in range(2):
             tell_to_stop(signal.SIGINT)
