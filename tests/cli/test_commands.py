@@ -74,6 +74,7 @@ def test_generate_prints_the_same_answer_for_the_same_seed(run):
     assert first.stdout == second.stdout
 
 
+@pytest.mark.long
 def test_a_model_survives_export_and_import(run, tmp_path):
     assert grit_jax("export-hf", run, tmp_path / "hf", "--step", 2).returncode == 0
     assert grit_jax("import-hf", tmp_path / "hf", tmp_path / "checkpoint").returncode == 0

@@ -164,6 +164,7 @@ def test_a_notebook_runs_from_its_first_cell_to_its_last(name, tmp_path):
     check_pictures(execute(name, tmp_path, {}), tmp_path, SMALL[name][1])
 
 
+@pytest.mark.long
 def test_a_model_of_the_hub_is_fetched_and_trained(tmp_path):
     families.save(families.make("Llama", {"num_hidden_layers": 1}), tmp_path / "small")
     with hub.serve(tmp_path / "cache") as (server, variables):

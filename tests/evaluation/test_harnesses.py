@@ -184,6 +184,7 @@ def test_lm_eval_chooses_as_we_do(lm_eval, model, choices):
     assert scores["acc,none"] == pytest.approx(score(found))
 
 
+@pytest.mark.long
 def test_lm_eval_s_command_knows_the_model_by_name(lm_eval, checkpoint, choices):
     from grit_jax.inference.model import GritModel
 

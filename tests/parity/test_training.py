@@ -141,7 +141,7 @@ def test_a_run_of_five_steps(shared, tmp_path, name):
             assert error < max(tolerance, golden.GRADIENT * updates if name in ROUNDED else 0), worst
 
 
-@pytest.mark.parametrize("chunks", [1, 4])
+@pytest.mark.parametrize("chunks", [pytest.param(1, marks=pytest.mark.long), 4])
 def test_two_ranks_with_gradcache(shared, tmp_path, chunks):
     """The reference's two processes average a gradient that each took over its own texts alone: half of the
     contrastive one, hence a weight of 0.5. Its mean over chunks of 2 conversations is `sub_batch_samples: 2`."""

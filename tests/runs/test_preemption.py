@@ -117,6 +117,7 @@ def test_on_other_machines_nothing_happens(monkeypatch):
         assert not stop.wait(0.2)
 
 
+@pytest.mark.long
 def test_a_preempted_run_saves_and_exits_75_and_the_same_command_goes_on(metadata, tmp_path):
     data = write_data(tmp_path / "data")
     arguments = train_arguments(data, tmp_path / "run", "--train.steps=200", "--checkpoint.every=1000")

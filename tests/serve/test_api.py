@@ -266,7 +266,7 @@ def test_a_full_queue_and_a_short_time_are_told(model):
         until(lambda: metric(address, "answers_active") == 0)
 
 
-@pytest.mark.parametrize("tensor", [1, 2])
+@pytest.mark.parametrize("tensor", [pytest.param(1, marks=pytest.mark.long), 2])
 def test_several_devices_answer_as_one_does(model, tensor):
     several = make(devices=4, tensor=tensor, max_length=1024)
     several.params["embedding"] = several.params["embedding"].at[model.tokenizer.eos_id].set(0)

@@ -51,6 +51,7 @@ def compiled():
     return read, write
 
 
+@pytest.mark.long
 def test_reading_and_writing_change_a_full_batch_in_place_on_every_chip(compiled):
     cache = 2 * 2 * ROWS * SLOTS * 8 * 128 * 2  # layers, keys and values, bfloat16
     for program in compiled:

@@ -110,7 +110,11 @@ def assert_close(actual, expected):
 
 
 @pytest.mark.parametrize(
-    ("config", "meshes"), [(BIASED, [(1, 8, 1), (2, 2, 2)]), (MIXED, [(1, 2, 2, 2)])], ids=["dense", "experts"]
+    ("config", "meshes"),
+    [
+        pytest.param(BIASED, [(1, 8, 1), (2, 2, 2)], id="dense", marks=pytest.mark.long),
+        pytest.param(MIXED, [(1, 2, 2, 2)], id="experts"),
+    ],
 )
 def test_a_bfloat16_step_gives_the_numbers_of_float32_on_every_mesh(config, meshes):
     narrow = with_model(config, compute_dtype="bfloat16")

@@ -88,7 +88,7 @@ def masked(setup, config, trainable):
     return optimizer, step
 
 
-@pytest.mark.parametrize("devices", [1, 8])
+@pytest.mark.parametrize("devices", [pytest.param(1, marks=pytest.mark.long), 8])
 def test_frozen_parameters_stay_bit_by_bit_and_the_others_are_those_of_masked_gradients(devices):
     before, after, _ = steps(BASE, MLPS, devices=devices)
     _, expected, _ = steps(BASE, ["*"], mask=MLPS, devices=devices)

@@ -358,6 +358,7 @@ trainer.fit()
 """
 
 
+@pytest.mark.long
 def test_a_run_that_hangs_says_where_and_ends_and_its_folder_can_be_gone_on_with(data, tmp_path):
     run = tmp_path / "run"
     options = [*TINY, f"--data.train={data}", f"--train.output={run}", "--train.steps=4", "--train.watchdog_seconds=10"]

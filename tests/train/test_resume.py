@@ -166,7 +166,7 @@ def test_parameters_of_another_config_are_set_aside_and_saved_again(data, tmp_pa
         assert parse_config(saved.config).optimizer.learning_rate == rate
 
 
-@pytest.mark.parametrize("every", [1, 3, None])
+@pytest.mark.parametrize("every", [1, pytest.param(3, marks=pytest.mark.long), None])
 def test_settings_of_saving_may_change_between_starts(data, tmp_path, every):
     output = tmp_path / "run"
     crashed(data, output, 4, "--checkpoint.every=4", "--checkpoint.params_every=2")

@@ -109,7 +109,7 @@ def mixed():
     return one_update(MIXED, make_batch())
 
 
-@pytest.mark.parametrize("mesh", [(1, 1, 1, 4), (1, 2, 2, 2), (2, 1, 2, 2)])
+@pytest.mark.parametrize("mesh", [(1, 1, 1, 4), (1, 2, 2, 2), pytest.param((2, 1, 2, 2), marks=pytest.mark.long)])
 def test_experts_on_any_mesh_give_the_numbers_of_one_device(mixed, mesh):
     num_devices = int(np.prod(mesh))
     update = one_update(MIXED, make_batch(), mesh=MeshConfig(*mesh), num_devices=num_devices)
