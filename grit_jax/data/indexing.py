@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import glob
 import logging
 import os
 import shutil
 import uuid
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,17 @@ from grit_jax.data.index import (
     open_index,
     write_meta,
 )
-from grit_jax.data.records import Record
-from grit_jax.data.shards import SHARD, Columns, Reading, Shard, make_shards, read_shard, token_type, tokenize_range
+from grit_jax.data.shards import (
+    SHARD,
+    Columns,
+    Reading,
+    Shard,
+    make_shards,
+    read_shard,
+    refuse_bad,
+    token_type,
+    tokenize_range,
+)
 from grit_jax.data.sources import Source, open_source
 from grit_jax.data.streams.base import Stream
 from grit_jax.errors import InputError
@@ -95,7 +105,7 @@ def build_indexes(
             break
         room = _Room()
         for store in missing:
-            store.prepare(room, skip_bad=skip_bad)
+            store.prepare(room)
         readings = [store.reading for store in missing]
         shards = [shard for number, store in enumerate(missing) for shard in store.shards(number)]
         make_shards(shards, readings, tokenizer, skip_bad=skip_bad)
@@ -109,9 +119,7 @@ def build_indexes(
             raise InputError(
                 f"{store.path}: its index was written but cannot be read; look at {cache.FOLDER} beside it"
             )
-        if store.index.bad and not skip_bad:
-            example = store.index.bad[0].examples[0]
-            raise InputError(f"{example} (data.skip_bad=true leaves such records out and counts them)")
+        refuse_bad(store.index.bad, skip_bad)
         found.append(ReadFile(numbers.setdefault(store.path, len(numbers)), store.index, store.stream))
     return found
 
@@ -119,12 +127,16 @@ def build_indexes(
 def _stores(
     path: epath.Path, tokenizer: Tokenizer, streams: Sequence[Stream], skip_bad: bool, tokens: bool
 ) -> list[_Store]:
-    """A file's index for every stream that reads it."""
-    stores = [_Store(path, tokenizer, stream, [s.record for s in streams], tokens=tokens) for stream in streams]
-    kind = next((store.index.kind for store in stores if store.index), None)
-    if kind is None:
-        kinds = list(dict.fromkeys(stream.record for stream in streams))
-        kind = open_source(path, skip_bad=skip_bad, kinds=kinds).kind.kind
+    """A file's index for every stream that reads it; the file is opened once, and only where one is missing."""
+    version, kinds = cache.version(path), list(dict.fromkeys(stream.record for stream in streams))
+
+    @functools.cache
+    def opened() -> Source:
+        cache.remove_stale(path, version)
+        return open_source(path, skip_bad=skip_bad, kinds=kinds, version=version)
+
+    stores = [_Store(path, version, opened, tokenizer, stream, tokens=tokens) for stream in streams]
+    kind = next((store.index.kind for store in stores if store.index), None) or opened().kind.kind
     return [store for store in stores if store.stream.record.kind == kind]
 
 
@@ -158,15 +170,15 @@ class _Store:
     def __init__(
         self,
         path: epath.Path,
+        version: cache.Version,
+        opened: Callable[[], Source],
         tokenizer: Tokenizer,
         stream: Stream,
-        kinds: Sequence[type[Record]],
         *,
         tokens: bool,
     ):
-        self.path, self.stream, self._kinds = path, stream, kinds
+        self.path, self._version, self._opened, self.stream = path, version, opened, stream
         self._tokenizer, self._tokens = tokenizer, tokens
-        self._version = cache.version(path)
         self._lengths, self._whole = (
             cache.entry(path, self._version, tokenizer.fingerprint, tokenizer.vocab_size, stream.name, *kind)
             for kind in (["lengths"], [])
@@ -185,15 +197,13 @@ class _Store:
                     _log.warning("%s: damaged (%s); its texts are tokenized again", folder / name, error)
         return None
 
-    def prepare(self, room: _Room, *, skip_bad: bool) -> None:
+    def prepare(self, room: _Room) -> None:
         """Opens the file, and finds a folder with room for what is made of it.
 
         Raises:
           InputError: The file cannot be read, or there is no such folder.
         """
-        cache.remove_stale(self.path, self._version)
-        source = open_source(self.path, skip_bad=skip_bad, kinds=self._kinds, version=self._version)
-        self.reading = Reading(source, self.stream)
+        self.reading = Reading(self._opened(), self.stream)
         writable = [folder for folder in cache.local_folders(self.path) if cache.can_write(epath.Path(folder))]
         beside = self.path.parent / cache.FOLDER
         if not writable:

@@ -15,7 +15,7 @@ _ORDER, _FILE, _POOL, _BATCH = range(3, 7)  # names of random streams; those bel
 
 
 class _Places(NamedTuple):
-    """_Places in the endless streams of some files: which of the files, and which place, int [samples] each."""
+    """Places in the endless streams of some files: which of the files, and which place, int [samples] each."""
 
     file: np.ndarray
     place: np.ndarray

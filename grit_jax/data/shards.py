@@ -126,7 +126,7 @@ def make_shards(shards: Sequence[Shard], readings: Sequence[Reading], tokenizer:
     num_records = sum(shard.stop - shard.start for shard in shards)
     if num_records < _TWO_PROCESSES_FROM or cores == 1:
         for shard in shards:
-            _check_bad(_make_shard(shard, readings, tokenizer), skip_bad)
+            refuse_bad(_make_shard(shard, readings, tokenizer), skip_bad)
         return
     order = list(shards)
     random.shuffle(order)
@@ -206,7 +206,12 @@ def _make_shard(shard: Shard, readings: Sequence[Reading], tokenizer: Tokenizer)
     return columns.bad_records()
 
 
-def _check_bad(bad: Sequence[BadRecords], skip_bad: bool) -> None:
+def refuse_bad(bad: Sequence[BadRecords], skip_bad: bool) -> None:
+    """Returns where there is no malformed record, or where they are skipped.
+
+    Raises:
+      InputError: There is one that is not.
+    """
     if bad and not skip_bad:
         raise InputError(f"{bad[0].examples[0]} (data.skip_bad=true leaves such records out and counts them)")
 
@@ -238,7 +243,7 @@ def _make_in_processes(
             reply = replies.get()
             if isinstance(reply, BaseException):
                 raise reply
-            _check_bad(reply, skip_bad)
+            refuse_bad(reply, skip_bad)
     except BaseException:
         for process in started:
             process.kill()

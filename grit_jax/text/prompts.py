@@ -82,6 +82,8 @@ class TokenizedPrompt(NamedTuple):
 
     def cut(self, limit: int) -> TokenizedPrompt:
         """`limit` tokens, those that are `kept`, with what is left of the spans."""
+        if len(self.tokens) <= limit:
+            return self
         spans = np.minimum(self.spans, limit)
         return TokenizedPrompt(self.tokens[self.kept(limit)], spans[spans[:, 0] < spans[:, 1]], min(self.ending, limit))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import dataclasses
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -42,7 +43,8 @@ class Parts(NamedTuple):
     sums: Any
 
 
-class Losses(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Losses:
     """What a batch costs.
 
     Attributes:
@@ -53,7 +55,7 @@ class Losses(NamedTuple):
 
     loss: jax.Array
     of_tokens: jax.Array | None = None
-    metrics: Metrics = {}  # noqa: RUF012 - never changed
+    metrics: Metrics = dataclasses.field(default_factory=dict)
 
 
 class Objective(abc.ABC):
