@@ -23,7 +23,7 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 
 def _sections() -> Iterator[str]:
     sys.path.insert(0, str(Path(__file__).parents[1]))
-    os.environ["COLUMNS"] = "100"  # what argparse wraps its help to
+    os.environ["COLUMNS"] = "98"  # what argparse wraps its help to: what fits beside both columns on a desktop
 
     from grit_jax.cli.main import make_parser
 
