@@ -314,8 +314,8 @@ def is_folder(path: PathLike) -> bool:
 
 
 def is_special(path: PathLike) -> bool:
-    """Whether there is a pipe, a socket or a device."""
-    about = _about(path)
+    """Whether there is a pipe, a socket or a device; a bucket has none, and is not called."""
+    about = None if is_bucket(path) else _about(path)
     return about is not None and about.special
 
 

@@ -48,7 +48,7 @@ def find_files(paths: str | list[str]) -> list[epath.Path]:
             raise InputError(f"{path}: no such file or folder")
         elif not path.name.endswith(SUFFIXES):
             raise InputError(f"{path}: not a {_FORMATS} file")
-        elif not files.is_bucket(path) and files.is_special(path):
+        elif files.is_special(path):
             raise InputError(f"{path}: a pipe, a socket or a device; put the data in a file")
         else:
             below = [path]
@@ -67,7 +67,7 @@ def _files_below(folder: epath.Path, suffixes: tuple[str, ...], entered: set[str
     for path in (folder / name for name in files.names(folder) if not name.startswith(".")):
         # A bucket gets as few requests as possible, and its folders are not named like files.
         if path.name.endswith(suffixes) and (files.is_bucket(path) or not files.is_folder(path)):
-            if files.is_bucket(path) or not files.is_special(path):
+            if not files.is_special(path):
                 yield path
         elif files.is_folder(path) and _resolved(path) not in entered:  # a link may lead back
             entered.add(_resolved(path))

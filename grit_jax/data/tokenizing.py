@@ -147,7 +147,7 @@ def make_shards(shards: Sequence[Shard], readings: Sequence[Reading], tokenizer:
 
 def tokenize_range(reading: Reading, start: int, stop: int, tokenizer: Tokenizer, *, tokens: bool = True) -> Columns:
     """Tokenizes records `start` to `stop`, exclusive; malformed ones are left out and named in `bad`."""
-    source, stream = reading
+    (source, stream), kept = reading, token_type(tokenizer)
     columns: dict[str, list[Any]] = {name: [] for name in Columns._fields}
     bad: dict[str, BadRecords] = {}
     for begin in range(start, stop, RECORDS_AT_ONCE):
@@ -168,12 +168,12 @@ def tokenize_range(reading: Reading, start: int, stop: int, tokenizer: Tokenizer
         columns["span_counts"] += [len(text.spans) for text in tokenized]
         columns["spans"] += [text.spans for text in tokenized]
         columns["endings"] += [text.ending for text in tokenized]
-        columns["tokens"] += [text.tokens.astype(token_type(tokenizer)) for text in tokenized if tokens]
+        columns["tokens"] += [text.tokens.astype(kept) for text in tokenized if tokens]
     arrays = {name: np.array(columns[name], dtype) for name, dtype in _DTYPES.items()}
     return Columns(
         **arrays,
         spans=np.concatenate([np.zeros((0, 2), np.int32), *columns["spans"]]),
-        tokens=np.concatenate([np.zeros(0, token_type(tokenizer)), *columns["tokens"]]),
+        tokens=np.concatenate([np.zeros(0, kept), *columns["tokens"]]),
         bad=np.frombuffer(json.dumps(list(bad.values())).encode(), np.uint8),
     )
 

@@ -169,7 +169,7 @@ def _table_rows(source: Path) -> Iterator[Entry[Any]]:
                     f"({', '.join(_QUERY)}) and a positive ({', '.join(_POSITIVE)})"
                 )
             if any("\t" in cell for cell in cells):
-                entry = RecordError("tabs in a .csv", "holds tabs; name a file whose columns they part .tsv", where)
+                entry = RecordError("tabs in a .csv", "holds tabs; a file with tab-separated columns must end in .tsv", where)
         yield entry
 
 

@@ -243,4 +243,4 @@ def test_repeated_judgements_count_once_and_every_form_of_them_is_read(beir):
 def test_a_document_without_a_text_is_no_positive(beir):
     (beir / "qrels/train.tsv").write_text("q1\tempty\t1\n")
     write(beir / "corpus.jsonl", {"_id": "empty", "title": None, "text": None})
-    assert [fault.partition("jsonl:")[2] for fault in faults(beir)[1]] == ["1: the positive has no text"]
+    assert [str(fault).partition("jsonl:")[2] for fault in faults(beir)[1]] == ["1: the positive has no text"]
