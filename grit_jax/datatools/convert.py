@@ -169,7 +169,8 @@ def _table_rows(source: Path) -> Iterator[Entry[Any]]:
                     f"({', '.join(_QUERY)}) and a positive ({', '.join(_POSITIVE)})"
                 )
             if any("\t" in cell for cell in cells):
-                entry = RecordError("tabs in a .csv", "holds tabs; a file with tab-separated columns must end in .tsv", where)
+                message = "holds tabs; a file with tab-separated columns must end in .tsv"
+                entry = RecordError("tabs in a .csv", message, where)
         yield entry
 
 
