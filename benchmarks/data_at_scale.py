@@ -45,11 +45,11 @@ from grit_jax import files
 from grit_jax.config import Config, DataConfig, TrainConfig
 from grit_jax.data import sources
 from grit_jax.data.batch import ONE_HOST, HostShare
-from grit_jax.data.index import CHECKED_BYTES, ReadFile, checksums, open_index, write_meta
-from grit_jax.data.indexing import build_indexes
+from grit_jax.data.index_builder import build_indexes
 from grit_jax.data.pipeline import Pipeline, planned_rows
 from grit_jax.data.schedule import Schedule
 from grit_jax.data.streams import all_streams, trained_streams
+from grit_jax.data.token_index import CHECKED_BYTES, IndexedFile, checksums, open_index, write_meta
 from grit_jax.text.tokenizer import Tokenizer
 
 LATE = 1_000_000
@@ -94,7 +94,7 @@ def line_speed(megabytes: int) -> dict[str, float]:
     line = b'{"text": "' + b"x" * 500 + b'"}\n'
     content = line * (megabytes * 1_000_000 // len(line))
     started = time.process_time()
-    places = sources._line_places(content)
+    places = sources._line_offsets(content)
     seconds = time.process_time() - started
     return {"lines": places.shape[1], "gigabytes_per_second": round(len(content) / seconds / 1e9, 2)}
 
@@ -133,7 +133,7 @@ def first_batch(data: Path, tokenizer: Tokenizer, start: int) -> float:
     run = Config(data=dataclasses.replace(limits, train=train), train=TrainConfig(steps=2 * LATE))
     started = time.perf_counter()
     pipeline = Pipeline(run, tokenizer, trained_streams(run), host_share=ONE_HOST)
-    next(pipeline.batches(start))
+    pipeline.batch(start)
     return round(time.perf_counter() - started, 2)
 
 
@@ -189,7 +189,7 @@ def scheduled(rows: int, parent: Path | None) -> dict[str, float]:
         data = DataConfig(query_max_length=256, passage_max_length=512, embedding_batch=2048)
         train = TrainConfig(mode="embedding")
         (stream,) = trained_streams(Config(data=data, train=train))
-        schedule = Schedule([ReadFile(0, index, stream)], [stream], data=data, train=train, num_shards=64)
+        schedule = Schedule([IndexedFile(0, index, stream)], [stream], data=data, train=train, num_shards=64)
         made = time.perf_counter() - started
         memory = anonymous_mebibytes() - before
 

@@ -89,7 +89,9 @@ def main() -> None:
         index_seconds = time.perf_counter() - started
 
         def ours() -> int:
-            streams = itertools.chain.from_iterable(batch.values() for batch in pipeline.batches(0))
+            streams = itertools.chain.from_iterable(
+                batch.values() for batch in map(pipeline.batch, range(config.train.steps))
+            )
             return sum(int((stream.segment_ids > 0).sum()) for stream in streams)
 
         sides = {"ours": ours}

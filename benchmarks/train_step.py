@@ -193,7 +193,7 @@ def main() -> None:
             train=TrainConfig(steps=steps),
         )  # fmt: skip
         pipeline = Pipeline(config, pretrained.tokenizer, trained_streams(config), host_share=ONE_HOST)
-        batches = list(pipeline.batches(0))
+        batches = list(map(pipeline.batch, range(steps)))
         sides = {"ours": ours(config, pretrained, batches)}
         if not args.no_torch and common.has_torch():
             sides["torch"] = in_torch(common.load_torch(folder), config, batches, checkpointing=args.at_limits)

@@ -1,8 +1,8 @@
-"""Files on a disk or in a bucket: written whole, read as they are now, and tried again when a failure may pass.
+"""Files on a disk or in a gs:// or other bucket: written whole, read as they are now, retried when a failure may pass.
 
-A lost connection, a store that answers 429 or 5xx, and a disk's EIO or ESTALE are tried again a few times with growing
-waits, each failure being logged as a warning; what is missing or forbidden is said at once. On a disk `retrying` does
-that, in a bucket its client does: 6 times within half a minute, or 4 minutes where the store takes calls and is silent.
+A lost connection, a store's 429 or 5xx, and a disk's EIO or ESTALE are retried a few times with growing waits, each
+with a logged warning; a missing or forbidden file raises at once. On a disk `retrying` does that, in a bucket its
+client: 6 times within half a minute, or within 4 minutes if the store accepts calls and does not respond.
 """
 
 from __future__ import annotations
@@ -31,31 +31,31 @@ PathLike = str | os.PathLike[str]
 
 _TRIES = 5
 _FIRST_WAIT = 0.5  # seconds, twice as long each time
-_CONNECT_SECONDS, _SILENT_SECONDS = 10.0, 30.0  # after which a bucket is asked again
+_CONNECT_SECONDS, _SILENT_SECONDS = 10.0, 30.0  # after which a call to a bucket is retried
 _PASSING = {
     errno.EIO, errno.EAGAIN, errno.EBUSY, errno.ESTALE,
     errno.ENETDOWN, errno.ENETUNREACH, errno.ENETRESET, errno.EHOSTDOWN, errno.EHOSTUNREACH,
 }  # fmt: skip
 
-_VERSIONS = ("generation", "ETag", "etag", "mtime", "LastModified")  # what stores call the version of an object
+_VERSIONS = ("generation", "ETag", "etag", "mtime", "LastModified")  # stores' names for the version of an object
 
 _log = logging.getLogger(__name__)
 _asked_for = contextvars.ContextVar("asked_for", default="a bucket")  # also in the client's own thread
 
 
 class DeniedError(OSError):
-    """A bucket may not be read or written with the credentials that are found here, or there are none."""
+    """A bucket may not be read or written with the credentials found here, or there are none."""
 
 
 class UnreachableError(Exception):
-    """A disk or a bucket still failed after several tries; later it may not.
+    """A disk or a bucket failed several times in a way that may pass.
 
-    Not an OSError: what is done where a file is missing or forbidden would be wrong here.
+    Not an OSError, so that handlers of missing or forbidden files do not catch it.
     """
 
 
 def is_bucket(path: PathLike) -> bool:
-    """Whether `path` is in an object store, such as `gs://bucket/run`: objects there are written whole."""
+    """Whether `path` is in an object store, such as `gs://bucket/run`, where objects are written whole."""
     return "://" in os.fspath(path)
 
 
@@ -65,10 +65,10 @@ def join(folder: PathLike, *names: str) -> str:
 
 
 def retrying(path: PathLike, action: Callable[[], T]) -> T:
-    """What `action` gives, which reads or writes `path` and may be repeated.
+    """The result of `action`, which reads or writes `path` and may be repeated.
 
     Raises:
-      UnreachableError: It failed in a way that may pass, every time; the message names the path.
+      UnreachableError: It failed every time in a way that may pass; the message names the path.
       OSError: It failed in another way.
     """
     begun, tries = time.monotonic(), 0
@@ -87,7 +87,7 @@ def retrying(path: PathLike, action: Callable[[], T]) -> T:
             if not _may_pass(error):
                 if isinstance(error, OSError) or not is_bucket(path):
                     raise
-                raise OSError(f"{path}: {reason}") from error  # those of a bucket's client are of many kinds
+                raise OSError(f"{path}: {reason}") from error  # a bucket's client raises many types
             if is_bucket(path) or tries == _TRIES:
                 seconds = time.monotonic() - begun
                 raise UnreachableError(f"{path}: cannot be reached, tried for {seconds:.0f} s ({reason})") from error
@@ -100,7 +100,7 @@ def _described(error: BaseException) -> str:
 
 
 def _is_denied(error: Exception) -> bool:
-    """Whether a bucket's client answers 401 or 403."""
+    """Whether a bucket's client reports 401 or 403."""
     return str(getattr(error, "code", "")) == "401" or (
         isinstance(error, OSError) and str(error).startswith("Forbidden")
     )
@@ -110,54 +110,48 @@ def _may_pass(error: Exception) -> bool:
     if isinstance(error, ConnectionError | TimeoutError) or (isinstance(error, OSError) and error.errno in _PASSING):
         return True
     if any(os.strerror(number) in str(error) for number in _PASSING):
-        return True  # libraries in C++ have errors of their own, with the system's words
+        return True  # C++ libraries raise their own types, with the system's message
     client = sys.modules.get("gcsfs.retry")
     return client is not None and client.is_retriable(error)
 
 
+def _retried(path: PathLike, local: Callable[[], T], remote: Callable[[Any, str], T]) -> T:
+    """`retrying` of `local`, or, in a bucket, of `remote` with what `opened_store` gives."""
+    return retrying(path, (lambda: remote(*opened_store(path))) if is_bucket(path) else local)
+
+
 def read_bytes(path: PathLike) -> bytes | None:
-    """What a file holds, None where there is no such file."""
-
-    def read() -> bytes:
-        if is_bucket(path):
-            store, key = opened_store(path)
-            return store.cat_file(key)
-        return Path(path).read_bytes()
-
-    try:
-        return retrying(path, read)
-    except (FileNotFoundError, NotADirectoryError):
-        return None
+    """The content of a file, None if there is none."""
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        return _retried(path, lambda: Path(path).read_bytes(), lambda store, key: store.cat_file(key))
+    return None
 
 
 def read_text(path: PathLike) -> str | None:
-    """`read_bytes` as a text."""
+    """`read_bytes` as text."""
     content = read_bytes(path)
     return None if content is None else content.decode()
 
 
 def open_binary(path: PathLike) -> io.BufferedReader:
-    """Opens a file for reading piece by piece; each piece is tried again by itself.
+    """Opens a file for reading piece by piece; each piece is retried by itself.
 
     Raises:
       OSError: It is missing or cannot be read.
     """
 
     def opened() -> Any:
-        if is_bucket(path):
-            store, key = opened_store(path)
-            return store.open(key, "rb")
         refuse_special(path)
         return Path(path).open("rb", buffering=0)
 
-    return io.BufferedReader(_Pieces(path, retrying(path, opened)))
+    return io.BufferedReader(_Pieces(path, _retried(path, opened, lambda store, key: store.open(key, "rb"))))
 
 
 def refuse_special(path: PathLike) -> None:
-    """Returns where a path on a disk is a file, a folder or nothing.
+    """Checks that a path on a disk is a file, a folder or nothing.
 
     Raises:
-      OSError: It is a pipe, a socket or a device: to open one may wait for ever, and it cannot be read twice.
+      OSError: It is a pipe, a socket or a device: opening it may block for ever, and it cannot be read twice.
     """
     if is_special(path):
         raise OSError("it is a pipe, a socket or a device, not a file")
@@ -174,10 +168,10 @@ def sha256(path: PathLike) -> str:
 
 
 class _Pieces(io.RawIOBase):
-    """Reads at a place of its own, from which a read that failed can begin again."""
+    """Tracks its own offset, so that a read that failed can be repeated from there."""
 
     def __init__(self, path: PathLike, file: Any):
-        self._path, self._file, self._place = path, file, 0
+        self._path, self._file, self._offset = path, file, 0
 
     def readable(self) -> bool:
         return True
@@ -186,17 +180,17 @@ class _Pieces(io.RawIOBase):
         return True
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        self._file.seek(self._place)
-        self._place = self._file.seek(offset, whence)
-        return self._place
+        self._file.seek(self._offset)
+        self._offset = self._file.seek(offset, whence)
+        return self._offset
 
     def readinto(self, buffer: Any) -> int:
         def read() -> int:
-            self._file.seek(self._place)
+            self._file.seek(self._offset)
             return self._file.readinto(buffer)
 
         count = retrying(self._path, read)
-        self._place += count
+        self._offset += count
         return count
 
     def close(self) -> None:
@@ -207,12 +201,12 @@ class _Pieces(io.RawIOBase):
 
 @contextlib.contextmanager
 def replacing(path: Path, mode: str = "wb") -> Generator[IO[Any]]:
-    """Opens a file on a disk that takes the place of `path` when all of it is on the disk; an error leaves no trace.
+    """Opens a file that replaces `path` on a disk once all of it is written; an error leaves no trace.
 
     Raises:
       OSError: It cannot be written.
     """
-    if not path.parent.exists():  # a file in its place is told by opening
+    if not path.parent.exists():  # if that is a file, opening raises
         path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
     try:
@@ -227,7 +221,7 @@ def replacing(path: Path, mode: str = "wb") -> Generator[IO[Any]]:
 
 
 def sync_folder(folder: Path) -> None:
-    """Returns when the names in a folder would survive a loss of power, where its disk can say so."""
+    """Returns when the names in a folder would survive a loss of power, if its disk supports that."""
     with contextlib.suppress(OSError):  # some network disks cannot open or sync a folder
         descriptor = os.open(folder, os.O_RDONLY)
         try:
@@ -237,21 +231,17 @@ def sync_folder(folder: Path) -> None:
 
 
 def write_bytes(path: PathLike, content: bytes) -> None:
-    """Writes a file whole: a reader sees the old content or the new, never a part; missing folders are made.
+    """Writes a file whole, so that readers see the old content or the new; makes missing folders.
 
     Raises:
       OSError: It cannot be written.
     """
 
     def write() -> None:
-        if is_bucket(path):
-            store, key = opened_store(path)
-            store.pipe_file(key, content)  # an object appears when all of it is there
-        else:
-            with replacing(Path(path)) as file:
-                file.write(content)
+        with replacing(Path(path)) as file:
+            file.write(content)
 
-    retrying(path, write)
+    _retried(path, write, lambda store, key: store.pipe_file(key, content))  # an object appears as a whole
 
 
 def write_text(path: PathLike, text: str) -> None:
@@ -269,71 +259,52 @@ def copy(source: Path, target: PathLike) -> None:
     """
 
     def write() -> None:
-        if is_bucket(target):
-            store, key = opened_store(target)
-            store.put_file(str(source), key, **({"consistency": "md5"} if is_gcs(target) else {}))
-        else:
-            with source.open("rb") as content, replacing(Path(target)) as file:
-                shutil.copyfileobj(content, file, 1 << 22)
+        with source.open("rb") as content, replacing(Path(target)) as file:
+            shutil.copyfileobj(content, file, 1 << 22)
 
-    retrying(target, write)
+    checked = {"consistency": "md5"} if is_gcs(target) else {}
+    _retried(target, write, lambda store, key: store.put_file(str(source), key, **checked))
 
 
 def remove(path: PathLike) -> None:
-    """Removes a file, which need not be there."""
-
-    def unlink() -> None:
-        if is_bucket(path):
-            store, key = opened_store(path)
-            store.rm_file(key)
-        else:
-            os.unlink(path)
-
+    """Removes a file, which need not exist."""
     with contextlib.suppress(FileNotFoundError):
-        retrying(path, unlink)
+        _retried(path, lambda: os.unlink(path), lambda store, key: store.rm_file(key))
 
 
 def move(source: PathLike, target: PathLike) -> None:
-    """Moves a folder to where there is none yet, on the same disk or bucket.
+    """Moves a folder to a path where there is none, on the same disk or bucket.
 
-    On a disk that happens at once; in a bucket every object is copied before the first one is removed.
+    On a disk that is atomic; in a bucket every object is copied before the first is removed.
 
     Raises:
       OSError: It is missing or cannot be moved.
     """
 
     def rename() -> None:
-        if is_bucket(source):
-            store, key = opened_store(source)
-            store.mv(key, opened_store(target)[1], recursive=True)
-        else:
-            Path(target).parent.mkdir(parents=True, exist_ok=True)
-            os.rename(source, target)
+        Path(target).parent.mkdir(parents=True, exist_ok=True)
+        os.rename(source, target)
 
-    retrying(source, rename)
+    _retried(source, rename, lambda store, key: store.mv(key, opened_store(target)[1], recursive=True))
 
 
 def forget_listings(path: PathLike) -> None:
-    """Makes this process look again at what is in a bucket: clients of other libraries, such as Orbax, remember it."""
+    """Makes clients of other libraries in this process, such as Orbax's, list a bucket anew."""
     if is_bucket(path):
         for client in type(opened_store(path)[0])._cache.values():
             client.invalidate_cache()
 
 
 def names(folder: PathLike) -> list[str]:
-    """Names of what a folder holds, sorted; none where there is no folder."""
+    """Sorted names of a folder's entries; none if there is no folder."""
 
-    def listed() -> list[str]:
-        if not is_bucket(folder):
-            return sorted(os.listdir(folder))
-        store, key = opened_store(folder)
-        found = [os.path.basename(entry.rstrip("/")) for entry in store.ls(key, detail=False)]
-        return sorted({name for name in found if name and name != os.path.basename(key.rstrip("/"))})
+    def remote(store: Any, key: str) -> list[str]:
+        found = {os.path.basename(entry.rstrip("/")) for entry in store.ls(key, detail=False)}
+        return sorted(found - {"", os.path.basename(key.rstrip("/"))})
 
-    try:
-        return retrying(folder, listed)
-    except (FileNotFoundError, NotADirectoryError):
-        return []
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        return _retried(folder, lambda: sorted(os.listdir(folder)), remote)
+    return []
 
 
 def is_folder(path: PathLike) -> bool:
@@ -343,8 +314,8 @@ def is_folder(path: PathLike) -> bool:
 
 
 def is_special(path: PathLike) -> bool:
-    """Whether there is a pipe, a socket or a device."""
-    about = _about(path)
+    """Whether there is a pipe, a socket or a device; a bucket has none, and is not called."""
+    about = None if is_bucket(path) else _about(path)
     return about is not None and about.special
 
 
@@ -354,7 +325,7 @@ def exists(path: PathLike) -> bool:
 
 
 def version(path: PathLike) -> tuple[Any, ...]:
-    """Another value for another path, and for the same after the file there has changed.
+    """A value that differs for other paths, and for the same after its file has changed.
 
     Raises:
       FileNotFoundError: There is none.
@@ -362,33 +333,32 @@ def version(path: PathLike) -> tuple[Any, ...]:
     about = _about(path)
     if about is None:
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), os.fspath(path))
-    place = os.fspath(path) if is_bucket(path) else str(Path(path).resolve())
-    return place, about.size, about.changed
+    resolved = os.fspath(path) if is_bucket(path) else str(Path(path).resolve())
+    return resolved, about.size, about.changed
 
 
 class _About(NamedTuple):
     folder: bool
     special: bool  # a pipe, a socket or a device
     size: int  # bytes
-    changed: int | str  # when; in a bucket the generation of the object, where there is one
+    changed: int | str  # time of change; in a bucket the generation of the object, if it has one
 
 
 def _about(path: PathLike) -> _About | None:
-    def look() -> _About:
-        if is_bucket(path):
-            store, key = opened_store(path)
-            info = store.info(key)
-            changed = next((info[key] for key in _VERSIONS if info.get(key)), None)
-            return _About(info["type"] == "directory", False, info["size"], str(changed))
+    def local() -> _About:
         about = os.stat(path)
         folder = stat.S_ISDIR(about.st_mode)
         special = not folder and not stat.S_ISREG(about.st_mode)
         return _About(folder, special, about.st_size, about.st_mtime_ns)
 
-    try:
-        return retrying(path, look)
-    except (FileNotFoundError, NotADirectoryError):
-        return None
+    def remote(store: Any, key: str) -> _About:
+        info = store.info(key)
+        changed = next((info[key] for key in _VERSIONS if info.get(key)), None)
+        return _About(info["type"] == "directory", False, info["size"], str(changed))
+
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        return _retried(path, local, remote)
+    return None
 
 
 def is_gcs(path: PathLike) -> bool:
@@ -397,17 +367,17 @@ def is_gcs(path: PathLike) -> bool:
 
 
 def opened_store(path: PathLike) -> tuple[Any, str]:
-    """The client of a bucket, and the name it has for `path`; for calls inside `retrying`."""
+    """The client of a bucket, and its name for `path`; for calls inside `retrying`."""
     import fsspec
 
     options = _gcs_options() if is_gcs(path) else {}
-    # Others write into the folder too: a listing that is remembered would hide that.
+    # Others write into the folder too, which a cached listing would hide.
     return fsspec.core.url_to_fs(os.fspath(path), use_listings_cache=False, **options)
 
 
 @functools.cache
 def _gcs_options() -> dict[str, Any]:
-    """Makes the client, which tries again by itself, say when it does and not wait for ever."""
+    """Options with which the client, which retries by itself, logs that and does not wait for ever."""
     import aiohttp
 
     async def failed(session: Any, context: Any, request: aiohttp.TraceRequestExceptionParams) -> None:
@@ -416,12 +386,12 @@ def _gcs_options() -> dict[str, Any]:
 
     async def answered(session: Any, context: Any, request: aiohttp.TraceRequestEndParams) -> None:
         if request.response.status in (408, 429) or request.response.status >= 500:
-            _log.warning("%s: the store answers %d", _asked_for.get(), request.response.status)
+            _log.warning("%s: the store responds with %d", _asked_for.get(), request.response.status)
 
     trace = aiohttp.TraceConfig()
     trace.on_request_exception.append(failed)
     trace.on_request_end.append(answered)
-    # It prints the traceback of whatever is raised here and reported in a line.
+    # It prints tracebacks of errors that are raised here and reported in a line.
     logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
     timeout = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_SECONDS, sock_read=_SILENT_SECONDS)
     return {"requests_timeout": timeout, "session_kwargs": {"trace_configs": [trace]}}

@@ -150,22 +150,22 @@ def _validate(args: argparse.Namespace) -> int:
     paths = find_files(args.paths)
     against = EvaluationTexts(list(map(Path, args.against)), ngram=args.ngram) if args.against else None
     with progress_bar("reading") as progress:
-        report = validate(paths, against=against, progress=progress)
-    for file in report.files:
+        found = validate(paths, against=against, progress=progress)
+    for file in found.files:
         if file.problem:
             print(f"error: {file.problem}")
             continue
         print(f"{file.path}: {file.records:,} {file.stream} records, {sum(bad.count for bad in file.bad):,} malformed")
         for bad in file.bad:
-            print(f"  {bad.count:,} {bad.kind}")
+            print(f"  {bad.count:,} {bad.fault}")
             for example in bad.examples:
                 print(f"    {example}")
-    for duplicates in report.duplicates:
+    for duplicates in found.duplicates:
         print(f"{duplicates.count:,} {duplicates.what} repeat earlier ones")
         for example in duplicates.examples:
             print(f"  {example}")
-    for path, count in report.evaluation_texts.items():
-        matches = [match for match in report.matches if match.evaluation.rpartition(":")[0] == path]
+    for path, count in found.evaluation_texts.items():
+        matches = [match for match in found.matches if match.evaluation.rpartition(":")[0] == path]
         whole = sum(match.whole for match in matches)
         print(
             f"{path}: {len(matches):,} of {count:,} texts occur in the training data "
@@ -178,14 +178,14 @@ def _validate(args: argparse.Namespace) -> int:
     if args.report:
         from grit_jax.files import replacing
 
-        content = dataclasses.asdict(report) | {"matches": [match._asdict() for match in report.matches]}
+        content = dataclasses.asdict(found) | {"matches": [match._asdict() for match in found.matches]}
         for file in content["files"]:
             file["bad"] = [dict(zip(("kind", "count", "examples"), bad, strict=True)) for bad in file["bad"]]
         with replacing(Path(args.report), "w") as out:
             json.dump(content, out, indent=2, ensure_ascii=False)
-    if report.num_bad and not args.skip_bad:
+    if found.num_bad and not args.skip_bad:
         return 2
-    return _OVERLAPS if any(not match.document for match in report.matches) else 0
+    return _OVERLAPS if any(not match.document for match in found.matches) else 0
 
 
 def _stats(args: argparse.Namespace) -> int:
@@ -203,7 +203,7 @@ def _stats(args: argparse.Namespace) -> int:
 
 def _convert(args: argparse.Namespace) -> int:
     from grit_jax.datatools import convert
-    from grit_jax.datatools.files import write_rows
+    from grit_jax.datatools.record_writer import write_records
 
     source, output = Path(args.source), Path(args.output)
     if source.resolve() == output.resolve():
@@ -216,10 +216,10 @@ def _convert(args: argparse.Namespace) -> int:
         "openai": lambda: convert.openai(source),
         "grit": lambda: convert.grit(args.source),
     }[args.kind]()
-    written = write_rows(output, rows, skip_bad=args.skip_bad)
-    print(f"{output}: {written.rows:,} rows")
-    for kind, count in (written.bad + written.left_out).items():
-        print(f"left out {count:,} rows: {kind}; for example {written.examples[kind]}")
+    written = write_records(output, rows, skip_bad=args.skip_bad)
+    print(f"{output}: {written.count:,} rows")
+    for fault, count, examples in (written.bad | written.left_out).values():
+        print(f"left out {count:,} rows: {fault}; for example {examples[0]}")
     return 0
 
 
@@ -234,9 +234,9 @@ def _sample(args: argparse.Namespace) -> int:
     for where, texts in draw(_config(args), _tokenizer(args.tokenizer), count=args.count, seed=args.seed):
         console.rule(rich.text.Text(where), align="left")
         for shown in texts:
-            counted = "scored" if shown.kind == "conversation" else "pooled"
+            counted = "scored" if shown.role == "conversation" else "pooled"
             cut = f", {shown.cut:,} over the limit are not read" if shown.cut else ""
-            console.print(f"{shown.kind}: {shown.tokens:,} tokens, {shown.counted:,} {counted}{cut}", style="bold")
+            console.print(f"{shown.role}: {shown.tokens:,} tokens, {shown.counted:,} {counted}{cut}", style="bold")
             line = rich.text.Text()
             for piece in shown.pieces:
                 line.append(f"⟦{piece.text}⟧" if piece.counts else piece.text, style="green" if piece.counts else "dim")
@@ -246,8 +246,8 @@ def _sample(args: argparse.Namespace) -> int:
 
 def _mine(args: argparse.Namespace) -> int:
     from grit_jax.data.sources import find_files, open_source
-    from grit_jax.datatools.files import write_rows
     from grit_jax.datatools.negatives import KeywordSearcher, Mined, Mining, ModelSearcher, Passages, mine
+    from grit_jax.datatools.record_writer import write_records
 
     first, last = _range(args.range)
     refuse_not_positive(args, "count", "query_max_length", "passage_max_length")
@@ -291,10 +291,10 @@ def _mine(args: argparse.Namespace) -> int:
             for _ in rows:
                 pass
             return 0
-        written = write_rows(output, rows)
+        written = write_records(output, rows)
     print(
-        f"{output}: {written.rows:,} rows over {len(passages):,} passages; {done[0].short:,} got fewer than "
-        f"{args.count} negatives; {done[0].over_ceiling / written.rows:,.1f} passages a query are over the ceiling"
+        f"{output}: {written.count:,} rows over {len(passages):,} passages; {done[0].short:,} got fewer than "
+        f"{args.count} negatives; {done[0].over_ceiling / written.count:,.1f} passages a query are over the ceiling"
     )
     return 0
 

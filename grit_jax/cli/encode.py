@@ -74,11 +74,10 @@ def read_texts(path: Path, *, option: str = "--input") -> list[str]:
     """
     if path.suffix not in (".jsonl", ".txt"):
         raise InputError(f"{option} {path}: must end in .jsonl or .txt")
-    from grit_jax.data.lines import read_text_lines
+    from grit_jax.data.text_files import read_text_lines, sound
 
     texts = []
-    for number, line in read_text_lines(path):
-        where = f"{path}:{number}"
+    for where, line in sound(read_text_lines(path)):
         text = _jsonl_text(line, where) if path.suffix == ".jsonl" else line
         if not text:
             raise InputError(f"{where}: empty text; remove the line or put a text there")

@@ -140,8 +140,8 @@ def _mesh(overrides: list[str]) -> MeshConfig:
 
 
 def _instructions(path: Path) -> dict[str, str]:
-    from grit_jax.data.lines import read_text
     from grit_jax.data.records import parse_json
+    from grit_jax.data.text_files import read_text
 
     try:
         found = parse_json(read_text(path), str(path))

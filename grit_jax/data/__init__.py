@@ -1,1 +1,1 @@
-"""From JSONL files to packed batches."""
+"""From data files to packed batches."""

@@ -1,12 +1,8 @@
-"""One training step's input: packed rows of many texts each, for every stream.
+"""One training step's input: for every stream, packed rows that hold many texts each.
 
-A batch is a mapping from the names of streams to named tuples of arrays. What of a stream has one entry a row is named
-by its `per_row`: hosts hold their own rows of these fields, and all of the others.
-
-A row is a fixed number of tokens holding several texts one after the other.
-`segment_ids` number the texts of a row from 1; 0 is padding. `positions`
-restart at 0 with every text. The classes are named tuples, so they are pytrees
-of NumPy or JAX arrays and importing them does not import JAX.
+A batch maps the names of streams to named tuples of arrays. Fields in `per_row` have one entry a row, and a host holds
+its own rows of them; it holds all of the others. `segment_ids` number the texts of a row from 1; 0 is padding.
+`positions` restart at 0 with every text. Named tuples are pytrees, so importing them does not import JAX.
 """
 
 from __future__ import annotations
@@ -22,20 +18,19 @@ Batch = dict[str, Any]  # such as {"embedding": EmbeddingBatch(...), "generative
 class EmbeddingBatch(NamedTuple):
     """Queries and passages of one contrastive step, packed into shared rows.
 
-    A *slot* is `row * segments_per_row + segment_id - 1`, the place of a text's vector
-    after pooling. Passage `i * group_size` is the positive of query `i`; the rest of the
-    group are its hard negatives.
+    A text's vector has the *slot* `row * segments_per_row + segment_id - 1`. Passage `i * group_size` is the positive
+    of query `i`; the rest of the group are its hard negatives.
 
     Attributes:
       tokens: int32 [rows, length].
       segment_ids: int32 [rows, length]; 0 is padding.
       positions: int32 [rows, length]; position of a token in its text.
-      pool_weights: float32 [rows, length]; weights of a text sum to 1, only pooled tokens are non-zero.
+      pool_weights: float32 [rows, length]; those of a text sum to 1, and are 0 for tokens that are not pooled.
       query_slots: int32 [queries].
       passage_slots: int32 [queries * group_size].
-      query_weights: float32 [queries]; weight of each query's loss (0 for a filler that completes a batch).
-      passage_ids: int32 [queries * group_size]; passages with equal ids are never each other's negatives,
-        -1 is nobody's negative (a filler).
+      query_weights: float32 [queries]; weight of each query's loss, 0 for a filler that completes a batch.
+      passage_ids: int32 [queries * group_size]; passages with equal ids are never each other's negatives, and those
+        with -1, fillers, nobody's.
     """
 
     per_row = ("tokens", "segment_ids", "positions", "pool_weights")
@@ -57,8 +52,8 @@ class GenerativeBatch(NamedTuple):
       tokens: int32 [rows, length].
       segment_ids: int32 [rows, length]; 0 is padding.
       positions: int32 [rows, length]; position of a token in its text.
-      targets: int32 [rows, length]; the token that follows, 0 where none does.
-      loss_weights: float32 [rows, length]; L_gen = sum(loss_weights * nll). Zero where the target is not scored.
+      targets: int32 [rows, length]; the next token, 0 at the end of a text.
+      loss_weights: float32 [rows, length]; L_gen = sum(loss_weights * nll). 0 where the target is not scored.
     """
 
     per_row = ("tokens", "segment_ids", "positions", "targets", "loss_weights")
@@ -71,10 +66,10 @@ class GenerativeBatch(NamedTuple):
 
 
 class HostShare(NamedTuple):
-    """Which of a batch's rows one host holds: some of `num_shards` equal shards, which need not be neighbours.
+    """The rows of a batch that one host holds: some of `num_shards` equal shards.
 
     Attributes:
-      shards: Numbers of its shards, ascending.
+      shards: Indices of its shards, ascending.
       num_shards: Shards of the whole batch.
     """
 
@@ -82,20 +77,20 @@ class HostShare(NamedTuple):
     num_shards: int
 
     def rows(self, num_rows: int) -> np.ndarray:
-        """int64 [host rows]: numbers of this host's rows in a batch of `num_rows`, a multiple of `num_shards`."""
+        """int64 [host rows]: indices of this host's rows in a batch of `num_rows`, a multiple of `num_shards`."""
         return np.arange(num_rows).reshape(self.num_shards, -1)[list(self.shards)].reshape(-1)
 
 
-ONE_HOST = HostShare((0,), 1)  # of a single host
+ONE_HOST = HostShare((0,), 1)
 
 
 def max_segments(row_length: int) -> int:
-    """Most texts a packed row may hold: the number of pooling slots that a row has."""
+    """Most texts in a packed row: its number of pooling slots."""
     return max(1, row_length // 8)
 
 
 def sizes(first: int, last: int, *, growth: int) -> list[int]:
-    """`first`, `growth` times that, and so on, and `last`: the few sizes that programs are compiled for."""
+    """`first`, `growth` times that, and so on, and `last`: the few sizes to compile programs for."""
     found = [min(first, last)]
     while found[-1] < last:
         found.append(min(growth * found[-1], last))

@@ -1,4 +1,4 @@
-"""The endless orders in which a stream takes samples from its files, as functions of the place in them."""
+"""The endless order in which a stream takes samples from its files, as a function of the index in it."""
 
 from __future__ import annotations
 
@@ -14,89 +14,84 @@ from grit_jax.data.usable import UsableFile
 _ORDER, _FILE, _POOL, _BATCH = range(3, 7)  # names of random streams; those below are the schedule's
 
 
-class _Places(NamedTuple):
-    """Places in the endless streams of some files: which of the files, and which place, int [samples] each."""
+class _Draws(NamedTuple):
+    """Samples as indices of files, and indices in these files' endless shuffles, int [samples] each."""
 
     file: np.ndarray
-    place: np.ndarray
+    index: np.ndarray
 
 
 class Order:
-    """The endless order in which one stream takes samples from some files, as a function of the place in it.
+    """The endless order in which one stream takes samples from some files.
 
-    Every epoch takes `epoch_sizes[f]` samples of file f: the next of the file's own endless stream of shuffles of all
-    its records. So no record is taken twice before all of its file are taken once.
+    Every epoch takes `epoch_sizes[f]` samples of file f: the next of the file's own endless sequence of shuffles. So no
+    record is taken twice before every record of its file is taken once.
 
     Args:
       files: The files, each with usable records.
       epoch_sizes: Samples that an epoch takes of each.
-      stream: The stream, which says how batches are taken.
-      seed: Of the run.
-      stage: Number of the stage of the curriculum.
+      stream: The stream.
+      seed: The run's.
+      stage: Index of the stage of the curriculum.
 
     Attributes:
-      stream: The stream.
-      files: Its files.
+      files: The files.
       epoch_size: Samples of an epoch.
     """
 
     def __init__(
         self, files: Sequence[UsableFile], epoch_sizes: Sequence[int], stream: Stream, *, seed: int, stage: int
     ):
-        self.stream, self.files = stream, files
+        self._stream, self.files = stream, files
         self._sizes, self._key = np.array(epoch_sizes, np.int64), (seed, stage, stream.code)
         self._ends = np.cumsum(self._sizes)
         self.epoch_size = int(self._ends[-1])
 
     def batch(self, k: int) -> Samples:
-        """Batch `k`.
-
-        Where the stream asks for it, it is of one file, or a mixture of what fills no batch, and each sample is in one
-        batch of an epoch. Else the samples of all files are shuffled together.
-        """
-        return self._samples(self._places(k))
+        """Batch `k`: of one file where `Stream.one_file` asks for that and the file can fill it, else a mixture."""
+        return self._samples(self._draws(k))
 
     def files_of_batch(self, k: int) -> list[int]:
-        """Numbers of the files of batch `k`, without looking for their records."""
-        return [self.files[which].number for which in np.unique(self._places(k).file)]
+        """Numbers of the files of batch `k`."""
+        return [self.files[which].number for which in np.unique(self._draws(k).file)]
 
-    def _places(self, k: int) -> _Places:
-        places = self._of_one_file if self.stream.one_file else self._mixed
-        return places(k, self.stream.batch_size)
+    def _draws(self, k: int) -> _Draws:
+        draws = self._of_one_file if self._stream.one_file else self._mixed
+        return draws(k, self._stream.batch_size)
 
-    def _mixed(self, k: int, batch: int) -> _Places:
-        epoch, place = np.divmod(np.arange(k * batch, (k + 1) * batch), self.epoch_size)
-        place = shuffled(place, self.epoch_size, *self._key, _ORDER, epoch)
-        file = np.searchsorted(self._ends, place, side="right")
-        return _Places(file, epoch * self._sizes[file] + place - (self._ends - self._sizes)[file])
+    def _mixed(self, k: int, batch: int) -> _Draws:
+        epoch, index = np.divmod(np.arange(k * batch, (k + 1) * batch), self.epoch_size)
+        index = shuffled(index, self.epoch_size, *self._key, _ORDER, epoch)
+        file = np.searchsorted(self._ends, index, side="right")
+        return _Draws(file, epoch * self._sizes[file] + index - (self._ends - self._sizes)[file])
 
-    def _of_one_file(self, k: int, batch: int) -> _Places:
-        """The places of batch `k`, of one file where that is possible.
+    def _of_one_file(self, k: int, batch: int) -> _Draws:
+        """Batch `k`, of one file where that is possible.
 
-        Of the endless stream of epochs of N samples, batch k holds those numbered k * B to (k + 1) * B. So an epoch
-        starts with the `head` that completes the batch which the epoch before began, and ends with the `tail` that
-        begins the next one's first.
+        Of the endless sequence of epochs, batch k holds samples k * batch to (k + 1) * batch. So an epoch starts with
+        the `head` that completes the last batch of the previous one, and ends with the `tail` that begins the first
+        batch of the next.
         """
         if self.epoch_size < batch:
             return self._mixed(k, batch)
         epoch, begin = divmod(k * batch, self.epoch_size)
         batches, head = self._one_file_batches(epoch, batch), -epoch * self.epoch_size % batch
         full = (self.epoch_size - head) // batch
-        place = begin // batch
-        if place == full:
+        index = begin // batch
+        if index == full:
             tail = np.arange(head + (full - batches.sum()) * batch, self.epoch_size - batches.sum() * batch)
             parts = self._pool(epoch, batch, tail), self._pool(epoch + 1, batch, np.arange(batch - len(tail)))
-            return _Places(*map(np.concatenate, zip(*parts)))
-        place = int(shuffled(np.array([place]), full, *self._key, _BATCH, epoch)[0])
+            return _Draws(*map(np.concatenate, zip(*parts)))
+        index = int(shuffled(np.array([index]), full, *self._key, _BATCH, epoch)[0])
         ends = np.cumsum(batches)
-        if place >= ends[-1]:
-            return self._pool(epoch, batch, head + (place - ends[-1]) * batch + np.arange(batch))
-        file = int(np.searchsorted(ends, place, side="right"))
-        first = epoch * self._sizes[file] + (place - ends[file] + batches[file]) * batch
-        return _Places(np.full(batch, file), first + np.arange(batch))
+        if index >= ends[-1]:
+            return self._pool(epoch, batch, head + (index - ends[-1]) * batch + np.arange(batch))
+        file = int(np.searchsorted(ends, index, side="right"))
+        first = epoch * self._sizes[file] + (index - ends[file] + batches[file]) * batch
+        return _Draws(np.full(batch, file), first + np.arange(batch))
 
     def _one_file_batches(self, epoch: int, batch: int) -> np.ndarray:
-        """int64 [files]: batches of one file alone in an epoch. The pool of what is left holds at least the head."""
+        """int64 [files]: an epoch's batches of each file alone. The samples left over fill at least the head."""
         batches = self._sizes // batch
         head = -epoch * self.epoch_size % batch
         if self.epoch_size - batches.sum() * batch < head:
@@ -104,22 +99,22 @@ class Order:
             batches[np.searchsorted(np.cumsum(batches), any_batch[0], side="right")] -= 1
         return batches
 
-    def _pool(self, epoch: int, batch: int, places: np.ndarray) -> _Places:
-        """What is at some places of the shuffled pool of what an epoch's batches of one file leave."""
+    def _pool(self, epoch: int, batch: int, indices: np.ndarray) -> _Draws:
+        """The draws at some indices of the shuffled pool of samples that are in no batch of one file."""
         batches = self._one_file_batches(epoch, batch)
         left = self._sizes - batches * batch
         ends = np.cumsum(left)
-        places = shuffled(places, int(ends[-1]), *self._key, _POOL, epoch) if len(places) else places
-        file = np.searchsorted(ends, places, side="right")
-        within = places - (ends - left)[file] + batches[file] * batch
-        return _Places(file, epoch * self._sizes[file] + within)
+        indices = shuffled(indices, int(ends[-1]), *self._key, _POOL, epoch) if len(indices) else indices
+        file = np.searchsorted(ends, indices, side="right")
+        within = indices - (ends - left)[file] + batches[file] * batch
+        return _Draws(file, epoch * self._sizes[file] + within)
 
-    def _samples(self, places: _Places) -> Samples:
-        file, place = places
+    def _samples(self, draws: _Draws) -> Samples:
+        file, index = draws
         record, number = np.zeros(len(file), np.int64), np.zeros(len(file), np.int64)
         for which in np.unique(file).tolist():
             mine, of = file == which, self.files[which]
             number[mine] = of.number
-            times, within = np.divmod(place[mine], of.num_usable)
+            times, within = np.divmod(index[mine], of.num_usable)
             record[mine] = of.records(shuffled(within, of.num_usable, *self._key, _FILE, of.number, times))
         return Samples(number, record)

@@ -1,7 +1,8 @@
-"""From the schedule's plans to batches of tokens, for the rows of this host."""
+"""Batches of tokens, for the rows of this host, from the schedule's plans."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
@@ -9,48 +10,45 @@ import numpy as np
 
 from grit_jax.config import Config
 from grit_jax.data.batch import Batch, HostShare
-from grit_jax.data.index import FileIndex, ReadFile
-from grit_jax.data.indexing import build_indexes
+from grit_jax.data.index_builder import build_indexes
 from grit_jax.data.packing import Packing, fill_rows
-from grit_jax.data.samples import FileSamples, dataset_names, file_losses, file_samples
 from grit_jax.data.schedule import Schedule, StepPlan, validation_steps
-from grit_jax.data.sources import find_files
+from grit_jax.data.sources import find_files, without_suffix
 from grit_jax.data.streams import readers
-from grit_jax.data.streams.base import PlannedRows, RowPlan, Stream
+from grit_jax.data.streams.base import PlannedRows, RowPlan, Samples, Stream
+from grit_jax.data.token_index import IndexedFile, TokenIndex
 from grit_jax.errors import InputError
 from grit_jax.text.tokenizer import Tokenizer
 
 
-def planned_rows(plan: RowPlan, indexes: Mapping[int, FileIndex], share: HostShare, row_length: int) -> PlannedRows:
-    """The rows of a plan that a host fills, from the indexes of the files by the numbers that the plan has."""
-    here = share.rows(plan.num_rows)
-    own_row = np.full(plan.num_rows, -1)
-    own_row[here] = np.arange(len(here))
-    mine = np.flatnonzero(own_row[plan.row] >= 0)
-    mine = mine[np.argsort(plan.file[mine], kind="stable")]
-    lengths = plan.length[mine].astype(np.int64)
-    # One file after the other; hosts may have rows without a text.
-    parts = [(np.zeros(0, np.uint8), np.zeros((0, 2), np.int32), np.zeros(0, np.int64))]
-    for file in np.unique(plan.file[mine]).tolist():
-        index, own = indexes[file], mine[plan.file[mine] == file]
-        texts = index.text_starts[plan.record[own]] + plan.text[own]
-        parts.append((index.kept_tokens(texts, plan.length[own]), *index.spans_of(texts)))
-    tokens, spans, num_spans = map(np.concatenate, zip(*parts, strict=True))
-    packing = Packing(len(here), own_row[plan.row[mine]], plan.offset[mine], plan.segment[mine])
-    rows = fill_rows(tokens, lengths, packing, row_length=row_length)
-    return PlannedRows(rows, mine, lengths, spans, num_spans)
+class FileSamples(NamedTuple):
+    """The records of one file that a step takes.
+
+    Attributes:
+      stream: The stream that takes them.
+      dataset: Short name of the file; see `dataset_names`.
+      file: Its path.
+      records: Their indices in the file, blank lines and malformed records not counted.
+      lines: Their lines, or entries, from 1.
+    """
+
+    stream: str
+    dataset: str
+    file: str
+    records: list[int]
+    lines: list[int]
 
 
 class _Files(NamedTuple):
     """Data files, and their indexes by their numbers for each stream."""
 
-    read: list[ReadFile]
-    indexes: dict[str, dict[int, FileIndex]]
+    indexed: list[IndexedFile]
+    indexes: dict[str, dict[int, TokenIndex]]
 
     @property
     def paths(self) -> list[str]:
         """The files' paths, by their numbers."""
-        return [str(path) for _, path in sorted({file.number: file.index.path for file in self.read}.items())]
+        return [str(path) for _, path in sorted({file.number: file.index.path for file in self.indexed}.items())]
 
 
 class Pipeline:
@@ -59,11 +57,11 @@ class Pipeline:
     Args:
       config: The run's settings.
       tokenizer: The model's tokenizer.
-      streams: The streams that are trained.
-      host_share: Which of a batch's rows this host fills.
+      streams: The streams to train.
+      host_share: The rows of a batch that this host fills.
 
     Attributes:
-      fingerprint: Names the training data; a resumed run must have the same.
+      fingerprint: Identifies the training data; a resumed run must have the same.
 
     Raises:
       InputError: Files are missing, malformed or without usable records.
@@ -71,50 +69,50 @@ class Pipeline:
 
     def __init__(self, config: Config, tokenizer: Tokenizer, streams: Sequence[Stream], *, host_share: HostShare):
         self._config, self._tokenizer, self._streams, self._host_share = config, tokenizer, streams, host_share
-        if not config.data.train:
+        data, num_shards = config.data, host_share.num_shards
+        if not data.train:
             raise InputError("data.train is missing; name the files or folders to train on")
-        num_shards = host_share.num_shards
-        self._training = self._read(config.data.train)
+        self._training = self._indexed(data.train)
         self._names = dataset_names(self._training.paths)
-        self._schedule = Schedule(
-            self._training.read, streams, data=config.data, train=config.train, num_shards=num_shards
-        )
+        self._schedule = Schedule(self._training.indexed, streams, data=data, train=config.train, num_shards=num_shards)
         self.fingerprint = self._schedule.fingerprint
         self._held_out_plans = self._schedule.held_out_steps()
-        self._validation = self._read(config.data.validation) if config.data.validation else _Files([], {})
+        self._validation = self._indexed(data.validation) if data.validation else _Files([], {})
         self._validation_plans = validation_steps(
-            self._validation.read, streams, limit=config.data.row_buckets, num_shards=num_shards
+            self._validation.indexed, streams, limit=data.row_buckets, num_shards=num_shards
         )
 
     def host_facts(self) -> dict[str, str]:
-        """What every host must have found in its files: their order, and what each of them holds."""
+        """What must be the same on every host: the order of its files, and their content."""
         facts = {}
         for key, files in (("data.train", self._training), ("data.validation", self._validation)):
-            facts[key] = ", ".join(file.index.name for file in files.read)
-            for number, (_, index, _) in enumerate(files.read):
+            facts[key] = ", ".join(file.index.name for file in files.indexed)
+            for number, (_, index, _) in enumerate(files.indexed):
                 facts[f"the content of {key}, file {number + 1}"] = f"{index.name} {'-'.join(index.fingerprint)}"
         return facts
 
     def samples(self, step: int) -> list[FileSamples]:
         """The records that step `step`, counted from 0, takes of each file."""
-        found = []
-        for stream in self._streams:
-            samples = self._schedule.samples(step, stream.name)
-            found += file_samples(stream.name, samples, self._training.indexes[stream.name], self._names)
-        return found
+        return [
+            file
+            for stream in self._streams
+            for file in file_samples(
+                stream.name, self._schedule.samples(step, stream.name), self._training.indexes[stream.name], self._names
+            )
+        ]
 
     def losses_by_file(
         self, step: int, losses: Mapping[str, float], token_losses: Mapping[str, np.ndarray]
     ) -> dict[str, float]:
         """The losses of a step's files, as `STREAM/FILE`.
 
-        A stream with token losses has the mean loss of each file's tokens, see `file_losses`; one whose batches are
-        taken from one file has that of the batch, which is `mixed` where it is of several files.
+        For a stream with token losses, the mean loss of each file's tokens (`file_losses`). For a stream whose batches
+        come from one file, the batch's loss under that file's name, or `mixed` if the batch has several files.
 
         Args:
           step: The step, counted from 0.
           losses: Loss of each stream.
-          token_losses: Losses of each stream's tokens, of those streams that have them.
+          token_losses: Losses of each stream's tokens, of the streams that have them.
         """
         found = {}
         for stream in self._streams:
@@ -128,29 +126,25 @@ class Pipeline:
                 found[f"{stream.name}/{name}"] = losses[stream.name]
         return found
 
-    def report(self) -> list[str]:
+    def summary(self) -> list[str]:
         """Lines for people about the training data."""
-        return self._schedule.report()
+        return self._schedule.summary()
 
     def batch(self, step: int) -> Batch:
         """The batch of step `step`, counted from 0."""
         return self._filled(self._schedule.step(step), self._training)
 
-    def batches(self, start: int) -> Iterator[Batch]:
-        """The batches of steps `start`, `start + 1`, ..., counted from 0, to the last one."""
-        return map(self.batch, range(start, self._config.train.steps))
-
     def validation_batches(self) -> Iterator[Batch]:
-        """Batches that hold every validation record and every record held out once; none without either."""
+        """Batches that hold every validation record and every held-out record once; none without either."""
         for plans, files in ((self._validation_plans, self._validation), (self._held_out_plans, self._training)):
             for plan in plans:
                 yield self._filled(plan, files)
 
-    def _read(self, paths: str | list[str]) -> _Files:
+    def _indexed(self, paths: str | list[str]) -> _Files:
         streams = readers(self._config, self._streams)
-        read = build_indexes(find_files(paths), self._tokenizer, streams, skip_bad=self._config.data.skip_bad)
-        indexes = {stream.name: {f.number: f.index for f in read if f.stream is stream} for stream in streams}
-        return _Files(read, indexes)
+        indexed = build_indexes(find_files(paths), self._tokenizer, streams, skip_bad=self._config.data.skip_bad)
+        indexes = {stream.name: {f.number: f.index for f in indexed if f.stream is stream} for stream in streams}
+        return _Files(indexed, indexes)
 
     def _filled(self, plan: StepPlan, files: _Files) -> Batch:
         by_name = {stream.name: stream for stream in self._streams}
@@ -160,3 +154,57 @@ class Pipeline:
             )
             for name, part in plan.items()
         }
+
+
+def planned_rows(plan: RowPlan, indexes: Mapping[int, TokenIndex], share: HostShare, row_length: int) -> PlannedRows:
+    """The rows of a plan that a host fills, from the files' indexes by number."""
+    here = share.rows(plan.num_rows)
+    own_row = np.full(plan.num_rows, -1)
+    own_row[here] = np.arange(len(here))
+    mine = np.flatnonzero(own_row[plan.row] >= 0)
+    mine = mine[np.argsort(plan.file[mine], kind="stable")]
+    lengths = plan.length[mine].astype(np.int64)
+    # One file after the other; a host's rows may all be without a text.
+    parts = [(np.zeros(0, np.uint8), np.zeros((0, 2), np.int32), np.zeros(0, np.int64))]
+    for file in np.unique(plan.file[mine]).tolist():
+        index, own = indexes[file], mine[plan.file[mine] == file]
+        texts = index.text_starts[plan.record[own]] + plan.text[own]
+        parts.append((index.kept_tokens(texts, plan.length[own]), *index.spans_of(texts)))
+    tokens, spans, num_spans = map(np.concatenate, zip(*parts, strict=True))
+    packing = Packing(len(here), own_row[plan.row[mine]], plan.offset[mine], plan.segment[mine])
+    rows = fill_rows(tokens, lengths, packing, row_length=row_length)
+    return PlannedRows(rows, mine, lengths, spans, num_spans)
+
+
+def file_samples(
+    stream: str, samples: Samples, indexes: Mapping[int, TokenIndex], names: Sequence[str]
+) -> list[FileSamples]:
+    """The samples of a stream by file, in the files' order."""
+    found = []
+    for number in np.unique(samples.file).tolist():
+        index, records = indexes[number], samples.record[samples.file == number]
+        lines = index.line_numbers(records)
+        found.append(FileSamples(stream, names[number], str(index.path), records.tolist(), lines.tolist()))
+    return found
+
+
+def file_losses(rows: RowPlan, token_losses: np.ndarray, names: Sequence[str]) -> dict[str, float]:
+    """Mean loss of the scored tokens of each file of a batch, weighted as in the batch's loss, in nats, by file name.
+
+    Args:
+      rows: The batch's texts in their rows.
+      token_losses: float32 [2, rows, length]; weighted losses and weights of all tokens.
+      names: Name of each file.
+    """
+    sums = np.zeros((len(names), 2))
+    for file, row, offset, length in zip(rows.file, rows.row, rows.offset, rows.length, strict=True):
+        sums[file] += token_losses[:, row, offset : offset + length].sum(axis=1, dtype=np.float64)
+    return {names[file]: float(loss / weight) for file, (loss, weight) in enumerate(sums) if weight}
+
+
+def dataset_names(paths: Sequence[str | os.PathLike[str]]) -> list[str]:
+    """Short names that tell files apart: without the folders that all share, and without suffixes."""
+    parts = [without_suffix(os.fspath(path)).split("/") for path in paths]
+    folders = list(zip(*(part[:-1] for part in parts)))  # as deep as the shallowest file
+    shared = next((depth for depth, names in enumerate(folders) if len(set(names)) > 1), len(folders))
+    return ["/".join(part[shared:]) for part in parts]

@@ -7,9 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from grit_jax.data.lines import is_blank, read_lines
-from grit_jax.data.records import RecordError, text_of
-from grit_jax.data.rows import Failed, failed, read_objects, unpacked_name
+from grit_jax.data.records import RecordError
+from grit_jax.data.text_files import Entry, Row, converted, read_objects, read_text_lines, unpacked_name
 from grit_jax.errors import InputError
 
 _KEYS = ("query-id", "corpus-id", "score")
@@ -17,16 +16,8 @@ _ENDINGS = (".tsv", ".jsonl", ".txt", ".trec", ".qrels")
 
 
 class Judgement(NamedTuple):
-    """How well a document answers a query: over 0 it does.
+    """How well a document answers a query: it does where the score, a finite number, is over 0."""
 
-    Attributes:
-      where: File and line.
-      query: Id of the query.
-      document: Id of the document.
-      score: A finite number.
-    """
-
-    where: str
     query: str
     document: str
     score: float
@@ -38,61 +29,68 @@ def find_qrels(folder: Path, split: str) -> Path | None:
     return next((path for path in (folder / "qrels" / name for name in names) if path.is_file()), None)
 
 
-def read_qrels(path: Path) -> Iterator[Judgement | Failed]:
+def read_qrels(path: Path) -> Iterator[Entry[Judgement]]:
     """The judgements of a file.
 
-    Of a .jsonl file each line is `{"query-id", "corpus-id", "score"}`. Other files have the same in three columns, in
-    the order of a header where there is one, or are TREC's: query, a number that is not used, document and score. Tabs
-    part the columns, or spaces in a file of lines without tabs.
+    Each line of a .jsonl file is `{"query-id", "corpus-id", "score"}`. Other files have these columns, in the order of
+    the header if there is one, or TREC's: query, an unused number, document and score. Columns are separated by tabs,
+    or by spaces where a line has no tab.
 
     Raises:
       InputError: The file cannot be read, or its header lacks a column.
     """
     if unpacked_name(path).endswith(".jsonl"):
-        for entry in read_objects(path):
-            if isinstance(entry, Failed):
-                yield entry
-            else:
-                where, row = entry
-                named = {str(key).lower().replace("_", "-"): value for key, value in row.items()}
-                yield _judgement(where, [named.get(key) for key in _KEYS])
-        return
-    order: list[int] | None = None
+        return converted(read_objects(path), _of_object)
+    return _read_columns(path)
+
+
+def _read_columns(path: Path) -> Iterator[Entry[Judgement]]:
+    columns: list[int] | None = None
+
+    def judgement(cells: list[str]) -> Judgement:
+        if columns is not None:
+            return _judgement([cells[column] if column < len(cells) else None for column in columns])
+        return _judgement([cells[0], *cells[-2:]] if len(cells) in (3, 4) else cells)
+
     is_first = True
-    for number, line in read_lines(path):
-        if is_blank(line):
-            continue
-        where = f"{path}:{number}"
-        try:
-            text = text_of(line, where)
-        except RecordError as error:
-            yield Failed(error)
-            continue
-        cells = [cell.strip() for cell in text.split("\t")] if "\t" in text else text.split()
-        names = [cell.lower().replace("_", "-") for cell in cells]
-        if is_first and "query-id" in names:
-            if missing := [key for key in _KEYS if key not in names]:
-                raise InputError(f"{where}: the header has no {missing[0]!r}; it must name {', '.join(_KEYS)}")
-            order = [names.index(key) for key in _KEYS]
-        elif order is not None:
-            yield _judgement(where, [cells[place] if place < len(cells) else None for place in order])
-        elif len(cells) in (3, 4):
-            yield _judgement(where, [cells[0], *cells[-2:]])
-        else:
-            yield _judgement(where, cells)
-        is_first = False
+    for entry in converted(read_text_lines(path), _cells):
+        if is_first and not isinstance(entry, RecordError):
+            is_first, (where, cells) = False, entry
+            names = list(map(_normalised, cells))
+            if _KEYS[0] in names:
+                if missing := [key for key in _KEYS if key not in names]:
+                    raise InputError(f"{where}: the header has no {missing[0]!r}; it must name {', '.join(_KEYS)}")
+                columns = [names.index(key) for key in _KEYS]
+                continue
+        yield from converted([entry], judgement)
 
 
-def _judgement(where: str, values: list[Any]) -> Judgement | Failed:
+def _cells(text: str) -> list[str]:
+    return [cell.strip() for cell in text.split("\t")] if "\t" in text else text.split()
+
+
+def _normalised(key: str) -> str:
+    return key.lower().replace("_", "-")
+
+
+def _of_object(row: Row) -> Judgement:
+    named = {_normalised(key): value for key, value in row.items()}
+    return _judgement([named.get(key) for key in _KEYS])
+
+
+def _judgement(values: list[Any]) -> Judgement:
     try:
         query, document, score = values
-        found = float(score)
-        is_score = math.isfinite(found) and not isinstance(score, bool)
+        number = float(score)
+        is_score = math.isfinite(number) and not isinstance(score, bool)
     except (TypeError, ValueError, OverflowError):
         is_score = False
-    if is_score and all(
-        isinstance(name, str | int) and not isinstance(name, bool) and name != "" for name in values[:2]
-    ):
-        return Judgement(where, str(query), str(document), found)
+    if is_score and all(_is_name(value) for value in values[:2]):
+        return Judgement(str(query), str(document), number)
     shown = ", ".join(f"{value!r:.40}" for value in values[:6])
-    return failed(where, "no judgement", f"holds {shown}; a judgement is query-id, corpus-id and a finite score")
+    message = f"holds {shown}; a judgement is query-id, corpus-id and a finite score"
+    raise RecordError("no judgement", message)
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str | int) and not isinstance(value, bool) and value != ""

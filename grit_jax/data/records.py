@@ -3,31 +3,74 @@
 from __future__ import annotations
 
 import abc
+import contextlib
 import dataclasses
 import json
-import os
-from collections.abc import Sequence
+from collections.abc import Generator, Iterable, Sequence
 from typing import Any, ClassVar, NamedTuple, Self
 
 from grit_jax.errors import InputError
 from grit_jax.text.prompts import stripped
+
+_EXAMPLES = 3  # messages kept of each fault
 
 
 class RecordError(InputError):
     """A malformed record.
 
     Attributes:
-      kind: What is wrong in a few words, equal for all records with the same fault.
+      fault: In a few words, the same for all records that have it.
+      where: File and line; empty until `located` fills it in.
     """
 
-    def __init__(self, where: str, kind: str, message: str):
-        super().__init__(where, kind, message)
-        self.kind = kind
+    def __init__(self, fault: str, message: str, where: str = ""):
+        super().__init__(fault, message, where)
+        self.fault, self.message, self.where = fault, message, where
 
     def __str__(self) -> str:
         """File, line and what is wrong there."""
-        where, _, message = self.args
-        return f"{where}: {message}"
+        return f"{self.where}: {self.message}" if self.where else self.message
+
+
+@contextlib.contextmanager
+def located(where: str) -> Generator[None]:
+    """Adds file and line to the record errors of its block that have none."""
+    try:
+        yield
+    except RecordError as error:
+        error.where = error.where or where
+        raise
+
+
+class BadRecords(NamedTuple):
+    """Malformed records with the same fault.
+
+    Attributes:
+      fault: In a few words.
+      count: Number of records.
+      examples: Messages of the first few, with file and line.
+    """
+
+    fault: str
+    count: int
+    examples: tuple[str, ...]
+
+    @classmethod
+    def of(cls, error: RecordError) -> Self:
+        """One record."""
+        return cls(error.fault, 1, (str(error),))
+
+    @classmethod
+    def from_json(cls, values: Iterable[Any]) -> tuple[Self, ...]:
+        """From lists of the attributes' values."""
+        return tuple(cls(fault, count, tuple(examples)) for fault, count, examples in values)
+
+
+def add_bad(found: dict[str, BadRecords], *more: BadRecords) -> None:
+    """Adds records to those found before them, by fault."""
+    for fault, count, examples in more:
+        before = found.get(fault, BadRecords(fault, 0, ()))
+        found[fault] = BadRecords(fault, before.count + count, (*before.examples, *examples)[:_EXAMPLES])
 
 
 class EmbeddingText(NamedTuple):
@@ -38,27 +81,27 @@ class EmbeddingText(NamedTuple):
 
 
 class Record(abc.ABC):
-    """What one line says; each kind of record is a class.
+    """The content of one line; each subclass is a type of record.
 
     Attributes:
-      kind: Its name: that of the stream which is trained on it.
-      keys: What tells it from other kinds, for messages.
-      numbered_with: Files are numbered kind by kind in this order, so that a new kind renumbers none of the others'.
+      name: That of the stream that trains on it.
+      keys: The JSON keys that identify it, for messages.
+      numbered_with: Files are numbered by this first, so a new type of record leaves the numbers of other files alone.
     """
 
-    kind: ClassVar[str]
+    name: ClassVar[str]
     keys: ClassVar[str]
     numbered_with: ClassVar[int] = 1
 
     @classmethod
     @abc.abstractmethod
     def reads(cls, row: dict[str, Any]) -> bool:
-        """Whether a line holds a record of this kind, well formed or not."""
+        """Whether a JSON object is a record of this type, well formed or not."""
 
     @classmethod
     @abc.abstractmethod
-    def parse(cls, row: dict[str, Any], where: str) -> Self:
-        """The record of a line that `reads` accepts.
+    def parse(cls, row: dict[str, Any]) -> Self:
+        """The record of a JSON object that `reads` accepts.
 
         Raises:
           RecordError: It is malformed.
@@ -69,11 +112,11 @@ class Record(abc.ABC):
         """All its texts, without instructions."""
 
     def vocabulary(self) -> list[str]:
-        """What a tokenizer is trained on: instructions included, and what other records say as well left out."""
+        """Texts to train a tokenizer on: with instructions, without what other records repeat."""
         return self.texts()
 
     def comparable(self) -> dict[str, str]:
-        """Parts that are equal in records that nearly repeat each other, by what they are called."""
+        """Parts, by name, that are equal in near-duplicates."""
         return {}
 
 
@@ -81,7 +124,7 @@ class Record(abc.ABC):
 class EmbeddingRecord(Record):
     """A query with passages that answer it and passages that do not."""
 
-    kind = "embedding"
+    name = "embedding"
     keys = '"query", "pos", "neg"'
     numbered_with = 0
 
@@ -95,26 +138,23 @@ class EmbeddingRecord(Record):
         return "query" in row
 
     @classmethod
-    def parse(cls, row: dict[str, Any], where: str) -> Self:
+    def parse(cls, row: dict[str, Any]) -> Self:
         """`{"query": T, "pos": [T, ...], "neg": [T, ...]}` where T is a string or `[instruction, text]`.
 
         A string has an empty instruction, and `neg` may be missing.
 
         Raises:
-          RecordError: It is not that.
+          RecordError: It is malformed.
         """
         for key in ("pos", "neg"):
             if not isinstance(row.setdefault(key, []), list):
-                raise RecordError(
-                    where, f'"{key}" is no list', f'"{key}" is {_describe(row[key])}; it must be a list of texts'
-                )
+                raise RecordError(f'"{key}" is no list', f'"{key}" is {_shown(row[key])}; it must be a list of texts')
         if not row["pos"]:
-            message = '"pos" is missing or empty; every query needs a passage that answers it'
-            raise RecordError(where, 'no "pos"', message)
+            raise RecordError('no "pos"', '"pos" is missing or empty; every query needs a passage that answers it')
         return cls(
-            _embedding_text(row["query"], where, "query"),
-            tuple(_embedding_text(text, where, "pos") for text in row["pos"]),
-            tuple(_embedding_text(text, where, "neg") for text in row["neg"]),
+            _embedding_text(row["query"], "query"),
+            tuple(_embedding_text(text, "pos") for text in row["pos"]),
+            tuple(_embedding_text(text, "neg") for text in row["neg"]),
         )
 
     def texts(self) -> list[str]:
@@ -134,7 +174,7 @@ class EmbeddingRecord(Record):
 class GenerativeRecord(Record):
     """User and assistant turns, or one plain text."""
 
-    kind = "generative"
+    name = "generative"
     keys = '"text" (generative)'
     numbered_with = 0
 
@@ -146,7 +186,7 @@ class GenerativeRecord(Record):
         return "text" in row
 
     @classmethod
-    def parse(cls, row: dict[str, Any], where: str) -> Self:
+    def parse(cls, row: dict[str, Any]) -> Self:
         """`{"text": [user, assistant, ...]}` or `{"text": str}`.
 
         Raises:
@@ -156,17 +196,11 @@ class GenerativeRecord(Record):
         if isinstance(turns, str):
             return cls(turns)
         if not isinstance(turns, list) or not all(isinstance(turn, str) for turn in turns):
-            raise RecordError(
-                where,
-                '"text" is no text',
-                f'"text" is {_describe(turns)}; it must be a string or a list of strings',
-            )
+            message = f'"text" is {_shown(turns)}; it must be a string or a list of strings'
+            raise RecordError('"text" is no text', message)
         if not turns or len(turns) % 2:
-            raise RecordError(
-                where,
-                "turns not in pairs",
-                f'"text" has {len(turns)} turns; user and assistant turns come in pairs',
-            )
+            message = f'"text" has {len(turns)} turns; user and assistant turns come in pairs'
+            raise RecordError("turns not in pairs", message)
         return cls(tuple(turns))
 
     def texts(self) -> list[str]:
@@ -178,120 +212,108 @@ class GenerativeRecord(Record):
         return {} if isinstance(self.turns, str) else {"first user turns": self.turns[0]}
 
 
-RECORD_KINDS: tuple[type[Record], ...] = (EmbeddingRecord, GenerativeRecord)
+RECORD_TYPES: tuple[type[Record], ...] = (EmbeddingRecord, GenerativeRecord)
 
 
-def parse_record(
-    line: str | bytes,
-    *,
-    path: str | os.PathLike[str],
-    line_number: int,
-    kinds: Sequence[type[Record]] = RECORD_KINDS,
-) -> Record:
-    """Parses and checks one line, which may hold other keys than those of its kind.
+def parse_record(line: str | bytes, where: str, record_types: Sequence[type[Record]] = RECORD_TYPES) -> Record:
+    """Parses and checks one line; keys that its type of record does not use are ignored.
 
     Raises:
-      RecordError: With file, line and remedy.
+      RecordError: It is malformed; the message starts with `where`.
     """
-    where = f"{path}:{line_number}"
-    row = parse_object(line, where)
-    for kind in kinds:
-        if kind.reads(row):
-            return kind.parse(row, where)
-    raise RecordError(
-        where,
-        "keys of neither stream",
-        f"keys {_describe(sorted(row))} are of neither stream; use {' or '.join(kind.keys for kind in kinds)}",
-    )
+    with located(where):
+        row = require_object(_json(line))
+        for record_type in record_types:
+            if record_type.reads(row):
+                return record_type.parse(row)
+        keys = " or ".join(record_type.keys for record_type in record_types)
+        message = f"keys {_shown(sorted(row))} are of neither stream; use {keys}"
+        raise RecordError("keys of neither stream", message)
 
 
-def parse_object(line: str | bytes, where: str) -> dict[str, Any]:
+def parse_object(line: str | bytes, where: str = "") -> dict[str, Any]:
     """The JSON object of one line; see `parse_json`."""
-    row = parse_json(line, where)
-    if not isinstance(row, dict):
-        raise RecordError(where, "not an object", f"found a JSON {type(row).__name__}; each line must be an object")
-    return row
+    with located(where):
+        return require_object(_json(line))
 
 
-def parse_json(line: str | bytes, where: str) -> Any:
+def parse_json(line: str | bytes, where: str = "") -> Any:
     """The JSON value of one line: UTF-8, no key twice, and only text that UTF-8 can hold.
 
     Raises:
-      RecordError: It starts with `where`.
+      RecordError: It is something else; the message starts with `where`.
     """
-    text = text_of(line, where) if isinstance(line, bytes) else line
-    try:
-        value = json.loads(text, object_pairs_hook=_unique_keys)
-        if "\\u" in text:  # a JSON escape may stand for half a character, which no tokenizer takes
-            json.dumps(value, ensure_ascii=False).encode()
-    except (_DuplicateKeyError, ValueError, RecursionError) as error:
-        raise RecordError(where, *_named(error)) from error
-    return value
+    with located(where):
+        return _json(line)
 
 
-def parse_entry(text: str, place: int, where: str) -> tuple[Any, int]:
-    """`parse_json` of the value that begins at a place of a longer text, and the place after it.
+def require_object(value: Any) -> dict[str, Any]:
+    """A JSON value that must be an object.
 
     Raises:
-      json.JSONDecodeError: No value begins there, so that nothing after it can be read either.
-      RecordError: The value is another that `parse_json` refuses, and may be passed over.
+      RecordError: It is another.
     """
-    _, end = json.JSONDecoder().raw_decode(text, place)
-    return parse_json(text[place:end], where), end
+    if isinstance(value, dict):
+        return value
+    raise RecordError("not an object", f"found a JSON {type(value).__name__}; it must be an object")
 
 
-def text_of(line: bytes, where: str) -> str:
+def text_of(line: bytes, where: str = "") -> str:
     """The text of a line, without a byte order mark.
 
     Raises:
       RecordError: It is not UTF-8.
     """
+    with located(where):
+        return _text(line)
+
+
+def _text(line: bytes) -> str:
     try:
         return line.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         message = f"byte {error.start + 1} is not UTF-8 ({error.reason}); save the file as UTF-8"
-        raise RecordError(where, "not UTF-8", message) from error
+        raise RecordError("not UTF-8", message) from error
 
 
-def _named(error: Exception) -> tuple[str, str]:
-    """Kind and message of what is wrong with a line."""
-    match error:
-        case _DuplicateKeyError():
-            return "a key twice", f"key {_describe(error.args[0])} is there twice; keep one of them"
-        case RecursionError():
-            return "nested too deeply", "lists or objects are nested too deeply; each line must be one flat object"
-        case UnicodeEncodeError():
-            code = ord(error.object[error.start])
-            return "half a surrogate pair", f"\\u{code:04x} is half of a surrogate pair and no character; remove it"
-        case _:
-            return "not valid JSON", f"not valid JSON ({error}); each line must be one object"
-
-
-class _DuplicateKeyError(Exception):
-    pass
+def _json(line: str | bytes) -> Any:
+    text = _text(line) if isinstance(line, bytes) else line
+    try:
+        value = json.loads(text, object_pairs_hook=_unique_keys)
+        if "\\u" in text:  # a JSON escape may stand for half a surrogate pair, which no tokenizer takes
+            json.dumps(value, ensure_ascii=False).encode()
+    except RecursionError as error:
+        message = "lists or objects are nested too deeply; each line must be one flat object"
+        raise RecordError("nested too deeply", message) from error
+    except UnicodeEncodeError as error:
+        message = f"\\u{ord(error.object[error.start]):04x} is half of a surrogate pair and no character; remove it"
+        raise RecordError("half a surrogate pair", message) from error
+    except RecordError:
+        raise
+    except ValueError as error:
+        raise RecordError("not valid JSON", f"not valid JSON ({error}); each line must be one object") from error
+    return value
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     row = dict(pairs)
     if len(row) < len(pairs):
         names = [name for name, _ in pairs]
-        raise _DuplicateKeyError(next(name for name in names if names.count(name) > 1))
+        twice = next(name for name in names if names.count(name) > 1)
+        raise RecordError("a key twice", f"key {_shown(twice)} is there twice; keep one of them")
     return row
 
 
-def _embedding_text(value: Any, where: str, key: str) -> EmbeddingText:
+def _embedding_text(value: Any, key: str) -> EmbeddingText:
     if isinstance(value, str):
         return EmbeddingText("", value)
     if isinstance(value, list) and len(value) == 2 and all(isinstance(part, str) for part in value):
         return EmbeddingText(stripped(value[0]), value[1])
-    raise RecordError(
-        where,
-        f'"{key}" holds no text',
-        f'"{key}" holds {_describe(value)}; a text is a string or [instruction, text]',
-    )
+    message = f'"{key}" holds {_shown(value)}; a text is a string or [instruction, text]'
+    raise RecordError(f'"{key}" holds no text', message)
 
 
-def _describe(value: Any) -> str:
+def _shown(value: Any) -> str:
     try:
         text = json.dumps(value, ensure_ascii=False)
     except RecursionError:

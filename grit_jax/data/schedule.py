@@ -1,7 +1,7 @@
-"""What every step consists of: a pure function of seed, files and step number.
+"""The content of every step: a pure function of seed, files and step number.
 
-Nothing here reads a token. From the indexes alone it decides which texts a step takes, where each of them is packed
-and what it weighs, the same on every host and without looking at earlier steps.
+From the indexes alone, without reading a token, it decides which texts a step takes, how they are packed and weighted:
+the same on every host, and without earlier steps.
 """
 
 from __future__ import annotations
@@ -16,28 +16,22 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from grit_jax.config import DataConfig, StageConfig, TrainConfig
-from grit_jax.data.index import ReadFile
 from grit_jax.data.order import Order
 from grit_jax.data.packing import choose_buckets, round_up
-from grit_jax.data.streams.base import Plan, RowPlan, Samples, Stream
+from grit_jax.data.streams.base import RowPlan, Samples, Stream
+from grit_jax.data.token_index import IndexedFile
 from grit_jax.data.usable import StreamFiles, UsableFile
 from grit_jax.errors import InputError
 
-_LAWS = 2  # raised when the same settings give other batches than before
+_LAWS = 2  # raised when the same settings give other batches
 _SAMPLED_STEPS = 64  # steps whose packing decides the row buckets
 _PICK = 2  # name of the random stream that picks texts of records; those of `Order` follow
 
-StepPlan = dict[str, Any]  # the `Plan` of each stream of a step, by its name
+StepPlan = dict[str, Any]  # what `Stream.plan` gives, by the stream's name
 
 
 class _Stage(NamedTuple):
-    """A range of steps with its own files.
-
-    Attributes:
-      first: First step.
-      last: Last step, exclusive; None for the last stage.
-      orders: Order of each stream, by its name.
-    """
+    """A range of steps, from `first` to `last`, exclusive, or to the end; `orders` are by the names of streams."""
 
     first: int
     last: int | None
@@ -48,11 +42,11 @@ class Schedule:
     """The training steps.
 
     Args:
-      read: The training files.
-      streams: The streams that are trained; files that others read give no samples.
+      files: The training files.
+      streams: The streams to train; files of others give no samples.
       data: Sampling.
       train: Seed and mode.
-      num_shards: Equal parts that the rows of a batch are cut into.
+      num_shards: Number of equal parts that a batch's rows are divided into.
 
     Attributes:
       buckets: Row counts of each stream's batches.
@@ -63,7 +57,7 @@ class Schedule:
 
     def __init__(
         self,
-        read: Sequence[ReadFile],
+        files: Sequence[IndexedFile],
         streams: Sequence[Stream],
         *,
         data: DataConfig,
@@ -71,7 +65,7 @@ class Schedule:
         num_shards: int,
     ):
         self._data, self._train, self._num_shards, self._streams = data, train, num_shards, streams
-        self._files = [UsableFile(file, held_out=data.held_out) for file in read]
+        self._files = [UsableFile(file, held_out=data.held_out) for file in files]
         self._by_stream = {
             stream.name: StreamFiles(stream, [file for file in self._files if file.stream is stream])
             for stream in streams
@@ -88,9 +82,9 @@ class Schedule:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """Names the data: equal when every file holds the same records, tokenized and cut in the same way.
+        """Identifies the data: equal if every file holds the same records, tokenized and cut in the same way.
 
-        It has three parts, for the texts, for what they are in their records and for their tokens; see `same_data`.
+        It has three parts, as `Fingerprint` has; see `same_data`.
         """
         texts = [str(_LAWS), *(file.fingerprint() for file in self._files)]
         structure = [file.index.fingerprint.structure for file in self._files]
@@ -102,22 +96,22 @@ class Schedule:
         return {name: self.stream_plan(k, name) for name in self._by_stream}
 
     def stream_plan(self, k: int, name: str) -> Any:
-        """The `Plan` of the stream `name` of step `k`."""
+        """The plan of the stream `name` of step `k`."""
         pieces = self._by_stream[name].stream.num_chunks * self._num_shards
         return _dealt(self._plan(k, name), self.buckets[name], pieces)
 
     def samples(self, k: int, name: str) -> Samples:
-        """The records of a stream that step `k` takes, in sample order, without planning their rows."""
+        """The records of a stream that step `k` takes, in order."""
         order, number = self._order(k, name)
         return order.batch(number)
 
     def files_of_batch(self, k: int, name: str) -> list[int]:
-        """Numbers of the files that a stream's batch of step `k` is taken from, without its records."""
+        """Numbers of the files that a stream's batch of step `k` comes from."""
         order, number = self._order(k, name)
         return order.files_of_batch(number)
 
-    def report(self) -> list[str]:
-        """Lines for people: samples, epochs, row counts, what was dropped."""
+    def summary(self) -> list[str]:
+        """Lines for people: samples, epochs, row counts, dropped records."""
         lines = []
         for stream in self._streams:
             buckets = " or ".join(map(str, self.buckets[stream.name]))
@@ -137,9 +131,9 @@ class Schedule:
         return [*lines, *dropped_lines(self._files)]
 
     def held_out_steps(self) -> list[StepPlan]:
-        """Plans that hold every record once that `data.held_out` keeps from training, as those of `validation_steps`.
+        """Plans that hold every held-out record once, as `validation_steps`.
 
-        Batches take them in the order of the files, and go from one file to the next: few of each are held out.
+        Unlike there, a batch may have records of several files, as few of each are held out.
         """
         batches = []
         for files in self._by_stream.values() if self._data.held_out else ():
@@ -194,7 +188,7 @@ class Schedule:
         return next(stage for stage in self._stages if stage.last is None or k < stage.last)
 
     def _order(self, k: int, name: str) -> tuple[Order, int]:
-        """The order of a stream at step `k`, and the number of the step in it."""
+        """The order of a stream at step `k`, and the index of the step in it."""
         stage = self._stage(k)
         return stage.orders[name], k - stage.first
 
@@ -216,16 +210,12 @@ class Schedule:
 
 
 def same_data(recorded: str, fingerprint: str) -> bool:
-    """Whether a run that recorded a fingerprint was trained on the data that have this one now.
-
-    Runs made before fingerprints named the records' structure, or the tokens, have the parts before these alone, and
-    are held to those.
-    """
+    """Whether a recorded fingerprint is that of the present data; older runs recorded only the first parts of it."""
     return f"{fingerprint}-".startswith(f"{recorded}-")
 
 
 def validation_steps(
-    read: Sequence[ReadFile],
+    files: Sequence[IndexedFile],
     streams: Sequence[Stream],
     *,
     limit: int,
@@ -233,32 +223,32 @@ def validation_steps(
 ) -> list[StepPlan]:
     """Plans that hold every usable record once, in file order, with its first positive and first negatives.
 
-    A query and a scored token weigh 1, so that callers divide sums by sums of weights. Batches have the sizes of
-    training, the last one of a file is completed with fillers; each plan has one stream.
+    Queries and scored tokens weigh 1, so callers divide sums by sums of weights. Batches have the sizes of training,
+    with fillers in the last one of a file; each plan has one stream.
 
     Args:
-      read: The validation files.
-      streams: The streams that are trained; files that others read are left out.
+      files: The validation files.
+      streams: The streams to train; files of others are left out.
       limit: Most row counts of a stream's batches.
-      num_shards: Equal parts that the rows of a batch are cut into.
+      num_shards: Number of equal parts that a batch's rows are divided into.
     """
     batches = []
-    for file in read:
+    for file in files:
         if file.stream in streams:
-            file = UsableFile(file, held_out=0.0)
-            files = StreamFiles(file.stream, [file])
-            batches += [(files, samples) for samples in _cut(file.samples(), file.stream.batch_size)]
+            usable = UsableFile(file, held_out=0.0)
+            of_stream = StreamFiles(file.stream, [usable])
+            batches += [(of_stream, samples) for samples in _cut(usable.samples(), file.stream.batch_size)]
     return _evaluation_plans(batches, limit=limit, num_shards=num_shards)
 
 
 def dropped_lines(files: Sequence[UsableFile]) -> list[str]:
-    """What was left out of each file, and why."""
+    """The records left out of each file, and why."""
     lines = []
     for file in files:
         index = file.index
         total = index.num_records + sum(bad.count for bad in index.bad)
         lines += [
-            f"{index.path}: skipped {bad.count:,} of {total:,} records: {bad.kind}; for example {bad.examples[0]}"
+            f"{index.path}: skipped {bad.count:,} of {total:,} records: {bad.fault}; for example {bad.examples[0]}"
             for bad in index.bad
         ]
         lines += [
@@ -276,7 +266,7 @@ def _cut(samples: Samples, size: int) -> list[Samples]:
 
 
 def _evaluation_plans(batches: Sequence[tuple[StreamFiles, Samples]], *, limit: int, num_shards: int) -> list[StepPlan]:
-    """A plan for each batch, of one stream, in which a query and a scored token weigh 1."""
+    """A plan for each batch, in which queries and scored tokens weigh 1."""
     planned = [(files.stream, files.stream.plan(files, samples, np.arange, summed=True)) for files, samples in batches]
     buckets: dict[str, tuple[int, ...]] = {}
     for stream in {stream.name: stream for stream, _ in planned}.values():
@@ -287,16 +277,15 @@ def _evaluation_plans(batches: Sequence[tuple[StreamFiles, Samples]], *, limit: 
     ]
 
 
-def _dealt(plan: Plan, buckets: tuple[int, ...], pieces: int) -> Any:
-    """The plan with its number of rows rounded up to a bucket, and the rows dealt out to equal pieces in turn.
+def _dealt(plan: Any, buckets: tuple[int, ...], pieces: int) -> Any:
+    """The plan with its rows rounded up to a bucket and dealt out in turn to equal pieces: chunks on devices.
 
-    The pieces are those that devices take, chunk by chunk. Packing leaves long texts in the first rows and padding in
-    the last; dealt, every piece has its share of both.
+    Packing puts long texts in the first rows and padding in the last; dealt, every piece has its share of both.
     """
     rows: RowPlan = plan.rows
     num_rows = round_up(rows.num_rows, buckets)
-    place = np.arange(num_rows, dtype=np.int32).reshape(pieces, -1).T.reshape(-1)
-    return plan._replace(rows=rows._replace(num_rows=num_rows, row=place[rows.row]))
+    moved = np.arange(num_rows, dtype=np.int32).reshape(pieces, -1).T.reshape(-1)
+    return plan._replace(rows=rows._replace(num_rows=num_rows, row=moved[rows.row]))
 
 
 def _check_num_samples(key: str, num_samples: dict[str, int], names: Sequence[str]) -> None:

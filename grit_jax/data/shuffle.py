@@ -1,4 +1,4 @@
-"""Shuffles that are computed place by place: nothing is stored, so any place of any epoch costs the same."""
+"""Shuffles computed index by index: nothing is stored, so any index of any epoch costs the same."""
 
 from __future__ import annotations
 
@@ -9,26 +9,26 @@ import numpy as np
 _ROUNDS = 5
 
 
-def shuffled(places: np.ndarray, size: int, *key: int | np.ndarray) -> np.ndarray:
-    """The numbers at some places of a random order of `range(size)`.
+def shuffled(indices: np.ndarray, size: int, *key: int | np.ndarray) -> np.ndarray:
+    """The numbers at some indices of a random order of `range(size)`.
 
-    A Feistel network over the smallest even number of bits that holds `size` permutes that range; numbers from `size`
-    on are sent through it again until they are below (Black and Rogaway, 2002, "cycle walking").
+    A Feistel network permutes the numbers of the smallest even number of bits that holds `size`; results from `size` on
+    go through it again until they are below (Black and Rogaway, 2002, "cycle walking").
 
     Args:
-      places: int [places], each in `range(size)`.
-      size: How many numbers the order has.
-      key: Names the order: equal numbers give equal orders. An array, int [places], names one for each place.
+      indices: int [indices], each in `range(size)`.
+      size: Length of the order.
+      key: Numbers that identify the order. An array, int [indices], identifies one for each index.
 
     Returns:
-      int64 [places].
+      int64 [indices].
     """
     half = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))
     mask = (np.uint64(1) << half) - np.uint64(1)
     seed = _hashed(*key)
-    round_keys = np.broadcast_to(_mixed(seed + np.arange(_ROUNDS, dtype=np.uint64)[:, None]), (_ROUNDS, len(places)))
-    result = places.astype(np.uint64)
-    walking = np.arange(len(places))
+    round_keys = np.broadcast_to(_mixed(seed + np.arange(_ROUNDS, dtype=np.uint64)[:, None]), (_ROUNDS, len(indices)))
+    result = indices.astype(np.uint64)
+    walking = np.arange(len(indices))
     while len(walking):
         numbers = result[walking]
         left, right = numbers >> half, numbers & mask
@@ -41,7 +41,7 @@ def shuffled(places: np.ndarray, size: int, *key: int | np.ndarray) -> np.ndarra
 
 
 def _hashed(*key: int | np.ndarray) -> np.ndarray:
-    """uint64 [1] or [places]."""
+    """uint64 [1] or [indices]."""
     numbers = [int(part) for part in key if not isinstance(part, np.ndarray)]
     digest = hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest()
     result = np.frombuffer(digest, np.uint64)
@@ -52,7 +52,7 @@ def _hashed(*key: int | np.ndarray) -> np.ndarray:
 
 
 def _mixed(values: np.ndarray) -> np.ndarray:
-    """The finaliser of MurmurHash3 (Appleby, 2011): every bit depends on all."""
+    """The finaliser of MurmurHash3 (Appleby, 2011): every bit depends on all others."""
     values = (values ^ (values >> np.uint64(33)) ^ np.uint64(0x9E3779B97F4A7C15)) * np.uint64(0xFF51AFD7ED558CCD)
     values = (values ^ (values >> np.uint64(33))) * np.uint64(0xC4CEB9FE1A85EC53)
     return values ^ (values >> np.uint64(33))

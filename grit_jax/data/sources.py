@@ -12,18 +12,19 @@ import numpy as np
 from etils import epath
 
 from grit_jax import files
-from grit_jax.data import cache
-from grit_jax.data.lines import BLANK, BOM, is_blank
-from grit_jax.data.records import RECORD_KINDS, Record, RecordError, parse_record
+from grit_jax.data import derived
+from grit_jax.data.records import RECORD_TYPES, Record, RecordError, parse_record
+from grit_jax.data.text_files import BLANK, BOM, is_blank
 from grit_jax.errors import InputError
 
 _JSONL = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 ARRAY_RECORD = (".array_record", ".arrayrecord")
 SUFFIXES = _JSONL + ARRAY_RECORD
-_KINDS = f"{', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}"
+_FORMATS = f"{', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}"
 
+RECORDS_AT_ONCE = 1024  # read, and tokenized, together
 _SCANNED = 1 << 26  # bytes whose lines are found at a time
-_KEPT_FROM = 1 << 26  # bytes of a file from which on the places of its lines are kept on disk
+_KEPT_FROM = 1 << 26  # bytes of the smallest file whose line offsets are kept on disk
 
 _IS_BLANK = np.zeros(256, bool)
 _IS_BLANK[list(BLANK)] = True
@@ -32,134 +33,130 @@ _IS_BLANK[list(BLANK)] = True
 def find_files(paths: str | list[str]) -> list[epath.Path]:
     """The data files that `paths` name: files, or folders searched recursively, in sorted order, each file once.
 
-    Hidden files and folders (those whose names begin with a dot), pipes, sockets and devices are no data.
+    Hidden files and folders (whose names begin with a dot), pipes, sockets and devices are not data.
 
     Raises:
-      InputError: A path does not exist, is no such file, a folder holds none, or two files are the same data twice.
+      InputError: A path does not exist or is not a data file, a folder holds none, or two files are the same data.
     """
-    found: list[epath.Path] = []
+    found: dict[str, epath.Path] = {}
     for path in map(epath.Path, [paths] if isinstance(paths, str) else paths):
         if files.is_folder(path):
             below = sorted(files_below(path, SUFFIXES))
             if not below:
-                raise InputError(f"{path}: no {_KINDS} file in this folder")
-            found += below
+                raise InputError(f"{path}: no {_FORMATS} file in this folder")
         elif not files.exists(path):
             raise InputError(f"{path}: no such file or folder")
         elif not path.name.endswith(SUFFIXES):
-            raise InputError(f"{path}: not a {_KINDS} file")
-        elif not files.is_bucket(path) and files.is_special(path):
+            raise InputError(f"{path}: not a {_FORMATS} file")
+        elif files.is_special(path):
             raise InputError(f"{path}: a pipe, a socket or a device; put the data in a file")
         else:
-            found.append(path)
-    once: dict[str, epath.Path] = {}
-    for path in found:
-        once.setdefault(_place(path), path)
-    refuse_twins(list(once.values()), SUFFIXES)
-    return list(once.values())
+            below = [path]
+        for file in below:
+            found.setdefault(_resolved(file), file)
+    refuse_twins(list(found.values()), SUFFIXES)
+    return list(found.values())
 
 
 def files_below(folder: epath.Path, suffixes: tuple[str, ...]) -> Iterator[epath.Path]:
-    """The files with these endings in a folder and its folders, without what is hidden and what is no file."""
-    yield from _files_below(folder, suffixes, {_place(folder)})
+    """The files with these suffixes in a folder and its folders, without hidden and special ones."""
+    return _files_below(folder, suffixes, {_resolved(folder)})
+
+
+def _files_below(folder: epath.Path, suffixes: tuple[str, ...], entered: set[str]) -> Iterator[epath.Path]:
+    for path in (folder / name for name in files.names(folder) if not name.startswith(".")):
+        # A bucket gets as few requests as possible, and its folders are not named like files.
+        if path.name.endswith(suffixes) and (files.is_bucket(path) or not files.is_folder(path)):
+            if not files.is_special(path):
+                yield path
+        elif files.is_folder(path) and _resolved(path) not in entered:  # a link may lead back
+            entered.add(_resolved(path))
+            yield from _files_below(path, suffixes, entered)
+
+
+def _resolved(path: epath.Path) -> str:
+    """The path of a file or folder without links."""
+    return os.fspath(path) if files.is_bucket(path) else os.path.realpath(path)
 
 
 def refuse_twins(paths: Sequence[epath.Path], suffixes: tuple[str, ...]) -> None:
-    """Returns where no two files of a folder differ in their endings alone, as a file and its packed copy do.
+    """Checks that no two files differ in their suffixes alone, as a file and its compressed copy do.
 
     Raises:
       InputError: Two do.
     """
     seen: dict[str, epath.Path] = {}
     for path in paths:
-        suffix = max((suffix for suffix in suffixes if path.name.endswith(suffix)), key=len)
-        twin = seen.setdefault(os.fspath(path).removesuffix(suffix), path)
+        twin = seen.setdefault(without_suffix(os.fspath(path), suffixes), path)
         if twin is not path:
             raise InputError(f"{twin} and {path}: the same data twice, by their names; remove or rename one of them")
 
 
-def _files_below(folder: epath.Path, suffixes: tuple[str, ...], entered: set[str]) -> Iterator[epath.Path]:
-    for path in (folder / name for name in files.names(folder) if not name.startswith(".")):
-        # A bucket is asked as little as possible, and its folders do not end like files.
-        if path.name.endswith(suffixes) and (files.is_bucket(path) or not files.is_folder(path)):
-            if files.is_bucket(path) or not files.is_special(path):
-                yield path
-        elif files.is_folder(path) and _place(path) not in entered:  # a link may lead back
-            entered.add(_place(path))
-            yield from _files_below(path, suffixes, entered)
-
-
-def _place(path: epath.Path) -> str:
-    """Where a file or folder is, whatever links lead there."""
-    return os.fspath(path) if files.is_bucket(path) else os.path.realpath(path)
+def without_suffix(path: str, suffixes: tuple[str, ...] = SUFFIXES) -> str:
+    """A path without the longest of some suffixes that it has."""
+    return path.removesuffix(max(filter(path.endswith, suffixes), key=len, default=""))
 
 
 def open_source(
     path: str | os.PathLike[str],
     *,
     skip_bad: bool = False,
-    kinds: Sequence[type[Record]] = RECORD_KINDS,
-    kind: type[Record] | None = None,
-    version: cache.Version | None = None,
+    record_types: Sequence[type[Record]] = RECORD_TYPES,
+    record_type: type[Record] | None = None,
+    version: derived.Version | None = None,
 ) -> Source:
-    """Opens a file, one that `find_files` gave, by its ending; other arguments and errors as of `Source`."""
+    """Opens a file that `find_files` gave.
+
+    Args:
+      path: The file.
+      skip_bad: Whether the first record may be malformed; the first good one then tells the type.
+      record_types: The types of records that the file may hold, one of them in each file.
+      record_type: The type, if known.
+      version: The version that the file must have; None for its present one.
+
+    Raises:
+      InputError: The file has no record, has another version, or cannot be read.
+    """
     path = epath.Path(path)
-    source = ArrayRecordSource if path.name.endswith(ARRAY_RECORD) else JsonlSource
-    return source(path, skip_bad=skip_bad, kinds=kinds, kind=kind, version=version)
+    source_type = ArrayRecordSource if path.name.endswith(ARRAY_RECORD) else JsonlSource
+    source = source_type(path, version or derived.version(path), record_types)
+    source.record_type = record_type or source.first_type(skip_bad)
+    return source
 
 
 def read_texts(paths: str | list[str]) -> Iterator[str]:
-    """What the records of files say, negatives left out: for training a tokenizer."""
+    """The texts of data files to train a tokenizer on."""
     for source in map(open_source, find_files(paths)):
         for record in source:
             yield from record.vocabulary()
 
 
 class Source(abc.ABC):
-    """The records of one file by number.
-
-    Args:
-      path: The file.
-      skip_bad: Whether the first record may be malformed; the first good one tells the kind then.
-      kinds: Kinds of records of which it may hold one.
-      kind: The kind where it is known.
-      version: What the file must be; None takes what it is.
+    """The records of one file by index.
 
     Attributes:
       path: The file.
-      kinds: As given.
-      kind: Kind of its first record, and so of every record.
-      version: Of the file, when it was opened.
-
-    Raises:
-      InputError: The file has no record, is of another version, or cannot be read.
+      version: Its version when it was opened.
+      record_types: The types of records that it may hold.
+      record_type: The type of all its records.
     """
 
-    def __init__(
-        self,
-        path: str | os.PathLike[str],
-        *,
-        skip_bad: bool = False,
-        kinds: Sequence[type[Record]] = RECORD_KINDS,
-        kind: type[Record] | None = None,
-        version: cache.Version | None = None,
-    ):
-        self.path = epath.Path(path)
-        self.version = version or cache.version(self.path)
-        self._open(cache.local_file(self.path, self.version))
-        cache.refuse_changed(self.path, self.version)
+    record_type: type[Record]
+
+    def __init__(self, path: epath.Path, version: derived.Version, record_types: Sequence[type[Record]]):
+        self.path, self.version, self.record_types = path, version, record_types
+        self._open(derived.local_file(path, version))
+        self.refuse_changed()
         if not len(self):
-            raise InputError(f"{self.path}: the file is empty; remove it or put records in it")
-        self.kinds = kinds
-        self.kind: type[Record] = kind or self._first_kind(skip_bad)
+            raise InputError(f"{path}: the file is empty; remove it or put records in it")
 
     def refuse_changed(self) -> None:
-        """Returns where the file is as it was when it was opened.
+        """Checks that the file is as it was when it was opened.
 
         Raises:
-          InputError: It is not.
+          InputError: It has changed.
         """
-        cache.refuse_changed(self.path, self.version)
+        derived.refuse_changed(self.path, self.version)
 
     @abc.abstractmethod
     def _open(self, path: Path) -> None:
@@ -167,51 +164,61 @@ class Source(abc.ABC):
 
     @abc.abstractmethod
     def __len__(self) -> int:
-        """Records, malformed ones among them."""
+        """Number of records, malformed ones included."""
 
     @abc.abstractmethod
     def lines(self, start: int, stop: int) -> list[bytes]:
         """The JSON of records `start` to `stop`, exclusive."""
 
     @abc.abstractmethod
-    def line_number(self, number: int) -> int:
-        """Where record `number` is in the file, counted from 1: its line, or its entry."""
+    def line_number(self, index: int) -> int:
+        """The line, or the entry, of a record in the file, from 1."""
 
-    def __iter__(self) -> Iterator[Record]:
-        return (self[number] for number in range(len(self)))
+    def where(self, index: int) -> str:
+        """The file and line of a record."""
+        return f"{self.path}:{self.line_number(index)}"
 
-    def __getitem__(self, number: int) -> Record:
-        return self.parse(number, self.lines(number, number + 1)[0])
-
-    def where(self, number: int) -> str:
-        """File and line of record `number`."""
-        return f"{self.path}:{self.line_number(number)}"
-
-    def parse(self, number: int, line: bytes) -> Record:
-        """Record `number`, whose JSON is `line`.
-
-        Raises:
-          RecordError: It is malformed, or of another kind.
-        """
-        record = self._parsed(number, line)
-        if not isinstance(record, self.kind):
-            raise RecordError(
-                self.where(number),
-                "of the other stream",
-                f"{record.kind} record in a file of {self.kind.kind} records; keep the streams in separate files",
-            )
+    def __getitem__(self, index: int) -> Record:
+        (record,) = self.records(index, index + 1)
+        if isinstance(record, RecordError):
+            raise record
         return record
 
-    def _parsed(self, number: int, line: bytes) -> Record:
-        return parse_record(line, path=self.path, line_number=self.line_number(number), kinds=self.kinds)
+    def __iter__(self) -> Iterator[Record]:
+        for record in self.checked():
+            if isinstance(record, RecordError):
+                raise record
+            yield record
 
-    def _first_kind(self, skip_bad: bool) -> type[Record]:
-        for number in range(len(self)):
-            try:
-                return type(self._parsed(number, self.lines(number, number + 1)[0]))
-            except RecordError:
-                if not skip_bad:
-                    raise
+    def checked(self) -> Iterator[Record | RecordError]:
+        """All records; for malformed ones, what is wrong."""
+        for start in range(0, len(self), RECORDS_AT_ONCE):
+            yield from self.records(start, min(start + RECORDS_AT_ONCE, len(self)))
+
+    def records(self, start: int, stop: int) -> Iterator[Record | RecordError]:
+        """Records `start` to `stop`, exclusive; for malformed ones and those of another type, what is wrong."""
+        for index, line in enumerate(self.lines(start, stop), start):
+            record = self._parsed(index, line)
+            if isinstance(record, Record) and not isinstance(record, self.record_type):
+                own = self.record_type.name
+                message = f"{record.name} record in a file of {own} records; keep the streams in separate files"
+                record = RecordError("of the other stream", message, self.where(index))
+            yield record
+
+    def _parsed(self, index: int, line: bytes) -> Record | RecordError:
+        try:
+            return parse_record(line, self.where(index), self.record_types)
+        except RecordError as error:
+            return error
+
+    def first_type(self, skip_bad: bool) -> type[Record]:
+        """The type of the first record, or of the first well-formed one; raises as `open_source`."""
+        for index in range(len(self)):
+            record = self._parsed(index, *self.lines(index, index + 1))
+            if isinstance(record, Record):
+                return type(record)
+            if not skip_bad:
+                raise record
         raise InputError(f"{self.path}: none of its {len(self):,} records is well formed; correct or remove the file")
 
 
@@ -224,41 +231,42 @@ class JsonlSource(Source):
         except OSError as error:
             raise InputError(f"{self.path}: cannot be read: {error}") from error
         few = len(self._data) < _KEPT_FROM
-        self._places = _line_places(self._data) if few else self._kept_line_places()
+        self._offsets = _line_offsets(self._data) if few else self._kept_line_offsets()
 
     def __len__(self) -> int:
-        return self._places.shape[1]
+        return self._offsets.shape[1]
 
     def lines(self, start: int, stop: int) -> list[bytes]:
         """The lines of records `start` to `stop`, exclusive."""
         lines = []
-        for begin in self._places[0, start:stop].tolist():
+        for begin in self._offsets[0, start:stop].tolist():
             end = self._data.find(b"\n", begin)
             lines.append(self._data[begin : end if end >= 0 else len(self._data)])
         return lines
 
-    def _kept_line_places(self) -> np.ndarray:
-        """`_line_places`, memory-mapped from what an earlier call found."""
-        name = cache.lines_name(self.path, self.version)
-        for folder in cache.local_folders(self.path):
+    def line_number(self, index: int) -> int:
+        """The line of a record, from 1."""
+        return int(self._offsets[1, index]) if len(self._offsets) > 1 else index + 1
+
+    def _kept_line_offsets(self) -> np.ndarray:
+        """`_line_offsets`, memory-mapped from what an earlier call found."""
+        name = derived.lines_name(self.path, self.version)
+        paths = [folder / name for folder in derived.local_folders(self.path)]
+        for path in paths:
             try:
-                return np.load(folder / name, mmap_mode="r")
+                return np.load(path, mmap_mode="r")
             except (OSError, ValueError):
                 continue  # missing or damaged: found again
-        places = _line_places(self._data)
+        offsets = _line_offsets(self._data)
         self.refuse_changed()
-        for folder in cache.local_folders(self.path):
+        for path in paths:
             try:
-                with files.replacing(folder / name) as file:
-                    np.save(file, places)
-                return np.load(folder / name, mmap_mode="r")
+                with files.replacing(path) as file:
+                    np.save(file, offsets)
+                return np.load(path, mmap_mode="r")
             except OSError:
                 continue
-        return places
-
-    def line_number(self, number: int) -> int:
-        """Line of record `number`, from 1."""
-        return int(self._places[1, number]) if len(self._places) > 1 else number + 1
+        return offsets
 
 
 class ArrayRecordSource(Source):
@@ -283,9 +291,9 @@ class ArrayRecordSource(Source):
         except RuntimeError as error:
             raise InputError(f"{self.path}: entries {start + 1} to {stop} cannot be read: {error}") from error
 
-    def line_number(self, number: int) -> int:
-        """Entry of record `number`, from 1."""
-        return number + 1
+    def line_number(self, index: int) -> int:
+        """The entry of a record, from 1."""
+        return index + 1
 
 
 def _mapped(path: Path) -> bytes | mmap.mmap:
@@ -295,7 +303,7 @@ def _mapped(path: Path) -> bytes | mmap.mmap:
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if os.fstat(file.fileno()).st_size else b""
 
 
-def _line_places(data: bytes | mmap.mmap) -> np.ndarray:
+def _line_offsets(data: bytes | mmap.mmap) -> np.ndarray:
     """Offset of every line that is not blank, int64 [1, lines]; with its number, from 1, where there are blank ones."""
     starts, numbers, num_lines, any_blank = [], [], 0, False
     begin = 0

@@ -1,4 +1,4 @@
-"""The records that a stream can use, and what their texts are like: looked up in the indexes of its files."""
+"""The records that a stream can use, and facts about their texts, from the indexes of its files."""
 
 from __future__ import annotations
 
@@ -8,54 +8,53 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from grit_jax.data.batch import max_segments
-from grit_jax.data.examples import HASH_BITS
-from grit_jax.data.index import ReadFile, num_targets
-from grit_jax.data.packing import pack, ranges
+from grit_jax.data.packing import pack
 from grit_jax.data.streams.base import RowPlan, Samples, Stream
+from grit_jax.data.token_index import IndexedFile, num_targets
+from grit_jax.text.prompts import HASH_BITS
 
-_RECORDS_AT_ONCE = 1 << 20  # records whose lengths are looked at together
+_RECORDS_AT_ONCE = 1 << 20  # records whose lengths are examined together
 _NO_LIMIT = np.iinfo(np.int32).max
 
 
 class UsableFile:
-    """The records of one file that a stream can use under its limits, without those that are held out.
+    """The records of one file that a stream can use under its limits and that are not held out.
 
     Args:
       file: The file.
       held_out: Share of the records that is held out.
 
     Attributes:
-      number: Its number among all files.
-      index: Its texts.
+      number: The file's number among all files.
+      index: The file's texts.
       stream: The stream.
       dropped: Number of unusable records by reason.
-      held_out: int64; numbers of the records that would be usable and are held out.
+      held_out: int64; the held-out records, which are usable otherwise.
     """
 
-    def __init__(self, file: ReadFile, *, held_out: float):
-        self.number, index, stream = file
-        self.index, self.stream = index, stream
-        self.dropped = {"empty text": 0, stream.no_room: 0}
+    def __init__(self, file: IndexedFile, *, held_out: float):
+        self.number, self.index, self.stream = file
+        self.dropped = {"empty text": 0, self.stream.no_room: 0}
         left_out, kept_back = [], []
-        for start in range(0, index.num_records, _RECORDS_AT_ONCE):
-            stop = min(start + _RECORDS_AT_ONCE, index.num_records)
+        for start in range(0, self.index.num_records, _RECORDS_AT_ONCE):
+            stop = min(start + _RECORDS_AT_ONCE, self.index.num_records)
             within, whole = self._usable(start, stop)
             held = self._is_held_out(start, stop, held_out)
             left_out.append(start + np.flatnonzero(~within | held))
             kept_back.append(start + np.flatnonzero(within & held))
             self.dropped["empty text"] += int(np.sum(~whole))
-            self.dropped[stream.no_room] += int(np.sum(whole & ~within))
-        # Most records are usable, so those that are not are kept: for each, how many usable ones come before it.
+            self.dropped[self.stream.no_room] += int(np.sum(whole & ~within))
+        # Most records are usable, so only the others are stored: the number of usable ones before each.
         numbers, self.held_out = (np.concatenate([np.zeros(0, np.int64), *parts]) for parts in (left_out, kept_back))
         self._usable_before = numbers - np.arange(len(numbers))
 
     @property
     def num_usable(self) -> int:
-        """Usable records."""
+        """Number of usable records."""
         return self.index.num_records - len(self._usable_before)
 
     def records(self, which: np.ndarray) -> np.ndarray:
-        """Record numbers of some of the usable records."""
+        """The records at these indices among the usable ones."""
         return which + np.searchsorted(self._usable_before, which, side="right")
 
     def samples(self) -> Samples:
@@ -63,7 +62,7 @@ class UsableFile:
         return Samples(np.full(self.num_usable, self.number), self.records(np.arange(self.num_usable)))
 
     def fingerprint(self) -> str:
-        """Equal for files with the same texts of which the same records are usable; their structure is left out."""
+        """Equal for files with the same texts of which the same records are usable, whatever their structure."""
         digest = hashlib.sha256(b"" if len(self._usable_before) else b"all")
         for start in range(0, self.num_usable if len(self._usable_before) else 0, _RECORDS_AT_ONCE):
             usable = self.records(np.arange(start, min(start + _RECORDS_AT_ONCE, self.num_usable)))
@@ -71,23 +70,21 @@ class UsableFile:
         return f"{self.index.fingerprint.texts} {digest.hexdigest()}"
 
     def targets(self, record: np.ndarray, text: np.ndarray) -> np.ndarray:
-        """int32 [texts]: span tokens that truncation leaves of some texts."""
+        """int32 [texts]: pooled or scored tokens within the limits."""
         texts = self.index.text_starts[record] + text
         return num_targets(self.index, self.stream.limits(text), texts, first=self.stream.first_target)
 
     def _is_held_out(self, start: int, stop: int, share: float) -> np.ndarray:
-        """Which of records `start` to `stop` are held out, by the hash of their first text: bool [records]."""
+        """Bool [records]: which of records `start` to `stop` are held out, by the hash of their first text."""
         if not share:
             return np.zeros(stop - start, bool)
         first = np.asarray(self.index.text_starts[start:stop])
         return np.asarray(self.index.hashes[first]) < share * 2.0**HASH_BITS
 
     def _usable(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-        """Whether records `start` to `stop` are usable within the limits, and without any: bool [records] each."""
-        bounds = np.asarray(self.index.text_starts[start : stop + 1])
-        counts = np.diff(bounds)
-        text = ranges(np.zeros(len(counts), np.int64), counts)
-        texts, first = slice(int(bounds[0]), int(bounds[-1])), bounds[:-1] - bounds[0]
+        """Bool [records] each: which of records `start` to `stop` are usable within the limits, and without any."""
+        texts, counts, text = self.index.texts_of(start, stop)
+        first = np.cumsum(counts) - counts
         positives = np.asarray(self.index.num_positives[start:stop])
 
         def usable(limits: np.ndarray) -> np.ndarray:
@@ -98,7 +95,7 @@ class UsableFile:
 
 
 class StreamFiles:
-    """The files of one stream, in the order of their numbers, and what it asks of their indexes."""
+    """The files of one stream, in the order of their numbers, and facts about their records and texts."""
 
     def __init__(self, stream: Stream, files: Sequence[UsableFile]):
         self.stream, self.files = stream, files
@@ -106,14 +103,15 @@ class StreamFiles:
 
     def num_texts(self, samples: Samples) -> np.ndarray:
         """int64 [samples]: texts of each record."""
-        return self._per_record(samples, lambda f, r: f.index.text_starts[r + 1] - f.index.text_starts[r])
+        end_of = self._per_text(samples, samples.record, lambda f, r, _: f.index.text_starts[r + 1])
+        return end_of - self._per_text(samples, samples.record, lambda f, r, _: f.index.text_starts[r])
 
     def num_positives(self, samples: Samples) -> np.ndarray:
         """int32 [samples]: positives of each record."""
-        return self._per_record(samples, lambda file, record: file.index.num_positives[record])
+        return self._per_text(samples, samples.record, lambda f, r, _: f.index.num_positives[r])
 
     def targets(self, samples: Samples, text: np.ndarray) -> np.ndarray:
-        """int32 [texts]: tokens within the limits that are pooled or scored, of texts of the records of `samples`."""
+        """int32 [texts]: pooled or scored tokens within the limits, of texts of the samples' records."""
         return self._per_text(samples, text, UsableFile.targets)
 
     def hashes(self, samples: Samples, text: np.ndarray) -> np.ndarray:
@@ -127,21 +125,18 @@ class StreamFiles:
         most = max_segments(self.stream.row_length) if self.stream.packing else 1
         packing = pack(length, row_length=self.stream.row_length, max_segments=most)
         where = (part.astype(np.int32) for part in (*samples, text))
-        return RowPlan(packing.num_rows, *where, length, packing.row, packing.offset, packing.segment)
+        return RowPlan(packing.num_rows, *where, length, *packing[1:])
 
     def held_out(self) -> Samples:
-        """The records that are held out, in the order of the files."""
+        """The held-out records, in the order of the files."""
         found = [Samples(np.full(len(file.held_out), file.number), file.held_out) for file in self.files]
         none = Samples(*np.zeros((2, 0), np.int64))
         return Samples(*map(np.concatenate, zip(none, *found, strict=True)))
 
-    def _per_record(self, samples: Samples, values: Callable[[UsableFile, np.ndarray], np.ndarray]) -> np.ndarray:
-        return self._per_text(samples, samples.record, lambda file, record, _: values(file, record))
-
     def _per_text(
         self, samples: Samples, text: np.ndarray, values: Callable[[UsableFile, np.ndarray, np.ndarray], np.ndarray]
     ) -> np.ndarray:
-        """One value for each text, given a function from a file, its records and the texts' numbers in them."""
+        """A value for each text, from a function of a file, its records and the texts' indices in them."""
         result: np.ndarray | None = None
         for number in np.unique(samples.file).tolist():
             mine = samples.file == number

@@ -1,1 +1,1 @@
-"""What is done with data before training: checking, measuring, converting, looking, mining negatives."""
+"""Tools for data before training: validate, measure, convert, sample, mine negatives, fetch."""

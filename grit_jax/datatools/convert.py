@@ -1,27 +1,28 @@
 """Foreign data sets as GRIT rows: BEIR folders, pairs and triples, conversations, and GRIT files themselves.
 
-No row changes its meaning in silence: it is used as its authors mean it, refused with file and line, or left out and
-counted.
+Every row is converted as its authors mean it, refused with file and line, or left out and counted.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from grit_jax.config import jsonfile
 from grit_jax.data.qrels import Judgement, find_qrels, read_qrels
 from grit_jax.data.records import RecordError
-from grit_jax.data.rows import Failed, LeftOut, Row, failed, read_cells, read_objects, read_values, unpacked_name
 from grit_jax.data.sources import find_files, open_source
+from grit_jax.data.text_files import Entry, Row, converted, read_cells, read_objects, read_values, unpacked_name
 from grit_jax.datatools import labels
 from grit_jax.datatools.chats import alpaca, openai, sharegpt
-from grit_jax.datatools.faults import FaultError, Rows, converted, embedding_row, titled
+from grit_jax.datatools.record_writer import LeftOut
 from grit_jax.errors import InputError
 
 __all__ = ["alpaca", "beir", "grit", "openai", "sharegpt", "triples"]
+
+Rows = Iterator[Entry[Row]]
 
 _QUERY = (
     "query", "anchor", "question", "question1", "sentence1", "sentence_a", "premise", "#1 string",
@@ -46,89 +47,81 @@ def beir(source: Path, *, instruction: str, split: str) -> Rows:
     qrels = find_qrels(source, split)
     if qrels is None:
         raise InputError(f"{source / 'qrels' / f'{split}.tsv'}: cannot be read: there is no such file")
-    judged: dict[str, dict[str, Judgement]] = {}
-    twofold: dict[str, Judgement] = {}
+    judged: dict[str, dict[str, tuple[str, Judgement]]] = {}  # with their places, by query and document
+    contradicted: dict[str, tuple[str, Judgement]] = {}  # by query
     for entry in read_qrels(qrels):
-        if isinstance(entry, Failed):
+        if isinstance(entry, RecordError):
             yield entry
             continue
-        before = judged.setdefault(entry.query, {}).setdefault(entry.document, entry)
-        if before is not entry and before.score == entry.score:
-            yield LeftOut(entry.where, "judgements that repeat an earlier one")
+        where, judgement = entry
+        before = judged.setdefault(judgement.query, {}).setdefault(judgement.document, entry)
+        if before is not entry and before[1].score == judgement.score:
+            yield LeftOut("judgements that repeat an earlier one", where)
         elif before is not entry:
-            twofold.setdefault(entry.query, entry)
+            contradicted.setdefault(judgement.query, entry)
     wanted = {document for judgements in judged.values() for document in judgements}
     documents: dict[str, str] = {}
-    for entry in _with_ids(_packed(source / "corpus.jsonl")):
-        if isinstance(entry, Failed):
-            yield entry
-            continue
-        where, name, row = entry
-        if name not in wanted:  # a corpus is larger than what is judged of it
-            continue
-        try:
-            text = titled(row | {"text": row.get("text") or ""})
-        except FaultError as error:
-            yield failed(where, error.kind, error.message)
-            continue
+
+    def add_document(named: tuple[str, Row]) -> None:
+        name, row = named
+        text = _titled(row | {"text": row.get("text") or ""})
         if documents.setdefault(name, text) != text:
-            yield failed(where, "an id twice", f"'_id' {name!r} is another text's already; give each its own")
+            raise RecordError("an id twice", f"'_id' {name!r} is another text's already; give each its own")
 
-    def with_documents(query: tuple[str, Row]) -> Row | str:
-        name, row = query
-        judgements = judged[name].values()
-        for judgement in judgements:
-            if judgement.document not in documents:
-                known = f"document {judgement.document!r} is not in {source / 'corpus.jsonl'}"
-                raise FaultError("no such document", known, judgement.where)
-        if name in twofold:
-            again = f"judges document {twofold[name].document!r} a second time, with another score"
-            raise FaultError("judged twice", again, twofold[name].where)
-        positives = [documents[one.document] for one in judgements if one.score > 0]
-        negatives = [documents[one.document] for one in judgements if one.score <= 0]
-        return embedding_row(row.get("text"), positives, negatives, instruction) if positives else _NO_POSITIVE
-
-    seen: set[str] = set()
-    for entry in _with_ids(_packed(source / "queries.jsonl")):
-        if isinstance(entry, Failed):
+    corpus = source / "corpus.jsonl"
+    for entry in converted(_with_ids(corpus, wanted), add_document):
+        if isinstance(entry, RecordError):
             yield entry
-            continue
-        where, name, row = entry
-        if name not in judged:
-            continue
+    seen: set[str] = set()
+
+    def with_documents(named: tuple[str, Row]) -> Row:
+        name, row = named
         if name in seen:
-            yield failed(where, "an id twice", f"'_id' {name!r} is another query's already; give each its own")
-            continue
+            raise RecordError("an id twice", f"'_id' {name!r} is another query's already; give each its own")
         seen.add(name)
-        yield from converted([(where, (name, row))], with_documents)
+        judgements = judged[name].values()
+        for where, judgement in judgements:
+            if judgement.document not in documents:
+                raise RecordError("no such document", f"document {judgement.document!r} is not in {corpus}", where)
+        if name in contradicted:
+            where, again = contradicted[name]
+            message = f"judges document {again.document!r} a second time, with another score"
+            raise RecordError("judged twice", message, where)
+        positives = [documents[judgement.document] for _, judgement in judgements if judgement.score > 0]
+        negatives = [documents[judgement.document] for _, judgement in judgements if judgement.score <= 0]
+        if not positives:
+            raise LeftOut("queries for which no document is judged relevant")
+        return _embedding_row(row.get("text"), positives, negatives, instruction)
+
+    queries = source / "queries.jsonl"
+    yield from converted(_with_ids(queries, judged), with_documents)
     for name in judged.keys() - seen:
-        for judgement in judged[name].values():
-            message = f"query {name!r} is not in {source / 'queries.jsonl'}"
-            yield failed(judgement.where, "no such query", message)
+        for where, _ in judged[name].values():
+            yield RecordError("no such query", f"query {name!r} is not in {queries}", where)
 
 
 def triples(source: Path, *, instruction: str, min_score: float | None) -> Rows:
     """Query, positive and negatives: MS MARCO's triples, sentence-transformers' pairs and triplets, QQP, SNLI and more.
 
     A .tsv or .csv file has them in columns, named by a header or in this order; a JSONL or JSON file in lists, or under
-    keys such as query or anchor, positive or pos, negative or negative_1; a text may be an object with title and text.
-    Of rows with labels or scores those are left out whose second text is no positive; see `labels.refused`.
+    keys such as query or anchor, positive or pos, negative or negative_1. A text may be an object with title and text.
+    Rows whose label or score says that the second text is no positive are left out; see `labels.require_positive`.
 
     Args:
       source: The file.
-      instruction: That queries get.
+      instruction: Of the queries.
       min_score: Rows with a smaller score are left out.
 
     Raises:
       InputError: The file cannot be read, half of its header is not known, or `min_score` is missing or out of place.
     """
 
-    def convert(row: Any) -> Row | str:
+    def convert(row: Any) -> Row:
         if isinstance(row, list):
             return _listed(row, instruction, min_score)
         if not isinstance(row, dict):
             found = f"found a JSON {type(row).__name__}; it must be an object or a list of texts"
-            raise FaultError("not an object", found)
+            raise RecordError("not an object", found)
         return _named(row, instruction, min_score)
 
     is_table = unpacked_name(source).endswith((".tsv", ".csv"))
@@ -144,35 +137,30 @@ def grit(source: Path) -> Rows:
     """
     for path in find_files(str(source)):
         records = open_source(path, skip_bad=True)
-        for number in range(len(records)):
-            line = records.lines(number, number + 1)[0]
-            try:
-                records.parse(number, line)
-            except RecordError as error:
-                yield Failed(error)
+        for index, record in enumerate(records.checked()):
+            if isinstance(record, RecordError):
+                yield record
             else:
-                yield records.where(number), json.loads(line.decode("utf-8-sig"))
+                (line,) = records.lines(index, index + 1)
+                yield records.where(index), json.loads(line.decode("utf-8-sig"))
 
 
-_NO_POSITIVE = "queries for which no document is judged relevant"
+def _with_ids(path: Path, wanted: Container[str]) -> Iterator[Entry[tuple[str, Row]]]:
+    """The objects of a file, or of the one with .gz, that have one of these ids."""
+    rows = read_objects(path if path.exists() else path.with_name(f"{path.name}.gz"))
+    return (entry for entry in converted(rows, _with_id) if isinstance(entry, RecordError) or entry[1][0] in wanted)
 
 
-def _with_ids(path: Path) -> Iterator[tuple[str, str, Row] | Failed]:
-    for entry in read_objects(path):
-        if isinstance(entry, Failed):
-            yield entry
-            continue
-        where, row = entry
-        name = row.get("_id")
-        if isinstance(name, str | int) and not isinstance(name, bool):
-            yield where, str(name), row
-        else:
-            yield failed(where, "no id", f"'_id' is {name!r:.60}; it must be a text or a whole number")
+def _with_id(row: Row) -> tuple[str, Row]:
+    name = row.get("_id")
+    if not isinstance(name, str | int) or isinstance(name, bool):
+        raise RecordError("no id", f"'_id' is {name!r:.60}; it must be a text or a whole number")
+    return str(name), row
 
 
-def _table_rows(source: Path) -> Iterator[tuple[str, Any] | Failed]:
+def _table_rows(source: Path) -> Iterator[Entry[Any]]:
     for number, entry in enumerate(read_cells(source, _COLUMNS)):
-        if not isinstance(entry, Failed) and isinstance(entry[1], list):
+        if not isinstance(entry, RecordError) and isinstance(entry[1], list):
             where, cells = entry
             known = [cell.strip().lower() for cell in cells if cell.strip().lower() in _COLUMNS]
             if not number and known:
@@ -181,32 +169,31 @@ def _table_rows(source: Path) -> Iterator[tuple[str, Any] | Failed]:
                     f"({', '.join(_QUERY)}) and a positive ({', '.join(_POSITIVE)})"
                 )
             if any("\t" in cell for cell in cells):
-                yield failed(where, "tabs in a .csv", "holds tabs; name a file whose columns they part .tsv")
-                continue
+                message = "holds tabs; a file with tab-separated columns must end in .tsv"
+                entry = RecordError("tabs in a .csv", message, where)
         yield entry
 
 
 def _listed(row: list[Any], instruction: str, min_score: float | None) -> Row:
     """A row of texts without names."""
     if len(row) < 2:
-        raise FaultError("too few texts", f"has {len(row)} texts; at least a query and a positive are needed")
+        raise RecordError("too few texts", f"has {len(row)} texts; at least a query and a positive are needed")
     numbers = [cell for cell in row if isinstance(cell, str) and _is_number(cell)]
     if len(numbers) == len(row) or (numbers and len(row) > 2):
-        raise FaultError("a number for a text", f"{numbers[0]!r} is a score or an id, not a text; name the columns")
+        raise RecordError("a number for a text", f"{numbers[0]!r} is a score or an id, not a text; name the columns")
     if min_score is not None:
-        raise FaultError("no score", "has texts without names, and so no score, which --min-score asks for")
-    return embedding_row(row[0], [row[1]], row[2:], instruction)
+        raise RecordError("no score", "has texts without names, and so no score, which --min-score asks for")
+    return _embedding_row(row[0], [row[1]], row[2:], instruction)
 
 
-def _named(row: Row, instruction: str, min_score: float | None) -> Row | str:
+def _named(row: Row, instruction: str, min_score: float | None) -> Row:
     named = {str(key).strip().lower(): value for key, value in row.items()}
     if len(named) < len(row):
-        raise FaultError("a key twice", f"{_listing(row)}: two of these keys differ in case or spaces alone")
-    if reason := labels.refused(named, min_score):
-        return reason
+        raise RecordError("a key twice", f"{_listing(row)}: two of these keys differ in case or spaces alone")
+    labels.require_positive(named, min_score)
     found = [next((named[key] for key in keys if key in named), None) for keys in (_QUERY, _POSITIVE)]
     if None in found:
-        raise FaultError(
+        raise RecordError(
             "no query or positive",
             f"has {_listing(sorted(named)[:8])}; a query is under {', '.join(_QUERY)}, a positive under "
             f"{', '.join(_POSITIVE)}",
@@ -216,7 +203,7 @@ def _named(row: Row, instruction: str, min_score: float | None) -> Row | str:
         if key in _NEGATIVE or key.startswith("negative_"):
             negatives += value if isinstance(value, list) else [value]
     positives = found[1] if isinstance(found[1], list) else [found[1]]
-    return embedding_row(found[0], positives, negatives, instruction)
+    return _embedding_row(found[0], positives, negatives, instruction)
 
 
 def _listing(keys: Iterable[str]) -> str:
@@ -231,6 +218,37 @@ def _is_number(text: str) -> bool:
     return True
 
 
-def _packed(path: Path) -> Path:
-    """The file, or the one that ends in .gz."""
-    return path if path.exists() else path.with_name(f"{path.name}.gz")
+def _embedding_row(query: Any, positives: list[Any], negatives: list[Any], instruction: str) -> Row:
+    """The row of a query with its instruction, and of passages without.
+
+    A passage is a text, or an object with `text` and perhaps `title`. Negatives that are null or blank are dropped.
+
+    Raises:
+      RecordError: The query or a positive is blank, or a negative is a positive too.
+    """
+    found = [_passage(value) for value in positives]
+    for what, text in (("query", query), *(("positive", text) for _, text in found)):
+        if _is_blank(text):
+            raise RecordError("no text", f"the {what} has no text")
+    against = [pair for value in negatives if not _is_blank((pair := _passage(value))[1])]
+    known = {text.strip() for _, text in found if isinstance(text, str)}
+    for _, text in against:
+        if isinstance(text, str) and text.strip() in known:
+            raise RecordError("a negative is a positive", f"{text!r:.60} is a negative and a positive of the query")
+    return {"query": [instruction, query], "pos": found, "neg": against}
+
+
+def _passage(value: Any) -> list[Any]:
+    return ["", _titled(value) if isinstance(value, dict) and "text" in value else value]
+
+
+def _titled(row: Row) -> Any:
+    """Title and text of a passage; `text` alone if it is no string."""
+    title, text = row.get("title"), row.get("text")
+    if title is not None and not isinstance(title, str):
+        raise RecordError("no title", f'"title" is {title!r:.60}; it must be a text')
+    return f"{title or ''} {text}".strip() if isinstance(text, str) else text
+
+
+def _is_blank(text: Any) -> bool:
+    return text is None or (isinstance(text, str) and not text.strip())

@@ -1,7 +1,7 @@
-"""Models and data sets from the Hugging Face Hub, laid where training reads them, on a disk or in a bucket.
+"""Fetches models and data sets from the Hugging Face Hub to a disk or a bucket, where training reads them.
 
-What is fetched is known by a file beside it: `fetch.begun.json` while work is left, `fetch.json` when all is there.
-Both hold repository, commit, licence and the sha256 of every file.
+A manifest beside them, `fetch.begun.json` and at the end `fetch.json`, holds repository, commit, licence and the sha256
+of every file.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ _MANIFEST = {"repository": str, "revision": str | None, "commit": str, "licence"
 
 
 class DataSet(NamedTuple):
-    """A data set that is published in GRIT's own layout.
+    """A data set published in GRIT's own format.
 
     Attributes:
       repository: Its name on the Hub.
-      revision: The commit that is taken unless another is asked for; a branch where no commit is known.
+      revision: The default commit; a branch if no commit is known.
     """
 
     repository: str
@@ -58,37 +58,37 @@ def fetch_model(
     revision: str | None = None,
     downloads: Path,
     keep: bool = False,
-    report: Callable[[str], Any] = print,
+    tell: Callable[[str], Any] = print,
 ) -> None:
-    """Downloads a model and imports it as a checkpoint; again, it goes on, or does nothing where all is done.
+    """Downloads a model and imports it as a checkpoint; a repeated call continues, or does nothing if all is done.
 
-    The checkpoint has the type of the stored weights where that is bfloat16, and float32 otherwise: nothing is lost.
+    The checkpoint is lossless: bfloat16 if the stored weights are, else float32.
 
     Args:
       repository: `org/name`.
       output: New checkpoint folder.
       revision: Branch, tag or commit; None for the main branch.
-      downloads: Folder on a disk for what is downloaded.
-      keep: Whether that stays when all is done.
-      report: Gets lines for people.
+      downloads: Folder on a disk for downloads.
+      keep: Whether downloads stay at the end.
+      tell: Called with lines for people.
 
     Raises:
       InputError: The Hub refuses, the model is not supported, or `output` holds something else or is being written.
       UnreachableError: The Hub, the disk or the bucket failed in a way that may pass.
     """
-    work = _begin("model", repository, output, revision, downloads, report)
+    work = _begin("model", repository, output, revision, downloads, tell)
     if work is None:
         return
     with writer_lock(output) as lock:
         for file in _model_files(work):
-            work.get(file, report)
+            work.get(file, tell)
         pretrained, params = load_for_conversion(work.folder, dtype=_exact_dtype(work.folder))
         metadata = CheckpointMetadata(pretrained.architecture, pretrained.embedding, pretrained.tokenizer.files())
         lock.confirm()
         save_params(output, params, metadata)
         lock.confirm()
         work.finish(keep)
-    report(f"{output}: a checkpoint of {repository}; name it as model.init")
+    tell(f"{output}: a checkpoint of {repository}; name it as model.init")
 
 
 def fetch_data(
@@ -98,17 +98,17 @@ def fetch_data(
     revision: str | None = None,
     downloads: Path,
     keep: bool = False,
-    report: Callable[[str], Any] = print,
+    tell: Callable[[str], Any] = print,
 ) -> None:
-    """Copies the data files of a published set; again, it goes on, or does nothing where all is done.
+    """Copies the data files of a published set; a repeated call continues, or does nothing if all is done.
 
     Args:
       name: One of `DATA_SETS`.
       output: New folder.
-      revision: Branch, tag or commit; None for the set's own.
-      downloads: Folder on a disk for what is downloaded.
-      keep: Whether that stays when all is done; otherwise a file goes when it has been copied.
-      report: Gets lines for people.
+      revision: Branch, tag or commit; None for the set's default.
+      downloads: Folder on a disk for downloads.
+      keep: Whether downloads stay at the end; otherwise each goes once it is copied.
+      tell: Called with lines for people.
 
     Raises:
       InputError: There is no such set, the Hub refuses, a file is not GRIT data, or `output` holds something else or is
@@ -120,7 +120,7 @@ def fetch_data(
     if name not in DATA_SETS:
         raise InputError(f"{name}: not a set that is known; known are {', '.join(DATA_SETS)}")
     known = DATA_SETS[name]
-    work = _begin("dataset", known.repository, output, revision or known.revision, downloads, report)
+    work = _begin("dataset", known.repository, output, revision or known.revision, downloads, tell)
     if work is None:
         return
     wanted = [file for file in work.repository.files if file.name.endswith(sources.SUFFIXES)]
@@ -130,11 +130,11 @@ def fetch_data(
         for file in wanted:
             if "stream" in work.manifest["files"].get(file.name, {}):
                 continue  # copied by an earlier call
-            path = work.get(file, report)
+            path = work.get(file, tell)
             source = sources.open_source(path, skip_bad=True)
             lock.confirm()
             files.copy(path, files.join(output, file.name))
-            work.record(file.name, records=len(source), stream=source.kind.kind)
+            work.record(file.name, records=len(source), stream=source.record_type.name)
             if not keep:
                 path.unlink()
         lock.confirm()
@@ -144,31 +144,30 @@ def fetch_data(
     for entry in entries:
         counts[entry["stream"]] += entry["records"]
     counted = " and ".join(f"{count:,} {stream} records" for stream, count in counts.items())
-    report(f"{output}: {counted} in {len(entries)} file{'s' * (len(entries) > 1)}; name it in data.train")
+    tell(f"{output}: {counted} in {len(entries)} file{'s' * (len(entries) > 1)}; name it in data.train")
 
 
 class _Work:
-    """A fetch that has begun: what the Hub has, where it is downloaded to, and what is done."""
+    """A fetch in progress: the repository, the folder of its downloads, and the manifest."""
 
     def __init__(self, repository: hub.Repository, output: str, downloads: Path, manifest: dict[str, Any]):
         self.repository, self.manifest, self._output = repository, manifest, output
-        place = f"{repository.kind}s--{repository.name.replace('/', '--')}"
-        self.folder = downloads / place / repository.commit
+        self.folder = downloads / f"{repository.kind}s--{repository.name.replace('/', '--')}" / repository.commit
 
-    def get(self, file: hub.RemoteFile, report: Callable[[str], Any]) -> Path:
-        """A file on this disk, checked."""
+    def get(self, file: hub.RemoteFile, tell: Callable[[str], Any]) -> Path:
+        """Downloads a file and checks it."""
         path, sha256 = hub.download(self.repository, file, self.folder)
         self.manifest["files"][file.name] = {"bytes": file.size, "sha256": sha256}
-        report(f"  {file.name}: {_readable(file.size)}, has the Hub's checksum")
+        tell(f"  {file.name}: {_readable(file.size)}, has the Hub's checksum")
         return path
 
     def record(self, name: str, **more: Any) -> None:
-        """Keeps that a file is done, and what is known of it."""
+        """Records in the manifest that a file is done, and facts about it."""
         self.manifest["files"][name] |= more
         _write(files.join(self._output, BEGUN), self.manifest)
 
     def finish(self, keep: bool) -> None:
-        """Says that all is there."""
+        """Writes the final manifest."""
         _write(files.join(self._output, DONE), self.manifest)
         files.remove(files.join(self._output, BEGUN))
         if not keep:
@@ -176,9 +175,9 @@ class _Work:
 
 
 def _begin(
-    kind: hub.Kind, name: str, output: str, revision: str | None, downloads: Path, report: Callable[[str], Any]
+    kind: hub.Kind, name: str, output: str, revision: str | None, downloads: Path, tell: Callable[[str], Any]
 ) -> _Work | None:
-    """Begins a fetch or goes on with one; None where all is done."""
+    """Begins or continues a fetch; None if all is done."""
     done = _read(files.join(output, DONE))
     manifest = done or _read(files.join(output, BEGUN))
     if manifest:
@@ -188,14 +187,14 @@ def _begin(
                 "another folder"
             )
         if done:
-            report(f"{output}: {name} is there already, at {manifest['commit']}")
+            tell(f"{output}: {name} is there already, at {manifest['commit']}")
             return None
     elif files.names(output):
         raise InputError(f"{output} exists and is not empty; choose another folder")
-    # What has begun goes on with its commit: a branch may have moved on.
+    # A fetch continues with its commit: the branch may have moved.
     repository = hub.look_up(kind, name, manifest["commit"] if manifest else revision)
     licence = repository.licence or "none stated on its card"
-    report(f"{name} at {repository.commit}\nlicence: {licence} ({repository.page})")
+    tell(f"{name} at {repository.commit}\nlicence: {licence} ({repository.page})")
     if not manifest:
         manifest = {
             "repository": name, "revision": revision, "commit": repository.commit, "licence": repository.licence,
@@ -206,7 +205,7 @@ def _begin(
 
 
 def _model_files(work: _Work) -> list[hub.RemoteFile]:
-    """Config, tokenizer and weights; of weights that are there in several formats or twice, one."""
+    """Config, tokenizer, and one copy of the weights."""
     there = {
         file.name: file
         for file in work.repository.files
@@ -232,7 +231,7 @@ def _exact_dtype(folder: Path) -> Any:
 
 
 def _read(path: str) -> dict[str, Any] | None:
-    """A manifest, None where there is none.
+    """A manifest, None if there is none.
 
     Raises:
       InputError: It is damaged.

@@ -1,12 +1,13 @@
-"""What labels and scores of published pairs say: whether the second text is a positive of the first."""
+"""Labels and scores of published pairs: whether the second text is a positive of the first."""
 
 from __future__ import annotations
 
 import math
 from typing import Any
 
-from grit_jax.data.rows import Row
-from grit_jax.datatools.faults import FaultError
+from grit_jax.data.records import RecordError
+from grit_jax.data.text_files import Row
+from grit_jax.datatools.record_writer import LeftOut
 from grit_jax.errors import InputError
 
 _BINARY = ("is_duplicate", "quality")  # 1 for the same, of QQP and MRPC
@@ -25,26 +26,35 @@ _NLI = ("entailment", "neutral", "contradiction")
 _NOT_LABELLED = "there is no label"
 
 
-def refused(row: Row, min_score: float | None) -> str | None:
-    """Why the second text of a row is no positive; None where it is one, as of every row without a label.
+def require_positive(row: Row, min_score: float | None) -> None:
+    """Checks that the second text of a row is a positive, as in every row without a label.
 
-    Labels that are words, and those of `is_duplicate`, of `question1` and `question2`, and of `premise` and
-    `hypothesis`, mean what their authors say. Another number is a score.
+    Word labels, and the numbers of `is_duplicate`, of `question1` and `question2`, and of `premise` and `hypothesis`,
+    mean what their authors say. Another number is a score.
 
     Args:
       row: By column, in lower case.
       min_score: Smallest score of a positive.
 
     Raises:
-      FaultError: There is a label or score column, or one is asked for, and it holds none.
+      LeftOut: It is no positive.
+      RecordError: A label or score is expected, and the row holds none.
       InputError: There are scores and no `min_score`, or labels and one.
     """
     there = [key for key in COLUMNS if key in row and (key != "quality" or "#1 string" in row)]
     if not there:
         if min_score is not None:
-            raise FaultError("no score", f"has no score, which --min-score asks for; it is under {', '.join(_SCORES)}")
-        return None
+            message = f"has no score, which --min-score asks for; it is under {', '.join(_SCORES)}"
+            raise RecordError("no score", message)
+        return
     key = next((key for key in there if key in _SCORES and min_score is not None), there[0])
+    reason = _reason(row, key, min_score)
+    if reason:
+        raise LeftOut(reason)
+
+
+def _reason(row: Row, key: str, min_score: float | None) -> str | None:
+    """Why the value under a key says that the second text is no positive; None where it is one."""
     value = row[key]
     word = value.strip().lower() if isinstance(value, str) else None
     if word in (*_POSITIVE_WORDS, *_OTHER_WORDS, *_NO_WORDS):
@@ -53,7 +63,7 @@ def refused(row: Row, min_score: float | None) -> str | None:
     number = _number(key, value)
     if key in _BINARY or (key == "label" and {"question1", "question2"} <= row.keys()):
         labels = ("labelled as not the same", None)
-        min_score = None if min_score is not None and 0 < min_score <= 1 else min_score  # says the same
+        min_score = None if min_score is not None and 0 < min_score <= 1 else min_score  # which means the same
     elif key == "gold_label" or (key in _CLASSES and {"premise", "hypothesis"} <= row.keys()):
         labels = (None, *(f"labelled {name}" for name in _NLI[1:]))
     elif min_score is None:
@@ -67,7 +77,7 @@ def refused(row: Row, min_score: float | None) -> str | None:
     if number == -1:
         return _NOT_LABELLED
     if number not in range(len(labels)):
-        raise FaultError("no label", f'"{key}" is {value!r:.60}; it must be from 0 to {len(labels) - 1}')
+        raise RecordError("no label", f'"{key}" is {value!r:.60}; it must be from 0 to {len(labels) - 1}')
     return labels[int(number)]
 
 
@@ -77,7 +87,7 @@ def _number(key: str, value: Any) -> float:
             return number
     except (ValueError, OverflowError):
         pass
-    raise FaultError("no score", f'"{key}" is {value!r:.60}; it must be a finite number or a label that is known')
+    raise RecordError("no score", f'"{key}" is {value!r:.60}; it must be a finite number or a label that is known')
 
 
 def _refuse_min_score(key: str, min_score: float | None) -> None:

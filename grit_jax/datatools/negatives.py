@@ -1,17 +1,17 @@
-"""Hard negatives: passages that a keyword search or a model ranks high and that answer nothing."""
+"""Hard negatives: passages that keyword search or a model ranks high, and that do not answer the query."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 
 from grit_jax.data.records import EmbeddingRecord, EmbeddingText
-from grit_jax.data.rows import Failed, Row, read_objects
 from grit_jax.data.sources import Source
+from grit_jax.data.text_files import Row, read_objects, sound
 from grit_jax.errors import InputError
 from grit_jax.evaluation.bm25 import Bm25
 
@@ -23,14 +23,14 @@ _GATHERED_BYTES = 1 << 28  # of scores, which every device holds while they are 
 
 
 class Mining(NamedTuple):
-    """What is taken.
+    """The settings of mining.
 
     Attributes:
       count: Negatives of a query.
-      first: Best rank that is taken, from 1, among the passages that may be.
-      last: Worst rank that is taken.
-      ceiling: Passages that score more than this share of the query's lowest positive are left out, as they may be
-        positives nobody has marked (NV-Retriever's positive-aware mining, Moreira et al. 2024); None leaves out none.
+      first: Best rank to take, from 1, among the allowed passages.
+      last: Worst rank to take.
+      ceiling: Passages that score more than this share of the query's lowest positive are left out as possible
+        unlabelled positives (positive-aware mining of NV-Retriever, Moreira et al. 2024); None leaves out none.
       draw: Whether `count` are drawn at random from the ranks; else the best are taken.
       keep: Whether the record's own negatives stay, before the mined ones.
       seed: Of the draws.
@@ -46,11 +46,11 @@ class Mining(NamedTuple):
 
 
 class Mined(NamedTuple):
-    """What mining did.
+    """The outcome of mining.
 
     Attributes:
-      short: Queries that got fewer negatives than asked for.
-      over_ceiling: Passages ranked before the last one taken that scored over the ceiling, of all queries.
+      short: Queries with fewer negatives than asked for.
+      over_ceiling: Passages over the ceiling, of all queries.
     """
 
     short: int
@@ -58,70 +58,66 @@ class Mined(NamedTuple):
 
 
 class Passages:
-    """The different passages of a file of records, by number, read when they are asked for.
+    """The distinct passages of a file of records by index, read on demand.
 
     Args:
       source: Records whose positives and negatives are searched.
-      corpus: JSONL with more: `text`, and `title` where there is one, as in a BEIR folder.
+      corpus: JSONL with more passages, `text` and optionally `title`, as in a BEIR folder.
 
     Raises:
       InputError: The records are not embedding records, or have no passage with a text.
     """
 
     def __init__(self, source: Source, corpus: Path | None = None):
-        if source.kind is not EmbeddingRecord:
+        if source.record_type is not EmbeddingRecord:
             raise InputError(
-                f"{source.path}: holds {source.kind.kind} records; negatives are those of embedding records"
+                f"{source.path}: holds {source.record_type.name} records; negatives are those of embedding records"
             )
         self._source = source
-        self._numbers: dict[int, int] = {}
-        self._places: list[tuple[int, int] | EmbeddingText] = []
+        self._indices: dict[int, int] = {}
+        self._origins: list[tuple[int, int] | EmbeddingText] = []  # record and index of the passage in it, or itself
         self._digest = hashlib.sha256()
-        for number in range(len(source)):
-            record = source[number]
+        for number, record in enumerate(source):
             self._digest.update(repr(record).encode())
-            for place, text in enumerate(_passages(record)):
-                self._add(text, (number, place))
-        for entry in read_objects(corpus) if corpus else ():
-            if isinstance(entry, Failed):
-                raise entry.error
-            where, row = entry
+            for i, text in enumerate(_passages(record)):
+                self._add(text, (number, i))
+        for where, row in sound(read_objects(corpus)) if corpus else ():
             if not isinstance(row.get("text"), str):
                 raise InputError(f'{where}: no string under "text"')
             text = EmbeddingText("", f"{row.get('title') or ''} {row['text']}".strip())
             self._digest.update(repr(text).encode())
             self._add(text, text)
-        if not self._places:
+        if not self._origins:
             raise InputError(f"{source.path}: every passage is blank; there is nothing to search")
 
-    def _add(self, text: EmbeddingText, place: Any) -> None:
+    def _add(self, text: EmbeddingText, origin: Any) -> None:
         key = _key(text)
-        if key not in self._numbers and text.text.strip():
-            self._numbers[key] = len(self._places)
-            self._places.append(place)
+        if key not in self._indices and text.text.strip():
+            self._indices[key] = len(self._origins)
+            self._origins.append(origin)
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._origins)
 
-    def __getitem__(self, number: int) -> EmbeddingText:
-        place = self._places[number]
-        if isinstance(place, EmbeddingText):
-            return place
-        record, which = place
-        return _passages(self._source[record])[which]
+    def __getitem__(self, index: int) -> EmbeddingText:
+        origin = self._origins[index]
+        if isinstance(origin, EmbeddingText):
+            return origin
+        number, i = origin
+        return _passages(self._source[number])[i]
 
     @property
     def fingerprint(self) -> str:
         """Equal for the same records and passages in the same order."""
         return self._digest.hexdigest()[:16]
 
-    def number(self, text: EmbeddingText) -> int | None:
-        """Number of a passage, None where it is no passage."""
-        return self._numbers.get(_key(text))
+    def indices(self, texts: Iterable[EmbeddingText]) -> list[int]:
+        """The indices of texts, without those that are no passage."""
+        return [self._indices[key] for key in map(_key, texts) if key in self._indices]
 
 
 class Searcher(Protocol):
-    """Scores of queries against all passages."""
+    """Scores queries against all passages."""
 
     def scores(self, queries: Sequence[EmbeddingText]) -> np.ndarray:
         """float32 [queries, passages]."""
@@ -129,7 +125,7 @@ class Searcher(Protocol):
 
 
 class KeywordSearcher:
-    """BM25; a passage without a word of the query scores -inf."""
+    """BM25; a passage that shares no word with the query scores -inf."""
 
     def __init__(self, passages: Passages):
         self._index = Bm25([passages[number].text for number in range(len(passages))])
@@ -143,14 +139,14 @@ class KeywordSearcher:
 class ModelSearcher:
     """Exact search with a model's vectors, on all of its devices.
 
-    In a job of many processes each embeds and searches a share of the passages, with a model on its own devices, and
-    every process gets all scores: all must make the same calls.
+    In a job of many processes, which must all make the same calls, each embeds and searches a share of the passages
+    with a model on its own devices, and gets all scores.
 
     Args:
-      model: What embeds.
-      passages: What is searched.
+      model: The model that embeds.
+      passages: The passages to search.
       max_lengths: Tokens kept of a query and of a passage.
-      progress: Called with numbers of passages that this process has embedded.
+      progress: Called with numbers of passages embedded by this process.
     """
 
     def __init__(
@@ -199,17 +195,16 @@ def mine(
 
     Args:
       source: The records.
-      passages: Made from them.
-      searcher: What ranks.
-      mining: What is taken.
+      passages: Those of the records.
+      searcher: Ranks the passages.
+      mining: The settings.
       done: Called at the end.
       progress: Called with numbers of records.
     """
     positives_of: dict[int, set[int]] = {}
     for record in source:
         assert isinstance(record, EmbeddingRecord)
-        found = (passages.number(text) for text in record.positives)
-        positives_of.setdefault(_key(record.query), set()).update(number for number in found if number is not None)
+        positives_of.setdefault(_key(record.query), set()).update(passages.indices(record.positives))
     short = over = 0
     for start in range(0, len(source), _QUERIES_AT_ONCE):
         numbers = range(start, min(start + _QUERIES_AT_ONCE, len(source)))
@@ -218,25 +213,16 @@ def mine(
         scores = searcher.scores([record.query for record in records])  # ty: ignore
         for number, record, row in zip(numbers, records, scores, strict=True):
             assert isinstance(record, EmbeddingRecord)
-            known = positives_of[_key(record.query)]
-            itself = passages.number(EmbeddingText(record.query.instruction, record.query.text))
-            same_text = passages.number(EmbeddingText("", record.query.text))
-            excluded = known | {place for place in (itself, same_text) if place is not None}
             kept = record.negatives if mining.keep else ()
-            excluded |= {place for text in kept if (place := passages.number(text)) is not None}
-            own = [place for text in record.positives if (place := passages.number(text)) is not None]
+            same_text = EmbeddingText("", record.query.text)
+            excluded = positives_of[_key(record.query)].union(passages.indices([record.query, same_text, *kept]))
+            own = passages.indices(record.positives)
             chosen, above = choose(row, mining, own=own, excluded=excluded, number=number)
             over += above
             short += len(chosen) < mining.count
-            negatives = [*kept, *(passages[place] for place in chosen)]
-            yield (
-                source.where(number),
-                {
-                    "query": list(record.query),
-                    "pos": [list(text) for text in record.positives],
-                    "neg": [list(text) for text in negatives],
-                },
-            )
+            texts = {"pos": record.positives, "neg": [*kept, *map(passages.__getitem__, chosen)]}
+            lists = {key: [list(text) for text in some] for key, some in texts.items()}
+            yield source.where(number), {"query": list(record.query), **lists}
         progress(len(records))
     done(Mined(short, over))
 
@@ -244,21 +230,21 @@ def mine(
 def choose(
     scores: np.ndarray, mining: Mining, *, own: Sequence[int], excluded: set[int], number: int
 ) -> tuple[list[int], int]:
-    """The negatives of one query, best first, and how many better ones the ceiling left out.
+    """The negatives of one query, best first, and the number of passages over the ceiling.
 
     Args:
       scores: float32 [passages].
-      mining: What is taken.
+      mining: The settings.
       own: The query's positives.
       excluded: Passages that are never taken.
-      number: Of the record; draws depend on it and the seed.
+      number: The record's; draws depend on it and the seed.
     """
     allowed = scores.astype(np.float32, copy=True)
     allowed[list(excluded)] = -np.inf
     above = 0
     if mining.ceiling is not None and own:
         limit = float(np.min(scores[list(own)]))
-        # Of a negative score, too, a share is less than the score.
+        # A share of a negative score is less than the score, too.
         limit -= abs(limit) * (1 - mining.ceiling) if np.isfinite(limit) else 0
         over = allowed > limit
         above = int(over.sum())
@@ -266,7 +252,7 @@ def choose(
     most = min(mining.last, len(allowed))
     best = np.argpartition(-allowed, most - 1)[:most] if most < len(allowed) else np.arange(len(allowed))
     border = np.min(allowed[best])
-    # Ties are broken by number, also those with what argpartition left out.
+    # Ties are broken by index, also with passages that argpartition left out.
     ranked = np.flatnonzero(allowed >= border) if np.isfinite(border) else np.flatnonzero(np.isfinite(allowed))
     ranked = ranked[np.lexsort((ranked, -allowed[ranked]))][mining.first - 1 : mining.last]
     if mining.draw:
@@ -287,9 +273,9 @@ def _encode(model: GritModel, texts: Sequence[EmbeddingText], max_length: int) -
     """float32 [texts, embed]; each with its own instruction."""
     vectors: np.ndarray | None = None
     for instruction in dict.fromkeys(text.instruction for text in texts):
-        mine = [place for place, text in enumerate(texts) if text.instruction == instruction and text.text.strip()]
         # An empty query, which training drops, has no direction.
-        encoded = model.encode([texts[place].text for place in mine], instruction=instruction, max_length=max_length)
+        mine = [i for i, text in enumerate(texts) if text.instruction == instruction and text.text.strip()]
+        encoded = model.encode([texts[i].text for i in mine], instruction=instruction, max_length=max_length)
         vectors = np.zeros((len(texts), encoded.shape[1]), np.float32) if vectors is None else vectors
         vectors[mine] = encoded
     assert vectors is not None

@@ -1,9 +1,10 @@
-"""Which texts of evaluation sets occur in training data: whole, or many words in a row."""
+"""Finds texts of evaluation sets in training data: whole, or as many words in a row."""
 
 from __future__ import annotations
 
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,13 +12,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from etils import epath
 
-from grit_jax.data.lines import read_text_lines
 from grit_jax.data.qrels import find_qrels, read_qrels
-from grit_jax.data.rows import read_objects, sound
 from grit_jax.data.sources import files_below, refuse_twins
+from grit_jax.data.text_files import read_objects, read_text_lines, sound, unpacked_name
 from grit_jax.errors import InputError
 
-# Scripts that put nothing between words: Thai, Lao, Burmese, Khmer, Kana and Han. Each character stands for a word.
+# Scripts without spaces between words: Thai, Lao, Burmese, Khmer, Kana and Han. Each character counts as a word.
 _UNSPACED = (
     "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
     "\U00020000-\U0003ffff"
@@ -25,7 +25,7 @@ _UNSPACED = (
 _WORD = re.compile(rf"[{_UNSPACED}]|[^\W{_UNSPACED}]+")
 _UNSPACED_WORD = re.compile(f"[{_UNSPACED}]")
 _UNSPACED_WEIGHT = 0.5  # words of about two characters
-_FEWEST_WORDS = 4  # of texts that are not known to be queries or documents; "yes" is in every training set
+_FEWEST_WORDS = 4  # of texts not known to be queries or documents; "yes" is in every training set
 _FACTOR = np.uint64(0x9E3779B97F4A7C15)
 _SUFFIXES = (".jsonl", ".txt", ".tsv")
 _ENDINGS = (*_SUFFIXES, *(f"{suffix}.gz" for suffix in _SUFFIXES))
@@ -36,9 +36,9 @@ class Match(NamedTuple):
 
     Attributes:
       evaluation: Its file and line.
-      training: Where it occurs first.
-      whole: Whether the training text is the same, words compared; else they share words in a row.
-      document: Whether it is a document that queries are answered from, which training may know.
+      training: File and line of its first occurrence.
+      whole: Whether the training text has the same words; else they share words in a row.
+      document: Whether it is a document of a corpus, which training may contain.
     """
 
     evaluation: str
@@ -48,7 +48,7 @@ class Match(NamedTuple):
 
 
 def words_of(text: str) -> list[str]:
-    """The words that are compared: no case, no punctuation; single characters of scripts without spaces."""
+    """The words to compare, without case and punctuation; single characters of scripts without spaces."""
     return _WORD.findall(unicodedata.normalize("NFKC", text).casefold())
 
 
@@ -60,9 +60,9 @@ class EvaluationTexts:
     """The texts of evaluation sets, as hashes.
 
     Args:
-      paths: Files (.jsonl, .txt with a text a line, .tsv; or with .gz), or folders of them. Of a folder in BEIR layout
-        the queries of the test split's judgements count (all of them where there are none), and the documents; of
-        documents only whole ones are found. Of other files every text of four words or more.
+      paths: Files (.jsonl, .txt with a text a line, .tsv; or with .gz), or folders of them. A folder in BEIR layout
+        gives its documents, which are found only whole, and the queries of the test split's judgements, or all queries
+        if there are none. Other files give every text of four words or more.
       ngram: Words in a row that count as an occurrence; 0 for whole texts only.
 
     Attributes:
@@ -73,57 +73,52 @@ class EvaluationTexts:
     """
 
     def __init__(self, paths: Sequence[Path], *, ngram: int):
-        self._ngram, self.counts, self._places = ngram, dict[str, int](), list[tuple[str, int, bool]]()
+        self._ngram, self.counts, self._texts = ngram, Counter[str](), list[tuple[str, bool]]()
         whole: list[int] = []
-        parts: list[np.ndarray] = []
-        owners: list[np.ndarray] = []
-        for path, line, text, in_parts in _texts(paths):
+        parts, owners = [np.zeros(0, np.uint64)], [np.zeros(0, np.int64)]
+        for where, text, in_parts in _texts(paths):
             words = words_of(text)
-            hashes = _hashes(words)
-            item = len(self._places)
-            self._places.append((str(path), line, not in_parts))
-            self.counts[str(path)] = self.counts.get(str(path), 0) + 1
-            whole.append(_whole(words))
             if ngram and in_parts and len(words) >= ngram:
-                parts.append(_rolling(hashes, ngram))
-                owners.append(np.full(len(parts[-1]), item))
-        self._whole, self._whole_item = _table(np.array(whole, np.int64).view(np.uint64), np.arange(len(whole)))
-        none = np.zeros(0, np.uint64)
-        self._parts, self._part_item = _table(
-            np.concatenate([none, *parts]), np.concatenate([none.astype(np.int64), *owners])
-        )
+                parts.append(_rolling(_hashes(words), ngram))
+                owners.append(np.full(len(parts[-1]), len(self._texts)))
+            self._texts.append((where, not in_parts))
+            self.counts[where.rpartition(":")[0]] += 1
+            whole.append(_whole(words))
+        self._whole = _table(np.array(whole, np.int64).view(np.uint64), np.arange(len(whole)))
+        self._parts = _table(np.concatenate(parts), np.concatenate(owners))
         self._found: dict[int, Match] = {}
 
-    def look_up(self, texts: Sequence[str], numbers: Sequence[int], where: Callable[[int], str]) -> None:
+    def look_up(self, texts: Sequence[str], owners: Sequence[int], where: Callable[[int], str]) -> None:
         """Looks for occurrences in training texts.
 
         Args:
-          texts: Of some records.
-          numbers: The record of each.
-          where: Names the place of a record.
+          texts: The texts of some records.
+          owners: The index of each text's record.
+          where: Gives file and line of a record.
         """
         words = [words_of(text) for text in texts]
         whole = np.array([_whole(of_text) if of_text else 0 for of_text in words], np.int64).view(np.uint64)
-        for text, item in _hits(whole, self._whole, self._whole_item):
+        for text, found in _hits(whole, *self._whole):
             if words[text]:
-                self._add(item, where(numbers[text]), whole=True)
-        owner = np.repeat(np.arange(len(words)), [len(of_text) for of_text in words])
-        if not self._ngram or not len(self._parts) or len(owner) < self._ngram:
+                self._add(found, where(owners[text]), whole=True)
+        text_of_word = np.repeat(np.arange(len(words)), [len(of_text) for of_text in words])
+        if not self._ngram or not len(self._parts[0]) or len(text_of_word) < self._ngram:
             return
         parts = _rolling(_hashes([word for of_text in words for word in of_text]), self._ngram)
-        inside = np.flatnonzero(owner[: len(parts)] == owner[self._ngram - 1 :])  # not over the end of a text
-        for place, item in _hits(parts[inside], self._parts, self._part_item):
-            self._add(item, where(numbers[owner[inside[place]]]), whole=False)
+        # Not over the end of a text.
+        inside = np.flatnonzero(text_of_word[: len(parts)] == text_of_word[self._ngram - 1 :])
+        for part, found in _hits(parts[inside], *self._parts):
+            self._add(found, where(owners[text_of_word[inside[part]]]), whole=False)
 
-    def _add(self, item: int, where: str, *, whole: bool) -> None:
-        before = self._found.get(item)
+    def _add(self, found: int, where: str, *, whole: bool) -> None:
+        before = self._found.get(found)
         if before is None or (whole and not before.whole):
-            path, line, document = self._places[item]
-            self._found[item] = Match(f"{path}:{line}", where, whole, document)
+            evaluation, document = self._texts[found]
+            self._found[found] = Match(evaluation, where, whole, document)
 
     def matches(self) -> list[Match]:
-        """What was found, in the order of the evaluation sets."""
-        return [self._found[item] for item in sorted(self._found)]
+        """The occurrences, in the order of the evaluation sets."""
+        return [self._found[number] for number in sorted(self._found)]
 
 
 def _whole(words: list[str]) -> int:
@@ -138,27 +133,27 @@ def _rolling(hashes: np.ndarray, length: int) -> np.ndarray:
     """uint64 [words - length + 1]: a hash of each run of `length` words."""
     count = len(hashes) - length + 1
     result = np.zeros(count, np.uint64)
-    for place in range(length):
-        result = result * _FACTOR + hashes[place : place + count]
+    for start in range(length):
+        result = result * _FACTOR + hashes[start : start + count]
         result ^= result >> np.uint64(29)
     return result
 
 
-def _table(keys: np.ndarray, items: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _table(keys: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     order = np.argsort(keys, kind="stable")
-    return keys[order], items[order]
+    return keys[order], values[order]
 
 
-def _hits(keys: np.ndarray, table: np.ndarray, items: np.ndarray) -> Iterator[tuple[int, int]]:
-    """Places of keys that are in the table, with each item that has the key."""
+def _hits(keys: np.ndarray, table: np.ndarray, values: np.ndarray) -> Iterator[tuple[int, int]]:
+    """Indices of keys that are in a sorted table, with each value that has the key."""
     first, last = np.searchsorted(table, keys, side="left"), np.searchsorted(table, keys, side="right")
-    for place in np.flatnonzero(first < last).tolist():
-        for item in items[first[place] : last[place]].tolist():
-            yield place, item
+    for index in np.flatnonzero(first < last).tolist():
+        for value in values[first[index] : last[index]].tolist():
+            yield index, value
 
 
-def _texts(paths: Sequence[Path]) -> Iterator[tuple[Path, int, str, bool]]:
-    """File, line and text, and whether parts of it count."""
+def _texts(paths: Sequence[Path]) -> Iterator[tuple[str, str, bool]]:
+    """File and line, text, and whether parts of it count."""
     for path in paths:
         if path.is_dir():
             yield from _folder_texts(path)
@@ -170,7 +165,7 @@ def _texts(paths: Sequence[Path]) -> Iterator[tuple[Path, int, str, bool]]:
             yield from _file_texts(path)
 
 
-def _folder_texts(folder: Path) -> Iterator[tuple[Path, int, str, bool]]:
+def _folder_texts(folder: Path) -> Iterator[tuple[str, str, bool]]:
     found = sorted(files_below(epath.Path(folder), _ENDINGS))
     refuse_twins(found, _ENDINGS)
     if not found:
@@ -189,39 +184,35 @@ def _first(folder: Path, name: str) -> Path | None:
     return next((path for path in (folder / name, folder / f"{name}.gz") if path.exists()), None)
 
 
-def _beir_texts(folder: Path) -> Iterator[tuple[Path, int, str, bool]]:
-    judged: set[str] | None = None
-    if qrels := find_qrels(folder, "test"):
-        judged = {judgement.query for judgement in sound(read_qrels(qrels))}
-    names = set()
-    for name, keys in (("queries.jsonl", ("text",)), ("corpus.jsonl", ("title", "text"))):
-        path = _first(folder, name)
-        for line, row in _objects(path) if path else ():
-            if name == "queries.jsonl":
-                names.add(str(row.get("_id")))
-                if judged is not None and str(row.get("_id")) not in judged:
-                    continue
-            text = " ".join(str(row.get(key) or "") for key in keys).strip()
-            if path and words_of(text):
-                yield path, line, text, name == "queries.jsonl"
-        if judged is not None and name == "queries.jsonl" and not judged & names:
-            raise InputError(f"--against {qrels}: judges no query of {path}; correct its ids, or remove it")
+def _beir_texts(folder: Path) -> Iterator[tuple[str, str, bool]]:
+    queries, corpus = (_first(folder, name) for name in ("queries.jsonl", "corpus.jsonl"))
+    assert queries
+    qrels = find_qrels(folder, "test")
+    judged = {judgement.query for _, judgement in sound(read_qrels(qrels))} if qrels else None
+    found = False
+    for where, row in sound(read_objects(queries)):
+        if judged is None or str(row.get("_id")) in judged:
+            found = True
+            text = str(row.get("text") or "").strip()
+            if words_of(text):
+                yield where, text, True
+    if judged is not None and not found:
+        raise InputError(f"--against {qrels}: judges no query of {queries}; correct its ids, or remove it")
+    for where, row in sound(read_objects(corpus)) if corpus else ():
+        text = " ".join(str(row.get(key) or "") for key in ("title", "text")).strip()
+        if words_of(text):
+            yield where, text, False
 
 
-def _file_texts(path: Path) -> Iterator[tuple[Path, int, str, bool]]:
-    if path.name.removesuffix(".gz").endswith(".jsonl"):
-        rows: Any = ((line, list(_strings(row))) for line, row in _objects(path))
+def _file_texts(path: Path) -> Iterator[tuple[str, str, bool]]:
+    if unpacked_name(path).endswith(".jsonl"):
+        rows = ((where, _strings(row)) for where, row in sound(read_objects(path)))
     else:
-        rows = ((line, text.split("\t")) for line, text in read_text_lines(path))
-    for line, texts in rows:
+        rows = ((where, text.split("\t")) for where, text in sound(read_text_lines(path)))
+    for where, texts in rows:
         for text in texts:
             if _num_words(words_of(text)) >= _FEWEST_WORDS:
-                yield path, line, text, True
-
-
-def _objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    for where, row in sound(read_objects(path)):
-        yield int(where.rpartition(":")[2]), row
+                yield where, text, True
 
 
 def _strings(value: Any) -> Iterator[str]:

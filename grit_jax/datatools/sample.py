@@ -1,4 +1,4 @@
-"""Records as the model reads them."""
+"""Random records as the model reads them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from grit_jax.config import Config
 from grit_jax.data.records import Record, RecordError
-from grit_jax.data.sources import Source, find_files, open_source
+from grit_jax.data.sources import find_files, open_source
 from grit_jax.data.streams import all_streams
 from grit_jax.data.streams.base import Stream
 from grit_jax.errors import InputError
@@ -19,7 +19,7 @@ from grit_jax.text.tokenizer import Tokenizer
 
 
 class Piece(NamedTuple):
-    """Part of a text; `counts` says whether its tokens are pooled or scored."""
+    """Part of a text, and whether its tokens are pooled or scored."""
 
     text: str
     counts: bool
@@ -29,14 +29,14 @@ class Shown(NamedTuple):
     """A text of a record.
 
     Attributes:
-      kind: What it is in its record, such as query, positive, negative or conversation.
+      role: Its role in the record, such as query, positive, negative or conversation.
       pieces: What the model reads of it, special tokens included.
-      tokens: Tokens that it reads.
-      counted: Of these, how many are pooled or scored.
-      cut: Tokens over the limit, which it does not read.
+      tokens: Number of tokens that the model reads.
+      counted: How many of these are pooled or scored.
+      cut: Number of tokens over the limit, which it does not read.
     """
 
-    kind: str
+    role: str
     pieces: list[Piece]
     tokens: int
     counted: int
@@ -44,7 +44,7 @@ class Shown(NamedTuple):
 
 
 def draw(config: Config, tokenizer: Tokenizer, *, count: int, seed: int) -> Iterator[tuple[str, list[Shown]]]:
-    """Random records of `data.train`, each once, with their file and line; every record is as likely as another.
+    """Random records of `data.train` with file and line, drawn uniformly and without repetition.
 
     Raises:
       InputError: Files are missing, or a record drawn is malformed and `data.skip_bad` is false.
@@ -54,28 +54,21 @@ def draw(config: Config, tokenizer: Tokenizer, *, count: int, seed: int) -> Iter
     ends = np.cumsum([len(source) for source in sources])
     order = np.random.default_rng(seed).choice(int(ends[-1]), size=min(4 * count, int(ends[-1])), replace=False)
     left = count
-    for place in order.tolist():
+    for number in order.tolist():
         if not left:
             return
-        file = int(np.searchsorted(ends, place, side="right"))
-        number = place - int(ends[file]) + len(sources[file])
-        record = _record(sources[file], number, data.skip_bad)
-        if record:
+        file = int(np.searchsorted(ends, number, side="right"))
+        source, index = sources[file], number - int(ends[file]) + len(sources[file])
+        (record,) = source.records(index, index + 1)
+        if not isinstance(record, RecordError):
             left -= 1
-            yield sources[file].where(number), show(record, streams, tokenizer)
-
-
-def _record(source: Source, number: int, skip_bad: bool) -> Record | None:
-    try:
-        return source[number]
-    except RecordError as error:
-        if skip_bad:
-            return None
-        raise InputError(f"{error} (--data.skip_bad=true passes over such records)") from error
+            yield source.where(index), show(record, streams, tokenizer)
+        elif not data.skip_bad:
+            raise InputError(f"{record} (--data.skip_bad=true passes over such records)") from record
 
 
 def show(record: Record, streams: Sequence[Stream], tokenizer: Tokenizer) -> list[Shown]:
-    """The texts of a record as the first of some streams that reads it has them, cut at their limits."""
+    """The texts of a record as the first stream that reads it has them, cut at their limits."""
     stream = next(stream for stream in streams if isinstance(record, stream.record))
     texts = stream.prompts(record, tokenizer)
     number = np.arange(len(texts))
@@ -83,13 +76,13 @@ def show(record: Record, streams: Sequence[Stream], tokenizer: Tokenizer) -> lis
     encodings = tokenizer.encode_batch([prompt.text for prompt in texts])
     shown = []
     for number, (prompt, whole, encoding) in enumerate(zip(texts, tokenize(texts, tokenizer), encodings, strict=True)):
-        kind, limit = next(role.name for role in roles if role.mine[number]), int(limits[number])
+        role, limit = next(role.name for role in roles if role.mine[number]), int(limits[number])
         borders = [0, *encoding.starts[1:].tolist(), len(prompt.text)]
-        read = [prompt.text[borders[place] : borders[place + 1]] for place in whole.kept(limit).tolist()]
+        read = [prompt.text[borders[i] : borders[i + 1]] for i in whole.kept(limit).tolist()]
         counts = np.zeros(len(read), bool)
         for start, end in whole.cut(limit).spans:
             counts[max(start, stream.first_target) : end] = True
         tokens = itertools.groupby(zip(read, counts.tolist(), strict=True), key=lambda token: token[1])
         pieces = [Piece("".join(text for text, _ in group), counted) for counted, group in tokens]
-        shown.append(Shown(kind, pieces, len(read), int(counts.sum()), len(whole.tokens) - len(read)))
+        shown.append(Shown(role, pieces, len(read), int(counts.sum()), len(whole.tokens) - len(read)))
     return shown

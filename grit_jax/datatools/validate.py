@@ -1,4 +1,4 @@
-"""Every record checked: malformed ones, duplicates, and texts of evaluation sets."""
+"""Checks every record: malformed ones, duplicates, and texts of evaluation sets."""
 
 from __future__ import annotations
 
@@ -11,26 +11,24 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from etils import epath
 
-from grit_jax.data.index import BadRecords, add_bad
-from grit_jax.data.records import Record, RecordError
-from grit_jax.data.sources import open_source
+from grit_jax.data.records import BadRecords, Record, RecordError, add_bad
+from grit_jax.data.sources import RECORDS_AT_ONCE, Source, open_source
 from grit_jax.data.streams import STREAMS
 from grit_jax.data.streams.base import Stream
 from grit_jax.datatools.overlap import EvaluationTexts, Match
 from grit_jax.errors import InputError
 
-_RECORDS_AT_ONCE = 1024
 _EXAMPLES = 3
 
 
 @dataclasses.dataclass(frozen=True)
 class Duplicates:
-    """Records that say what an earlier one says.
+    """Records that repeat an earlier one.
 
     Attributes:
       what: What is compared.
-      count: Records with an earlier equal.
-      examples: The first few, as a line that names both.
+      count: Number of records that repeat one.
+      examples: The first few, each as a line that names both.
     """
 
     what: str
@@ -39,13 +37,13 @@ class Duplicates:
 
 
 @dataclasses.dataclass(frozen=True)
-class FileReport:
+class FileCheck:
     """One file.
 
     Attributes:
       path: The file.
-      stream: Its stream; None where it cannot be opened.
-      records: Well-formed records.
+      stream: Its stream; None if it cannot be opened.
+      records: Number of well-formed records.
       bad: Malformed ones.
       problem: Why it cannot be opened.
     """
@@ -58,10 +56,10 @@ class FileReport:
 
 
 @dataclasses.dataclass(frozen=True)
-class Report:
-    """What was found."""
+class Validation:
+    """Everything found."""
 
-    files: tuple[FileReport, ...]
+    files: tuple[FileCheck, ...]
     duplicates: tuple[Duplicates, ...]
     matches: tuple[Match, ...]
     evaluation_texts: dict[str, int]
@@ -78,77 +76,63 @@ def validate(
     against: EvaluationTexts | None = None,
     progress: Callable[[int], None] = lambda _: None,
     streams: Sequence[type[Stream]] = tuple(STREAMS.values()),
-) -> Report:
-    """Reads every record of the files once.
-
-    Of each record 40 bytes are kept, to find equal ones.
+) -> Validation:
+    """Reads every record of the files once, keeping 32 bytes of each to find equal ones.
 
     Args:
       paths: The files.
       against: Evaluation texts that must not occur.
-      progress: Called with numbers of records that were read.
+      progress: Called with numbers of records read.
       streams: Streams that may read the files.
     """
-    files, seen, kinds = [], _Seen(), [stream.record for stream in streams]
+    checks, seen, record_types = [], _Seen(), [stream.record for stream in streams]
     for path in paths:
         try:
-            source = open_source(path, skip_bad=True, kinds=kinds)
+            source = open_source(path, skip_bad=True, record_types=record_types)
         except InputError as error:
-            files.append(FileReport(str(path), None, 0, (), str(error)))
+            checks.append(FileCheck(str(path), None, 0, (), str(error)))
             continue
-        bad: dict[str, BadRecords] = {}
-        seen.open(source.where)
-        good = 0
-        texts: list[str] = []
-        numbers: list[int] = []
-        for start in range(0, len(source), _RECORDS_AT_ONCE):
-            stop = min(start + _RECORDS_AT_ONCE, len(source))
-            for number, line in enumerate(source.lines(start, stop), start):
-                try:
-                    record = source.parse(number, line)
-                except RecordError as error:
-                    add_bad(bad, [BadRecords(error.kind, 1, (str(error),))])
+        bad, good = dict[str, BadRecords](), 0
+        seen.open(source)
+        for start in range(0, len(source), RECORDS_AT_ONCE):
+            stop = min(start + RECORDS_AT_ONCE, len(source))
+            texts, owners = [], []
+            for index, record in enumerate(source.records(start, stop), start):
+                if isinstance(record, RecordError):
+                    add_bad(bad, BadRecords.of(record))
                     continue
                 good += 1
-                seen.add(number, record)
+                seen.add(index, record)
                 if against:
-                    of_record = record.texts()
-                    texts += of_record
-                    numbers += [number] * len(of_record)
+                    texts += record.texts()
+                    owners += [index] * (len(texts) - len(owners))
             if against:
-                against.look_up(texts, numbers, source.where)
-                texts, numbers = [], []
+                against.look_up(texts, owners, source.where)
             progress(stop - start)
-        files.append(FileReport(str(path), source.kind.kind, good, tuple(bad.values())))
+        checks.append(FileCheck(str(path), source.record_type.name, good, tuple(bad.values())))
     matches = tuple(against.matches()) if against else ()
-    return Report(tuple(files), seen.duplicates(), matches, against.counts if against else {})
+    return Validation(tuple(checks), seen.duplicates(), matches, dict(against.counts) if against else {})
 
 
 class _Seen:
-    """Hashes of the records read so far, and where each one is."""
+    """Hashes of the records read so far, each with its number among the records of all files."""
 
     def __init__(self):
-        self._where: list[Callable[[int], str]] = []
-        self._starts: list[int] = []
-        self._numbers = array.array("q")
+        self._sources: list[Source] = []
+        self._ends = [0]
         self._hashes: defaultdict[str, array.array[int]] = defaultdict(lambda: array.array("q"))
-        self._owners: defaultdict[str, array.array[int]] = defaultdict(lambda: array.array("q"))
+        self._numbers: defaultdict[str, array.array[int]] = defaultdict(lambda: array.array("q"))
 
-    def open(self, where: Callable[[int], str]) -> None:
+    def open(self, source: Source) -> None:
         """Takes the next records from another file."""
-        self._where.append(where)
-        self._starts.append(len(self._numbers))
+        self._sources.append(source)
+        self._ends.append(self._ends[-1] + len(source))
 
-    def add(self, number: int, record: Record) -> None:
-        """Adds a record."""
-        place = len(self._numbers)
-        self._numbers.append(number)
+    def add(self, index: int, record: Record) -> None:
+        """Adds a record of the last file."""
         for what, text in ({"records": repr(record)} | record.comparable()).items():
-            self._note(what, text, place)
-
-    def _note(self, what: str, text: str, place: int) -> None:
-        self._hashes[what].append(int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest()))
-        self._owners[what].append(place)
+            self._hashes[what].append(int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest()))
+            self._numbers[what].append(self._ends[-2] + index)
 
     def duplicates(self) -> tuple[Duplicates, ...]:
         """What occurs more than once."""
@@ -156,14 +140,15 @@ class _Seen:
         for what, hashes in self._hashes.items():
             _, first, inverse = np.unique(np.frombuffer(hashes, np.int64), return_index=True, return_inverse=True)
             again = np.flatnonzero(first[inverse] != np.arange(len(inverse)))
-            owners = self._owners[what]
+            numbers = self._numbers[what]
             examples = [
-                f"{self._place(owners[i])} repeats {self._place(owners[first[inverse[i]]])}" for i in again[:_EXAMPLES]
+                f"{self._where(numbers[i])} repeats {self._where(numbers[first[inverse[i]]])}"
+                for i in again[:_EXAMPLES]
             ]
             if len(again):
                 found.append(Duplicates(what, len(again), tuple(examples)))
         return tuple(found)
 
-    def _place(self, place: int) -> str:
-        file = int(np.searchsorted(self._starts, place, side="right")) - 1
-        return self._where[file](self._numbers[place])
+    def _where(self, number: int) -> str:
+        file = int(np.searchsorted(self._ends, number, side="right")) - 1
+        return self._sources[file].where(number - self._ends[file])

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from grit_jax.config.jsonfile import named
-from grit_jax.data.rows import read_cells, read_objects, sound
+from grit_jax.data.text_files import read_cells, read_objects, sound
 from grit_jax.errors import InputError
 
 _NAMES: dict[type, str] = {str: "a string", int: "a whole number", float: "a number", list: "a list"}

@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 
 from grit_jax.config.ranges import require_positive
-from grit_jax.data.examples import tokenize_records
 from grit_jax.data.records import GenerativeRecord
 from grit_jax.data.sources import find_files, open_source
 from grit_jax.data.streams.generative import GenerativeStream
+from grit_jax.data.tokenizing import tokenize_records
 from grit_jax.errors import InputError
 from grit_jax.evaluation.data import Row, by_row, existing
 from grit_jax.evaluation.prompted import PromptedTask, fill, letter_of, lettered, letters_of
@@ -85,8 +85,10 @@ class Perplexity(Task):
         texts: list[TokenizedPrompt] = []
         total = 0
         for source in map(open_source, map(str, self.files())):
-            if source.kind is not GenerativeRecord:
-                raise InputError(f"{source.path}: holds {source.kind.kind} records; perplexity needs generative ones")
+            if source.record_type is not GenerativeRecord:
+                raise InputError(
+                    f"{source.path}: holds {source.record_type.name} records; perplexity needs generative ones"
+                )
             total += len(source)
             texts += [
                 text.cut(limit)

@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from grit_jax.config.ranges import require_positive
-from grit_jax.data.lines import read_text
+from grit_jax.data.text_files import read_text
 from grit_jax.errors import InputError
 from grit_jax.evaluation.data import Row, read_rows
 from grit_jax.evaluation.task import Session, Task

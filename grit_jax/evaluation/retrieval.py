@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from grit_jax.data.qrels import find_qrels, read_qrels
-from grit_jax.data.rows import sound
+from grit_jax.data.text_files import sound
 from grit_jax.errors import InputError
 from grit_jax.evaluation import metrics
 from grit_jax.evaluation.bm25 import Bm25
@@ -88,7 +88,7 @@ def read_collection(folder: Path, split: str) -> Collection:
     corpus_file, queries_file, judgements_file = collection_files(folder, split)
     texts = read_corpus(queries_file)
     judgements: dict[str, dict[str, float]] = {}
-    for where, query, document, score in sound(read_qrels(existing(judgements_file))):
+    for where, (query, document, score) in sound(read_qrels(existing(judgements_file))):
         if query not in texts:
             raise InputError(f"{where}: query {query!r} is not in {existing(queries_file)}; add or remove it")
         if judgements.setdefault(query, {}).setdefault(document, score) != score:

@@ -10,7 +10,7 @@ import numpy as np
 
 from grit_jax.checkpoints.loading import open_model
 from grit_jax.config import Config, TransformerConfig
-from grit_jax.data.indexing import build_indexes
+from grit_jax.data.index_builder import build_indexes
 from grit_jax.data.packing import pack
 from grit_jax.data.schedule import Schedule
 from grit_jax.data.sources import find_files

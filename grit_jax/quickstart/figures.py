@@ -8,10 +8,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from grit_jax.data.examples import tokenize_records
 from grit_jax.data.records import EmbeddingRecord
 from grit_jax.data.sources import find_files, open_source
 from grit_jax.data.streams.generative import GenerativeStream
+from grit_jax.data.tokenizing import tokenize_records
 from grit_jax.errors import InputError
 from grit_jax.evaluation import metrics
 from grit_jax.evaluation.retrieval import read_collection

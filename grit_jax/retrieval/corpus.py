@@ -9,9 +9,8 @@ from typing import Any
 from etils import epath
 
 from grit_jax import files
-from grit_jax.data.lines import is_blank, read_lines
-from grit_jax.data.records import parse_object
 from grit_jax.data.sources import ARRAY_RECORD, find_files
+from grit_jax.data.text_files import read_objects, sound
 from grit_jax.errors import InputError
 from grit_jax.retrieval.layout import Document
 
@@ -42,15 +41,12 @@ def read_corpus(path: epath.Path) -> Iterator[tuple[str, Document]]:
     Raises:
       InputError: The file cannot be read, or a row is malformed.
     """
-    for number, line in read_lines(path):
-        if not is_blank(line):
-            where = f"{path}:{number}"
-            row = parse_object(line, where)
-            document = Document(
-                _string(row, "_id", where, needed=False), _string(row, "title", where, needed=False),
-                _string(row, "text", where, needed=True),
-            )  # fmt: skip
-            yield where, document if document.id else document._replace(id=text_key(document).hex())
+    for where, row in sound(read_objects(path)):
+        document = Document(
+            _string(row, "_id", where, needed=False), _string(row, "title", where, needed=False),
+            _string(row, "text", where, needed=True),
+        )  # fmt: skip
+        yield where, document if document.id else document._replace(id=text_key(document).hex())
 
 
 def text_key(document: Document) -> bytes:

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from grit_jax.data import cache
+from grit_jax.data import derived
 from grit_jax.errors import InputError
 from grit_jax.inference.model import Encoded, GritModel, refuse_not_finite
 from grit_jax.parallel.distributed import in_first_process, require_same, wait_for_all
@@ -238,9 +238,9 @@ def _new_part(
     """Reads the files that have not been read and writes their documents; None where there is no such file."""
     read = {file.sha256 for part in manifest.parts for file in part.files}
     new: dict[str, epath.Path] = {}
-    versions: dict[epath.Path, cache.Version] = {}
+    versions: dict[epath.Path, derived.Version] = {}
     for path in corpus:
-        version = cache.version(path)
+        version = derived.version(path)
         checksum = layout.checksum(path)
         if checksum not in read and checksum not in new:
             new[checksum], versions[path] = path, version
@@ -251,7 +251,7 @@ def _new_part(
     while some := list(itertools.islice(documents, shard_rows)):
         shards.append(Shard(len(some), layout.write_documents(folder, first + len(shards), some)))
     for path, version in versions.items():  # else the checksum would be of another text
-        cache.refuse_changed(path, version)
+        derived.refuse_changed(path, version)
     if not manifest.shards and not shards:
         raise InputError(f"{', '.join(map(str, new.values()))}: no document with a text; name a corpus that has some")
     return Part(

@@ -5,6 +5,7 @@ The markers are plain text. BOS and EOS are the model's own strings; they become
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple, get_args
 
@@ -12,6 +13,8 @@ import numpy as np
 
 from grit_jax.errors import InputError
 from grit_jax.text.tokenizer import Tokenizer
+
+HASH_BITS = 56  # of a prompt's hash
 
 _USER, _ASSISTANT, _EMBED = "<|user|>\n", "<|assistant|>\n", "<|embed|>\n"
 
@@ -25,17 +28,17 @@ RagMethod = Literal[
     "document_query_cache",
 ]
 RAG_METHODS: tuple[RagMethod, ...] = get_args(RagMethod)
-# What an embedding's text begins with: BOS, or what parts it from another text that was read before it.
+# The opening of an embedding's text: BOS, or what separates it from another text read before it.
 CacheForm = Literal["first", "second"]
 CACHE_FORMS: tuple[CacheForm, ...] = get_args(CacheForm)
 SYSTEM_ROLES = ("system", "developer")
-# Whether a text after another cached one keeps the positions it was read at, or is moved on behind the other.
+# Whether a cached text after another keeps its own positions, or is moved behind the other.
 Positions = Literal["own", "corrected"]
 POSITIONS: tuple[Positions, ...] = get_args(Positions)
 
 _AFTER = "Optionally using the prior context answer the query prior to it"
 _BEFORE = "Answer the prior query while optionally using the context prior to it"
-# What a method takes from the embedding pass, in its order, and what the user then says.
+# What a method takes from the embedding pass, in order, and the user message after it.
 _RAG: dict[RagMethod, tuple[tuple[Literal["query", "document"], ...], str]] = {
     "none": ((), "{query}"),
     "query_first": ((), f"{{query}}\n\n{{passage}}\n\n{_AFTER}"),
@@ -51,14 +54,19 @@ class Prompt(NamedTuple):
     """Formatted text.
 
     Attributes:
-      text: What is tokenized, BOS included.
+      text: The text to tokenize, BOS included.
       spans: Character ranges [start, end) that are pooled (embedding) or scored (generation).
-      ending: Characters at the end that stay where a text is cut: those of the tokenizer's `ending`.
+      ending: Characters that stay at the end of a text that is cut: those of the tokenizer's `ending`.
     """
 
     text: str
     spans: tuple[tuple[int, int], ...]
     ending: int = 0
+
+    @property
+    def hash(self) -> int:
+        """A hash of the text, from 0, of `HASH_BITS` bits."""
+        return int.from_bytes(hashlib.blake2b(self.text.encode(), digest_size=HASH_BITS // 8).digest())
 
 
 class TokenizedPrompt(NamedTuple):
@@ -67,7 +75,7 @@ class TokenizedPrompt(NamedTuple):
     Attributes:
       tokens: int32 [tokens].
       spans: int32 [spans, 2]; token ranges [start, end). A token belongs to the span where it starts.
-      ending: Tokens at the end that stay where the text is cut.
+      ending: Tokens that stay at the end of a text that is cut.
     """
 
     tokens: np.ndarray
@@ -75,13 +83,13 @@ class TokenizedPrompt(NamedTuple):
     ending: int = 0
 
     def kept(self, limit: int) -> np.ndarray:
-        """Places of the tokens that stay in a cut, int [at most `limit`]: the first ones and the ending."""
+        """Indices of the tokens that stay in a cut, int [at most `limit`]: the first ones and the ending."""
         length = len(self.tokens)
         ending = min(self.ending, limit)
         return np.arange(length) if length <= limit else np.r_[: limit - ending, length - ending : length]
 
     def cut(self, limit: int) -> TokenizedPrompt:
-        """`limit` tokens, those that are `kept`, with what is left of the spans."""
+        """The `kept` tokens, with what is left of the spans."""
         if len(self.tokens) <= limit:
             return self
         spans = np.minimum(self.spans, limit)
@@ -89,7 +97,7 @@ class TokenizedPrompt(NamedTuple):
 
 
 def stripped(instruction: str) -> str:
-    """An instruction as the model reads it, always: without tabs, newlines, spaces and colons around it."""
+    """An instruction as the model reads it: without tabs, newlines, spaces and colons around it."""
     return instruction.strip("\t\n :")
 
 
@@ -105,7 +113,7 @@ def embedding(text: str, instruction: str = "", *, bos: str, ending: str = "") -
 
 
 def opening(form: CacheForm, *, bos: str) -> str:
-    r"""What stands for BOS in `embedding` where keys and values are kept: BOS itself, or `\n` after a first text.
+    r"""The BOS of an `embedding` whose keys and values are kept: BOS itself, or `\n` after a first text.
 
     The halves of `document_query_cache` both keep their BOS and are of the first form; the document of
     `query_document_cache` is of the second.
@@ -114,24 +122,24 @@ def opening(form: CacheForm, *, bos: str) -> str:
 
 
 def cached_parts(method: RagMethod) -> tuple[Literal["query", "document"], ...]:
-    """What a method reads from the embedding pass's keys and values, in its order."""
+    """The texts whose keys and values a method takes from the embedding pass, in order."""
     return _RAG[method][0]
 
 
 def document_form(method: RagMethod) -> CacheForm:
-    """The form in which a method's document is embedded, where its keys and values are used."""
+    """The form in which a method's document is embedded for its keys and values."""
     return "second" if cached_parts(method) == ("query", "document") else "first"
 
 
 def rag(method: RagMethod, query: str, passage: str = "", *, bos: str) -> str:
-    """What is read after the keys and values of a method, or on its own where it has none; the answer continues it.
+    """The prompt after a method's keys and values, if any; the answer continues it.
 
     It ends with `The answer is`. After keys and values it has no BOS.
 
     Args:
-      method: How query and passage come to the model.
-      query: What is asked.
-      passage: Title and text of what was found.
+      method: How query and passage reach the model.
+      query: The question.
+      passage: Title and text of the document found.
       bos: The model's BOS.
     """
     parts, user = _RAG[method]
@@ -155,11 +163,10 @@ def conversation(turns: Sequence[str], *, bos: str, eos: str) -> Prompt:
 
 
 def fold_system(messages: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
-    r"""The conversation in the roles that the format has: a system message becomes part of the first user message.
+    r"""The conversation with its system messages in the first user message, as `{system}\n\n{user}`.
 
-    The user message is then `{system}\n\n{user}`. The system text is stripped; a blank one is left out; several are
-    joined by blank lines. The role `developer` is the newer name of `system`. Without a system message the conversation
-    is unchanged.
+    System texts are stripped; blank ones are left out; several are joined by blank lines. `developer` is another name
+    of `system`. Without a system message the conversation is unchanged.
 
     Args:
       messages: `{"role", "content"}` each; system messages come before all others.
@@ -168,17 +175,17 @@ def fold_system(messages: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
       InputError: A system message comes after another message, or no user message follows it.
     """
     roles = [message["role"] for message in messages]
-    first = next((place for place, role in enumerate(roles) if role not in SYSTEM_ROLES), len(roles))
-    if late := [place for place in range(first, len(roles)) if roles[place] in SYSTEM_ROLES]:
+    first = next((i for i, role in enumerate(roles) if role not in SYSTEM_ROLES), len(roles))
+    if late := [i for i in range(first, len(roles)) if roles[i] in SYSTEM_ROLES]:
         raise InputError(
             f"message {late[0] + 1} has the role {roles[late[0]]!r}; a system message must come before all others"
         )
-    told = [text for message in messages[:first] if (text := message["content"].strip())]
+    system = [text for message in messages[:first] if (text := message["content"].strip())]
     rest = [{"role": message["role"], "content": message["content"]} for message in messages[first:]]
     if first and roles[first : first + 1] != ["user"]:
         raise InputError("no user message follows the system message, which becomes part of it; add one")
-    if told:
-        rest[0]["content"] = "\n\n".join([*told, rest[0]["content"]])
+    if system:
+        rest[0]["content"] = "\n\n".join([*system, rest[0]["content"]])
     return rest
 
 
@@ -191,11 +198,11 @@ def generation(messages: str | Sequence[Mapping[str, str]], *, bos: str, eos: st
     """The prompt that the assistant continues.
 
     Args:
-      messages: One user message, or `{"role": "user" | "assistant", "content": str}` in turn, a user's first and last;
-        a system message before them is folded into the first (`fold_system`).
+      messages: One user message, or alternating `{"role": "user" | "assistant", "content": str}`, a user's first and
+        last; system messages before them are folded in (`fold_system`).
       bos: The model's BOS.
       eos: The model's EOS.
-      prefix: What the answer begins with.
+      prefix: The beginning of the completion.
 
     Raises:
       InputError: Roles are not user and assistant in turn.
@@ -209,12 +216,12 @@ def generation(messages: str | Sequence[Mapping[str, str]], *, bos: str, eos: st
 
 
 def begun(text: str, *, bos: str) -> str:
-    """The text after BOS, of which there is one even where the text begins with it."""
+    """The text with BOS before it, unless it begins with that."""
     return text if text.startswith(bos) else bos + text
 
 
 def awaits_answer(text: str) -> bool:
-    """Whether a text ends where the assistant's answer begins."""
+    """Whether a text ends where the assistant's turn begins."""
     return text.endswith(_ASSISTANT)
 
 

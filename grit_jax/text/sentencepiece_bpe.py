@@ -14,18 +14,18 @@ _REMEDY = "open the model once with transformers' AutoTokenizer and save_pretrai
 def convert(model: bytes, *, source: str) -> tuple[tokenizers.Tokenizer, dict[str, str]]:
     """The tokenizer of a BPE model as Llama, Mistral and Gemma have it, and its `bos_token` and `eos_token`.
 
-    Token ids are those of transformers' own conversion: control pieces are special tokens, and the text after each of
-    them starts anew, with the model's prefix space if it has one.
+    Token ids are those of transformers' conversion: control pieces are special tokens, after each of which the text
+    starts anew, with the model's prefix space if it has one.
 
     Raises:
-      InputError: The bytes are not a sentencepiece model, or one of another kind.
+      InputError: The bytes are no sentencepiece BPE model.
     """
     from sentencepiece import sentencepiece_model_pb2
 
     proto = sentencepiece_model_pb2.ModelProto()  # ty: ignore[missing-attribute]  # made at run time
     try:
         proto.ParseFromString(model)
-    except Exception as error:  # protobuf's DecodeError, which its implementations define apart
+    except Exception as error:  # protobuf's DecodeError, of which each implementation has its own
         raise InputError(f"{source}: not a sentencepiece model ({error}); copy it again") from error
     kind = proto.trainer_spec.ModelType.Name(proto.trainer_spec.model_type)
     normalizer = proto.normalizer_spec

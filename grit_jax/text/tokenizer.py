@@ -23,11 +23,11 @@ from grit_jax.text.sentencepiece_bpe import convert
 
 _TOKENIZER, _MODEL = "tokenizer.json", "tokenizer.model"
 _SETTINGS, _SPECIAL = "tokenizer_config.json", "special_tokens_map.json"
-_ROWS = "embedding_rows"  # a key of ours in the settings, where the model has fewer than the tokenizer has entries
+_ROWS = "embedding_rows"  # our own key in the settings, if the embedding table is smaller than the vocabulary
 
-_LONGEST_REASON = 300  # characters of what the library says
+_LONGEST_REASON = 300  # characters of the library's message
 
-# BOS and EOS of tokenizer files that come without settings, tried in this order.
+# BOS and EOS of tokenizer files without settings, tried in this order.
 _WELL_KNOWN = (
     ("<s>", "</s>"),
     ("<|begin_of_text|>", "<|end_of_text|>"),
@@ -51,17 +51,17 @@ class Encoding(NamedTuple):
 class Tokenizer:
     """A `tokenizers` tokenizer and its special strings.
 
-    `encode` adds no special token: prompts hold the BOS and EOS strings, which are tokens of their own.
-    Other tools that read `files` add BOS and `ending` and nothing else.
+    `encode` adds no special token: prompts hold the BOS and EOS strings, which are tokens of their own. Other tools
+    that read `files` add BOS and `ending`.
 
     Attributes:
-      bos: Text of the first token of every sequence; empty when the model has none.
-      eos: Text of the token that ends an answer.
-      ending: Text of the tokens that the model's own tokenizer ends every text with; mostly empty. Texts that are
-        embedded end with it.
-      num_ending: Its tokens.
-      padding: Text of the token that other tools fill rows with: a special one that ends texts.
-      rows: Rows of the model's embedding table, where the tokenizer has more entries; else None.
+      bos: Text of the first token of every sequence; empty if the model has none.
+      eos: Text of the token that ends a completion.
+      ending: Text of the tokens that the model's own tokenizer appends to every text, as do embeddings here; mostly
+        empty.
+      num_ending: Number of its tokens.
+      padding: Text of the special token with which other tools pad.
+      rows: Rows of the model's embedding table if the tokenizer has more entries, else None.
     """
 
     def __init__(self, backend: tokenizers.Tokenizer, *, bos: str, eos: str, rows: int | None = None):
@@ -70,7 +70,7 @@ class Tokenizer:
         added = _ending(backend)
         first, last = [bos] if bos else [], [backend.id_to_token(token) or "" for token in added]
         if backend.encode("").ids != [*map(backend.token_to_id, first), *added]:
-            # Other users of the files get the BOS that our prompts spell out.
+            # Other users of the files get the BOS that our prompts contain.
             special: Any = [(token, backend.token_to_id(token)) for token in dict.fromkeys([*first, *last])]
             backend.post_processor = processors.TemplateProcessing(
                 single=[*first, "$A", *last],
@@ -82,10 +82,10 @@ class Tokenizer:
         self._backend, self.bos, self.eos, self.rows = backend, bos, eos, rows
 
     def with_rows(self, rows: int) -> Tokenizer:
-        """The same tokenizer for a model whose embedding table has so many rows: texts with later ids are refused.
+        """The same tokenizer for a model with a smaller embedding table: texts with later ids are refused.
 
         Raises:
-          InputError: BOS, EOS or `ending`, which every text has, come later.
+          InputError: BOS, EOS or `ending` come later.
         """
         if rows >= self.vocab_size:
             return self
@@ -101,7 +101,7 @@ class Tokenizer:
     def load(source: str | os.PathLike[str]) -> Tokenizer:
         """Loads a folder, a `tokenizer.json` or `tokenizer.model`, or the built-in byte tokenizer, called `bytes`.
 
-        A folder's tokenizer.json comes before its tokenizer.model, which is converted.
+        A folder's tokenizer.json has precedence over its tokenizer.model, which is converted.
 
         Raises:
           InputError: Nothing usable is there.
@@ -128,7 +128,7 @@ class Tokenizer:
 
     @staticmethod
     def from_files(files: dict[str, str], *, source: str = _TOKENIZER) -> Tokenizer:
-        """The tokenizer that these file contents, by file name, describe; see `files`."""
+        """The tokenizer of these file contents, by file name; see `files`."""
         settings = [
             jsonfile.parse(files[name].encode(), source=os.path.join(os.path.dirname(source), name))
             for name in (_SETTINGS, _SPECIAL)
@@ -161,7 +161,7 @@ class Tokenizer:
         return Tokenizer(backend, bos=bos, eos=eos, rows=rows)
 
     def files(self) -> dict[str, str]:
-        """File names and contents that `from_files` and transformers read."""
+        """File contents, by file name, for `from_files` and transformers."""
         settings = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "bos_token": self.bos or None,
@@ -175,7 +175,7 @@ class Tokenizer:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """Names the tokenizer: equal for equal behaviour."""
+        """Identifies the tokenizer: equal for equal behaviour."""
         whole = self if self.rows is None else Tokenizer(self._backend, bos=self.bos, eos=self.eos)
         return hashlib.sha256(json.dumps(whole.files()).encode()).hexdigest()[:16]
 
@@ -187,12 +187,12 @@ class Tokenizer:
 
     @functools.cached_property
     def longest_token(self) -> int:
-        """Most characters that one token stands for."""
+        """Most characters of one token."""
         return max(map(len, self._backend.get_vocab(with_added_tokens=True)))
 
     @property
     def bos_id(self) -> int | None:
-        """Id of `bos`, None when there is none."""
+        """Id of `bos`, None if there is none."""
         return self._backend.token_to_id(self.bos) if self.bos else None
 
     @property
@@ -209,7 +209,7 @@ class Tokenizer:
         """Tokens of a text; special strings in it become their tokens.
 
         Raises:
-          InputError: It holds half of a surrogate pair, or a token that the model has no embedding of.
+          InputError: It holds half of a surrogate pair, or a token without an embedding in the model.
         """
         return self.encode_batch([text])[0]
 
@@ -218,21 +218,21 @@ class Tokenizer:
         try:
             encodings = self._backend.encode_batch(list(texts), add_special_tokens=False)
         except TypeError:
-            for place, text in enumerate(texts):
-                _refuse_half_characters(text, place)
+            for i, text in enumerate(texts):
+                _refuse_half_characters(text, i)
             raise
         found = [_encoding(encoded) for encoded in encodings]
         if self.rows is not None:
-            for place, encoding in enumerate(found):
-                self._refuse_late(encoding, place)
+            for i, encoding in enumerate(found):
+                self._refuse_late(encoding, i)
         return found
 
-    def _refuse_late(self, encoding: Encoding, place: int) -> None:
+    def _refuse_late(self, encoding: Encoding, i: int) -> None:
         late = encoding.ids[encoding.ids >= self.rows]
         if len(late):
             token = self._backend.id_to_token(int(late[0]))
             raise InputError(
-                f"text {place}: {token!r} is token {late[0]}, and the model's embedding table has {self.rows} rows; "
+                f"text {i}: {token!r} is token {late[0]}, and the model's embedding table has {self.rows} rows; "
                 "remove it from the text"
             )
 
@@ -241,7 +241,7 @@ class Tokenizer:
         return self._backend.decode([int(token) for token in ids], skip_special_tokens=skip_special_tokens)
 
     def token_bytes(self, token: int) -> bytes:
-        """What a token stands for, which may be a part of a character; nothing where there is no such token."""
+        """The bytes of a token, which may be part of a character; empty if there is no such token."""
         piece = self._backend.id_to_token(token)
         if piece is None or token in self._added:
             return (piece or "").encode()
@@ -262,10 +262,10 @@ class Tokenizer:
 
 @functools.cache
 def _byte_level_alphabet() -> dict[str, int]:
-    """The byte of each character of a byte-level vocabulary: its own if printable, those left in their order."""
+    """The byte of each character of a byte-level vocabulary: its own if printable, the others in order."""
     printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
     others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + place): byte for place, byte in enumerate(others)}
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
 
 
 def _encoding(encoded: tokenizers.Encoding) -> Encoding:
@@ -273,14 +273,12 @@ def _encoding(encoded: tokenizers.Encoding) -> Encoding:
     return Encoding(np.array(encoded.ids, np.int32), starts)
 
 
-def _refuse_half_characters(text: str, place: int) -> None:
+def _refuse_half_characters(text: str, i: int) -> None:
     try:
         text.encode()
     except UnicodeEncodeError as error:
         code = ord(text[error.start])
-        raise InputError(
-            f"text {place}: \\u{code:04x} is half of a surrogate pair and no character; remove it"
-        ) from error
+        raise InputError(f"text {i}: \\u{code:04x} is half of a surrogate pair and no character; remove it") from error
 
 
 def _decoded(content: bytes, path: os.PathLike[str]) -> str:
@@ -291,7 +289,7 @@ def _decoded(content: bytes, path: os.PathLike[str]) -> str:
 
 
 def _special(settings: Sequence[jsonfile.Section], key: str) -> str:
-    """A special token by the first file that has it, as a string or an object; empty for null or where none has it."""
+    """A special token, a string or an object, from the first file that has it; empty if it is null or in none."""
     for section in settings:
         if isinstance(section.values.get(key), dict):
             return section.section(key).text("content")
@@ -301,10 +299,10 @@ def _special(settings: Sequence[jsonfile.Section], key: str) -> str:
 
 
 def _ending(backend: tokenizers.Tokenizer) -> list[int]:
-    """Tokens that other tools end every text with."""
+    """Tokens that other tools append to every text."""
     plain, whole = (backend.encode("x", add_special_tokens=added).ids for added in (False, True))
-    places = range(len(whole) - len(plain) + 1)
-    begin = next((place for place in places if whole[place : place + len(plain)] == plain), 0)
+    starts = range(len(whole) - len(plain) + 1)
+    begin = next((start for start in starts if whole[start : start + len(plain)] == plain), 0)
     return whole[begin + len(plain) :]
 
 

@@ -25,7 +25,7 @@ from grit_jax.checkpoints.loading import open_model
 from grit_jax.config import Config
 from grit_jax.data.batch import ONE_HOST
 from grit_jax.data.pipeline import Pipeline
-from grit_jax.data.records import RECORD_KINDS, RecordError
+from grit_jax.data.records import RECORD_TYPES, RecordError
 from grit_jax.data.sources import Source, find_files, open_source
 from grit_jax.data.streams import trained_streams
 from grit_jax.errors import InputError
@@ -108,10 +108,10 @@ def _data_checks(config: Config) -> Iterator[Check]:
             continue
         counts = Counter[str]()
         for source in sources:
-            counts[source.kind.kind] += len(source)
+            counts[source.record_type.name] += len(source)
         trained = trained_streams(config) if key == "data.train" else []
-        missing = [stream.name for stream in trained if not counts[stream.record.kind]]
-        text = ", ".join(f"{counts[kind.kind]:,} {kind.kind} records" for kind in RECORD_KINDS if counts[kind.kind])
+        missing = [stream.name for stream in trained if not counts[stream.record.name]]
+        text = ", ".join(f"{counts[of.name]:,} {of.name} records" for of in RECORD_TYPES if counts[of.name])
         if missing:
             text += f"; no {missing[0]} file, and train.mode={config.train.mode} trains that stream"
         else:

@@ -177,7 +177,7 @@ class Trainer:
         ):
             if jax.process_index() == 0:
                 files.write_text(self.folder / folder.CONFIG, dump_config(config))
-            for line in (*self.data.report(), *moved, *([f"resumed from step {start}"] if start else self._changes)):
+            for line in (*self.data.summary(), *moved, *([f"resumed from step {start}"] if start else self._changes)):
                 run.say(line)
             batches = self.batches(start)
             for _ in range(start, config.train.steps):

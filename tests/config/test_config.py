@@ -185,8 +185,8 @@ def test_a_vocabulary_smaller_than_the_tokenizer_is_refused():
 
 def test_light_modules_import_without_jax():
     modules = (
-        "config, text.tokenizer, text.prompts, runs.status, data.batch, data.cache, data.records, data.sources, "
-        "data.examples, data.shards, data.indexing, data.pipeline, data.index, data.shuffle, data.packing, "
+        "config, text.tokenizer, text.prompts, runs.status, data.batch, data.derived, data.records, data.sources, "
+        "data.tokenizing, data.index_builder, data.pipeline, data.token_index, data.shuffle, data.packing, "
         "data.schedule, cli.main"
     )
     names = ", ".join(f"grit_jax.{name}" for name in modules.split(", "))

@@ -1,19 +1,19 @@
 """Records and files as the streams of their kinds read them."""
 
 from grit_jax.config import Config
-from grit_jax.data import indexing
-from grit_jax.data.index import ReadFile
-from grit_jax.data.shards import Reading
+from grit_jax.data import index_builder
 from grit_jax.data.streams import STREAMS, all_streams, readers
+from grit_jax.data.token_index import IndexedFile
+from grit_jax.data.tokenizing import Reading
 
 
 def record_prompts(record, tokenizer):
-    return STREAMS[record.kind].prompts(record, tokenizer)
+    return STREAMS[record.name].prompts(record, tokenizer)
 
 
 def build_indexes(paths, tokenizer, **options):
     """The indexes of files."""
-    return [file.index for file in indexing.build_indexes(paths, tokenizer, all_streams(Config()), **options)]
+    return [file.index for file in index_builder.build_indexes(paths, tokenizer, all_streams(Config()), **options)]
 
 
 def build_index(path, tokenizer, **options):
@@ -24,10 +24,10 @@ def build_index(path, tokenizer, **options):
 
 def reading(source):
     """A file and the stream that reads it."""
-    return Reading(source, STREAMS[source.kind.kind](Config()))
+    return Reading(source, STREAMS[source.record_type.name](Config()))
 
 
 def read_by(indexes, config, trained):
     """Files with these indexes."""
-    streams = {stream.record.kind: stream for stream in readers(config, trained)}
-    return [ReadFile(number, index, streams[index.kind]) for number, index in enumerate(indexes)]
+    streams = {stream.record.name: stream for stream in readers(config, trained)}
+    return [IndexedFile(number, index, streams[index.record_name]) for number, index in enumerate(indexes)]

@@ -16,7 +16,6 @@ import pytest
 from grit_jax.cli.encode import read_texts
 from grit_jax.cli.main import main
 from grit_jax.data.records import RecordError, parse_record
-from grit_jax.data.rows import Failed
 from grit_jax.data.sources import open_source
 from grit_jax.datatools import convert
 from grit_jax.datatools.overlap import EvaluationTexts
@@ -152,14 +151,16 @@ def test_damaged_rows_are_named_and_the_others_are_what_they_were(tmp_path, coun
             assert str(error).startswith(f"{path}:{line}: ")
         else:
             assert row is not None, record
-            assert record == parse_record(plain(row), path=path, line_number=line)
+            assert record == parse_record(plain(row), f"{path}:{line}")
     good = [row for _, row in expected if row is not None]
     out = tmp_path / "out.jsonl"
     assert main(["data", "convert", str(path), str(out), "--from", "grit", "--skip-bad"]) == 0
     kept = [json.loads(line) for line in out.read_bytes().split(b"\n")[:-1]]
     assert [{key: row[key] for key in wanted} for row, wanted in zip(kept, good, strict=True)] == good
     assert main(["data", "validate", str(path)]) == 2
-    assert f"{len(good):,} {source.kind.kind} records, {count - len(good):,} malformed" in capsys.readouterr().out
+    assert (
+        f"{len(good):,} {source.record_type.name} records, {count - len(good):,} malformed" in capsys.readouterr().out
+    )
     index = build_index(path, Tokenizer.load("bytes"), skip_bad=True)
     lines = index.line_numbers(np.arange(index.num_records))
     assert lines.tolist() == [line for line, row in expected if row is not None]
@@ -175,13 +176,13 @@ def test_damaged_foreign_rows_are_named_and_the_others_are_what_they_were(tmp_pa
     entries = list(getattr(convert, kind)(path, **options))
     for entry, (line, row) in zip(entries, expected, strict=True):
         where = f"{path}:{line}"
-        if isinstance(entry, Failed):
+        if isinstance(entry, RecordError):
             assert row is None, entry
-            assert str(entry.error).startswith(f"{where}: ")
+            assert str(entry).startswith(f"{where}: ")
         elif row is None:  # what is read here and cannot be written
             assert kind == "triples"
             with pytest.raises(InputError, match=f"^{where}: "):
-                parse_record(json.dumps(entry[1]), path=path, line_number=line)
+                parse_record(json.dumps(entry[1]), f"{path}:{line}")
         else:
             assert entry[0] == where
             texts = entry[1].get("text") or [entry[1]["query"][1], entry[1]["pos"][0][1]]

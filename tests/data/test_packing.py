@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from grit_jax.data.packing import choose_buckets, fill_rows, kept_places, pack, round_up
+from grit_jax.data.packing import choose_buckets, fill_rows, kept_indices, pack, round_up
 from grit_jax.text.prompts import TokenizedPrompt
 
 LENGTHS = st.lists(st.integers(1, 32), min_size=1, max_size=60).map(np.array)
@@ -56,7 +56,7 @@ def test_rows_hold_each_text_where_it_was_put_and_nothing_else(lengths, most):
 def test_what_stays_of_texts_is_what_a_cut_prompt_keeps(texts):
     whole, endings, limits = np.array(texts).T
     starts, lengths = np.cumsum(whole) - whole, np.minimum(whole, limits)
-    kept = np.split(kept_places(starts, whole, lengths, endings), np.cumsum(lengths))
+    kept = np.split(kept_indices(starts, whole, lengths, endings), np.cumsum(lengths))
     for start, length, ending, limit, places in zip(starts, whole, endings, limits, kept, strict=False):
         prompt = TokenizedPrompt(start + np.arange(length), np.zeros((0, 2), np.int32), min(ending, length))
         assert places.tolist() == prompt.cut(limit).tokens.tolist()

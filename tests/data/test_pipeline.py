@@ -10,13 +10,13 @@ from tokenizers import processors
 
 from grit_jax.config import Config, DataConfig, EmbeddingConfig, LossConfig, ModelConfig, TrainConfig
 from grit_jax.data.batch import ONE_HOST, HostShare, max_segments
-from grit_jax.data.examples import tokenize_records
-from grit_jax.data.indexing import build_indexes
+from grit_jax.data.index_builder import build_indexes
 from grit_jax.data.pipeline import Pipeline, planned_rows
 from grit_jax.data.schedule import Schedule
 from grit_jax.data.sources import find_files, open_source
 from grit_jax.data.streams import trained_streams
 from grit_jax.data.streams.embedding import pool_weights
+from grit_jax.data.tokenizing import tokenize_records
 from grit_jax.errors import InputError
 from grit_jax.files import UnreachableError
 from grit_jax.text.tokenizer import Tokenizer
@@ -25,6 +25,7 @@ from tests.data.test_sources import write
 
 FOUR_SHARDS = HostShare((0, 1, 2, 3), 4)  # of a single host
 BYTES = Tokenizer.load("bytes")
+STEPS = 6
 
 
 @pytest.fixture(scope="module")
@@ -53,9 +54,13 @@ def make(folder, *, share=FOUR_SHARDS, pooling="mean", loss=LossConfig("token_me
         model=ModelConfig(embedding=EmbeddingConfig(pooling=pooling)),
         data=DataConfig(train=str(folder), **limits | {"embedding_batch": 4, "generative_batch": 3} | data),
         loss=loss,
-        train=TrainConfig(steps=6, mode=mode),
+        train=TrainConfig(steps=STEPS, mode=mode),
     )
     return Pipeline(config, BYTES, trained_streams(config), host_share=share)
+
+
+def batches(pipeline, start=0):
+    return map(pipeline.batch, range(start, STEPS))
 
 
 def same(left, right):
@@ -76,9 +81,10 @@ def texts(stream):
     return found
 
 
-def test_slots_hold_the_formatted_queries_and_passages(folder):
+@pytest.mark.parametrize("shards", [1, 4])
+def test_slots_hold_the_formatted_queries_and_passages(folder, shards):
     lines = {row["query"][1]: row for name in "ab" for row in rows_of(folder / f"{name}.jsonl")}
-    for batch in make(folder).batches(0):
+    for batch in batches(make(folder, share=HostShare(tuple(range(shards)), shards))):
         found = texts(batch["embedding"])
         for query, passages in zip(
             batch["embedding"].query_slots, batch["embedding"].passage_slots.reshape(-1, 2), strict=True
@@ -89,7 +95,7 @@ def test_slots_hold_the_formatted_queries_and_passages(folder):
 
 
 def test_pooled_tokens_are_the_texts_and_nothing_else(folder):
-    batch = next(make(folder).batches(0))["embedding"]
+    batch = make(folder).batch(0)["embedding"]
     for row in range(len(batch.tokens)):
         for segment in range(1, batch.segment_ids[row].max() + 1):
             where = batch.segment_ids[row] == segment
@@ -102,7 +108,7 @@ def test_pooled_tokens_are_the_texts_and_nothing_else(folder):
 
 def test_targets_follow_and_exactly_the_answers_are_scored(folder):
     answers = {turn for row in rows_of(folder / "g.jsonl") for turn in row["text"][1::2]}
-    for batch in make(folder).batches(0):
+    for batch in batches(make(folder)):
         rows = batch["generative"]
         assert np.isclose(rows.loss_weights.sum(), 1)
         for row in range(len(rows.tokens)):
@@ -117,7 +123,7 @@ def test_targets_follow_and_exactly_the_answers_are_scored(folder):
 
 def test_each_conversation_carries_its_own_weight(folder):
     # With sub-batches of one sample, the scored tokens of each of the three weigh a third in all.
-    for batch in make(folder, loss=LossConfig("mixed", sub_batch_samples=1)).batches(0):
+    for batch in batches(make(folder, loss=LossConfig("mixed", sub_batch_samples=1))):
         rows = batch["generative"]
         sums = [
             rows.loss_weights[row][rows.segment_ids[row] == segment].sum()
@@ -129,7 +135,7 @@ def test_each_conversation_carries_its_own_weight(folder):
 
 
 def test_packed_and_single_rows_hold_the_same_texts_and_weights(folder):
-    for packed, single in zip(make(folder).batches(0), make(folder, packing=False).batches(0), strict=True):
+    for packed, single in zip(batches(make(folder)), batches(make(folder, packing=False)), strict=True):
         assert single["generative"].segment_ids.max() == 1
         assert sorted(texts(packed["embedding"]).values()) == sorted(texts(single["embedding"]).values())
         for left, right in (
@@ -157,8 +163,8 @@ SHARES = [[(0, 1), (2, 3)], [(0, 2), (1, 3)], [(1,), (0,), (3,), (2,)], [(0, 3),
 @pytest.mark.parametrize("shards", SHARES)
 def test_hosts_together_hold_the_batch_of_one_host(folder, shards):
     shares = [HostShare(own, 4) for own in shards]
-    parts = [list(make(folder, share=share).batches(0)) for share in shares]
-    check_hosts(list(make(folder).batches(0)), parts, shares)
+    parts = [list(batches(make(folder, share=share))) for share in shares]
+    check_hosts(list(batches(make(folder))), parts, shares)
 
 
 @settings(max_examples=10, deadline=None)
@@ -172,8 +178,8 @@ def test_hosts_share_the_batches_of_any_settings(folder, shards, queries, conver
         "num_samples": taken,
     }  # fmt: skip
     shares = [HostShare(own, 4) for own in shards]
-    parts = [list(make(folder, share=share, **data).batches(3)) for share in shares]
-    check_hosts(list(make(folder, **data).batches(3)), parts, shares)
+    parts = [list(batches(make(folder, share=share, **data), 3)) for share in shares]
+    check_hosts(list(batches(make(folder, **data), 3)), parts, shares)
 
 
 def test_skipped_records_are_in_no_batch(folder, tmp_path):
@@ -183,8 +189,8 @@ def test_skipped_records_are_in_no_batch(folder, tmp_path):
     with pytest.raises(InputError, match=r"a.jsonl:1: not valid JSON"):
         make(tmp_path)
     pipeline = make(tmp_path, skip_bad=True)
-    assert "skipped 1 of 16 records: not an object" in "\n".join(pipeline.report())
-    assert all(same(a, b) for a, b in zip(pipeline.batches(0), make(folder).batches(0), strict=True))
+    assert "skipped 1 of 16 records: not an object" in "\n".join(pipeline.summary())
+    assert all(same(a, b) for a, b in zip(batches(pipeline), batches(make(folder)), strict=True))
 
 
 def test_every_format_gives_the_same_batches(folder, tmp_path):
@@ -193,13 +199,13 @@ def test_every_format_gives_the_same_batches(folder, tmp_path):
         other.mkdir()
         for name in "abg":
             write(other / f"{name}{suffix}", (folder / f"{name}.jsonl").read_text())
-        assert all(same(a, b) for a, b in zip(make(other).batches(0), make(folder).batches(0), strict=True))
+        assert all(same(a, b) for a, b in zip(batches(make(other)), batches(make(folder)), strict=True))
 
 
 def test_a_later_start_changes_nothing(folder):
-    plain = list(make(folder).batches(0))
+    plain = list(batches(make(folder)))
     assert len(plain) == 6
-    assert all(same(a, b) for a, b in zip(make(folder).batches(4), plain[4:], strict=True))
+    assert all(same(a, b) for a, b in zip(batches(make(folder), 4), plain[4:], strict=True))
 
 
 @pytest.mark.parametrize(
@@ -217,7 +223,7 @@ def test_pool_weights_of_a_text_cut_at_five_tokens(pooling, expected):
 
 @pytest.mark.parametrize("mode", ["embedding", "generative"])
 def test_a_stream_that_is_trained_alone_has_the_batches_that_it_has_beside_the_other(folder, mode):
-    both, alone = list(make(folder).batches(0)), list(make(folder, mode=mode).batches(0))
+    both, alone = list(batches(make(folder))), list(batches(make(folder, mode=mode)))
     assert len(both) == len(alone) == 6
     for one, other in zip(both, alone, strict=True):
         assert list(other) == [mode]
@@ -235,9 +241,9 @@ CHANGES = {
 def test_a_run_reads_its_index_alone_and_the_next_start_notices_a_file_that_has_changed(tmp_path, change):
     path = tmp_path / "g.jsonl"
     path.write_text("".join(json.dumps({"text": ["u", f"answer {n}"]}) + "\n" for n in range(8)))
-    before, running = list(make(path, mode="generative").batches(0)), make(path, mode="generative")
+    before, running = list(batches(make(path, mode="generative"))), make(path, mode="generative")
     CHANGES[change](path)
-    assert all(same(a, b) for a, b in zip(running.batches(0), before, strict=True))
+    assert all(same(a, b) for a, b in zip(batches(running), before, strict=True))
     if change == "removed":
         with pytest.raises(InputError, match=r"g.jsonl: no such file"):
             make(path, mode="generative")
@@ -247,14 +253,14 @@ def test_a_run_reads_its_index_alone_and_the_next_start_notices_a_file_that_has_
 
 def test_damaged_tokens_are_in_no_batch_and_made_anew_at_the_next_start(folder, tmp_path, caplog):
     shutil.copytree(folder, tmp_path / "data", ignore=shutil.ignore_patterns(".*"))
-    plain = list(make(tmp_path / "data").batches(0))
+    plain = list(batches(make(tmp_path / "data")))
     (damaged,) = (tmp_path / "data/.grit_index").glob("g.jsonl-*/tokens.npy")
     content = bytearray(damaged.read_bytes())
     content[len(content) // 2] ^= 4
     damaged.write_bytes(content)
     with pytest.raises(UnreachableError, match=r"g.jsonl-.*: tokens of .*/g.jsonl are damaged"):
-        list(make(tmp_path / "data").batches(0))
-    assert all(same(a, b) for a, b in zip(make(tmp_path / "data").batches(0), plain, strict=True))
+        list(batches(make(tmp_path / "data")))
+    assert all(same(a, b) for a, b in zip(batches(make(tmp_path / "data")), plain, strict=True))
 
 
 def with_ending():

@@ -3,7 +3,7 @@ import json
 import pytest
 
 from grit_jax.data.qrels import find_qrels, read_qrels
-from grit_jax.data.rows import Failed
+from grit_jax.data.records import RecordError
 from grit_jax.errors import InputError
 
 ROWS = [("q1", "d 1", 1), ("q1", "d2", 0), ("q2", "d3", -1)]
@@ -23,13 +23,13 @@ FORMS = {
 def test_every_form_of_judgements_is_read(tmp_path, name):
     path = tmp_path / name
     path.write_text(FORMS[name])
-    assert [found[1:] for found in read_qrels(path)] == ROWS
+    assert [found for _, found in read_qrels(path)] == ROWS
 
 
 def test_columns_of_trec_may_be_parted_by_spaces(tmp_path):
     path = tmp_path / "test.qrels"
     path.write_text("1 0 doc-3 2\n20  Q0   doc-4  0\n")
-    assert [found[1:] for found in read_qrels(path)] == [("1", "doc-3", 2), ("20", "doc-4", 0)]
+    assert [found for _, found in read_qrels(path)] == [("1", "doc-3", 2), ("20", "doc-4", 0)]
 
 
 @pytest.mark.parametrize(
@@ -46,9 +46,9 @@ def test_what_is_no_judgement_is_named_with_its_line(tmp_path, name, line):
     good = b"q\td\t1" if name == "x.tsv" else b'{"query-id": "q", "corpus-id": 7, "score": 1}'
     (tmp_path / name).write_bytes(b"\n".join([good, line, good]))
     first, bad, last = read_qrels(tmp_path / name)
-    assert isinstance(bad, Failed)
-    assert str(bad.error).startswith(f"{tmp_path / name}:2: ")
-    assert (first.score, last.where) == (1, f"{tmp_path / name}:3")
+    assert isinstance(bad, RecordError)
+    assert str(bad).startswith(f"{tmp_path / name}:2: ")
+    assert (first[1].score, last[0]) == (1, f"{tmp_path / name}:3")
 
 
 def test_a_header_without_a_column_is_refused(tmp_path):

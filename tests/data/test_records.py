@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grit_jax.data.examples import tokenize_records
 from grit_jax.data.records import EmbeddingRecord, GenerativeRecord, RecordError, parse_record
+from grit_jax.data.tokenizing import tokenize_records
 from grit_jax.errors import InputError
 from grit_jax.text.tokenizer import Tokenizer
 from tests.data.reading import record_prompts
@@ -15,7 +15,7 @@ BYTES = Tokenizer.load("bytes")
 
 
 def parse(line):
-    return parse_record(line, path="f.jsonl", line_number=7)
+    return parse_record(line, "f.jsonl:7")
 
 
 def test_embedding_rows_with_and_without_instructions():
@@ -36,7 +36,7 @@ def test_generative_rows_are_turns_or_one_text():
     ("line", "message"),
     [
         ('{"query": ', "not valid JSON"),
-        ("[1]", "found a JSON list; each line must be an object"),
+        ("[1]", "found a JSON list; it must be an object"),
         ('{"prompt": "x"}', r'keys \["prompt"\] are of neither stream'),
         ('{"query": "q"}', '"pos" is missing or empty'),
         ('{"query": "q", "pos": "p"}', '"pos" is "p"; it must be a list'),
@@ -83,7 +83,7 @@ def test_any_line_is_a_record_that_can_be_tokenized_or_a_named_fault(line):
         record = parse(line)
     except RecordError as error:
         assert str(error).startswith("f.jsonl:7: ")
-        assert error.kind
+        assert error.fault
         assert str(pickle.loads(pickle.dumps(error))) == str(error)
     else:
         assert tokenize_records([record], record_prompts, BYTES)

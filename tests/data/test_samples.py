@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from grit_jax.data.samples import dataset_names, file_losses, file_samples
+from grit_jax.data.pipeline import dataset_names, file_losses, file_samples
 from grit_jax.data.streams.base import RowPlan, Samples
 from grit_jax.text.tokenizer import Tokenizer
 from tests.data.reading import build_index

@@ -10,13 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from grit_jax.config import Config, DataConfig, LossConfig, StageConfig, TrainConfig
-from grit_jax.data.batch import max_segments
-from grit_jax.data.examples import HASH_BITS
-from grit_jax.data.index import FileIndex
 from grit_jax.data.schedule import Schedule, same_data, validation_steps
 from grit_jax.data.streams import trained_streams
 from grit_jax.data.streams.generative import token_weights
+from grit_jax.data.token_index import TokenIndex
 from grit_jax.errors import InputError
+from grit_jax.text.prompts import HASH_BITS
 from tests.data.reading import read_by
 
 
@@ -33,13 +32,13 @@ def embedding_index(records, name="e.jsonl", negatives=2, seed=0, **changes):
         "span_starts": np.arange(records * texts + 1),
         "spans": np.stack([np.full(records * texts, 4), lengths], 1).astype(np.int32),
     }
-    return FileIndex(Path(name), "embedding", **fields | changes)
+    return TokenIndex(Path(name), "embedding", **fields | changes)
 
 
 def generative_index(records, name="g.jsonl", seed=0):
     lengths = np.random.default_rng(seed).integers(6, 30, records)
     spans = np.stack([np.full(records, 4), lengths], 1)
-    return FileIndex(
+    return TokenIndex(
         Path(name), "generative", np.arange(records + 1), np.zeros(records, np.int32), lengths.astype(np.int32),
         np.arange(records), np.arange(records + 1), spans.astype(np.int32),
     )  # fmt: skip
@@ -224,7 +223,7 @@ def test_the_rows_of_every_stage_are_from_the_same_buckets():
 
 
 def test_the_report_names_each_stage():
-    report = "\n".join(stages().report())
+    report = "\n".join(stages().summary())
     assert "embedding from step 1: 20 samples in 1 files" in report
     assert "generative from step 6: 15 samples in 1 files" in report
     assert "embedding from step 10: 16 samples in 2 files" in report
@@ -279,13 +278,11 @@ def test_num_samples_of_an_unknown_file_is_refused_with_a_suggestion():
 @pytest.mark.parametrize("group", [1, 2, 3, 6])
 def test_groups_hold_a_positive_then_distinct_negatives_until_they_run_out(group):
     plan = schedule(embedding_index(12, negatives=3), embedding_batch=4, group_size=group).step(0)["embedding"]
-    texts = {slot: (rec, text) for slot, rec, text in zip(
-        plan.rows.row * max_segments(32) + plan.rows.segment - 1, plan.rows.record, plan.rows.text, strict=True
-    )}  # fmt: skip
-    for query, passages in zip(plan.query_slots, plan.passage_slots.reshape(4, group), strict=True):
+    texts = list(zip(plan.rows.record, plan.rows.text, strict=True))
+    for query, passages in zip(plan.query_texts, plan.passage_texts.reshape(4, group), strict=True):
         record = texts[query][0]
         assert texts[passages[0]] == (record, 1)
-        negatives = [texts[slot] for slot in passages[1:]]
+        negatives = [texts[passage] for passage in passages[1:]]
         assert all(owner == record and text >= 2 for owner, text in negatives)
         assert len({text for _, text in negatives}) == min(3, group - 1)
 
@@ -415,7 +412,7 @@ def test_unusable_records_are_dropped_and_counted():
     index.spans[5] = [4, 4]  # the only positive of record 2 is empty
     plans = schedule(index, embedding_batch=3)
     assert {record for k in range(2) for _, record in queries(plans.step(k))} == {3, 4, 5}
-    report = "\n".join(plans.report())
+    report = "\n".join(plans.summary())
     assert "dropped 2 of 6 records: empty text" in report
     assert "dropped 1 of 6 records: instruction leaves no room" in report
 
@@ -428,7 +425,7 @@ def test_a_missing_stream_is_refused():
 def test_a_batch_over_an_epoch_repeats_samples_and_says_so():
     plans = schedule(embedding_index(3), embedding_batch=7)
     assert len(queries(plans.step(0))) == 7
-    assert "a batch repeats samples" in "\n".join(plans.report())
+    assert "a batch repeats samples" in "\n".join(plans.summary())
 
 
 def test_validation_takes_the_first_positive_and_the_first_negatives():
@@ -486,7 +483,7 @@ def test_what_is_held_out_is_evaluated_once_and_never_trained_on():
     assert sum(map(np.sum, weights)) == sum(file < 2 for file, _ in kept)
     # Batches go from one file to the next, so that a few records of each fill as few of them as can be.
     assert len(weights) == -(-sum(file < 2 for file, _ in kept) // 16)
-    assert any("records held out, never trained on" in line for line in held.report())
+    assert any("records held out, never trained on" in line for line in held.summary())
 
 
 def test_what_is_held_out_is_about_the_share_that_is_asked_for():
@@ -528,10 +525,6 @@ def test_every_piece_of_a_batch_gets_its_share_of_the_long_rows_and_of_the_paddi
         assert rows.num_rows % 4 == 0
         tokens = np.bincount(rows.row, rows.length, minlength=rows.num_rows).reshape(4, -1).sum(1)
         assert tokens.max() - tokens.min() <= 64  # two rows; taken in order, the last piece would be nearly empty
-    # The slots still are where the texts are.
-    rows = plan["embedding"].rows
-    places = set((rows.row * plan["embedding"].slots_per_row + rows.segment - 1).tolist())
-    assert places == set(plan["embedding"].query_slots.tolist()) | set(plan["embedding"].passage_slots.tolist())
 
 
 def test_the_files_of_a_batch_are_known_without_its_records():

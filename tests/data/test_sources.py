@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from grit_jax import files
 from grit_jax.data import sources
-from grit_jax.data.lines import read_lines
 from grit_jax.data.records import GenerativeRecord
 from grit_jax.data.sources import find_files, open_source
+from grit_jax.data.text_files import read_lines
 from grit_jax.errors import InputError
 from tests.bucket import BUCKET, emulator
 from tests.commands import ROOT
@@ -50,7 +50,7 @@ def test_records_by_number_without_blank_lines(path):
     source = open_source(path)
     assert [record.turns for record in source] == ["one", "two", "three"]
     assert source[1] == GenerativeRecord("two")
-    assert source.kind is GenerativeRecord
+    assert source.record_type is GenerativeRecord
 
 
 def test_errors_name_the_line_of_the_file(tmp_path):
@@ -92,7 +92,7 @@ def test_a_packed_file_is_unpacked_once_and_mapped(tmp_path, name, monkeypatch):
     open_source(path)
     (copy,) = (tmp_path / ".grit_index").iterdir()
     assert copy.read_text() == LINES
-    monkeypatch.setattr(sources.cache, "unpacked", lambda _: pytest.fail("unpacked again"))
+    monkeypatch.setattr(sources.derived, "read_blocks", lambda _: pytest.fail("unpacked again"))
     assert len(open_source(path)) == 3
     assert find_files(str(tmp_path)) == [path]  # the copy is no data file
 
@@ -141,7 +141,7 @@ def test_lines_are_found_block_by_block(parts, scanned):
     data = b"".join(parts)
     before, sources._SCANNED = sources._SCANNED, scanned
     try:
-        found = sources._line_places(data)
+        found = sources._line_offsets(data)
     finally:
         sources._SCANNED = before
     expected = expected_places(data)
@@ -152,7 +152,7 @@ def test_lines_are_found_block_by_block(parts, scanned):
 def test_places_of_many_lines_are_kept(path, monkeypatch):
     monkeypatch.setattr(sources, "_KEPT_FROM", 1)
     assert [record.turns for record in open_source(path)] == ["one", "two", "three"]
-    monkeypatch.setattr(sources, "_line_places", lambda _: pytest.fail("found again"))
+    monkeypatch.setattr(sources, "_line_offsets", lambda _: pytest.fail("found again"))
     source = open_source(path)
     assert source[2].turns == "three"
     assert source.line_number(2) == (3 if path.suffix == ".array_record" else 5)
@@ -162,7 +162,7 @@ PROGRAM = """
 import sys
 import numpy as np
 from etils import epath
-from grit_jax.data import shards
+from grit_jax.data import tokenizing
 from grit_jax.data.sources import find_files, open_source
 from grit_jax.text.tokenizer import Tokenizer
 from tests.data.reading import build_index
@@ -172,7 +172,7 @@ if sys.argv[3] == "first":
     for file in local.iterdir():
         (remote / "more" / file.name).write_bytes(file.read_bytes())
 else:
-    shards.tokenize_range = None  # another host has tokenized
+    tokenizing.tokenize_range = None  # another host has tokenized
 for path in find_files(str(remote)):
     index = build_index(path, Tokenizer.load("bytes"))
     text = Tokenizer.load("bytes").decode(index.kept_tokens(np.arange(3), index.lengths[:]))
@@ -354,7 +354,7 @@ def test_a_source_says_that_its_file_has_changed(tmp_path, name, change):
     with pytest.raises(InputError, match=rf"{name}: {message}"):
         source.refuse_changed()
     with pytest.raises(InputError, match=rf"{name}: {message}"):  # and so does one that another process opens
-        open_source(path, kind=source.kind, version=source.version)
+        open_source(path, record_type=source.record_type, version=source.version)
 
 
 REPLACED = """

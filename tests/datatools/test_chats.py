@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from grit_jax.data.rows import Failed
+from grit_jax.data.records import RecordError
 from grit_jax.datatools import convert
 from grit_jax.text import prompts
 
@@ -11,9 +11,9 @@ def outcome(tmp_path, kind, row):
     """The turns of a row, or why it is refused."""
     (tmp_path / "x.jsonl").write_text(json.dumps(row) + "\n")
     (entry,) = getattr(convert, kind)(tmp_path / "x.jsonl")
-    if isinstance(entry, Failed):
-        assert str(entry.error).startswith(f"{tmp_path / 'x.jsonl'}:1: ")
-        return entry.error.kind
+    if isinstance(entry, RecordError):
+        assert str(entry).startswith(f"{tmp_path / 'x.jsonl'}:1: ")
+        return entry.fault
     return entry[1]["text"]
 
 

@@ -6,10 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from grit_jax.cli.main import main
-from grit_jax.data.rows import Failed, LeftOut
+from grit_jax.data.records import RecordError
 from grit_jax.data.sources import open_source
 from grit_jax.datatools import convert
-from grit_jax.datatools.files import write_rows
+from grit_jax.datatools.record_writer import LeftOut, write_records
 from grit_jax.errors import InputError
 
 
@@ -23,8 +23,12 @@ def write(path, *values):
 
 
 def converted(tmp_path, rows, **options):
-    written = write_rows(tmp_path / "out.jsonl", rows, **options)
+    written = write_records(tmp_path / "out.jsonl", rows, **options)
     return rows_of(tmp_path / "out.jsonl"), written
+
+
+def counts(rows):
+    return {kind: some.count for kind, some in rows.items()}
 
 
 @pytest.fixture
@@ -60,9 +64,9 @@ def test_a_judgement_of_no_document_is_named_with_its_line(beir, tmp_path):
         converted(tmp_path, convert.beir(beir, instruction="", split="train"))
     rows, written = converted(tmp_path, convert.beir(beir, instruction="", split="train"), skip_bad=True)
     assert len(rows) == 1
-    assert written.bad == {"no judgement": 1, "no such document": 1}
-    assert written.left_out == {"queries for which no document is judged relevant": 1}
-    assert "train.tsv:7: document 'd9' is not in" in written.examples["no such document"]
+    assert counts(written.bad) == {"no judgement": 1, "no such document": 1}
+    assert counts(written.left_out) == {"queries for which no document is judged relevant": 1}
+    assert "train.tsv:7: document 'd9' is not in" in written.bad["no such document"].examples[0]
     with pytest.raises(InputError, match=r"qrels/dev.tsv: cannot be read"):
         list(convert.beir(beir, instruction="", split="dev"))
 
@@ -103,8 +107,8 @@ def test_a_quoted_cell_over_many_lines_keeps_errors_on_the_right_line(tmp_path):
     path.write_text('query,positive\n"a\nb",p\nonly one\n')
     entries = list(convert.triples(path, instruction="", min_score=None))
     assert entries[0][1]["query"] == ["", "a\nb"]
-    assert isinstance(entries[1], Failed)
-    assert str(entries[1].error).startswith(f"{path}:4: has 1 cells; the header has 2")
+    assert isinstance(entries[1], RecordError)
+    assert str(entries[1]).startswith(f"{path}:4: has 1 cells; the header has 2")
 
 
 def test_alpaca(tmp_path):
@@ -147,7 +151,7 @@ def test_conversations_that_cannot_be_trained_on_are_named(tmp_path, messages, m
     assert not (tmp_path / "out.jsonl").exists()
     rows, written = converted(tmp_path, convert.openai(path), skip_bad=True)
     assert len(rows) == 1
-    assert sum(written.bad.values()) == 1
+    assert sum(counts(written.bad).values()) == 1
 
 
 def test_grit_rows_survive_the_way_to_array_record_and_back(tmp_path):
@@ -189,17 +193,17 @@ def test_no_row_of_any_shape_is_lost_or_raises(tmp_path_factory, values, line):
         path.write_bytes(b"\n".join([json.dumps(row).encode(), *lines]))
         options = {"instruction": "", "min_score": -1e300} if name == "triples" else {}
         entries = list(getattr(convert, name)(path, **options))
-        written = write_rows(path.with_name("out.jsonl"), entries, skip_bad=True)
-        assert written.rows + sum((written.bad + written.left_out).values()) == len(entries)
+        written = write_records(path.with_name("out.jsonl"), entries, skip_bad=True)
+        assert written.count + sum(counts(written.bad | written.left_out).values()) == len(entries)
         blank = sum(not line.strip() for line in lines)
         assert len(entries) >= 1 + len(lines) - blank - (len(values) if name == "triples" else 0)
-        assert len(list(open_source(path.with_name("out.jsonl")))) == written.rows
+        assert len(list(open_source(path.with_name("out.jsonl")))) == written.count
 
 
 def faults(beir, **options):
     entries = list(convert.beir(beir, instruction="", split="train", **options))
-    rows = [entry for entry in entries if not isinstance(entry, Failed | LeftOut)]
-    return rows, [str(entry.error) if isinstance(entry, Failed) else entry for entry in entries if entry not in rows]
+    rows = [entry for entry in entries if not isinstance(entry, RecordError)]
+    return rows, [entry for entry in entries if isinstance(entry, RecordError)]
 
 
 @pytest.mark.parametrize(
@@ -219,7 +223,7 @@ def test_ids_and_judgements_of_beir_that_contradict_are_named(beir, file, line, 
     (beir / "corpus.jsonl.gz").unlink()
     with (beir / file).open("a") as out:
         out.write(f"{line}\n")
-    assert [fault for fault in faults(beir)[1] if isinstance(fault, str) and message in fault]
+    assert [fault for fault in faults(beir)[1] if not isinstance(fault, LeftOut) and message in str(fault)]
 
 
 def test_repeated_judgements_count_once_and_every_form_of_them_is_read(beir):
@@ -228,7 +232,8 @@ def test_repeated_judgements_count_once_and_every_form_of_them_is_read(beir):
     (beir / "qrels/train.tsv").write_text(qrels + "q1\td0\t1\n")
     again, left_out = faults(beir)
     assert again == rows
-    assert LeftOut(f"{beir / 'qrels/train.tsv'}:7", "judgements that repeat an earlier one") in left_out
+    repeats = [fault.where for fault in left_out if fault.fault == "judgements that repeat an earlier one"]
+    assert repeats == [f"{beir / 'qrels/train.tsv'}:7"]
     (beir / "qrels/train.tsv").unlink()
     trec = [f"{query} 0 {document} {score}\n" for query, document, score in map(str.split, qrels.splitlines()[1:])]
     (beir / "qrels/train.qrels").write_text("".join(trec))
@@ -238,4 +243,4 @@ def test_repeated_judgements_count_once_and_every_form_of_them_is_read(beir):
 def test_a_document_without_a_text_is_no_positive(beir):
     (beir / "qrels/train.tsv").write_text("q1\tempty\t1\n")
     write(beir / "corpus.jsonl", {"_id": "empty", "title": None, "text": None})
-    assert [fault.partition("jsonl:")[2] for fault in faults(beir)[1]] == ["1: the positive has no text"]
+    assert [str(fault).partition("jsonl:")[2] for fault in faults(beir)[1]] == ["1: the positive has no text"]

@@ -5,8 +5,9 @@ import pytest
 import zstandard
 
 from grit_jax.cli.main import main
-from grit_jax.data.rows import Failed, LeftOut
+from grit_jax.data.records import RecordError
 from grit_jax.datatools import convert
+from grit_jax.datatools.record_writer import LeftOut
 from grit_jax.errors import InputError
 
 NAN = float("nan")
@@ -17,11 +18,9 @@ def outcome(tmp_path, content, *, name="x.tsv", min_score=None):
     (tmp_path / name).write_text(content)
     found = []
     for entry in convert.triples(tmp_path / name, instruction="", min_score=min_score):
-        if isinstance(entry, Failed):
-            assert str(entry.error).startswith(f"{tmp_path / name}:")
-            found.append(("refused", entry.error.kind))
-        elif isinstance(entry, LeftOut):
-            found.append(("left out", entry.kind))
+        if isinstance(entry, RecordError):
+            assert str(entry).startswith(f"{tmp_path / name}:")
+            found.append(("left out" if isinstance(entry, LeftOut) else "refused", entry.fault))
         else:
             found.append((entry[1]["query"][1], *(text for _, text in entry[1]["pos"])))
     return found

@@ -13,16 +13,16 @@ BYTES = Tokenizer.load("bytes")
 
 
 def shown(line, tokenizer=BYTES, **limits):
-    record = parse_record(line, path="f", line_number=1)
+    record = parse_record(line, "f:1")
     return show(record, all_streams(Config(data=DataConfig(**limits))), tokenizer)
 
 
 def test_texts_are_shown_with_special_tokens_and_what_is_pooled():
     query, positive, negative = shown('{"query": ["find", "é?"], "pos": ["p"], "neg": [["i", "n"]]}')
     assert query.pieces == [("<s><|user|>\nfind\n<|embed|>\n", False), ("é?", True)]
-    assert (query.kind, query.counted, query.cut) == ("query", 3, 0)
+    assert (query.role, query.counted, query.cut) == ("query", 3, 0)
     assert positive.pieces == [("<s><|embed|>\n", False), ("p", True)]
-    assert (negative.kind, negative.pieces[1]) == ("negative", ("n", True))
+    assert (negative.role, negative.pieces[1]) == ("negative", ("n", True))
 
 
 def test_answers_are_scored_and_what_is_over_the_limit_is_cut():

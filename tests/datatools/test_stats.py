@@ -6,9 +6,9 @@ import pytest
 
 from grit_jax.cli.main import main
 from grit_jax.config import Config, DataConfig
-from grit_jax.data.examples import tokenize_records
 from grit_jax.data.sources import find_files, open_source
 from grit_jax.data.streams import STREAMS
+from grit_jax.data.tokenizing import tokenize_records
 from grit_jax.datatools.stats import measure
 from grit_jax.text.tokenizer import Tokenizer
 from tests.commands import write_data

@@ -209,7 +209,7 @@ def test_a_string_is_never_taken_for_a_list_of_its_characters(model, call):
 def test_an_instruction_is_read_as_training_reads_it(model, instruction):
     assert np.array_equal(model.encode(TEXTS[:2], instruction=instruction), model.encode(TEXTS[:2], instruction="find"))
     line = json.dumps({"query": [instruction, "short"], "pos": ["p"]})
-    trained = EmbeddingStream.prompts(parse_record(line, path="x", line_number=1), model.tokenizer)[0]
+    trained = EmbeddingStream.prompts(parse_record(line, "x:1"), model.tokenizer)[0]
     assert trained == prompts.embedding("short", instruction, bos="<s>")
     assert model.encode(TEXTS[:1], instruction=" :\n").tolist() == model.encode(TEXTS[:1]).tolist()
 

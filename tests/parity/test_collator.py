@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from grit_jax.data.examples import tokenize_records
 from grit_jax.data.records import parse_record
+from grit_jax.data.tokenizing import tokenize_records
 from grit_jax.text.tokenizer import Tokenizer
 from tests.data.reading import record_prompts
 from tests.parity import golden
@@ -22,7 +22,7 @@ def collate(shared, tokenizer, name):
     features = golden.described(shared, f"collator/{name}")["features"]
     rows = [{"query": query, "pos": passages[:1], "neg": passages[1:]} for query, passages, _ in features]
     rows += [{"text": conversation} for _, _, conversation in features]
-    records = [parse_record(json.dumps(row), path=name, line_number=number) for number, row in enumerate(rows, 1)]
+    records = [parse_record(json.dumps(row), f"{name}:{number}") for number, row in enumerate(rows, 1)]
     texts = tokenize_records(records, record_prompts, tokenizer)
     embedding, generative = texts[: len(features)], texts[len(features) :]
     ours = {

@@ -84,7 +84,7 @@ def test_the_written_corpus_is_grit_data_with_nothing_held_out_in_training(tmp_p
         return [line for path in sorted((tmp_path / folder).rglob("*.jsonl")) for line in path.read_text().splitlines()]
 
     for folder in ("train", "validation"):
-        assert all(parse_record(line, path=folder, line_number=1) for line in lines(folder))
+        assert all(parse_record(line, f"{folder}:1") for line in lines(folder))
     trained = " ".join(lines("train")).replace(".", " ").replace('"', " ").split()
     assert not held_out & set(trained)
     assert held_out <= set(" ".join(lines("validation")).replace(".", " ").replace('"', " ").split())

@@ -166,7 +166,7 @@ def test_settings_that_are_not_named_are_the_stores_and_others_are_refused(grows
         (['{"text": ["a"]}'], r"c.jsonl:1: 'text' is \['a'\]; it must be a string"),
         (['{"_id": 3, "text": "a"}'], r"c.jsonl:1: '_id' is 3; it must be a string"),
         (["", '{"text": '], r"c.jsonl:2: not valid JSON"),
-        (["[1]"], r"c.jsonl:1: found a JSON list; each line must be an object"),
+        (["[1]"], r"c.jsonl:1: found a JSON list; it must be an object"),
         (['{"_id": "a", "text": "a"}', '{"_id": "a", "text": "b"}'], r"c.jsonl:2: '_id' 'a' is another text's already"),
         (['{"_id": "d1", "text": "b"}'], r"c.jsonl:1: '_id' 'd1' is another text's already"),
         (['{"_id": "d5", "text": "b"}'], r"c.jsonl:1: '_id' 'd5' is another text's already"),

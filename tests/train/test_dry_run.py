@@ -9,7 +9,7 @@ import pytest
 
 from grit_jax.cli.main import main
 from grit_jax.config import load_config
-from grit_jax.datatools.files import write_rows
+from grit_jax.datatools.record_writer import write_records
 from grit_jax.runs.lock import writer_lock
 from grit_jax.train import dry_run as module
 from grit_jax.train import loop
@@ -123,7 +123,7 @@ def test_files_are_opened_as_training_opens_them(data, tmp_path):
     lines = (copy / "generative.jsonl").read_text().splitlines()
     (copy / "generative.jsonl").unlink()
     rows = ((f"generative.jsonl:{number}", json.loads(line)) for number, line in enumerate(lines, start=1))
-    write_rows(copy / "generative.array_record", rows)
+    write_records(copy / "generative.array_record", rows)
     assert failures(checks(copy, tmp_path / "run")) == {}
     with (copy / "embedding.jsonl").open("a") as file:
         file.write('{"query": 3}\n')

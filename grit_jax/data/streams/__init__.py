@@ -1,4 +1,4 @@
-"""The streams that steps consist of, each in a file of its own; `grit_jax.train.objectives` has their other side."""
+"""The host's side of the streams that steps consist of; `grit_jax.train.objectives` has the device's."""
 
 from __future__ import annotations
 
@@ -20,10 +20,7 @@ def all_streams(config: Config) -> list[Stream]:
 
 
 def readers(config: Config, trained: Sequence[Stream]) -> list[Stream]:
-    """The streams that are trained, and what else may read a run's files.
-
-    Files of streams that are not trained have their numbers, and a run may not go on without them.
-    """
+    """The trained streams, then the others: files of these are numbered too, and a resumed run needs them all."""
     names = {stream.name for stream in trained}
     return [*trained, *(stream for stream in all_streams(config) if stream.name not in names)]
 

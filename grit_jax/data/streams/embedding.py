@@ -22,41 +22,25 @@ if TYPE_CHECKING:
 
 
 class EmbeddingPlan(NamedTuple):
-    """A batch of the stream; see `EmbeddingBatch` for slots, weights and ids.
+    """A batch of the stream; see `EmbeddingBatch` for weights and ids.
 
     Attributes:
-      rows: Where its texts are.
-      slots_per_row: Texts that a row may hold.
-      query_texts: int [queries]; number of each query's text in `rows`, that of a filler is any.
+      rows: Its texts and their rows.
+      query_texts: int [queries]; index of each query's text in `rows`, any for a filler.
       passage_texts: int [queries * group]; likewise.
       query_weights: float32 [queries].
       passage_ids: int32 [queries * group].
     """
 
     rows: RowPlan
-    slots_per_row: int
     query_texts: np.ndarray
     passage_texts: np.ndarray
     query_weights: np.ndarray
     passage_ids: np.ndarray
 
-    @property
-    def query_slots(self) -> np.ndarray:
-        """int32 [queries]."""
-        return self._slots[self.query_texts]
-
-    @property
-    def passage_slots(self) -> np.ndarray:
-        """int32 [queries * group]."""
-        return self._slots[self.passage_texts]
-
-    @property
-    def _slots(self) -> np.ndarray:
-        return self.rows.row * np.int32(self.slots_per_row) + self.rows.segment - 1
-
 
 class EmbeddingStream(Stream):
-    """Texts that are pooled into vectors: the first text of a record is its query, then come positives and negatives.
+    """Texts that are pooled into vectors: those of a record are its query, positives and negatives.
 
     Args:
       config: The run's settings.
@@ -94,7 +78,7 @@ class EmbeddingStream(Stream):
         return len(record.positives)
 
     def limits(self, text: np.ndarray) -> np.ndarray:
-        """int32 [texts]: the limit of queries for the first text, else that of passages."""
+        """int32 [texts]: the limit of queries for the first text of a record, else that of passages."""
         return np.where(text == 0, self._query_limit, self._passage_limit).astype(np.int32)
 
     def roles(self, text: np.ndarray, positives: np.ndarray) -> list[Role]:
@@ -129,25 +113,25 @@ class EmbeddingStream(Stream):
             ids[filled] = number[filled]
         weights = np.where(np.arange(batch) < len(texts), 1 if summed else 1 / batch, 0).astype(np.float32)
         query, passages = number[:, 0], number[:, 1:].reshape(-1)
-        return EmbeddingPlan(rows, max_segments(self.row_length), query, passages, weights, ids[:, 1:].reshape(-1))
+        return EmbeddingPlan(rows, query, passages, weights, ids[:, 1:].reshape(-1))
 
     def _groups(self, files: StreamFiles, samples: Samples, ranks: Ranks) -> np.ndarray:
-        """Numbers of query, positive and negatives in their record, int [samples, 1 + group]; -1 where there is none.
+        """Indices of query, positive and negatives in their record, int [samples, 1 + group]; -1 if there is none.
 
-        Negatives are taken again, in the same order, where a record has too few.
+        A record with too few negatives repeats them.
         """
         zeros = np.zeros(len(samples.file), int)
         counts, positives = files.num_texts(samples), files.num_positives(samples)
         owner = np.repeat(np.arange(len(counts)), counts)
         text = ranges(zeros, counts)
         usable = files.targets(Samples(samples.file[owner], samples.record[owner]), text) > 0
-        kind = np.where(usable, np.where(text == 0, 0, np.where(text <= positives[owner], 1, 2)), 3)
-        order = np.lexsort((ranks(len(text)), kind, owner))
-        num_positives, num_negatives = (np.bincount(owner[kind == k], minlength=len(counts)) for k in (1, 2))
+        role = np.where(usable, np.where(text == 0, 0, np.where(text <= positives[owner], 1, 2)), 3)
+        order = np.lexsort((ranks(len(text)), role, owner))
+        num_positives, num_negatives = (np.bincount(owner[role == k], minlength=len(counts)) for k in (1, 2))
         positive = np.cumsum(counts) - counts + 1
-        places = np.arange(self._group_size - 1) % np.maximum(num_negatives, 1)[:, None]
-        negative = (positive + num_positives)[:, None] + np.where(num_negatives[:, None], places, 0)
-        negative = np.minimum(negative, len(order) - 1)  # the last record has nothing behind its positives
+        cycled = np.arange(self._group_size - 1) % np.maximum(num_negatives, 1)[:, None]
+        negative = (positive + num_positives)[:, None] + np.where(num_negatives[:, None], cycled, 0)
+        negative = np.minimum(negative, len(order) - 1)  # the last record may end with its positives
         return np.column_stack(
             [zeros, text[order[positive]], np.where(num_negatives[:, None], text[order[negative]], -1)]
         )
@@ -156,9 +140,9 @@ class EmbeddingStream(Stream):
         """The batch; a text is pooled over its first span."""
         rows, first = planned.rows, np.cumsum(planned.num_spans) - planned.num_spans
         weights = rows.spread(pool_weights(planned.spans[first], planned.lengths, self._pooling))
-        return EmbeddingBatch(
-            *rows[:3], weights, plan.query_slots, plan.passage_slots, plan.query_weights, plan.passage_ids
-        )
+        slots = plan.rows.row * np.int32(max_segments(self.row_length)) + plan.rows.segment - 1
+        texts = slots[plan.query_texts], slots[plan.passage_texts]
+        return EmbeddingBatch(*rows[:3], weights, *texts, plan.query_weights, plan.passage_ids)
 
     def full_step(self) -> np.ndarray:
         """Queries, then passages: int [texts]."""
@@ -180,11 +164,10 @@ class EmbeddingStream(Stream):
 
 
 def _with_positives_of_equal_queries(ids: np.ndarray) -> np.ndarray:
-    """Ids of passages, [queries, group], that are equal too where passages are positives of equal queries.
+    """Ids of passages, [queries, group], that are also equal for positives of equal queries.
 
     Args:
-      ids: int [queries, 1 + group]; equal for equal texts, -1 for fillers. The first text is the query, the second its
-        positive.
+      ids: int [queries, 1 + group]; equal for equal texts, -1 for fillers; of query, positive and negatives.
     """
     size = ids.max() + 1
     queries, positives = ids[:, 0], ids[:, 1]
@@ -194,16 +177,16 @@ def _with_positives_of_equal_queries(ids: np.ndarray) -> np.ndarray:
 
 
 def pool_weights(spans: np.ndarray, lengths: np.ndarray | int, pooling: Pooling) -> np.ndarray:
-    """What each token's hidden state weighs in the vector of its text.
+    """The weight of each token's hidden state in the vector of its text.
 
     Args:
       spans: int [texts, 2]; token range of each text, after BOS, instruction and markers.
-      lengths: int [texts]; tokens of the whole prompts after truncation; more than where their spans start.
+      lengths: int [texts]; tokens of the whole prompts after truncation, beyond the start of their spans.
       pooling: `mean` of the text, `weighted_mean` with weights 1, 2, 3 ..., `last_token`, or `cls`, the first token
         of the prompt.
 
     Returns:
-      float32 [sum of lengths], one text after the other, each summing to 1.
+      float32 [sum of lengths], of the texts in order; those of each sum to 1.
     """
     lengths = np.broadcast_to(lengths, len(spans)).astype(np.int64)
     firsts = np.cumsum(lengths) - lengths

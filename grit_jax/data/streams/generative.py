@@ -1,4 +1,4 @@
-"""The generative stream: conversations of which the assistant's part is scored, and plain texts."""
+"""The generative stream: conversations, of which the assistant's turns are scored, and plain texts."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class GenerativePlan(NamedTuple):
     """A batch of the stream.
 
     Attributes:
-      rows: Where its texts are.
-      token_weights: float32 [texts]; what each scored token of a text weighs.
+      rows: Its texts and their rows.
+      token_weights: float32 [texts]; weight of each scored token of a text.
     """
 
     rows: RowPlan
@@ -32,7 +32,7 @@ class GenerativePlan(NamedTuple):
 
 
 class GenerativeStream(Stream):
-    """Texts of which tokens are predicted from those before them: one text a record.
+    """Texts whose tokens are predicted from those before them: one of each record.
 
     Args:
       config: The run's settings.
@@ -74,7 +74,7 @@ class GenerativeStream(Stream):
         return GenerativePlan(files.rows(samples, text), weights)
 
     def fill(self, plan: GenerativePlan, planned: PlannedRows) -> GenerativeBatch:
-        """The batch; a token's weight stands where it is predicted, one before it."""
+        """The batch; a token's weight is at the position before it, where it is predicted."""
         rows, lengths = planned.rows, planned.lengths
         targets = np.zeros_like(rows.tokens)
         targets[:, :-1] = rows.tokens[:, 1:] * (rows.segment_ids[:, 1:] == rows.segment_ids[:, :-1])
@@ -97,11 +97,11 @@ class GenerativeStream(Stream):
 
 
 def token_weights(scored: np.ndarray, loss: LossConfig) -> np.ndarray:
-    """float32 [samples]: what each scored token of a sample weighs in L_gen.
+    """float32 [samples]: weight of each scored token of a sample in L_gen.
 
     Args:
       scored: int [samples]; scored tokens of each sample, in sample order.
-      loss: Which normalisation: see `LossConfig.type`.
+      loss: The normalisation; see `LossConfig.type`.
     """
     if loss.type == "token":
         return np.full(len(scored), 1 / len(scored), np.float32)

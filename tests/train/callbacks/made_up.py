@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from grit_jax.config import Config, MeshConfig, ModelConfig, TrainConfig, TransformerConfig
-from grit_jax.data.samples import FileSamples
+from grit_jax.data.pipeline import FileSamples
 from grit_jax.parallel import sharding
 from grit_jax.train.callbacks.base import Callback, Run
 from grit_jax.train.health import GRAM

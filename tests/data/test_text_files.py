@@ -6,9 +6,9 @@ import zstandard
 from etils import epath
 
 from grit_jax.cli.encode import read_texts
-from grit_jax.data.lines import is_blank, read_lines, read_text, read_text_lines
-from grit_jax.data.rows import Failed, read_cells, read_objects
+from grit_jax.data.records import RecordError
 from grit_jax.data.sources import open_source
+from grit_jax.data.text_files import is_blank, read_cells, read_lines, read_objects, read_text, read_text_lines
 from grit_jax.errors import InputError
 from grit_jax.retrieval.corpus import read_corpus
 
@@ -62,7 +62,9 @@ def test_every_reader_finds_the_same_lines(path, read):
 def test_plain_texts_have_the_same_lines_and_keep_what_is_no_ending(tmp_path):
     path = tmp_path / "texts.txt"
     path.write_bytes(f"{BOM}a\u2028b\r\n\n \r\nc\rd\x0c\x1c\u0085 \n\u2028".encode())
-    assert list(read_text_lines(path)) == [(1, "a\u2028b"), (4, "c\rd\x0c\x1c\u0085 "), (5, "\u2028")]
+    assert list(read_text_lines(path)) == [
+        (f"{path}:1", "a\u2028b"), (f"{path}:4", "c\rd\x0c\x1c\u0085 "), (f"{path}:5", "\u2028"),
+    ]  # fmt: skip
     assert read_texts(path) == ["a\u2028b", "c\rd\x0c\x1c\u0085 ", "\u2028"]
     assert read_text(path) == "a\u2028b\n\n \nc\rd\x0c\x1c\u0085 \n\u2028"
     with path.open("ab") as file:
@@ -77,7 +79,7 @@ def test_lines_do_not_depend_on_blocks_or_packing(tmp_path, name, pack, monkeypa
     (tmp_path / name).write_bytes(pack(content))
     expected = [(1, b"one"), (2, b""), (3, b"two"), (4, b"three" * 9), (5, b""), (6, b"\rfour")]
     for size in (1, 3, 7, 1 << 20):
-        monkeypatch.setattr("grit_jax.data.cache._BLOCK", size)
+        monkeypatch.setattr("grit_jax.data.text_files._BLOCK", size)
         assert list(read_lines(tmp_path / name)) == expected
 
 
@@ -100,10 +102,10 @@ def test_damage_in_a_table_is_named_and_the_rows_after_it_are_read(tmp_path):
     path = tmp_path / "x.csv"
     path.write_bytes(b'query,positive\n"a"b,c\n\xff,d\n"e\nf",g\n')
     first, second, third = read_cells(path, frozenset({"query", "positive"}))
-    assert isinstance(first, Failed)
-    assert isinstance(second, Failed)
-    assert str(first.error).startswith(f"{path}:2: not valid CSV")
-    assert str(second.error) == f"{path}:3: holds bytes that are not UTF-8"
+    assert isinstance(first, RecordError)
+    assert isinstance(second, RecordError)
+    assert str(first).startswith(f"{path}:2: not valid CSV")
+    assert str(second) == f"{path}:3: holds bytes that are not UTF-8"
     assert third == (f"{path}:4", {"query": "e\nf", "positive": "g"})
     path.write_text('query,positive\na,b\n"c,d\ne,f\n')
     with pytest.raises(InputError, match=r"x.csv:3: a quote that begins in this row is not closed"):
@@ -118,7 +120,7 @@ def test_a_list_in_a_json_file_is_checked_as_lines_are(tmp_path):
     path.write_text(BOM + r' [ {"a": 1},{"a": "\ud83d"} , {"a": 1, "a": 2}, [3] ] ' + "\n")
     first, second, third, fourth = read_objects(path)
     assert first == (f"{path}:1", {"a": 1})
-    assert [str(entry.error).partition(": ")[2] for entry in (second, third, fourth)] == [
+    assert [str(entry).partition(": ")[2] for entry in (second, third, fourth)] == [
         r"\ud83d is half of a surrogate pair and no character; remove it",
         'key "a" is there twice; keep one of them',
         "found a JSON list; it must be an object",

@@ -1,37 +1,34 @@
-"""What is made from data files and kept: where it lies, how it is written, and plain local copies of packed files."""
+"""Files derived from data files: their names and folders, and plain local copies of compressed or remote data."""
 
 from __future__ import annotations
 
 import contextlib
-import gzip
 import hashlib
 import os
 import shutil
 import uuid
-import zlib
-from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from etils import epath
 
 from grit_jax import files
+from grit_jax.data.text_files import read_blocks
 from grit_jax.errors import InputError
 
 FOLDER = ".grit_index"
 MAKE_ROOM = "make room there, or set XDG_CACHE_HOME to a folder that has"
 CHANGED = "has changed since the file was indexed; start again, so that it is indexed anew"
-_FORMAT = 5  # raised when what is stored, or how prompts are formatted, changes
-_BLOCK = 1 << 22  # bytes unpacked at a time
+_FORMAT = 5  # raised when the layout of what is stored, or the format of prompts, changes
 
 Version = tuple[Any, ...]
 
 
 def version(path: epath.Path) -> Version:
-    """Names what a file holds now: it differs with its path, size and time of change, in a bucket its generation.
+    """Identifies a file's content by its path, size and time of change, or its generation in a bucket.
 
     Raises:
-      InputError: The file cannot be looked at.
+      InputError: The file cannot be examined.
     """
     try:
         return files.version(path)
@@ -40,28 +37,22 @@ def version(path: epath.Path) -> Version:
 
 
 def refuse_changed(path: epath.Path, before: Version) -> None:
-    """Returns where a file is still of this version.
+    """Checks that a file still has this version.
 
     Raises:
-      InputError: It is not.
+      InputError: It has another.
     """
     if version(path) != before:
         raise InputError(f"{path}: {CHANGED}")
 
 
 def entry(path: epath.Path, version: Version, *more: Any) -> str:
-    """A name for what is made from a version of a file.
-
-    Args:
-      path: The file.
-      version: Its version.
-      more: What else it depends on.
-    """
+    """The name of what is derived from a version of a file and from `more`."""
     return f"{_of_version(path, version)}{_digits(more, 8)}"
 
 
 def lines_name(path: epath.Path, version: Version) -> str:
-    """The name of what says where the lines of a version of a file are."""
+    """The name of the table of line offsets of a version of a file."""
     return f"{entry(path, version)}.lines.npy"
 
 
@@ -70,13 +61,13 @@ def _copy_name(path: epath.Path, version: Version) -> str:
 
 
 def _of_file(path: epath.Path) -> str:
-    """How the names of all entries of a file begin, whatever its version."""
-    place = os.fspath(path) if files.is_bucket(path) else str(Path(path).resolve())
-    return f"{path.name}-{_digits(place, 12)}"
+    """The prefix of all names derived from a file, whatever its version."""
+    location = os.fspath(path) if files.is_bucket(path) else str(Path(path).resolve())
+    return f"{path.name}-{_digits(location, 12)}"
 
 
 def _of_version(path: epath.Path, version: Version) -> str:
-    """How the names of all entries of a version of a file begin that have the present format."""
+    """The prefix of all names derived from a version of a file in the present format."""
     return f"{_of_file(path)}{_digits((_FORMAT, version), 12)}"
 
 
@@ -85,23 +76,23 @@ def _digits(value: Any, number: int) -> str:
 
 
 def remove_stale(path: epath.Path, version: Version) -> None:
-    """Removes what was made from other versions of a file, or in other formats; who has mapped that keeps it."""
+    """Removes what was derived from other versions of a file, or in other formats; open memory maps stay valid."""
     for folder in (path.parent / FOLDER, *local_folders(path)):
         for name in files.names(folder):
-            entry = name.removeprefix(".")  # of one that was being written
+            entry = name.removeprefix(".")  # of a partial file
             if entry.startswith(_of_file(path)) and not entry.startswith(_of_version(path, version)):
                 remove(folder / name)
 
 
 def remove_plain(path: epath.Path, version: Version) -> None:
-    """Removes what only served to read a file: its plain copy, and the places of its lines."""
+    """Removes what served only to read a file: its plain copy, and its line offsets."""
     for folder in local_folders(path):
         for name in (_copy_name(path, version), lines_name(path, version)):
             remove(folder / name)
 
 
 def remove(entry: epath.Path | Path) -> None:
-    """Removes an entry, a file or a folder, which need not be there; one that cannot be removed stays."""
+    """Removes a file or a folder where that is possible; it need not exist."""
     with contextlib.suppress(OSError, files.UnreachableError):
         if not files.is_folder(entry):
             files.remove(entry)
@@ -113,32 +104,30 @@ def remove(entry: epath.Path | Path) -> None:
 
 
 def local_folders(path: epath.Path) -> list[Path]:
-    """Where things made from a file may be kept on a disk: beside it, then in the user's cache folder."""
+    """Local folders for what is derived from a file: beside it, then in the user's cache folder."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "grit_jax" / "index"
     return [cache] if files.is_bucket(path) else [Path(path).parent / FOLDER, cache]
 
 
 def local_file(path: epath.Path, version: Version) -> Path:
-    """A plain file on a disk with the content of a version of `path`: itself, or a copy unpacked or fetched once.
+    """A plain local file with the content of a version of `path`: itself, or a copy decompressed or fetched once.
 
     Raises:
       InputError: The file is missing, damaged or of another version, or there is no room for the copy.
     """
     if not files.is_bucket(path) and path.suffix not in (".gz", ".zst"):
         return Path(path)
-    name = _copy_name(path, version)
-    folders = local_folders(path)
-    for folder in folders:
-        if (folder / name).exists():
-            return folder / name
+    copies = [folder / _copy_name(path, version) for folder in local_folders(path)]
+    if there := next((copy for copy in copies if copy.exists()), None):
+        return there
     remove_stale(path, version)
     problem: OSError | None = None
-    for folder in folders:
+    for copy in copies:
         try:
-            with files.replacing(folder / name) as file:
-                file.writelines(unpacked(path))
+            with files.replacing(copy) as file:
+                file.writelines(read_blocks(path))
                 refuse_changed(path, version)  # else the copy would be of another
-            return folder / name
+            return copy
         except OSError as error:
             problem = error
     raise InputError(
@@ -146,48 +135,11 @@ def local_file(path: epath.Path, version: Version) -> Path:
     ) from problem
 
 
-def unpacked(path: epath.Path) -> Iterator[bytes]:
-    """The content of a file, block by block, on a disk or in a bucket.
-
-    Raises:
-      InputError: It cannot be read, or is damaged.
-    """
-    try:
-        with files.open_binary(path) as packed:
-            if path.suffix == ".gz":
-                with gzip.open(packed) as file:
-                    yield from iter(lambda: file.read(_BLOCK), b"")
-            elif path.suffix == ".zst":
-                yield from _zstd_blocks(packed)
-            else:
-                yield from iter(lambda: packed.read(_BLOCK), b"")
-    except (OSError, EOFError, zlib.error) as error:
-        raise InputError(f"{path}: cannot be read: {error}") from error
-
-
-def _zstd_blocks(packed: IO[bytes]) -> Iterator[bytes]:
-    import zstandard
-
-    unpacker = zstandard.ZstdDecompressor().decompressobj()
-    inside = False  # whether a frame has begun that has not ended
-    try:
-        for block in iter(lambda: packed.read(_BLOCK), b""):
-            while block:
-                yield unpacker.decompress(block)
-                inside, block = not unpacker.eof, unpacker.unused_data
-                if not inside:
-                    unpacker = zstandard.ZstdDecompressor().decompressobj()
-    except zstandard.ZstdError as error:
-        raise OSError(error) from error
-    if inside:
-        raise EOFError("compressed file ended before its end was reached")
-
-
 def can_write(folder: epath.Path) -> bool:
     """Whether files can be written to a folder, which is made.
 
     Raises:
-      UnreachableError: That cannot be found out.
+      UnreachableError: The folder cannot be reached.
     """
     probe = folder / f".{uuid.uuid4().hex[:8]}.partial"
     try:

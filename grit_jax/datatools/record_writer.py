@@ -1,4 +1,4 @@
-"""Writing GRIT rows, one at a time."""
+"""Writing GRIT records, one at a time."""
 
 from __future__ import annotations
 
@@ -6,78 +6,84 @@ import contextlib
 import gzip
 import json
 import os
-from collections import Counter
 from collections.abc import Callable, Generator, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from grit_jax.data.records import RecordError, parse_record
-from grit_jax.data.rows import Failed, LeftOut, Row
+from grit_jax.data.records import BadRecords, RecordError, add_bad, parse_record
 from grit_jax.data.sources import ARRAY_RECORD
+from grit_jax.data.text_files import Entry, Row
 from grit_jax.errors import InputError
 from grit_jax.files import replacing
 
 
+class LeftOut(RecordError):
+    """A sound row that says nothing to train on, such as a pair labelled as unrelated."""
+
+    def __init__(self, fault: str, where: str = ""):
+        super().__init__(fault, "", where)
+
+    def __str__(self) -> str:
+        """File and line."""
+        return self.where
+
+
 class Written(NamedTuple):
-    """What `write_rows` did.
+    """The outcome of `write_records`.
 
     Attributes:
-      rows: Rows written.
+      count: Number of records written.
       bad: Malformed rows that were left out, by fault.
       left_out: Sound rows that were left out, by reason.
-      examples: The first row of each fault and reason, with file and line.
     """
 
-    rows: int
-    bad: Counter[str]
-    left_out: Counter[str]
-    examples: dict[str, str]
+    count: int
+    bad: dict[str, BadRecords]
+    left_out: dict[str, BadRecords]
 
 
-def write_rows(path: Path, rows: Iterable[tuple[str, Row] | Failed | LeftOut], *, skip_bad: bool = False) -> Written:
-    """Writes GRIT rows to a .jsonl, .jsonl.gz or ArrayRecord file, which appears when all of them are there.
+def write_records(path: Path, rows: Iterable[Entry[Row]], *, skip_bad: bool = False) -> Written:
+    """Writes GRIT rows to a .jsonl, .jsonl.gz or ArrayRecord file, which appears once all of them are written.
 
     Args:
       path: The file.
-      rows: Where each row is from, and the row; or why it could not be read, or is left out.
-      skip_bad: Whether rows that are no GRIT records are left out and counted.
+      rows: Each with its origin; `LeftOut` is counted, other errors are faults.
+      skip_bad: Whether faulty rows, and rows that are no GRIT records, are left out and counted.
 
     Raises:
-      InputError: The ending is another, there is no row, or one is bad and `skip_bad` is false.
+      InputError: The suffix is another, there is no row, or one is bad and `skip_bad` is false.
     """
-    count, bad, left_out, examples = 0, Counter[str](), Counter[str](), {}
+    count, bad, left_out = 0, dict[str, BadRecords](), dict[str, BadRecords]()
     with _writer(path) as write:
         for entry in rows:
             try:
-                if isinstance(entry, LeftOut):
-                    left_out[entry.kind] += 1
-                    examples.setdefault(entry.kind, entry.where)
-                    continue
-                if isinstance(entry, Failed):
-                    raise entry.error
-                where, row = entry
-                line = json.dumps(row, ensure_ascii=False)
-                _check(line, where)
-                write(line.encode())
+                if isinstance(entry, RecordError):
+                    raise entry
+                write(_line(*entry))
                 count += 1
+            except LeftOut as reason:
+                add_bad(left_out, BadRecords.of(reason))
             except RecordError as error:
                 if not skip_bad:
                     raise InputError(f"{error} (--skip-bad leaves such rows out and counts them)") from error
-                bad[error.kind] += 1
-                examples.setdefault(error.kind, str(error))
+                add_bad(bad, BadRecords.of(error))
         if not count:
-            reasons = [f"{number:,} rows: {kind}, as {examples[kind]}" for kind, number in (bad + left_out).items()]
+            reasons = [
+                f"{some.count:,} rows: {some.fault}, as {some.examples[0]}" for some in (bad | left_out).values()
+            ]
             raise InputError(f"{path}: there is no row to write{'; left out ' if reasons else ''}{'; '.join(reasons)}")
-    return Written(count, bad, left_out, examples)
+    return Written(count, bad, left_out)
 
 
-def _check(line: str, where: str) -> None:
-    path, _, number = where.rpartition(":")
+def _line(where: str, row: Row) -> bytes:
+    line = json.dumps(row, ensure_ascii=False)
     try:
-        line.encode()
+        encoded = line.encode()
     except UnicodeEncodeError as error:
-        raise RecordError(where, "half a surrogate pair", "half of a surrogate pair is no character") from error
-    parse_record(line, path=path, line_number=int(number))
+        message = "half of a surrogate pair is no character"
+        raise RecordError("half a surrogate pair", message, where) from error
+    parse_record(line, where)
+    return encoded
 
 
 @contextlib.contextmanager

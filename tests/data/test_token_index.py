@@ -16,12 +16,12 @@ from hypothesis import strategies as st
 
 from grit_jax import files
 from grit_jax.config import Config, DataConfig, TrainConfig
-from grit_jax.data import cache, indexing, schedule, shards, sources
-from grit_jax.data.examples import tokenize_records
-from grit_jax.data.index import num_targets
+from grit_jax.data import derived, index_builder, schedule, sources, tokenizing
 from grit_jax.data.records import parse_record
 from grit_jax.data.sources import open_source
 from grit_jax.data.streams import trained_streams
+from grit_jax.data.token_index import num_targets
+from grit_jax.data.tokenizing import tokenize_records
 from grit_jax.errors import InputError
 from grit_jax.text.tokenizer import Tokenizer
 from tests.commands import ROOT
@@ -95,7 +95,7 @@ def test_the_fingerprint_names_texts_and_apart_from_them_what_they_are_in_their_
     assert (other.texts != first.texts, other.structure) == (True, first.structure)
     turns = ["u", "a", "v", "b"]
     four = fingerprint(tmp_path / "four.jsonl", {"text": turns})
-    (prompt,) = record_prompts(parse_record(json.dumps({"text": turns}), path="f", line_number=1), BYTES)
+    (prompt,) = record_prompts(parse_record(json.dumps({"text": turns}), "f:1"), BYTES)
     answer = prompt.text.partition("<|assistant|>\n")[2].removesuffix("</s>")
     two = fingerprint(tmp_path / "two.jsonl", {"text": ["u", answer]})
     assert (two.texts, two.structure != four.structure) == (four.texts, True)
@@ -110,7 +110,7 @@ def test_the_fingerprint_names_the_tokens_and_their_endings_apart_from_all_else(
 
 
 def not_counted(monkeypatch):
-    monkeypatch.setattr(shards, "tokenize_range", lambda *_, **__: pytest.fail("tokenized again"))
+    monkeypatch.setattr(tokenizing, "tokenize_range", lambda *_, **__: pytest.fail("tokenized again"))
 
 
 def test_a_second_call_maps_what_the_first_counted(source, monkeypatch):
@@ -131,13 +131,13 @@ def many(path, count=50):
 
 @pytest.fixture
 def small_shards(monkeypatch):
-    monkeypatch.setattr(shards, "SHARD", 8)
-    monkeypatch.setattr(indexing, "SHARD", 8)
+    monkeypatch.setattr(tokenizing, "SHARD", 8)
+    monkeypatch.setattr(index_builder, "SHARD", 8)
 
 
 def test_shards_make_the_index_of_the_whole(tmp_path, small_shards):
     index = build_index(many(tmp_path / "f.jsonl").path, BYTES)
-    whole = shards.tokenize_range(reading(many(tmp_path / "f.jsonl")), 0, 50, BYTES)
+    whole = tokenizing.tokenize_range(reading(many(tmp_path / "f.jsonl")), 0, 50, BYTES)
     assert index.num_records == 50
     assert np.array_equal(index.lengths, whole.lengths)
     assert np.array_equal(index.spans, whole.spans)
@@ -149,7 +149,7 @@ def test_shards_make_the_index_of_the_whole(tmp_path, small_shards):
 
 def test_an_interrupted_count_goes_on_with_what_is_missing(tmp_path, small_shards, monkeypatch):
     source, counted = many(tmp_path / "f.jsonl"), []
-    count = shards.tokenize_range
+    count = tokenizing.tokenize_range
 
     def interrupted(reading, start, stop, tokenizer, *, tokens):
         counted.append(start)
@@ -157,7 +157,7 @@ def test_an_interrupted_count_goes_on_with_what_is_missing(tmp_path, small_shard
             raise KeyboardInterrupt
         return count(reading, start, stop, tokenizer, tokens=tokens)
 
-    monkeypatch.setattr(shards, "tokenize_range", interrupted)
+    monkeypatch.setattr(tokenizing, "tokenize_range", interrupted)
     with pytest.raises(KeyboardInterrupt):
         build_index(source.path, BYTES)
     build_index(source.path, BYTES)
@@ -169,24 +169,24 @@ def test_a_damaged_shard_is_counted_anew(tmp_path, small_shards, monkeypatch):
     expected = build_index(source.path, BYTES)
     for folder in (tmp_path / ".grit_index").iterdir():
         shutil.rmtree(folder)
-    monkeypatch.setattr(indexing._Store, "merge", lambda _: None)
+    monkeypatch.setattr(index_builder._Builder, "merge", lambda _: None)
     with pytest.raises(InputError, match="cannot be read"):
         build_index(source.path, BYTES)
     monkeypatch.undo()
     (folder,) = (tmp_path / ".grit_index").iterdir()
     for number, shard in enumerate(sorted(folder.iterdir())):
         shard.write_bytes(shard.read_bytes()[: 100 * number])
-    monkeypatch.setattr(indexing, "SHARD", 8)
+    monkeypatch.setattr(index_builder, "SHARD", 8)
     assert same(build_index(source.path, BYTES), expected)
 
 
 HOST = """
 import sys
-from grit_jax.data import indexing, shards
+from grit_jax.data import index_builder, tokenizing
 from grit_jax.text.tokenizer import Tokenizer
 from tests.data.reading import build_indexes
-shards.SHARD = indexing.SHARD = 100
-shards._TWO_PROCESSES_FROM = 500
+tokenizing.SHARD = index_builder.SHARD = 100
+tokenizing._TWO_PROCESSES_FROM = 500
 made = build_indexes(sys.argv[1:], Tokenizer.load("bytes"))
 print([int(one.lengths.sum()) for one in made], [one.fingerprint for one in made])
 """
@@ -196,7 +196,7 @@ def test_hosts_that_start_together_count_in_processes_and_agree(tmp_path):
     paths = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
     expected = []
     for path, count in zip(paths, (1500, 700), strict=True):
-        counts = shards.tokenize_range(reading(many(path, count)), 0, count, BYTES)
+        counts = tokenizing.tokenize_range(reading(many(path, count)), 0, count, BYTES)
         expected.append(int(counts.lengths.sum()))
     command = [sys.executable, "-c", HOST, *map(str, paths)]
     hosts = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(2)]
@@ -241,7 +241,7 @@ def test_skipped_records_are_counted_by_kind_and_leave_the_others_their_numbers(
     index = build_index(source.path, BYTES, skip_bad=True)
     assert index.num_records == 2
     assert index.line_numbers(np.arange(2)).tolist() == [2, 7]
-    found = {bad.kind: (bad.count, [message.split(":")[1] for message in bad.examples]) for bad in index.bad}
+    found = {bad.fault: (bad.count, [message.split(":")[1] for message in bad.examples]) for bad in index.bad}
     assert found == {
         "not valid JSON": (3, ["1", "3", "6"]),
         '"text" is no text': (1, ["4"]),
@@ -276,7 +276,7 @@ def test_no_line_is_lost_and_none_raises_but_with_file_and_line(tmp_path_factory
     streams = trained_streams(config)
     read = read_by([index], config, streams)
     plans = schedule.Schedule(read, streams, data=config.data, train=config.train, num_shards=1)
-    report = "\n".join(plans.report())
+    report = "\n".join(plans.summary())
     assert all(f"skipped {bad.count}" in report and bad.examples[0] in report for bad in index.bad)
     if index.bad:
         with pytest.raises(InputError, match=r"f.jsonl:\d+: "):
@@ -327,7 +327,7 @@ def test_tokens_and_pooled_spans_equal_the_recorded_ones_of_the_reference(shared
 
     for row, (query, passages, turns) in enumerate(recorded["features"]):
         lines = {"query": query, "pos": passages[:1], "neg": passages[1:]}, {"text": turns}
-        records = [parse_record(json.dumps(line), path="f", line_number=1) for line in lines]
+        records = [parse_record(json.dumps(line), "f:1") for line in lines]
         (query, *passages), (conversation,) = tokenize_records(records, record_prompts, tokenizer)
         assert np.array_equal(query.tokens[:96], real("query", row))
         assert query.spans[0, 0] == arrays["query.instruction_lens"][row]
@@ -343,14 +343,14 @@ def test_tokens_and_pooled_spans_equal_the_recorded_ones_of_the_reference(shared
 def test_a_file_that_changes_while_it_is_tokenized_is_not_indexed(tmp_path, monkeypatch):
     path = tmp_path / "g.jsonl"
     path.write_text('{"text": "one"}\n')
-    tokenize_range = shards.tokenize_range
+    tokenize_range = tokenizing.tokenize_range
 
     def changing(*args, **options):
         with path.open("a") as file:
             file.write('{"text": "two"}\n')
         return tokenize_range(*args, **options)
 
-    monkeypatch.setattr(shards, "tokenize_range", changing)
+    monkeypatch.setattr(tokenizing, "tokenize_range", changing)
     with pytest.raises(InputError, match=r"g.jsonl: has changed since the file was indexed"):
         build_index(path, BYTES)
     monkeypatch.undo()
@@ -387,10 +387,10 @@ def test_a_model_with_fewer_rows_has_an_index_of_its_own_and_refuses_later_token
 
 def test_what_other_versions_and_formats_of_a_file_have_left_goes_and_nothing_else(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    beside, users = cache.local_folders(epath.Path(tmp_path / "f.jsonl"))
+    beside, users = derived.local_folders(epath.Path(tmp_path / "f.jsonl"))
     many(tmp_path / "f.jsonl")
     with monkeypatch.context() as earlier:
-        earlier.setattr(cache, "_FORMAT", 4)
+        earlier.setattr(derived, "_FORMAT", 4)
         build_index(tmp_path / "f.jsonl", BYTES)
     (first,) = beside.iterdir()
     shutil.copytree(first, users / first.name)
@@ -411,7 +411,7 @@ def test_once_there_is_an_index_nothing_else_is_kept_and_the_file_is_not_opened(
     monkeypatch.setattr(sources, "_KEPT_FROM", 1)
     index = build_index(path, BYTES)
     assert kept(tmp_path) == {index.folder.name}
-    monkeypatch.setattr(indexing, "open_source", lambda *_, **__: pytest.fail("opened again"))
+    monkeypatch.setattr(index_builder, "open_source", lambda *_, **__: pytest.fail("opened again"))
     assert same(build_index(path, BYTES), index)
 
 
@@ -421,7 +421,7 @@ def test_tokens_have_the_smallest_type_that_holds_the_vocabulary():
             self.vocab_size = vocab_size
 
     sizes = {256: np.uint8, 257: np.uint16, 1 << 16: np.uint16, (1 << 16) + 1: np.uint32}
-    assert {size: shards.token_type(Sized(size)) for size in sizes} == sizes
+    assert {size: tokenizing.token_type(Sized(size)) for size in sizes} == sizes
 
 
 def disks(monkeypatch, **free):
@@ -454,7 +454,7 @@ def test_tokens_go_where_there_is_room_and_files_do_not_count_on_the_same(tmp_pa
     paths = [many(tmp_path / name).path for name in ("a.jsonl", "b.jsonl")]
     need = 4 * os.stat(paths[0]).st_size  # two copies of two bytes a token
     disks(monkeypatch, grit_index=need * 3 // 2, index=need * 3)
-    monkeypatch.setattr(indexing, "_estimated_tokens", indexing._most_tokens)
+    monkeypatch.setattr(index_builder, "_estimated_tokens", index_builder._most_tokens)
     folders = [index.folder.parent for index in build_indexes(paths, BYTES)]
     assert folders == [tmp_path / ".grit_index", tmp_path / "cache/grit_jax/index"]
     assert kept(tmp_path) == {build_index(paths[0], BYTES).folder.name}
@@ -477,7 +477,7 @@ def test_where_the_data_cannot_be_written_to_tokens_go_to_the_users_cache(source
 @pytest.mark.parametrize("when", ["a shard is written", "shards are joined"])
 def test_a_disk_that_fills_up_all_the_same_ends_with_its_name_and_the_remedy(source, when, monkeypatch):
     if when == "shards are joined":
-        monkeypatch.setattr(indexing._ArrayFile, "add", full)
+        monkeypatch.setattr(index_builder._ArrayFile, "add", full)
     else:
         write_bytes = files.write_bytes
         monkeypatch.setattr(

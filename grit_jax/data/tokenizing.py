@@ -1,4 +1,4 @@
-"""Ranges of records tokenized, in this process or in many, and written as they are finished."""
+"""Tokenizes ranges of records, in this process or in many, and writes each as a shard of a token index."""
 
 from __future__ import annotations
 
@@ -7,51 +7,59 @@ import io
 import json
 import os
 import pickle
-import queue
 import random
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from etils import epath
 
 from grit_jax import files
-from grit_jax.data import cache
-from grit_jax.data.examples import text_hash
-from grit_jax.data.index import BadRecords, add_bad
-from grit_jax.data.records import RecordError
-from grit_jax.data.sources import Source, open_source
+from grit_jax.data import derived
+from grit_jax.data.records import BadRecords, Record, RecordError, add_bad
+from grit_jax.data.sources import RECORDS_AT_ONCE, Source, open_source
 from grit_jax.data.streams.base import Stream
 from grit_jax.errors import InputError
 from grit_jax.text.prompts import Prompt, TokenizedPrompt, tokenize
 from grit_jax.text.tokenizer import Tokenizer
 
+T = TypeVar("T")
+
 SHARD = 8192  # records tokenized and written at a time
-_RECORDS_AT_ONCE = 1024
 _TWO_PROCESSES_FROM = 4 * SHARD  # records; starting processes for fewer takes longer than tokenizing them
 _REPORT_EVERY = 30  # seconds
 
 
+def tokenize_records(
+    records: Sequence[Record], prompts: Callable[[Any, Tokenizer], list[Prompt]], tokenizer: Tokenizer
+) -> list[list[TokenizedPrompt]]:
+    """The tokenized texts of each record, untruncated; `prompts` is that of a stream."""
+    texts = [prompts(record, tokenizer) for record in records]
+    tokenized = iter(tokenize([prompt for record in texts for prompt in record], tokenizer))
+    return [[next(tokenized) for _ in record] for record in texts]
+
+
 class Reading(NamedTuple):
-    """A file that is tokenized, and the stream whose texts are made of it."""
+    """A file, and the stream as which it is read."""
 
     source: Source
     stream: Stream
 
 
 class Shard(NamedTuple):
-    """A range of records that is tokenized at once, and where what is found is written.
+    """A range of records that is tokenized and written at once.
 
     Attributes:
-      reading: Number of its `Reading`.
+      reading: Index of its `Reading`.
       start: First record.
       stop: Last record, exclusive.
-      path: Where it is written.
+      path: The file to write.
       tokens: Whether tokens are kept, or lengths alone.
     """
 
@@ -63,7 +71,7 @@ class Shard(NamedTuple):
 
 
 class Columns(NamedTuple):
-    """What is found in a range of records; texts, spans, tokens and endings are as in `FileIndex`.
+    """The content of a range of records; texts, spans, tokens and endings are as in `TokenIndex`.
 
     Attributes:
       lines: int64 [records]; of the well-formed records.
@@ -73,7 +81,7 @@ class Columns(NamedTuple):
       hashes: int64 [texts].
       span_counts: int32 [texts].
       spans: int32 [spans, 2].
-      tokens: uint8, uint16 or uint32 [tokens]; none where lengths alone are kept.
+      tokens: uint8, uint16 or uint32 [tokens]; empty if lengths alone are kept.
       endings: uint8 [texts].
       bad: uint8 [bytes]; the malformed records' `BadRecords` as JSON.
     """
@@ -89,35 +97,39 @@ class Columns(NamedTuple):
     endings: np.ndarray
     bad: np.ndarray
 
-    def bad_records(self) -> list[BadRecords]:
+    def bad_records(self) -> tuple[BadRecords, ...]:
         """The malformed records."""
-        return [
-            BadRecords(kind, count, tuple(examples)) for kind, count, examples in json.loads(self.bad.tobytes() or "[]")
-        ]
+        return BadRecords.from_json(json.loads(self.bad.tobytes() or "[]"))
+
+
+_DTYPES = {
+    "lines": np.int64, "text_counts": np.int32, "num_positives": np.int32, "lengths": np.int32, "hashes": np.int64,
+    "span_counts": np.int32, "endings": np.uint8,
+}  # fmt: skip
 
 
 def token_type(tokenizer: Tokenizer) -> np.dtype:
-    """The smallest type of unsigned integers that holds a tokenizer's ids."""
+    """The smallest unsigned type that holds a tokenizer's ids."""
     return np.min_scalar_type(tokenizer.vocab_size - 1)
 
 
 def read_shard(path: epath.Path) -> Columns | None:
-    """What was found in a shard; None where it is missing or damaged."""
+    """The content of a shard; None if it is missing or damaged."""
     content = files.read_bytes(path)
     if content is None:
         return None
     try:
         with np.load(io.BytesIO(content)) as stored:
             return Columns(*(stored[name] for name in Columns._fields))
-    except Exception:  # numpy and zipfile, which compares checksums, raise many kinds
+    except Exception:  # numpy and zipfile, which compares checksums, raise many types
         return None
 
 
 def make_shards(shards: Sequence[Shard], readings: Sequence[Reading], tokenizer: Tokenizer, *, skip_bad: bool) -> None:
-    """Makes and writes the shards, with all cores where they are many.
+    """Makes and writes the shards, on all cores if they are many.
 
-    Hosts that share a folder may do this at the same time: each takes the shards in an order of its own and leaves out
-    what another has written by then, so they divide the work and need no lock.
+    Hosts that share a folder may do this at the same time: each takes the shards in its own random order and skips
+    those already written, so they divide the work without a lock.
 
     Raises:
       InputError: A record is malformed and `skip_bad` is false, or a shard cannot be written.
@@ -135,40 +147,33 @@ def make_shards(shards: Sequence[Shard], readings: Sequence[Reading], tokenizer:
 
 def tokenize_range(reading: Reading, start: int, stop: int, tokenizer: Tokenizer, *, tokens: bool = True) -> Columns:
     """Tokenizes records `start` to `stop`, exclusive; malformed ones are left out and named in `bad`."""
+    (source, stream), kept = reading, token_type(tokenizer)
     columns: dict[str, list[Any]] = {name: [] for name in Columns._fields}
-    source, stream = reading
     bad: dict[str, BadRecords] = {}
-    kept = token_type(tokenizer)
-    for begin in range(start, stop, _RECORDS_AT_ONCE):
+    for begin in range(start, stop, RECORDS_AT_ONCE):
         records, lines = [], []
-        for number, line in enumerate(source.lines(begin, min(begin + _RECORDS_AT_ONCE, stop)), begin):
-            try:
-                records.append(source.parse(number, line))
-                lines.append(source.line_number(number))
-            except RecordError as error:
-                add_bad(bad, [BadRecords(error.kind, 1, (str(error),))])
+        for index, record in enumerate(source.records(begin, min(begin + RECORDS_AT_ONCE, stop)), begin):
+            if isinstance(record, RecordError):
+                add_bad(bad, BadRecords.of(record))
+            else:
+                records.append(record)
+                lines.append(source.line_number(index))
         texts = [stream.prompts(record, tokenizer) for record in records]
+        tokenized = _tokenized(texts, lines, source, tokenizer)
         columns["lines"] += lines
         columns["text_counts"] += [len(prompts) for prompts in texts]
         columns["num_positives"] += [stream.num_positives(record) for record in records]
-        columns["hashes"] += [text_hash(prompt) for record in texts for prompt in record]
-        tokenized = _tokenized(texts, lines, source, tokenizer)
+        columns["hashes"] += [prompt.hash for record in texts for prompt in record]
         columns["lengths"] += [len(text.tokens) for text in tokenized]
         columns["span_counts"] += [len(text.spans) for text in tokenized]
         columns["spans"] += [text.spans for text in tokenized]
         columns["endings"] += [text.ending for text in tokenized]
-        if tokens and tokenized:
-            columns["tokens"].append(np.concatenate([text.tokens for text in tokenized]).astype(kept))
+        columns["tokens"] += [text.tokens.astype(kept) for text in tokenized if tokens]
+    arrays = {name: np.array(columns[name], dtype) for name, dtype in _DTYPES.items()}
     return Columns(
-        lines=np.array(columns["lines"], np.int64),
-        text_counts=np.array(columns["text_counts"], np.int32),
-        num_positives=np.array(columns["num_positives"], np.int32),
-        lengths=np.array(columns["lengths"], np.int32),
-        hashes=np.array(columns["hashes"], np.int64),
-        span_counts=np.array(columns["span_counts"], np.int32),
+        **arrays,
         spans=np.concatenate([np.zeros((0, 2), np.int32), *columns["spans"]]),
         tokens=np.concatenate([np.zeros(0, kept), *columns["tokens"]]),
-        endings=np.array(columns["endings"], np.uint8),
         bad=np.frombuffer(json.dumps(list(bad.values())).encode(), np.uint8),
     )
 
@@ -176,7 +181,7 @@ def tokenize_range(reading: Reading, start: int, stop: int, tokenizer: Tokenizer
 def _tokenized(
     texts: Sequence[Sequence[Prompt]], lines: Sequence[int], source: Source, tokenizer: Tokenizer
 ) -> list[TokenizedPrompt]:
-    """The texts of some records; an error names the line."""
+    """Tokenizes the texts of some records; an error names the line."""
     try:
         return tokenize([prompt for record in texts for prompt in record], tokenizer)
     except InputError:
@@ -188,29 +193,29 @@ def _tokenized(
         raise
 
 
-def _make_shard(shard: Shard, readings: Sequence[Reading], tokenizer: Tokenizer) -> list[BadRecords]:
-    """Makes a shard unless that has been done, and returns its malformed records."""
+def _make_shard(shard: Shard, readings: Sequence[Reading], tokenizer: Tokenizer) -> tuple[BadRecords, ...]:
+    """Makes a shard unless it is already there, and returns its malformed records."""
     columns = read_shard(shard.path)
     if columns is None:
         reading = readings[shard.reading]
         columns = tokenize_range(reading, shard.start, shard.stop, tokenizer, tokens=shard.tokens)
-        reading.source.refuse_changed()  # what is kept is that of the version that was opened
+        reading.source.refuse_changed()  # else the shard would mix two versions
         content = io.BytesIO()
         np.savez(content, allow_pickle=False, **columns._asdict())
         try:
             files.write_bytes(shard.path, content.getvalue())
         except FileNotFoundError:
-            pass  # another host has joined all shards and removed their folder
+            pass  # another host has merged all shards and removed their folder
         except OSError as error:
-            raise InputError(f"{shard.path}: cannot be written ({error}); {cache.MAKE_ROOM}") from error
+            raise InputError(f"{shard.path}: cannot be written ({error}); {derived.MAKE_ROOM}") from error
     return columns.bad_records()
 
 
 def refuse_bad(bad: Sequence[BadRecords], skip_bad: bool) -> None:
-    """Returns where there is no malformed record, or where they are skipped.
+    """Checks that malformed records, if any, are to be skipped.
 
     Raises:
-      InputError: There is one that is not.
+      InputError: They are not.
     """
     if bad and not skip_bad:
         raise InputError(f"{bad[0].examples[0]} (data.skip_bad=true leaves such records out and counts them)")
@@ -220,79 +225,68 @@ def _make_in_processes(
     shards: Sequence[Shard], readings: Sequence[Reading], tokenizer: Tokenizer, *, processes: int, skip_bad: bool
 ) -> None:
     opened = [
-        (os.fspath(source.path), source.kinds, source.kind, source.version, stream) for source, stream in readings
+        (os.fspath(source.path), source.record_types, source.record_type, source.version, stream)
+        for source, stream in readings
     ]
     setup = pickle.dumps((tokenizer.files(), opened))
-    todo: queue.SimpleQueue[Shard] = queue.SimpleQueue()
-    for shard in shards:
-        todo.put(shard)
-    replies: queue.SimpleQueue[Any] = queue.SimpleQueue()
     # Not multiprocessing: its processes run the user's main module again, and forking is not safe once JAX has threads.
-    command = [sys.executable, "-c", "from grit_jax.data.shards import serve; serve()"]
+    command = [sys.executable, "-c", "from grit_jax.data.tokenizing import serve; serve()"]
     settings = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "TOKENIZERS_PARALLELISM": "false"}
-    started = [
-        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=os.environ | settings)
-        for _ in range(processes)
-    ]
-    threads = [threading.Thread(target=_feed, args=(process, setup, todo, replies)) for process in started]
-    for thread in threads:
-        thread.start()
+    started: list[subprocess.Popen[bytes]] = []
+    own = threading.local()  # each thread has a process
+
+    def make(shard: Shard) -> tuple[BadRecords, ...]:
+        request = pickle.dumps(shard)
+        if not hasattr(own, "process"):
+            own.process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=os.environ | settings
+            )
+            started.append(own.process)
+            request = setup + request
+        try:
+            own.process.stdin.write(request)
+            own.process.stdin.flush()
+            reply = pickle.load(own.process.stdout)
+        except (OSError, EOFError) as error:
+            code = own.process.wait()
+            memory = " (killed: is there memory for all of them?)" if code == -signal.SIGKILL else ""
+            raise RuntimeError(f"a process that tokenizes ended with exit code {code}{memory}") from error
+        if isinstance(reply, BaseException):
+            raise reply
+        return reply
+
+    num_records = sum(shard.stop - shard.start for shard in shards)
+    pool = ThreadPoolExecutor(processes)
     try:
-        num_records = sum(shard.stop - shard.start for shard in shards)
-        for _ in _with_reports(len(shards), f"tokenizing {num_records:,} records, {processes} processes"):
-            reply = replies.get()
-            if isinstance(reply, BaseException):
-                raise reply
-            refuse_bad(reply, skip_bad)
+        made = as_completed([pool.submit(make, shard) for shard in shards])
+        for future in _with_reports(made, len(shards), f"tokenizing {num_records:,} records, {processes} processes"):
+            refuse_bad(future.result(), skip_bad)
     except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)
         for process in started:
             process.kill()
         raise
     finally:
-        for thread in threads:
-            thread.join()
+        pool.shutdown()
+        for process in started:
+            with contextlib.suppress(OSError), process:  # closes its pipes, at which it ends
+                pass
 
 
-def _with_reports(total: int, what: str) -> Iterator[int]:
-    """The numbers below `total`; says on stderr now and then how many have been taken."""
+def _with_reports(items: Iterable[T], total: int, what: str) -> Iterator[T]:
+    """The items; now and then prints progress to stderr."""
     started = reported = time.monotonic()
-    for number in range(total):
-        yield number
+    for number, item in enumerate(items, start=1):
+        yield item
         now = time.monotonic()
         if now - reported >= _REPORT_EVERY:
             reported = now
-            left = (now - started) / (number + 1) * (total - number - 1)
-            print(f"{what}: {(number + 1) / total:.0%}, {left / 60:.0f} min left", file=sys.stderr, flush=True)
-
-
-def _feed(
-    process: subprocess.Popen[bytes], setup: bytes, todo: queue.SimpleQueue[Shard], replies: queue.SimpleQueue[Any]
-) -> None:
-    """Hands shards to one process and its answers on."""
-    assert process.stdin
-    assert process.stdout
-    try:
-        process.stdin.write(setup)
-        while True:
-            shard = todo.get_nowait()
-            pickle.dump(shard, process.stdin)
-            process.stdin.flush()
-            replies.put(pickle.load(process.stdout))
-    except queue.Empty:
-        pass
-    except (OSError, EOFError):
-        code = process.wait()
-        memory = " (killed: is there memory for all of them?)" if code == -signal.SIGKILL else ""
-        replies.put(RuntimeError(f"a process that tokenizes ended with exit code {code}{memory}"))
-    finally:
-        with contextlib.suppress(OSError):
-            process.stdin.close()
-        process.wait()
-        process.stdout.close()
+            left = (now - started) / number * (total - number)
+            print(f"{what}: {number / total:.0%}, {left / 60:.0f} min left", file=sys.stderr, flush=True)
 
 
 def serve() -> None:
-    """Makes the shards that come in on stdin until it is closed; the answers go to stdout."""
+    """Makes the shards that arrive on stdin until it is closed; replies on stdout."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that started this one closes stdin
     requests, replies = sys.stdin.buffer, sys.stdout.buffer
     sys.stdout = sys.stderr
@@ -306,8 +300,8 @@ def serve() -> None:
             return
         try:
             readings = readings or [
-                Reading(open_source(path, kinds=kinds, kind=kind, version=version), stream)
-                for path, kinds, kind, version, stream in opened
+                Reading(open_source(path, record_types=types, record_type=record_type, version=version), stream)
+                for path, types, record_type, version, stream in opened
             ]
             reply: Any = _make_shard(shard, readings, tokenizer)
         except (InputError, OSError, files.UnreachableError) as error:
