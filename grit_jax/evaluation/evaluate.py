@@ -1,4 +1,4 @@
-"""Every task of a suite, one after the other, into one report."""
+"""Evaluates a model on every task of a suite, and reports the scores."""
 
 from __future__ import annotations
 
@@ -12,24 +12,22 @@ import rich.progress
 
 from grit_jax import files
 from grit_jax.errors import InputError
-from grit_jax.evaluation.answers import AlpacaEval
+from grit_jax.evaluation.completions import AlpacaEval
 from grit_jax.evaluation.report import Entry, entry, fingerprint, read_report, show, write_report
-from grit_jax.evaluation.suite import TYPES, Suite
+from grit_jax.evaluation.suite import Suite
 from grit_jax.evaluation.task import Progress, Session
 from grit_jax.inference.model import GritModel
 
-_NAMES = {kind: name for name, kind in TYPES.items()}
-
 
 class _Bar(Progress):
-    """A bar on a terminal."""
+    """A progress bar on a terminal."""
 
     def __init__(self, bar: rich.progress.Progress, name: str):
         self._bar, self._name, self._part = bar, name, None
 
-    def start(self, what: str, total: int) -> None:
+    def start(self, part: str, total: int) -> None:
         self.end()
-        self._part = self._bar.add_task(f"{self._name}: {what}", total=total)
+        self._part = self._bar.add_task(f"{self._name}: {part}", total=total)
 
     def advance(self, count: int) -> None:
         assert self._part is not None
@@ -49,71 +47,71 @@ def evaluate(
     examples: Path | None = None,
     about: dict[str, str] | None = None,
 ) -> dict[str, Entry]:
-    """Measures a model on every task of a suite, and prints progress and a table.
+    """Evaluates a model on every task of a suite; prints progress and a table.
 
-    A task of the earlier report in `output` is kept if its settings, data, seed and model are the same, and what it
-    wrote beside the report is there still.
+    A task of an earlier report in `output` is kept if its settings, data, seed and model are the same, and the files
+    that it wrote beside the report are unchanged.
 
     Args:
-      model: What is measured.
-      suite: What it is measured on.
-      output: JSON file that is written after every task; what tasks' models wrote goes beside it.
-      examples: Folder for what each example contributes to its task's main score, `TASK.npy`: with the files of another
-        model two models can be compared example by example.
-      about: What the report says beside the tasks, such as the model's path.
+      model: The model to evaluate.
+      suite: The tasks.
+      output: JSON file, written after every task; completions go beside it.
+      examples: Folder for each example's contribution to its task's main score, `TASK.npy`, by which two models can be
+        compared example by example.
+      about: Further keys of the report, such as the model's path.
 
     Returns:
-      What the report says of each task.
+      The entry of each task in the report.
 
     Raises:
-      InputError: Data are missing or malformed, or `output` is there and no report.
+      InputError: Data are missing or malformed, or `output` exists and is no report.
     """
     for task in suite.tasks:
         if isinstance(task, AlpacaEval) and output is None:
             raise InputError(f"task {task.name!r} only writes answers; give --output, beside which they go")
     weights = model.fingerprint()
-    marks = {task.name: fingerprint(task, suite, weights) for task in suite.tasks}  # opens every file before any work
+    fingerprints = {task.name: fingerprint(task, suite, weights) for task in suite.tasks}  # opens all files first
     earlier = read_report(output) if output else {}
     kept = {
         name: one for name, one in earlier.items()
-        if one.get("fingerprint") == marks.get(name) and _is_whole(one, _side_files(name, output, examples))
+        if one.get("fingerprint") == fingerprints.get(name) and _is_whole(one, _side_files(name, output, examples))
     }  # fmt: skip
     console, report = rich.console.Console(stderr=True, highlight=False, soft_wrap=True), {}
     columns = (rich.progress.TextColumn("{task.description}"), rich.progress.BarColumn(),
                rich.progress.MofNCompleteColumn())  # fmt: skip
     with rich.progress.Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         for number, task in enumerate(suite.tasks, start=1):
-            place = f"{number}/{len(suite.tasks)} {task.name}"
+            label = f"{number}/{len(suite.tasks)} {task.name}"
             if task.name in kept:
                 report[task.name] = kept[task.name]
-                console.print(f"{place}: kept, {_said(kept[task.name])}", markup=False)
+                console.print(f"{label}: kept, {_main_score(kept[task.name])}", markup=False)
                 continue
-            progress, begun = _Bar(bar, place), time.monotonic()
+            progress, begun = _Bar(bar, label), time.monotonic()
             session = Session(model, suite.max_length, suite.seed, progress)
             outcome = task.evaluate(session)
             progress.end()
-            found = entry(outcome, kind=_NAMES[type(task)], fingerprint=marks[task.name], seed=suite.seed)
+            found = entry(task, outcome, fingerprint=fingerprints[task.name], seed=suite.seed)
             report[task.name] = found
-            console.print(f"{place}: {_said(found)} in {time.monotonic() - begun:.1f} s", markup=False)
+            console.print(f"{label}: {_main_score(found)} in {time.monotonic() - begun:.1f} s", markup=False)
             written = _side_files(task.name, output, examples)
             if "examples" in written:
                 written["examples"].parent.mkdir(parents=True, exist_ok=True)
                 np.save(written["examples"], outcome.examples)
-            if outcome.answers is None:
+            if outcome.completions is None:
                 written.pop("answers", None)
             elif "answers" in written:
-                text = json.dumps(outcome.answers, indent=2, ensure_ascii=False)
+                text = json.dumps(outcome.completions, indent=2, ensure_ascii=False)
                 files.write_text(written["answers"], f"{text}\n")
             found["written"] = {kind: files.sha256(path) for kind, path in written.items()}
             if output:
-                done = {name: report.get(name) or kept.get(name) for name in marks}
+                done = {name: report.get(name) or kept.get(name) for name in fingerprints}
                 write_report(output, {name: one for name, one in done.items() if one}, about or {})
     show(report, rich.console.Console(highlight=False))
     return report
 
 
 def _side_files(name: str, output: Path | None, examples: Path | None) -> dict[str, Path]:
-    """What a task may write beside the report."""
+    """The files that a task may write beside the report."""
     return (
         ({"examples": examples / f"{name}.npy"} if examples else {})
         | ({"answers": output.with_name(f"{output.stem}.{name}.json")} if output else {})
@@ -121,7 +119,7 @@ def _side_files(name: str, output: Path | None, examples: Path | None) -> dict[s
 
 
 def _is_whole(found: Entry, side_files: dict[str, Path]) -> bool:
-    """Whether the files of a finished task are there, with what it wrote."""
+    """Whether the files of a finished task are unchanged."""
     written = found.get("written", {})
     wanted = {"examples", *written} & side_files.keys()
     return "written" in found and all(
@@ -129,5 +127,5 @@ def _is_whole(found: Entry, side_files: dict[str, Path]) -> bool:
     )
 
 
-def _said(found: Entry) -> str:
+def _main_score(found: Entry) -> str:
     return "answered" if found["main_score"] is None else f"{found['metric']} {found['main_score']:.4f}"
