@@ -1,4 +1,4 @@
-"""What a collective moves and how long it takes, over the torus of a slice and between slices."""
+"""Bytes and time of collectives over the torus of a slice and between slices."""
 
 from __future__ import annotations
 
@@ -10,24 +10,17 @@ from typing import Literal
 from grit_jax.plan.hlo import Computation, Instruction, Module, replica_groups
 from grit_jax.plan.topology import Topology
 
-_OPCODES = frozenset(
-    (
-        "all-gather",
-        "all-reduce",
-        "all-to-all",
-        "collective-broadcast",
-        "collective-permute",
-        "ragged-all-to-all",
-        "reduce-scatter",
-    )
-)
+_OPCODES = (
+    "all-gather", "all-reduce", "all-to-all", "collective-broadcast", "collective-permute", "ragged-all-to-all",
+    "reduce-scatter",
+)  # fmt: skip
 
-# A collective runs as rings in both directions over two torus axes at most: what XLA:TPU's own strategies do
-# ("StrategyRing", "2D plane" in its text). Rings are taken as closed and the two axes as free, so this is optimistic
-# for a group along one axis.
+# A collective runs as rings in both directions over at most two torus axes, as XLA:TPU's own strategies do
+# ("StrategyRing", "2D plane" in its text). Rings are assumed closed and both axes free, which is optimistic for a group
+# along one axis.
 _RING_AXES = 2
-# Times that a ring carries the array: an all-reduce is a reduce-scatter and an all-gather; of an all-to-all over n
-# chips an element travels n/4 links on average, where a gathered one passes n.
+# Times that a ring carries the array: an all-reduce is a reduce-scatter and an all-gather; in an all-to-all over n
+# chips an element passes n/4 links on average, in a gather n.
 _PASSES = {"all-to-all": 1 / 4, "ragged-all-to-all": 1 / 4, "all-reduce": 2}
 
 Network = Literal["ici", "dcn", "host"]
@@ -66,10 +59,7 @@ def collectives_within(module: Module, computation: Computation) -> Iterator[tup
 
 
 def transfer(computation: Computation, instruction: Instruction, topology: Topology) -> Transfer:
-    """Prices a collective, which works among the devices of a slice.
-
-    What crosses slices, XLA:TPU turns into transfers between their hosts: `slice_transfer`.
-    """
+    """Prices a collective within a slice; across slices XLA:TPU makes transfers between hosts: `slice_transfer`."""
     chip = topology.chip
     kind = instruction.opcode.removesuffix("-start")
     operand = sum(array.num_bytes for source in computation.operands(instruction) for array in source.arrays)
@@ -95,7 +85,7 @@ def rendezvous(instruction: Instruction) -> str:
 
 
 def slice_transfer(computation: Computation, send: Instruction, topology: Topology) -> Transfer:
-    """Prices what one device sends to its peers in the other slices, by the kind of collective that the text names."""
+    """Prices what one device sends to its peers in the other slices, by the collective that the text names."""
     kind = (send.attribute("_xla_megascale_transfer_type") or "").lower().replace("_", "-")
     num_bytes = computation.operands(send)[0].num_bytes
     others = topology.num_slices - 1
@@ -110,7 +100,7 @@ def slice_transfer(computation: Computation, send: Instruction, topology: Topolo
 
 
 def _is_sliced(computation: Computation, value: Instruction) -> bool:
-    """Whether all that is used of a value are slices."""
+    """Whether all uses of a value are slices."""
     users = computation.users.get(value.name, ())
     return bool(users) and all(
         _is_sliced(computation, user)
@@ -128,10 +118,10 @@ class Row:
       kind: The collective.
       network: As in Transfer.
       overlapped: Whether it runs beside other work, between a start and a done.
-      count: How often it runs.
+      count: Number of runs.
       num_bytes: Bytes of the whole arrays.
       seconds: Time that it takes.
-      exposed_seconds: The part in which nothing else is done.
+      exposed_seconds: The part without other work.
     """
 
     kind: str

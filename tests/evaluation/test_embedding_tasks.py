@@ -31,7 +31,7 @@ def test_pairs_are_classified_by_the_best_of_four_similarities(tmp_path):
         -np.abs(a - b).sum(axis=1),
     ]
     labels = [row["label"] for row in rows]
-    expected = [sklearn.scores.average_precision_score(labels, similarity) for similarity in similarities]
+    expected = [sklearn.metrics.average_precision_score(labels, similarity) for similarity in similarities]
     assert np.allclose(list(found.scores.values()), expected)
     assert np.isclose(found.score(found.examples), max(expected))
 
