@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import warnings
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from grit_jax.config.ranges import require_positive
 from grit_jax.errors import InputError, install
 from grit_jax.evaluation.reading import Record, read_records
 from grit_jax.evaluation.scores import v_measure
-from grit_jax.evaluation.task import EmbeddingTask, Outcome, Session
+from grit_jax.evaluation.task import EmbeddingTask, Outcome, Session, undersample
 
 _KMEANS_BATCH = 500
 
@@ -83,16 +82,6 @@ class Classification(_LearningTask):
         records = read_records(file)
         labels = np.array([str(record.get("label", str, int)) for record in records])
         return session.embed([record.get("text") for record in records], self.instruction), labels
-
-
-def undersample(labels: np.ndarray, per_label: int, generator: np.random.Generator) -> np.ndarray:
-    """Indices of `per_label` random examples of each label, or of all of a rarer one; int [drawn]."""
-    taken, chosen = Counter[str](), []
-    for i in generator.permutation(len(labels)).tolist():
-        if taken[labels[i]] < per_label:
-            taken[labels[i]] += 1
-            chosen.append(i)
-    return np.array(chosen)
 
 
 @dataclasses.dataclass(frozen=True)

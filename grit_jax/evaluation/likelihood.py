@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import math
 import string
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -20,6 +21,7 @@ from grit_jax.evaluation.prompted import PromptedTask, fill
 from grit_jax.evaluation.reading import Record, existing, split_by
 from grit_jax.evaluation.task import Outcome, Session, Task
 from grit_jax.text.prompts import TokenizedPrompt
+from grit_jax.text.tokenizer import Tokenizer
 
 _LETTERS = string.ascii_uppercase
 _LETTER_TOKENS = 2  # of a letter with the space before it, where a tokenizer has both apart
@@ -110,12 +112,7 @@ class Perplexity(Task):
     def evaluate(self, session: Session) -> Outcome:
         """Scores every record."""
         limit = min(self.max_length or session.model.architecture.max_length, session.model.architecture.max_length)
-        texts: list[TokenizedPrompt] = []
-        for source in map(open_source, map(str, self.files())):
-            if source.kind is not GenerativeRecord:
-                raise InputError(f"{source.path}: holds {source.kind.kind} records; perplexity needs generative ones")
-            prompts = tokenize_records(list(source), GenerativeStream.prompts, session.model.tokenizer)
-            texts += [text.cut(limit) for (text,) in prompts]
+        texts = [text.cut(limit) for text in read_generative(map(str, self.files()), session.model.tokenizer)]
         scorable = [text for text in texts if np.any(text.spans[:, 1] > 1)]
         if not scorable:
             raise InputError(f"{self.path}: no record has a token to score within {limit} tokens")
@@ -129,6 +126,19 @@ class Perplexity(Task):
             "num_left_out": float(len(texts) - len(scorable)),
         }
         return Outcome("loss_per_token", examples, loss_per_token, scores, bounds=(0.0, math.inf))
+
+
+def read_generative(paths: Iterable[Any], tokenizer: Tokenizer) -> Iterator[TokenizedPrompt]:
+    """The tokenized texts of data files with GRIT generative records.
+
+    Raises:
+      InputError: A file is missing or malformed, or holds other records.
+    """
+    for source in map(open_source, paths):
+        if source.kind is not GenerativeRecord:
+            raise InputError(f"{source.path}: holds {source.kind.kind} records; perplexity needs generative ones")
+        for (text,) in tokenize_records(list(source), GenerativeStream.prompts, tokenizer):
+            yield text
 
 
 def loss_per_token(examples: np.ndarray) -> float:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import abc
 import dataclasses
 import re
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -15,7 +14,7 @@ import numpy as np
 from grit_jax.config.ranges import require_positive
 from grit_jax.errors import InputError
 from grit_jax.evaluation.reading import Record, read_records
-from grit_jax.evaluation.task import Session, Task
+from grit_jax.evaluation.task import Session, Task, undersample
 
 _FIELD = re.compile(r"\{(\w+)\}")
 
@@ -105,13 +104,8 @@ class PromptedTask(Task):
                 raise InputError(f"{self.path}: every row is an example; lower shots")
         if self.limit is None:
             return records
-        drawn, taken = Counter[str](), []
-        for i in session.generator().permutation(len(records)).tolist():
-            group = self.group_of(records[i])
-            drawn[group] += 1
-            if drawn[group] <= self.limit:
-                taken.append(i)
-        return [records[i] for i in sorted(taken)]
+        groups = [self.group_of(record) for record in records]
+        return [records[i] for i in sorted(undersample(groups, self.limit, session.generator()))]
 
     def prompts(self, records: Sequence[Record], session: Session, *, room: int) -> Prompts:
         """The prompt of each record, with as many few-shot examples as leave `room` tokens for the answer.

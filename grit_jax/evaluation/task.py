@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -137,6 +138,16 @@ class Session:
                 completions[i] = completion
             self.progress.advance(len(batch))
         return completions
+
+
+def undersample(groups: Sequence[str] | np.ndarray, most: int, generator: np.random.Generator) -> np.ndarray:
+    """Indices of `most` random examples of each group, or of all of a smaller one, in random order; int [drawn]."""
+    drawn, chosen = Counter[str](), []
+    for i in generator.permutation(len(groups)).tolist():
+        drawn[groups[i]] += 1
+        if drawn[groups[i]] <= most:
+            chosen.append(i)
+    return np.array(chosen)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -31,13 +31,13 @@ class Transfer:
     """One collective on one device.
 
     Args:
-      kind: Opcode; reduce-scatter also where XLA:TPU writes an all-reduce whose result is sliced at once.
+      opcode: XLA's name; reduce-scatter also where XLA:TPU writes an all-reduce whose result is sliced at once.
       network: ici within a slice, dcn between slices, host to and from the host's memory.
       num_bytes: Bytes of the whole array: what is gathered, reduced, permuted or copied.
       seconds: Time when nothing else uses the network.
     """
 
-    kind: str
+    opcode: str
     network: Network
     num_bytes: int
     seconds: float
@@ -61,17 +61,17 @@ def collectives_within(module: Module, computation: Computation) -> Iterator[tup
 def transfer(computation: Computation, instruction: Instruction, topology: Topology) -> Transfer:
     """Prices a collective within a slice; across slices XLA:TPU makes transfers between hosts: `slice_transfer`."""
     chip = topology.chip
-    kind = instruction.opcode.removesuffix("-start")
+    opcode = instruction.opcode.removesuffix("-start")
     operand = sum(array.num_bytes for source in computation.operands(instruction) for array in source.arrays)
-    if kind == "collective-permute":
-        return Transfer(kind, "ici", operand, operand / chip.ici_bandwidth)
-    if kind == "all-reduce" and _is_sliced(computation, instruction):
-        kind = "reduce-scatter"
+    if opcode == "collective-permute":
+        return Transfer(opcode, "ici", operand, operand / chip.ici_bandwidth)
+    if opcode == "all-reduce" and _is_sliced(computation, instruction):
+        opcode = "reduce-scatter"
     size = len(replica_groups(instruction, topology.chips_per_slice)[0])
-    num_bytes = operand * size if kind == "all-gather" else operand
+    num_bytes = operand * size if opcode == "all-gather" else operand
     links = 2 * min(chip.num_axes, _RING_AXES) * chip.ici_bandwidth
-    seconds = _PASSES.get(kind, 1) * num_bytes * (size - 1) / size / links
-    return Transfer(kind, "ici", num_bytes, seconds)
+    seconds = _PASSES.get(opcode, 1) * num_bytes * (size - 1) / size / links
+    return Transfer(opcode, "ici", num_bytes, seconds)
 
 
 def crosses_slices(instruction: Instruction) -> bool:
@@ -86,7 +86,7 @@ def rendezvous(instruction: Instruction) -> str:
 
 def slice_transfer(computation: Computation, send: Instruction, topology: Topology) -> Transfer:
     """Prices what one device sends to its peers in the other slices, by the collective that the text names."""
-    kind = (send.attribute("_xla_megascale_transfer_type") or "").lower().replace("_", "-")
+    opcode = (send.attribute("_xla_megascale_transfer_type") or "").lower().replace("_", "-")
     num_bytes = computation.operands(send)[0].num_bytes
     others = topology.num_slices - 1
     # Copies of what is sent that leave (and reach) a device.
@@ -95,8 +95,8 @@ def slice_transfer(computation: Computation, send: Instruction, topology: Topolo
         "reduce-scatter": others / topology.num_slices,
         "all-to-all": others / topology.num_slices,
         "all-gather": others,
-    }.get(kind, 1)
-    return Transfer(kind, "dcn", num_bytes, passes * num_bytes / topology.chip.dcn_bandwidth)
+    }.get(opcode, 1)
+    return Transfer(opcode, "dcn", num_bytes, passes * num_bytes / topology.chip.dcn_bandwidth)
 
 
 def _is_sliced(computation: Computation, value: Instruction) -> bool:
@@ -111,11 +111,11 @@ def _is_sliced(computation: Computation, value: Instruction) -> bool:
 
 
 @dataclass(frozen=True)
-class Row:
-    """One line of the table of collectives, per device and run of the program.
+class TransferTotal:
+    """Transfers of one opcode on a network, of a device in a run of the program.
 
     Args:
-      kind: The collective.
+      opcode: As in Transfer.
       network: As in Transfer.
       overlapped: Whether it runs beside other work, between a start and a done.
       count: Number of runs.
@@ -124,7 +124,7 @@ class Row:
       exposed_seconds: The part without other work.
     """
 
-    kind: str
+    opcode: str
     network: Network
     overlapped: bool
     count: int = 0
@@ -132,8 +132,8 @@ class Row:
     seconds: float = 0.0
     exposed_seconds: float = 0.0
 
-    def plus(self, other: Row, times: int = 1) -> Row:
-        """This line with `times` times another of the same kind."""
+    def plus(self, other: TransferTotal, times: int = 1) -> TransferTotal:
+        """The sum of this and `times` times another total."""
         return dataclasses.replace(
             self,
             count=self.count + times * other.count,

@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 
 from grit_jax.plan.collectives import (
     Network,
-    Row,
     Transfer,
+    TransferTotal,
     collectives_within,
     crosses_slices,
     is_collective,
@@ -57,7 +57,7 @@ class Cost:
       matmul_flops: FLOPs of the matrix products in the program, recomputed ones included.
       kernel_flops: FLOPs of the matrix products in Pallas kernels.
       hbm_bytes: Bytes read and written in HBM.
-      collectives: The table of transfers, by kind, network and whether they overlap.
+      collectives: The table of transfers, by opcode, network and whether they overlap.
       unknown_loops: Loops with an unknown number of iterations, counted as one.
       unknown_kernels: Names of Pallas kernels with unknown FLOPs, counted by their HBM traffic alone.
     """
@@ -74,7 +74,7 @@ class Cost:
     matmul_flops: int
     kernel_flops: int
     hbm_bytes: int
-    collectives: tuple[Row, ...]
+    collectives: tuple[TransferTotal, ...]
     unknown_loops: int
     unknown_kernels: tuple[str, ...]
 
@@ -92,8 +92,10 @@ def estimate(text: str, topology: Topology, *, expert_fill: float = 1.0) -> Cost
     """
     estimator = _Estimator(parse_module(text), topology, expert_fill)
     totals = estimator.totals(estimator.module.entry)
-    numbers, rows = totals.numbers, tuple(sorted(totals.rows.values(), key=lambda row: -row.seconds))
-    ici, dcn, host = (sum(row.seconds for row in rows if row.network == name) for name in ("ici", "dcn", "host"))
+    numbers, transfers = totals.numbers, tuple(sorted(totals.transfers.values(), key=lambda total: -total.seconds))
+    ici, dcn, host = (
+        sum(total.seconds for total in transfers if total.network == name) for name in ("ici", "dcn", "host")
+    )
     return Cost(
         total_seconds=totals.seconds,
         compute_seconds=numbers["compute"],
@@ -107,7 +109,7 @@ def estimate(text: str, topology: Topology, *, expert_fill: float = 1.0) -> Cost
         matmul_flops=int(numbers["matmul_flops"]),
         kernel_flops=int(numbers["kernel_flops"]),
         hbm_bytes=int(numbers["hbm_bytes"]),
-        collectives=rows,
+        collectives=transfers,
         unknown_loops=int(numbers["unknown_loops"]),
         unknown_kernels=tuple(sorted(totals.unknown_kernels)),
     )
@@ -119,7 +121,7 @@ class _Totals:
 
     numbers: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     carrying: dict[str, float] = field(default_factory=lambda: defaultdict(float))
-    rows: dict[tuple[str, Network, bool], Row] = field(default_factory=dict)
+    transfers: dict[tuple[str, Network, bool], TransferTotal] = field(default_factory=dict)
     unknown_kernels: set[str] = field(default_factory=set)
 
     def add(self, other: _Totals, times: int = 1) -> None:
@@ -127,13 +129,13 @@ class _Totals:
             self.numbers[name] += times * number
         for channel, seconds in other.carrying.items():
             self.carrying[channel] += times * seconds
-        for row in other.rows.values():
-            self.add_row(row, times)
+        for total in other.transfers.values():
+            self.add_transfers(total, times)
         self.unknown_kernels |= other.unknown_kernels
 
-    def add_row(self, row: Row, times: int = 1) -> None:
-        key = (row.kind, row.network, row.overlapped)
-        self.rows[key] = self.rows.get(key, Row(*key)).plus(row, times)
+    def add_transfers(self, total: TransferTotal, times: int = 1) -> None:
+        key = (total.opcode, total.network, total.overlapped)
+        self.transfers[key] = self.transfers.get(key, TransferTotal(*key)).plus(total, times)
 
     @property
     def seconds(self) -> float:
@@ -173,7 +175,8 @@ class _Clock:
 
     def record(self, moved: Transfer, exposed: float, *, overlapped: bool) -> None:
         """Enters a transfer into the table and advances by its exposed time."""
-        self.totals.add_row(Row(moved.kind, moved.network, overlapped, 1, moved.num_bytes, moved.seconds, exposed))
+        total = TransferTotal(moved.opcode, moved.network, overlapped, 1, moved.num_bytes, moved.seconds, exposed)
+        self.totals.add_transfers(total)
         self.work("exposed", exposed)
 
     def spread(self, channel: str, moved: Transfer) -> None:

@@ -48,10 +48,10 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "seconds": {part: getattr(cost, f"{part}_seconds") for part in parts},
         "collectives": [
             {
-                "kind": row.kind, "network": row.network, "overlapped": row.overlapped, "count": row.count,
-                "bytes": row.num_bytes, "seconds": row.seconds, "exposed_seconds": row.exposed_seconds,
+                "kind": total.opcode, "network": total.network, "overlapped": total.overlapped, "count": total.count,
+                "bytes": total.num_bytes, "seconds": total.seconds, "exposed_seconds": total.exposed_seconds,
             }
-            for row in cost.collectives
+            for total in cost.collectives
         ],
         "unknown_loops": cost.unknown_loops,
         "unknown_kernels": list(cost.unknown_kernels),
@@ -93,10 +93,11 @@ def as_lines(plan: Plan, config: Config) -> Iterator[str]:
             f"  beside those: HBM {cost.hbm_seconds:.2f} s, ICI {cost.ici_seconds:.2f}, DCN {cost.dcn_seconds:.2f}, "
             f"host {cost.host_seconds:.2f}"
         )
-        for row in cost.collectives:
+        for total in cost.collectives:
+            how = "overlapped" if total.overlapped else "synchronous"
             yield (
-                f"  {row.kind} ({row.network}, {'overlapped' if row.overlapped else 'synchronous'}): {row.count:,} x, "
-                f"{row.num_bytes / 1e9:.2f} GB, {row.seconds:.3f} s, exposed {row.exposed_seconds:.3f}"
+                f"  {total.opcode} ({total.network}, {how}): {total.count:,} x, {total.num_bytes / 1e9:.2f} GB, "
+                f"{total.seconds:.3f} s, exposed {total.exposed_seconds:.3f}"
             )
         yield (
             "  assumed: the compiler's own cycle counts; Pallas kernels at "

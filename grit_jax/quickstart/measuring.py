@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from grit_jax.data.examples import tokenize_records
 from grit_jax.data.records import EmbeddingRecord
 from grit_jax.data.sources import find_files, open_source
-from grit_jax.data.streams.generative import GenerativeStream
 from grit_jax.errors import InputError
+from grit_jax.evaluation.likelihood import read_generative
 from grit_jax.evaluation.retrieval import read_collection
 from grit_jax.evaluation.scores import ndcg, recall
 from grit_jax.inference.model import GritModel
@@ -90,16 +88,13 @@ def model_scores(
 
 def unigram_loss(train: Path, held_out: Path, tokenizer: Tokenizer, *, max_length: int) -> float:
     """Held-out loss per scored token, in nats, of the add-one smoothed frequencies of scored training tokens."""
-    seen, expected = (
-        np.bincount(np.concatenate(list(_scored_tokens(folder, tokenizer, max_length))), minlength=tokenizer.vocab_size)
-        for folder in (train, held_out)
-    )
-    log_frequency = np.log((1 + seen) / (1 + seen).sum())
-    return float(-np.sum(expected * log_frequency) / expected.sum())
 
+    def counts(folder: Path) -> np.ndarray:
+        counted = np.zeros(tokenizer.vocab_size)
+        for text in read_generative(find_files(str(folder)), tokenizer):
+            for start, end in np.clip(text.spans, 1, max_length):
+                np.add.at(counted, text.tokens[start:end], 1)
+        return counted
 
-def _scored_tokens(folder: Path, tokenizer: Tokenizer, max_length: int) -> Iterator[np.ndarray]:
-    for source in map(open_source, find_files(str(folder))):
-        for (conversation,) in tokenize_records(list(source), GenerativeStream.prompts, tokenizer):
-            for start, end in np.clip(conversation.spans, 1, max_length):
-                yield conversation.tokens[start:end]
+    smoothed, expected = 1 + counts(train), counts(held_out)
+    return float(-np.sum(expected * np.log(smoothed / smoothed.sum())) / expected.sum())

@@ -5,9 +5,10 @@ import pytest
 import sklearn.metrics
 
 from grit_jax.errors import InputError
-from grit_jax.evaluation.learning import Classification, Clustering, undersample
+from grit_jax.evaluation.learning import Classification, Clustering
 from grit_jax.evaluation.reranking import Reranking, permutation
 from grit_jax.evaluation.similarity import STS, PairClassification, Summarization
+from grit_jax.evaluation.task import undersample
 from tests.evaluation.fake import session
 from tests.evaluation.tasks import write_classification, write_jsonl
 
