@@ -40,7 +40,7 @@ from grit_jax.checkpoints.checkpoint import CheckpointMetadata, save_params
 from grit_jax.cli.main import main as grit_jax
 from grit_jax.config import EmbeddingConfig, MeshConfig
 from grit_jax.evaluation.compare import compare
-from grit_jax.evaluation.completions import contains, is_right
+from grit_jax.evaluation.generation import contains, is_right
 from grit_jax.evaluation.likelihood import loss_per_token
 from grit_jax.evaluation.reading import read_records
 from grit_jax.evaluation.report import interval

@@ -12,7 +12,7 @@ import rich.progress
 
 from grit_jax import files
 from grit_jax.errors import InputError
-from grit_jax.evaluation.completions import AlpacaEval
+from grit_jax.evaluation.generation import AlpacaEval
 from grit_jax.evaluation.report import Entry, entry, fingerprint, read_report, show, write_report
 from grit_jax.evaluation.suite import Suite
 from grit_jax.evaluation.task import Progress, Session

@@ -6,7 +6,7 @@ import math
 
 from grit_jax.config import ScorecardConfig
 from grit_jax.errors import InputError
-from grit_jax.evaluation.completions import AlpacaEval
+from grit_jax.evaluation.generation import AlpacaEval
 from grit_jax.evaluation.reading import existing
 from grit_jax.evaluation.suite import load_suite
 from grit_jax.evaluation.task import EmbeddingTask, Session

@@ -13,7 +13,7 @@ from grit_jax import files
 from grit_jax.config import from_mapping, parse_mapping
 from grit_jax.errors import InputError
 from grit_jax.evaluation.code import Code
-from grit_jax.evaluation.completions import AlpacaEval, ExactMatch
+from grit_jax.evaluation.generation import AlpacaEval, ExactMatch
 from grit_jax.evaluation.learning import Classification, Clustering
 from grit_jax.evaluation.likelihood import MultipleChoice, Perplexity
 from grit_jax.evaluation.reranking import Reranking

@@ -21,7 +21,7 @@ from grit_jax.data.sources import read_texts
 from grit_jax.errors import InputError
 from grit_jax.evaluation.bm25 import Bm25
 from grit_jax.hf.export import save_folder
-from grit_jax.quickstart.corpus import DESCRIBE, package_roots, write_corpus
+from grit_jax.quickstart.docstrings import DESCRIBE, package_roots, write_corpus
 from grit_jax.quickstart.measuring import (
     RetrievalTask,
     model_scores,

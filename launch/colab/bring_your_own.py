@@ -100,7 +100,7 @@ LEARNING_RATE = 5e-5
 # %%
 from pathlib import Path
 
-from grit_jax.quickstart.corpus import package_roots, write_corpus
+from grit_jax.quickstart.docstrings import package_roots, write_corpus
 
 data = DATA or "my-data"
 if DATA is None:

@@ -179,7 +179,7 @@ from collections import Counter
 
 from grit_jax import Trainer
 from grit_jax.config import load_config
-from grit_jax.quickstart.corpus import DESCRIBE
+from grit_jax.quickstart.docstrings import DESCRIBE
 from grit_jax.quickstart.measuring import model_scores, ranks_of, read_task, retrieval_scores
 
 task = read_task(RUN / "data/retrieval")

@@ -116,7 +116,7 @@ Image(RUN / "losses.png", width=900)
 
 # %%
 from grit_jax import GritModel
-from grit_jax.quickstart.corpus import DESCRIBE
+from grit_jax.quickstart.docstrings import DESCRIBE
 from grit_jax.quickstart.measuring import read_task
 
 model = GritModel.load(RUN)

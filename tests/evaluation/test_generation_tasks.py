@@ -4,7 +4,7 @@ import pytest
 
 from grit_jax.errors import InputError
 from grit_jax.evaluation.code import Code, check_of
-from grit_jax.evaluation.completions import ExactMatch, contains, f1, is_right
+from grit_jax.evaluation.generation import ExactMatch, contains, f1, is_right
 from grit_jax.evaluation.likelihood import MultipleChoice
 from grit_jax.evaluation.reading import Record
 from tests.evaluation.fake import session

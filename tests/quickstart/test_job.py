@@ -6,8 +6,8 @@ import pytest
 
 from grit_jax.cli.main import main
 from grit_jax.errors import InputError
-from grit_jax.quickstart import corpus
-from grit_jax.quickstart.corpus import DocumentedObject
+from grit_jax.quickstart import docstrings
+from grit_jax.quickstart.docstrings import DocumentedObject
 from grit_jax.quickstart.job import run_quickstart
 
 SMALL = [
@@ -28,7 +28,7 @@ def output(tmp_path_factory):
         for number in range(300)
     ]  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(corpus, "collect_objects", lambda _: objects)
+        patch.setattr(docstrings, "collect_objects", lambda _: objects)
         assert run_quickstart(output, overrides=SMALL)
     return output
 
