@@ -17,8 +17,6 @@ from grit_jax.config import MeshConfig
 from grit_jax.data.batch import Batch, HostShare
 from grit_jax.errors import InputError
 
-Index = tuple[slice, ...]
-
 MESH_AXES = ("data", "fsdp", "tensor", "expert")
 
 # Logical axis of an array dim -> the mesh axes that shard it; None replicates the dim.
@@ -266,7 +264,7 @@ def host_share(mesh: Mesh, process: int | None = None) -> HostShare:
     return HostShare(tuple(sorted(held)), num_shards)
 
 
-def _start(index: Index, size: int) -> int:
+def _start(index: tuple[slice, ...], size: int) -> int:
     """Start of a device's shard in an array's first dim, which is `size` long."""
     return index[0].indices(size)[0]
 

@@ -21,7 +21,7 @@ def refuse_other_writers(folder: files.PathLike) -> None:
 
 
 def _nothing() -> None:
-    """The processes other than 0 learn of a lost lock from that one."""
+    """Checks nothing: the other processes learn of a lost lock from process 0."""
 
 
 class SoleWriter(NamedTuple):

@@ -25,7 +25,7 @@ from grit_jax.train.resolve import resolve_architecture, resolve_tokenizer
 from grit_jax.train.setup import Setup, set_up
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Plan:
     """The memory and cost of a compiled step. Bytes are those of one device.
 
@@ -52,12 +52,12 @@ class Plan:
     steps: int
     state_bytes: int
     negatives: str | None
-    argument_bytes: int | None
-    temporary_bytes: int | None
+    argument_bytes: int | None = None
+    temporary_bytes: int | None = None
     peak_bytes: int
-    host_bytes: int
-    largest: tuple[str, ...]
-    cost: Cost | None
+    host_bytes: int = 0
+    largest: tuple[str, ...] = ()
+    cost: Cost | None = None
     compile_seconds: float
 
     @property
@@ -68,24 +68,26 @@ class Plan:
     @property
     def run_hours(self) -> float | None:
         """Predicted hours of all steps of the run; None without a cost."""
-        return self.cost and self.steps * self.cost.total_seconds / 3600
+        return self.steps * self.cost.total_seconds / 3600 if self.cost else None
 
     @property
     def chip_hours(self) -> float | None:
         """`run_hours` of all chips together."""
-        return self.cost and self.topology.num_chips * (self.steps * self.cost.total_seconds) / 3600
+        return self.topology.num_chips * (self.steps * self.cost.total_seconds) / 3600 if self.cost else None
 
     @property
     def mfu(self) -> float | None:
         """Model FLOPs over the peak FLOPs of the chips in the predicted time; None without a cost."""
-        chips, chip = self.topology.num_chips, self.topology.chip
-        return self.cost and self.work.flops / (self.cost.total_seconds * chips * chip.peak_flops)
+        if self.cost is None:
+            return None
+        return self.work.flops / (self.cost.total_seconds * self.topology.num_chips * self.topology.chip.peak_flops)
 
     @property
     def recompute_factor(self) -> float | None:
         """Executed FLOPs, with recomputation and padding, over model FLOPs; None without a cost."""
-        chips = self.topology.num_chips
-        return self.cost and (self.cost.matmul_flops + self.cost.kernel_flops) * chips / self.work.flops
+        if self.cost is None:
+            return None
+        return (self.cost.matmul_flops + self.cost.kernel_flops) * self.topology.num_chips / self.work.flops
 
 
 def planned_config(config: Config) -> Config:
@@ -154,10 +156,8 @@ def make_plan(
         used = _used_bytes(str(error))
         if used is None:
             raise
-        return Plan(
-            **about, argument_bytes=None, temporary_bytes=None, peak_bytes=used, host_bytes=0,
-            largest=_largest_buffers(str(error)), cost=None, compile_seconds=time.monotonic() - started,
-        )  # fmt: skip
+        seconds = time.monotonic() - started
+        return Plan(**about, peak_bytes=used, largest=_largest_buffers(str(error)), compile_seconds=seconds)
     seconds = time.monotonic() - started
     memory: Any = compiled.memory_analysis()
     arguments, temporaries = memory.argument_size_in_bytes, memory.temp_size_in_bytes
@@ -168,7 +168,6 @@ def make_plan(
         temporary_bytes=temporaries,
         peak_bytes=arguments + temporaries if host else memory.peak_memory_in_bytes,
         host_bytes=host,
-        largest=(),
         cost=estimate(compiled.as_text() or "", topology, expert_fill=_expert_fill(architecture, mesh)),
         compile_seconds=seconds,
     )
