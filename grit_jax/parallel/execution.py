@@ -80,8 +80,7 @@ def rematerialized(layer: Callable, remat: Remat) -> Callable:
 def map_chunks(function: Callable[[Any], Any], rows: Any, num_chunks: int) -> Any:
     """Applies `function` to `num_chunks` chunks of a tree of rows, one after the other, and stacks the results.
 
-    The backward pass recomputes each chunk, unless there is one: memory depends on the chunk, the gradient is the whole
-    batch's.
+    The backward pass recomputes each chunk of several: memory depends on the chunk, the gradient is the whole batch's.
     """
     if num_chunks == 1:
         return jax.tree.map(lambda x: x[None], function(rows))

@@ -65,9 +65,9 @@ def plot_losses(metrics: Path, out: Path) -> None:
         steps, values = series(lines, name)
         panel.plot(steps, values, color="tab:blue", alpha=0.25, linewidth=0.8)
         panel.plot(steps, running_mean(values, max(1, len(values) // 20)), color="tab:blue", label="training")
-        held_out = [(line["step"], line[f"validation/{name}"]) for line in lines if f"validation/{name}" in line]
-        if held_out:
-            panel.plot(*zip(*held_out, strict=True), "o-", color="tab:orange", label="held-out")
+        steps, held_out = series(lines, f"validation/{name}")
+        if len(steps):
+            panel.plot(steps, held_out, "o-", color="tab:orange", label="held-out")
         panel.set(title=title, xlabel="step", ylim=(0, None))
         panel.grid(alpha=0.3)
         panel.legend(frameon=False)
