@@ -72,26 +72,25 @@ def evaluate(
     weights = model.fingerprint()
     fingerprints = {task.name: fingerprint(task, suite, weights) for task in suite.tasks}  # opens all files first
     earlier = read_report(output) if output else {}
-    kept = {
+    entries = {
         name: one for name, one in earlier.items()
         if one.get("fingerprint") == fingerprints.get(name) and _is_whole(one, _side_files(name, output, examples))
     }  # fmt: skip
-    console, report = rich.console.Console(stderr=True, highlight=False, soft_wrap=True), {}
+    console = rich.console.Console(stderr=True, highlight=False, soft_wrap=True)
     columns = (rich.progress.TextColumn("{task.description}"), rich.progress.BarColumn(),
                rich.progress.MofNCompleteColumn())  # fmt: skip
     with rich.progress.Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         for number, task in enumerate(suite.tasks, start=1):
             label = f"{number}/{len(suite.tasks)} {task.name}"
-            if task.name in kept:
-                report[task.name] = kept[task.name]
-                console.print(f"{label}: kept, {_main_score(kept[task.name])}", markup=False)
+            if task.name in entries:
+                console.print(f"{label}: kept, {_main_score(entries[task.name])}", markup=False)
                 continue
             progress, begun = _Bar(bar, label), time.monotonic()
             session = Session(model, suite.max_length, suite.seed, progress)
             outcome = task.evaluate(session)
             progress.end()
             found = entry(task, outcome, fingerprint=fingerprints[task.name], seed=suite.seed)
-            report[task.name] = found
+            entries[task.name] = found
             console.print(f"{label}: {_main_score(found)} in {time.monotonic() - begun:.1f} s", markup=False)
             written = _side_files(task.name, output, examples)
             if "examples" in written:
@@ -102,20 +101,21 @@ def evaluate(
             elif "answers" in written:
                 text = json.dumps(outcome.completions, indent=2, ensure_ascii=False)
                 files.write_text(written["answers"], f"{text}\n")
-            found["written"] = {kind: files.sha256(path) for kind, path in written.items()}
+            found["written"] = {key: files.sha256(path) for key, path in written.items()}
             if output:
-                done = {name: report.get(name) or kept.get(name) for name in fingerprints}
-                write_report(output, {name: one for name, one in done.items() if one}, about or {})
+                write_report(output, {name: entries[name] for name in fingerprints if name in entries}, about or {})
+    report = {name: entries[name] for name in fingerprints}
     show(report, rich.console.Console(highlight=False))
     return report
 
 
 def _side_files(name: str, output: Path | None, examples: Path | None) -> dict[str, Path]:
     """The files that a task may write beside the report."""
-    return (
-        ({"examples": examples / f"{name}.npy"} if examples else {})
-        | ({"answers": output.with_name(f"{output.stem}.{name}.json")} if output else {})
-    )  # fmt: skip
+    paths = {
+        "examples": examples and examples / f"{name}.npy",
+        "answers": output and output.with_name(f"{output.stem}.{name}.json"),
+    }
+    return {key: path for key, path in paths.items() if path}
 
 
 def _is_whole(found: Entry, side_files: dict[str, Path]) -> bool:
@@ -123,7 +123,7 @@ def _is_whole(found: Entry, side_files: dict[str, Path]) -> bool:
     written = found.get("written", {})
     wanted = {"examples", *written} & side_files.keys()
     return "written" in found and all(
-        side_files[kind].exists() and written.get(kind) == files.sha256(side_files[kind]) for kind in wanted
+        side_files[key].exists() and written.get(key) == files.sha256(side_files[key]) for key in wanted
     )
 
 
