@@ -64,10 +64,11 @@ from grit_jax.config import config_differences, dump_config, load_config, parse_
 from grit_jax.data.records import EmbeddingRecord, Record
 from grit_jax.data.sources import find_files, open_source, read_texts
 from grit_jax.errors import InputError
+from grit_jax.evaluation.bm25 import Bm25
+from grit_jax.evaluation.evaluate import evaluate
 from grit_jax.evaluation.likelihood import Perplexity
 from grit_jax.evaluation.report import fingerprint, interval
-from grit_jax.evaluation.retrieval import Ranking, Retrieval, bm25_scores, outcome, read_collection
-from grit_jax.evaluation.run import evaluate
+from grit_jax.evaluation.retrieval import Ranking, Retrieval, outcome, read_collection
 from grit_jax.evaluation.suite import Suite, load_suite
 from grit_jax.runs.folder import CONFIG
 from grit_jax.runs.plot import series
@@ -284,7 +285,7 @@ def measure_bm25(suite: Suite, results: Path) -> None:
     scores = {}
     for task in searched:
         collection = read_collection(Path(task.path), task.split)
-        keyword = bm25_scores(list(collection.queries.values()), list(collection.documents.values()))
+        keyword = Bm25(list(collection.documents.values())).scores(list(collection.queries.values()))
         best = np.argsort(-keyword, axis=1, kind="stable")[:, :100]
         found = outcome(Ranking(np.take_along_axis(keyword, best, axis=1), best), collection)
         scores[task.name] = {"main_score": found.score(found.examples), "interval": interval(found, suite.seed)}

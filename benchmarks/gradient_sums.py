@@ -15,7 +15,7 @@ import ml_dtypes
 import numpy as np
 
 from grit_jax.config import Config, DataConfig, ModelConfig, TransformerConfig
-from grit_jax.doctor.rows import generative_batch, random_texts
+from grit_jax.doctor.batches import generative_batch, random_texts
 from grit_jax.model.transformer import abstract_model, init_params
 from grit_jax.parallel.execution import PLAIN
 from grit_jax.train.objectives import trained_objectives

@@ -40,9 +40,9 @@ from grit_jax.checkpoints.checkpoint import CheckpointMetadata, save_params
 from grit_jax.cli.main import main as grit_jax
 from grit_jax.config import EmbeddingConfig, MeshConfig
 from grit_jax.evaluation.compare import compare
-from grit_jax.evaluation.data import read_rows
+from grit_jax.evaluation.generation import contains, is_right
 from grit_jax.evaluation.likelihood import loss_per_token
-from grit_jax.evaluation.prompted import contains, is_right
+from grit_jax.evaluation.reading import read_records
 from grit_jax.evaluation.report import interval
 from grit_jax.evaluation.retrieval import Retrieval, read_collection
 from grit_jax.evaluation.suite import load_suite
@@ -244,7 +244,7 @@ def read_questions(data: Path, name: str) -> tuple[dict[str, str], list[Question
     """The documents of a collection by id, and its questions."""
     collection = read_collection(data / f"retrieval/{name}", "test")
     if name == "xquad_en":
-        rows = read_rows(data / "generative/xquad_qa_en.jsonl")
+        rows = read_records(data / "generative/xquad_qa_en.jsonl")
         asked = [Question(row.get("question"), row.strings("answers"), {row.get("doc")}) for row in rows]
         return collection.documents, asked
     asked = []

@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
     if output and output.suffix != ".json":
         raise InputError(f"--output {output}: must end in .json")
 
-    from grit_jax.evaluation.run import evaluate
+    from grit_jax.evaluation.evaluate import evaluate
     from grit_jax.evaluation.suite import load_suite
     from grit_jax.inference.model import GritModel
 

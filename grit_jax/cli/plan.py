@@ -56,8 +56,8 @@ def run(args: argparse.Namespace) -> int:
 
     from grit_jax.data.streams import trained_streams
     from grit_jax.plan import outline
+    from grit_jax.plan.presentation import as_json, as_lines
     from grit_jax.plan.program import make_plan, planned_config
-    from grit_jax.plan.report import as_json, as_lines
     from grit_jax.plan.topology import parse_topology
     from grit_jax.plan.work import lengths_at_limits, lengths_of_data
 
@@ -73,9 +73,9 @@ def run(args: argparse.Namespace) -> int:
         return 0 if found.may_fit else _DOES_NOT_FIT
     report = {}
     if args.search:
-        from grit_jax.plan.search import search
+        from grit_jax.plan.tuning import tune
 
-        found = search(config, topology, lengths, most=args.compile, say=lambda line: print(line, file=sys.stderr))
+        found = tune(config, topology, lengths, most=args.compile, say=lambda line: print(line, file=sys.stderr))
         plan, config, report = found.plan, found.config, {"recommended": found.overrides}
     else:
         plan = make_plan(config, topology, lengths)

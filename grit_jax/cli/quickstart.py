@@ -22,7 +22,7 @@ def run(args: argparse.Namespace) -> int:
     """Runs the main job; 75 when a signal stopped it after a checkpoint."""
     from pathlib import Path
 
-    from grit_jax.quickstart.run import run_quickstart
+    from grit_jax.quickstart.job import run_quickstart
 
     if run_quickstart(Path(args.output), fresh=args.fresh, overrides=args.overrides):
         return 0

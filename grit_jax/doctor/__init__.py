@@ -1,1 +1,1 @@
-"""What a machine has for JAX, what is probably wrong with it, and whether its numbers are right."""
+"""JAX on this machine: versions and devices, likely problems, and whether its numbers are right."""

@@ -1,7 +1,4 @@
-"""Versions, devices and the problems that they make likely.
-
-Facts are gathered first and judged afterwards. Nothing here needs a JAX that works.
-"""
+"""Versions, devices and likely problems of this machine; works without a working JAX."""
 
 from __future__ import annotations
 
@@ -30,13 +27,13 @@ _PACKAGES = ("jax", "jaxlib", "libtpu", *_PLUGINS, "flax", "optax", "orbax-check
 
 @dataclasses.dataclass(frozen=True)
 class Devices:
-    """Devices of one kind.
+    """Devices of one type.
 
     Attributes:
-      platform: JAX's name for their maker's interface: `tpu`, `gpu` or `cpu`.
-      kind: JAX's name for the device.
-      count: How many there are, in all processes.
-      memory_bytes: What JAX may use of one's memory; None where it does not say.
+      platform: JAX's platform: `tpu`, `gpu` or `cpu`.
+      kind: JAX's `device_kind`.
+      count: Their number in all processes.
+      memory_bytes: Memory of one device that JAX may use; None where unknown.
     """
 
     platform: str
@@ -51,14 +48,14 @@ class Environment:
 
     Attributes:
       versions: Installed version of Python and of each package, None for one that is not installed.
-      fitting: For packages that the installed jax asks for, the versions that it takes.
-      device_files: Device files of this machine, by the kind of accelerator.
+      fitting: Version specifiers that the installed jax has for other packages.
+      device_files: Device files of this machine, by type of accelerator.
       platforms: The environment variable JAX_PLATFORMS.
-      lock: Why libtpu's lock file cannot be taken; None when it can, or is not there.
-      devices: What JAX finds; empty when it does not start.
+      lock: Why libtpu's lock file cannot be taken; None if it can be, or does not exist.
+      devices: JAX's devices; empty if it does not start.
       process_index: Number of this process in its job.
       process_count: Processes of the job.
-      error: Why JAX does not start; None when it does.
+      error: Why JAX does not start; None if it does.
     """
 
     versions: Mapping[str, str | None]
@@ -74,11 +71,11 @@ class Environment:
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """Something that is probably wrong.
+    """A likely problem.
 
     Attributes:
-      text: What is wrong.
-      remedy: What to do.
+      text: The problem.
+      remedy: Its solution.
     """
 
     text: str
@@ -87,7 +84,7 @@ class Problem:
 
 @dataclasses.dataclass(frozen=True)
 class _Support:
-    """How JAX reaches a kind of accelerator: its names in JAX_PLATFORMS, packages that do it, the extra with them."""
+    """JAX's support of an accelerator: names in JAX_PLATFORMS, packages of which one is needed, the extra with them."""
 
     platforms: tuple[str, ...]
     packages: tuple[str, ...]
@@ -105,7 +102,7 @@ _SUPPORT = {
 
 
 def inspect() -> Environment:
-    """Gathers the facts; starts JAX, if nothing has yet."""
+    """Gathers the facts; starts JAX if it has not started."""
     versions = {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}}
     lock = _lock(Path(LOCK_FILE))  # JAX takes the lock itself when it starts
     try:
@@ -113,13 +110,16 @@ def inspect() -> Environment:
 
         devices, error = _devices(), None
         process_index, process_count = jax.process_index(), jax.process_count()
-    except Exception as reason:  # a package that does not fit or a device that is taken, of many types
+    except Exception as reason:  # of many types: packages that do not fit, devices in use
         devices, error = (), " ".join(f"{type(reason).__name__}: {reason}".split())
         process_index, process_count = 0, 1
     return Environment(
         versions=versions,
         fitting=_fitting(),
-        device_files={kind: tuple(_found(patterns)) for kind, patterns in DEVICE_FILES.items()},
+        device_files={
+            accelerator: tuple(file for pattern in patterns for file in sorted(glob.glob(pattern)))
+            for accelerator, patterns in DEVICE_FILES.items()
+        },
         platforms=os.environ.get("JAX_PLATFORMS"),
         lock=lock,
         devices=devices,
@@ -137,15 +137,10 @@ def _version(package: str) -> str | None:
 
 
 def _fitting() -> dict[str, str]:
-    """What jax's own metadata asks of the packages that depend on its version."""
-    asked = (Requirement(line) for line in importlib.metadata.requires("jax") or ())
-    # The first line of a package is that of the plainest installation.
-    return {need.name: str(need.specifier) for need in reversed(list(asked)) if need.name in ("jaxlib", "libtpu")}
-
-
-def _found(patterns: tuple[str, ...]) -> Iterator[str]:
-    for pattern in patterns:
-        yield from sorted(glob.glob(pattern))
+    """The requirements of jax's own metadata on the packages that depend on its version."""
+    required = (Requirement(line) for line in importlib.metadata.requires("jax") or ())
+    # The first line of a package is that of the installation without extras.
+    return {need.name: str(need.specifier) for need in reversed(list(required)) if need.name in ("jaxlib", "libtpu")}
 
 
 def _lock(path: Path) -> str | None:
@@ -171,33 +166,35 @@ def _devices() -> tuple[Devices, ...]:
 
 
 def find_problems(facts: Environment) -> Iterator[Problem]:
-    """What the facts say is probably wrong, with its remedy."""
+    """The likely problems that follow from the facts."""
     yield from _version_problems(facts.versions, facts.fitting)
     if facts.error:
-        asked = facts.platforms and "Unable to initialize backend" in facts.error
-        remedy = "unset JAX_PLATFORMS" if asked else "see the other problems, and `python -c 'import jax'`"
+        unset = facts.platforms and "Unable to initialize backend" in facts.error
+        remedy = "unset JAX_PLATFORMS" if unset else "see the other problems, and `python -c 'import jax'`"
         yield Problem(f"JAX does not start: {facts.error}", remedy)
     found = {device.platform for device in facts.devices}
-    for kind, support in _SUPPORT.items():
-        if (files := facts.device_files.get(kind)) and support.device_platform not in found:
-            yield _unused(f"{kind} ({', '.join(files)})", support, facts)
+    for accelerator, support in _SUPPORT.items():
+        if (files := facts.device_files.get(accelerator)) and support.device_platform not in found:
+            yield _unused(f"{accelerator} ({', '.join(files)})", support, facts)
 
 
 def _version_problems(versions: Mapping[str, str | None], fitting: Mapping[str, str]) -> Iterator[Problem]:
-    def again(extra: str) -> str:
+    def reinstall(extra: str) -> str:
         return f"install them together: {install(extra)}"
 
     for name, wanted in fitting.items():
         version = versions.get(name)
         if version and not SpecifierSet(wanted).contains(version, prereleases=True):
             extra = "tpu" if name == "libtpu" else "EXTRA"
-            yield Problem(f"{name} {version} does not fit jax {versions['jax']}, which takes {wanted}", again(extra))
+            yield Problem(
+                f"{name} {version} does not fit jax {versions['jax']}, which takes {wanted}", reinstall(extra)
+            )
     jaxlib = versions.get("jaxlib")
     for name in _PLUGINS:
         version = versions.get(name)
         if version and jaxlib and Version(version).release != Version(jaxlib).release:
             extra = name.split("-")[1]
-            yield Problem(f"{name} {version} does not match jaxlib {jaxlib}, so JAX ignores it", again(extra))
+            yield Problem(f"{name} {version} does not match jaxlib {jaxlib}, so JAX ignores it", reinstall(extra))
 
 
 def _unused(accelerator: str, support: _Support, facts: Environment) -> Problem:

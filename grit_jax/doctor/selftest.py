@@ -1,7 +1,7 @@
-"""Whether this machine's numbers are right: each kernel and each split of the work against the plain computation.
+"""Compares the numbers of this machine's kernels and shardings with those of the plain computation.
 
-Each check is small, and runs on the devices that are there. In a job of several processes all of them run all checks,
-and a check's difference is the largest of theirs.
+Each check is small, and runs on the devices found. In a job of several processes all run all checks, and a check's
+difference is the largest of theirs.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from grit_jax.config import (
     TransformerConfig,
 )
 from grit_jax.data.batch import Batch
-from grit_jax.doctor.rows import embedding_batch, generative_batch, layout, random_texts
+from grit_jax.doctor.batches import embedding_batch, generative_batch, lay_out, random_texts
 from grit_jax.losses import contrastive
 from grit_jax.model.attention import AttentionMask, attention
 from grit_jax.model.moe import ExpertMLP
@@ -56,7 +56,7 @@ _FOLDER = "grit-jax-selftest"
 
 @dataclasses.dataclass(frozen=True)
 class _Measurement:
-    """A check to be run: what it compares, the largest difference that passes, and how to measure it."""
+    """A check to run: its target, the largest difference that passes, and how to measure it."""
 
     target: str
     tolerance: float
@@ -67,10 +67,10 @@ def selftest(folder: str | PathLike[str]) -> Iterator[Check]:
     """Runs the checks one after the other.
 
     Args:
-      folder: Where a checkpoint is written, in a folder of its own that is removed again. All processes must see it.
+      folder: Where to write a checkpoint, in a temporary subfolder. All processes must see it.
 
     Yields:
-      A check each; one that cannot be computed has an infinite difference.
+      The checks; one that cannot be computed has an infinite difference.
     """
     for item in (*_attention(), *_experts(), *_step(), *_contrastive(), *_similarity(), *_checkpoint(folder)):
         yield _run(item)
@@ -89,7 +89,7 @@ def _run(item: _Measurement) -> Check:
 
 
 def _difference(actual: Any, expected: Any) -> float:
-    """Largest difference of two trees of arrays, in each as a share of the largest expected value."""
+    """Largest difference of two trees of arrays, relative to each array's largest expected value."""
 
     def one(actual, expected):
         actual, expected = (np.asarray(x, np.float64) for x in (actual, expected))
@@ -99,7 +99,7 @@ def _difference(actual: Any, expected: Any) -> float:
 
 
 def _own_execution() -> Execution:
-    """How a run computes on these devices."""
+    """The execution settings of a run on these devices."""
     return execution(ModelConfig(), jax.devices()[0].platform)
 
 
@@ -112,12 +112,12 @@ def _attention() -> Iterator[_Measurement]:
         kernels = [(own, 512), (dataclasses.replace(own, attention="splash", interpret=True), 128)]
     for kernel, length in kernels:
         how = f"{kernel.attention}{', interpreted' if kernel.interpret else ''}, {kernel.dtype}"
-        for kind in ("causal", "bidirectional"):
+        for direction in ("causal", "bidirectional"):
             for window in (None, length // 4):
                 yield _Measurement(
-                    f"attention, {kind}{f', window {window}' if window else ''} ({how})",
+                    f"attention, {direction}{f', window {window}' if window else ''} ({how})",
                     _TOLERANCE[kernel.dtype.name],
-                    functools.partial(_compare_attention, kernel, length, causal=kind == "causal", window=window),
+                    functools.partial(_compare_attention, kernel, length, causal=direction == "causal", window=window),
                 )
 
 
@@ -128,9 +128,10 @@ def _compare_attention(own: Execution, length: int, *, causal: bool, window: int
         jnp.asarray(rng.normal(size=(1, length, heads, 128)), own.dtype) for heads in (4, 2, 2, 4)
     )
     sizes = (length // 2, length // 4, length // 8)
-    _, segments, positions, _ = layout([np.ones(size, np.int32) for size in sizes], [[0, 1, 2]], length)
-    mask = AttentionMask.of_rows(jnp.asarray(segments), jnp.asarray(positions), causal=causal, window=window)
-    real = jnp.asarray(segments)[:, :, None, None] > 0  # kernels go by the row's distances, which padding has not
+    rows = lay_out([np.ones(size, np.int32) for size in sizes], [[0, 1, 2]], length).rows
+    segments, positions = jnp.asarray(rows.segment_ids), jnp.asarray(rows.positions)
+    mask = AttentionMask.of_rows(segments, positions, causal=causal, window=window)
+    real = segments[:, :, None, None] > 0  # kernels mask by distance in the row, which padding has not
     cotangent *= real
 
     @functools.partial(jax.jit, static_argnums=0)
@@ -172,7 +173,7 @@ def _compare_experts(dtype: jnp.dtype) -> float:
 
 
 def _meshes() -> Iterator[MeshConfig]:
-    """Splits over all devices: the weights', and with the heads or the experts split too."""
+    """Meshes of all devices: sharded weights, and sharded heads or experts too."""
     data = len({getattr(device, "slice_index", 0) for device in jax.devices()})
     yield MeshConfig(data)
     devices = jax.device_count() // data
@@ -193,13 +194,13 @@ def _architecture() -> TransformerConfig:
 
 
 def _multiple(least: int) -> int:
-    """The first multiple of the number of devices from `least` on."""
+    """The smallest multiple of the number of devices that is at least `least`."""
     return -(-least // jax.device_count()) * jax.device_count()
 
 
 def _step() -> Iterator[_Measurement]:
-    """Loss and gradient norm of a step split over all devices against one device."""
-    # Every process is its own reference.
+    """Loss and gradient norm of a step sharded over all devices against those of one device."""
+    # Every process computes its own reference.
     alone = functools.cache(lambda: _update(sharding.make_mesh(MeshConfig(), jax.local_devices()[:1])))
 
     def measure(mesh: Mesh) -> float:
@@ -227,7 +228,7 @@ def _update(mesh: Mesh) -> dict[str, float]:
     params = _random_params(config.model.architecture)
     with jax.set_mesh(mesh), jax.default_matmul_precision("highest"):
         setup = set_up(config, mesh)
-        state = _place(new_state(params, setup.optimizer), setup.abstract)
+        state = _shard(new_state(params, setup.optimizer), jax.tree.map(lambda x: x.sharding, setup.abstract))
         batch = sharding.place_batch(mesh, sharding.host_rows(mesh, _batch(num_rows)))
         _, metrics = setup.train_step(state, batch)
         names = ("loss", "loss/embedding", "loss/generative", "loss/router", "grad_norm")
@@ -236,7 +237,7 @@ def _update(mesh: Mesh) -> dict[str, float]:
 
 @functools.cache
 def _random_params(architecture: TransformerConfig) -> Any:
-    """Random weights on the host; a model's own take ten seconds to compile."""
+    """Random weights on the host; the model's own initialisation takes ten seconds to compile."""
     rng = np.random.default_rng(0)
 
     def draw(like):
@@ -246,7 +247,7 @@ def _random_params(architecture: TransformerConfig) -> Any:
 
 
 def _batch(num_rows: int) -> Batch:
-    """Random texts for both streams; a query and its two passages lie in different rows."""
+    """Random texts of both streams; a query and its two passages are in different rows."""
     rng = np.random.default_rng(0)
     embedding, generative = (random_texts(rng, count * num_rows, vocab=_VOCAB) for count in (3, 2))
 
@@ -259,17 +260,17 @@ def _batch(num_rows: int) -> Batch:
     }
 
 
-def _place(tree: Any, abstract: Any) -> Any:
-    """Arrays that every process has whole, split as the abstract ones are."""
-    return jax.tree.map(
-        lambda x, like: jax.make_array_from_callback(x.shape, like.sharding, lambda index: np.asarray(x)[index]),
-        tree,
-        abstract,
-    )
+def _shard(tree: Any, shardings: Any) -> Any:
+    """Shards arrays that every process has whole."""
+
+    def one(x, sharding):
+        return jax.make_array_from_callback(x.shape, sharding, lambda index: np.asarray(x)[index])
+
+    return jax.tree.map(one, tree, shardings)
 
 
 def _contrastive() -> Iterator[_Measurement]:
-    """The tiled losses over all devices against the dense one on one device."""
+    """The tiled losses on all devices against the dense one on one device."""
     expected = functools.cache(lambda: _loss_and_gradient("dense", None))
     mesh = sharding.make_mesh(next(_meshes()))
 
@@ -295,9 +296,10 @@ def _loss_and_gradient(form: Negatives, mesh: Mesh | None) -> Any:
     if mesh is None:
         return jax.device_get(jax.jit(function)(*inputs))
     whole = sharding.replicated(mesh)
-    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), inputs)
     with jax.set_mesh(mesh):
-        return jax.device_get(jax.jit(function, out_shardings=whole)(*_place(inputs, abstract)))
+        return jax.device_get(
+            jax.jit(function, out_shardings=whole)(*_shard(inputs, jax.tree.map(lambda _: whole, inputs)))
+        )
 
 
 def _unit_vectors(num_queries: int, dim: int, group: int) -> tuple[np.ndarray, np.ndarray]:
@@ -322,7 +324,7 @@ def _similarity() -> Iterator[_Measurement]:
 
 
 def _checkpoint(folder: str | PathLike[str]) -> Iterator[_Measurement]:
-    """Parameters written and read back, by the number of values whose bits differ."""
+    """Parameters saved and restored: the number of values whose bits differ."""
     yield _Measurement(f"checkpoint in {folder}", 0.0, functools.partial(_compare_checkpoint, epath.Path(folder)))
 
 
@@ -334,13 +336,13 @@ def _compare_checkpoint(folder: epath.Path) -> float:
     abstract = jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), abstract_params(model), split
     )
-    params = _place(_random_params(_architecture()), abstract)
+    params = _shard(_random_params(_architecture()), split)
 
     def remove() -> None:
         if folder.exists():
             folder.rmtree()
 
-    in_first_process(remove)  # what a self-test that was killed has left would be kept, and read
+    in_first_process(remove)  # of a self-test that was killed
     try:
         with contextlib.closing(Checkpoints(folder)) as checkpoints:
             checkpoints.save(0, params, None, CheckpointMetadata(_architecture(), EmbeddingConfig(), {}))

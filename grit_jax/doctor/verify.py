@@ -1,4 +1,4 @@
-"""Compares an exported folder in PyTorch's tools with this package, in float32."""
+"""Compares an exported folder, opened with PyTorch's tools, with this package, in float32."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ _PROMPT = re.compile(r"(?:<\|user\|>\n(?P<instruction>.+)\n)?<\|embed\|>\n", re.
 
 @dataclasses.dataclass(frozen=True)
 class _Ours:
-    """This package's numbers; instructions are keys, the empty one stands for none."""
+    """This package's numbers by instruction, which is empty for none."""
 
     ids: Mapping[str, list[list[int]]]
     starts: Mapping[str, list[int]]
@@ -55,7 +55,7 @@ class _Ours:
 
 
 def missing_packages() -> list[str]:
-    """Packages that the comparison needs and that are not installed."""
+    """Packages that the comparison needs but that are not installed."""
     return [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
 
 
@@ -64,13 +64,13 @@ def verify(folder: str | Path, texts: Sequence[str] = SAMPLE_TEXTS) -> Iterator[
 
     Args:
       folder: Exported folder.
-      texts: What is compared; each is used with and without an instruction.
+      texts: Texts to compare, each with and without an instruction.
 
     Yields:
-      One check after the other; only the first when the tokens differ, as nothing else can be compared then.
+      The checks; only the first where the tokens differ, as nothing else can be compared then.
 
     Raises:
-      InputError: PyTorch's packages are missing, or the folder or a text cannot be used.
+      InputError: PyTorch's packages are missing, the folder is no export, or a text is too long.
     """
     folder = Path(folder)
     if missing := missing_packages():
@@ -95,7 +95,7 @@ def verify(folder: str | Path, texts: Sequence[str] = SAMPLE_TEXTS) -> Iterator[
 
 
 def _silence_libraries() -> None:
-    """No bars, and no reports of weights that a class leaves out: the comparison says whether one is missing."""
+    """Disables progress bars and reports of unused weights: the comparison finds missing ones."""
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
@@ -104,7 +104,7 @@ def _silence_libraries() -> None:
 
 
 def _named_prompts(folder: Path) -> dict[str, str | None]:
-    """Instructions of the folder's named prompts; None for a prompt in another format."""
+    """The instructions of the folder's named prompts; None for one in another format."""
     if not (folder / SENTENCE_FILE).exists():
         return {}
     matches = {name: _PROMPT.fullmatch(text) for name, text in _read(folder / SENTENCE_FILE)["prompts"].items()}
@@ -115,17 +115,17 @@ def _ours(folder: Path, texts: list[str], instructions: list[str]) -> _Ours:
     with jax.default_matmul_precision("highest"):
         model = GritModel.load(folder, dtype="float32")
         limit = max_embedding_length(model.architecture, model.embedding)
-        plain = [model.tokenizer.bos + text + model.tokenizer.ending for text in texts]
+        bos, ending = model.tokenizer.bos, model.tokenizer.ending
+        plain = [bos + text + ending for text in texts]
         ids, starts, vectors = {}, {}, {}
         for instruction in instructions:
-            bos, ending = model.tokenizer.bos, model.tokenizer.ending
             formatted = [prompts.embedding(text, instruction, bos=bos, ending=ending) for text in texts]
             vectors[instruction] = model.encode(texts, instruction=instruction, max_length=limit)
             tokenized = prompts.tokenize(formatted, model.tokenizer)
             ids[instruction] = [prompt.cut(limit).tokens.tolist() for prompt in tokenized]
             starts[instruction] = [int(prompt.spans[0, 0]) for prompt in tokenized]
         plain_ids = [encoding.ids.tolist() for encoding in model.tokenizer.encode_batch(plain)]
-        logits = model.logits([text + model.tokenizer.ending for text in texts])
+        logits = model.logits([text + ending for text in texts])
         return _Ours(ids, starts, vectors, plain_ids, logits, model.embedding, limit)
 
 
@@ -145,7 +145,7 @@ def _compare_tokens(folder: Path, texts: Sequence[str], ours: _Ours) -> Check:
 
 
 def _transformers(folder: Path, ours: _Ours) -> Iterator[Check]:
-    """Causal logits, and hidden states of the embedding pass, pooled here over the text."""
+    """Checks causal logits, and hidden states of the embedding pass, pooled over the text by this package."""
     import torch
     import transformers
 
@@ -160,8 +160,8 @@ def _transformers(folder: Path, ours: _Ours) -> Iterator[Check]:
             for ids, start in zip(rows, ours.starts[instruction], strict=True):
                 hidden = model.model(torch.tensor([ids]), **attention).last_hidden_state[0].numpy()
                 vectors.append(_pool(hidden, start, ours.embedding, head))
-            kind = "with an instruction" if instruction else "without an instruction"
-            name = f"transformers, {ours.embedding.attention} hidden states pooled {kind}"
+            how = "with" if instruction else "without"
+            name = f"transformers, {ours.embedding.attention} hidden states pooled {how} an instruction"
             yield _check(name, vectors, ours.vectors[instruction])
 
 
@@ -185,7 +185,7 @@ def _projection(folder: Path) -> dict[str, np.ndarray]:
 def _sentence_transformers(
     folder: Path, texts: Sequence[str], ours: _Ours, named: Mapping[str, str | None]
 ) -> Iterator[Check]:
-    """Vectors in padded batches: the default prompt, every named prompt and a prompt with an instruction."""
+    """Checks vectors in padded batches: the default prompt, every named prompt and a prompt with an instruction."""
     import sentence_transformers
 
     limit = _read(folder / SENTENCE_BERT_FILE).get("max_seq_length")

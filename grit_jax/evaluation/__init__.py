@@ -1,1 +1,1 @@
-"""Both skills measured on local data: suites of tasks, their scores with intervals, one report."""
+"""Evaluation of both skills on local data: suites of tasks, scores with intervals, one report."""

@@ -1,4 +1,4 @@
-"""Keyword search, beside which models are seen and with which negatives are mined."""
+"""Keyword search: a baseline of retrieval, and what negatives are mined with."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ class Bm25:
     """BM25 with the defaults of bm25s.
 
     Args:
-      documents: What is searched; one without a word is found by no query.
+      documents: Texts to search; no query finds one without a word.
     """
 
     def __init__(self, documents: Sequence[str]):
         self._size, bm25s = len(documents), _library()
         corpus: Any = bm25s.tokenize(list(documents), show_progress=False)
-        self._retriever = bm25s.BM25() if any(map(len, corpus.ids)) else None  # an index of no word cannot be made
+        self._retriever = bm25s.BM25() if any(map(len, corpus.ids)) else None  # it cannot index a corpus without words
         if self._retriever:
             self._retriever.index(corpus, show_progress=False)
 
@@ -37,7 +37,7 @@ class Bm25:
 
 
 def _library() -> ModuleType:
-    """bm25s without the messages for its own debugging; imported late, as that runs a program of JAX."""
+    """bm25s without its debugging messages; imported late, as that runs a program of JAX."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "IProgress not found")  # a notebook without widgets; no bar is shown anyway
         import bm25s

@@ -11,8 +11,9 @@ import numpy as np
 
 from grit_jax.config.ranges import require_positive
 from grit_jax.errors import InputError
-from grit_jax.evaluation import metrics, sandbox
-from grit_jax.evaluation.data import Row, read_rows
+from grit_jax.evaluation import sandbox
+from grit_jax.evaluation.reading import Record, read_records
+from grit_jax.evaluation.scores import pass_at_k
 from grit_jax.evaluation.task import Outcome, Session, Task
 
 # What bigcode-evaluation-harness has before every Python program, but for numpy, which is not there when programs run.
@@ -38,16 +39,16 @@ class Code(Task):
     """Whether programs pass their tests: pass@k.
 
     `path` is a .jsonl file in HumanEval's or HumanEvalPack's format. `complete` continues `prompt` as it is;
-    `synthesize` asks for what `instruction` says, in an answer that begins with `declaration`. Of that answer what
-    HumanEvalSynthesize (OctoPack, arXiv 2308.07124) takes is run: the lines before the first that is neither blank nor
+    `synthesize` asks for what `instruction` says, in a completion that begins with `declaration`, and runs what
+    HumanEvalSynthesize (OctoPack, arXiv 2308.07124) takes of it: the lines before the first that is neither blank nor
     indented, after common imports of the standard library.
 
     Attributes:
-      form: How the model is asked.
+      form: How the model is prompted.
       samples: Programs for each problem.
       k: Numbers of samples of which one must pass; the first gives the main score.
-      temperature: Of the draws.
-      top_p: Probability of the nucleus that is drawn from.
+      temperature: Of the sampling.
+      top_p: Probability of the nucleus to sample from.
       max_new_tokens: Most tokens of a program.
       stop: A program ends before the first of these.
       seconds: Time that a program with its test may take.
@@ -77,67 +78,66 @@ class Code(Task):
     def evaluate(self, session: Session) -> Outcome:
         """Writes and runs the programs."""
         limits = sandbox.Limits(self.seconds, int(self.memory_gib * 2**30))
-        # A machine that cannot confine programs is told before they are written.
-        sandbox.run("", sandbox.Check("", "f", ""), limits)
-        rows = read_rows(Path(self.path))
+        sandbox.run("", sandbox.Check("", "f", ""), limits)  # raises before any work where programs cannot be confined
+        records = read_records(Path(self.path))
         synthesize = self.form == "synthesize"
-        asked = [row.get("instruction" if synthesize else "prompt") for row in rows]
+        prompts = [record.get("instruction" if synthesize else "prompt") for record in records]
         key, imports = ("declaration", _IMPORTS) if synthesize else ("prompt", "")
-        begun = [row.get(key) for row in rows]
-        checks = [check_of(row, key, imports) for row in rows]
+        beginnings = [record.get(key) for record in records]
+        checks = [check_of(record, key, imports) for record in records]
         programs: list[str | None] = []
         for sample in range(self.samples):
-            written = session.answers(
-                asked, prefixes=begun if synthesize else None, raw=not synthesize, stop=self.stop, sample=sample,
+            written = session.completions(
+                prompts, prefixes=beginnings if synthesize else None, raw=not synthesize, stop=self.stop, sample=sample,
                 max_new_tokens=self.max_new_tokens, temperature=self.temperature, top_p=self.top_p,
             )  # fmt: skip
             programs += [
-                None if answer is None else imports + begin + (indented(answer) if synthesize else answer)
-                for begin, answer in zip(begun, written, strict=True)
-            ]  # fmt: skip
+                None if completion is None else imports + begin + (indented(completion) if synthesize else completion)
+                for begin, completion in zip(beginnings, written, strict=True)
+            ]
         session.progress.start("running programs", len(programs))
         verdicts = sandbox.run_all(
             [program or "raise SystemExit" for program in programs], checks * self.samples, limits,
             done=session.progress.advance,
         )  # fmt: skip
-        passed = np.array([verdict.status == "passed" for verdict in verdicts]).reshape(self.samples, len(rows))
-        correct = passed.sum(axis=0)
-        scores = {k: metrics.pass_at_k(correct, self.samples, k) for k in self.k}
-        figures = {f"pass_at_{k}": float(np.mean(values)) for k, values in list(scores.items())[1:]}
-        figures["num_too_long"] = float(sum(program is None for program in programs))
-        figures["num_timed_out"] = float(sum(verdict.status == "timed out" for verdict in verdicts))
-        answers = [
-            {"task_id": rows[place % len(rows)].values.get("task_id"), "program": program, **verdict._asdict()}
-            for place, (program, verdict) in enumerate(zip(programs, verdicts, strict=True))
+        passed = np.array([verdict.status == "passed" for verdict in verdicts]).reshape(self.samples, len(records))
+        of_k = {k: pass_at_k(passed.sum(axis=0), self.samples, k) for k in self.k}
+        scores = {f"pass_at_{k}": float(np.mean(values)) for k, values in list(of_k.items())[1:]}
+        scores["num_too_long"] = float(programs.count(None))
+        scores["num_timed_out"] = float(sum(verdict.status == "timed out" for verdict in verdicts))
+        completions = [
+            {"task_id": record.values.get("task_id"), "program": program, **verdict._asdict()}
+            for record, program, verdict in zip(records * self.samples, programs, verdicts, strict=True)
         ]
-        return Outcome(f"pass_at_{self.k[0]}", scores[self.k[0]], figures=figures, answers=answers)
+        return Outcome(f"pass_at_{self.k[0]}", of_k[self.k[0]], scores=scores, completions=completions)
 
 
-def indented(answer: str) -> str:
+def indented(completion: str) -> str:
     """The lines before the first one that is neither blank nor indented."""
-    lines = answer.split("\n")
+    lines = completion.split("\n")
     return "\n".join(itertools.takewhile(lambda line: not line.strip() or line[0] in " \t", lines))
 
 
-def check_of(row: Row, key: str, imports: str = "") -> sandbox.Check:
-    """What tests the programs of a row.
+def check_of(record: Record, key: str, imports: str = "") -> sandbox.Check:
+    """The test of a record's programs.
 
-    A test sees what comes before the function in the row, imports and helpers, and of a program the function alone.
+    Of the record it sees what precedes the function, such as imports and helpers, and of a program the function alone.
 
     Args:
-      row: It.
-      key: Of the text that programs begin with.
-      imports: Before that text.
+      record: A problem.
+      key: Of the text that its programs begin with.
+      imports: Code before that text.
 
     Raises:
       InputError: That text is not the beginning of a function.
     """
-    setup, function, test = f"{imports}{row.get(key)}    pass\n", row.get("entry_point"), row.get("test")
+    setup, function, test = f"{imports}{record.get(key)}    pass\n", record.get("entry_point"), record.get("test")
     try:
         compile(setup, key, "exec")
     except (SyntaxError, ValueError) as error:
         raise InputError(
-            f"{row.where}: {key!r} does not begin a function ({error}); it must end where an indented body can follow"
+            f"{record.where}: {key!r} does not begin a function ({error}); it must end where an indented body can "
+            "follow"
         ) from error
     calls_itself = any(line.startswith("check(") for line in test.split("\n"))
     return sandbox.Check(setup, function, test if calls_itself else f"{test}\ncheck({function})\n")

@@ -1,4 +1,4 @@
-"""Two models on the same examples: how far apart they are, and how sure that is."""
+"""Two models on the same examples: their difference, and its confidence interval."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from typing import NamedTuple
 import numpy as np
 
 from grit_jax.errors import InputError
-from grit_jax.evaluation.metrics import BOOTSTRAP_DRAWS, percentile_interval, t_interval
+from grit_jax.evaluation.scores import BOOTSTRAP_DRAWS, percentile_interval, t_interval
 from grit_jax.evaluation.task import mean
 
-# What each example contributes, by training run and by task.
+# The contribution of each example, by training run and by task.
 Runs = Sequence[Sequence[np.ndarray]]
 
 
 class Comparison(NamedTuple):
-    """A figure of two models, each the mean over its training runs of the mean over tasks.
+    """A score of two models, each the mean over its training runs of the mean over tasks.
 
     Attributes:
       value: Of the first.
@@ -51,15 +51,15 @@ class Comparison(NamedTuple):
 
 
 def compare(runs: Runs, reference: Runs, score: Callable[[np.ndarray], float] = mean, *, seed: int = 0) -> Comparison:
-    """Compares two models by the paired percentile bootstrap: both are scored on the same drawn examples.
+    """Compares two models by the paired percentile bootstrap, which resamples the same examples for both.
 
-    Training runs are drawn too where there are several of them, paired by their place: runs of one place begin with the
-    same weights. With one run the interval says nothing about others.
+    Where there are several training runs it resamples these too, in pairs: runs of one index begin with the same
+    weights. With one run the interval says nothing about others.
 
     Args:
       runs: Contributions to the first model's scores.
-      reference: The same for the second; arrays of one place have the same examples.
-      score: From the contributions of a task to its score.
+      reference: The same of the second; arrays of one index have the same examples.
+      score: Computes the score of a task from its contributions.
       seed: Of the draws.
 
     Raises:
@@ -72,29 +72,27 @@ def compare(runs: Runs, reference: Runs, score: Callable[[np.ndarray], float] = 
             "pairs; score both models on the same tasks"
         )
     generator = np.random.default_rng(seed)
-    tasks = runs[0]
+    sizes = [len(task) for task in runs[0]]
+    all_runs, all_examples = range(len(runs)), [np.arange(size) for size in sizes]
 
-    def figures(places: Sequence[int], drawn: Sequence[np.ndarray]) -> tuple[float, float]:
-        def figure(some: Runs) -> float:
-            return float(np.mean([[score(task[d]) for task, d in zip(some[p], drawn, strict=True)] for p in places]))
+    def values(chosen: Sequence[int], examples: Sequence[np.ndarray]) -> tuple[float, float]:
+        def value(model: Runs) -> float:
+            scores = [[score(task[i]) for task, i in zip(model[run], examples, strict=True)] for run in chosen]
+            return float(np.mean(scores))
 
-        return figure(runs), figure(reference)
+        return value(runs), value(reference)
 
-    def difference(places: Sequence[int], drawn: Sequence[np.ndarray]) -> float:
-        return _relative(*figures(places, drawn))
-
-    everything = [np.arange(len(task)) for task in tasks]
-    differences = []
+    draws = []
     for _ in range(BOOTSTRAP_DRAWS):
-        drawn = [generator.integers(len(task), size=len(task)) for task in tasks]
-        differences.append(difference(generator.integers(len(runs), size=len(runs)).tolist(), drawn))
-    by_run = tuple(difference([place], everything) for place in range(len(runs)))
-    value, theirs = figures(range(len(runs)), everything)
+        examples = [generator.integers(size, size=size) for size in sizes]
+        draws.append(_relative(*values(generator.integers(len(runs), size=len(runs)).tolist(), examples)))
+    by_run = tuple(_relative(*values([run], all_examples)) for run in all_runs)
+    first, second = values(all_runs, all_examples)
     return Comparison(
-        value,
-        theirs,
-        _relative(value, theirs),
-        percentile_interval(differences),
+        first,
+        second,
+        _relative(first, second),
+        percentile_interval(draws),
         by_run,
         t_interval(by_run) if len(runs) > 1 else None,
     )

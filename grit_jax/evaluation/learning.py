@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import warnings
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +12,9 @@ import numpy as np
 
 from grit_jax.config.ranges import require_positive
 from grit_jax.errors import InputError, install
-from grit_jax.evaluation import metrics
-from grit_jax.evaluation.data import Row, read_rows
-from grit_jax.evaluation.task import EmbeddingTask, Outcome, Session
+from grit_jax.evaluation.reading import Record, read_records
+from grit_jax.evaluation.scores import v_measure
+from grit_jax.evaluation.task import EmbeddingTask, Outcome, Session, undersample
 
 _KMEANS_BATCH = 500
 
@@ -32,18 +31,18 @@ def _sklearn(module: str) -> Any:
 @dataclasses.dataclass(frozen=True)
 class _LearningTask(EmbeddingTask):
     def __post_init__(self):
-        _sklearn("base")  # missing is told when a suite is read, before any task has run
+        _sklearn("base")  # raises when a suite is read, before any task has run
 
 
 @dataclasses.dataclass(frozen=True)
 class Classification(_LearningTask):
     """Logistic regression on a few examples of each label: mean accuracy over repeated draws.
 
-    `path` is a folder with `train.jsonl` and `{split}.jsonl`, rows of `text` and `label`.
+    `path` is a folder with `train.jsonl` and `{split}.jsonl`, records of `text` and `label`.
 
     Attributes:
-      split: What is classified.
-      samples_per_label: Training rows of each label that a draw takes.
+      split: The split to classify.
+      samples_per_label: Training examples of each label in a draw.
       experiments: Draws.
     """
 
@@ -77,59 +76,48 @@ class Classification(_LearningTask):
             predicted = regression.predict(test)
             right += predicted == labels
             f1.append(sklearn_metrics.f1_score(labels, predicted, average="macro"))
-        return Outcome("accuracy", right / self.experiments, figures={"f1": float(np.mean(f1))})
+        return Outcome("accuracy", right / self.experiments, scores={"f1": float(np.mean(f1))})
 
     def _embedded(self, session: Session, file: Path) -> tuple[np.ndarray, np.ndarray]:
-        rows = read_rows(file)
-        labels = np.array([str(row.get("label", str, int)) for row in rows])
-        return session.embed([row.get("text") for row in rows], self.instruction or ""), labels
-
-
-def undersample(labels: np.ndarray, per_label: int, generator: np.random.Generator) -> np.ndarray:
-    """Places of `per_label` rows of each label, or of all of a rarer one, drawn at random; int [places]."""
-    taken, chosen = Counter[str](), []
-    for place in generator.permutation(len(labels)).tolist():
-        if taken[labels[place]] < per_label:
-            taken[labels[place]] += 1
-            chosen.append(place)
-    return np.array(chosen)
+        records = read_records(file)
+        labels = np.array([str(record.get("label", str, int)) for record in records])
+        return session.embed([record.get("text") for record in records], self.instruction), labels
 
 
 @dataclasses.dataclass(frozen=True)
 class Clustering(_LearningTask):
     """Mini-batch k-means with as many clusters as labels: mean v-measure over sets.
 
-    `path` is a .jsonl file. A row with lists `sentences` and `labels` is a set; rows of `text` and `label` are one set
-    together.
+    `path` is a .jsonl file. A record with lists `sentences` and `labels` is a set; records of `text` and `label` are
+    one set together.
     """
 
     def evaluate(self, session: Session) -> Outcome:
         """Clusters each set by itself."""
-        rows = read_rows(Path(self.path))
-        sets = [_set(row) for row in rows] if "sentences" in rows[0].values else [_one_set(rows)]
-        found = [self._clusters(session, texts, labels) for texts, labels in sets]
-        scores = np.array([metrics.v_measure(labels, clusters) for labels, clusters in found])
-        if len(scores) > 1:
-            return Outcome("v_measure", scores)
+        records = read_records(Path(self.path))
+        sets = [_set(record) for record in records] if "sentences" in records[0].values else [_one_set(records)]
+        found = [(labels, self._clusters(session, texts, labels)) for texts, labels in sets]
+        if len(found) > 1:
+            return Outcome("v_measure", np.array([v_measure(*pair) for pair in found]))
         # Of one set the examples are its texts.
-        return Outcome("v_measure", np.stack(found[0], axis=1), lambda x: metrics.v_measure(*x.T))
+        return Outcome("v_measure", np.stack(found[0], axis=1), lambda x: v_measure(*x.T))
 
-    def _clusters(self, session: Session, texts: list[str], labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _clusters(self, session: Session, texts: list[str], labels: np.ndarray) -> np.ndarray:
         kmeans = _sklearn("cluster").MiniBatchKMeans(
             n_clusters=len(set(labels.tolist())), batch_size=_KMEANS_BATCH, n_init="auto", random_state=session.seed
         )
-        return labels, kmeans.fit_predict(session.embed(texts, self.instruction or ""))
+        return kmeans.fit_predict(session.embed(texts, self.instruction))
 
 
-def _set(row: Row) -> tuple[list[str], np.ndarray]:
-    texts, labels = row.strings("sentences"), row.get("labels", list)
+def _set(record: Record) -> tuple[list[str], np.ndarray]:
+    texts, labels = record.strings("sentences"), record.get("labels", list)
     if len(labels) != len(texts):
-        raise InputError(f"{row.where}: 'labels' has {len(labels)} entries for {len(texts)} sentences")
+        raise InputError(f"{record.where}: 'labels' has {len(labels)} entries for {len(texts)} sentences")
     return texts, _numbered(labels)
 
 
-def _one_set(rows: list[Row]) -> tuple[list[str], np.ndarray]:
-    return [row.get("text") for row in rows], _numbered([row.get("label", str, int) for row in rows])
+def _one_set(records: list[Record]) -> tuple[list[str], np.ndarray]:
+    return [record.get("text") for record in records], _numbered([record.get("label", str, int) for record in records])
 
 
 def _numbered(labels: list[Any]) -> np.ndarray:

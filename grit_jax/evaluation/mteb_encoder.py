@@ -27,16 +27,16 @@ MAX_LENGTH = 512
 
 
 class MtebEncoder(AbsEncoder):
-    """Embeds what mteb asks for: `mteb.evaluate(MtebEncoder(model), tasks)`.
+    """Embeds mteb's texts: `mteb.evaluate(MtebEncoder(model), tasks)`.
 
-    Queries and symmetric texts carry their task's instruction, documents none. mteb keeps results by name, the model's
-    fingerprint, `max_length` and the instructions, so that none of them is taken for another's.
+    Queries and symmetric texts carry their task's instruction, documents none. mteb stores results by name, the model's
+    fingerprint, `max_length` and the instructions, so results of different settings stay apart.
 
     Args:
-      model: What is measured.
-      name: What mteb calls it, `owner/name`.
+      model: The model to evaluate.
+      name: Its name in mteb, `owner/name`.
       instructions: Instruction by task name; None takes the package's, one for each of MTEB's 56 English tasks. A task
-        that has none takes the prompt that mteb has for it.
+        without one takes mteb's own prompt.
       max_length: Tokens kept of a text, instruction included.
     """
 
@@ -50,12 +50,15 @@ class MtebEncoder(AbsEncoder):
     ):
         self.model, self._session = model, Session(model, max_length)
         self.prompts_dict = packaged_instructions() if instructions is None else dict(instructions)
-        told = json.dumps(self.prompts_dict, sort_keys=True).encode()
+        digested = json.dumps(self.prompts_dict, sort_keys=True).encode()
         self.mteb_model_meta = ModelMeta.create_empty(
             overwrites={
                 "name": name,
                 "revision": model.fingerprint(),
-                "experiment_kwargs": {"max_length": max_length, "instructions": hashlib.sha256(told).hexdigest()[:16]},
+                "experiment_kwargs": {
+                    "max_length": max_length,
+                    "instructions": hashlib.sha256(digested).hexdigest()[:16],
+                },
                 "similarity_fn_name": ScoringFunction.COSINE,
                 "use_instructions": True,
                 "n_parameters": sum(leaf.size for leaf in jax.tree.leaves(model.params)),
@@ -81,10 +84,10 @@ class MtebEncoder(AbsEncoder):
 
 
 def register(path: str | Path, *, name: str | None = None, **options: Any) -> str:
-    """Loads a run folder, a checkpoint or a Hugging Face folder, and makes `mteb.get_model(name)` find it.
+    """Registers a run folder, a checkpoint or a Hugging Face folder for `mteb.get_model(name)`.
 
     Args:
-      path: Where the model is.
+      path: Of the model.
       name: `owner/name`; None takes `grit_jax/` and the folder's name.
       **options: Of `MtebEncoder`.
 

@@ -1,4 +1,4 @@
-"""The report: main scores with bootstrap intervals, kept as long as nothing they come from has changed."""
+"""The report: main scores with bootstrap intervals, kept as long as nothing that they depend on has changed."""
 
 from __future__ import annotations
 
@@ -16,55 +16,55 @@ from rich.markup import escape
 
 from grit_jax import files
 from grit_jax.errors import InputError
-from grit_jax.evaluation.data import existing
-from grit_jax.evaluation.metrics import BOOTSTRAP_DRAWS, percentile_interval
-from grit_jax.evaluation.suite import PATHS, Suite
+from grit_jax.evaluation.reading import existing
+from grit_jax.evaluation.scores import BOOTSTRAP_DRAWS, percentile_interval
+from grit_jax.evaluation.suite import PATHS, TYPES, Suite
 from grit_jax.evaluation.task import Outcome, Task, mean
 
 Entry = dict[str, Any]
 
-_NOT_SETTINGS = {"name", *PATHS}  # what is in the files counts, not where they are
+_NOT_SETTINGS = {"name", *PATHS}  # what the files hold counts, not where they are
+_TYPE_NAMES = {task_type: name for name, task_type in TYPES.items()}
 
 
 def interval(outcome: Outcome, seed: int) -> tuple[float, float]:
     """The main score's 95 % interval by the percentile bootstrap over examples (Efron, 1979), 1000 draws.
 
-    Where the score is no mean, the mean distance of the draws from it is taken off: examples that are drawn twice agree
-    with themselves, which lifts a v-measure by more than its spread. It ends where the score does.
+    Where the score is no mean, the bias of the draws is subtracted: examples that are drawn twice agree with
+    themselves, which lifts a v-measure by more than its spread. It is clipped to the score's bounds.
     """
     generator, examples = np.random.default_rng(seed), outcome.examples
-    scores = []
-    for _ in range(BOOTSTRAP_DRAWS):
-        drawn = generator.integers(len(examples), size=len(examples))
-        scores.append(outcome.score(examples[drawn]))
-    low, high = percentile_interval(scores)
-    bias = 0.0 if outcome.score is mean else float(np.mean(scores) - outcome.score(examples))
+    draws = [
+        outcome.score(examples[generator.integers(len(examples), size=len(examples))]) for _ in range(BOOTSTRAP_DRAWS)
+    ]
+    low, high = percentile_interval(draws)
+    bias = 0.0 if outcome.score is mean else float(np.mean(draws) - outcome.score(examples))
     least, most = np.clip([low - bias, high - bias], *outcome.bounds).tolist()
     return least, most
 
 
-def entry(outcome: Outcome, *, kind: str, fingerprint: str, seed: int) -> Entry:
-    """What the report says of one task."""
+def entry(task: Task, outcome: Outcome, *, fingerprint: str, seed: int) -> Entry:
+    """A task's entry in the report."""
     scored = len(outcome.examples) > 0
     return {
-        "type": kind,
+        "type": _TYPE_NAMES[type(task)],
         "metric": outcome.metric,
         "main_score": outcome.score(outcome.examples) if scored else None,
         "interval": list(interval(outcome, seed)) if scored else None,
         "num_examples": len(outcome.examples),
-        **outcome.figures,
+        **outcome.scores,
         "fingerprint": fingerprint,
     }
 
 
 def fingerprint(task: Task, suite: Suite, model: str) -> str:
-    """Names a result: another where settings, data, model or version are others."""
+    """Identifies a result: it changes with settings, data, model and version."""
     settings = {
         field.name: getattr(task, field.name) for field in dataclasses.fields(task)
         if field.name not in _NOT_SETTINGS
     }  # fmt: skip
     about: list[Any] = [type(task).__name__, settings, suite.max_length, suite.seed, model, version("grit-jax")]
-    if shots := getattr(task, "shots_path", None):  # rows of `path` are examples then; files are named after groups
+    if shots := getattr(task, "shots_path", None):  # records of `path` may be examples; files are named after groups
         about += [shots == task.path, [file.name for file in task.files() if file.parent == Path(shots)]]
     digest = hashlib.sha256(json.dumps(about).encode())
     for path in map(existing, task.files()):
@@ -76,7 +76,7 @@ def read_report(path: Path) -> dict[str, Entry]:
     """The tasks of an earlier report; none where there is none.
 
     Raises:
-      InputError: The file is something else.
+      InputError: The file is no report.
     """
     text = files.read_text(path)
     if text is None:
@@ -88,12 +88,12 @@ def read_report(path: Path) -> dict[str, Entry]:
 
 
 def write_report(path: Path, tasks: dict[str, Entry], about: dict[str, Any]) -> None:
-    """Writes the report whole."""
+    """Writes the whole report."""
     files.write_text(path, json.dumps({**about, "tasks": tasks}, indent=2) + "\n")
 
 
 def show(tasks: dict[str, Entry], console: rich.console.Console) -> None:
-    """Prints the table."""
+    """Prints the table of scores."""
     table = rich.table.Table("task", "metric", "score", "95 % interval", "examples")
     for name, one in tasks.items():
         score, bounds = ("-", "-") if one["main_score"] is None else (

@@ -1,4 +1,4 @@
-"""Candidates of a query put in order: by embeddings, or by what the model writes about them."""
+"""Candidates of a query put in order, by embeddings or by what the model writes about them."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import numpy as np
 
 from grit_jax.config.ranges import require_positive
 from grit_jax.errors import InputError
-from grit_jax.evaluation import metrics
-from grit_jax.evaluation.data import Row, by_row, read_rows
 from grit_jax.evaluation.prompted import fill
+from grit_jax.evaluation.reading import Record, read_records, split_by
+from grit_jax.evaluation.scores import average_precision, reciprocal_rank
 from grit_jax.evaluation.task import EmbeddingTask, Outcome, Session
 
 _MRR_RANKS = 10
@@ -27,22 +27,23 @@ _PERMUTATION = (
     "with their numbers alone, such as [2] > [1]."
 )
 
+_Ranks = tuple[list[np.ndarray], dict[str, float]]  # of each record's documents, from 0, and further scores
+
 
 @dataclasses.dataclass(frozen=True)
 class Reranking(EmbeddingTask):
     """Relevant documents before others: mean average precision.
 
-    `path` is a .jsonl file with `query` (a text, or several for one need), `positive` and `negative` (lists of texts).
-    Rows without either are left out. By embedding, documents are ordered by their largest cosine with a query. By
-    generation, the first `candidates` of that order are ordered again by the first query, the others stay behind.
+    `path` is a .jsonl file with `query` (a text, or several for one need), `positive` and `negative` (lists of texts);
+    records without either are left out. By embedding, documents are ordered by their largest cosine with a query. By
+    generation, the first query reorders the first `candidates` of that order, and the others follow.
 
     Attributes:
-      document_instruction: What the model is told about the documents.
-      method: `embedding`; `pointwise`, where the order is that of log p("Yes") - log p("No"); `permutation`, where the
-        model writes the order.
-      candidates: Documents that the model is asked about.
-      prompt: What it is asked, with `{query}` and `{passage}`, or `{passages}` for a permutation; null for one in
-        English.
+      document_instruction: Of the documents.
+      method: `embedding`; `pointwise`, the order of log p("Yes") - log p("No"); `permutation`, the order that the
+        model writes.
+      candidates: Documents that the model reorders.
+      prompt: Its prompt, with `{query}` and `{passage}`, or `{passages}` for a permutation; null for one in English.
     """
 
     document_instruction: str = ""
@@ -54,82 +55,71 @@ class Reranking(EmbeddingTask):
         require_positive("candidates", self.candidates)
 
     def evaluate(self, session: Session) -> Outcome:
-        """Orders the documents of each row."""
-        rows = [row for row in read_rows(Path(self.path)) if row.get("positive", list) and row.get("negative", list)]
-        if not rows:
+        """Orders the documents of each record."""
+        records = [
+            record for record in read_records(Path(self.path))
+            if record.get("positive", list) and record.get("negative", list)
+        ]  # fmt: skip
+        if not records:
             raise InputError(f"{self.path}: no row has 'positive' and 'negative'; there is nothing to order")
-        documents = [row.strings("positive") + row.strings("negative") for row in rows]
-        scores = self._cosines(session, rows, documents)
-        figures = {}
+        documents = [record.strings("positive") + record.strings("negative") for record in records]
+        similarities = self._cosines(session, records, documents)
+        scores = {}
         if self.method != "embedding":
-            orders = [np.argsort(-row, kind="stable")[: self.candidates] for row in scores]
-            asked = [[texts[place] for place in order] for texts, order in zip(documents, orders, strict=True)]
-            again = self._pointwise if self.method == "pointwise" else self._permutation
-            ranks, figures = again(session, rows, asked)
-            for row, order, rank in zip(scores, orders, ranks, strict=True):
-                row[order] = row.max() + 1 - rank / len(rank)
+            orders = [np.argsort(-each, kind="stable")[: self.candidates] for each in similarities]
+            candidates = [[texts[i] for i in order] for texts, order in zip(documents, orders, strict=True)]
+            reorder = self._pointwise if self.method == "pointwise" else self._permutation
+            ranks, scores = reorder(session, records, candidates)
+            for each, order, rank in zip(similarities, orders, ranks, strict=True):
+                each[order] = each.max() + 1 - rank / len(rank)
         precision, reciprocal = [], []
-        for row, values in zip(rows, scores, strict=True):
-            relevant = np.arange(len(values)) < len(row.values["positive"])
-            precision.append(metrics.average_precision(relevant, values))
-            in_order = relevant[np.argsort(-values, kind="stable")]
-            reciprocal.append(metrics.reciprocal_rank(in_order[None].astype(float), _MRR_RANKS)[0])
-        figures[f"mrr_at_{_MRR_RANKS}"] = float(np.mean(reciprocal))
-        return Outcome("map", np.array(precision), figures=figures)
+        for record, each in zip(records, similarities, strict=True):
+            relevant = np.arange(len(each)) < len(record.values["positive"])
+            precision.append(average_precision(relevant, each))
+            in_order = relevant[np.argsort(-each, kind="stable")]
+            reciprocal.append(reciprocal_rank(in_order[None].astype(float), _MRR_RANKS)[0])
+        scores[f"mrr_at_{_MRR_RANKS}"] = float(np.mean(reciprocal))
+        return Outcome("map", np.array(precision), scores=scores)
 
-    def _cosines(self, session: Session, rows: list[Row], documents: list[list[str]]) -> list[np.ndarray]:
-        """float64 [documents] of each row; largest cosine with one of the row's queries."""
-        queries = [_queries(row) for row in rows]
+    def _cosines(self, session: Session, records: list[Record], documents: list[list[str]]) -> list[np.ndarray]:
+        """float64 [documents] of each record: the largest cosine with one of its queries."""
+        queries = [record.one_or_more("query") for record in records]
         vectors = [
-            by_row(session.directions([text for some in texts for text in some], told), texts)
-            for texts, told in ((queries, self.instruction or ""), (documents, self.document_instruction))
+            split_by(groups, session.directions([text for group in groups for text in group], instruction))
+            for groups, instruction in ((queries, self.instruction), (documents, self.document_instruction))
         ]
         return [np.max(of_queries @ of_documents.T, axis=0).astype(float)
                 for of_queries, of_documents in zip(*vectors, strict=True)]  # fmt: skip
 
-    def _pointwise(
-        self, session: Session, rows: list[Row], documents: list[list[str]]
-    ) -> tuple[list[np.ndarray], dict[str, float]]:
-        """Rank of each document from 0, by how much likelier Yes is than No."""
-        asked = [
-            fill(self.prompt or _POINTWISE, row, {"query": _queries(row)[0], "passage": text})
-            for row, texts in zip(rows, documents, strict=True)
+    def _pointwise(self, session: Session, records: list[Record], documents: list[list[str]]) -> _Ranks:
+        """By how much likelier Yes is than No."""
+        prompts = [
+            fill(self.prompt or _POINTWISE, record, {"query": record.one_or_more("query")[0], "passage": text})
+            for record, texts in zip(records, documents, strict=True)
             for text in texts
         ]
-        scored = session.log_likelihoods([*asked, *asked], ["Yes"] * len(asked) + ["No"] * len(asked))
+        scored = session.log_likelihoods([*prompts, *prompts], ["Yes"] * len(prompts) + ["No"] * len(prompts))
         yes, no = np.split(scored.values, 2)
-        ranks = [_ranks(np.argsort(-row, kind="stable")) for row in by_row(yes - no, documents)]
+        ranks = [_ranks(np.argsort(-each, kind="stable")) for each in split_by(documents, yes - no)]
         return ranks, {"num_truncated": float(scored.num_truncated)}
 
-    def _permutation(
-        self, session: Session, rows: list[Row], documents: list[list[str]]
-    ) -> tuple[list[np.ndarray], dict[str, float]]:
-        """Rank of each document from 0, as written; what is not written keeps its order behind the others."""
-        numbered = [
-            "\n\n".join(f"[{number}] {text}" for number, text in enumerate(texts, start=1)) for texts in documents
-        ]
+    def _permutation(self, session: Session, records: list[Record], documents: list[list[str]]) -> _Ranks:
+        """As the model writes them; documents that it does not name follow in their order."""
+        numbered = ["\n\n".join(f"[{i}] {text}" for i, text in enumerate(texts, start=1)) for texts in documents]
         prompts = [
-            fill(self.prompt or _PERMUTATION, row, {"query": _queries(row)[0], "passages": passages})
-            for row, passages in zip(rows, numbered, strict=True)
+            fill(self.prompt or _PERMUTATION, record, {"query": record.one_or_more("query")[0], "passages": passages})
+            for record, passages in zip(records, numbered, strict=True)
         ]
-        room = _TOKENS_PER_NUMBER * max(map(len, documents))
-        written = session.answers(prompts, max_new_tokens=room)
-        orders = [permutation(answer or "", len(texts)) for answer, texts in zip(written, documents, strict=True)]
-        unanswered = float(sum(answer is None for answer in written))
-        return [_ranks(order) for order in orders], {"num_too_long": unanswered}
+        written = session.completions(prompts, max_new_tokens=_TOKENS_PER_NUMBER * max(map(len, documents)))
+        orders = [permutation(each or "", len(texts)) for each, texts in zip(written, documents, strict=True)]
+        return [_ranks(order) for order in orders], {"num_too_long": float(written.count(None))}
 
 
-def permutation(answer: str, size: int) -> np.ndarray:
-    """The order that an answer such as `[2] > [1]` gives of `size` things, as places from 0; int [size]."""
-    named = [int(digits) - 1 for digits in re.findall(r"\[(\d+)\]", answer)]
-    return np.array(list(dict.fromkeys([place for place in named if 0 <= place < size] + list(range(size)))))
+def permutation(completion: str, size: int) -> np.ndarray:
+    """The order of `size` things in a completion such as `[2] > [1]`, as indices from 0; int [size]."""
+    named = [int(digits) - 1 for digits in re.findall(r"\[(\d+)\]", completion)]
+    return np.array(list(dict.fromkeys([i for i in named if 0 <= i < size] + list(range(size)))))
 
 
 def _ranks(order: np.ndarray) -> np.ndarray:
-    ranks = np.empty(len(order))
-    ranks[order] = np.arange(len(order))
-    return ranks
-
-
-def _queries(row: Row) -> list[str]:
-    return row.strings("query") if isinstance(row.values.get("query"), list) else [row.get("query")]
+    return np.argsort(order).astype(float)

@@ -1,4 +1,4 @@
-"""Retrieval in BEIR layout: exact search over the whole corpus, and BM25 beside it."""
+"""Retrieval in BEIR layout: exact search over the whole corpus."""
 
 from __future__ import annotations
 
@@ -12,24 +12,23 @@ import numpy as np
 from grit_jax.data.qrels import find_qrels, read_qrels
 from grit_jax.data.text_files import sound
 from grit_jax.errors import InputError
-from grit_jax.evaluation import metrics
-from grit_jax.evaluation.bm25 import Bm25
-from grit_jax.evaluation.data import existing, read_rows
+from grit_jax.evaluation.reading import existing, read_records
+from grit_jax.evaluation.scores import ndcg, recall, reciprocal_rank
 from grit_jax.evaluation.task import EmbeddingTask, Outcome, Session
 from grit_jax.retrieval.exact_search import Searchable
 from grit_jax.retrieval.layout import Document
 from grit_jax.retrieval.vectors import Dtype, pack
 
-_SHALLOW, _DEEP = 10, 100  # ranks that figures look at
+_SHALLOW, _DEEP = 10, 100  # ranks that scores look at
 
 
 class Collection(NamedTuple):
     """A folder in BEIR layout, read for one split.
 
-    Documents are in falling order of their ids: of equal scores trec_eval ranks the larger id first.
+    Documents are in descending order of their ids: of equal scores trec_eval ranks the larger id first.
 
     Attributes:
-      queries: Text by id, of the queries that the split's judgements name.
+      queries: Text by id, of the queries that the split judges.
       documents: Text by id: title and text.
       judgements: Relevance by document id, by query id; in the order of the queries.
     """
@@ -44,7 +43,7 @@ class Ranking(NamedTuple):
 
     Attributes:
       scores: float32 [queries, ranks]; minus infinity where there is no document.
-      documents: int [queries, ranks]; places in the collection's documents.
+      documents: int [queries, ranks]; indices into the collection's documents.
     """
 
     scores: np.ndarray
@@ -62,20 +61,19 @@ def read_corpus(path: Path, judged: Container[str] | None = None) -> dict[str, s
 
     Args:
       path: The file.
-      judged: Ids that must name one document; None for all. Another id that comes a second time names both: the second
-        is called by its line too.
+      judged: Ids that must be unique; None for all. The second document of any other id gets its line in its id.
 
     Raises:
-      InputError: The file is missing or malformed, or an id that must name one document comes twice.
+      InputError: The file is missing or malformed, or an id is not unique that must be.
     """
     documents: dict[str, str] = {}
-    for row in read_rows(path):
-        name = row.get("_id")
+    for record in read_records(path):
+        name = record.get("_id")
         if name in documents:
             if judged is None or name in judged:
-                raise InputError(f"{row.where}: '_id' {name!r} comes a second time; ids must differ")
-            name = f"{name} at {row.where}"
-        documents[name] = Document(name, row.values.get("title") or "", row.get("text")).embedded
+                raise InputError(f"{record.where}: '_id' {name!r} comes a second time; ids must differ")
+            name = f"{name} at {record.where}"
+        documents[name] = Document(name, record.values.get("title") or "", record.get("text")).embedded
     return documents
 
 
@@ -83,7 +81,7 @@ def read_collection(folder: Path, split: str) -> Collection:
     """Reads a folder in BEIR layout.
 
     Raises:
-      InputError: A file is missing or malformed, a judged query is not there, or judgements contradict each other.
+      InputError: A file is missing or malformed, a judged query is missing, or judgements contradict each other.
     """
     corpus_file, queries_file, judgements_file = collection_files(folder, split)
     texts = read_corpus(queries_file)
@@ -102,21 +100,15 @@ def read_collection(folder: Path, split: str) -> Collection:
     )
 
 
-def bm25_scores(queries: list[str], documents: list[str]) -> np.ndarray:
-    """BM25 scores, float32 [queries, documents], with the defaults of bm25s."""
-    return Bm25(documents).scores(queries)
-
-
 @dataclasses.dataclass(frozen=True)
 class Retrieval(EmbeddingTask):
     """Documents for queries. `path` is a folder in BEIR layout; the main score is nDCG@10.
 
     Attributes:
       split: Judgements that count, `qrels/{split}.tsv` or another form that `read_qrels` reads.
-      document_instruction: What the model is told about the documents.
-      stored_dtype: Type that the documents' vectors are kept in; they are compared in float32, as a store of
-        `grit-jax index` is.
-      ignore_identical_ids: Whether a document with the query's own id is left out, where queries are documents too.
+      document_instruction: Of the documents.
+      stored_dtype: Type of the documents' vectors, which are compared in float32, as those of a store.
+      ignore_identical_ids: Whether to leave out the document with the query's own id, where queries are documents too.
     """
 
     split: str = "test"
@@ -131,7 +123,7 @@ class Retrieval(EmbeddingTask):
     def evaluate(self, session: Session) -> Outcome:
         """Ranks all documents for each judged query."""
         collection = read_collection(Path(self.path), self.split)
-        queries = session.directions(list(collection.queries.values()), self.instruction or "")
+        queries = session.directions(list(collection.queries.values()), self.instruction)
         documents = session.directions(list(collection.documents.values()), self.document_instruction)
         searchable = Searchable(**pack(documents, self.stored_dtype))
         ranking = Ranking(*searchable.top_k(queries, _DEEP + self.ignore_identical_ids))
@@ -142,8 +134,8 @@ class Retrieval(EmbeddingTask):
 
 def without_own_ids(ranking: Ranking, collection: Collection) -> Ranking:
     """The ranking with one rank less, in which no document has its query's id."""
-    place = {name: rank for rank, name in enumerate(collection.documents)}
-    own = np.array([place.get(query, -1) for query in collection.queries])
+    index = {name: i for i, name in enumerate(collection.documents)}
+    own = np.array([index.get(query, -1) for query in collection.queries])
     last = np.argsort(ranking.documents == own[:, None], axis=1, kind="stable")  # its own document goes to the end
     scores, documents = (np.take_along_axis(x, last, axis=1) for x in ranking)
     scores[documents == own[:, None]] = -np.inf
@@ -151,20 +143,16 @@ def without_own_ids(ranking: Ranking, collection: Collection) -> Ranking:
 
 
 def outcome(ranking: Ranking, collection: Collection) -> Outcome:
-    """The figures of a ranking."""
+    """nDCG@10 and the other scores of a ranking."""
     names = list(collection.documents)
     gains, judged = np.zeros(ranking.documents.shape), []
     for query, relevance in enumerate(collection.judgements.values()):
-        found = [relevance.get(names[place], 0.0) for place in ranking.documents[query]]
+        found = [relevance.get(names[i], 0.0) for i in ranking.documents[query]]
         gains[query] = np.where(np.isfinite(ranking.scores[query]), found, 0.0)
         judged.append(np.array(list(relevance.values())))
-    figures = {
-        f"recall_at_{_SHALLOW}": metrics.recall(gains, judged, _SHALLOW),
-        f"recall_at_{_DEEP}": metrics.recall(gains, judged, _DEEP),
-        f"mrr_at_{_SHALLOW}": metrics.reciprocal_rank(gains, _SHALLOW),
+    scores = {
+        f"recall_at_{_SHALLOW}": float(np.mean(recall(gains, judged, _SHALLOW))),
+        f"recall_at_{_DEEP}": float(np.mean(recall(gains, judged, _DEEP))),
+        f"mrr_at_{_SHALLOW}": float(np.mean(reciprocal_rank(gains, _SHALLOW))),
     }
-    return Outcome(
-        f"ndcg_at_{_SHALLOW}",
-        metrics.ndcg(gains, judged, _SHALLOW),
-        figures={name: float(np.mean(values)) for name, values in figures.items()},
-    )
+    return Outcome(f"ndcg_at_{_SHALLOW}", ndcg(gains, judged, _SHALLOW), scores=scores)

@@ -1,9 +1,8 @@
-"""Programs that a model wrote, run where they can do no harm and tested from where they cannot reach.
+"""Runs programs that a model wrote where they can do no harm, and tests them from outside their reach.
 
-A program and its test run in a sandbox each. bubblewrap gives a sandbox processes of its own, no network, and a file
-system that holds Python and cannot be written; a system-call filter, made by libseccomp, takes away what that leaves.
-The test calls the program's function over a pipe, with plain data: a program passes by right answers, whatever it does
-to its own process.
+A program and its test each run in a sandbox. bubblewrap gives it its own processes, no network, and a read-only file
+system that holds Python; a system-call filter, made by libseccomp, denies what that leaves. The test calls the
+program's function over a pipe, with plain data: a program passes by right results, whatever it does to its own process.
 """
 
 from __future__ import annotations
@@ -37,10 +36,10 @@ _DENIED = (
 
 
 class Limits(NamedTuple):
-    """What a program may use.
+    """Resources of a program.
 
     Attributes:
-      seconds: Time that it and its test may take, computing or waiting.
+      seconds: Wall time of the program and its test together.
       memory_bytes: Address space of each.
     """
 
@@ -49,10 +48,10 @@ class Limits(NamedTuple):
 
 
 class Check(NamedTuple):
-    """What calls a program's function.
+    """The test of a program's function.
 
     Attributes:
-      setup: Python code that the test needs, run before it.
+      setup: Python code to run before the test.
       function: Name of the function, which the program defines.
       code: Python code that raises unless the function is right.
     """
@@ -63,11 +62,11 @@ class Check(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """How the test of a program ended.
+    """The result of a test.
 
     Attributes:
       status: `passed` if it ran to its end without an exception.
-      detail: The exception, or what stopped it.
+      detail: The exception, or what stopped the test.
     """
 
     status: Literal["passed", "failed", "timed out"]
@@ -75,10 +74,10 @@ class Verdict(NamedTuple):
 
 
 def run(program: str, check: Check, limits: Limits) -> Verdict:
-    """Tests one Python program; neither it nor its test has packages beyond the standard library.
+    """Tests one Python program; it and its test have only the standard library.
 
     Raises:
-      InputError: This machine cannot confine it.
+      InputError: This machine cannot confine programs.
     """
     solution = {"program": program, "function": check.function}
     with (
@@ -108,7 +107,7 @@ def run(program: str, check: Check, limits: Limits) -> Verdict:
 def run_all(
     programs: Sequence[str], checks: Sequence[Check], limits: Limits, *, done: Callable[[int], None] = lambda _: None
 ) -> list[Verdict]:
-    """Tests each program by its check, as many at a time as there are cores; arguments and errors as of `run`."""
+    """Tests each program by its check, one per core at a time; arguments and errors as of `run`."""
 
     def one(program: str, check: Check) -> Verdict:
         verdict = run(program, check, limits)
@@ -120,7 +119,7 @@ def run_all(
 
 
 def _start(role: str, task: dict[str, str], limits: Limits, stdin: Any, stdout: Any) -> subprocess.Popen[bytes]:
-    """The guest in a sandbox of its own, which ends when it is killed or this thread ends."""
+    """Starts the guest in its own sandbox, which ends when it is killed or this thread ends."""
     bwrap, system_calls = _tools()
     python = os.path.realpath(getattr(sys, "_base_executable", sys.executable))
     library, packages = f"{os.path.realpath(sys.base_prefix)}/lib", f"{sysconfig.get_path('stdlib')}/site-packages"
@@ -144,7 +143,7 @@ def _start(role: str, task: dict[str, str], limits: Limits, stdin: Any, stdout: 
 
 
 def _held(content: bytes) -> BinaryIO:
-    """A file in memory, open at its beginning."""
+    """An open in-memory file with this content."""
     file = os.fdopen(os.memfd_create("sandbox"), "w+b")
     file.write(content)
     file.seek(0)
@@ -153,10 +152,10 @@ def _held(content: bytes) -> BinaryIO:
 
 @functools.cache
 def _tools() -> tuple[str, bytes]:
-    """Where bubblewrap is, and the system-call filter.
+    """Path of bubblewrap, and the system-call filter.
 
     Raises:
-      InputError: One of them is not here.
+      InputError: One of them is missing.
     """
     try:
         import pyseccomp

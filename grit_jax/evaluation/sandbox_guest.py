@@ -1,7 +1,7 @@
 """Runs inside a sandbox: a program that answers calls, or the test that makes them.
 
 Started by `sandbox.run` with a role and bytes of memory; it imports nothing of this package. The two exchange lines of
-JSON: a call is its arguments, an answer what came back or was raised.
+JSON: a call is its arguments, a result is what it returned or raised.
 """
 
 import builtins
@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import IO, Any, NoReturn
 
 _LIMITS = ((resource.RLIMIT_NOFILE, 32), (resource.RLIMIT_FSIZE, 0), (resource.RLIMIT_CORE, 0))
-_KINDS: dict[str, Callable[[Any], Any]] = {
+_TYPES: dict[str, Callable[[Any], Any]] = {
     "bytes": bytes,
     "complex": lambda parts: complex(*parts),
     "dict": dict,
@@ -44,8 +44,8 @@ def pack(value: Any) -> Any:
 
 
 def unpack(line: str) -> Any:
-    """What was packed."""
-    return json.loads(line, object_pairs_hook=lambda pairs: _KINDS[pairs[0][0]](pairs[0][1]))
+    """The value of a packed line."""
+    return json.loads(line, object_pairs_hook=lambda pairs: _TYPES[pairs[0][0]](pairs[0][1]))
 
 
 def said(error: BaseException) -> tuple[str, str]:
@@ -54,7 +54,7 @@ def said(error: BaseException) -> tuple[str, str]:
 
 
 def answer_calls(task: dict[str, str], calls: IO[str], answers: IO[str]) -> None:
-    """Runs a program and answers calls of its function; the first answer is whether the program could be run."""
+    """Runs a program, reports whether that succeeded, and then answers calls of its function."""
     names: dict[str, Any] = {"__name__": "__main__"}
 
     def answer(action: Callable[[], Any]) -> None:
@@ -111,7 +111,7 @@ def make_calls(task: dict[str, str], answers: IO[str], calls: IO[str], report: I
 
 
 def main() -> None:
-    """Keeps the pipes, leaves a program no other, limits what it may use and runs it."""
+    """Hides all files but the pipes from the program, limits its resources and runs it."""
     role, memory = sys.argv[1], int(sys.argv[2])
     with open("/task.json") as file:
         task = json.load(file)

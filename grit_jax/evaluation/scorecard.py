@@ -1,4 +1,4 @@
-"""A small suite of both skills, measured while a run goes on."""
+"""A small suite of both skills, evaluated during training."""
 
 from __future__ import annotations
 
@@ -6,24 +6,24 @@ import math
 
 from grit_jax.config import ScorecardConfig
 from grit_jax.errors import InputError
-from grit_jax.evaluation.answers import AlpacaEval
-from grit_jax.evaluation.data import existing
+from grit_jax.evaluation.generation import AlpacaEval
+from grit_jax.evaluation.reading import existing
 from grit_jax.evaluation.suite import load_suite
 from grit_jax.evaluation.task import EmbeddingTask, Session
 from grit_jax.inference.model import GritModel
 
 
 class Scorecard:
-    """Measures a model and sums it up: one score of its embeddings, one of what it writes, one of both.
+    """Evaluates a model and averages its scores: of its embeddings, of its generation, and of both.
 
-    Every score lies between 0 and 1 or is a correlation, and more is better: of a loss per token the score is its
-    likelihood per token, exp(-loss).
+    Every score lies between 0 and 1 or is a correlation, and more is better: a loss per token counts as the likelihood
+    per token, exp(-loss).
 
     Args:
       config: Names the suite.
 
     Raises:
-      InputError: There is no suite, it is malformed or lacks data, or a task has no score.
+      InputError: The suite is missing or malformed, or a task lacks data or a score.
     """
 
     def __init__(self, config: ScorecardConfig):
@@ -43,17 +43,16 @@ class Scorecard:
         The mean of a skill without a task is missing, and so is that of both.
         """
         session = Session(model, self._suite.max_length, self._suite.seed)
-        figures: dict[str, float] = {}
+        scores: dict[str, float] = {}
         skills: dict[str, list[float]] = {"embedding": [], "generative": []}
         for task in self._suite.tasks:
             outcome = task.evaluate(session)
-            score = figures[f"scorecard/{task.name}"] = outcome.score(outcome.examples)
+            score = scores[f"scorecard/{task.name}"] = outcome.score(outcome.examples)
             quality = math.exp(-score) if outcome.metric == "loss_per_token" else score
             skills["embedding" if isinstance(task, EmbeddingTask) else "generative"].append(quality)
-        means = {f"scorecard/{skill}": sum(some) / len(some) for skill, some in skills.items() if some}
+        means = {f"scorecard/{skill}": sum(values) / len(values) for skill, values in skills.items() if values}
         if len(means) == len(skills):
             weight = self._embedding_weight
-            means["scorecard/both"] = (
-                weight * means["scorecard/embedding"] + (1 - weight) * means["scorecard/generative"]
-            )
-        return figures | means
+            embedding, generative = means.values()
+            means["scorecard/both"] = weight * embedding + (1 - weight) * generative
+        return scores | means

@@ -8,16 +8,16 @@ from pathlib import Path
 import numpy as np
 
 from grit_jax.errors import InputError
-from grit_jax.evaluation import metrics
-from grit_jax.evaluation.data import Row, by_row, number, read_rows
+from grit_jax.evaluation.reading import Record, read_records, split_by
+from grit_jax.evaluation.scores import average_precision, spearman
 from grit_jax.evaluation.task import EmbeddingTask, Outcome, Session
 
 _FIRST, _SECOND = "sentence1", "sentence2"
 _CORRELATION = (-1.0, 1.0)
 
 
-def _pairs(rows: list[Row]) -> tuple[list[str], list[str]]:
-    return [row.get(_FIRST) for row in rows], [row.get(_SECOND) for row in rows]
+def _pairs(records: list[Record]) -> tuple[list[str], list[str]]:
+    return [record.get(_FIRST) for record in records], [record.get(_SECOND) for record in records]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,13 +28,13 @@ class STS(EmbeddingTask):
     """
 
     def evaluate(self, session: Session) -> Outcome:
-        """Compares the sentences of each row."""
-        rows = read_rows(Path(self.path), "score", _FIRST, _SECOND)
-        gold = np.array([number(row, "score") for row in rows])
-        first, second = (session.directions(texts, self.instruction or "") for texts in _pairs(rows))
+        """Compares the sentences of each record."""
+        records = read_records(Path(self.path), "score", _FIRST, _SECOND)
+        gold = np.array([record.number("score") for record in records])
+        first, second = (session.directions(texts, self.instruction) for texts in _pairs(records))
         cosine = np.sum(first * second, axis=1, dtype=np.float64)
         examples = np.stack([cosine, gold], axis=1)
-        return Outcome("cosine_spearman", examples, lambda x: metrics.spearman(*x.T), bounds=_CORRELATION)
+        return Outcome("cosine_spearman", examples, lambda x: spearman(*x.T), bounds=_CORRELATION)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,15 +46,15 @@ class PairClassification(EmbeddingTask):
     """
 
     def evaluate(self, session: Session) -> Outcome:
-        """Ranks the pairs of all rows."""
-        rows = read_rows(Path(self.path), "label", _FIRST, _SECOND)
-        labels = np.array([number(row, "label") for row in rows])
-        for row, label in zip(rows, labels, strict=True):
+        """Ranks the pairs of all records."""
+        records = read_records(Path(self.path), "label", _FIRST, _SECOND)
+        labels = np.array([record.number("label") for record in records])
+        for record, label in zip(records, labels, strict=True):
             if label not in (0, 1):
-                raise InputError(f"{row.where}: 'label' is {label:g}; it must be 1 or 0")
+                raise InputError(f"{record.where}: 'label' is {label:g}; it must be 1 or 0")
         if not 0 < labels.sum() < len(labels):
             raise InputError(f"{self.path}: every 'label' is {labels[0]:g}; there must be pairs of both")
-        a, b = (session.embed(texts, self.instruction or "").astype(np.float64) for texts in _pairs(rows))
+        a, b = (session.embed(texts, self.instruction).astype(np.float64) for texts in _pairs(records))
         lengths = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
         product = np.sum(a * b, axis=1)
         similarities = {
@@ -64,19 +64,14 @@ class PairClassification(EmbeddingTask):
             "manhattan": -np.sum(np.abs(a - b), axis=1),
         }
         examples = np.stack([labels, *similarities.values()], axis=1)
-        each = dict(zip(similarities, _precisions(examples), strict=True))
-        return Outcome(
-            "max_ap",
-            examples,
-            lambda x: max(_precisions(x), default=0.0),
-            figures={f"{name}_ap": value for name, value in each.items()},
-        )
+        scores = {f"{name}_ap": value for name, value in zip(similarities, _precisions(examples), strict=True)}
+        return Outcome("max_ap", examples, lambda x: max(_precisions(x), default=0.0), scores)
 
 
 def _precisions(examples: np.ndarray) -> list[float]:
     """Average precision of each column after the first, which holds the labels; none without a positive."""
     relevant = examples[:, 0] == 1
-    return [metrics.average_precision(relevant, column) for column in examples.T[1:]] if relevant.any() else []
+    return [average_precision(relevant, column) for column in examples.T[1:]] if relevant.any() else []
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,18 +85,20 @@ class Summarization(EmbeddingTask):
 
     def evaluate(self, session: Session) -> Outcome:
         """Scores the summaries of each text."""
-        rows = read_rows(Path(self.path))
-        machine, human = ([row.strings(key) for row in rows] for key in ("machine_summaries", "human_summaries"))
-        texts = [text for row in (*machine, *human) for text in row]
-        parts = by_row(session.directions(texts, self.instruction or ""), (*machine, *human))
+        records = read_records(Path(self.path))
+        groups = [record.strings(key) for key in ("machine_summaries", "human_summaries") for record in records]
+        vectors = session.directions([text for group in groups for text in group], self.instruction)
+        parts = split_by(groups, vectors)
         correlations = []
-        for row, ours, theirs in zip(rows, parts[: len(rows)], parts[len(rows) :], strict=True):
-            gold = np.array(row.numbers("relevance"))
+        for record, ours, theirs in zip(records, parts[: len(records)], parts[len(records) :], strict=True):
+            gold = np.array(record.numbers("relevance"))
             if len(gold) != len(ours):
-                raise InputError(f"{row.where}: 'relevance' has {len(gold)} scores for {len(ours)} machine summaries")
+                raise InputError(
+                    f"{record.where}: 'relevance' has {len(gold)} scores for {len(ours)} machine summaries"
+                )
             best = np.max(ours @ theirs.T, axis=1)
             if np.ptp(gold) and np.ptp(best):
-                correlations.append(metrics.spearman(best, gold))
+                correlations.append(spearman(best, gold))
         if not correlations:
             raise InputError(f"{self.path}: in every row 'relevance' or the similarity is constant; nothing to rank")
         return Outcome("cosine_spearman", np.array(correlations), bounds=_CORRELATION)

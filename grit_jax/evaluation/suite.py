@@ -12,8 +12,8 @@ from typing import Any
 from grit_jax import files
 from grit_jax.config import from_mapping, parse_mapping
 from grit_jax.errors import InputError
-from grit_jax.evaluation.answers import AlpacaEval, ExactMatch
 from grit_jax.evaluation.code import Code
+from grit_jax.evaluation.generation import AlpacaEval, ExactMatch
 from grit_jax.evaluation.learning import Classification, Clustering
 from grit_jax.evaluation.likelihood import MultipleChoice, Perplexity
 from grit_jax.evaluation.reranking import Reranking
@@ -42,12 +42,12 @@ PATHS = ("path", "shots_path", "passages")
 
 @dataclasses.dataclass(frozen=True)
 class Suite:
-    """What is measured.
+    """Tasks and the settings that they share.
 
     Attributes:
-      tasks: In the order of the file; their paths can be opened from here.
+      tasks: In the order of the file, with resolved paths.
       max_length: Tokens kept of an embedded text.
-      seed: Of every draw.
+      seed: Of all random draws.
     """
 
     tasks: tuple[Task, ...]
@@ -76,8 +76,8 @@ def load_suite(path: str | Path, *, data: str | Path | None = None) -> Suite:
       data: Folder that the tasks' paths are relative to; None for the file's own.
 
     Raises:
-      InputError: The file is missing or malformed, a key is unknown (with a suggestion), a value of the wrong type, a
-        name that cannot be a file's or is there twice, or an embedding task without an instruction in `instructions`.
+      InputError: The file is missing or malformed, a key is unknown (with a suggestion), a value has the wrong type, a
+        name is not unique or cannot be a file's, or `instructions` lacks an embedding task.
     """
     path = Path(path)
     data = Path(data) if data else path.parent
@@ -133,14 +133,14 @@ def _task(values: Any, number: int, suite: Path, data: Path) -> Task:
     if not isinstance(values, dict):
         raise InputError(f"{suite}: tasks[{number}] is {values!r:.60}; it must be a mapping with name, type and path")
     where = f"{suite}: task {values.get('name', number)!r}"
-    kind = values.get("type")
-    if kind not in TYPES:
-        close = difflib.get_close_matches(str(kind), TYPES, n=1)
+    type_name = values.get("type")
+    if type_name not in TYPES:
+        close = difflib.get_close_matches(str(type_name), TYPES, n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"it must be one of {', '.join(TYPES)}"
-        raise InputError(f"{where}: type is {kind!r}; {hint}")
+        raise InputError(f"{where}: type is {type_name!r}; {hint}")
     given = {key: value for key, value in values.items() if key != "type"}
     given |= {key: str(data / given[key]) for key in PATHS if isinstance(given.get(key), str)}
-    return from_mapping(TYPES[kind], given, source=where)
+    return from_mapping(TYPES[type_name], given, source=where)
 
 
 def _with_instruction(task: Task, instructions: dict[str, str] | None, suite: Path) -> Task:

@@ -1,9 +1,10 @@
-"""What every task type is: settings, the files it reads, and from a model to what each example contributes."""
+"""What all task types share: the base classes, the session that runs them and the outcome that they return."""
 
 from __future__ import annotations
 
 import abc
 import dataclasses
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ from typing import Any
 import numpy as np
 
 from grit_jax.inference.model import GritModel, Likelihoods, Messages
+
+_BATCH_SIZE = 32  # prompts that are completed together
 
 
 def mean(examples: np.ndarray) -> float:
@@ -20,45 +23,45 @@ def mean(examples: np.ndarray) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What a task found.
+    """The result of a task.
 
     Attributes:
       metric: Name of the main score; None where there is none.
       examples: float64 [examples] or [examples, columns]; what each example contributes to the main score. Intervals
-        come from drawing examples again.
-      score: The main score of contributions.
-      figures: Further figures by name.
-      answers: What the model wrote, for a file beside the report; none for most tasks.
-      bounds: The least and the most that the main score can be.
+        come from resampling examples.
+      score: Computes the main score from contributions.
+      scores: Further scores and counts by name.
+      completions: What the model wrote, for a file beside the report; None for most tasks.
+      bounds: Smallest and largest possible main score.
     """
 
     metric: str | None
     examples: np.ndarray
     score: Callable[[np.ndarray], float] = mean
-    figures: dict[str, float] = dataclasses.field(default_factory=dict)
-    answers: list[dict[str, Any]] | None = None
+    scores: dict[str, float] = dataclasses.field(default_factory=dict)
+    completions: list[dict[str, Any]] | None = None
     bounds: tuple[float, float] = (0.0, 1.0)
 
 
 class Progress:
-    """Says how far a task is; this one says nothing."""
+    """Receives the progress of a task; this one ignores it."""
 
-    def start(self, what: str, total: int) -> None:
-        """Begins a part of a task with `total` things to do."""
+    def start(self, part: str, total: int) -> None:
+        """Begins a part of the task with `total` items."""
 
     def advance(self, count: int) -> None:
-        """So many of them are done."""
+        """Counts `count` items as done."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Session:
-    """A model with what all tasks of a suite share.
+    """A model and what all tasks of a suite share.
 
     Attributes:
-      model: What is measured.
+      model: The model to evaluate.
       max_length: Tokens kept of an embedded text, instruction included.
-      seed: Of every draw.
-      progress: Is told how far the task is.
+      seed: Of all random draws.
+      progress: Receives the progress of the running task.
     """
 
     model: GritModel
@@ -67,21 +70,21 @@ class Session:
     progress: Progress = dataclasses.field(default_factory=Progress)
 
     def generator(self, *numbers: int) -> np.random.Generator:
-        """A source of draws for the suite's seed and a place."""
+        """A random generator of the suite's seed and further numbers."""
         return np.random.default_rng([self.seed, *numbers])
 
-    def embed(self, texts: Sequence[str], instruction: str = "") -> np.ndarray:
-        """The model's vectors, float32 [texts, embed]; equal texts are embedded once, a blank one is a zero vector."""
+    def embed(self, texts: Sequence[str], instruction: str | None = None) -> np.ndarray:
+        """The model's vectors, float32 [texts, embed]. Equal texts are embedded once; a blank one is a zero vector."""
         unique = list(dict.fromkeys(text for text in texts if text.strip()))
         self.progress.start("embedding", len(unique))
         vectors = self.model.encode_with_counts(
-            unique, instruction=instruction, max_length=self.max_length, progress=self.progress.advance
+            unique, instruction=instruction or "", max_length=self.max_length, progress=self.progress.advance
         ).vectors
-        place = {text: number for number, text in enumerate(unique)}
+        index = {text: number for number, text in enumerate(unique)}
         vectors = np.concatenate([vectors, np.zeros((1, vectors.shape[1]), np.float32)])
-        return vectors[[place.get(text, len(unique)) for text in texts]]
+        return vectors[[index.get(text, len(unique)) for text in texts]]
 
-    def directions(self, texts: Sequence[str], instruction: str = "") -> np.ndarray:
+    def directions(self, texts: Sequence[str], instruction: str | None = None) -> np.ndarray:
         """`embed` at unit length."""
         vectors = self.embed(texts, instruction)
         return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
@@ -93,7 +96,7 @@ class Session:
         self.progress.start("scoring", len(contexts))
         return self.model.log_likelihoods(contexts, continuations, prefix=prefix, progress=self.progress.advance)
 
-    def answers(
+    def completions(
         self,
         prompts: Sequence[str],
         *,
@@ -105,39 +108,46 @@ class Session:
         top_p: float = 1.0,
         sample: int = 0,
     ) -> list[str | None]:
-        """The model's answers to users' messages; None where prompt and answer do not fit the model.
+        """What the model writes after each prompt; None where prompt and completion exceed the model's length.
 
         Args:
-          prompts: Messages, or texts that are continued where `raw`.
-          max_new_tokens: Most tokens of an answer.
-          prefixes: What each answer begins with; not part of what is returned.
-          stop: An answer ends before this string, or the first of several.
-          raw: Whether the prompts are continued as they are.
+          prompts: Users' messages, or texts to continue where `raw`.
+          max_new_tokens: Most tokens of a completion.
+          prefixes: How each completion begins; not part of the result.
+          stop: A completion ends before the first of these strings.
+          raw: Whether prompts are continued as they are.
           temperature: 0 takes the likeliest token each time.
-          top_p: Probability of the nucleus that is drawn from.
-          sample: Number of the draw; another number gives other answers.
+          top_p: Probability of the nucleus to sample from.
+          sample: Number of the draw; another number gives other completions.
         """
         prefixes = prefixes or [""] * len(prompts)
         lengths = self.model.prompt_lengths(prompts, prefix=prefixes, raw=raw)
         fits = np.flatnonzero(lengths + max_new_tokens <= self.model.architecture.max_length)
         by_length = fits[np.argsort(lengths[fits], kind="stable")].tolist()
-        answers: list[str | None] = [None] * len(prompts)
+        completions: list[str | None] = [None] * len(prompts)
         self.progress.start("answering", len(fits))
-        for first in range(0, len(by_length), _ANSWERS_AT_ONCE):
-            batch = by_length[first : first + _ANSWERS_AT_ONCE]
+        for first in range(0, len(by_length), _BATCH_SIZE):
+            batch = by_length[first : first + _BATCH_SIZE]
             written = self.model.generate(
-                [prompts[place] for place in batch],
-                prefix=[prefixes[place] for place in batch],
+                [prompts[i] for i in batch],
+                prefix=[prefixes[i] for i in batch],
                 max_new_tokens=max_new_tokens, stop=stop, raw=raw, temperature=temperature, top_p=top_p,
                 seed=self.seed + sample,
             )  # fmt: skip
-            for place, answer in zip(batch, written, strict=True):
-                answers[place] = answer
+            for i, completion in zip(batch, written, strict=True):
+                completions[i] = completion
             self.progress.advance(len(batch))
-        return answers
+        return completions
 
 
-_ANSWERS_AT_ONCE = 32
+def undersample(groups: Sequence[str] | np.ndarray, most: int, generator: np.random.Generator) -> np.ndarray:
+    """Indices of `most` random examples of each group, or of all of a smaller one, in random order; int [drawn]."""
+    drawn, chosen = Counter[str](), []
+    for i in generator.permutation(len(groups)).tolist():
+        drawn[groups[i]] += 1
+        if drawn[groups[i]] <= most:
+            chosen.append(i)
+    return np.array(chosen)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,7 +155,7 @@ class Task(abc.ABC):
     """One task of a suite.
 
     Attributes:
-      name: What the report calls it.
+      name: Its name in the report.
       path: Its data: a file, or a folder where the type says so.
     """
 
@@ -153,12 +163,12 @@ class Task(abc.ABC):
     path: str
 
     def files(self) -> list[Path]:
-        """The files that it reads; a result holds as long as they are the same."""
+        """The files that the task reads; a result is valid while they stay the same."""
         return [Path(self.path)]
 
     @abc.abstractmethod
     def evaluate(self, session: Session) -> Outcome:
-        """Measures a model.
+        """Evaluates the session's model.
 
         Raises:
           InputError: A file is missing or malformed; the message names file, line, key and remedy.
@@ -170,8 +180,8 @@ class EmbeddingTask(Task):
     """A task of embeddings.
 
     Attributes:
-      instruction: What the model is told about the texts, of retrieval and reranking about the queries; null takes it
-        from the suite's `instructions`, or none where the suite has none.
+      instruction: Of the texts, in retrieval and reranking of the queries; null takes it from the suite's
+        `instructions`, or none where the suite has none.
     """
 
     instruction: str | None = None

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
-_T = TypeVar("_T")
+T = TypeVar("T", int, float)
 
 GIB = 1 << 30
 
@@ -17,8 +17,8 @@ DEVICE_FILES = {
     "AMD GPU": ("/dev/kfd",),
 }
 
-# What libtpu must find when it is loaded where there is no TPU: no search for a TPU host's metadata, no lock against
-# other processes, and the host that it would otherwise complain not to know.
+# The environment of libtpu on a machine without a TPU: no query for a TPU host's metadata, no lock against other
+# processes, and the host that it would otherwise miss.
 LIBTPU_WITHOUT_TPU = {
     "TPU_SKIP_MDS_QUERY": "1",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
@@ -32,19 +32,19 @@ class Chip:
     """One TPU chip, which JAX shows as one device.
 
     Sources: Google Cloud's pages "TPU v4", "TPU v5e", "TPU v5p" and "TPU v6e", and "How to Scale Your Model"
-    (jax-ml.github.io/scaling-book) for the bandwidth of a link that programs reach.
+    (jax-ml.github.io/scaling-book) for the bandwidth of a link in practice.
 
     Args:
       name: Google Cloud's short name, which also starts libtpu's topology names.
       device_kind: Start of JAX's `device_kind`.
-      hbm_bytes: Memory that the compiler lets a program use; its "out of memory" message names this limit.
+      hbm_bytes: Memory limit of a program, as in the compiler's "out of memory" message.
       peak_flops: Dense bfloat16 FLOP/s.
       hbm_bandwidth: Bytes per second.
       ici_bandwidth: Bytes per second over one link in one direction. A chip has two links for each torus axis.
       num_axes: Axes of the torus.
-      dcn_bandwidth: Bytes per second and direction that a chip's share of its host's network cards carries.
+      dcn_bandwidth: Bytes per second and direction of a chip's share of its host's network cards.
       clock: Cycles per second of the TensorCore: peak_flops / (FLOPs per cycle of its matrix units).
-      num_cores: TensorCores per chip; both work on one program.
+      num_cores: TensorCores per chip, which work on one program together.
     """
 
     name: str
@@ -77,16 +77,16 @@ _PEAK_FLOPS = {chip.device_kind: chip.peak_flops for chip in CHIPS.values()} | {
 
 
 def peak_flops(device_kind: str) -> float | None:
-    """Peak dense bfloat16 FLOP/s of a device by JAX's name for its kind, or None when it is not known."""
-    return _of_kind(_PEAK_FLOPS, device_kind)
+    """Peak dense bfloat16 FLOP/s of a device by JAX's `device_kind`, or None where it is unknown."""
+    return _of_device(_PEAK_FLOPS, device_kind)
 
 
 def memory_bytes(device_kind: str) -> int | None:
-    """Memory that programs may use on a TPU by JAX's name for its kind, or None when it is not known."""
-    return _of_kind({chip.device_kind: chip.hbm_bytes for chip in CHIPS.values()}, device_kind)
+    """Memory for programs on a TPU by JAX's `device_kind`, or None where it is unknown."""
+    return _of_device({chip.device_kind: chip.hbm_bytes for chip in CHIPS.values()}, device_kind)
 
 
-def _of_kind(values: Mapping[str, _T], device_kind: str) -> _T | None:
+def _of_device(values: Mapping[str, T], device_kind: str) -> T | None:
     # The longest name that fits: "TPU v5" also starts "TPU v5 lite".
-    known = max((kind for kind in values if device_kind.startswith(kind)), key=len, default=None)
+    known = max((name for name in values if device_kind.startswith(name)), key=len, default=None)
     return None if known is None else values[known]

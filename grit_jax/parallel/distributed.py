@@ -1,4 +1,4 @@
-"""The processes of a run: how they find each other, agree, and end when one of them is gone."""
+"""The processes of a run: starting, agreeing, stopping together, and ending when one of them is gone."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ T = TypeVar("T")
 
 _START_SECONDS = 300  # hosts of a pod do not boot at the same time
 _LISTED = 8  # differences, and processes of each, that a message names
-_LOOK_SECONDS = 0.5  # between looks whether another process was asked to stop
-_ANSWER_SECONDS = 0.05  # between looks whether all have said how far they are
+_STOP_POLL_SECONDS = 0.5  # between polls whether another process is to stop
+_AGREE_POLL_SECONDS = 0.05  # between polls whether all have published their progress
 
 
 def start(config: DistributedConfig) -> None:
-    """Joins the processes of the run; to be called before anything uses a device.
+    """Joins the processes of the run; call it before anything uses a device.
 
     From then on a process that is silent for `timeout_seconds`, dead or stuck, ends all others with an error, and an
-    error that nobody catches ends its process at once: the usual way out waits for threads, and those of a save wait
-    for the other processes.
+    uncaught error ends its process at once: a normal exit waits for threads, and those of a save wait for the other
+    processes.
 
     Raises:
-      InputError: The others cannot be reached at the address that was given.
+      InputError: The others cannot be reached at the given address.
       RuntimeError: The hosts of a TPU do not find each other.
     """
     on_tpu = any(glob.glob(pattern) for pattern in DEVICE_FILES["TPU"])
@@ -45,7 +45,7 @@ def start(config: DistributedConfig) -> None:
         return
     if not on_tpu:
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    # It would swallow the first SIGTERM, also where nothing has been set up to stop.
+    # This service would swallow the first SIGTERM, also where nothing handles it.
     jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(
@@ -57,7 +57,7 @@ def start(config: DistributedConfig) -> None:
             shutdown_timeout_seconds=config.timeout_seconds,
         )
     except (RuntimeError, ValueError) as error:
-        if config.coordinator is None:  # nothing that the user gave: a host is gone, or not there yet
+        if config.coordinator is None:  # not the user's mistake: a host is gone, or not up yet
             raise RuntimeError("the hosts of this TPU did not find each other; start all of them again") from error
         reason = " ".join(str(error).split())[:300]
         raise InputError(
@@ -71,29 +71,29 @@ def _leave(*error: Any) -> None:
         sys.__excepthook__(*error)
         sys.stdout.flush()
         sys.stderr.flush()
-    finally:  # also where the disk of the log is full
+    finally:  # also when the log's disk is full
         os._exit(1)
 
 
 class JointStop:
-    """Stops all processes after the same piece of work, once any of them is asked to stop.
+    """Stops all processes after the same unit of work, once any of them is to stop. A context manager.
 
-    Work comes in pieces, such as a step, that all processes begin in the same order; `proceed` is called before each.
-    Once one is asked to stop, every process says through the coordination service how many pieces it has begun, and
-    begins no other before all have said so: the largest number is the last piece for all. A thread of each process does
-    that, so that one whose main thread waits for devices answers too. A context manager.
+    All processes begin units of work, such as steps, in the same order, and call `proceed` before each. Once one is to
+    stop, every process publishes through the coordination service how many units it has begun, and begins no other
+    before all have: the largest number is the last unit for all. A thread of each process does that, so that one whose
+    main thread waits for devices takes part too.
 
     Args:
-      asked: Is set, in any process, by what wants the run to stop.
+      asked: Set, in any process, to stop the run.
     """
 
-    _count = itertools.count()  # all processes make theirs in the same order: this one names it
+    _count = itertools.count()  # names an instance: all processes construct theirs in the same order
 
     def __init__(self, asked: threading.Event):
         self._asked, self._agreed, self._ended = asked, threading.Event(), threading.Event()
         self._lock, self._begun, self._last = threading.Lock(), 0, None
         self._client: Any = jax_distributed.global_state.client
-        self._place = f"grit_jax/stop/{next(self._count)}/"
+        self._folder = f"grit_jax/stop/{next(self._count)}/"  # of keys in the coordination service
         self._thread = threading.Thread(target=self._run, name="stop", daemon=True) if jax.process_count() > 1 else None
 
     def __enter__(self) -> Self:
@@ -107,7 +107,7 @@ class JointStop:
             self._thread.join()
 
     def proceed(self) -> bool:
-        """Whether the next piece of work may begin: the same answer in every process, and false ever after."""
+        """Whether the next unit of work may begin: the same in every process, and once false always false."""
         if not self._thread:
             return not self._asked.is_set()
         if self._asked.is_set():
@@ -120,32 +120,32 @@ class JointStop:
 
     def _run(self) -> None:
         while not self._ended.is_set():
-            if self._asked.wait(_LOOK_SECONDS) or self._said():
+            if self._asked.wait(_STOP_POLL_SECONDS) or self._published():
                 self._agree()
                 return
 
     def _agree(self) -> None:
         with self._lock:
-            mine, said = f"{self._place}{jax.process_index()}", []
-            while len(said) < jax.process_count():
+            key, published = f"{self._folder}{jax.process_index()}", []
+            while len(published) < jax.process_count():
                 with contextlib.suppress(jax.errors.JaxRuntimeError):
-                    self._client.key_value_set(mine, str(self._begun), allow_overwrite=True)
-                if self._ended.wait(_ANSWER_SECONDS):
+                    self._client.key_value_set(key, str(self._begun), allow_overwrite=True)
+                if self._ended.wait(_AGREE_POLL_SECONDS):
                     return
-                said = self._said()
-            self._last = max(said)
+                published = self._published()
+            self._last = max(published)
         self._agreed.set()
 
-    def _said(self) -> list[int]:
-        """How many pieces processes have begun, of those that have said so."""
+    def _published(self) -> list[int]:
+        """How many units processes have begun, of those that have published it."""
         try:
-            return [int(value) for _, value in self._client.key_value_dir_get(self._place)]
-        except jax.errors.JaxRuntimeError:  # the service is away, which JAX itself ends the process for if it stays
+            return [int(value) for _, value in self._client.key_value_dir_get(self._folder)]
+        except jax.errors.JaxRuntimeError:  # the service is unreachable; if it stays so, JAX ends the process
             return []
 
 
 def in_first_process(action: Callable[[], T]) -> T | None:
-    """What `action` gives in process 0, None in the others, which wait for it; an InputError of it is raised in all."""
+    """The result of `action` in process 0, None in the others, which wait; its InputError is raised in all."""
     result, message = None, ""
     if jax.process_index() == 0:
         try:
@@ -158,10 +158,10 @@ def in_first_process(action: Callable[[], T]) -> T | None:
 
 
 def in_every_process(action: Callable[[], T]) -> T:
-    """What `action` gives here, once it has succeeded in every process.
+    """The result of `action` here, once it has succeeded in every process.
 
     Raises:
-      InputError: It raised one in some process: here that of this process, or else the first one, with its process.
+      InputError: It raised one in some process; this process's own comes first, else the first of the others.
     """
     try:
         result, message = action(), ""
@@ -177,16 +177,16 @@ def in_every_process(action: Callable[[], T]) -> T:
 
 
 def require_same(facts: Mapping[str, str]) -> None:
-    """Returns when all processes give the same facts.
+    """Returns when all processes have the same facts.
 
-    Batches and programs are computed on every host from what it reads itself, its config and its data above all. Where
-    these differ, the hosts train on garbage, or wait for each other for ever.
+    Every host computes batches and programs from what it reads itself, its config and its data above all. Where these
+    differ, the hosts train on garbage, or wait for each other forever.
 
     Args:
       facts: Values by name.
 
     Raises:
-      InputError: They differ, in every process; the message says which, and on which process.
+      InputError: They differ, in every process; the message names the facts and the processes.
     """
     everywhere = [json.loads(text) for text in gathered_texts(json.dumps([socket.gethostname(), dict(facts)]))]
     differences = []
@@ -211,7 +211,7 @@ def _listed(items: Sequence[str], separator: str) -> str:
 
 
 def gathered_texts(text: str) -> list[str]:
-    """The texts of all processes, in their order, in every process."""
+    """The texts of all processes, in process order, in every process."""
     content = np.frombuffer(text.encode(), np.uint8)
     sizes = gathered(np.array(len(content), np.int32))
     rows = gathered(np.pad(content, (0, max(sizes) - len(content)))) if max(sizes) else [content] * len(sizes)
@@ -219,7 +219,7 @@ def gathered_texts(text: str) -> list[str]:
 
 
 def gathered(rows: np.ndarray) -> np.ndarray:
-    """The arrays of all processes, which have one shape, stacked by process: [processes, ...], in every process."""
+    """The arrays of all processes, of equal shape, stacked: [processes, ...], in every process."""
     if jax.process_count() == 1:
         return rows[None]
     from jax.experimental import multihost_utils
@@ -228,15 +228,15 @@ def gathered(rows: np.ndarray) -> np.ndarray:
 
 
 def wait_for_all() -> None:
-    """Returns when every process of the run is here."""
+    """Returns when every process of the run has called this."""
     gathered(np.zeros(1, np.int32))
 
 
 def own_share(size: int) -> list[int]:
-    """Which of `size` things this process does: as many in every process, the last one again where they do not divide.
+    """Indices of this process's share of `size` things: equally many in every process, padded with the last one.
 
-    In the order of the processes the shares are all things in order, and then the repeated ones.
+    In process order the shares are all things in order, and then the padding.
     """
     each = -(-size // jax.process_count())
     first = jax.process_index() * each
-    return [min(place, size - 1) for place in range(first, first + each)]
+    return [min(i, size - 1) for i in range(first, first + each)]

@@ -1,6 +1,6 @@
-"""How the model computes: in which types, with which kernels, keeping what for the backward pass.
+"""How the model computes: types, kernels and rematerialisation.
 
-Of these only the types change the numbers, beyond the order of sums.
+Only the types change the numbers, beyond the order of sums.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ class Execution:
       attention: Kernel of packed rows; with a cache attention is always dense.
       experts: Kernel of the grouped matrix products of experts.
       remat: What a layer recomputes in the backward pass.
-      layer_rows: Most rows that go through a layer at once; None takes all.
-      interpret: Whether Pallas kernels are interpreted, which runs them on any device, slowly.
+      layer_rows: Most rows that pass through a layer at once; None for all.
+      interpret: Whether to interpret Pallas kernels, which runs them on any device, slowly.
     """
 
     dtype: jnp.dtype
@@ -38,22 +38,22 @@ class Execution:
 
     @property
     def row_unit(self) -> int:
-        """What the length of packed rows is a multiple of."""
+        """The length of packed rows is a multiple of this."""
         return 128 if self.attention == "splash" or self.experts == "megablox" else 1
 
 
 # The reference: every other setting gives its numbers, up to the rounding of its type.
 PLAIN = Execution(jnp.dtype("float32"))
 
-# Kernels that one platform alone has.
+# Kernels of a single platform.
 _PLATFORMS = {"splash": "tpu", "megablox": "tpu", "cudnn": "gpu"}
 
-# What a layer may keep, by the names that it gives to its values.
+# Names of values in a layer that may be saved for the backward pass.
 LAYER_INPUT, ATTENTION = "layer_input", "attention"
 
 
 def rematerialized(layer: Callable, remat: Remat) -> Callable:
-    """`layer`, keeping for the backward pass what `remat` says; arguments that are Python's own bools stay so."""
+    """`layer`, saving for the backward pass what `remat` says; Python's own bools stay static arguments."""
     if remat == "none":
         return layer
     policies = jax.checkpoint_policies
@@ -78,28 +78,27 @@ def rematerialized(layer: Callable, remat: Remat) -> Callable:
 
 
 def map_chunks(function: Callable[[Any], Any], rows: Any, num_chunks: int) -> Any:
-    """Applies `function` to `num_chunks` pieces of a tree of rows, one after the other, and stacks the results.
+    """Applies `function` to `num_chunks` chunks of a tree of rows, one after the other, and stacks the results.
 
-    Each piece is computed again in the backward pass: memory follows the piece, the gradient is the whole batch's.
-    With one piece nothing is recomputed here.
+    The backward pass recomputes each chunk of several: memory depends on the chunk, the gradient is the whole batch's.
     """
     if num_chunks == 1:
         return jax.tree.map(lambda x: x[None], function(rows))
-    pieces = jax.tree.map(lambda x: x.reshape(num_chunks, x.shape[0] // num_chunks, *x.shape[1:]), rows)
-    return jax.lax.map(jax.checkpoint(function), pieces)
+    chunks = jax.tree.map(lambda x: x.reshape(num_chunks, x.shape[0] // num_chunks, *x.shape[1:]), rows)
+    return jax.lax.map(jax.checkpoint(function), chunks)
 
 
 def num_chunks(size: int, limit: int | None) -> int:
-    """The fewest equal pieces of at most `limit` that `size` can be cut into; one without a limit."""
+    """The smallest number of equal chunks of at most `limit` that divides `size`; 1 without a limit."""
     fewest = -(-size // limit) if limit else 1
     return next(number for number in range(fewest, size + 1) if size % number == 0)
 
 
 def execution(config: ModelConfig, platform: str) -> Execution:
-    """The settings of a run on devices of a platform: `tpu`, `gpu` or `cpu`.
+    """The execution settings of a run on a platform: `tpu`, `gpu` or `cpu`.
 
     Raises:
-      InputError: A kernel is made for another platform.
+      InputError: A kernel is for another platform.
     """
     for key in ("attention_kernel", "expert_kernel"):
         needed = _PLATFORMS.get(kernel := getattr(config, key), platform)
@@ -116,7 +115,7 @@ def execution(config: ModelConfig, platform: str) -> Execution:
 
 
 def _attention(platform: str) -> AttentionKernel:
-    """The kernel of a platform's devices; cuDNN's needs GPUs of compute capability 8, Ampere's, or newer."""
+    """A platform's attention kernel; cuDNN's needs GPUs of compute capability 8 (Ampere) or newer."""
     if platform == "gpu" and any(float(device.compute_capability) < 8 for device in jax.local_devices(backend="gpu")):
         return "dense"
     kernels: dict[str, AttentionKernel] = {"tpu": "splash", "gpu": "cudnn", "cpu": "blockwise"}
@@ -131,5 +130,5 @@ def compute_dtype(name: Literal["auto", "float32", "bfloat16"], platform: str) -
 
 
 def wide(x: jax.Array) -> jnp.dtype:
-    """The type of what needs range and precision in a model whose activations are `x`: float32, or float64 for that."""
+    """The type for values that need range and precision beside activations `x`: float32, or float64 for float64."""
     return jnp.promote_types(x.dtype, jnp.float32)

@@ -17,11 +17,9 @@ from grit_jax.config import MeshConfig
 from grit_jax.data.batch import Batch, HostShare
 from grit_jax.errors import InputError
 
-Index = tuple[slice, ...]
-
 MESH_AXES = ("data", "fsdp", "tensor", "expert")
 
-# Logical axis of an array dim -> mesh axes it is split over; None keeps the dim whole on every device.
+# Logical axis of an array dim -> the mesh axes that shard it; None replicates the dim.
 LOGICAL_AXES: Mapping[str, str | tuple[str, ...] | None] = {
     # parameters
     "layers": None,
@@ -36,7 +34,7 @@ LOGICAL_AXES: Mapping[str, str | tuple[str, ...] | None] = {
     "experts": "expert",
     "expert_embed": "fsdp",
     "router": None,
-    "whole": None,  # a dim that a kernel takes unsplit
+    "whole": None,  # a dim that a kernel needs unsharded
     # activations
     "batch": ("data", "fsdp", "expert"),
     "length": None,
@@ -48,12 +46,12 @@ LOGICAL_AXES: Mapping[str, str | tuple[str, ...] | None] = {
     "activation_vocab": "tensor",
 }
 
-# Dims of parameters that are split to save memory: every device gathers them before it computes.
+# Parameter dims that are sharded to save memory: every device gathers them before it computes.
 _STORAGE_AXES = ("embed", "expert_embed")
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """Builds the device mesh; one axis of `config` may be -1 to take the devices that are left.
+    """Builds the device mesh; one axis of `config` may be -1 to take the remaining devices.
 
     Raises:
       InputError: The axes do not multiply to the number of devices, or do not fit its slices.
@@ -72,9 +70,9 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
 
 
 def _arranged(sizes: Sequence[int], devices: Sequence[jax.Device]) -> np.ndarray:
-    """The devices by their place in a mesh of these sizes; slices of a multislice job are the outer part of `data`."""
+    """The devices arranged in a mesh of these sizes; slices of a multislice job are the outer part of `data`."""
     slices: dict[int, list[jax.Device]] = {}
-    for device in devices:  # JAX gives hosts of other machines slice numbers too
+    for device in devices:  # other platforms' hosts have slice numbers too
         slices.setdefault(getattr(device, "slice_index", 0) if device.platform == "tpu" else 0, []).append(device)
     if sizes[0] % len(slices):
         raise InputError(
@@ -82,7 +80,7 @@ def _arranged(sizes: Sequence[int], devices: Sequence[jax.Device]) -> np.ndarray
             f"use a multiple of {len(slices)}"
         )
     inner = (sizes[0] // len(slices), *sizes[1:])
-    # Where the axes of a mesh cannot be whole axes of a slice's torus, they are parts of them.
+    # Mesh axes that cannot be whole axes of a slice's torus become parts of them.
     parts = [
         mesh_utils.create_device_mesh(inner, slice_devices, allow_split_physical_axes=True)
         for slice_devices in slices.values()
@@ -91,7 +89,7 @@ def _arranged(sizes: Sequence[int], devices: Sequence[jax.Device]) -> np.ndarray
 
 
 def platform(mesh: Mesh) -> str:
-    """What the mesh is made of: `tpu`, `gpu` or `cpu`."""
+    """The platform of the mesh's devices: `tpu`, `gpu` or `cpu`."""
     return mesh.devices.flat[0].platform
 
 
@@ -101,12 +99,12 @@ def partition_spec(axes: Sequence[str]) -> PartitionSpec:
 
 
 def axis_size(mesh: Mesh | AbstractMesh, axis: str) -> int:
-    """Number of pieces that a dim called `axis` is split into."""
+    """Number of shards of a dim with logical axis `axis`."""
     return math.prod(mesh.shape[name] for name in mesh_axes(axis))
 
 
 def mesh_axes(axis: str) -> tuple[str, ...]:
-    """The mesh axes that a dim called `axis` is split over."""
+    """The mesh axes that shard a dim with logical axis `axis`."""
     names = LOGICAL_AXES[axis]
     return (names,) if isinstance(names, str) else names or ()
 
@@ -120,7 +118,7 @@ def shardings(mesh: Mesh, shapes: Any, axes: Any) -> Any:
       axes: The same tree with a tuple of logical axes at each leaf.
 
     Raises:
-      InputError: A dim is not divisible by the mesh axes it is split over.
+      InputError: A dim is not divisible by the mesh axes that shard it.
     """
 
     def sharding(path, shape, names):
@@ -137,19 +135,19 @@ def shardings(mesh: Mesh, shapes: Any, axes: Any) -> Any:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """The sharding of a value that every device holds whole."""
+    """The sharding of a value that is replicated on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def flat(mesh: Mesh) -> NamedSharding:
-    """The sharding of a dim that is split evenly over all devices."""
+    """The sharding of a dim over all devices."""
     return NamedSharding(mesh, PartitionSpec(MESH_AXES))
 
 
 def spread(mesh: Mesh, shapes: Any) -> Any:
-    """Shardings that hold one copy of a tree of arrays over all devices, for conversion and not for computing.
+    """Shardings that spread one copy of a tree of arrays over all devices, for conversion and not for computing.
 
-    The first dim that all devices divide is split; an array without one is held by every device.
+    Each array is sharded along its first dim that all devices divide, and replicated without one.
     """
 
     def sharding(shape):
@@ -160,63 +158,63 @@ def spread(mesh: Mesh, shapes: Any) -> Any:
 
 
 def constrain(x: jax.Array, *axes: str) -> jax.Array:
-    """Fixes how `x` is split over the mesh set by `jax.set_mesh`; without a mesh it is `x` itself.
+    """Constrains the sharding of `x` over the mesh of `jax.set_mesh`; without a mesh returns `x`.
 
-    Inside `on_devices` only the mesh axes that are left are split over.
+    Inside `on_devices` only its remaining mesh axes are used.
     """
     free = _free_axes(MESH_AXES)
     return jax.lax.with_sharding_constraint(x, _spec_over(free, axes)) if free else x
 
 
 def on_devices(function: Callable, *, in_axes: Any, out_axes: Any, over: Sequence[str] = MESH_AXES) -> Callable:
-    """`function` run by every device on its own pieces, with collectives over the mesh axes `over`.
+    """`function` run by every device on its own shards, with collectives over the mesh axes `over`.
 
-    `jax.shard_map` by logical axes. Without a mesh, where an enclosing call has split over these axes already, or where
-    each of them has one device and others are left, it is `function` itself.
+    `jax.shard_map` by logical axes. Returns `function` itself without a mesh, inside a call over these axes, or where
+    each of them has one device and others remain.
 
     Args:
-      function: What runs on each device.
+      function: Runs on each device.
       in_axes: For each argument the logical axes of its dims; for a tree, a tree of them.
       out_axes: The same for the result.
-      over: Mesh axes; arrays stay split over the others as the compiler likes.
+      over: Mesh axes; the compiler chooses the sharding over the others.
     """
     free, mesh = _free_axes(over), jax.sharding.get_abstract_mesh()
-    # The compiler refuses sums over axes of one device beside axes that are left to it.
+    # The compiler refuses sums over axes of one device beside axes that it shards itself.
     if not free or (free != _free_axes(MESH_AXES) and all(mesh.shape[name] == 1 for name in free)):
         return function
     in_specs, out_specs = jax.tree.map(functools.partial(_spec_over, free), (in_axes, out_axes), is_leaf=_is_axes)
-    # Pallas calls do not say over which mesh axes their results vary, so that is not checked.
+    # Pallas calls do not declare over which mesh axes their results vary, so that is not checked.
     return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, axis_names=set(free), check_vma=False)
 
 
 def split_axes(axis: str) -> tuple[str, ...]:
-    """The mesh axes of a dim called `axis` that the enclosing `on_devices` runs over; collectives may name these."""
+    """The mesh axes of a dim with logical axis `axis` that the enclosing `on_devices` runs over."""
     manual = jax.sharding.get_abstract_mesh().manual_axes
     return tuple(name for name in mesh_axes(axis) if name in manual)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def gather(x: jax.Array, axes: tuple[str, ...], dtype: jnp.dtype) -> jax.Array:
-    """A parameter whole in the dims that are split for storage alone, given a device's piece and its logical axes.
+    """Gathers the dims of a parameter that are sharded for storage alone, given a device's shard and its logical axes.
 
-    Pieces travel in `dtype`; the result has the type of `x`, in which its gradient is summed over the devices. A
+    Shards are sent in `dtype`; the result has the type of `x`, in which its gradient is summed over the devices. A
     parameter without such dims is `x` itself.
     """
     if not any(axis in _STORAGE_AXES for axis in axes):
         return x
 
-    def whole(piece, dim, names):
-        return jax.lax.all_gather(piece, names, axis=dim, tiled=True)
+    def whole(shard, dim, names):
+        return jax.lax.all_gather(shard, names, axis=dim, tiled=True)
 
     return _over_storage_dims(whole, x.astype(dtype), axes).astype(x.dtype)
 
 
 def _gather_backward(axes, _dtype, _residuals, change):
-    # By itself JAX would sum in `dtype`: in bfloat16, over as many devices as a pod has.
-    def piece(whole, dim, names):
+    # JAX itself would sum in `dtype`: in bfloat16, over all devices of a pod.
+    def shard(whole, dim, names):
         return jax.lax.psum_scatter(whole, names, scatter_dimension=dim, tiled=True)
 
-    return (_over_storage_dims(piece, change, axes),)
+    return (_over_storage_dims(shard, change, axes),)
 
 
 gather.defvjp(lambda x, axes, dtype: (gather(x, axes, dtype), None), _gather_backward)
@@ -225,9 +223,9 @@ gather.defvjp(lambda x, axes, dtype: (gather(x, axes, dtype), None), _gather_bac
 def _over_storage_dims(
     function: Callable[[jax.Array, int, tuple[str, ...]], jax.Array], x: jax.Array, axes: Sequence[str]
 ) -> jax.Array:
-    """`function(x, dim, mesh axes)` of every dim that the enclosing `on_devices` splits for storage alone.
+    """`function(x, dim, mesh axes)` of every dim that the enclosing `on_devices` shards for storage alone.
 
-    The mesh axes that are left are split over as well: the compiler would make `x` whole over those first.
+    It also runs over the remaining mesh axes, over which the compiler would gather `x` first.
     """
     dims = [(dim, names) for dim, axis in enumerate(axes) if axis in _STORAGE_AXES and (names := split_axes(axis))]
     if not dims:
@@ -251,7 +249,7 @@ def _is_axes(leaf: Any) -> bool:
 
 
 def host_share(mesh: Mesh, process: int | None = None) -> HostShare:
-    """The shards of a batch that the devices of a process hold, in whatever order the mesh has its devices.
+    """The shards of a batch on the devices of a process, for any order of the mesh's devices.
 
     The TPU runtime's order is that of the torus: the shards of a host are seldom neighbours.
 
@@ -266,19 +264,19 @@ def host_share(mesh: Mesh, process: int | None = None) -> HostShare:
     return HostShare(tuple(sorted(held)), num_shards)
 
 
-def _start(index: Index, size: int) -> int:
-    """Where a device's piece of an array begins in the first dim, which is `size` long."""
+def _start(index: tuple[slice, ...], size: int) -> int:
+    """Start of a device's shard in an array's first dim, which is `size` long."""
     return index[0].indices(size)[0]
 
 
 def host_rows(mesh: Mesh, batch: Batch) -> Batch:
-    """What this host fills of a whole batch: `place_batch` puts it on the mesh."""
+    """This host's part of a whole batch, for `place_batch`."""
     share = host_share(mesh)
     return _map_fields(lambda value, per_row: value[share.rows(len(value))] if per_row else value, batch)
 
 
 def place_batch(mesh: Mesh, batch: Batch) -> Batch:
-    """Puts this host's rows of a batch on the mesh: rows split over the devices, slots and weights everywhere.
+    """Places this host's rows of a batch on the mesh: rows are sharded over the devices, slots and weights replicated.
 
     Args:
       mesh: The device mesh.
@@ -287,16 +285,16 @@ def place_batch(mesh: Mesh, batch: Batch) -> Batch:
     share = host_share(mesh)
 
     def place(value, per_row):
-        split = _field_sharding(mesh, per_row)
+        sharding = _field_sharding(mesh, per_row)
         if not per_row:
-            return jax.make_array_from_callback(value.shape, split, lambda index: value[index])
+            return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
         pieces = dict(zip(share.shards, np.split(value, len(share.shards)), strict=True))
         rows = len(value) // len(share.shards) * share.num_shards
 
         def piece(index):
             return pieces[_start(index, rows) * share.num_shards // rows]
 
-        return jax.make_array_from_callback((rows, *value.shape[1:]), split, piece)
+        return jax.make_array_from_callback((rows, *value.shape[1:]), sharding, piece)
 
     return _map_fields(place, batch)
 
@@ -315,7 +313,7 @@ def _field_sharding(mesh: Mesh, per_row: bool) -> NamedSharding:
 
 
 def _map_fields(function: Callable[[Any, bool], Any], batch: Batch) -> Batch:
-    """The batch with `function` of every field, and of whether it has one entry a row."""
+    """The batch with `function(value, per_row)` of every field; `per_row` is whether it has one entry a row."""
     return {
         name: type(stream)(*(function(value, field in stream.per_row) for field, value in stream._asdict().items()))
         for name, stream in batch.items()

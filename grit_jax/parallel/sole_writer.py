@@ -1,9 +1,10 @@
-"""A folder's lock, in a job of many processes: process 0 holds it, and a refusal ends them all."""
+"""A folder's lock in a job of many processes: process 0 holds it, and a refusal ends them all."""
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 from grit_jax import files
 from grit_jax.parallel.distributed import in_first_process
@@ -19,35 +20,20 @@ def refuse_other_writers(folder: files.PathLike) -> None:
     in_first_process(lambda: refuse_living(folder))
 
 
-class SoleWriter:
-    """What a process of the job knows of the lock; the others than process 0 learn of its loss from that one.
+def _nothing() -> None:
+    """Checks nothing: the other processes learn of a lost lock from process 0."""
 
-    Args:
-      lock: Of the folder, in process 0; None in the others.
+
+class SoleWriter(NamedTuple):
+    """The lock's checks in one process of the job.
+
+    Attributes:
+      check: `WriterLock.check` in process 0, to be called before every piece of work.
+      confirm: `WriterLock.confirm` in process 0, to be called before every write that counts.
     """
 
-    def __init__(self, lock: WriterLock | None = None):
-        self._lock = lock
-
-    def check(self) -> None:
-        """`WriterLock.check`, before every piece of work.
-
-        Raises:
-          InputError: Another writer has taken the folder over.
-        """
-        if self._lock:
-            self._lock.check()
-
-    def confirm(self) -> None:
-        """`WriterLock.confirm`, before anything is written that counts.
-
-        Raises:
-          InputError: Another writer has taken the folder over.
-          OSError: The lock cannot be read.
-          UnreachableError: The same, for a while.
-        """
-        if self._lock:
-            self._lock.confirm()
+    check: Callable[[], None] = _nothing
+    confirm: Callable[[], None] = _nothing
 
 
 @contextmanager
@@ -59,7 +45,7 @@ def sole_writer(folder: files.PathLike) -> Generator[SoleWriter]:
     """
     lock = in_first_process(lambda: WriterLock(folder))
     try:
-        yield SoleWriter(lock)
+        yield SoleWriter(lock.check, lock.confirm) if lock else SoleWriter()
     finally:
         if lock:
             lock.release()

@@ -1,1 +1,1 @@
-"""What a program costs on a TPU pod, from compiling it for one ahead of time."""
+"""The memory and time of a step on a TPU pod, from compiling it ahead of time."""

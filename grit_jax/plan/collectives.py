@@ -1,4 +1,4 @@
-"""What a collective moves and how long it takes, over the torus of a slice and between slices."""
+"""Bytes and time of collectives over the torus of a slice and between slices."""
 
 from __future__ import annotations
 
@@ -10,24 +10,17 @@ from typing import Literal
 from grit_jax.plan.hlo import Computation, Instruction, Module, replica_groups
 from grit_jax.plan.topology import Topology
 
-_OPCODES = frozenset(
-    (
-        "all-gather",
-        "all-reduce",
-        "all-to-all",
-        "collective-broadcast",
-        "collective-permute",
-        "ragged-all-to-all",
-        "reduce-scatter",
-    )
-)
+_OPCODES = (
+    "all-gather", "all-reduce", "all-to-all", "collective-broadcast", "collective-permute", "ragged-all-to-all",
+    "reduce-scatter",
+)  # fmt: skip
 
-# A collective runs as rings in both directions over two torus axes at most: what XLA:TPU's own strategies do
-# ("StrategyRing", "2D plane" in its text). Rings are taken as closed and the two axes as free, so this is optimistic
-# for a group along one axis.
+# A collective runs as rings in both directions over at most two torus axes, as XLA:TPU's own strategies do
+# ("StrategyRing", "2D plane" in its text). Rings are assumed closed and both axes free, which is optimistic for a group
+# along one axis.
 _RING_AXES = 2
-# Times that a ring carries the array: an all-reduce is a reduce-scatter and an all-gather; of an all-to-all over n
-# chips an element travels n/4 links on average, where a gathered one passes n.
+# Times that a ring carries the array: an all-reduce is a reduce-scatter and an all-gather; in an all-to-all over n
+# chips an element passes n/4 links on average, in a gather n.
 _PASSES = {"all-to-all": 1 / 4, "ragged-all-to-all": 1 / 4, "all-reduce": 2}
 
 Network = Literal["ici", "dcn", "host"]
@@ -38,13 +31,13 @@ class Transfer:
     """One collective on one device.
 
     Args:
-      kind: Opcode; reduce-scatter also where XLA:TPU writes an all-reduce whose result is sliced at once.
+      opcode: XLA's name; reduce-scatter also where XLA:TPU writes an all-reduce whose result is sliced at once.
       network: ici within a slice, dcn between slices, host to and from the host's memory.
       num_bytes: Bytes of the whole array: what is gathered, reduced, permuted or copied.
       seconds: Time when nothing else uses the network.
     """
 
-    kind: str
+    opcode: str
     network: Network
     num_bytes: int
     seconds: float
@@ -66,22 +59,19 @@ def collectives_within(module: Module, computation: Computation) -> Iterator[tup
 
 
 def transfer(computation: Computation, instruction: Instruction, topology: Topology) -> Transfer:
-    """Prices a collective, which works among the devices of a slice.
-
-    What crosses slices, XLA:TPU turns into transfers between their hosts: `slice_transfer`.
-    """
+    """Prices a collective within a slice; across slices XLA:TPU makes transfers between hosts: `slice_transfer`."""
     chip = topology.chip
-    kind = instruction.opcode.removesuffix("-start")
+    opcode = instruction.opcode.removesuffix("-start")
     operand = sum(array.num_bytes for source in computation.operands(instruction) for array in source.arrays)
-    if kind == "collective-permute":
-        return Transfer(kind, "ici", operand, operand / chip.ici_bandwidth)
-    if kind == "all-reduce" and _is_sliced(computation, instruction):
-        kind = "reduce-scatter"
+    if opcode == "collective-permute":
+        return Transfer(opcode, "ici", operand, operand / chip.ici_bandwidth)
+    if opcode == "all-reduce" and _is_sliced(computation, instruction):
+        opcode = "reduce-scatter"
     size = len(replica_groups(instruction, topology.chips_per_slice)[0])
-    num_bytes = operand * size if kind == "all-gather" else operand
+    num_bytes = operand * size if opcode == "all-gather" else operand
     links = 2 * min(chip.num_axes, _RING_AXES) * chip.ici_bandwidth
-    seconds = _PASSES.get(kind, 1) * num_bytes * (size - 1) / size / links
-    return Transfer(kind, "ici", num_bytes, seconds)
+    seconds = _PASSES.get(opcode, 1) * num_bytes * (size - 1) / size / links
+    return Transfer(opcode, "ici", num_bytes, seconds)
 
 
 def crosses_slices(instruction: Instruction) -> bool:
@@ -95,8 +85,8 @@ def rendezvous(instruction: Instruction) -> str:
 
 
 def slice_transfer(computation: Computation, send: Instruction, topology: Topology) -> Transfer:
-    """Prices what one device sends to its peers in the other slices, by the kind of collective that the text names."""
-    kind = (send.attribute("_xla_megascale_transfer_type") or "").lower().replace("_", "-")
+    """Prices what one device sends to its peers in the other slices, by the collective that the text names."""
+    opcode = (send.attribute("_xla_megascale_transfer_type") or "").lower().replace("_", "-")
     num_bytes = computation.operands(send)[0].num_bytes
     others = topology.num_slices - 1
     # Copies of what is sent that leave (and reach) a device.
@@ -105,12 +95,12 @@ def slice_transfer(computation: Computation, send: Instruction, topology: Topolo
         "reduce-scatter": others / topology.num_slices,
         "all-to-all": others / topology.num_slices,
         "all-gather": others,
-    }.get(kind, 1)
-    return Transfer(kind, "dcn", num_bytes, passes * num_bytes / topology.chip.dcn_bandwidth)
+    }.get(opcode, 1)
+    return Transfer(opcode, "dcn", num_bytes, passes * num_bytes / topology.chip.dcn_bandwidth)
 
 
 def _is_sliced(computation: Computation, value: Instruction) -> bool:
-    """Whether all that is used of a value are slices."""
+    """Whether all uses of a value are slices."""
     users = computation.users.get(value.name, ())
     return bool(users) and all(
         _is_sliced(computation, user)
@@ -121,20 +111,20 @@ def _is_sliced(computation: Computation, value: Instruction) -> bool:
 
 
 @dataclass(frozen=True)
-class Row:
-    """One line of the table of collectives, per device and run of the program.
+class TransferTotal:
+    """Transfers of one opcode on a network, of a device in a run of the program.
 
     Args:
-      kind: The collective.
+      opcode: As in Transfer.
       network: As in Transfer.
       overlapped: Whether it runs beside other work, between a start and a done.
-      count: How often it runs.
+      count: Number of runs.
       num_bytes: Bytes of the whole arrays.
       seconds: Time that it takes.
-      exposed_seconds: The part in which nothing else is done.
+      exposed_seconds: The part without other work.
     """
 
-    kind: str
+    opcode: str
     network: Network
     overlapped: bool
     count: int = 0
@@ -142,8 +132,8 @@ class Row:
     seconds: float = 0.0
     exposed_seconds: float = 0.0
 
-    def plus(self, other: Row, times: int = 1) -> Row:
-        """This line with `times` times another of the same kind."""
+    def plus(self, other: TransferTotal, times: int = 1) -> TransferTotal:
+        """The sum of this and `times` times another total."""
         return dataclasses.replace(
             self,
             count=self.count + times * other.count,

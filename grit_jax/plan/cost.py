@@ -1,20 +1,21 @@
-"""How long a program compiled for a TPU takes, from its schedule: what is computed, what is moved, what is waited for.
+"""Time of a program compiled for a TPU, estimated from its schedule.
 
-The estimate runs the program's instructions in their order on a clock. Work of the TensorCore adds the compiler's own
+The estimate runs the program's instructions in order on a clock. Work of the TensorCore adds the compiler's own
 `estimated_cycles`; Pallas kernels, which it does not know, add their FLOPs at an assumed efficiency; a collective
-occupies its network from where it starts, and adds what is not over where its result is awaited. Bodies of loops count
-as often as they run. Trust it as a ratio of two programs for one chip more than as seconds on a wall.
+occupies its network from its start, and adds what is left of it where its result is awaited. Loop bodies count once for
+each iteration. Trust the ratio of two programs for one chip more than the seconds.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
 from dataclasses import dataclass, field
 
 from grit_jax.plan.collectives import (
     Network,
-    Row,
     Transfer,
+    TransferTotal,
     collectives_within,
     crosses_slices,
     is_collective,
@@ -27,8 +28,8 @@ from grit_jax.plan.hlo import Computation, Instruction, Module, parse_module, tr
 from grit_jax.plan.topology import Topology
 from grit_jax.plan.traffic import crosses_to_host, hbm_bytes, moved_bytes
 
-# Share of the peak that a Pallas kernel reaches: assumed, not measured. Splash attention computes a softmax between its
-# two products, which keeps the matrix units waiting.
+# Share of the peak that a Pallas kernel reaches: assumed, not measured. Splash attention's softmax between its two
+# products keeps the matrix units waiting.
 KERNEL_EFFICIENCY = 0.5
 # Bytes per second and direction between a chip and its host's memory: PCIe, as "How to Scale Your Model" takes it.
 HOST_BANDWIDTH = 15e9
@@ -38,7 +39,7 @@ _ASYNC_START, _ASYNC_DONE = "AsyncCollectiveStart", "AsyncCollectiveDone"
 
 @dataclass(frozen=True)
 class Cost:
-    """What one run of a program costs each device. Times are seconds.
+    """The cost of one run of a program for each device. Times are seconds.
 
     `total_seconds` is `compute_seconds + attention_seconds + kernel_seconds + exposed_seconds`; the times of HBM and of
     the networks pass beside those.
@@ -56,9 +57,9 @@ class Cost:
       matmul_flops: FLOPs of the matrix products in the program, recomputed ones included.
       kernel_flops: FLOPs of the matrix products in Pallas kernels.
       hbm_bytes: Bytes read and written in HBM.
-      collectives: The table of transfers, by kind, network and whether they overlap.
-      unknown_loops: Loops whose trips the text does not tell, counted as one.
-      unknown_kernels: Names of Pallas kernels whose FLOPs nothing tells, counted by their HBM traffic alone.
+      collectives: The table of transfers, by opcode, network and whether they overlap.
+      unknown_loops: Loops with an unknown number of iterations, counted as one.
+      unknown_kernels: Names of Pallas kernels with unknown FLOPs, counted by their HBM traffic alone.
     """
 
     total_seconds: float
@@ -73,7 +74,7 @@ class Cost:
     matmul_flops: int
     kernel_flops: int
     hbm_bytes: int
-    collectives: tuple[Row, ...]
+    collectives: tuple[TransferTotal, ...]
     unknown_loops: int
     unknown_kernels: tuple[str, ...]
 
@@ -91,36 +92,36 @@ def estimate(text: str, topology: Topology, *, expert_fill: float = 1.0) -> Cost
     """
     estimator = _Estimator(parse_module(text), topology, expert_fill)
     totals = estimator.totals(estimator.module.entry)
-    rows = tuple(sorted(totals.rows.values(), key=lambda row: -row.seconds))
-    seconds = {name: sum(row.seconds for row in rows if row.network == name) for name in ("ici", "dcn", "host")}
-    compute, attention = totals.numbers["compute"], totals.numbers["attention"]
-    kernels, exposed = totals.numbers["kernels"], totals.numbers["exposed"]
+    numbers, transfers = totals.numbers, tuple(sorted(totals.transfers.values(), key=lambda total: -total.seconds))
+    ici, dcn, host = (
+        sum(total.seconds for total in transfers if total.network == name) for name in ("ici", "dcn", "host")
+    )
     return Cost(
-        total_seconds=compute + attention + kernels + exposed,
-        compute_seconds=compute,
-        attention_seconds=attention,
-        kernel_seconds=kernels,
-        exposed_seconds=exposed,
-        hbm_seconds=totals.numbers["hbm_bytes"] / topology.chip.hbm_bandwidth,
-        ici_seconds=seconds["ici"],
-        dcn_seconds=seconds["dcn"],
-        host_seconds=seconds["host"],
-        matmul_flops=int(totals.numbers["matmul_flops"]),
-        kernel_flops=int(totals.numbers["kernel_flops"]),
-        hbm_bytes=int(totals.numbers["hbm_bytes"]),
-        collectives=rows,
-        unknown_loops=int(totals.numbers["unknown_loops"]),
+        total_seconds=totals.seconds,
+        compute_seconds=numbers["compute"],
+        attention_seconds=numbers["attention"],
+        kernel_seconds=numbers["kernels"],
+        exposed_seconds=numbers["exposed"],
+        hbm_seconds=numbers["hbm_bytes"] / topology.chip.hbm_bandwidth,
+        ici_seconds=ici,
+        dcn_seconds=dcn,
+        host_seconds=host,
+        matmul_flops=int(numbers["matmul_flops"]),
+        kernel_flops=int(numbers["kernel_flops"]),
+        hbm_bytes=int(numbers["hbm_bytes"]),
+        collectives=transfers,
+        unknown_loops=int(numbers["unknown_loops"]),
         unknown_kernels=tuple(sorted(totals.unknown_kernels)),
     )
 
 
 @dataclass
 class _Totals:
-    """Sums over a computation and what it runs; `carrying` has the time of fusions that carry on each channel."""
+    """Sums over a computation and its callees; `carrying` is the time of the fusions that carry on each channel."""
 
     numbers: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     carrying: dict[str, float] = field(default_factory=lambda: defaultdict(float))
-    rows: dict[tuple[str, Network, bool], Row] = field(default_factory=dict)
+    transfers: dict[tuple[str, Network, bool], TransferTotal] = field(default_factory=dict)
     unknown_kernels: set[str] = field(default_factory=set)
 
     def add(self, other: _Totals, times: int = 1) -> None:
@@ -128,13 +129,13 @@ class _Totals:
             self.numbers[name] += times * number
         for channel, seconds in other.carrying.items():
             self.carrying[channel] += times * seconds
-        for row in other.rows.values():
-            self.add_row(row, times)
+        for total in other.transfers.values():
+            self.add_transfers(total, times)
         self.unknown_kernels |= other.unknown_kernels
 
-    def add_row(self, row: Row, times: int = 1) -> None:
-        key = (row.kind, row.network, row.overlapped)
-        self.rows[key] = self.rows.get(key, Row(*key)).plus(row, times)
+    def add_transfers(self, total: TransferTotal, times: int = 1) -> None:
+        key = (total.opcode, total.network, total.overlapped)
+        self.transfers[key] = self.transfers.get(key, TransferTotal(*key)).plus(total, times)
 
     @property
     def seconds(self) -> float:
@@ -143,11 +144,11 @@ class _Totals:
 
 
 class _Clock:
-    """Runs one computation's work and transfers, and sums them up."""
+    """Runs the work and transfers of one computation, and sums them up."""
 
     def __init__(self):
         self.totals = _Totals()
-        self._free: dict[Network, float] = defaultdict(float)  # when each network has carried all that was started
+        self._free: dict[Network, float] = defaultdict(float)  # when each network finishes all started transfers
         self._used: dict[Network, float] = defaultdict(float)
         self._pending: dict[str, list[tuple[Transfer, float]]] = {}
         self._spread: dict[str, Transfer] = {}
@@ -157,24 +158,25 @@ class _Clock:
         self.totals.numbers[part] += seconds
 
     def start(self, name: str, moved: Transfer) -> None:
-        """Starts a transfer, after those that its network carries already."""
+        """Starts a transfer, after those that occupy its network."""
         end = max(self.totals.seconds, self._free[moved.network]) + moved.seconds
         self._free[moved.network] = end
         self._used[moved.network] += moved.seconds
         self._pending.setdefault(name, []).append((moved, end))
 
     def rename(self, name: str, new: str) -> None:
-        """Lets another instruction stand for the transfers that one has started."""
+        """Lets another instruction stand for the transfers of one."""
         self._pending[new] = self._pending.pop(name, [])
 
     def wait(self, name: str, *, overlapped: bool = True) -> None:
-        """Waits for what was started; what a loop's iteration before has started is over."""
+        """Waits for the transfers of an instruction; those of an earlier iteration of a loop are over."""
         for moved, end in self._pending.pop(name, []):
             self.record(moved, max(0.0, end - self.totals.seconds), overlapped=overlapped)
 
     def record(self, moved: Transfer, exposed: float, *, overlapped: bool) -> None:
         """Enters a transfer into the table and advances by its exposed time."""
-        self.totals.add_row(Row(moved.kind, moved.network, overlapped, 1, moved.num_bytes, moved.seconds, exposed))
+        total = TransferTotal(moved.opcode, moved.network, overlapped, 1, moved.num_bytes, moved.seconds, exposed)
+        self.totals.add_transfers(total)
         self.work("exposed", exposed)
 
     def spread(self, channel: str, moved: Transfer) -> None:
@@ -191,15 +193,13 @@ class _Clock:
     def close(self) -> _Totals:
         """Ends the computation.
 
-        What is awaited in the next iteration of a loop hides behind this one, but an iteration is no shorter than what
-        it puts on a network.
+        Transfers that the next iteration of a loop awaits hide behind this one, but an iteration is no shorter than
+        its transfers on one network.
         """
         for channel in list(self._spread):
             self.gather(channel)
-        carried = [moved for started in self._pending.values() for moved, _ in started]
-        for moved in carried:
-            late = max(0.0, self._used[moved.network] - self.totals.seconds)
-            self.record(moved, late, overlapped=True)
+        for moved, _ in itertools.chain.from_iterable(self._pending.values()):
+            self.record(moved, max(0.0, self._used[moved.network] - self.totals.seconds), overlapped=True)
         return self.totals
 
 
@@ -216,7 +216,7 @@ def _async_role(module: Module, fusion: Instruction) -> str | None:
 
 
 class _Estimator:
-    """Sums up computations, each once."""
+    """Sums up the computations of a program, each once."""
 
     def __init__(self, module: Module, topology: Topology, expert_fill: float):
         self.module, self.topology, self.expert_fill = module, topology, expert_fill
@@ -275,7 +275,7 @@ class _Estimator:
             clock.work("compute", self._cycles_seconds(instruction))
 
     def _run_called(self, instruction: Instruction, clock: _Clock) -> None:
-        """A loop counts its body as often as it runs, a conditional its longest branch."""
+        """A loop counts its body once for each iteration, a conditional its longest branch."""
         if instruction.opcode == "while":
             trips = trip_count(self.module, instruction)
             clock.totals.numbers["unknown_loops"] += trips is None
@@ -287,7 +287,7 @@ class _Estimator:
             clock.totals.add(max(branches, key=lambda totals: totals.seconds))
 
     def _run_kernel(self, computation: Computation, kernel: Instruction, clock: _Clock) -> None:
-        """A kernel takes as long as its products at the assumed efficiency, or as its traffic."""
+        """A kernel takes as long as its products at the assumed efficiency or as its traffic, whichever is longer."""
         chip, flops = self.topology.chip, kernel_flops(kernel, computation)
         if flops is None:
             clock.totals.unknown_kernels.add(kernel.name)

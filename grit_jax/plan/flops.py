@@ -12,7 +12,7 @@ from grit_jax.plan.hlo import Array, Computation, Instruction, Module
 
 
 def matmul_flops(module: Module, computation: Computation, instruction: Instruction) -> int:
-    """FLOPs of the matrix products in one instruction, those inside a fusion included; loops count nothing here."""
+    """FLOPs of the matrix products in one instruction, fusions included; loops count nothing here."""
     if instruction.opcode == "dot":
         return _dot_flops(instruction, computation)
     if instruction.opcode == "convolution":
@@ -32,7 +32,7 @@ def _dot_flops(dot: Instruction, computation: Computation) -> int:
 def _convolution_flops(convolution: Instruction, computation: Computation) -> int:
     """XLA:TPU writes every matrix product as a convolution, some with a window that mostly covers padding.
 
-    Such a window stands for a batch dim or for a product's outer dim, so only its places inside the input multiply.
+    Such a window stands for a batch dim or for a product's outer dim, so only its positions inside the input multiply.
     """
     labels = re.search(r"\bdim_labels=(\w+)_(\w+)->(\w+)", convolution.attributes)
     if labels is None:
@@ -44,7 +44,7 @@ def _convolution_flops(convolution: Instruction, computation: Computation) -> in
     products = out[labels[3].index("b")] * out[labels[3].index("f")] * kernel[labels[2].index("i")]
     for dim in range(sum(label.isdigit() for label in labels[2])):
         label = str(dim)
-        products *= _places(
+        products *= _inside(
             left[labels[1].index(label)],
             kernel[labels[2].index(label)],
             out[labels[3].index(label)],
@@ -61,12 +61,12 @@ def _window_value(fields: dict[str, str], key: str, dim: int) -> int:
 
 
 @functools.lru_cache(maxsize=1024)
-def _places(
+def _inside(
     size: int, kernel: int, out: int, *, stride: int, padding: int, input_dilation: int, kernel_dilation: int
 ) -> int:
-    """How many pairs of an output and a kernel position fall on an element of the input, in one spatial dim."""
-    places = stride * np.arange(out)[:, None] - padding + kernel_dilation * np.arange(kernel)
-    inside = (places >= 0) & (places <= (size - 1) * input_dilation) & (places % input_dilation == 0)
+    """Number of pairs of an output and a kernel position on an element of the input, in one spatial dim."""
+    positions = stride * np.arange(out)[:, None] - padding + kernel_dilation * np.arange(kernel)
+    inside = (positions >= 0) & (positions <= (size - 1) * input_dilation) & (positions % input_dilation == 0)
     return int(np.count_nonzero(inside))
 
 
@@ -86,10 +86,10 @@ def is_grouped(kernel: Instruction) -> bool:
 
 
 def kernel_flops(kernel: Instruction, computation: Computation) -> int | None:
-    """FLOPs of a Pallas kernel's matrix products, or None where nothing tells them.
+    """FLOPs of a Pallas kernel's matrix products, or None where they are unknown.
 
-    Splash attention names its kernels and is counted from its shapes. Other kernels carry what their authors passed as
-    `pallas_call(cost_estimate=...)`: megablox, and the kernels that XLA:TPU makes of `ragged_dot`, count their shapes.
+    Splash attention's follow from its shapes. Other kernels carry their `pallas_call(cost_estimate=...)`, which of
+    megablox, and of the kernels that XLA:TPU makes of `ragged_dot`, follows from the shapes.
     """
     arrays = [operand.arrays[0] for operand in computation.operands(kernel)]
     if is_attention(kernel):
@@ -104,11 +104,10 @@ _SPLASH_PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4, "fused": 5}
 
 
 def _splash_flops(kernel: Instruction, arrays: list[Array]) -> int:
-    """Every block of scores that the mask does not hide whole is computed in full.
+    """Every block of scores that the mask does not hide entirely is computed in full.
 
-    The text does not hold the mask. Its table of blocks is an operand, which a window makes narrower. Positions are
-    another one where a mask is computed from them, beside the two of segment ids: a mask that leaves the table whole is
-    then taken as causal.
+    The text lacks the mask. Its table of blocks is an operand, which a window makes narrower. Positions are another,
+    beside the two of segment ids, where the mask is computed from them: one with a whole table is assumed causal.
     """
     query, key = [array for array in arrays if re.match("b?f", array.dtype) and len(array.dims) >= 3][:2]
     phase = re.search(r"_(fwd|dq|dkv)", kernel.name)
@@ -132,6 +131,6 @@ def _splash_flops(kernel: Instruction, arrays: list[Array]) -> int:
 
 
 def _block_size(kernel: Instruction, key: str, length: int) -> int:
-    """A block size that a splash kernel carries in its metadata; the whole length where it does not."""
+    """A block size from a splash kernel's metadata; the whole length where it is missing."""
     found = re.search(rf'\\"{key}\\": (\d+)', kernel.attributes)
     return int(found[1]) if found else length

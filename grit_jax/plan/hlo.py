@@ -1,8 +1,8 @@
-"""Reads the text of a compiled program: computations, instructions, shapes, loops, and who talks to whom.
+"""Parses the text of a compiled program: computations, instructions, shapes, loops and groups of devices.
 
 The text is `compiled.as_text()`: scheduled HLO, in which the order of instructions is the order of execution. XLA
 describes its syntax at https://openxla.org/xla/operation_semantics and in `hlo_parser.cc`; only what a cost estimate
-needs is read, the rest of an instruction stays text.
+needs is parsed, the rest of an instruction stays text.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+
+import numpy as np
 
 # Bits of an element; XLA packs 4-bit types two to a byte.
 _BITS = {"pred": 8, "bf16": 16, "c64": 64, "c128": 128}
@@ -152,12 +154,9 @@ class Module:
 
     def branches(self, instruction: Instruction) -> list[Computation]:
         """The computations of a conditional."""
-        found = re.search(r"branch_computations=\{([^}]*)\}", instruction.attributes)
-        if found:
-            names = re.findall(r"[\w.\-]+", found[1])
-        else:
-            names = [instruction.attribute(f"{key}_computation") or "" for key in ("true", "false")]
-        return [self.computations[name] for name in names]
+        if found := re.search(r"branch_computations=\{([^}]*)\}", instruction.attributes):
+            return [self.computations[name] for name in re.findall(r"[\w.\-]+", found[1])]
+        return [self.called(instruction, f"{key}_computation") for key in ("true", "false")]
 
 
 def parse_module(text: str) -> Module:
@@ -216,10 +215,10 @@ def _numbers(text: str) -> tuple[int, ...]:
 
 
 def trip_count(module: Module, loop: Instruction) -> int | None:
-    """How often a while loop's body runs, or None where the text does not tell.
+    """Iterations of a while loop, or None where the text does not say.
 
-    The compiler writes `known_trip_count` for some loops. The others that come from a scan count from 0 by a constant
-    step to a constant limit, which the condition compares with.
+    The compiler writes `known_trip_count` for some loops. Other loops of a scan count from 0 by a constant step to a
+    constant limit in the condition.
     """
     known = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes)
     if known:
@@ -238,7 +237,7 @@ def trip_count(module: Module, loop: Instruction) -> int | None:
 
 
 def _counter_step(body: Computation, index: int) -> int | None:
-    """What a loop's body adds to its variable `index`; None where that is not a constant."""
+    """The constant that a loop's body adds to its variable `index`; None where it is not constant."""
     if body.root.opcode != "tuple":
         return None
     value = body.instructions[body.root.operands[index]]
@@ -251,14 +250,13 @@ def _counter_step(body: Computation, index: int) -> int | None:
 
 
 def replica_groups(instruction: Instruction, num_devices: int) -> list[tuple[int, ...]]:
-    """The groups of devices, by position in the program, among which a collective works.
+    """The groups of devices of a collective, by index in the program.
 
-    XLA writes them in three ways: lists `{{0,1},{2,3}}`; rows of a
-    transposed iota `[4,2]<=[2,4]T(1,0)`; axes of a mesh `mesh['x'=2,'y'=4], device_ids=([4,2]T(1,0)) {'y'}`. No
-    groups, or an empty list, means all devices.
+    XLA writes them in three ways: lists `{{0,1},{2,3}}`; rows of a transposed iota `[4,2]<=[2,4]T(1,0)`; axes of a mesh
+    `mesh['x'=2,'y'=4], device_ids=([4,2]T(1,0)) {'y'}`. No groups, or an empty list, means all devices.
 
     Raises:
-      ValueError: The groups are written in another way.
+      ValueError: The groups have another form.
     """
     text = instruction.attributes
     lists = re.search(r"replica_groups=\{((?:\{[\d,]*\},?)+)\}", text)
@@ -270,20 +268,20 @@ def replica_groups(instruction: Instruction, num_devices: int) -> list[tuple[int
     mesh = re.search(rf"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\({_IOTA}\))? \{{([^}}]*)\}}", text)
     if mesh:
         sizes = {name: int(size) for name, size in re.findall(r"'?([\w.]+)'?=(\d+)", mesh[1])}
-        ids = _iota(mesh[2], mesh[3]) if mesh[2] else list(range(math.prod(sizes.values())))
+        ids = _iota(mesh[2], mesh[3]) if mesh[2] else np.arange(math.prod(sizes.values()))
         return _groups_along(ids, sizes, mesh[4])
     if re.search(r"replica_groups=(?!\{\})", text):
         raise ValueError(f"{instruction.name}: replica groups in an unknown form: {text[:300]}")
     return [tuple(range(num_devices))]
 
 
-def _iota(dims: str, order: str | None) -> list[int]:
+def _iota(dims: str, order: str | None) -> np.ndarray:
     """The numbers of `[2,4]T(1,0)`: counted up in an array, whose dims are then reordered."""
     sizes = _numbers(dims)
-    return _transposed(list(range(math.prod(sizes))), sizes, _numbers(order) if order else tuple(range(len(sizes))))
+    return np.arange(math.prod(sizes)).reshape(sizes).transpose(_numbers(order) if order else None)
 
 
-def _groups_along(ids: list[int], sizes: Mapping[str, int], chosen: str) -> list[tuple[int, ...]]:
+def _groups_along(ids: np.ndarray, sizes: Mapping[str, int], chosen: str) -> list[tuple[int, ...]]:
     """Groups of a mesh's devices along some axes, such as `'x'` or `'x':(2)4`: 4 parts of axis x, 2 parts before."""
     spans: dict[str, list[tuple[int, int]]] = {name: [] for name in sizes}
     for name, before, size in re.findall(r"'?([\w.]+)'?(?::\((\d+)\)(\d+))?", chosen):
@@ -298,15 +296,8 @@ def _groups_along(ids: list[int], sizes: Mapping[str, int], chosen: str) -> list
             inside.append(any(start <= low and high <= end for start, end in spans[name]))
     order = sorted(range(len(dims)), key=lambda dim: inside[dim])
     group_size = math.prod(size for size, is_inside in zip(dims, inside, strict=True) if is_inside)
-    return _chunks(_transposed(ids, tuple(dims), tuple(order)), group_size)
+    return _chunks(ids.reshape(dims).transpose(order), group_size)
 
 
-def _transposed(values: list[int], dims: tuple[int, ...], order: tuple[int, ...]) -> list[int]:
-    """The values of a row-major array after its dims are reordered, flat."""
-    strides = [math.prod(dims[axis + 1 :]) for axis in range(len(dims))]
-    places = itertools.product(*(range(dims[axis]) for axis in order))
-    return [values[sum(i * strides[axis] for i, axis in zip(place, order, strict=True))] for place in places]
-
-
-def _chunks(values: list[int], size: int) -> list[tuple[int, ...]]:
-    return [tuple(values[start : start + size]) for start in range(0, len(values), size)]
+def _chunks(values: np.ndarray, size: int) -> list[tuple[int, ...]]:
+    return list(map(tuple, values.reshape(-1, size).tolist()))

@@ -1,4 +1,4 @@
-"""What is known of a step within seconds, before it is compiled: that all its parts fit together."""
+"""The outline of a step, traced within seconds and not compiled: do all its parts fit together?"""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class Outline:
     """A step that was traced and not compiled.
 
     Attributes:
-      topology: What it was traced for.
+      topology: The devices that it was traced for.
       mesh: Devices along each axis of the mesh.
-      work: What the step holds.
+      work: The content of the step.
       state_bytes: Parameters, optimizer state and one gradient on a device: the least that the step needs.
     """
 
@@ -34,7 +34,7 @@ class Outline:
 
     @property
     def may_fit(self) -> bool:
-        """Whether that leaves room on a device; what else lives there only the compiler says."""
+        """Whether state and gradients leave room on a device; only the compiler knows the rest."""
         return self.state_bytes < self.topology.chip.hbm_bytes
 
 
@@ -45,9 +45,9 @@ def make_outline(
 
     Args:
       config: With its architecture resolved (`planned_config`).
-      topology: What to trace for.
+      topology: The devices to trace for.
       lengths: Of the texts of a step.
-      streams: What is trained, as of `Trainer`.
+      streams: As of `Trainer`.
 
     Raises:
       InputError: libtpu is missing, or mesh, batch, lengths and model do not fit together.
@@ -74,7 +74,7 @@ def as_json(outline: Outline) -> dict[str, Any]:
 
 
 def as_lines(outline: Outline) -> Iterator[str]:
-    """The outline for people."""
+    """The outline as lines of text."""
     mesh = ", ".join(f"mesh.{axis}={size}" for axis, size in outline.mesh.items() if size > 1) or "one device"
     yield f"{outline.topology.num_chips} chips of {outline.topology.libtpu_name} as {mesh}"
     yield f"a step: {outline.work.tokens:,} tokens in {described_rows(outline.work)}"

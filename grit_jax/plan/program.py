@@ -1,4 +1,4 @@
-"""The train step of a config, compiled for a TPU topology without one: memory, time and what decides them."""
+"""The train step of a config, compiled for a TPU topology without a TPU: its memory and time."""
 
 from __future__ import annotations
 
@@ -25,25 +25,25 @@ from grit_jax.train.resolve import resolve_architecture, resolve_tokenizer
 from grit_jax.train.setup import Setup, set_up
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What the compiler says of a step. Bytes are those of one device.
+    """The memory and cost of a compiled step. Bytes are those of one device.
 
     Attributes:
-      topology: What it is compiled for.
+      topology: The devices that it is compiled for.
       parameters: Of the model.
-      work: What the step holds.
+      work: The content of the step.
       steps: Of the whole run.
       state_bytes: Parameters, optimizer state and one gradient: the least that the step needs.
       negatives: The form of the contrastive loss, None without one.
-      argument_bytes: State and batch; None where the compiler gave up.
-      temporary_bytes: Most that lives besides, buffers of donated arguments not counted; None likewise.
-      peak_bytes: Most that lives at once; where arrays are kept in the host's memory an upper bound, arguments and
-        temporaries, as the compiler's own figure counts the host's too.
-      host_bytes: What is kept in the host's memory.
-      largest: Descriptions of the largest buffers, where the compiler tells them.
-      cost: The estimate of its time; None where the compiler gave up.
-      compile_seconds: How long compiling took.
+      argument_bytes: State and batch; None where the step was too large to compile.
+      temporary_bytes: Peak of other buffers, without those of donated arguments; None likewise.
+      peak_bytes: Peak of all buffers; with arrays in the host's memory the sum of arguments and temporaries, an upper
+        bound, as the compiler's own number includes the host's.
+      host_bytes: Arrays in the host's memory.
+      largest: Descriptions of the largest buffers, where the step was too large to compile.
+      cost: The estimate of its time; None likewise.
+      compile_seconds: Time of the compilation.
     """
 
     topology: Topology
@@ -52,12 +52,12 @@ class Plan:
     steps: int
     state_bytes: int
     negatives: str | None
-    argument_bytes: int | None
-    temporary_bytes: int | None
+    argument_bytes: int | None = None
+    temporary_bytes: int | None = None
     peak_bytes: int
-    host_bytes: int
-    largest: tuple[str, ...]
-    cost: Cost | None
+    host_bytes: int = 0
+    largest: tuple[str, ...] = ()
+    cost: Cost | None = None
     compile_seconds: float
 
     @property
@@ -66,32 +66,37 @@ class Plan:
         return self.cost is not None and self.peak_bytes <= self.topology.chip.hbm_bytes
 
     @property
-    def run_seconds(self) -> float | None:
-        """Predicted time of all steps of the run; None where the compiler gave up."""
-        return None if self.cost is None else self.steps * self.cost.total_seconds
+    def run_hours(self) -> float | None:
+        """Predicted hours of all steps of the run; None without a cost."""
+        return self.steps * self.cost.total_seconds / 3600 if self.cost else None
+
+    @property
+    def chip_hours(self) -> float | None:
+        """`run_hours` of all chips together."""
+        return self.topology.num_chips * (self.steps * self.cost.total_seconds) / 3600 if self.cost else None
 
     @property
     def mfu(self) -> float | None:
-        """Model FLOPs over what the chips could do in the predicted time."""
+        """Model FLOPs over the peak FLOPs of the chips in the predicted time; None without a cost."""
         if self.cost is None:
             return None
         return self.work.flops / (self.cost.total_seconds * self.topology.num_chips * self.topology.chip.peak_flops)
 
     @property
     def recompute_factor(self) -> float | None:
-        """FLOPs executed over model FLOPs: recomputation and padding."""
+        """Executed FLOPs, with recomputation and padding, over model FLOPs; None without a cost."""
         if self.cost is None:
             return None
         return (self.cost.matmul_flops + self.cost.kernel_flops) * self.topology.num_chips / self.work.flops
 
 
 def planned_config(config: Config) -> Config:
-    """The config with its architecture resolved, as training resolves it.
+    """The config with its architecture resolved as in training.
 
-    Model and tokenizer are read only where `model.architecture` leaves something open, such as its `vocab_size`.
+    Model and tokenizer are read only where `model.architecture` lacks a `vocab_size`.
 
     Raises:
-      InputError: They cannot be read, or are not of that architecture.
+      InputError: They cannot be read, or have another architecture.
     """
     architecture = config.model.architecture
     if architecture.vocab_size:
@@ -123,9 +128,9 @@ def make_plan(
 
     Args:
       config: With its architecture resolved (`planned_config`).
-      topology: What to compile for.
+      topology: The devices to compile for.
       lengths: Of the texts of a step.
-      streams: What is trained, as of `Trainer`.
+      streams: As of `Trainer`.
 
     Raises:
       InputError: libtpu is missing, or the config does not fit the mesh.
@@ -151,10 +156,8 @@ def make_plan(
         used = _used_bytes(str(error))
         if used is None:
             raise
-        return Plan(
-            **about, argument_bytes=None, temporary_bytes=None, peak_bytes=used, host_bytes=0,
-            largest=_largest_buffers(str(error)), cost=None, compile_seconds=time.monotonic() - started,
-        )  # fmt: skip
+        seconds = time.monotonic() - started
+        return Plan(**about, peak_bytes=used, largest=_largest_buffers(str(error)), compile_seconds=seconds)
     seconds = time.monotonic() - started
     memory: Any = compiled.memory_analysis()
     arguments, temporaries = memory.argument_size_in_bytes, memory.temp_size_in_bytes
@@ -165,14 +168,13 @@ def make_plan(
         temporary_bytes=temporaries,
         peak_bytes=arguments + temporaries if host else memory.peak_memory_in_bytes,
         host_bytes=host,
-        largest=(),
         cost=estimate(compiled.as_text() or "", topology, expert_fill=_expert_fill(architecture, mesh)),
         compile_seconds=seconds,
     )
 
 
 def _expert_fill(architecture: TransformerConfig, mesh: jax.sharding.Mesh) -> float:
-    """Share of the rows kept for tokens of a device's experts that hold one, when experts get equally many."""
+    """Share of the rows for tokens of a device's experts that hold one, if experts get equally many tokens."""
     if not architecture.num_experts:
         return 1.0
     shards, per_token = sharding.axis_size(mesh, "experts"), architecture.experts_per_token
@@ -180,7 +182,7 @@ def _expert_fill(architecture: TransformerConfig, mesh: jax.sharding.Mesh) -> fl
 
 
 def lower(setup: Setup, mesh: jax.sharding.Mesh, lengths: Lengths) -> tuple[Work, jax.stages.Lowered]:
-    """What a step with texts of these lengths holds, and the step, ready to be compiled for the devices of a mesh."""
+    """The content of a step with texts of these lengths, and the step lowered for the devices of a mesh."""
     objectives, architecture = setup.objective.objectives, setup.objective.model.config
     work = planned_work(architecture, objectives, sharding.axis_size(mesh, "batch"), lengths)
     batch = {objective.name: objective.stream.empty(work.rows[objective.name]) for objective in objectives}
@@ -192,9 +194,9 @@ _UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
 def _used_bytes(message: str) -> int | None:
-    """Bytes that the compiler says it needs when it runs out of a device's memory; None for another error.
+    """Bytes that a step needs, from the compiler's message that a device's memory is too small; None for another error.
 
-    The compiler words it in several ways, but always names what is needed and the smaller amount that there is.
+    The wording varies, but always names the need and the smaller limit.
     """
     summary = message.partition("Largest program allocations")[0]
     if not re.search(r"ran out of memory (in memory space|on) hbm", summary, re.IGNORECASE):
@@ -204,7 +206,7 @@ def _used_bytes(message: str) -> int | None:
 
 
 def _largest_buffers(message: str, most: int = 5) -> tuple[str, ...]:
-    """The largest allocations in such a message: size, shape and operation."""
+    """The largest allocations in that message: size, shape and operation."""
     found = re.findall(r"Size: ([\d.]+[KMG])(.*?)(?=\n\s*={3,}|\Z)", message, re.DOTALL)
     texts = []
     for size, rest in found[:most]:

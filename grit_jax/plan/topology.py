@@ -16,39 +16,22 @@ if TYPE_CHECKING:
 
 Shape = tuple[int, ...]
 
-# The shape of a slice by its number of chips: Google Cloud's pages on each TPU version.
-_SHAPES_2D: dict[int, Shape] = {
-    1: (1, 1),
-    4: (2, 2),
-    8: (2, 4),
-    16: (4, 4),
-    32: (4, 8),
-    64: (8, 8),
-    128: (8, 16),
-    256: (16, 16),
-}
-_SHAPES_3D: dict[int, Shape] = {
-    4: (2, 2, 1),
-    8: (2, 2, 2),
-    16: (2, 2, 4),
-    32: (2, 4, 4),
-    64: (4, 4, 4),
-    128: (4, 4, 8),
-    192: (4, 4, 12),
-    256: (4, 8, 8),
-    384: (4, 8, 12),
-    512: (8, 8, 8),
-    768: (8, 8, 12),
-    1024: (8, 8, 16),
-    2048: (8, 16, 16),
-}
+# The shapes of slices: Google Cloud's pages on each TPU version.
+_SHAPES_2D: list[Shape] = [(1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16)]
+_SHAPES_3D: list[Shape] = [
+    (2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4), (4, 4, 4), (4, 4, 8), (4, 4, 12), (4, 8, 8), (4, 8, 12), (8, 8, 8),
+    (8, 8, 12), (8, 8, 16), (8, 16, 16),
+]  # fmt: skip
 _SHAPES = {
-    "v4": _SHAPES_3D,
-    "v5e": _SHAPES_2D,
-    "v5p": _SHAPES_3D | {4096: (16, 16, 16), 6144: (16, 16, 24)},
-    "v6e": _SHAPES_2D,
+    version: {math.prod(shape): shape for shape in shapes}
+    for version, shapes in {
+        "v4": _SHAPES_3D,
+        "v5e": _SHAPES_2D,
+        "v5p": [*_SHAPES_3D, (16, 16, 16), (16, 16, 24)],
+        "v6e": _SHAPES_2D,
+    }.items()
 }
-# Names that Google Cloud also gives a version.
+# Other names that Google Cloud gives a version.
 _ALIASES = {"v5litepod": "v5e"}
 
 # Optical switches close a dimension of a 3-D slice to a ring where every dimension is a multiple of a cube's side;
@@ -96,7 +79,7 @@ class Topology:
 
 
 def topology_names() -> list[str]:
-    """Google Cloud's names of all known slices, such as v5p-128: what `parse_topology` takes."""
+    """Google Cloud's names of all known slices, such as v5p-128."""
     return [f"{name}-{chips * CHIPS[name].num_cores}" for name, shapes in _SHAPES.items() for chips in shapes]
 
 
@@ -108,7 +91,7 @@ def parse_topology(name: str, *, slices: int = 1) -> Topology:
       slices: Slices of that type.
 
     Raises:
-      InputError: The name is not one of `topology_names()`, or there is no slice.
+      InputError: The name is not one of `topology_names()`, or `slices` is less than 1.
     """
     version, _, count = name.partition("-")
     version = _ALIASES.get(version, version)

@@ -7,32 +7,21 @@ from collections.abc import Iterable
 from grit_jax.plan.hlo import HBM, HOST, Array, Computation, Instruction, Module
 
 # Instructions that move nothing: they name or rearrange buffers, or run other computations.
-_FREE = frozenset(
-    [
-        "after-all",
-        "bitcast",
-        "call",
-        "conditional",
-        "constant",
-        "get-tuple-element",
-        "parameter",
-        "partition-id",
-        "replica-id",
-        "tuple",
-        "while",
-    ]
-)
-# Instructions that read of their first operand only what they return.
+_FREE = (
+    "after-all", "bitcast", "call", "conditional", "constant", "get-tuple-element", "parameter", "partition-id",
+    "replica-id", "tuple", "while",
+)  # fmt: skip
+# Instructions that read only the part of their first operand that they return.
 _SLICES = ("slice", "dynamic-slice", "gather")
 # Instructions that move data between memories, at once or, with -start, beside other work.
 _COPIES = ("copy", "slice", "dynamic-slice", "dynamic-update-slice")
 
 
 def hbm_bytes(module: Module, computation: Computation, instruction: Instruction) -> int:
-    """Bytes of HBM read and written by one instruction: each operand once, the result once.
+    """Bytes of HBM that one instruction reads and writes: each operand once, the result once.
 
-    A slice of a larger array, or an update in place, counts as the slice; arrays that the compiler keeps in VMEM count
-    nothing. Instructions that run other computations leave the counting to those.
+    A slice of a larger array, or an update in place, counts as the slice; arrays in VMEM, and instructions that run
+    other computations, count nothing.
     """
     if instruction.opcode in _FREE or instruction.opcode.endswith(("-done", "-update")):
         return 0
@@ -56,17 +45,21 @@ def hbm_bytes(module: Module, computation: Computation, instruction: Instruction
 
 def moved_bytes(computation: Computation, instruction: Instruction) -> int:
     """Bytes that a copy, or a slice or update across memories, carries: its smallest array that is not a counter."""
-    arrays = [array for operand in computation.operands(instruction) for array in operand.arrays]
-    return min((array.num_bytes for array in (*arrays, *instruction.arrays) if array.dims), default=0)
+    return min((array.num_bytes for array in _arrays(computation, instruction)), default=0)
 
 
 def crosses_to_host(computation: Computation, instruction: Instruction) -> bool:
     """Whether an instruction moves data between the host's memory and the chip's."""
     if instruction.opcode.removesuffix("-start") not in _COPIES:
         return False
-    arrays = [array for operand in computation.operands(instruction) for array in operand.arrays]
-    spaces = {array.space for array in (*arrays, *instruction.arrays) if array.dims}
+    spaces = {array.space for array in _arrays(computation, instruction)}
     return HOST in spaces and len(spaces) > 1
+
+
+def _arrays(computation: Computation, instruction: Instruction) -> list[Array]:
+    """The arrays of an instruction's operands and result, without counters."""
+    everything = [instruction, *computation.operands(instruction)]
+    return [array for each in everything for array in each.arrays if array.dims]
 
 
 def _in_hbm(arrays: Iterable[Array]) -> bool:
@@ -90,8 +83,8 @@ def _read_of(module: Module, computation: Computation, value: Instruction) -> in
             pass  # updated in place
         elif user.opcode == "fusion":
             inner = module.called(user)
-            places = [i for i, name in enumerate(user.operands) if name == value.name]
-            read += sum(_read_of(module, inner, inner.parameters[place]) for place in places)
+            taken = [inner.parameters[i] for i, name in enumerate(user.operands) if name == value.name]
+            read += sum(_read_of(module, inner, parameter) for parameter in taken)
         else:
             return whole
     return min(read, whole)

@@ -1,4 +1,4 @@
-"""What one step is planned to hold: texts at their limits, at a share of them, or those of real data."""
+"""The content of a planned step: texts at their limits, at a share of them, or those of real data."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ Lengths = Mapping[str, np.ndarray]  # int [texts]: tokens of each text of a step
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """What one step is planned to hold.
+    """The content of a planned step.
 
     Attributes:
       rows: Rows of each stream's batch, all devices together.
-      rows_at_once: Most rows that go through the model in one piece, all devices together.
+      rows_at_once: Most rows that pass through the model at once, all devices together.
       tokens: Tokens that are not padding.
       flops: Model FLOPs: forward and backward, without recomputation and padding.
     """
@@ -44,12 +44,12 @@ class Work:
 
 
 def lengths_at_limits(streams: Sequence[Stream], fill: float = 1.0) -> Lengths:
-    """Texts that have `fill` times the tokens that their limits allow."""
+    """Texts with a share `fill` of the tokens that their limits allow."""
     return {stream.name: np.maximum(1, stream.full_step() * fill).astype(int) for stream in streams}
 
 
 def lengths_of_data(config: Config, streams: Sequence[Stream]) -> Lengths:
-    """The texts of the longest of 16 steps, spread over the run, of the config's data on this machine.
+    """The texts of the longest of 16 evenly spaced steps of the run, from the config's data on this machine.
 
     Raises:
       InputError: Data or tokenizer cannot be read.
@@ -74,9 +74,9 @@ def planned_work(architecture: TransformerConfig, objectives: Sequence[Objective
 
     Args:
       architecture: Resolved.
-      objectives: What is trained.
-      shards: Equal parts that the rows of a batch are cut into.
-      texts: Their lengths.
+      objectives: Of the training.
+      shards: Equal parts of the rows of a batch.
+      texts: Lengths of the texts of a step.
     """
     rows, pairs, through_head = {}, 0.0, 0
     for objective in objectives:
@@ -93,10 +93,10 @@ def planned_work(architecture: TransformerConfig, objectives: Sequence[Objective
 
 
 def rows_by_stream(work: Work) -> dict[str, int]:
-    """Rows of every stream; 0 for those that are not trained."""
+    """Rows of every stream; 0 for one that is not trained."""
     return dict.fromkeys(STREAMS, 0) | work.rows
 
 
 def described_rows(work: Work) -> str:
-    """The same for people."""
+    """`rows_by_stream` as text."""
     return f"{' and '.join(f'{rows:,} {name}' for name, rows in rows_by_stream(work).items())} rows"

@@ -1,1 +1,1 @@
-"""The main job: from the docstrings on this machine to a model that searches and writes."""
+"""The quickstart: from the docstrings on this machine to a model that searches and writes."""

@@ -100,7 +100,7 @@ LEARNING_RATE = 5e-5
 # %%
 from pathlib import Path
 
-from grit_jax.quickstart.corpus import package_roots, write_corpus
+from grit_jax.quickstart.docstrings import package_roots, write_corpus
 
 data = DATA or "my-data"
 if DATA is None:
@@ -164,15 +164,15 @@ train: {{steps: {STEPS}, output: runs/mine}}
 assert not print_checks(dry_run(config))
 
 # %%
-from grit_jax.evaluation.retrieval import bm25_scores
-from grit_jax.quickstart.figures import model_scores, ranks_of, retrieval_figures, task_of_records
+from grit_jax.evaluation.bm25 import Bm25
+from grit_jax.quickstart.measuring import model_scores, ranks_of, retrieval_scores, task_of_records
 
 task = task_of_records(f"{data}/validation")
 
 
 def ndcg(scores):
     """nDCG@10 of scores [queries, documents]."""
-    return retrieval_figures(ranks_of(scores, task.relevant))["ndcg_at_10"]
+    return retrieval_scores(ranks_of(scores, task.relevant))["ndcg_at_10"]
 
 
 def measure(model):
@@ -192,7 +192,7 @@ import matplotlib.pyplot as plt
 
 model = trainer.model()
 names = ["base model", "after training", "BM25, keyword search"]
-values = [before, measure(model), ndcg(bm25_scores(task.queries, task.documents))]
+values = [before, measure(model), ndcg(Bm25(task.documents).scores(task.queries))]
 figure, panel = plt.subplots(figsize=(7, 2.4), layout="constrained")
 bars = panel.barh(names, values, color=["#b9c4d0", "#2563a8", "#d97706"], height=0.62)
 panel.bar_label(bars, fmt="%.3f", padding=4)

@@ -85,7 +85,7 @@ if "google.colab" in sys.modules:
 # %%
 from pathlib import Path
 
-from grit_jax.quickstart.run import run_quickstart
+from grit_jax.quickstart.job import run_quickstart
 
 if not Path(RUN, "checkpoints").exists():
     run_quickstart(Path(RUN), packages=PACKAGES, overrides=[f"--train.steps={STEPS}"])

@@ -88,7 +88,7 @@ GROUPS = 6  # packages that have a colour of their own
 # %%
 from pathlib import Path
 
-from grit_jax.quickstart.run import run_quickstart
+from grit_jax.quickstart.job import run_quickstart
 
 RUN = Path("runs/look_inside")
 run_quickstart(
@@ -179,8 +179,8 @@ from collections import Counter
 
 from grit_jax import Trainer
 from grit_jax.config import load_config
-from grit_jax.quickstart.corpus import DESCRIBE
-from grit_jax.quickstart.figures import model_scores, ranks_of, read_task, retrieval_figures
+from grit_jax.quickstart.docstrings import DESCRIBE
+from grit_jax.quickstart.measuring import model_scores, ranks_of, read_task, retrieval_scores
 
 task = read_task(RUN / "data/retrieval")
 packages = np.array([document.split("(")[0].split(".")[0].split()[0] for document in task.documents])
@@ -198,7 +198,7 @@ def ndcg(model):
     data = config(RUN).data
     lengths = data.query_max_length, data.passage_max_length
     scores = model_scores(model, task, instruction=DESCRIBE, max_lengths=lengths)
-    return retrieval_figures(ranks_of(scores, task.relevant))["ndcg_at_10"]
+    return retrieval_scores(ranks_of(scores, task.relevant))["ndcg_at_10"]
 
 
 snapshots = range(SNAPSHOT_EVERY, STEPS + 1, SNAPSHOT_EVERY)

@@ -87,7 +87,7 @@ BATCH = 64  # queries in a step, each of which has the documents of all others a
 # %%
 from pathlib import Path
 
-from grit_jax.quickstart.run import run_quickstart
+from grit_jax.quickstart.job import run_quickstart
 
 RUN = Path("runs/quickstart")
 run_quickstart(
@@ -116,8 +116,8 @@ Image(RUN / "losses.png", width=900)
 
 # %%
 from grit_jax import GritModel
-from grit_jax.quickstart.corpus import DESCRIBE
-from grit_jax.quickstart.figures import read_task
+from grit_jax.quickstart.docstrings import DESCRIBE
+from grit_jax.quickstart.measuring import read_task
 
 model = GritModel.load(RUN)
 task = read_task(RUN / "data/retrieval")

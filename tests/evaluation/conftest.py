@@ -55,7 +55,7 @@ def suite(tmp_path_factory):
 @pytest.fixture(scope="session")
 def report(confined, model, suite, tmp_path_factory):
     """The report on it, and its text."""
-    from grit_jax.evaluation.run import evaluate
+    from grit_jax.evaluation.evaluate import evaluate
     from grit_jax.evaluation.suite import load_suite
 
     path = tmp_path_factory.mktemp("report") / "report.json"

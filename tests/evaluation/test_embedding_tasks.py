@@ -5,9 +5,10 @@ import pytest
 import sklearn.metrics
 
 from grit_jax.errors import InputError
-from grit_jax.evaluation.learning import Classification, Clustering, undersample
+from grit_jax.evaluation.learning import Classification, Clustering
 from grit_jax.evaluation.reranking import Reranking, permutation
 from grit_jax.evaluation.similarity import STS, PairClassification, Summarization
+from grit_jax.evaluation.task import undersample
 from tests.evaluation.fake import session
 from tests.evaluation.tasks import write_classification, write_jsonl
 
@@ -32,7 +33,7 @@ def test_pairs_are_classified_by_the_best_of_four_similarities(tmp_path):
     ]
     labels = [row["label"] for row in rows]
     expected = [sklearn.metrics.average_precision_score(labels, similarity) for similarity in similarities]
-    assert np.allclose(list(found.figures.values()), expected)
+    assert np.allclose(list(found.scores.values()), expected)
     assert np.isclose(found.score(found.examples), max(expected))
 
 
@@ -56,7 +57,7 @@ def test_labels_that_embeddings_separate_are_found_and_others_are_not(tmp_path):
 
     found = Classification("x", str(tmp_path)).evaluate(session(embed=separated))
     assert np.all(found.examples == 1)
-    assert found.figures == {"f1": 1}
+    assert found.scores == {"f1": 1}
     chance = Classification("x", str(tmp_path)).evaluate(session(embed=lambda _: generator.normal(size=4)))
     assert np.mean(chance.examples) < 0.6
     found = Clustering("x", str(tmp_path / "test.jsonl")).evaluate(session(embed=separated))
@@ -90,7 +91,7 @@ def reranked(tmp_path, method="embedding", **behaviour):
     task = Reranking("x", str(tmp_path / "c.jsonl"), method=method, candidates=4)
     found = task.evaluate(session(embed=COSINES.__getitem__, **behaviour))
     (precision,) = found.examples
-    return precision, found.figures["mrr_at_10"]
+    return precision, found.scores["mrr_at_10"]
 
 
 def test_documents_are_ordered_by_cosine_or_by_what_the_model_says(tmp_path):

@@ -3,11 +3,10 @@ import dataclasses
 import pytest
 
 from grit_jax.errors import InputError
-from grit_jax.evaluation.answers import ExactMatch
 from grit_jax.evaluation.code import Code, check_of
-from grit_jax.evaluation.data import Row
+from grit_jax.evaluation.generation import ExactMatch, contains, f1, is_right
 from grit_jax.evaluation.likelihood import MultipleChoice
-from grit_jax.evaluation.prompted import contains, f1, is_right
+from grit_jax.evaluation.reading import Record
 from tests.evaluation.fake import session
 from tests.evaluation.tasks import write_jsonl
 
@@ -55,7 +54,7 @@ def test_a_prompt_is_instruction_examples_and_question(tmp_path):
     found = task.evaluate(one)
     assert found.examples.tolist() == [1] * 4  # two of each group; the examples themselves are not asked
     chance = 0.5  # of two different answers in each group, always giving one is right once
-    assert found.figures == {"num_too_long": 0, "mean_shots": 1, "mean_over_groups": 1, "chance": chance}
+    assert found.scores == {"num_too_long": 0, "mean_shots": 1, "mean_over_groups": 1, "chance": chance}
     assert all(prefix == "Well:" for _, prefix in one.model.asked)
     for prompt, _ in one.model.asked:
         kind = "ab"[int(prompt.rpartition("Q: ")[2][0]) % 2]
@@ -71,8 +70,8 @@ def test_examples_that_do_not_fit_are_left_out_and_questions_that_do_not_are_wro
     one = session(answer=lambda _: "1", max_length=250)
     found = task.evaluate(one)
     assert found.examples.tolist() == [1] + [0] * 8
-    assert found.figures["num_too_long"] == 1
-    assert found.figures["mean_shots"] == pytest.approx(8 * 3 / 9)
+    assert found.scores["num_too_long"] == 1
+    assert found.scores["mean_shots"] == pytest.approx(8 * 3 / 9)
     assert one.model.asked[0][0].count("How much?") == 3
 
 
@@ -120,7 +119,7 @@ def test_the_likeliest_letter_is_chosen(tmp_path):
     one = session(score=score)
     found = MultipleChoice("x", str(tmp_path / "c.jsonl")).evaluate(one)
     assert found.examples.tolist() == [1, 1, 0]
-    assert found.figures["chance"] == pytest.approx(1 / 3)
+    assert found.scores["chance"] == pytest.approx(1 / 3)
     assert one.model.asked[0][1] == "The answer is"
     write_jsonl(tmp_path / "c.jsonl", [rows[0] | {"answer": "D"}])
     with pytest.raises(InputError, match=r"c\.jsonl:1: 'answer' is 'D'; it must be one of A, B, C, or its number"):
@@ -142,9 +141,9 @@ def test_programs_are_tested_in_both_forms(confined, tmp_path):
         task = Code("x", str(tmp_path / "p.jsonl"), form=form, samples=2, k=[1, 2])
         found = task.evaluate(one)
         assert found.examples.tolist() == [1, 0]
-        assert found.figures["pass_at_2"] == 0.5
+        assert found.scores["pass_at_2"] == 0.5
         assert one.model.asked[0] == asked
-        assert [answer["status"] for answer in found.answers] == ["passed", "failed"] * 2
+        assert [answer["status"] for answer in found.completions] == ["passed", "failed"] * 2
 
 
 @pytest.mark.parametrize(
@@ -173,14 +172,14 @@ def test_a_completed_program_is_run_as_it_is(confined, tmp_path):
 
 
 def test_a_test_is_called_once():
-    row = Row("x:1", {"prompt": "def g():\n", "test": "def check(f): pass\n\ncheck(g)", "entry_point": "g"})
+    row = Record("x:1", {"prompt": "def g():\n", "test": "def check(f): pass\n\ncheck(g)", "entry_point": "g"})
     assert check_of(row, "prompt").code.count("check(") == 2
     row.values["test"] = "def check(f): pass"
     assert check_of(row, "prompt").code.endswith("\ncheck(g)\n")
 
 
 def test_a_prompt_that_begins_no_function_is_refused():
-    row = Row("x:1", {"prompt": "Write one.", "test": "", "entry_point": "g"})
+    row = Record("x:1", {"prompt": "Write one.", "test": "", "entry_point": "g"})
     with pytest.raises(InputError, match=r"x:1: 'prompt' does not begin a function .*; it must end where"):
         check_of(row, "prompt")
 
@@ -199,13 +198,13 @@ def test_shared_sets_are_read_as_the_shipped_suites_name_them(shared):
     assert (len(collection.queries), len(collection.documents)) == (300, 5183)
     one = session(answer=lambda _: "1", score=lambda *_: 0.0, max_length=10**6)
     tasks = {task.name: task for task in load_suite(ROOT / "configs/suites/generative.yaml", data=data).tasks}
-    assert len(tasks["bbh"].asked(one)) == 27 * 40
+    assert len(tasks["bbh"].selected(one)) == 27 * 40
     for name in ("gsm8k", "bbh", "xquad_en", "mmlu"):
-        rows = tasks[name].asked(one)[:50]
+        rows = tasks[name].selected(one)[:50]
         prompts = tasks[name].prompts(rows, one, room=10)
         assert set(prompts.shots) <= {"gsm8k": {8}, "bbh": {3, 4, 5}, "xquad_en": {1}, "mmlu": {0}}[name]
     few = dataclasses.replace(tasks["mmlu"], limit=1)
-    first = [row.get("answer") == "A" for row in few.asked(one)]  # of equal letters the first is taken
+    first = [row.get("answer") == "A" for row in few.selected(one)]  # of equal letters the first is taken
     assert len(first) == 57
     assert few.evaluate(one).examples.tolist() == first
 

@@ -82,7 +82,7 @@ def test_mteb_scores_a_retrieval_task_as_we_do(mteb, model, folder):
     }
     scores = run_mteb(mteb, model, on_data(mteb, "SciFact", {"default": {"test": split}}))
     assert scores["ndcg_at_10"] == pytest.approx(score(found), abs=1e-5)
-    assert scores["recall_at_10"] == pytest.approx(found.figures["recall_at_10"], abs=1e-5)
+    assert scores["recall_at_10"] == pytest.approx(found.scores["recall_at_10"], abs=1e-5)
 
 
 def similarity(mteb, folder):
@@ -324,8 +324,8 @@ def test_the_export_gives_sentence_transformers_evaluators_our_figures(checkpoin
         exported
     )
     assert scores["cosine_ndcg@10"] == pytest.approx(score(found), abs=1e-6)
-    assert scores["cosine_recall@10"] == pytest.approx(found.figures["recall_at_10"], abs=1e-6)
-    assert scores["cosine_mrr@10"] == pytest.approx(found.figures["mrr_at_10"], abs=1e-6)
+    assert scores["cosine_recall@10"] == pytest.approx(found.scores["recall_at_10"], abs=1e-6)
+    assert scores["cosine_mrr@10"] == pytest.approx(found.scores["mrr_at_10"], abs=1e-6)
     similar = ours(model, folder, {"name": "t", "type": "sts", "path": "sts.tsv"})
     rows = [line.split("\t") for line in (folder / "sts.tsv").read_text().splitlines()[1:]]
     given, left, right = zip(*rows, strict=True)

@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from grit_jax.evaluation import metrics
 from grit_jax.evaluation.report import interval
+from grit_jax.evaluation.scores import spearman, v_measure
 from grit_jax.evaluation.task import Outcome
 
 
@@ -10,7 +10,7 @@ def test_an_interval_holds_the_score_also_where_draws_are_biased():
     generator = np.random.default_rng(0)
     labels = generator.integers(0, 77, 2000)
     clusters = np.where(generator.random(2000) < 0.4, labels, generator.integers(0, 77, 2000))
-    outcome = Outcome("x", np.stack([labels, clusters], axis=1), lambda x: metrics.v_measure(*x.T))
+    outcome = Outcome("x", np.stack([labels, clusters], axis=1), lambda x: v_measure(*x.T))
     low, high = interval(outcome, 0)
     assert low < outcome.score(outcome.examples) < high < low + 0.05
 
@@ -30,12 +30,12 @@ def test_an_interval_ends_where_the_score_does(share):
     generator = np.random.default_rng(0)
     labels = generator.integers(0, 5, 40)
     clusters = np.where(generator.random(40) < share, labels, 5)
-    v_measure = Outcome("x", np.stack([labels, clusters], axis=1), lambda x: metrics.v_measure(*x.T))
+    clustering = Outcome("x", np.stack([labels, clusters], axis=1), lambda x: v_measure(*x.T))
     gold = np.arange(6.0)
     noise = generator.normal(size=6) * (1 - share)
     for sign in (1, -1):
         pairs = np.stack([sign * gold + noise, gold], axis=1)
-        spearman = Outcome("x", pairs, lambda x: metrics.spearman(*x.T), bounds=(-1.0, 1.0))
-        for outcome in (v_measure, spearman):
+        correlation = Outcome("x", pairs, lambda x: spearman(*x.T), bounds=(-1.0, 1.0))
+        for outcome in (clustering, correlation):
             low, high = interval(outcome, 0)
             assert outcome.bounds[0] <= low <= high <= outcome.bounds[1]

@@ -5,11 +5,11 @@ import numpy as np
 import pytest
 
 from grit_jax.errors import InputError
+from grit_jax.evaluation.bm25 import Bm25
 from grit_jax.evaluation.retrieval import (
     Collection,
     Ranking,
     Retrieval,
-    bm25_scores,
     outcome,
     read_collection,
     without_own_ids,
@@ -22,7 +22,7 @@ from tests.evaluation.tasks import write_jsonl, write_retrieval
 
 def test_bm25_finds_shared_words_and_says_nothing(caplog):
     documents = ["the cat sat on the mat", "a dog barked", "fish swim in water"]
-    scores = bm25_scores(["dog barked loudly", "where do fish swim", "of"], documents)
+    scores = Bm25(documents).scores(["dog barked loudly", "where do fish swim", "of"])
     assert scores[:2].argmax(axis=1).tolist() == [1, 2]
     assert not scores[2].any()
     assert [record.message for record in caplog.records if record.name == "bm25s"] == []

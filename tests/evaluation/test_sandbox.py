@@ -14,7 +14,7 @@ import grit_jax
 from grit_jax.errors import InputError
 from grit_jax.evaluation import sandbox
 from grit_jax.evaluation.code import Code, check_of
-from grit_jax.evaluation.data import read_rows
+from grit_jax.evaluation.reading import read_records
 from grit_jax.evaluation.sandbox import Check, Limits, Verdict, run, run_all
 from tests.evaluation.fake import session
 from tests.evaluation.tasks import write_jsonl
@@ -262,7 +262,7 @@ def test_many_programs_run_at_once_and_keep_their_order(confined):
 
 def test_humanevals_own_solutions_pass(confined, shared):
     for name, begin in (("humaneval.jsonl", "prompt"), ("humanevalpack_python.jsonl", "declaration")):
-        rows = read_rows(shared / "data/eval/generative" / name)[::24]
+        rows = read_records(shared / "data/eval/generative" / name)[::24]
         checks = [check_of(row, begin) for row in rows]
         programs = [row.get(begin) + row.get("canonical_solution") for row in rows]
         assert set(run_all(programs, checks, LIMITS)) == {PASSED}

@@ -7,7 +7,7 @@ import pytest
 import safetensors.numpy
 
 from grit_jax.config import Config, LossConfig, ModelConfig
-from grit_jax.doctor.rows import embedding_batch, generative_batch, random_texts
+from grit_jax.doctor.batches import embedding_batch, generative_batch, random_texts
 from grit_jax.hf.export import save_folder
 from grit_jax.hf.folder import open_folder
 from grit_jax.inference.model import GritModel

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from grit_jax.config import TransformerConfig
-from grit_jax.doctor.rows import layout, random_texts
+from grit_jax.doctor.batches import lay_out, random_texts
 from grit_jax.model.transformer import abstract_model, abstract_params, bind, init_params, param_axes
 from grit_jax.parallel.execution import PLAIN
 from tests.packing import relative_error
@@ -64,20 +64,20 @@ def test_packing_order_and_row_mates_do_not_change_hidden_states(params, causal)
     texts = random_texts(np.random.default_rng(0), 6)
     states = {}
     for rows in ([[0, 1], [2, 3], [4, 5]], [[5, 2], [4, 0], [3, 1]], [[0, 3], [2], [1]]):
-        tokens, segment_ids, positions, places = layout(texts, rows, 32)
-        hidden = hidden_states(CONFIG, params, tokens, segment_ids, positions, causal=causal)
-        for number, (row, offset, _) in places.items():
-            state = hidden[row, offset : offset + len(texts[number])]
-            assert relative_error(state, states.setdefault(number, state)) < 1e-5
+        order, lengths, packing, filled = lay_out(texts, rows, 32)
+        hidden = hidden_states(CONFIG, params, *filled[:3], causal=causal)
+        for text, length, row, offset in zip(order.tolist(), lengths, packing.row, packing.offset, strict=True):
+            state = hidden[row, offset : offset + length]
+            assert relative_error(state, states.setdefault(text, state)) < 1e-5
 
 
 @pytest.mark.parametrize("remat", ["full", "dots"])
 def test_rematerialisation_changes_nothing(params, remat):
-    tokens, segment_ids, positions, _ = layout(random_texts(np.random.default_rng(1), 2), [[0, 1]], 32)
+    rows = lay_out(random_texts(np.random.default_rng(1), 2), [[0, 1]], 32).rows
 
     def gradient(remat):
         def loss(params):
-            states = hidden_states(CONFIG, params, tokens, segment_ids, positions, causal=True, remat=remat)
+            states = hidden_states(CONFIG, params, *rows[:3], causal=True, remat=remat)
             return jnp.sum(jnp.sin(states))
 
         return jax.jit(jax.grad(loss))

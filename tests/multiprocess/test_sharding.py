@@ -9,7 +9,7 @@ PLACE = """
     import numpy as np
     from jax.sharding import Mesh
     from grit_jax.parallel import sharding
-    from grit_jax.doctor.rows import embedding_batch, generative_batch, random_texts
+    from grit_jax.doctor.batches import embedding_batch, generative_batch, random_texts
 
     rng = np.random.default_rng(0)
     texts = random_texts(rng, 48)

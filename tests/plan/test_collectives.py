@@ -26,7 +26,7 @@ def price(opcode, shape="bf16[524288]", attributes="replica_groups=[2,4]<=[8]", 
 )
 def test_a_group_of_four_carries_three_quarters_over_two_axes_both_ways(opcode, num_bytes, carried):
     moved = price(opcode)
-    assert (moved.kind, moved.network, moved.num_bytes) == (opcode.removesuffix("-start"), "ici", num_bytes)
+    assert (moved.opcode, moved.network, moved.num_bytes) == (opcode.removesuffix("-start"), "ici", num_bytes)
     assert moved.seconds == pytest.approx(carried / (4 * LINK))
 
 
@@ -53,7 +53,7 @@ def test_a_reduction_that_is_sliced_at_once_is_a_reduce_scatter():
         (entry.replace("dynamic-slice(%second, %i)", "add(%second)"), "all-reduce"),
     ):
         parsed = parse_module(module(text))
-        assert transfer(parsed.entry, parsed.entry.instructions["c"], V5E).kind == kind
+        assert transfer(parsed.entry, parsed.entry.instructions["c"], V5E).opcode == kind
 
 
 @pytest.mark.parametrize(
@@ -70,5 +70,5 @@ def test_slices_exchange_over_the_data_centre_network(kind, passes):
     """
     parsed = parse_module(module(entry))
     moved = slice_transfer(parsed.entry, parsed.entry.root, topology)
-    assert (moved.kind, moved.network) == (kind.lower().replace("_", "-"), "dcn")
+    assert (moved.opcode, moved.network) == (kind.lower().replace("_", "-"), "dcn")
     assert moved.seconds == pytest.approx(passes * MEBIBYTE / topology.chip.dcn_bandwidth)

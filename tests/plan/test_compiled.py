@@ -50,7 +50,7 @@ def test_products_of_nested_loops_are_counted_as_often_as_they_run(compiled):
 
 def test_collectives_of_nested_loops_are_counted_as_often_as_they_run(compiled):
     total = estimate(compiled, parse_topology("v5e-4"))
-    counted = {row.kind: (row.count, row.num_bytes) for row in total.collectives}
+    counted = {row.opcode: (row.count, row.num_bytes) for row in total.collectives}
     runs, weight = CHUNKS * LAYERS, 2 * WIDTH * WIDTH
     # Weights are gathered for each of three passes; a gradient is reduced once, and the loss of each chunk.
     assert counted["all-gather"] == (3 * runs, 3 * runs * weight)

@@ -66,7 +66,7 @@ def test_a_transfer_hides_behind_the_work_between_its_start_and_its_end(num_byte
     assert total.total_seconds == pytest.approx(SECONDS + exposed)
     assert total.ici_seconds == pytest.approx(num_bytes / LINK)
     (row,) = total.collectives
-    assert (row.kind, row.network, row.overlapped, row.count) == ("collective-permute", "ici", True, 1)
+    assert (row.opcode, row.network, row.overlapped, row.count) == ("collective-permute", "ici", True, 1)
 
 
 def test_work_after_the_end_hides_nothing():
@@ -124,7 +124,7 @@ def test_a_collective_spread_over_fusions_hides_behind_those_that_carry_it_on():
     total = cost(entry, LOOP_BODY_OF_WORK, *SPREAD)
     assert total.exposed_seconds == pytest.approx(GATHER - SECONDS)
     assert total.compute_seconds == pytest.approx(2 * SECONDS)
-    assert [(row.kind, row.count, row.overlapped) for row in total.collectives] == [("all-gather", 1, True)]
+    assert [(row.opcode, row.count, row.overlapped) for row in total.collectives] == [("all-gather", 1, True)]
 
 
 def test_fusions_in_a_nested_loop_carry_on_what_was_started_outside():
@@ -173,7 +173,7 @@ def test_copies_to_the_hosts_memory_use_its_bus_and_overlap():
         ROOT %t = ({stack}, {layer}) tuple(%d, %p)
     """
     total = cost(entry, LOOP_BODY_OF_WORK)
-    assert [(row.kind, row.network, row.count) for row in total.collectives] == [("copy", "host", 1)]
+    assert [(row.opcode, row.network, row.count) for row in total.collectives] == [("copy", "host", 1)]
     assert total.host_seconds == pytest.approx(4 * 8192 / HOST_BANDWIDTH)
     assert total.exposed_seconds == pytest.approx(4 * 8192 / HOST_BANDWIDTH - SECONDS)
     assert total.hbm_bytes == 4 * 8192 + 2 * 8 * 4  # the layer, and what the work reads and writes

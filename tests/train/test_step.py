@@ -18,7 +18,7 @@ from grit_jax.config import (
     TrainConfig,
     TransformerConfig,
 )
-from grit_jax.doctor.rows import embedding_batch, generative_batch, random_texts
+from grit_jax.doctor.batches import embedding_batch, generative_batch, random_texts
 from grit_jax.model.transformer import abstract_model, init_params, param_axes
 from grit_jax.parallel import sharding
 from grit_jax.parallel.execution import PLAIN, execution

@@ -6,8 +6,8 @@ import pytest
 
 from grit_jax.data.records import parse_record
 from grit_jax.errors import InputError
-from grit_jax.quickstart import corpus
-from grit_jax.quickstart.corpus import DocumentedObject, collect_objects, package_roots, write_corpus
+from grit_jax.quickstart import docstrings
+from grit_jax.quickstart.docstrings import DocumentedObject, collect_objects, package_roots, write_corpus
 
 
 @pytest.fixture
@@ -75,7 +75,7 @@ def test_the_written_corpus_is_grit_data_with_nothing_held_out_in_training(tmp_p
         )
         for number, word in enumerate(words)
     ]  # fmt: skip
-    monkeypatch.setattr(corpus, "collect_objects", lambda _: objects)
+    monkeypatch.setattr(docstrings, "collect_objects", lambda _: objects)
     counts = write_corpus(tmp_path)
     held_out = {f"word{number}" for number, thing in enumerate(objects) if thing.held_out}
     assert counts["held_out_objects"] == counts["held_out_queries"] == len(held_out) > 10
@@ -156,7 +156,7 @@ def test_a_document_is_cut_to_its_words_and_leaves_out_the_summary(tmp_path):
     words = [f"word{number}" for number in range(200)]
     text = function("load", "Reads one basket from text.", " ".join(words))
     document = collect_objects(write_module(tmp_path, text))[0].document
-    assert document == "orchard.load(value)\n" + " ".join(words[: corpus._DOCUMENT_WORDS])
+    assert document == "orchard.load(value)\n" + " ".join(words[: docstrings._DOCUMENT_WORDS])
 
 
 def test_a_description_that_stands_in_its_document_is_not_searched_for(tmp_path):
@@ -191,8 +191,8 @@ def test_writing_again_gives_the_same_bytes(orchard):
 
 
 def test_the_standard_library_and_the_run_time_packages_are_read():
-    roots = dict(corpus._installed_roots())
-    assert {"", "numpy", "jax", "flax", "optax"} <= roots.keys() <= {"", *corpus.PACKAGES}
+    roots = dict(docstrings._installed_roots())
+    assert {"", "numpy", "jax", "flax", "optax"} <= roots.keys() <= {"", *docstrings.PACKAGES}
     objects = {thing.name: thing for thing in collect_objects([("json", roots[""] / "json")])}
     assert objects["json.loads"].signature.startswith("json.loads(s, cls, object_hook")
     assert "Python object" in objects["json.loads"].summary and "object_hook" in objects["json.loads"].body

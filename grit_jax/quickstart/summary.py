@@ -1,4 +1,4 @@
-"""The quickstart's report: on the terminal, and its plot."""
+"""Shows the result of a quickstart: a table on the terminal, and a plot of the losses."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from grit_jax.runs.plot import running_mean, series
 from grit_jax.train.metrics import read_metrics
 
 
-def show_report(report: dict[str, Any]) -> None:
-    """Prints a report.json for people."""
+def show_summary(report: dict[str, Any]) -> None:
+    """Prints the content of a report.json for people."""
     console = rich.console.Console(highlight=False)
     console.rule("quickstart")
     corpus = report["corpus"]
@@ -28,13 +28,11 @@ def show_report(report: dict[str, Any]) -> None:
     table = rich.table.Table("held-out", "untrained", "trained", "baseline")
     retrieval, generation = report["retrieval"], report["generation"]
     for name, label in (("ndcg_at_10", "nDCG@10"), ("recall_at_10", "recall@10")):
-        figures = retrieval[name]
-        table.add_row(
-            label, *(f"{figures[key]:.3f}" for key in ("untrained", "trained")), f"{figures['bm25']:.3f} BM25"
-        )
+        scores = retrieval[name]
+        table.add_row(label, f"{scores['untrained']:.3f}", f"{scores['trained']:.3f}", f"{scores['bm25']:.3f} BM25")
     loss = generation["loss_per_token"]
     table.add_row(
-        "loss per token", *(f"{loss[key]:.3f}" for key in ("untrained", "trained")), f"{loss['unigram']:.3f} unigram"
+        "loss per token", f"{loss['untrained']:.3f}", f"{loss['trained']:.3f}", f"{loss['unigram']:.3f} unigram"
     )
     console.print(table)
     console.print(
@@ -55,7 +53,7 @@ def show_report(report: dict[str, Any]) -> None:
 
 
 def plot_losses(metrics: Path, out: Path) -> None:
-    """Draws both losses of a metrics.jsonl against the step, as PNG: every step faintly, a running mean on top."""
+    """Plots both losses of a metrics.jsonl against the step, as PNG, with a running mean."""
     from matplotlib.figure import Figure  # pyplot would choose a backend for a notebook that calls this
 
     lines = read_metrics(metrics)
@@ -67,9 +65,9 @@ def plot_losses(metrics: Path, out: Path) -> None:
         steps, values = series(lines, name)
         panel.plot(steps, values, color="tab:blue", alpha=0.25, linewidth=0.8)
         panel.plot(steps, running_mean(values, max(1, len(values) // 20)), color="tab:blue", label="training")
-        held_out = [(line["step"], line[f"validation/{name}"]) for line in lines if f"validation/{name}" in line]
-        if held_out:
-            panel.plot(*zip(*held_out, strict=True), "o-", color="tab:orange", label="held-out")
+        steps, held_out = series(lines, f"validation/{name}")
+        if len(steps):
+            panel.plot(steps, held_out, "o-", color="tab:orange", label="held-out")
         panel.set(title=title, xlabel="step", ylim=(0, None))
         panel.grid(alpha=0.3)
         panel.legend(frameon=False)

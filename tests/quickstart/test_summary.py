@@ -2,8 +2,8 @@ import json
 
 import pytest
 
-from grit_jax.quickstart.report import plot_losses, show_report
-from grit_jax.quickstart.run import config_file
+from grit_jax.quickstart.job import config_file
+from grit_jax.quickstart.summary import plot_losses, show_summary
 
 REPORT = {
     "retrieval": {
@@ -34,7 +34,7 @@ REPORT = {
 
 
 def test_the_report_shows_every_figure_and_path(capsys):
-    show_report(REPORT)
+    show_summary(REPORT)
     shown = capsys.readouterr().out
     figures = [f"{value:.3f}" for part in (*REPORT["retrieval"].values(),) for value in part.values()]
     figures += ["9.111", "4.222", "6.333", "4,321", "987,654", "3,456,789", "5.0 minutes", "123", "0.750"]
@@ -43,7 +43,7 @@ def test_the_report_shows_every_figure_and_path(capsys):
 
 
 def test_brackets_in_a_docstring_are_shown_and_not_read_as_markup(capsys):
-    show_report(REPORT)
+    show_summary(REPORT)
     shown = capsys.readouterr().out
     for text in ("Split on [/] and [bold], not on [/x].", "What does `[/a]` do?", "It [/b] does."):
         assert text in shown

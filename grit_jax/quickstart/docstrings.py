@@ -1,4 +1,4 @@
-"""Training and held-out data from the docstrings that every machine with this package has.
+"""Training and held-out data from docstrings, which every machine with this package has.
 
 Sources are the Python standard library and the run-time numeric packages, parsed and never imported. Each documented
 module, class or function is an object; objects, not texts, are split into train and held-out.
@@ -23,7 +23,7 @@ import numpy as np
 
 from grit_jax.errors import InputError
 
-# Run-time requirements and what they bring along, so that every installation sees the same texts.
+# Run-time requirements and their own, so that every installation sees the same texts.
 PACKAGES = ("numpy", "scipy", "jax", "flax", "optax", "orbax", "grain", "tensorstore", "ml_dtypes", "matplotlib")
 _SKIPPED_FOLDERS = {"test", "tests", "testing", "_test", "idlelib", "lib2to3", "site-packages", "pydoc_data", "vendor"}
 
@@ -40,7 +40,7 @@ _Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 
 class DocumentedObject(NamedTuple):
-    """One documented thing.
+    """A documented module, class or function.
 
     Attributes:
       name: Dotted name.
@@ -56,12 +56,12 @@ class DocumentedObject(NamedTuple):
 
     @property
     def document(self) -> str:
-        """What is searched for: signature and body, without the summary that queries are made of."""
+        """The text to retrieve: signature and body, without the summary, which is the query."""
         return f"{self.signature}\n{_clip(self.body, _DOCUMENT_WORDS)}"
 
     @property
     def searchable(self) -> bool:
-        """Whether the summary describes the document without standing in it word for word."""
+        """Whether the document has a body and does not contain the summary word for word."""
         return bool(self.body) and _normalized(self.summary) not in _normalized(self.document)
 
     @property
@@ -71,20 +71,20 @@ class DocumentedObject(NamedTuple):
 
     @property
     def held_out(self) -> bool:
-        """Whether the object is kept from training; decided by its name alone."""
+        """Whether the object is held out of training; depends on its name alone."""
         digest = hashlib.sha256(self.name.encode()).digest()
         return int.from_bytes(digest[:4]) < _HELD_OUT * 2**32
 
 
 def write_corpus(folder: Path, roots: Iterable[tuple[str, Path]] | None = None) -> dict[str, int]:
-    """Writes GRIT data and a retrieval task, and counts what it wrote.
+    """Writes GRIT data and a retrieval task, and returns counts of them.
 
     `train/` and `validation/` hold embedding and generative JSONL; `retrieval/` is in BEIR layout: held-out
     descriptions over the documentation of held-out objects.
 
     Args:
-      folder: Where to write.
-      roots: What to read; see `collect_objects`.
+      folder: The folder to write.
+      roots: As of `collect_objects`.
     """
     objects = collect_objects(roots)
     train = [thing for thing in objects if not thing.held_out]
@@ -108,7 +108,7 @@ def write_corpus(folder: Path, roots: Iterable[tuple[str, Path]] | None = None) 
 
 
 def collect_objects(roots: Iterable[tuple[str, Path]] | None = None) -> list[DocumentedObject]:
-    """Every documented object below the roots, each name and each text once.
+    """All documented objects below the roots, with unique names and texts.
 
     Args:
       roots: Pairs of dotted prefix and source folder; None is the standard library and `PACKAGES`.
@@ -144,7 +144,7 @@ def _installed_roots() -> Iterator[tuple[str, Path]]:
 
 
 def _is_new(thing: DocumentedObject, seen: set[str]) -> bool:
-    """Packages copy each other's docstrings, with small edits below a summary and an argument list that stay."""
+    """Whether name and text are new: packages copy each other's docstrings with small edits."""
     summary = _normalized(thing.summary)
     keys = {thing.name, summary, _normalized(thing.body)} - {""}  # a property's setter has the name of its getter
     if not summary or keys & seen:
@@ -181,12 +181,12 @@ def _walk(node: _Documented, name: str) -> Iterator[DocumentedObject]:
 
 
 def _signature(node: ast.AST, name: str) -> str:
-    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-        arguments = [a.arg for a in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
-        if arguments[:1] in (["self"], ["cls"]):
-            arguments = arguments[1:]
-        return f"{name}({', '.join(arguments)})"
-    return name
+    if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+        return name
+    arguments = [a.arg for a in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
+    if arguments[:1] in (["self"], ["cls"]):
+        arguments = arguments[1:]
+    return f"{name}({', '.join(arguments)})"
 
 
 def _clip(text: str, words: int) -> str:
@@ -194,11 +194,10 @@ def _clip(text: str, words: int) -> str:
 
 
 def _embedding_files(things: list[DocumentedObject]) -> dict[str, list[dict[str, Any]]]:
-    """One file per kind of query, since the queries of a batch come from one file."""
-    describe, name, excerpt = [], [], []
+    """One file per type of query, since the queries of a batch come from one file."""
+    describe = [(thing, thing.summary, thing.document) for thing in things if thing.searchable]
+    name, excerpt = [], []
     for thing in things:
-        if thing.searchable:
-            describe.append((thing, thing.summary, thing.document))
         if thing.body:
             words = " ".join(re.findall(r"[A-Za-z][a-z]*|\d+", thing.name))
             name.append((thing, words, f"{thing.summary}\n{_clip(thing.body, _DOCUMENT_WORDS)}"))
@@ -216,7 +215,7 @@ def _embedding_files(things: list[DocumentedObject]) -> dict[str, list[dict[str,
 
 
 def _embedding_rows(instruction: str, pairs: list[tuple[DocumentedObject, str, str]]) -> list[dict[str, Any]]:
-    """Records of (object, query, document); negatives are documents of the same kind, so form alone tells nothing."""
+    """Records of (object, query, document); negatives are documents of the same form."""
     siblings = _siblings([thing for thing, _, _ in pairs])
     return [
         {"query": [instruction, query], "pos": [["", document]], "neg": [["", pairs[other][2]] for other in others]}
@@ -225,15 +224,15 @@ def _embedding_rows(instruction: str, pairs: list[tuple[DocumentedObject, str, s
 
 
 def _siblings(things: list[DocumentedObject], count: int = 3) -> list[list[int]]:
-    """For each object a few others of its module or class, else of its neighbourhood: the hard negatives."""
+    """Indices of hard negatives for each object: of its module or class, else its neighbours."""
     scopes: dict[str, list[int]] = defaultdict(list)
-    for number, thing in enumerate(things):
-        scopes[thing.scope].append(number)
+    for i, thing in enumerate(things):
+        scopes[thing.scope].append(i)
     result = []
-    for number, thing in enumerate(things):
-        others = [other for other in scopes[thing.scope] if other != number]
-        nearby = [other for other in range(max(0, number - count), number + count + 1) if 0 <= other < len(things)]
-        others += [other for other in nearby if other != number and other not in others]
+    for i, thing in enumerate(things):
+        others = [other for other in scopes[thing.scope] if other != i]
+        nearby = range(max(0, i - count), min(i + count + 1, len(things)))
+        others += [other for other in nearby if other != i and other not in others]
         generator = np.random.default_rng(_stable(thing.name))
         pool = others if len(others) <= count else generator.choice(others, count, replace=False).tolist()
         result.append(pool[:count])

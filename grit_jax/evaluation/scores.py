@@ -1,4 +1,4 @@
-"""Scores from rankings, similarities and answers; each equals that of the library it is named after."""
+"""Scores of rankings, similarities, clusters and programs; each equals that of the library it is named after."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ BOOTSTRAP_DRAWS, _COVERAGE = 1000, 0.95
 
 
 def percentile_interval(draws: Sequence[float]) -> tuple[float, float]:
-    """The 95 % interval of a figure, given what it is on bootstrap draws (Efron, 1979)."""
+    """The 95 % interval of a score from its values on bootstrap draws (Efron, 1979)."""
     low, high = np.quantile(draws, [(1 - _COVERAGE) / 2, (1 + _COVERAGE) / 2])
     return float(low), float(high)
 
@@ -32,7 +32,7 @@ def ndcg(gains: np.ndarray, judged: Sequence[np.ndarray], k: int) -> np.ndarray:
     scores 0.
 
     Args:
-      gains: float [queries, ranks]; relevance of the documents of a ranking, 0 for those not judged.
+      gains: float [queries, ranks]; relevance of the ranked documents, 0 for those not judged.
       judged: For each query the relevance of all its judged documents.
       k: Ranks that count.
     """
@@ -57,13 +57,13 @@ def recall(gains: np.ndarray, judged: Sequence[np.ndarray], k: int) -> np.ndarra
 
 
 def reciprocal_rank(gains: np.ndarray, k: int) -> np.ndarray:
-    """1 / rank of the first relevant document of each query in its first k ranks, 0 without one."""
+    """1 / rank of each query's first relevant document in its first k ranks, 0 without one; `gains` as of `ndcg`."""
     found = gains[:, :k] > 0
     return np.where(found.any(axis=1), 1 / (1 + np.argmax(found, axis=1)), 0.0)
 
 
 def average_precision(relevant: np.ndarray, scores: np.ndarray) -> float:
-    """Mean precision at each relevant item, items of equal score being taken together, as scikit-learn's.
+    """Mean precision at each relevant item, as scikit-learn's: items of equal score share a rank.
 
     Args:
       relevant: bool [items], some of them true.
@@ -77,7 +77,7 @@ def average_precision(relevant: np.ndarray, scores: np.ndarray) -> float:
 
 
 def spearman(a: np.ndarray, b: np.ndarray) -> float:
-    """Correlation of ranks, equal values sharing their mean rank, as SciPy's; 0 where either is constant."""
+    """Correlation of ranks as SciPy's, equal values sharing their mean rank; 0 where either is constant."""
     import scipy.stats
 
     ranks = [scipy.stats.rankdata(x) - (len(x) + 1) / 2 for x in (a, b)]
@@ -107,7 +107,7 @@ def _entropy(counts: np.ndarray) -> float:
 
 
 def pass_at_k(correct: np.ndarray, samples: int, k: int) -> np.ndarray:
-    """Probability that one of k samples is correct, without bias (Chen et al., arXiv 2107.03374, equation 1).
+    """Unbiased probability that one of k samples is correct (Chen et al., arXiv 2107.03374, equation 1).
 
     Args:
       correct: int [problems]; correct ones of `samples` samples.

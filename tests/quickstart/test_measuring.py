@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 
 from grit_jax.errors import InputError
-from grit_jax.quickstart.figures import (
+from grit_jax.quickstart.measuring import (
     ranks_of,
     read_task,
-    retrieval_figures,
+    retrieval_scores,
     task_of_records,
     unigram_loss,
 )
@@ -15,7 +15,7 @@ from grit_jax.text.tokenizer import Tokenizer
 
 
 def test_figures_of_known_ranks():
-    figures = retrieval_figures(np.array([1, 3, 10, 11]))
+    figures = retrieval_scores(np.array([1, 3, 10, 11]))
     assert np.isclose(figures["ndcg_at_10"], (1 + 1 / 2 + 1 / np.log2(11)) / 4)
     assert figures["recall_at_10"] == 0.75
 

@@ -1,8 +1,7 @@
-"""The quickstart's measurements: retrieval against BM25, and loss per token against unigrams."""
+"""The quickstart's measurements: retrieval scores, and the loss per token of a unigram model."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,11 +9,10 @@ import numpy as np
 
 from grit_jax.data.records import EmbeddingRecord
 from grit_jax.data.sources import find_files, open_source
-from grit_jax.data.streams.generative import GenerativeStream
-from grit_jax.data.tokenizing import tokenize_records
 from grit_jax.errors import InputError
-from grit_jax.evaluation import metrics
+from grit_jax.evaluation.likelihood import read_generative
 from grit_jax.evaluation.retrieval import read_collection
+from grit_jax.evaluation.scores import ndcg, recall
 from grit_jax.inference.model import GritModel
 from grit_jax.text.tokenizer import Tokenizer
 
@@ -25,7 +23,7 @@ class RetrievalTask(NamedTuple):
     Attributes:
       queries: Texts.
       documents: Texts.
-      relevant: int [queries]; the number of each query's document.
+      relevant: int [queries]; index of each query's document.
     """
 
     queries: list[str]
@@ -36,37 +34,35 @@ class RetrievalTask(NamedTuple):
 def read_task(folder: Path) -> RetrievalTask:
     """Reads a folder in BEIR layout whose queries have one relevant document each."""
     collection = read_collection(folder, "test")
-    place = {name: number for number, name in enumerate(collection.documents)}
-    relevant = [place[name] for (name,) in collection.judgements.values()]
+    index = {name: i for i, name in enumerate(collection.documents)}
+    relevant = [index[name] for (name,) in collection.judgements.values()]
     return RetrievalTask(list(collection.queries.values()), list(collection.documents.values()), np.array(relevant))
 
 
 def task_of_records(path: str | Path) -> RetrievalTask:
-    """Makes a task of GRIT data: the queries of embedding records over the first positives of all of them.
+    """A task of GRIT data: the queries of its embedding records over the first positives of all of them.
 
     Raises:
-      InputError: No embedding record is there.
+      InputError: There is no embedding record.
     """
     sources = map(open_source, find_files(str(path)))
     records = [record for source in sources for record in source if isinstance(record, EmbeddingRecord)]
     if not records:
         raise InputError(f"{path}: no embedding records; a search is measured with held-out queries and positives")
-    places: dict[str, int] = {}
-    relevant = [places.setdefault(record.positives[0].text, len(places)) for record in records]
-    return RetrievalTask([record.query.text for record in records], list(places), np.array(relevant))
+    index: dict[str, int] = {}
+    relevant = [index.setdefault(record.positives[0].text, len(index)) for record in records]
+    return RetrievalTask([record.query.text for record in records], list(index), np.array(relevant))
 
 
-def retrieval_figures(ranks: np.ndarray) -> dict[str, float]:
-    """Figures of a ranking in which each query has one relevant document.
+def retrieval_scores(ranks: np.ndarray) -> dict[str, float]:
+    """nDCG@10 and recall@10 of a ranking in which each query has one relevant document.
 
     Args:
       ranks: int [queries]; rank of the relevant document, from 1.
     """
     gains, judged = (ranks[:, None] == np.arange(1, 11)).astype(float), [np.ones(1)] * len(ranks)
-    return {
-        "ndcg_at_10": float(np.mean(metrics.ndcg(gains, judged, 10))),
-        "recall_at_10": float(np.mean(metrics.recall(gains, judged, 10))),
-    }
+    scores = {"ndcg_at_10": ndcg(gains, judged, 10), "recall_at_10": recall(gains, judged, 10)}
+    return {name: float(np.mean(values)) for name, values in scores.items()}
 
 
 def ranks_of(scores: np.ndarray, relevant: np.ndarray) -> np.ndarray:
@@ -78,23 +74,27 @@ def ranks_of(scores: np.ndarray, relevant: np.ndarray) -> np.ndarray:
 def model_scores(
     model: GritModel, task: RetrievalTask, *, instruction: str, max_lengths: tuple[int, int]
 ) -> np.ndarray:
-    """Cosine similarities [queries, documents]; queries carry the instruction, documents none."""
+    """Cosine similarities [queries, documents]; queries carry the instruction, documents none.
+
+    Args:
+      model: The model to measure.
+      task: Queries and documents.
+      instruction: Of the queries.
+      max_lengths: Most tokens of a query and of a document.
+    """
     queries = model.encode(task.queries, instruction=instruction, max_length=max_lengths[0])
     return queries @ model.encode(task.documents, max_length=max_lengths[1]).T
 
 
 def unigram_loss(train: Path, held_out: Path, tokenizer: Tokenizer, *, max_length: int) -> float:
-    """Held-out loss per scored token of the add-one smoothed frequencies of scored training tokens, in nats."""
-    counts = [np.ones(tokenizer.vocab_size), np.zeros(tokenizer.vocab_size)]
-    for number, folder in enumerate((train, held_out)):
-        for tokens in _scored_tokens(folder, tokenizer, max_length):
-            np.add.at(counts[number], tokens, 1)
-    log_frequency = np.log(counts[0] / counts[0].sum())
-    return float(-np.sum(counts[1] * log_frequency) / counts[1].sum())
+    """Held-out loss per scored token, in nats, of the add-one smoothed frequencies of scored training tokens."""
 
+    def counts(folder: Path) -> np.ndarray:
+        counted = np.zeros(tokenizer.vocab_size)
+        for text in read_generative(find_files(str(folder)), tokenizer):
+            for start, end in np.clip(text.spans, 1, max_length):
+                np.add.at(counted, text.tokens[start:end], 1)
+        return counted
 
-def _scored_tokens(folder: Path, tokenizer: Tokenizer, max_length: int) -> Iterator[np.ndarray]:
-    for source in map(open_source, find_files(str(folder))):
-        for (conversation,) in tokenize_records(list(source), GenerativeStream.prompts, tokenizer):
-            for start, end in np.clip(conversation.spans, 1, max_length):
-                yield conversation.tokens[start:end]
+    smoothed, expected = 1 + counts(train), counts(held_out)
+    return float(-np.sum(expected * np.log(smoothed / smoothed.sum())) / expected.sum())

@@ -1,4 +1,4 @@
-"""The fastest settings that fit: ranked by a formula, the best few compiled."""
+"""Tuning: the fastest settings that fit, ranked by a formula, of which the best few are compiled."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from grit_jax.config import Config
 from grit_jax.errors import InputError
 from grit_jax.model.transformer import abstract_model, abstract_params
 from grit_jax.parallel import sharding
+from grit_jax.parallel.chips import GIB
 from grit_jax.parallel.execution import num_chunks
 from grit_jax.plan.program import Plan, make_plan
 from grit_jax.plan.topology import Topology, devices
@@ -22,7 +23,7 @@ from grit_jax.plan.work import Lengths, planned_work
 from grit_jax.train.objectives import trained_objectives
 from grit_jax.train.setup import partition_of
 
-# What the formula leaves out of a device's memory: programs, fragmentation, collectives' buffers.
+# Share of a device's memory that the formula may fill: it ignores programs, fragmentation and collectives' buffers.
 _HEADROOM = 0.9
 # Widths of one token inside a layer in the backward pass, in units of (embed, heads, mlp), counted by hand.
 _INSIDE = (8, 8, 6)
@@ -31,13 +32,13 @@ _TRAINED_BYTES = 12  # of a parameter that is trained: itself and two moments, f
 
 
 class Candidate(NamedTuple):
-    """Settings and what the formula says of them.
+    """Settings and their estimated cost.
 
     Attributes:
       config: The config with these settings.
-      overrides: The same as command-line arguments.
+      overrides: The settings as command-line arguments.
       memory_bytes: Peak of one device.
-      work: Forward passes' worth of time: 3 for a step without recomputation on large products.
+      work: Time in forward passes: 3 for a step without recomputation on large products.
     """
 
     config: Config
@@ -46,23 +47,23 @@ class Candidate(NamedTuple):
     work: float
 
 
-class Found(NamedTuple):
-    """The recommended settings; the plan does not fit where nothing compiled did."""
+class Tuned(NamedTuple):
+    """The recommended settings; their plan does not fit where no compiled one did."""
 
     plan: Plan
     config: Config
     overrides: list[str]
 
 
-def search(config: Config, topology: Topology, lengths: Lengths, *, most: int, say: Callable[[str], None]) -> Found:
+def tune(config: Config, topology: Topology, lengths: Lengths, *, most: int, say: Callable[[str], None]) -> Tuned:
     """Compiles up to `most` candidates, the fastest by the formula first, and recommends the fastest that fits.
 
     Args:
       config: With its architecture resolved.
       topology: What to compile for.
       lengths: Of the texts of a step.
-      most: Programs that are compiled.
-      say: Takes lines for people.
+      most: Programs to compile.
+      say: Receives a line for each of them.
 
     Raises:
       InputError: No candidate fits the mesh.
@@ -70,12 +71,12 @@ def search(config: Config, topology: Topology, lengths: Lengths, *, most: int, s
     ranked = sorted(candidates(config, topology, lengths), key=lambda candidate: rank(candidate, topology))
     if not ranked:
         raise InputError(f"no mesh of {topology.num_chips} chips divides this model and batch")
-    found: list[Found] = []
+    found: list[Tuned] = []
     for candidate in ranked[:most]:
         plan = make_plan(candidate.config, topology, lengths)
-        found.append(Found(plan, candidate.config, candidate.overrides))
+        found.append(Tuned(plan, candidate.config, candidate.overrides))
         seconds = f"{plan.cost.total_seconds:.2f} s" if plan.cost else "not compiled to the end"
-        gib = plan.peak_bytes / (1 << 30)
+        gib = plan.peak_bytes / GIB
         say(f"{' '.join(candidate.overrides)}: {'fits' if plan.fits else 'does not fit'}, {gib:.2f} GiB, {seconds}")
     return min(found, key=lambda each: (not each.plan.fits, each.plan.cost.total_seconds if each.plan.cost else 0))
 
@@ -87,7 +88,7 @@ def rank(candidate: Candidate, topology: Topology) -> tuple[bool, float, float]:
 
 
 def candidates(config: Config, topology: Topology, lengths: Lengths) -> Iterator[Candidate]:
-    """All settings that are considered, meshes, chunks, rematerialisation and rows of a layer, where the mesh fits."""
+    """All combinations of mesh, chunks, rematerialisation and rows of a layer that the mesh allows."""
     mesh_devices, state_bytes = devices(topology), _state_bytes(config)
     options = itertools.product((1, 2, 4), (1, 2, 4, 8), ("dots", "full", "offload"), (None, 8, 4, 2, 1))
     for tensor, chunks, remat, layer_rows in options:
@@ -113,14 +114,14 @@ def candidates(config: Config, topology: Topology, lengths: Lengths) -> Iterator
         planned = planned_work(architecture, objectives, shards, lengths)
         rows = planned.rows_at_once // shards
         if layer_rows is not None and layer_rows >= rows:
-            continue  # the same as taking all
+            continue  # the same as all rows
         overrides = [
             f"--mesh.data={topology.num_slices}", "--mesh.fsdp=-1", f"--mesh.tensor={tensor}",
             f"--train.embedding_chunks={chunks}", f"--model.remat={remat}",
             f"--model.layer_rows={'null' if layer_rows is None else layer_rows}",
         ]  # fmt: skip
         memory = _memory(changed, tensor, shards, rows, state_bytes)
-        # Chunks cost a stream's pass one more forward.
+        # A stream in chunks costs one more forward pass.
         in_chunks = sum(planned.rows[each.name] for each in objectives if each.stream.num_chunks > 1)
         again = in_chunks / sum(planned.rows.values())
         work = 3 + {"dots": 0.1, "full": 1.0, "offload": 1.05}[remat] + again
@@ -131,7 +132,7 @@ def candidates(config: Config, topology: Topology, lengths: Lengths) -> Iterator
 
 
 def _state_bytes(config: Config) -> float:
-    """Bytes of a parameter with its optimizer state, the mean over all: a frozen one has no such state."""
+    """Mean bytes of a parameter with its optimizer state, which frozen ones lack."""
     shapes = abstract_params(abstract_model(config.model.architecture, config.model.embedding.projection_dim))
     partition = partition_of(config)
     trainable, frozen = (sum(leaf.size for leaf in jax.tree.leaves(part)) for part in partition.split(shapes))
@@ -140,7 +141,7 @@ def _state_bytes(config: Config) -> float:
 
 
 def _memory(config: Config, tensor: int, shards: int, rows: int, state_bytes: float) -> float:
-    """Peak bytes of a device: state, what layers keep, the inside of one layer, gathered weights."""
+    """Peak bytes of a device: state, saved activations, activations inside one layer, gathered weights."""
     architecture, remat = config.model.architecture, config.model.remat
     embed = architecture.embed_dim
     heads = (architecture.num_heads + 2 * architecture.num_kv_heads) * architecture.head_dim // tensor

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from grit_jax.errors import InputError
+from grit_jax.evaluation.evaluate import evaluate
 from grit_jax.evaluation.report import fingerprint
-from grit_jax.evaluation.run import evaluate
 from grit_jax.evaluation.suite import TYPES, load_suite
 from tests.evaluation.tasks import WORDS, write_jsonl, write_suite
 from tests.models import make

@@ -1,4 +1,4 @@
-"""A plan in words and as JSON."""
+"""A plan as text and as JSON."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ from grit_jax.parallel.chips import GIB
 from grit_jax.plan.cost import KERNEL_EFFICIENCY
 from grit_jax.plan.program import Plan
 from grit_jax.plan.work import described_rows, rows_by_stream
-
-_HOUR = 3600  # seconds
 
 
 def as_json(plan: Plan) -> dict[str, Any]:
@@ -39,8 +37,8 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "predicted_mfu": plan.mfu,
         "predicted_tokens_per_second": cost and plan.work.tokens / cost.total_seconds,
         "steps": plan.steps,
-        "predicted_run_hours": None if plan.run_seconds is None else plan.run_seconds / _HOUR,
-        "predicted_chip_hours": None if plan.run_seconds is None else _chip_hours(plan, plan.run_seconds),
+        "predicted_run_hours": plan.run_hours,
+        "predicted_chip_hours": plan.chip_hours,
         "compile_seconds": plan.compile_seconds,
     }
     if cost is None:
@@ -50,10 +48,10 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "seconds": {part: getattr(cost, f"{part}_seconds") for part in parts},
         "collectives": [
             {
-                "kind": row.kind, "network": row.network, "overlapped": row.overlapped, "count": row.count,
-                "bytes": row.num_bytes, "seconds": row.seconds, "exposed_seconds": row.exposed_seconds,
+                "kind": total.opcode, "network": total.network, "overlapped": total.overlapped, "count": total.count,
+                "bytes": total.num_bytes, "seconds": total.seconds, "exposed_seconds": total.exposed_seconds,
             }
-            for row in cost.collectives
+            for total in cost.collectives
         ],
         "unknown_loops": cost.unknown_loops,
         "unknown_kernels": list(cost.unknown_kernels),
@@ -61,7 +59,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
 
 
 def as_lines(plan: Plan, config: Config) -> Iterator[str]:
-    """The plan for people."""
+    """The plan as lines of text."""
     chip, cost = plan.topology.chip, plan.cost
     slices = f"{plan.topology.num_slices} slices of " if plan.topology.num_slices > 1 else ""
     yield f"{plan.parameters:,} parameters on {slices}{plan.topology.libtpu_name}: {plan.topology.num_chips} chips"
@@ -83,10 +81,9 @@ def as_lines(plan: Plan, config: Config) -> Iterator[str]:
             f"predicted: {cost.total_seconds:.2f} s a step, {plan.work.tokens / cost.total_seconds:,.0f} tokens/s, "
             f"MFU {plan.mfu:.1%}, recompute factor {plan.recompute_factor:.2f}"
         )
-        seconds = plan.steps * cost.total_seconds
         yield (
-            f"the whole run: {plan.steps:,} steps, {_amount(seconds / _HOUR)} hours, "
-            f"{_amount(_chip_hours(plan, seconds))} chip-hours, without compiling, evaluating and saving"
+            f"the whole run: {plan.steps:,} steps, {_amount(plan.run_hours)} hours, "
+            f"{_amount(plan.chip_hours)} chip-hours, without compiling, evaluating and saving"
         )
         yield (
             f"  compute {cost.compute_seconds:.2f} s, attention {cost.attention_seconds:.2f}, other kernels "
@@ -96,10 +93,11 @@ def as_lines(plan: Plan, config: Config) -> Iterator[str]:
             f"  beside those: HBM {cost.hbm_seconds:.2f} s, ICI {cost.ici_seconds:.2f}, DCN {cost.dcn_seconds:.2f}, "
             f"host {cost.host_seconds:.2f}"
         )
-        for row in cost.collectives:
+        for total in cost.collectives:
+            how = "overlapped" if total.overlapped else "synchronous"
             yield (
-                f"  {row.kind} ({row.network}, {'overlapped' if row.overlapped else 'synchronous'}): {row.count:,} x, "
-                f"{row.num_bytes / 1e9:.2f} GB, {row.seconds:.3f} s, exposed {row.exposed_seconds:.3f}"
+                f"  {total.opcode} ({total.network}, {how}): {total.count:,} x, {total.num_bytes / 1e9:.2f} GB, "
+                f"{total.seconds:.3f} s, exposed {total.exposed_seconds:.3f}"
             )
         yield (
             "  assumed: the compiler's own cycle counts; Pallas kernels at "
@@ -109,7 +107,7 @@ def as_lines(plan: Plan, config: Config) -> Iterator[str]:
 
 
 def advice(plan: Plan, config: Config) -> str:
-    """What dominates the memory of a plan that does not fit, and what to change."""
+    """What dominates the memory of a plan that does not fit, and which setting to change."""
     if plan.state_bytes >= plan.topology.chip.hbm_bytes:
         return (
             f"state and gradients alone need {_gib(plan.state_bytes)} GiB of a device: use more chips, or raise "
@@ -128,11 +126,8 @@ def advice(plan: Plan, config: Config) -> str:
     return f"activations dominate: lower model.layer_rows (it is {model.layer_rows}), or use more chips"
 
 
-def _chip_hours(plan: Plan, seconds: float) -> float:
-    return plan.topology.num_chips * seconds / _HOUR
-
-
-def _amount(number: float) -> str:
+def _amount(number: float | None) -> str:
+    assert number is not None
     return f"{number:,.1f}" if number >= 1 else f"{number:.2g}"
 
 

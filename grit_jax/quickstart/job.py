@@ -1,4 +1,4 @@
-"""Corpus, tokenizer, training, measurements and report, in one folder."""
+"""The whole quickstart: corpus, tokenizer, training, measurements and report, in one folder."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from grit_jax.checkpoints.loading import open_model
 from grit_jax.config import load_config
 from grit_jax.data.sources import read_texts
 from grit_jax.errors import InputError
-from grit_jax.evaluation.retrieval import bm25_scores
+from grit_jax.evaluation.bm25 import Bm25
 from grit_jax.hf.export import save_folder
-from grit_jax.quickstart.corpus import DESCRIBE, package_roots, write_corpus
-from grit_jax.quickstart.figures import (
+from grit_jax.quickstart.docstrings import DESCRIBE, package_roots, write_corpus
+from grit_jax.quickstart.measuring import (
     RetrievalTask,
     model_scores,
     ranks_of,
     read_task,
-    retrieval_figures,
+    retrieval_scores,
     unigram_loss,
 )
-from grit_jax.quickstart.report import plot_losses, show_report
+from grit_jax.quickstart.summary import plot_losses, show_summary
 from grit_jax.text.tokenizer import train_bpe
 from grit_jax.train.loop import Trainer
 from grit_jax.train.metrics import read_metrics
@@ -48,16 +48,16 @@ def run_quickstart(
     fresh: bool = False,
     overrides: list[str] | None = None,
 ) -> bool:
-    """Does the whole job in `output`, or shows the report that is there.
+    """Does the whole job in `output`, or shows the result of an earlier one.
 
     Args:
       output: Run folder.
-      packages: Installed packages whose docstrings are read; None takes the standard library and the numeric ones.
-      fresh: Whether to remove an earlier quickstart in it and start again.
+      packages: Installed packages with the docstrings; None takes the standard library and the numeric packages.
+      fresh: Whether to remove an earlier quickstart in `output` and start again.
       overrides: `--section.key=value` on top of configs/quickstart.yaml.
 
     Returns:
-      False when a signal stopped training after a checkpoint: the next call goes on.
+      False when a signal stopped training after a checkpoint, from which the next call resumes.
 
     Raises:
       InputError: `output` holds something else, or a package is not installed.
@@ -67,7 +67,7 @@ def run_quickstart(
     if fresh and output.exists():
         _remove(output)
     if report_file.exists():
-        show_report(json.loads(report_file.read_text()))
+        show_summary(json.loads(report_file.read_text()))
         console.print(f"finished earlier; --fresh trains again in {output}")
         return True
 
@@ -86,12 +86,12 @@ def run_quickstart(
     counts = _corpus(output, packages, console)
     trainer = Trainer(config)
     task = read_task(output / "data/retrieval")
-    bm25 = retrieval_figures(ranks_of(bm25_scores(task.queries, task.documents), task.relevant))
+    bm25 = retrieval_scores(ranks_of(Bm25(task.documents).scores(task.queries), task.relevant))
     untrained_file = output / "untrained.json"
     if trainer.step == 0:
         console.print("measuring the untrained model")
-        figures = retrieval_figures(ranks_of(_scores(trainer, task), task.relevant))
-        _write_json(untrained_file, figures | {"loss_per_token": trainer.evaluate()[_HELD_OUT_LOSS]})
+        scores = retrieval_scores(ranks_of(_scores(trainer, task), task.relevant))
+        _write_json(untrained_file, scores | {"loss_per_token": trainer.evaluate()[_HELD_OUT_LOSS]})
     untrained = json.loads(untrained_file.read_text())
     if not trainer.fit():
         return False
@@ -99,17 +99,16 @@ def run_quickstart(
     console.print("measuring the trained model")
     scores = _scores(trainer, task)
     lines = read_metrics(output / "metrics.jsonl")
-    trained = retrieval_figures(ranks_of(scores, task.relevant)) | {"loss_per_token": lines[-1][_HELD_OUT_LOSS]}
+    trained = retrieval_scores(ranks_of(scores, task.relevant)) | {"loss_per_token": lines[-1][_HELD_OUT_LOSS]}
     plot_losses(output / "metrics.jsonl", output / "losses.png")
     model = trainer.model()
     save_folder(output / "hf", open_model(output), jax.device_get(trainer.state.params))
     tokens = sum(line["tokens"] for line in lines)
-    generative = config.data.generative_max_length
     unigram = unigram_loss(
         output / "data/train/generative",
         output / "data/validation/generative",
         trainer.tokenizer,
-        max_length=generative,
+        max_length=config.data.generative_max_length,
     )
     report = {
         "retrieval": {
@@ -140,7 +139,7 @@ def run_quickstart(
         },
     }
     _write_json(report_file, report)
-    show_report(report)
+    show_summary(report)
     return True
 
 
@@ -158,7 +157,7 @@ def _remove(output: Path) -> None:
 
 
 def _corpus(output: Path, packages: Sequence[str] | None, console: rich.console.Console) -> dict[str, int]:
-    """Writes data and tokenizer, unless an interrupted run has done so."""
+    """Writes data and tokenizer, unless an interrupted run has; returns the counts of the data."""
     counts_file = output / "data/counts.json"
     if not counts_file.exists():
         console.print(
@@ -186,11 +185,11 @@ def _searches(task: RetrievalTask, scores: np.ndarray) -> Iterator[dict[str, Any
         best = np.argsort(-scores[query])[:_HITS].tolist()
         hits = [
             {
-                "document": task.documents[place],
-                "score": float(scores[query, place]),
-                "relevant": place == int(task.relevant[query]),
+                "document": task.documents[i],
+                "score": float(scores[query, i]),
+                "relevant": i == int(task.relevant[query]),
             }
-            for place in best
+            for i in best
         ]
         yield {"query": task.queries[query], "hits": hits}
 

@@ -6,9 +6,9 @@ import pytest
 
 from grit_jax.cli.main import main
 from grit_jax.errors import InputError
-from grit_jax.quickstart import corpus
-from grit_jax.quickstart.corpus import DocumentedObject
-from grit_jax.quickstart.run import run_quickstart
+from grit_jax.quickstart import docstrings
+from grit_jax.quickstart.docstrings import DocumentedObject
+from grit_jax.quickstart.job import run_quickstart
 
 SMALL = [
     "--train.steps=3", "--data.embedding_batch=8", "--data.generative_batch=8", "--model.architecture.embed_dim=32",
@@ -28,7 +28,7 @@ def output(tmp_path_factory):
         for number in range(300)
     ]  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(corpus, "collect_objects", lambda _: objects)
+        patch.setattr(docstrings, "collect_objects", lambda _: objects)
         assert run_quickstart(output, overrides=SMALL)
     return output
 
@@ -58,7 +58,7 @@ def test_everything_the_report_names_is_there(output):
 
 
 def test_a_second_call_shows_the_finished_report(output, capsys, monkeypatch):
-    monkeypatch.setattr("grit_jax.quickstart.run.Trainer", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr("grit_jax.quickstart.job.Trainer", lambda *_: pytest.fail("trained again"))
     assert main(["quickstart", "--output", str(output)]) == 0
     shown = capsys.readouterr().out
     assert "nDCG@10" in shown

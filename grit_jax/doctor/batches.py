@@ -1,0 +1,75 @@
+"""Batches of given texts in given rows, made without the data pipeline."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from grit_jax.data.batch import EmbeddingBatch, GenerativeBatch, max_segments
+from grit_jax.data.packing import FilledRows, Packing, fill_rows
+from grit_jax.data.streams.embedding import pool_weights
+
+
+class Layout(NamedTuple):
+    """Texts in rows.
+
+    Attributes:
+      order: int [texts]; indices of the texts, row by row; what follows is in this order.
+      lengths: int [texts]; tokens of each text.
+      packing: Where each text is.
+      rows: The filled rows.
+    """
+
+    order: np.ndarray
+    lengths: np.ndarray
+    packing: Packing
+    rows: FilledRows
+
+
+def random_texts(rng: np.random.Generator, count: int, *, low: int = 4, high: int = 14, vocab: int = 64):
+    """Texts of `low` to `high - 1` random tokens from 1 on."""
+    return [rng.integers(1, vocab, rng.integers(low, high)).astype(np.int32) for _ in range(count)]
+
+
+def lay_out(texts: Sequence[np.ndarray], rows: Sequence[Sequence[int]], length: int) -> Layout:
+    """Fills rows of `length` tokens, each with the texts whose indices are given for it."""
+    order = np.concatenate(rows)
+    row = np.repeat(np.arange(len(rows)), [len(members) for members in rows])
+    offset = np.concatenate([np.cumsum([0, *(len(texts[i]) for i in members[:-1])]) for members in rows])
+    segment = np.concatenate([np.arange(1, len(members) + 1) for members in rows])
+    lengths = np.array([len(texts[i]) for i in order])
+    assert np.all(offset + lengths <= length)
+    packing = Packing(len(rows), row, offset, segment)
+    filled = fill_rows(np.concatenate([texts[i] for i in order]), lengths, packing, row_length=length)
+    return Layout(order, lengths, packing, filled)
+
+
+def embedding_batch(
+    texts: Sequence[np.ndarray], rows: Sequence[Sequence[int]], length: int, *, num_queries: int, skip: int = 2
+) -> EmbeddingBatch:
+    """A batch whose first `num_queries` texts are queries, the others passages; `skip` first tokens are not pooled."""
+    order, lengths, packing, filled = lay_out(texts, rows, length)
+    spans = np.stack([np.full_like(lengths, skip), lengths], axis=1)
+    slots = np.zeros(len(texts), np.int32)
+    slots[order] = packing.row * max_segments(length) + packing.segment - 1
+    return EmbeddingBatch(
+        *filled[:3],
+        filled.spread(pool_weights(spans, lengths, "mean")),
+        slots[:num_queries],
+        slots[num_queries:],
+        np.full(num_queries, 1 / num_queries, np.float32),
+        np.arange(len(texts) - num_queries, dtype=np.int32),
+    )
+
+
+def generative_batch(
+    texts: Sequence[np.ndarray], rows: Sequence[Sequence[int]], length: int, *, skip: int = 2
+) -> GenerativeBatch:
+    """Every token after the first `skip` of each text is scored, all with the same weight; no token is 0."""
+    filled = lay_out(texts, rows, length).rows
+    targets = np.zeros_like(filled.tokens)
+    targets[:, :-1] = filled.tokens[:, 1:] * (filled.segment_ids[:, 1:] == filled.segment_ids[:, :-1])
+    scored = (targets > 0) & (filled.positions >= skip - 1)
+    return GenerativeBatch(*filled[:3], targets, (scored / scored.sum()).astype(np.float32))
