@@ -1,8 +1,8 @@
-"""What makes damage in a checkpoint show: Orbax has no settings for it, so two of its functions are extended here.
+"""Checksums of checkpoints. Orbax has no settings for them, so two of its functions are extended here.
 
-Arrays are stored with a CRC-32C of each chunk, beside those that OCDBT has of its own nodes and zarr of its indexes;
-TensorStore compares them with all that it reads. The digests of the other files, which are small, are written last, in
-`DIGESTS`. Checkpoints without these open too.
+Arrays are stored with a CRC-32C of each chunk, beside those of OCDBT's nodes and zarr's indexes; TensorStore checks
+whatever it reads. Digests of the other files, which are small, are written last, to `DIGESTS`. Checkpoints without them
+open too.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from orbax.checkpoint._src.serialization import tensorstore_utils
 from grit_jax import files
 
 DIGESTS = "digests.json"
-_CHECKED = re.compile(r"d|ocdbt\.process_\d+")  # folders of arrays: what is read there, TensorStore compares
-_ABOUT = "custom metadata"  # among the digests, that of what a checkpoint says about itself
-_CHANGING = "_CHECKPOINT_METADATA"  # Orbax writes it again, from its own threads, while digests are made and later
+_CHECKED = re.compile(r"d|ocdbt\.process_\d+")  # folders of arrays, which TensorStore checks
+_ABOUT = "custom metadata"  # key of the digest of what a checkpoint says about itself
+_CHANGING = "_CHECKPOINT_METADATA"  # Orbax rewrites it from its own threads, also after digests are made
 
 _array_metadata, _commit = tensorstore_utils._build_zarr3_metadata, atomicity.on_commit_callback
-_before_commit: dict[str, tuple[Any, Callable[[], None]]] = {}  # by the folder that a checkpoint is to have
+_before_commit: dict[str, tuple[Any, Callable[[], None]]] = {}  # by the final folder of a checkpoint
 
 
 def _checked_array_metadata(*arguments: Any, **options: Any) -> dict[str, Any]:
@@ -51,9 +51,9 @@ atomicity.on_commit_callback = _checked_commit  # ty: ignore[invalid-assignment]
 
 @contextlib.contextmanager
 def committing(checkpoint: files.PathLike, about: Any, confirm: Callable[[], None]) -> Generator[None]:
-    """While a checkpoint is saved: process 0 writes its digests, and then calls `confirm`, before it counts.
+    """While a checkpoint is saved: process 0 writes its digests and calls `confirm` before the commit.
 
-    `about` is what the checkpoint says about itself, as JSON can hold it.
+    `about` is what the checkpoint says about itself, as JSON values.
     """
     _before_commit[str(checkpoint)] = about, confirm
     try:
@@ -72,10 +72,10 @@ def _digest_of(about: Any) -> str:
 
 
 def check_digests(checkpoint: files.PathLike) -> str | None:
-    """Compares the files of a checkpoint that hold no arrays with their digests, where it has some.
+    """Compares the files of a checkpoint without arrays with their digests, if there are any.
 
     Returns:
-      The digest of what the checkpoint says about itself, for `check_about`; None where there is none.
+      The digest for `check_about`, if there is one.
 
     Raises:
       ValueError: A file is missing or differs.
@@ -89,7 +89,7 @@ def check_digests(checkpoint: files.PathLike) -> str | None:
 
 
 def check_about(about: Any, digest: str | None) -> None:
-    """Compares what a checkpoint says about itself with its digest, where there is one.
+    """Compares what a checkpoint says about itself with its digest, if there is one.
 
     Raises:
       ValueError: It differs.
@@ -108,7 +108,7 @@ def _digests(checkpoint: files.PathLike, names: list[str]) -> dict[str, str | No
 
 
 def _described(folder: files.PathLike, below: str = "") -> Iterator[str]:
-    """Names of the files of a checkpoint that hold no arrays."""
+    """Names of the files of a checkpoint without arrays."""
     for name in files.names(files.join(folder, below) if below else folder):
         path = posixpath.join(below, name)
         if name != _CHANGING and not _CHECKED.fullmatch(name):

@@ -21,7 +21,7 @@ from etils import epath
 
 from grit_jax import files
 from grit_jax.checkpoints.checkpoint import CheckpointMetadata, save_params
-from grit_jax.checkpoints.loading import load_for_conversion
+from grit_jax.checkpoints.opening import load_for_conversion
 from grit_jax.data import sources
 from grit_jax.errors import InputError
 from grit_jax.hf import hub, tensors
@@ -152,7 +152,7 @@ class _Work:
 
     def __init__(self, repository: hub.Repository, output: str, downloads: Path, manifest: dict[str, Any]):
         self.repository, self.manifest, self._output = repository, manifest, output
-        place = f"{repository.kind}s--{repository.name.replace('/', '--')}"
+        place = f"{repository.repo_type}s--{repository.name.replace('/', '--')}"
         self.folder = downloads / place / repository.commit
 
     def get(self, file: hub.RemoteFile, report: Callable[[str], Any]) -> Path:
@@ -176,7 +176,7 @@ class _Work:
 
 
 def _begin(
-    kind: hub.Kind, name: str, output: str, revision: str | None, downloads: Path, report: Callable[[str], Any]
+    kind: hub.RepoType, name: str, output: str, revision: str | None, downloads: Path, report: Callable[[str], Any]
 ) -> _Work | None:
     """Begins a fetch or goes on with one; None where all is done."""
     done = _read(files.join(output, DONE))

@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from grit_jax.inference.model import GritModel, Likelihoods, Messages
+from grit_jax.inference.model import GritModel, Messages
+from grit_jax.inference.scorer import Likelihoods
 
 
 def mean(examples: np.ndarray) -> float:

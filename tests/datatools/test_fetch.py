@@ -14,11 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grit_jax.checkpoints.loading import load_for_conversion
+from grit_jax.checkpoints.opening import load_for_conversion
 from grit_jax.cli.main import main
 from grit_jax.data.sources import find_files, open_source
 from grit_jax.datatools.fetch import DATA_SETS
-from grit_jax.hf.export import save_folder
+from grit_jax.hf.model_folder import save_folder
 from grit_jax.runs.lock import writer_lock
 from tests import hub
 from tests.bucket import BUCKET, Bucket
@@ -291,7 +291,7 @@ COMPARE = """
 import sys
 import jax, numpy as np
 from etils import epath
-from grit_jax.checkpoints.loading import load_for_conversion
+from grit_jax.checkpoints.opening import load_for_conversion
 model, fetched_model, data, fetched_data = sys.argv[1:]
 pairs = [load_for_conversion(path)[1] for path in (model, fetched_model)]
 assert jax.tree.all(jax.tree.map(np.array_equal, *pairs))

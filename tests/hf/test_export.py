@@ -11,9 +11,8 @@ import pytest
 import safetensors.numpy
 
 from grit_jax.config import EmbeddingConfig
-from grit_jax.hf.export import save_folder
-from grit_jax.hf.folder import open_folder
-from grit_jax.hf.targets import CARD_FILE, REMOTE_CODE_FILE
+from grit_jax.hf.interop import CARD_FILE, REMOTE_CODE_FILE
+from grit_jax.hf.model_folder import open_folder, save_folder
 from grit_jax.inference.model import GritModel
 from grit_jax.model.transformer import init_params
 from grit_jax.text import prompts

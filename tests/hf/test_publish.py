@@ -7,7 +7,7 @@ import pytest
 
 from grit_jax.cli.main import main
 from grit_jax.config import EmbeddingConfig
-from grit_jax.hf.export import save_folder
+from grit_jax.hf.model_folder import save_folder
 from tests import hub
 from tests.hf.test_folder import random_model
 

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from safetensors import SafetensorError
 
+from grit_jax.inference.embedder import StartedEmbedding
 from grit_jax.inference.engine import Block, Continuation, LaneSize
-from grit_jax.inference.model import StartedEmbedding
 from grit_jax.serve.errors import RequestError
 from grit_jax.serve.fairness import Caller
 from grit_jax.serve.metrics import Metrics
@@ -73,7 +73,7 @@ def test_vectors_of_many_batches_come_in_the_order_of_their_texts(model):
 def test_a_vector_that_is_not_finite_is_not_felt_by_texts_of_other_requests(model):
     sick = copy.copy(model)
     (token,) = model.tokenizer.encode("%").ids.tolist()
-    sick.params = model.params | {"embedding": model.params["embedding"].at[token].set(np.nan)}
+    sick.runner.params = model.params | {"embedding": model.params["embedding"].at[token].set(np.nan)}
     bad, good = (sick.embedding_prompts([text]) for text in ("50 %", "x"))
 
     async def both():
