@@ -19,7 +19,7 @@ from orbax.checkpoint import v1 as ocp
 from grit_jax import files
 from grit_jax.checkpoints import integrity
 from grit_jax.config import CheckpointConfig, EmbeddingConfig, TransformerConfig
-from grit_jax.errors import InputError
+from grit_jax.errors import InputError, listed
 from grit_jax.model.pretrained import Pretrained
 from grit_jax.model.transformer import Params, abstract_model, abstract_params
 from grit_jax.runs import folder as run_folder
@@ -32,7 +32,7 @@ _METRICS = ("metrics", "metrics")  # where Orbax writes the metrics of a checkpo
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointMetadata:
-    """What a checkpoint says about its arrays.
+    """What a checkpoint holds beside its arrays.
 
     Attributes:
       architecture: Resolved shape of the model.
@@ -98,7 +98,7 @@ class Checkpoints:
           step: Step of this state.
           params: Parameters.
           opt_state: State of the optimizer; None saves parameters alone.
-          metadata: What the checkpoint says about itself.
+          metadata: The metadata.
           metrics: What the best checkpoints are chosen by.
 
         Raises:
@@ -150,7 +150,7 @@ class Checkpoints:
             ) from error
 
     def metadata(self, step: int) -> CheckpointMetadata:
-        """What the checkpoint of `step` says about itself.
+        """The metadata of the checkpoint of `step`.
 
         Raises:
           DamagedCheckpointError: It cannot be read.
@@ -158,7 +158,7 @@ class Checkpoints:
         with self._readable(step):
             digest = self._check_digests(step)
             stored: Any = ocp.checkpointables_metadata(self.folder / str(step)).custom_metadata
-            integrity.check_about(stored, digest)
+            integrity.check_metadata(stored, digest)
             nested = {
                 "architecture": TransformerConfig(**stored["architecture"]),
                 "embedding": EmbeddingConfig(**stored["embedding"]),
@@ -269,8 +269,9 @@ def _check_matches(where: str, stored: Any, wanted: Any) -> None:
         f"{name} is {there[name]}, not {asked[name]}" for name in asked if there.get(name, asked[name]) != asked[name]
     ]
     if problems:
-        shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
-        raise InputError(f"{where}: not a checkpoint of this model ({shown}); use the config it was made with")
+        raise InputError(
+            f"{where}: not a checkpoint of this model ({listed(problems)}); use the config it was made with"
+        )
 
 
 def _locate(path: epath.Path) -> tuple[epath.Path, int | None] | None:

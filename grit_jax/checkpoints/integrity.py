@@ -24,7 +24,7 @@ from grit_jax import files
 
 DIGESTS = "digests.json"
 _CHECKED = re.compile(r"d|ocdbt\.process_\d+")  # folders of arrays, which TensorStore checks
-_ABOUT = "custom metadata"  # key of the digest of what a checkpoint says about itself
+_METADATA = "custom metadata"  # key of the digest of a checkpoint's metadata
 _CHANGING = "_CHECKPOINT_METADATA"  # Orbax rewrites it from its own threads, also after digests are made
 
 _array_metadata, _commit = tensorstore_utils._build_zarr3_metadata, atomicity.on_commit_callback
@@ -39,8 +39,8 @@ def _checked_array_metadata(*arguments: Any, **options: Any) -> dict[str, Any]:
 
 async def _checked_commit(checkpoint: Any, **options: Any) -> None:
     if found := _before_commit.get(str(checkpoint.get_final())):
-        about, confirm = found
-        await asyncio.to_thread(_write_digests, checkpoint.get(), about)
+        metadata, confirm = found
+        await asyncio.to_thread(_write_digests, checkpoint.get(), metadata)
         await asyncio.to_thread(confirm)
     await _commit(checkpoint, **options)
 
@@ -50,52 +50,52 @@ atomicity.on_commit_callback = _checked_commit  # ty: ignore[invalid-assignment]
 
 
 @contextlib.contextmanager
-def committing(checkpoint: files.PathLike, about: Any, confirm: Callable[[], None]) -> Generator[None]:
+def committing(checkpoint: files.PathLike, metadata: Any, confirm: Callable[[], None]) -> Generator[None]:
     """While a checkpoint is saved: process 0 writes its digests and calls `confirm` before the commit.
 
-    `about` is what the checkpoint says about itself, as JSON values.
+    `metadata` is the checkpoint's, as JSON values.
     """
-    _before_commit[str(checkpoint)] = about, confirm
+    _before_commit[str(checkpoint)] = metadata, confirm
     try:
         yield
     finally:
         _before_commit.pop(str(checkpoint), None)
 
 
-def _write_digests(checkpoint: files.PathLike, about: Any) -> None:
-    digests = _digests(checkpoint, list(_described(checkpoint))) | {_ABOUT: _digest_of(about)}
+def _write_digests(checkpoint: files.PathLike, metadata: Any) -> None:
+    digests = _digests(checkpoint, list(_described(checkpoint))) | {_METADATA: _digest_of(metadata)}
     files.write_text(files.join(checkpoint, DIGESTS), json.dumps(digests, indent=1) + "\n")
 
 
-def _digest_of(about: Any) -> str:
-    return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
+def _digest_of(metadata: Any) -> str:
+    return hashlib.sha256(json.dumps(metadata, sort_keys=True).encode()).hexdigest()
 
 
 def check_digests(checkpoint: files.PathLike) -> str | None:
     """Compares the files of a checkpoint without arrays with their digests, if there are any.
 
     Returns:
-      The digest for `check_about`, if there is one.
+      The digest for `check_metadata`, if there is one.
 
     Raises:
       ValueError: A file is missing or differs.
     """
     expected = json.loads(files.read_text(files.join(checkpoint, DIGESTS)) or "{}")
-    about = expected.pop(_ABOUT, None)
+    metadata = expected.pop(_METADATA, None)
     found = _digests(checkpoint, list(expected))
     if differing := [name for name in expected if found[name] != expected[name]]:
         raise ValueError(f"{', '.join(differing[:3])} differs from the digest in {DIGESTS}, or is missing")
-    return about
+    return metadata
 
 
-def check_about(about: Any, digest: str | None) -> None:
-    """Compares what a checkpoint says about itself with its digest, if there is one.
+def check_metadata(metadata: Any, digest: str | None) -> None:
+    """Compares the metadata of a checkpoint with its digest, if there is one.
 
     Raises:
       ValueError: It differs.
     """
-    if digest not in (None, _digest_of(about)):
-        raise ValueError(f"what it says about itself differs from the digest in {DIGESTS}")
+    if digest not in (None, _digest_of(metadata)):
+        raise ValueError(f"its metadata differs from the digest in {DIGESTS}")
 
 
 def _digests(checkpoint: files.PathLike, names: list[str]) -> dict[str, str | None]:

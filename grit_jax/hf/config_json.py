@@ -14,37 +14,21 @@ from grit_jax.families import FAMILIES, Family
 
 # Fields that every family stores under the same key.
 _FIELDS = {
-    "vocab_size": "vocab_size",
-    "embed_dim": "hidden_size",
-    "mlp_dim": "intermediate_size",
-    "num_layers": "num_hidden_layers",
-    "num_heads": "num_attention_heads",
-    "max_length": "max_position_embeddings",
+    "vocab_size": "vocab_size", "embed_dim": "hidden_size", "mlp_dim": "intermediate_size",
+    "num_layers": "num_hidden_layers", "num_heads": "num_attention_heads", "max_length": "max_position_embeddings",
     "norm_epsilon": "rms_norm_eps",
-}
+}  # fmt: skip
 
-# Keys that change the mathematics, with the only values that are supported; a key that is absent has the first one.
+# Keys that change the mathematics, with the only supported values; an absent key has the first one.
 _REQUIRED: Mapping[str, tuple[Any, ...]] = {
-    "attention_bias": (False, None),
-    "mlp_bias": (False, None),
-    "attention_dropout": (0.0, None),
-    "router_jitter_noise": (0.0, None),
-    "partial_rotary_factor": (1.0, None),
-    "use_bidirectional_attention": (False, None),
-    "quantization_config": (None,),
-    "pretraining_tp": (1, None),
-    "is_causal": (True, None),
-    "norm_topk_prob": (True, None),
-    "use_qk_norm": (False, None),
-    "qk_layernorm": (False, None),
-    "clip_qkv": (None,),
-    "logit_scale": (1.0, None),
-    "logits_scaling": (1.0, None),
-    "embedding_multiplier": (1.0, None),
-    "residual_multiplier": (1.0, None),
-    "attention_multiplier": (None,),
-    "per_layer_config": (None,),
-}
+    "attention_bias": (False, None), "mlp_bias": (False, None), "use_bidirectional_attention": (False, None),
+    "use_qk_norm": (False, None), "qk_layernorm": (False, None),
+    "is_causal": (True, None), "norm_topk_prob": (True, None),
+    "attention_dropout": (0.0, None), "router_jitter_noise": (0.0, None),
+    "partial_rotary_factor": (1.0, None), "logit_scale": (1.0, None), "logits_scaling": (1.0, None),
+    "embedding_multiplier": (1.0, None), "residual_multiplier": (1.0, None), "pretraining_tp": (1, None),
+    "attention_multiplier": (None,), "clip_qkv": (None,), "quantization_config": (None,), "per_layer_config": (None,),
+}  # fmt: skip
 
 # The ranges of fields; any other size may be as large as that of an array. Far beyond any model, they keep a damaged
 # file from making this package count to its end.
@@ -226,11 +210,7 @@ def _read_scaling(section: Section, rope: Section) -> RopeScaling | None:
 
 
 def _rope_type(rope: Section) -> Any:
-    """`default`, which scales nothing, or the kind of a RopeScaling.
-
-    Raises:
-      InputError: The type is not supported, or a key is missing or unknown.
-    """
+    """`default`, which scales nothing, or the kind of a RopeScaling; checks that its keys are there and no others."""
     older = rope.text("type", default="default")
     rope_type = rope.text("rope_type", default=older)
     if "type" in rope and older != rope_type:

@@ -184,8 +184,8 @@ def _refusals(
         yield
     except errors.GatedRepoError as error:
         raise InputError(
-            f"{name}: its authors ask for a licence to be accepted; accept it on its page, {_page(repo_type, repository)}, "
-            "then log in with `hf auth login` or set HF_TOKEN to a token of that account"
+            f"{name}: its authors ask for a licence to be accepted; accept it on its page, "
+            f"{_page(repo_type, repository)}, then log in with `hf auth login` or set HF_TOKEN to that account's token"
         ) from error
     except errors.RevisionNotFoundError as error:
         raise InputError(f"{name}: the Hub has {repository} but no revision {revision!r} of it") from error

@@ -27,7 +27,7 @@ from jax.typing import DTypeLike
 from grit_jax import files
 from grit_jax.config import EmbeddingConfig, TransformerConfig, jsonfile
 from grit_jax.config.ranges import Range
-from grit_jax.errors import InputError
+from grit_jax.errors import InputError, listed
 from grit_jax.families import FAMILIES
 from grit_jax.families.family import Tensor
 from grit_jax.families.llama import HEAD
@@ -126,7 +126,11 @@ def weight_files(folder: epath.Path) -> list[str]:
         others = sorted(name for name in there if name.endswith(".safetensors"))
         raise InputError(
             f"{folder}: no {WEIGHTS_FILE} and no {INDEX_FILE}; "
-            + (f"{_some(others)} would not be read: rename the one with the whole model" if others else "copy it again")
+            + (
+                f"{listed(others)} would not be read: rename the one with the whole model"
+                if others
+                else "copy it again"
+            )
         )
     indexed = indexed_files(folder / INDEX_FILE)
     if absent := sorted(indexed - there):
@@ -174,7 +178,7 @@ def _read_header(file: epath.Path) -> dict[str, StoredTensor]:
             stream.seek(0)
             length = int.from_bytes(stream.read(8), "little")
             if not 0 < length <= min(total - 8, _LONGEST_HEADER):
-                raise InputError(f"its header is said to be {length} bytes long")
+                raise InputError(f"its header would be {length} bytes long")
             content = stream.read(length)
         if not content.startswith(b"{"):
             raise InputError("its header is not an object")
@@ -238,7 +242,7 @@ def check_tensors(source: str, tensors: dict[str, StoredTensor], wanted: Sequenc
         if name in tensors and tensors[name].shape != shape
     ]
     if problems:
-        raise InputError(f"{source}: weights do not match config.json: {_some(problems)}")
+        raise InputError(f"{source}: weights do not match config.json: {listed(problems)}")
 
 
 def load_param(
@@ -281,11 +285,7 @@ def _write_part(
 def check_finite(source: str, finite: dict[str, jax.Array]) -> None:
     """Raises InputError with the names of tensors whose values are not all finite."""
     if bad := [name for name, value in jax.device_get(finite).items() if not value]:
-        raise InputError(f"{source}: NaN or infinite values in {_some(bad)}; the folder is damaged")
-
-
-def _some(items: list[str]) -> str:
-    return "; ".join(items[:8]) + (f"; and {len(items) - 8} more" if len(items) > 8 else "")
+        raise InputError(f"{source}: NaN or infinite values in {listed(bad)}; the folder is damaged")
 
 
 def write_tensors(folder: Path, stem: str, tensors: Iterator[tuple[str, np.ndarray]], *, max_shard_bytes: int) -> None:

@@ -28,19 +28,9 @@ def embed_with_cache(
     settings: EmbeddingConfig,
     execution: Execution,
 ) -> tuple[Float[Array, "batch out"], KVCache]:
-    """Vectors of texts, one a row, and the keys and values of all layers; whole on every device.
+    """Vectors of texts, one a row, float32, and a cache of all tokens; whole on every device.
 
-    Args:
-      model: Abstract model.
-      params: Its parameters.
-      tokens: Texts, padded on the right.
-      segment_ids: 1 for the tokens of a text, 0 for padding, whose keys and values are arbitrary.
-      pool_weights: Sums to 1 in each row.
-      settings: Attention of the pass, and how vectors are made.
-      execution: How to compute.
-
-    Returns:
-      Vectors, float32, and a cache [layers, batch, length, kv_heads, head_dim] in the type of activations.
+    `segment_ids` is 1 for the tokens of a text and 0 for padding, whose keys and values are arbitrary.
     """
     bound = bind(model, params)
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)

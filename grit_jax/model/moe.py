@@ -166,8 +166,8 @@ def _megablox_tiles(rows: int, contracted: int, out: int) -> tuple[int, int, int
     return next(tile for tile in (512, 256, 128) if rows % tile == 0), min(contracted, 1024), min(out, 1024)
 
 
-# Sorting and summing are each other's transposes. Stated here, both are gathers in the backward pass too, where JAX would
-# make scatters, which TPUs run row by row.
+# Sorting and summing are each other's transposes. Stated here, both are gathers in the backward pass too, and not
+# scatters, which TPUs run row by row.
 
 
 @jax.custom_vjp

@@ -62,7 +62,7 @@ def embed_rows(
     settings: EmbeddingConfig,
     execution: Execution = PLAIN,
 ) -> tuple[Float[Array, "batch segments out"], RouterStats | None]:
-    """Vectors of packed texts from embedded tokens, float32, in the slots of `EmbeddingBatch`; and the routers' sums."""
+    """Vectors of packed texts from embedded tokens, float32, in the slots of `EmbeddingBatch`; and router sums."""
     mask = model.mask(segment_ids, positions, causal=settings.attention == "causal")
     hidden, stats = model.hidden(x, mask, execution)
     num_segments = max_segments(x.shape[1])

@@ -18,8 +18,8 @@ class Pretrained:
       architecture: Resolved shape of the transformer.
       embedding: How its vectors are made.
       tokenizer: Its tokenizer.
-      load: `load(shardings, dtype)` reads the parameters: the nested dict of `abstract_params`, each array of that type,
-        float32 by default, and placed by the sharding at the same path.
+      load: `load(shardings, dtype)` reads the parameters, as nested as `abstract_params`, in that type, float32 by
+        default, each placed by the sharding at the same path.
     """
 
     architecture: TransformerConfig

@@ -276,7 +276,7 @@ class Transformer(nnx.Module):
         return self.final_norm(x), cache
 
     def _scan(self, step, x: Array, layers: Any, mask: AttentionMask, execution: Execution) -> tuple[Array, Any]:
-        """Carries `x` through `step(x, layer, context, windowed)`; other results are stacked or listed as `layers` is."""
+        """Takes `x` through `step(x, layer, context, windowed)`; other results are stacked or a list like `layers`."""
         segments = mask.query_segments
         real = jnp.ones(x.shape[:2], bool) if segments is None else segments > 0
         context = Context(mask, real, *rotations(mask.query_positions, self.config), execution)
