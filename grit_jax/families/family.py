@@ -67,9 +67,10 @@ class Family:
       aliases: Fields and a second key of theirs, which must agree with the first.
       constants: Keys that are written with one value.
       activation: Key of the activation and its value where it is absent.
-      windows: Which layers have the sliding window: `none`, `all`, all or a number of the last ones behind a switch
-        (`optional`), or a pattern over the `layers`.
-      window_period: `layers`: without `layer_types` every n-th layer sees everything; n, or its key and default.
+      windows: Which layers have the sliding window: `none`, `all`, the last ones if a switch is on (`optional`), or a
+        pattern (`layers`).
+      window_period: Every n-th layer of a pattern sees everything, unless `layer_types` says otherwise: n, or its key
+        and default.
       remote_code: Whether `modeling_grit.py` makes old versions of transformers embed with this family.
       eager: Whether transformers needs eager attention.
       vllm_gritlm: Whether vLLM's GritLM class runs it.

@@ -64,7 +64,6 @@ class Origin:
 
 UNKNOWN = Origin()
 
-
 _POOLING_KEYS = {
     "mean": "pooling_mode_mean_tokens",
     "cls": "pooling_mode_cls_token",

@@ -124,14 +124,8 @@ def weight_files(folder: epath.Path) -> list[str]:
         return [WEIGHTS_FILE]
     if INDEX_FILE not in there:
         others = sorted(name for name in there if name.endswith(".safetensors"))
-        raise InputError(
-            f"{folder}: no {WEIGHTS_FILE} and no {INDEX_FILE}; "
-            + (
-                f"{listed(others)} would not be read: rename the one with the whole model"
-                if others
-                else "copy it again"
-            )
-        )
+        rename = f"{listed(others)} would not be read: rename the one with the whole model"
+        raise InputError(f"{folder}: no {WEIGHTS_FILE} and no {INDEX_FILE}; {rename if others else 'copy it again'}")
     indexed = indexed_files(folder / INDEX_FILE)
     if absent := sorted(indexed - there):
         raise InputError(f"{folder}: {INDEX_FILE} names files that are not there: {', '.join(absent)}; copy them too")

@@ -123,11 +123,6 @@ class Engine:
             self._lanes.append(_Lane(runner, eos_id, size, fewest_rows=runner.shards if fewer_rows else size.rows))
 
     @property
-    def most_slots(self) -> int:
-        """Tokens that a row of the longest lane holds."""
-        return self._lanes[-1].size.slots
-
-    @property
     def num_waiting(self) -> int:
         """Texts that have no row yet."""
         return sum(len(lane.waiting) for lane in self._lanes)
@@ -164,11 +159,12 @@ class Engine:
         """
         if not len(continuation.tokens):
             raise InputError("the prompt has no token; give it some text")
-        if continuation.num_slots > self.most_slots:
+        limit = self._lanes[-1].size.slots
+        if continuation.num_slots > limit:
             prompt = continuation.num_cached + len(continuation.tokens)
             raise InputError(
                 f"a prompt of {prompt} tokens and {continuation.max_new_tokens} new ones are over the limit of "
-                f"{self.most_slots}; shorten the prompt or ask for fewer"
+                f"{limit}; shorten the prompt or ask for fewer"
             )
         return next(index for index, lane in enumerate(self._lanes) if lane.size.slots >= continuation.num_slots)
 

@@ -23,7 +23,7 @@ from grit_jax.runs.lock import writer_lock
 from tests import hub
 from tests.bucket import BUCKET, Bucket
 from tests.commands import ROOT, TINY, command, environment, grit_jax, write_data
-from tests.hf.test_folder import random_model, same
+from tests.hf.test_model_folder import random_model, same
 from tests.multiprocess import launch
 
 MEDI2, TULU2 = (f"datasets/{DATA_SETS[name].repository}" for name in ("medi2", "tulu2"))

@@ -8,7 +8,7 @@ import pytest
 from grit_jax.hf.model_folder import save_folder
 from tests.bucket import BUCKET, emulator
 from tests.commands import ROOT
-from tests.hf.test_folder import random_model
+from tests.hf.test_model_folder import random_model
 
 pytest.importorskip("gcp_storage_emulator")
 

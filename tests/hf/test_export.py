@@ -17,7 +17,7 @@ from grit_jax.inference.model import GritModel
 from grit_jax.model.transformer import init_params
 from grit_jax.text import prompts
 from tests.hf import families
-from tests.hf.test_folder import whole
+from tests.hf.test_model_folder import whole
 
 pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

@@ -15,7 +15,7 @@ from grit_jax.parallel.execution import PLAIN
 from grit_jax.train.objectives import trained_objectives
 from grit_jax.train.step import JointObjective
 from tests.hf import families
-from tests.hf.test_folder import whole
+from tests.hf.test_model_folder import whole
 
 pytest.importorskip("torch")
 pytest.importorskip("transformers")

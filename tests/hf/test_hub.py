@@ -11,7 +11,7 @@ from grit_jax.hf.hub import is_hub_id
 from grit_jax.hf.model_folder import save_folder
 from tests import hub
 from tests.commands import ROOT, command
-from tests.hf.test_folder import random_model, same
+from tests.hf.test_model_folder import random_model, same
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from grit_jax.model.transformer import init_params
 from grit_jax.text.tokenizer import Tokenizer
 from tests.hf import families
 from tests.hf.test_families import TOKENS, TOLERANCE, forward
-from tests.hf.test_folder import same, whole
+from tests.hf.test_model_folder import same, whole
 
 transformers = pytest.importorskip("transformers")
 

@@ -14,7 +14,7 @@ from grit_jax.errors import InputError
 from grit_jax.hf.model_folder import save_folder
 from grit_jax.text.detokenizer import Detokenizer
 from grit_jax.text.tokenizer import Tokenizer
-from tests.hf.test_folder import random_model
+from tests.hf.test_model_folder import random_model
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["prefix space", "no prefix"])
