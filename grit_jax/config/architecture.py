@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from grit_jax.config.ranges import NOT_NEGATIVE, POSITIVE, require_fields
 from grit_jax.errors import InputError
@@ -42,10 +42,7 @@ class RopeScaling:
             )
 
 
-if TYPE_CHECKING:
-    FamilyName = str
-else:
-    FamilyName = Literal[tuple(FAMILIES)]
+FamilyName = Literal[tuple(FAMILIES)]  # ty: ignore[invalid-type-form]  # computed
 
 
 @dataclass(frozen=True)
