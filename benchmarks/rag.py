@@ -266,7 +266,9 @@ def log_likelihood(model: GritModel, prefix: KVCache | None, prompt: prompts.Tok
         slots = runner.row_length(num_cached + length)
         state = empty_state(runner.model, runner.params, rows=runner.shards, slots=slots, dtype=dtype)
         if prefix is not None:
-            state = write_prefix(state, KVCache(*(x.astype(dtype) for x in prefix)), np.int32(0), np.int32(0))
+            padding = ((0, 0), (0, slots - num_cached), (0, 0), (0, 0))
+            padded = KVCache(*(np.pad(x.astype(dtype), padding) for x in prefix))
+            state = write_prefix(state, padded, np.int32(0), np.int32(0))
         for start, stop in [(0, first), *((index, index + 1) for index in range(first, last - 1))]:
             tokens = np.zeros((runner.shards, length if start == 0 else 1), np.int32)
             tokens[:, : stop - start] = prompt.tokens[start:stop]
