@@ -2,6 +2,7 @@
 
     python benchmarks/data_at_scale.py
     python benchmarks/data_at_scale.py --rows 100000 1000000 10000000 --steps 8
+    python benchmarks/data_at_scale.py --real-rows 10000000
 
 - `index`: records and tokens tokenized per second and core, from files to mapped arrays on the disk, in this process,
   and the bytes that a token takes there: its own, and with lengths, spans and all else;
@@ -14,7 +15,9 @@
   anonymous memory that the schedule takes and what stays after batches, the seconds to open index and schedule and to
   the first batch, and milliseconds of the processor a step, planned alone and filled too, at steps 0 and 1,000,000 of
   2048 queries. Mapped pages are not counted: the system may drop them. Texts have 20 to 399 tokens: 10,000,000 rows
-  take 13 GB in --folder.
+  take 13 GB in --folder;
+- `tokenized`, with --real-rows: as many records, of which each is a numbered query of --data with one positive, from
+  one JSONL file to an index and a first batch: the time and memory of its processes, and its size.
 
 Speeds per core are by processor time, so they hold on a machine that others use.
 """
@@ -22,8 +25,11 @@ Speeds per core are by processor time, so they hold on a machine that others use
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import json
 import multiprocessing
 import os
+import resource
 import shutil
 import tempfile
 import time
@@ -216,6 +222,44 @@ def scheduled(rows: int, parent: Path | None) -> dict[str, float]:
         shutil.rmtree(folder)
 
 
+def tokenized(rows: int, data: Path, tokenizer: Tokenizer, parent: Path | None) -> dict[str, float]:
+    """A file of real texts from nothing to its first batch, by the clock and by the time of all its processors."""
+    paths = sources.find_files([str(data / "embedding")])
+    every = [sources.open_source(path) for path in paths]
+    records = [json.loads(line) for source in every for line in source.lines(0, len(source))]
+    with tempfile.TemporaryDirectory(dir=parent) as folder:
+        path = Path(folder, "records.jsonl")
+        with path.open("w") as file:
+            for number, record in zip(range(rows), itertools.cycle(records), strict=False):
+                instruction, text = record["query"]
+                kept = {"query": [instruction, f"{number}: {text}"], "pos": record["pos"][:1], "neg": []}
+                file.write(json.dumps(kept) + "\n")
+        started, processed = time.perf_counter(), os.times()
+        (file,) = build_indexes([path], tokenizer, trained_streams(Config(train=TrainConfig(mode="embedding"))))
+        seconds = time.perf_counter() - started
+        workers = os.times().children_user + os.times().children_system
+        own = sum(os.times()[:2]) - sum(processed[:2])
+        tokens = int(file.index.lengths.sum())
+        values = {
+            "records": file.index.num_records,
+            "tokens": tokens,
+            "gigabytes_of_text": round(path.stat().st_size / 1e9, 2),
+            "bytes_a_token": round(sum(p.stat().st_size for p in Path(folder).rglob("*.npy")) / tokens, 2),
+            "seconds": round(seconds),
+            "processor_seconds": round(own + workers - processed.children_user - processed.children_system),
+            "peak_mebibytes_of_a_worker": round(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024),
+        }
+        limits = dataclasses.replace(LIMITS["paper"][1], train=[str(path)])
+        run = Config(data=limits, train=TrainConfig(mode="embedding", steps=2 * LATE))
+        for start in (0, LATE):
+            started, before = time.perf_counter(), anonymous_mebibytes()
+            pipeline = Pipeline(run, tokenizer, trained_streams(run), host_share=ONE_HOST)
+            pipeline.batch(start)
+            values[f"first_batch_seconds_at_{start}"] = round(time.perf_counter() - started, 2)
+            values[f"mebibytes_of_the_pipeline_at_{start}"] = round(anonymous_mebibytes() - before, 1)
+        return values
+
+
 def main() -> None:
     """Runs the benchmark."""
     parser = common.parser(__doc__)
@@ -226,6 +270,7 @@ def main() -> None:
         default=[100_000, 1_000_000, 10_000_000],
         help="of synthetic indexes (%(default)s)",
     )
+    parser.add_argument("--real-rows", type=int, default=0, help="records of a file that is tokenized whole (none)")
     parser.add_argument("--steps", type=int, default=8, help="batches that are filled (%(default)s)")
     parser.add_argument(
         "--records", type=int, default=2000, help="most records of a file that are tokenized (%(default)s)"
@@ -233,6 +278,9 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="where synthetic indexes are written (that of temporary files)")
     args = parser.parse_args()
     tokenizer = Tokenizer.load(args.tokenizer)
+    if args.real_rows:
+        common.report({"tokenized": tokenized(args.real_rows, args.data, tokenizer, args.folder)})
+        return
     # The first in a process whose heap has not grown yet.
     values: dict[str, Any] = {"scheduled": [scheduled(rows, args.folder) for rows in args.rows]}
     values |= {"lines": line_speed(256), "index": index_speed(args.data, tokenizer, args.records)}

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 _MARKER = "::: commands"
+_COLUMNS = 98  # that fit between both columns of the site on a desktop
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
@@ -23,7 +24,7 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 
 def _sections() -> Iterator[str]:
     sys.path.insert(0, str(Path(__file__).parents[1]))
-    os.environ["COLUMNS"] = "100"  # what argparse wraps its help to
+    os.environ["COLUMNS"] = str(_COLUMNS)  # what argparse wraps its help to
 
     from grit_jax.cli.main import make_parser
 
@@ -43,4 +44,13 @@ def _commands(parser: argparse.ArgumentParser) -> Iterator[tuple[str, argparse.A
 
 def _section(name: str, parser: argparse.ArgumentParser, *, level: int) -> Iterator[str]:
     text = re.sub(r"\x1b\[[0-9;]*m", "", parser.format_help())  # newer Pythons colour it on a terminal
-    yield f"{'#' * level} {name}\n\n```text\n{text.rstrip()}\n```\n"
+    text = "\n".join(map(_wrapped, text.rstrip().splitlines()))
+    yield f"{'#' * level} {name}\n\n```text\n{text}\n```\n"
+
+
+def _wrapped(line: str) -> str:
+    """A line of the help; a command that is too long goes on in the next line, before an option."""
+    if len(line) <= _COLUMNS or not line.startswith("  grit-jax "):
+        return line
+    end = line.rindex(" --", 0, _COLUMNS - len(" \\"))
+    return f"{line[:end]} \\\n     {line[end:]}"

@@ -58,7 +58,8 @@ class Checkpoints:
 
     Args:
       folder: Holds one sub-folder per step; created by the first writer.
-      keep: Which checkpoints are kept, and how long hosts wait for each other; None keeps all.
+      keep: Which checkpoints are kept; None keeps all.
+      timeout_seconds: How long the processes of a run wait for each other while they save; None for Orbax's default.
       read_only: Whether nothing is written or removed: half a checkpoint may be a live run's save in progress.
       confirm: Called in process 0 when a checkpoint is written, before it is committed; raises to prevent that.
     """
@@ -68,11 +69,12 @@ class Checkpoints:
         folder: str | PathLike[str],
         *,
         keep: CheckpointConfig | None = None,
+        timeout_seconds: int | None = None,
         read_only: bool = False,
         confirm: Callable[[], None] = lambda: None,
     ):
         self.folder = epath.Path(folder) if files.is_bucket(folder) else epath.Path(folder).resolve()
-        self._saver = None if read_only else _saver(self.folder, keep)
+        self._saver = None if read_only else _saver(self.folder, keep, timeout_seconds)
         self._confirm = confirm
         self._saving: tuple[int, Any, contextlib.ExitStack] | None = None
         self._checked: dict[int, str | None] = {}  # what `check_digests` has returned, by step
@@ -208,14 +210,14 @@ class Checkpoints:
             ) from error
 
 
-def _saver(folder: epath.Path, keep: CheckpointConfig | None) -> ocp.training.Checkpointer:
+def _saver(folder: epath.Path, keep: CheckpointConfig | None, timeout_seconds: int | None) -> ocp.training.Checkpointer:
     """Orbax's part in saving: it removes half-written checkpoints and reads none, as they may be damaged."""
-    policy, context = None, None
-    if keep:
-        policy, context = _Kept(folder, keep), ocp.Context()
-        context.asynchronous.timeout_secs = keep.timeout_seconds
+    context = None
+    if timeout_seconds is not None:
+        context = ocp.Context()
+        context.asynchronous.timeout_secs = timeout_seconds
     return ocp.training.Checkpointer(
-        str(folder), preservation_policy=policy, context=context,
+        str(folder), preservation_policy=_Kept(folder, keep) if keep else None, context=context,
         cleanup_tmp_directories=True, lightweight_initialize=True,
     )  # fmt: skip
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from contextlib import contextmanager
+from functools import partial
 
 from grit_jax import files
 from grit_jax.checkpoints.checkpoint import Checkpoints
@@ -29,11 +30,12 @@ class Saving(Callback):
     def running(self, run: Run) -> Generator[None]:
         """Removes what is half written; at the end saves what is not saved yet, and waits until all is on disk."""
         output, config = run.trainer.folder, self._config
-        self._states = Checkpoints(files.join(output, folder.CHECKPOINTS), keep=config, confirm=run.confirm)
+        open_folder = partial(Checkpoints, timeout_seconds=config.timeout_seconds, confirm=run.confirm)
+        self._states = open_folder(files.join(output, folder.CHECKPOINTS), keep=config)
         params = files.join(output, folder.PARAMS)
         self._params = None
         if config.params_every or files.is_folder(params):
-            self._params = Checkpoints(params, confirm=run.confirm)
+            self._params = open_folder(params)
         self._saved, self._values = run.start, {}
         yield
         if self._saved < run.step:
