@@ -17,7 +17,7 @@ import common
 import jax
 
 from grit_jax.checkpoints.checkpoint import CheckpointMetadata, Checkpoints
-from grit_jax.checkpoints.loading import load_params, open_model
+from grit_jax.checkpoints.opening import load_params, open_model
 from grit_jax.config import CheckpointConfig, MeshConfig, OptimizerConfig
 from grit_jax.model.transformer import abstract_model, param_axes
 from grit_jax.parallel import sharding

@@ -22,7 +22,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import jax
 
 from grit_jax.config import EmbeddingConfig, TransformerConfig
-from grit_jax.hf.export import save_folder
+from grit_jax.hf.model_folder import save_folder
 from grit_jax.model.pretrained import Pretrained
 from grit_jax.model.transformer import init_params
 from grit_jax.text.tokenizer import Tokenizer

@@ -21,9 +21,8 @@ import ml_dtypes
 import numpy as np
 
 from grit_jax.config import EmbeddingConfig, TransformerConfig
-from grit_jax.hf.architecture import write_config
-from grit_jax.hf.names import get, table
-from grit_jax.hf.tensors import write_tensors
+from grit_jax.hf.config_json import write_config
+from grit_jax.hf.tensors import get, model_tensors, write_tensors
 from grit_jax.model.transformer import abstract_model, abstract_params
 from grit_jax.text.tokenizer import Tokenizer
 
@@ -42,9 +41,9 @@ def make_folder(folder: Path, gigabytes: float) -> tuple[int, int]:
         architecture = TransformerConfig(**{**vars(BASE), "num_layers": num_layers}).resolve(32000)
         shapes = abstract_params(abstract_model(architecture))
         tensors = {}
-        for row in table(architecture, EmbeddingConfig()):
+        for row in model_tensors(architecture, EmbeddingConfig()):
             shape = get(shapes, row.path).shape
-            tensors |= {name: row.stored_shape(shape) for name, _ in row.places(shape)}
+            tensors |= {name: row.stored_shape(shape) for name, _ in row.stored(shape)}
         return architecture, tensors, sum(map(math.prod, tensors.values()))
 
     one, two = counted(1)[2], counted(2)[2]
@@ -75,7 +74,7 @@ def child(source: str, out: str) -> None:
     import jax
 
     from grit_jax.checkpoints.checkpoint import CheckpointMetadata, save_params
-    from grit_jax.checkpoints.loading import load_for_conversion
+    from grit_jax.checkpoints.opening import load_for_conversion
 
     jax.block_until_ready(jax.jit(lambda: jax.numpy.zeros(8))())
     before, started = peak_memory(), time.monotonic()

@@ -47,8 +47,9 @@ from grit_jax.evaluation.report import interval
 from grit_jax.evaluation.retrieval import Retrieval, read_collection
 from grit_jax.evaluation.suite import load_suite
 from grit_jax.evaluation.task import Outcome
+from grit_jax.inference.decode import empty_state, extend, write_prefix
 from grit_jax.inference.engine import Continuation, Engine, LaneSize
-from grit_jax.model.transformer import init_params
+from grit_jax.model.transformer import KVCache, init_params
 from grit_jax.parallel import sharding
 from grit_jax.retrieval.layout import Store
 from grit_jax.retrieval.rag import Positions, Prepared, Rag
@@ -255,6 +256,28 @@ def read_questions(data: Path, name: str) -> tuple[dict[str, str], list[Question
     return collection.documents, asked
 
 
+def log_likelihood(model: GritModel, prefix: KVCache | None, prompt: prompts.TokenizedPrompt) -> tuple[float, int]:
+    """Sum of log p of the tokens in a text's span after keys and values, in nats, and their number."""
+    runner, dtype = model.runner, model.runner.execution.dtype
+    ((first, last),) = prompt.spans.tolist()
+    num_cached, length = 0 if prefix is None else prefix.keys.shape[1], runner.row_length(len(prompt.tokens))
+    total = 0.0
+    with jax.set_mesh(runner.mesh):
+        slots = runner.row_length(num_cached + length)
+        state = empty_state(runner.model, runner.params, rows=runner.shards, slots=slots, dtype=dtype)
+        if prefix is not None:
+            padding = ((0, 0), (0, slots - num_cached), (0, 0), (0, 0))
+            padded = KVCache(*(np.pad(x.astype(dtype), padding) for x in prefix))
+            state = write_prefix(state, padded, np.int32(0), np.int32(0))
+        for start, stop in [(0, first), *((index, index + 1) for index in range(first, last - 1))]:
+            tokens = np.zeros((runner.shards, length if start == 0 else 1), np.int32)
+            tokens[:, : stop - start] = prompt.tokens[start:stop]
+            starts, lengths = (np.full(runner.shards, x, np.int32) for x in (num_cached + start, stop - start))
+            state = extend(runner.model, runner.params, state, tokens, starts, lengths)
+            total += float(jax.nn.log_softmax(state.logits[0])[prompt.tokens[stop]])
+    return total, last - first
+
+
 def figures(
     side: Side, rag: Rag, model: GritModel, questions: Sequence[Question], instruction: str
 ) -> dict[str, Outcome]:
@@ -271,7 +294,7 @@ def figures(
                 ((len(prepared.text), len(prepared.text) + 1 + len(question.answers[0])),),
             )
             (tokenized,) = prompts.tokenize([gold], model.tokenizer)
-            losses.append(model.log_likelihood_after(prepared.prefix, tokenized))
+            losses.append(log_likelihood(model, prepared.prefix, tokenized))
             found.append(any(hit.document.id in question.documents for hit in prepared.hits))
         written = ["".join(pieces) for pieces in zip(*model.write(texts), strict=True)]
         matches += [contains(answer, question.answers) for answer, question in zip(written, some, strict=True)]

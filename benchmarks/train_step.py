@@ -24,7 +24,7 @@ import common
 import jax
 import numpy as np
 
-from grit_jax.checkpoints.loading import load_params, open_model
+from grit_jax.checkpoints.opening import load_params, open_model
 from grit_jax.config import Config, DataConfig, MeshConfig, ModelConfig, OptimizerConfig, TrainConfig
 from grit_jax.data.batch import ONE_HOST, Batch, EmbeddingBatch, GenerativeBatch, max_segments
 from grit_jax.data.pipeline import Pipeline

@@ -11,7 +11,7 @@ import pytest
 from jaxtyping import install_import_hook
 
 # Shapes and types in signatures are checked whenever a test calls the function.
-install_import_hook(["grit_jax.model", "grit_jax.losses.language", "grit_jax.losses.contrastive"], "beartype.beartype")
+install_import_hook(["grit_jax.model", "grit_jax.losses", "grit_jax.inference.decode"], "beartype.beartype")
 
 
 @pytest.fixture(scope="session")

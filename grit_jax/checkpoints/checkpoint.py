@@ -19,26 +19,26 @@ from orbax.checkpoint import v1 as ocp
 from grit_jax import files
 from grit_jax.checkpoints import integrity
 from grit_jax.config import CheckpointConfig, EmbeddingConfig, TransformerConfig
-from grit_jax.errors import InputError
+from grit_jax.errors import InputError, listed
 from grit_jax.model.pretrained import Pretrained
 from grit_jax.model.transformer import Params, abstract_model, abstract_params
 from grit_jax.runs import folder as run_folder
 from grit_jax.text.tokenizer import Tokenizer
 
-# The parts of a checkpoint; each can be read without the others.
+# The parts of a checkpoint, which can be read one by one.
 _PARAMS, _OPTIMIZER = "params", "optimizer"
 _METRICS = ("metrics", "metrics")  # where Orbax writes the metrics of a checkpoint
 
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointMetadata:
-    """What a checkpoint says about its arrays.
+    """What a checkpoint holds beside its arrays.
 
     Attributes:
       architecture: Resolved shape of the model.
       embedding: How its vectors are made.
       tokenizer_files: `Tokenizer.files` of its tokenizer.
-      config: Resolved config of the run as YAML, None for an imported model.
+      config: Resolved config of the run as YAML; None for an imported model.
       data: Position in the training data.
     """
 
@@ -50,18 +50,18 @@ class CheckpointMetadata:
 
 
 class DamagedCheckpointError(OSError):
-    """A checkpoint cannot be read; those of other steps may be good."""
+    """A checkpoint cannot be read; those of other steps may be intact."""
 
 
 class Checkpoints:
     """The checkpoints of a folder.
 
     Args:
-      folder: Holds one sub-folder per step; made by the first who does not only read.
+      folder: Holds one sub-folder per step; created by the first writer.
       keep: Which checkpoints are kept; None keeps all.
       timeout_seconds: How long the processes of a run wait for each other while they save; None for Orbax's default.
-      read_only: Whether nothing is written: what is half written may then be a living run's save, and stays.
-      confirm: Called in process 0 when all of a checkpoint is written, right before it counts; raises where it may not.
+      read_only: Whether nothing is written or removed: half a checkpoint may be a live run's save in progress.
+      confirm: Called in process 0 when a checkpoint is written, before it is committed; raises to prevent that.
     """
 
     def __init__(
@@ -91,20 +91,20 @@ class Checkpoints:
         metadata: CheckpointMetadata,
         metrics: Mapping[str, float] | None = None,
     ) -> None:
-        """Starts saving; the arrays may be overwritten when this returns, `wait` returns when the save is on disk.
+        """Starts saving. The arrays may be overwritten when this returns; `wait` returns when they are on disk.
 
-        A complete checkpoint of the step that is there already stays, and nothing is saved: to replace it, it would
-        have to be deleted first, and a crash would leave neither. The step may be lower than others that are there.
+        If the step has a complete checkpoint already, nothing is saved: replacing it would first delete it, and a crash
+        would leave neither. The step may be lower than existing ones.
 
         Args:
-          step: Which step's state this is.
+          step: Step of this state.
           params: Parameters.
           opt_state: State of the optimizer; None saves parameters alone.
-          metadata: What the checkpoint says about itself.
+          metadata: The metadata.
           metrics: What the best checkpoints are chosen by.
 
         Raises:
-          OSError: The save before this one failed, for example because the disk is full.
+          OSError: The previous save failed, for example because the disk is full.
         """
         assert self._saver, "opened for reading only"
         self.wait()
@@ -112,8 +112,8 @@ class Checkpoints:
             return
         parts = {_PARAMS: params} | ({} if opt_state is None else {_OPTIMIZER: opt_state})
         about, ranked_by = dataclasses.asdict(metadata), cast(Any, metrics and dict(metrics))
-        # Orbax by itself saves nothing below the newest step: `force`. Without `overwrite`, which has nothing to delete
-        # here, it asks when every checkpoint was made, and fails where one of them is damaged.
+        # `force`: Orbax refuses steps below the newest one. `overwrite`, with nothing to delete here, keeps it from
+        # reading when every checkpoint was made, which fails if one is damaged.
         save = functools.partial(
             self._saver.save_checkpointables_async,
             metrics=ranked_by, custom_metadata=about, force=True, overwrite=True,
@@ -135,7 +135,7 @@ class Checkpoints:
                 self._guarded(step, response.result)
 
     def close(self) -> None:
-        """Waits, then lets go of the folder."""
+        """Waits, then closes the folder."""
         self.wait()
         if self._saver:
             self._saver.close()
@@ -152,7 +152,7 @@ class Checkpoints:
             ) from error
 
     def metadata(self, step: int) -> CheckpointMetadata:
-        """What the checkpoint of `step` says about itself.
+        """The metadata of the checkpoint of `step`.
 
         Raises:
           DamagedCheckpointError: It cannot be read.
@@ -160,7 +160,7 @@ class Checkpoints:
         with self._readable(step):
             digest = self._check_digests(step)
             stored: Any = ocp.checkpointables_metadata(self.folder / str(step)).custom_metadata
-            integrity.check_about(stored, digest)
+            integrity.check_metadata(stored, digest)
             nested = {
                 "architecture": TransformerConfig(**stored["architecture"]),
                 "embedding": EmbeddingConfig(**stored["embedding"]),
@@ -168,12 +168,12 @@ class Checkpoints:
             return CheckpointMetadata(**stored | nested)
 
     def restore(self, step: int, params: Params, opt_state: Any) -> tuple[Params, Any]:
-        """Parameters and optimizer state, placed as asked.
+        """Reads parameters and optimizer state.
 
         Args:
           step: Which checkpoint.
           params: Tree of ShapeDtypeStructs with shardings.
-          opt_state: The same for the optimizer; None leaves it unread.
+          opt_state: The same for the optimizer; None skips it.
 
         Raises:
           InputError: The checkpoint has other keys or shapes; the message lists them.
@@ -185,7 +185,7 @@ class Checkpoints:
             stored = ocp.checkpointables_metadata(self.folder / str(step)).metadata
             stored = {part: stored[part] for part in wanted}
             if unread := [part for part in stored if stored[part] is None]:  # Orbax only warns
-                raise ValueError(f"what {', '.join(unread)} holds cannot be read")
+                raise ValueError(f"the content of {', '.join(unread)} cannot be read")
         for part, tree in wanted.items():
             _check_matches(f"{self.folder / str(step)}: {part}", stored[part], tree)
         with self._readable(step):
@@ -199,7 +199,7 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _readable(self, step: int) -> Generator[None]:
-        jax.devices()  # a platform that JAX cannot use is no damage
+        jax.devices()  # fails here, and not as damage, if JAX cannot use the platform
         try:
             yield
         except Exception as error:  # orbax, tensorstore and json raise many kinds
@@ -211,7 +211,7 @@ class Checkpoints:
 
 
 def _saver(folder: epath.Path, keep: CheckpointConfig | None, timeout_seconds: int | None) -> ocp.training.Checkpointer:
-    """Orbax's part in saving; it removes what is half written, and reads no checkpoint, which may be damaged."""
+    """Orbax's part in saving: it removes half-written checkpoints and reads none, as they may be damaged."""
     context = None
     if timeout_seconds is not None:
         context = ocp.Context()
@@ -223,12 +223,7 @@ def _saver(folder: epath.Path, keep: CheckpointConfig | None, timeout_seconds: i
 
 
 class _Kept:
-    """Tells Orbax which checkpoints stay, as `CheckpointConfig` says.
-
-    Args:
-      folder: Where they are; the metrics of those that are there are read now.
-      keep: The settings.
-    """
+    """Orbax's preservation policy for `CheckpointConfig`; reads the metrics of existing checkpoints when created."""
 
     def __init__(self, folder: epath.Path, keep: CheckpointConfig):
         self._keep = keep
@@ -236,7 +231,7 @@ class _Kept:
         self._metrics = {step: _read_metrics(folder / str(step)) for step in there}
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
-        """One answer for each checkpoint, which has a `step` and, when this process saved it, `metrics`."""
+        """Whether each checkpoint stays; it has a `step` and, if this process saved it, `metrics`."""
         keep, steps = self._keep, sorted(checkpoint.step for checkpoint in checkpoints)
         kept = set(steps[-keep.keep :])
         if keep.keep_every:
@@ -255,7 +250,7 @@ class _Kept:
 
 
 def _read_metrics(checkpoint: epath.Path) -> dict[str, Any]:
-    """What a checkpoint was saved with to be ranked by; empty where there is none, or it is damaged."""
+    """The metrics of a checkpoint; empty if there are none, or they are damaged."""
     try:
         found = json.loads(files.read_text(files.join(checkpoint, *_METRICS)) or "{}")
     except ValueError:
@@ -266,7 +261,7 @@ def _read_metrics(checkpoint: epath.Path) -> dict[str, Any]:
 def _check_matches(where: str, stored: Any, wanted: Any) -> None:
     def shapes(tree):
         leaves = jax.tree_util.tree_leaves_with_path(tree)
-        # Tuples come back from disk as lists, named tuples as dicts: compare by the names alone.
+        # Tuples come back from disk as lists and named tuples as dicts, so only names are compared.
         return {jax.tree_util.keystr(path, simple=True, separator="."): tuple(leaf.shape) for path, leaf in leaves}
 
     there, asked = shapes(stored), shapes(wanted)
@@ -276,12 +271,13 @@ def _check_matches(where: str, stored: Any, wanted: Any) -> None:
         f"{name} is {there[name]}, not {asked[name]}" for name in asked if there.get(name, asked[name]) != asked[name]
     ]
     if problems:
-        shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
-        raise InputError(f"{where}: not a checkpoint of this model ({shown}); use the config it was made with")
+        raise InputError(
+            f"{where}: not a checkpoint of this model ({listed(problems)}); use the config it was made with"
+        )
 
 
 def _locate(path: epath.Path) -> tuple[epath.Path, int | None] | None:
-    """The folder of checkpoints that `path` means, and the step when it names one; None when it is no checkpoint."""
+    """The folder of checkpoints that `path` means, and the step if it names one; None if it is neither."""
     if files.is_folder(path / "checkpoints"):
         return path / "checkpoints", None
     if path.name.isdigit() and files.is_folder(path / _PARAMS):
@@ -297,7 +293,7 @@ def is_checkpoint(path: str | PathLike[str]) -> bool:
 
 
 def open_checkpoint(path: str | PathLike[str], step: int | None = None) -> Pretrained:
-    """The model of a run folder, a folder of checkpoints or one checkpoint: the newest step unless one is named.
+    """The model of a run folder, a folder of checkpoints or one checkpoint; the newest step by default.
 
     Raises:
       InputError: There is no such checkpoint.
@@ -331,8 +327,7 @@ def open_checkpoint(path: str | PathLike[str], step: int | None = None) -> Pretr
 def save_params(folder: str | PathLike[str], params: Params, metadata: CheckpointMetadata) -> None:
     """Writes a checkpoint folder with parameters alone, as step 0, and waits for it.
 
-    No more than the largest parameter is copied at a time: on a host that the parameters nearly fill, that counts
-    more than speed.
+    It copies at most the largest parameter at a time, for hosts whose memory the parameters nearly fill.
     """
     context = ocp.Context()
     context.memory.write_concurrent_bytes = 1 + max(leaf.nbytes for leaf in jax.tree.leaves(params))

@@ -1,8 +1,8 @@
-"""What makes damage in a checkpoint show: Orbax has no settings for it, so two of its functions are extended here.
+"""Checksums of checkpoints. Orbax has no settings for them, so two of its functions are extended here.
 
-Arrays are stored with a CRC-32C of each chunk, beside those that OCDBT has of its own nodes and zarr of its indexes;
-TensorStore compares them with all that it reads. The digests of the other files, which are small, are written last, in
-`DIGESTS`. Checkpoints without these open too.
+Arrays are stored with a CRC-32C of each chunk, beside those of OCDBT's nodes and zarr's indexes; TensorStore checks
+whatever it reads. Digests of the other files, which are small, are written last, to `DIGESTS`. Checkpoints without them
+open too.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from orbax.checkpoint._src.serialization import tensorstore_utils
 from grit_jax import files
 
 DIGESTS = "digests.json"
-_CHECKED = re.compile(r"d|ocdbt\.process_\d+")  # folders of arrays: what is read there, TensorStore compares
-_ABOUT = "custom metadata"  # among the digests, that of what a checkpoint says about itself
-_CHANGING = "_CHECKPOINT_METADATA"  # Orbax writes it again, from its own threads, while digests are made and later
+_CHECKED = re.compile(r"d|ocdbt\.process_\d+")  # folders of arrays, which TensorStore checks
+_METADATA = "custom metadata"  # key of the digest of a checkpoint's metadata
+_CHANGING = "_CHECKPOINT_METADATA"  # Orbax rewrites it from its own threads, also after digests are made
 
 _array_metadata, _commit = tensorstore_utils._build_zarr3_metadata, atomicity.on_commit_callback
-_before_commit: dict[str, tuple[Any, Callable[[], None]]] = {}  # by the folder that a checkpoint is to have
+_before_commit: dict[str, tuple[Any, Callable[[], None]]] = {}  # by the final folder of a checkpoint
 
 
 def _checked_array_metadata(*arguments: Any, **options: Any) -> dict[str, Any]:
@@ -39,8 +39,8 @@ def _checked_array_metadata(*arguments: Any, **options: Any) -> dict[str, Any]:
 
 async def _checked_commit(checkpoint: Any, **options: Any) -> None:
     if found := _before_commit.get(str(checkpoint.get_final())):
-        about, confirm = found
-        await asyncio.to_thread(_write_digests, checkpoint.get(), about)
+        metadata, confirm = found
+        await asyncio.to_thread(_write_digests, checkpoint.get(), metadata)
         await asyncio.to_thread(confirm)
     await _commit(checkpoint, **options)
 
@@ -50,52 +50,52 @@ atomicity.on_commit_callback = _checked_commit  # ty: ignore[invalid-assignment]
 
 
 @contextlib.contextmanager
-def committing(checkpoint: files.PathLike, about: Any, confirm: Callable[[], None]) -> Generator[None]:
-    """While a checkpoint is saved: process 0 writes its digests, and then calls `confirm`, before it counts.
+def committing(checkpoint: files.PathLike, metadata: Any, confirm: Callable[[], None]) -> Generator[None]:
+    """While a checkpoint is saved: process 0 writes its digests and calls `confirm` before the commit.
 
-    `about` is what the checkpoint says about itself, as JSON can hold it.
+    `metadata` is the checkpoint's, as JSON values.
     """
-    _before_commit[str(checkpoint)] = about, confirm
+    _before_commit[str(checkpoint)] = metadata, confirm
     try:
         yield
     finally:
         _before_commit.pop(str(checkpoint), None)
 
 
-def _write_digests(checkpoint: files.PathLike, about: Any) -> None:
-    digests = _digests(checkpoint, list(_described(checkpoint))) | {_ABOUT: _digest_of(about)}
+def _write_digests(checkpoint: files.PathLike, metadata: Any) -> None:
+    digests = _digests(checkpoint, list(_described(checkpoint))) | {_METADATA: _digest_of(metadata)}
     files.write_text(files.join(checkpoint, DIGESTS), json.dumps(digests, indent=1) + "\n")
 
 
-def _digest_of(about: Any) -> str:
-    return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
+def _digest_of(metadata: Any) -> str:
+    return hashlib.sha256(json.dumps(metadata, sort_keys=True).encode()).hexdigest()
 
 
 def check_digests(checkpoint: files.PathLike) -> str | None:
-    """Compares the files of a checkpoint that hold no arrays with their digests, where it has some.
+    """Compares the files of a checkpoint without arrays with their digests, if there are any.
 
     Returns:
-      The digest of what the checkpoint says about itself, for `check_about`; None where there is none.
+      The digest for `check_metadata`, if there is one.
 
     Raises:
       ValueError: A file is missing or differs.
     """
     expected = json.loads(files.read_text(files.join(checkpoint, DIGESTS)) or "{}")
-    about = expected.pop(_ABOUT, None)
+    metadata = expected.pop(_METADATA, None)
     found = _digests(checkpoint, list(expected))
     if differing := [name for name in expected if found[name] != expected[name]]:
         raise ValueError(f"{', '.join(differing[:3])} differs from the digest in {DIGESTS}, or is missing")
-    return about
+    return metadata
 
 
-def check_about(about: Any, digest: str | None) -> None:
-    """Compares what a checkpoint says about itself with its digest, where there is one.
+def check_metadata(metadata: Any, digest: str | None) -> None:
+    """Compares the metadata of a checkpoint with its digest, if there is one.
 
     Raises:
       ValueError: It differs.
     """
-    if digest not in (None, _digest_of(about)):
-        raise ValueError(f"what it says about itself differs from the digest in {DIGESTS}")
+    if digest not in (None, _digest_of(metadata)):
+        raise ValueError(f"its metadata differs from the digest in {DIGESTS}")
 
 
 def _digests(checkpoint: files.PathLike, names: list[str]) -> dict[str, str | None]:
@@ -108,7 +108,7 @@ def _digests(checkpoint: files.PathLike, names: list[str]) -> dict[str, str | No
 
 
 def _described(folder: files.PathLike, below: str = "") -> Iterator[str]:
-    """Names of the files of a checkpoint that hold no arrays."""
+    """Names of the files of a checkpoint without arrays."""
     for name in files.names(files.join(folder, below) if below else folder):
         path = posixpath.join(below, name)
         if name != _CHANGING and not _CHECKED.fullmatch(name):

@@ -132,7 +132,7 @@ def _tokenizer(source: str) -> Tokenizer:
     if source == "bytes":
         return Tokenizer.load(source)
 
-    from grit_jax.checkpoints.loading import open_model, open_tokenizer
+    from grit_jax.checkpoints.opening import open_model, open_tokenizer
 
     try:
         return open_tokenizer(source)

@@ -16,7 +16,7 @@ from grit_jax.runs import folder as run_folder
 from grit_jax.runs.checks import print_checks
 
 if TYPE_CHECKING:
-    from grit_jax.hf.targets import Origin
+    from grit_jax.hf.interop import Origin
 
 HELP = "write a Hugging Face folder from a run or checkpoint"
 EXAMPLES = """\
@@ -49,10 +49,10 @@ def run(args: argparse.Namespace) -> int:
 
     import jax.numpy as jnp
 
-    from grit_jax.checkpoints.loading import load_for_conversion
+    from grit_jax.checkpoints.opening import load_for_conversion
     from grit_jax.doctor.verify import missing_packages, verify
-    from grit_jax.hf.export import save_folder
-    from grit_jax.hf.targets import has_sentence_pooling
+    from grit_jax.hf.interop import has_sentence_pooling
+    from grit_jax.hf.model_folder import save_folder
 
     pretrained, params = load_for_conversion(args.source, args.step, jnp.dtype(args.dtype))
     origin = read_origin(args.source, args.step)
@@ -92,7 +92,7 @@ def read_origin(source: str, step: int | None) -> Origin:
       step: Checkpoint of it; None for the newest.
     """
     from grit_jax.hf.hub import is_hub_id
-    from grit_jax.hf.targets import Origin
+    from grit_jax.hf.interop import Origin
     from grit_jax.train.metrics import read_metrics
 
     path = files.join(source, run_folder.CONFIG)

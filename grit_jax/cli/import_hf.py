@@ -23,7 +23,7 @@ def run(args: argparse.Namespace) -> int:
     from etils import epath
 
     from grit_jax.checkpoints.checkpoint import CheckpointMetadata, save_params
-    from grit_jax.checkpoints.loading import load_for_conversion
+    from grit_jax.checkpoints.opening import load_for_conversion
     from grit_jax.errors import InputError
 
     out = epath.Path(args.out)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from grit_jax.config.architecture import Attention, EmbeddingConfig, Family, Pooling, RopeScaling, TransformerConfig
+from grit_jax.config.architecture import Attention, EmbeddingConfig, Pooling, RopeScaling, TransformerConfig
 from grit_jax.config.loading import (
     config_differences,
     dump_config,
@@ -42,7 +42,6 @@ __all__ = [
     "DistributedConfig",
     "EmbeddingConfig",
     "ExpertKernel",
-    "Family",
     "LoggingConfig",
     "LossConfig",
     "MeshConfig",

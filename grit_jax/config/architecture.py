@@ -6,12 +6,9 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
-from grit_jax.config.ranges import (
-    NOT_NEGATIVE,
-    POSITIVE,
-    require_fields,
-)
+from grit_jax.config.ranges import NOT_NEGATIVE, POSITIVE, require_fields
 from grit_jax.errors import InputError
+from grit_jax.families import FAMILIES
 
 Attention = Literal["bidirectional", "causal"]
 Pooling = Literal["mean", "weighted_mean", "cls", "last_token"]
@@ -19,14 +16,14 @@ Pooling = Literal["mean", "weighted_mean", "cls", "last_token"]
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """Stretches rotary positions beyond the length a model was first trained on.
+    """Stretches rotary positions beyond the length of a model's first training.
 
     Attributes:
       kind: `linear` divides every frequency by `factor`; `llama3` divides the slow ones only, with a ramp between.
-      factor: By how much.
+      factor: Divisor of the frequencies.
       low_frequency_factor: `llama3`: waves longer than `original_length / low_frequency_factor` are divided.
       high_frequency_factor: `llama3`: waves shorter than `original_length / high_frequency_factor` are kept.
-      original_length: `llama3`: the length of the first training, in tokens.
+      original_length: `llama3`: length of the first training, in tokens.
     """
 
     kind: Literal["linear", "llama3"] = "linear"
@@ -36,14 +33,8 @@ class RopeScaling:
     original_length: int = 8192
 
     def __post_init__(self):
-        require_fields(
-            "model.architecture.rope_scaling",
-            self,
-            factor=POSITIVE,
-            low_frequency_factor=POSITIVE,
-            high_frequency_factor=POSITIVE,
-            original_length=POSITIVE,
-        )
+        positive = ("factor", "low_frequency_factor", "high_frequency_factor", "original_length")
+        require_fields("model.architecture.rope_scaling", self, **dict.fromkeys(positive, POSITIVE))
         if self.kind == "llama3" and self.low_frequency_factor >= self.high_frequency_factor:
             raise InputError(
                 f"model.architecture.rope_scaling.low_frequency_factor={self.low_frequency_factor} must be less than "
@@ -51,7 +42,7 @@ class RopeScaling:
             )
 
 
-Family = Literal["llama", "mistral", "mixtral", "qwen2", "qwen3", "gemma2", "gemma3_text"]
+FamilyName = Literal[tuple(FAMILIES)]  # ty: ignore[invalid-type-form]  # computed
 
 
 @dataclass(frozen=True)
@@ -67,30 +58,29 @@ class TransformerConfig:
       num_heads: Query heads.
       num_kv_heads: Key and value heads; divides `num_heads`.
       head_dim: Width of one head; 0 means `embed_dim / num_heads`.
-      max_length: Longest sequence the model was made for, in tokens.
+      max_length: Longest sequence, in tokens.
       rope_theta: Base of the rotary embedding's wavelengths.
-      rope_scaling: How they are stretched; null for not at all.
-      local_rope_theta: Base in layers with a window, never stretched; null for the same as everywhere.
+      rope_scaling: How they are stretched; null for none.
+      local_rope_theta: Base in layers with a window, never stretched; null for `rope_theta`.
       norm_epsilon: Epsilon of every RMSNorm.
-      norm_offset: Added to every stored norm scale: 1 for Gemma, whose scales are stored around 0.
+      norm_offset: Added to every stored norm scale, such as 1 where scales are stored around 0.
       activation: Of the gated MLP.
       qkv_bias: Whether query, key and value have biases.
       qk_norm: Whether each head's queries and keys are normalised before the rotation.
-      post_norms: Whether what attention and MLP add to the residual stream is normalised.
+      post_norms: Whether the outputs of attention and MLP are normalised.
       scale_embedding: Whether token embeddings are multiplied by `sqrt(embed_dim)`.
       attention_scale_dim: Query-key products are divided by its square root; null means `head_dim`.
       attention_soft_cap: Bound of attention scores, by tanh; null for none.
       logit_soft_cap: Bound of logits, by tanh; null for none.
       sliding_window: Keys a causal query sees, itself included; null for all of them.
-      windowed_layers: For each layer whether it has the window; empty for every layer.
-      window_bidirectional: Whether a bidirectional query is held to keys at most `sliding_window` away; without, it
-        sees all keys.
+      windowed_layers: For each layer whether it has the window; empty if all have it.
+      window_bidirectional: Whether a bidirectional query sees only keys at most `sliding_window` away.
       tie_embeddings: Whether the output head is the embedding table.
       num_experts: Experts of every MLP; 0 for a dense MLP.
       experts_per_token: Experts that a token is sent to.
     """
 
-    family: Family = "llama"
+    family: FamilyName = "llama"
     vocab_size: int = 0
     embed_dim: int = 256
     mlp_dim: int = 768
@@ -139,8 +129,8 @@ class TransformerConfig:
                 f"model.architecture.embed_dim={self.embed_dim} is not a multiple of num_heads={self.num_heads}; "
                 "set model.architecture.head_dim"
             )
-        if self.family == "mixtral" and not self.num_experts:
-            raise InputError("model.architecture.family=mixtral needs model.architecture.num_experts")
+        if "num_experts" in FAMILIES[self.family].keys and not self.num_experts:
+            raise InputError(f"model.architecture.family={self.family} needs model.architecture.num_experts")
         if self.num_experts and self.experts_per_token > self.num_experts:
             raise InputError(
                 f"model.architecture.experts_per_token={self.experts_per_token} is not between 1 and "
@@ -164,7 +154,7 @@ class TransformerConfig:
         return self.windowed_layers or (self.sliding_window is not None,) * self.num_layers
 
     def resolve(self, vocab_size: int) -> TransformerConfig:
-        """The same architecture with no 0 left: `vocab_size` and `head_dim` filled in where they are missing.
+        """The same architecture with `vocab_size` and `head_dim` filled in where they are 0.
 
         Raises:
           InputError: The embedding table has fewer rows than the tokenizer has tokens, or heads of odd width.
@@ -182,13 +172,13 @@ class TransformerConfig:
 
 @dataclass(frozen=True)
 class EmbeddingConfig:
-    """How hidden states become a vector; travels with the weights.
+    """How hidden states become a vector; stored with the weights.
 
     Attributes:
       attention: Attention of the embedding pass.
       pooling: `mean`, `weighted_mean` (later tokens weigh more) or `last_token` of the text, or `cls` (first token).
       normalized: Whether vectors have unit length.
-      projection_dim: Width of a linear head after pooling's hidden states; null for none.
+      projection_dim: Width of a linear head; null for none.
     """
 
     attention: Attention = "bidirectional"

@@ -21,7 +21,7 @@ from etils import epath
 
 from grit_jax import files
 from grit_jax.checkpoints.checkpoint import CheckpointMetadata, save_params
-from grit_jax.checkpoints.loading import load_for_conversion
+from grit_jax.checkpoints.opening import load_for_conversion
 from grit_jax.data import sources
 from grit_jax.errors import InputError
 from grit_jax.hf import hub, tensors
@@ -152,7 +152,7 @@ class _Work:
 
     def __init__(self, repository: hub.Repository, output: str, downloads: Path, manifest: dict[str, Any]):
         self.repository, self.manifest, self._output = repository, manifest, output
-        self.folder = downloads / f"{repository.kind}s--{repository.name.replace('/', '--')}" / repository.commit
+        self.folder = downloads / f"{repository.repo_type}s--{repository.name.replace('/', '--')}" / repository.commit
 
     def get(self, file: hub.RemoteFile, tell: Callable[[str], Any]) -> Path:
         """Downloads a file and checks it."""
@@ -175,7 +175,7 @@ class _Work:
 
 
 def _begin(
-    kind: hub.Kind, name: str, output: str, revision: str | None, downloads: Path, tell: Callable[[str], Any]
+    repo_type: hub.RepoType, name: str, output: str, revision: str | None, downloads: Path, tell: Callable[[str], Any]
 ) -> _Work | None:
     """Begins or continues a fetch; None if all is done."""
     done = _read(files.join(output, DONE))
@@ -192,7 +192,7 @@ def _begin(
     elif files.names(output):
         raise InputError(f"{output} exists and is not empty; choose another folder")
     # A fetch continues with its commit: the branch may have moved.
-    repository = hub.look_up(kind, name, manifest["commit"] if manifest else revision)
+    repository = hub.look_up(repo_type, name, manifest["commit"] if manifest else revision)
     licence = repository.licence or "none stated on its card"
     tell(f"{name} at {repository.commit}\nlicence: {licence} ({repository.page})")
     if not manifest:

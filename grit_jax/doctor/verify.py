@@ -17,8 +17,8 @@ import numpy as np
 from grit_jax.config import EmbeddingConfig
 from grit_jax.data.streams.embedding import pool_weights
 from grit_jax.errors import InputError, install
-from grit_jax.hf.folder import is_folder
-from grit_jax.hf.targets import SENTENCE_BERT_FILE, SENTENCE_FILE, max_embedding_length
+from grit_jax.hf.interop import SENTENCE_BERT_FILE, SENTENCE_FILE, max_embedding_length
+from grit_jax.hf.model_folder import is_folder
 from grit_jax.inference.model import GritModel
 from grit_jax.runs.checks import Check
 from grit_jax.text import prompts

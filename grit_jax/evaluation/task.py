@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from grit_jax.inference.model import GritModel, Likelihoods, Messages
+from grit_jax.inference.model import GritModel, Messages
+from grit_jax.inference.scorer import Likelihoods
 
 _BATCH_SIZE = 32  # prompts that are completed together
 

@@ -16,29 +16,29 @@ from etils import epath
 from grit_jax.errors import InputError
 from grit_jax.files import UnreachableError
 
-Kind = Literal["model", "dataset"]
+RepoType = Literal["model", "dataset"]
 
-# What a model is made of. Pickled weights and modelling code are never downloaded.
+# The files of a model. Pickled weights and modelling code are never downloaded.
 MODEL_PATTERNS = ("*.json", "*.safetensors", "tokenizer.model", "*.jinja")
 _BLOCK = 1 << 22  # bytes read at a time
-_PASSING = (408, 409, 412, 425, 429)  # answers by which a server asks for another try
+_RETRY = (408, 409, 412, 425, 429)  # status codes that ask for another try
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
 
 
 def is_hub_id(name: str | os.PathLike[str]) -> bool:
-    """Whether `name` reads as `org/name` or `org/name@revision` and nothing of that name is on this machine."""
+    """Whether `name` reads as `org/name` or `org/name@revision` and is no path on this machine."""
     return bool(_ID.fullmatch(str(name))) and not epath.Path(name).exists()
 
 
 def snapshot(name: str) -> Path:
-    """The local copy of a model on the Hub, downloaded where it is not in huggingface_hub's cache.
+    """The local copy of a model on the Hub, downloaded unless it is in huggingface_hub's cache.
 
     Args:
-      name: `org/name`, the newest version, or `org/name@revision` with a branch, tag or commit.
+      name: `org/name`, or `org/name@revision` with a branch, tag or commit.
 
     Raises:
       InputError: There is no such model, its licence has not been accepted, it has no safetensors, or the Hub cannot
-        be reached and the cache does not have it.
+        be reached and the model is not in the cache.
     """
     import huggingface_hub
 
@@ -70,8 +70,8 @@ class RemoteFile(NamedTuple):
     Attributes:
       name: Path in the repository.
       size: Bytes.
-      sha256: Of its content, where the Hub has it: of large files.
-      git_sha1: Of git's blob of it, where the Hub has no sha256.
+      sha256: Of its content, for large files.
+      git_sha1: Of its git blob, for other files.
     """
 
     name: str
@@ -84,15 +84,15 @@ class Repository(NamedTuple):
     """A repository of the Hub at one commit.
 
     Attributes:
-      kind: What it holds.
+      repo_type: Model or dataset.
       name: `org/name`.
       commit: All 40 digits.
-      licence: As its card states it; None where it states none.
+      licence: As its card states it, if it does.
       page: Its address.
       files: All files.
     """
 
-    kind: Kind
+    repo_type: RepoType
     name: str
     commit: str
     licence: str | None
@@ -100,11 +100,11 @@ class Repository(NamedTuple):
     files: list[RemoteFile]
 
 
-def look_up(kind: Kind, name: str, revision: str | None = None) -> Repository:
+def look_up(repo_type: RepoType, name: str, revision: str | None = None) -> Repository:
     """Asks the Hub for a repository's files and their checksums.
 
     Args:
-      kind: Model or dataset.
+      repo_type: Model or dataset.
       name: `org/name`.
       revision: Branch, tag or commit; None for the main branch.
 
@@ -115,8 +115,8 @@ def look_up(kind: Kind, name: str, revision: str | None = None) -> Repository:
     import huggingface_hub
 
     hub = huggingface_hub.HfApi()
-    with asking(name, kind, name, revision):
-        info: Any = hub.repo_info(name, repo_type=kind, revision=revision, files_metadata=True)
+    with asking(name, repo_type, name, revision):
+        info: Any = hub.repo_info(name, repo_type=repo_type, revision=revision, files_metadata=True)
     card = info.card_data or {}
     licence = card.get("license_name") or card.get("license")
     found = [
@@ -124,21 +124,23 @@ def look_up(kind: Kind, name: str, revision: str | None = None) -> Repository:
         for file in info.siblings
     ]
     licence = ", ".join(licence) if isinstance(licence, list) else licence
-    return Repository(kind, name, info.sha, licence, _page(kind, name), found)
+    return Repository(repo_type, name, info.sha, licence, _page(repo_type, name), found)
 
 
 def download(repository: Repository, file: RemoteFile, folder: Path) -> tuple[Path, str]:
-    """A file of a repository on this disk, and its sha256; downloaded where it is not in `folder` yet.
+    """Downloads a file of a repository to `folder`, unless it is there, and returns its path and sha256.
 
     Raises:
       InputError: The licence has not been accepted.
-      UnreachableError: The Hub does not answer, or what came does not have the Hub's checksum; it is removed then.
+      UnreachableError: The Hub does not answer, or the file differs from the Hub's checksum and was removed.
     """
     import huggingface_hub
 
-    kind, name, commit = repository.kind, repository.name, repository.commit
-    with asking(f"{name}: {file.name}", kind, name, commit):
-        path = Path(huggingface_hub.hf_hub_download(name, file.name, repo_type=kind, revision=commit, local_dir=folder))
+    repo_type, name, commit = repository.repo_type, repository.name, repository.commit
+    with asking(f"{name}: {file.name}", repo_type, name, commit):
+        path = Path(
+            huggingface_hub.hf_hub_download(name, file.name, repo_type=repo_type, revision=commit, local_dir=folder)
+        )
     sha256, git_sha1 = hashlib.sha256(), hashlib.sha1(b"blob %d\0" % path.stat().st_size, usedforsecurity=False)
     with path.open("rb") as content:
         while block := content.read(_BLOCK):
@@ -156,24 +158,24 @@ def download(repository: Repository, file: RemoteFile, folder: Path) -> tuple[Pa
     return path, sha256.hexdigest()
 
 
-def _page(kind: Kind, name: str) -> str:
+def _page(repo_type: RepoType, name: str) -> str:
     from huggingface_hub import constants
 
-    return f"{constants.ENDPOINT}/{'datasets/' if kind == 'dataset' else ''}{name}"
+    return f"{constants.ENDPOINT}/{'datasets/' if repo_type == 'dataset' else ''}{name}"
 
 
 @contextlib.contextmanager
 def _refusals(
-    kind: Kind, repository: str, revision: str | None, name: str | None = None, *, unknown: str | None = None
+    repo_type: RepoType, repository: str, revision: str | None, name: str | None = None, *, unknown: str | None = None
 ) -> Generator[None]:
-    """Says plainly what the Hub refuses.
+    """Turns refusals of the Hub into InputErrors.
 
     Args:
-      kind: Model or dataset.
+      repo_type: Model or dataset.
       repository: `org/name`.
-      revision: What of it is asked for.
+      revision: Branch, tag or commit.
       name: What the user wrote; None for `repository`.
-      unknown: What a repository is that the Hub does not know.
+      unknown: Message for a repository that the Hub does not have.
     """
     from huggingface_hub import errors
 
@@ -182,38 +184,40 @@ def _refusals(
         yield
     except errors.GatedRepoError as error:
         raise InputError(
-            f"{name}: its authors ask for a licence to be accepted; accept it on its page, {_page(kind, repository)}, "
-            "then log in with `hf auth login` or set HF_TOKEN to a token of that account"
+            f"{name}: its authors ask for a licence to be accepted; accept it on its page, "
+            f"{_page(repo_type, repository)}, then log in with `hf auth login` or set HF_TOKEN to that account's token"
         ) from error
     except errors.RevisionNotFoundError as error:
         raise InputError(f"{name}: the Hub has {repository} but no revision {revision!r} of it") from error
     except errors.RepositoryNotFoundError as error:
         raise InputError(
-            f"{name}: {unknown or f'not a {kind} on the Hub'}; correct the name, or set HF_TOKEN if it is private"
+            f"{name}: {unknown or f'not a {repo_type} on the Hub'}; correct the name, or set HF_TOKEN if it is private"
         ) from error
     except errors.HFValidationError as error:
         raise InputError(f"{name}: not a name that the Hub can have; it is ORG/NAME") from error
 
 
 @contextlib.contextmanager
-def asking(what: str, kind: Kind, repository: str, revision: str | None, *, token: str = "read it") -> Generator[None]:
-    """Tells what the Hub refuses from what may pass.
+def asking(
+    what: str, repo_type: RepoType, repository: str, revision: str | None, *, token: str = "read it"
+) -> Generator[None]:
+    """Turns errors of a request to the Hub into permanent and passing ones.
 
     Args:
-      what: What the Hub is asked for, for the message.
-      kind: Model or dataset.
+      what: Subject of the messages.
+      repo_type: Model or dataset.
       repository: `org/name`.
-      revision: What of it is asked for.
+      revision: Branch, tag or commit.
       token: What a token must be allowed to do.
 
     Raises:
       InputError: The Hub refuses, or may not be asked.
-      UnreachableError: It does not answer, or says that it cannot now.
+      UnreachableError: It does not answer, or cannot answer now.
     """
     from huggingface_hub import errors
 
     try:
-        with _refusals(kind, repository, revision):
+        with _refusals(repo_type, repository, revision):
             yield
     except InputError:
         raise
@@ -229,9 +233,9 @@ def asking(what: str, kind: Kind, repository: str, revision: str | None, *, toke
         if status in (401, 403) or isinstance(error, errors.LocalTokenNotFoundError):
             remedy = f"log in with `hf auth login` or set HF_TOKEN to a token that may {token}"
             raise InputError(f"{what}: the Hub refuses ({reason}); {remedy}") from error
-        if status is not None and 400 <= status < 500 and status not in _PASSING:
+        if status is not None and 400 <= status < 500 and status not in _RETRY:
             raise InputError(f"{what}: the Hub refuses ({reason})") from error
-        # A name or a token that cannot be sent; an answer that is no JSON is some proxy's.
+        # A name or a token that cannot be sent; a response that is not JSON comes from a proxy.
         if isinstance(error, ValueError) and not isinstance(error, json.JSONDecodeError):
             raise InputError(f"{what}: the Hub cannot be asked ({reason}); correct the name or HF_TOKEN") from error
         trouble = "cannot be reached" if status is None else "cannot answer now"

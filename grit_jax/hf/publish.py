@@ -1,4 +1,4 @@
-"""Uploads an exported folder to the Hugging Face Hub: what an export consists of, and nothing else that lies there."""
+"""Uploads the files of an export to the Hugging Face Hub, and no others that lie in its folder."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from etils import epath
 from grit_jax.errors import InputError
 from grit_jax.hf import hub, tensors
 
-# All of a folder that is published: what export-hf writes, and files of their own that tokenizers and licences have.
+# What export-hf writes, and files of tokenizers and licences.
 _MODULE = "[0-9]*_*"  # a folder of sentence-transformers, such as 1_Pooling
 _PARTS = (
     "README.md", "LICENSE*", "NOTICE*",
@@ -36,17 +36,15 @@ def push(
     message: str = "Upload a GRIT model",
     report: Callable[[str], Any] = print,
 ) -> str:
-    """Uploads an exported folder, model card included, and returns its address.
-
-    Again after an interruption, it sends what the Hub does not have.
+    """Uploads an exported folder and returns its address; after an interruption it sends only what is missing.
 
     Args:
       folder: What `export-hf` wrote.
-      repository: `org/name`; made where it is not there.
+      repository: `org/name`; created if missing.
       private: Whether a new repository is private.
-      revision: Branch, made where it is not there; None for the main one.
+      revision: Branch, created if missing; None for the main one.
       message: Of the commit.
-      report: Gets a line for people about what is left out.
+      report: Called with a line about files that are left out.
 
     Raises:
       InputError: `folder` is not a whole export, or the Hub refuses.
@@ -74,7 +72,7 @@ def push(
 
 
 def _sorted_out(folder: Path) -> tuple[list[str], list[str]]:
-    """Paths in a folder that belong to an export, and what else is there, with a reason where a name is none."""
+    """Paths in a folder that belong to an export, and the others, with a reason unless it is their name."""
     parts, left_out = [], []
     root = folder.resolve()
     for entry in _entries(folder):
@@ -93,7 +91,7 @@ def _sorted_out(folder: Path) -> tuple[list[str], list[str]]:
 
 
 def _entries(folder: Path) -> Iterator[Path]:
-    """Files and folders, and in place of a module's folder what is in it; a linked folder is not entered."""
+    """Files and folders, with the content of modules' folders in their place; links to folders are not followed."""
     for entry in sorted(folder.iterdir()):
         if fnmatchcase(entry.name, _MODULE) and entry.is_dir() and not entry.is_symlink():
             yield from sorted(entry.iterdir())
@@ -106,7 +104,7 @@ def _is_part(name: str) -> bool:
 
 
 def _check_whole(folder: Path, parts: list[str], left_out: list[str]) -> None:
-    """Raises InputError unless what is published is a model."""
+    """Raises InputError unless the parts are a whole model."""
     wanted = {"config.json", "README.md"}
     if tensors.WEIGHTS_FILE not in parts and tensors.INDEX_FILE in parts:
         wanted |= tensors.indexed_files(epath.Path(folder / tensors.INDEX_FILE))
@@ -114,11 +112,6 @@ def _check_whole(folder: Path, parts: list[str], left_out: list[str]) -> None:
         wanted.add(tensors.WEIGHTS_FILE)
     if missing := sorted(wanted - set(parts)):
         links = [name for name in left_out if name.partition(" (")[0] in missing]
-        raise InputError(
-            f"{folder}: no {' and no '.join(missing)}; "
-            + (
-                f"put files in place of {', '.join(links)}"
-                if links
-                else "export the model with grit-jax export-hf first"
-            )
-        )
+        replace = f"put files in place of {', '.join(links)}"
+        remedy = replace if links else "export the model with grit-jax export-hf first"
+        raise InputError(f"{folder}: no {' and no '.join(missing)}; {remedy}")

@@ -1,7 +1,7 @@
-"""Streams tensors between safetensors files and the mesh, one tensor at a time.
+"""Streams tensors between safetensors files and the mesh, one at a time.
 
-The files' headers say where each tensor's bytes are, so every process reads only those that its devices hold, from a
-disk or a bucket alike.
+Headers say where each tensor's bytes are, so that every process reads only those that its devices hold, from a disk or
+a bucket.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import math
 import os
 import re
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,43 +22,58 @@ import ml_dtypes
 import numpy as np
 import safetensors.numpy
 from etils import epath
+from jax.typing import DTypeLike
 
 from grit_jax import files
-from grit_jax.config import jsonfile
+from grit_jax.config import EmbeddingConfig, TransformerConfig, jsonfile
 from grit_jax.config.ranges import Range
-from grit_jax.errors import InputError
-from grit_jax.hf.names import HEAD, IGNORED_SUFFIXES, Tensor, get
+from grit_jax.errors import InputError, listed
+from grit_jax.families import FAMILIES
+from grit_jax.families.family import Tensor
+from grit_jax.families.llama import HEAD
 from grit_jax.model.transformer import Params
 from grit_jax.parallel import sharding
 
-WEIGHTS_FILE, INDEX_FILE, PROJECTION_FILE = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "projection.safetensors",
+WEIGHTS_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
+
+# The output head of a model whose head is its embedding table.
+TIED_HEAD = Tensor(HEAD, ("embedding",))
+
+# The linear embedding head is ours alone and has a file of its own.
+PROJECTION_FILE = "projection.safetensors"
+PROJECTION = (
+    Tensor("projection.weight", ("projection", "kernel"), 1),
+    Tensor("projection.bias", ("projection", "bias"), 0),
 )
 
+_IGNORED_SUFFIXES = ("rotary_emb.inv_freq",)  # buffers of older folders, which follow from the config
 _FILE_NAME = re.compile(r"[\w-][\w.-]*\.safetensors")
 _COUNT = Range("must be from 0 to 9223372036854775807", lambda value: 0 <= value < 1 << 63)
-_LONGEST_HEADER = 100_000_000  # bytes, as the safetensors library has it
-_FEW = 1000  # tensors that are compared one by one in any case
+_LONGEST_HEADER = 100_000_000  # bytes, as in the safetensors library
+_FEW = 1000  # missing tensors that may be named one by one
 
 _DTYPES = {
-    "F64": np.dtype(np.float64),
-    "F32": np.dtype(np.float32),
-    "F16": np.dtype(np.float16),
-    "BF16": np.dtype(ml_dtypes.bfloat16),
+    name: np.dtype(dtype)
+    for name, dtype in {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}.items()
 }
 
 
-class StoredTensor(NamedTuple):
-    """Where a tensor's values are.
+def model_tensors(architecture: TransformerConfig, embedding: EmbeddingConfig) -> list[Tensor]:
+    """Every parameter of a model, as it is stored."""
+    tied, tensors = architecture.tie_embeddings, FAMILIES[architecture.family].tensors
+    own = [tensor for tensor in tensors if not (tied and tensor.path == ("head",))]
+    return own + (list(PROJECTION) if embedding.projection_dim else [])
 
-    Attributes:
-      file: The safetensors file.
-      offset: First byte in it.
-      dtype: Type of the values.
-      shape: Their shape, row-major.
-    """
+
+def get(tree: Any, path: tuple[str, ...]) -> Any:
+    """The entry of a nested dict at a path."""
+    for key in path:
+        tree = tree[key]
+    return tree
+
+
+class StoredTensor(NamedTuple):
+    """Where a tensor's values are: from byte `offset` of a safetensors file on, row-major."""
 
     file: epath.Path
     offset: int
@@ -66,7 +81,7 @@ class StoredTensor(NamedTuple):
     shape: tuple[int, ...]
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """Values `start` to `stop` of the flattened tensor, float64 as float32; nothing else is read."""
+        """Reads values `start` to `stop` of the flattened tensor and nothing else; float64 becomes float32."""
         values = np.empty(stop - start, self.dtype)
         wanted: Any = values.view(np.uint8).data
         with files.open_binary(self.file) as stream:
@@ -80,7 +95,7 @@ class StoredTensor(NamedTuple):
 
 
 def indexed_files(index: epath.Path) -> set[str]:
-    """Names of the files that an index spreads tensors over.
+    """Names of the safetensors files in an index.
 
     Raises:
       InputError: It is missing or malformed, or names a file elsewhere.
@@ -97,23 +112,20 @@ def indexed_files(index: epath.Path) -> set[str]:
 
 
 def weight_files(folder: epath.Path) -> list[str]:
-    """Names of the files that a model's tensors are in, as transformers chooses them.
+    """Names of a model's weight files, chosen as transformers does: model.safetensors, else those of the index.
 
-    That is model.safetensors, else what the index names; adapters, variants such as model.fp16.safetensors, copies
-    and other people's layouts that lie there too are not read.
+    Adapters, variants such as model.fp16.safetensors, copies and other layouts in the folder are not read.
 
     Raises:
-      InputError: There is neither, the index is malformed, or a file that it names is not there.
+      InputError: There is neither, the index is malformed, or a file in it is missing.
     """
     there = set(files.names(folder))
     if WEIGHTS_FILE in there:
         return [WEIGHTS_FILE]
     if INDEX_FILE not in there:
         others = sorted(name for name in there if name.endswith(".safetensors"))
-        raise InputError(
-            f"{folder}: no {WEIGHTS_FILE} and no {INDEX_FILE}; "
-            + (f"{_some(others)} would not be read: rename the one with the whole model" if others else "copy it again")
-        )
+        rename = f"{listed(others)} would not be read: rename the one with the whole model"
+        raise InputError(f"{folder}: no {WEIGHTS_FILE} and no {INDEX_FILE}; {rename if others else 'copy it again'}")
     indexed = indexed_files(folder / INDEX_FILE)
     if absent := sorted(indexed - there):
         raise InputError(f"{folder}: {INDEX_FILE} names files that are not there: {', '.join(absent)}; copy them too")
@@ -123,12 +135,12 @@ def weight_files(folder: epath.Path) -> list[str]:
 def stored_tensors(folder: epath.Path, *, projection: bool = False) -> dict[str, StoredTensor]:
     """Every tensor of a folder's `weight_files`, from their headers.
 
-    Names begin with one `model.` less where a wrapper's name comes first, as in the reference's training checkpoints,
-    and with one more where the model was saved without its output head, as transformers' AutoModel does.
+    Names lose a `model.` that a wrapper added, as in the reference's training checkpoints, and gain one where the model
+    was saved without its output head, as transformers' AutoModel does.
 
     Args:
-      folder: Where the files are.
-      projection: Whether the embedding head, which has a file of its own, is read too.
+      folder: Model folder.
+      projection: Whether the embedding head is read too.
 
     Raises:
       InputError: A file is missing, cut short or not safetensors, or two hold the same tensor.
@@ -142,25 +154,25 @@ def stored_tensors(folder: epath.Path, *, projection: bool = False) -> dict[str,
         tensors = {name if name == HEAD else f"model.{name}": tensor for name, tensor in tensors.items()}
     if projection and files.exists(folder / PROJECTION_FILE):
         _add(tensors, _read_header(folder / PROJECTION_FILE))
-    return {name: tensor for name, tensor in tensors.items() if not name.endswith(IGNORED_SUFFIXES)}
+    return {name: tensor for name, tensor in tensors.items() if not name.endswith(_IGNORED_SUFFIXES)}
 
 
 def _add(tensors: dict[str, StoredTensor], more: dict[str, StoredTensor]) -> None:
     if twice := sorted(tensors.keys() & more.keys()):
-        places = f"{tensors[twice[0]].file.name} and {more[twice[0]].file}"
-        raise InputError(f"{places} both hold {jsonfile.named(twice[0])}; copy both again")
+        both = f"{tensors[twice[0]].file.name} and {more[twice[0]].file}"
+        raise InputError(f"{both} both hold {jsonfile.named(twice[0])}; copy both again")
     tensors |= more
 
 
 def _read_header(file: epath.Path) -> dict[str, StoredTensor]:
-    """The format is 8 bytes with the header's length, a JSON header, and the tensors' bytes, without gaps."""
+    """The format: 8 bytes with the header's length, a JSON header, and the tensors' bytes without gaps."""
     try:
         with files.open_binary(file) as stream:
             total = stream.seek(0, os.SEEK_END)
             stream.seek(0)
             length = int.from_bytes(stream.read(8), "little")
             if not 0 < length <= min(total - 8, _LONGEST_HEADER):
-                raise InputError(f"its header is said to be {length} bytes long")
+                raise InputError(f"its header would be {length} bytes long")
             content = stream.read(length)
         if not content.startswith(b"{"):
             raise InputError("its header is not an object")
@@ -172,7 +184,7 @@ def _read_header(file: epath.Path) -> dict[str, StoredTensor]:
 
 
 def _read_entries(header: jsonfile.Section, file: epath.Path, begin: int, size: int) -> dict[str, StoredTensor]:
-    """Where the tensors are, of which the first byte is number `begin` of the file, and which have `size` bytes."""
+    """The tensors of a header; they start at byte `begin` of the file and take `size` bytes."""
     if metadata := header.section("__metadata__", default=None, null=True):
         for key in metadata.names():
             metadata.text(key)
@@ -190,32 +202,31 @@ def _read_entries(header: jsonfile.Section, file: epath.Path, begin: int, size: 
             raise entry.error("data_offsets", f"are {end - start} bytes for shape {jsonfile.shown(list(shape))}")
         tensors[name] = StoredTensor(file, begin + start, dtype, shape)
         ranges.append((start, end, name))
-    place = 0
+    offset = 0
     for start, end, name in sorted(ranges):
-        if start != place:
-            raise InputError(f"{jsonfile.named(name)} begins at byte {start}, where byte {place} is next")
-        place = end
-    if place != size:
-        raise InputError(f"it has {size} bytes of tensors, its header says {place}")
+        if start != offset:
+            raise InputError(f"{jsonfile.named(name)} begins at byte {start}, where byte {offset} is next")
+        offset = end
+    if offset != size:
+        raise InputError(f"it has {size} bytes of tensors, its header says {offset}")
     return tensors
 
 
-def check_tensors(source: str, tensors: dict[str, StoredTensor], rows: Iterable[Tensor], shapes: Params) -> None:
-    """Compares what is stored with what a model has.
+def check_tensors(source: str, tensors: dict[str, StoredTensor], wanted: Sequence[Tensor], shapes: Params) -> None:
+    """Compares the stored tensors with those that a model needs.
 
     Raises:
       InputError: Tensors are missing, unknown or of another shape; the message names them.
     """
-    rows = list(rows)
-    count = sum(math.prod(get(shapes, row.path).shape[: row.name.count("{")]) for row in rows)
-    if count > 2 * len(tensors) + _FEW:  # at once, where a damaged file tells of millions
+    count = sum(tensor.num_stored(get(shapes, tensor.path).shape) for tensor in wanted)
+    if count > 2 * len(tensors) + _FEW:  # a damaged file may describe millions
         raise InputError(
             f"{source}: config.json describes {count} tensors, the weights are {len(tensors)}; copy both again"
         )
     expected = {}
-    for row in rows:
-        shape = get(shapes, row.path).shape
-        expected |= {name: row.stored_shape(shape) for name, _ in row.places(shape)}
+    for tensor in wanted:
+        shape = get(shapes, tensor.path).shape
+        expected |= {name: tensor.stored_shape(shape) for name, _ in tensor.stored(shape)}
     problems = [f"{name} is missing" for name in expected if name not in tensors]
     unknown = sorted(tensors.keys() - expected.keys())
     problems += [f"{jsonfile.named(name)} is not a tensor of this model" for name in unknown]
@@ -225,71 +236,54 @@ def check_tensors(source: str, tensors: dict[str, StoredTensor], rows: Iterable[
         if name in tensors and tensors[name].shape != shape
     ]
     if problems:
-        raise InputError(f"{source}: weights do not match config.json: {_some(problems)}")
+        raise InputError(f"{source}: weights do not match config.json: {listed(problems)}")
 
 
 def load_param(
-    row: Tensor, tensors: dict[str, StoredTensor], shape: tuple[int, ...], target: Any, dtype: Any
+    tensor: Tensor, stored: dict[str, StoredTensor], shape: tuple[int, ...], target: Any, dtype: DTypeLike
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """One parameter, filled in place on the mesh, and for each of its tensors whether all values are finite.
+    """A parameter of a shape, NamedSharding and type, and whether the values of each of its stored tensors are finite.
 
-    Each stored tensor is read as one flat array split over all devices, and cast, transposed and moved to where the
-    parameter is by the devices. No more than two of them are in flight.
-
-    Args:
-      row: The parameter's row.
-      tensors: What is stored.
-      shape: The parameter's shape.
-      target: Its NamedSharding.
-      dtype: Its type.
+    Each stored tensor is read as a flat array split over all devices, which cast, transpose and move it to its part of
+    the parameter. At most two of them are in flight.
     """
-    flat = sharding.flat(target.mesh)
-    place = jax.jit(
-        functools.partial(_place, row, shape),
-        donate_argnums=0,
-        out_shardings=(target, sharding.replicated(target.mesh)),
-    )
+    flat, replicated = sharding.flat(target.mesh), sharding.replicated(target.mesh)
+    write = jax.jit(functools.partial(_write_part, tensor, shape), donate_argnums=0, out_shardings=(target, replicated))
     param = jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=target)()
     finite: dict[str, jax.Array] = {}
     waiting = None
-    for name, index in row.places(shape):
-        stored = tensors[name]
-        size = math.prod(stored.shape)
-        split = flat if size % target.mesh.size == 0 else sharding.replicated(target.mesh)
+    for name, index in tensor.stored(shape):
+        part = stored[name]
+        size = math.prod(part.shape)
+        split = flat if size % target.mesh.size == 0 else replicated
 
-        def read(part: Any, stored: StoredTensor = stored, size: int = size) -> np.ndarray:
-            start, stop, _ = part[0].indices(size)
-            return stored.read(start, stop)
+        def read(index: Any, part: StoredTensor = part, size: int = size) -> np.ndarray:
+            start, stop, _ = index[0].indices(size)
+            return part.read(start, stop)
 
         values = jax.make_array_from_callback((size,), split, read)
         if waiting is not None:
             waiting.block_until_ready()
-        param, finite[name] = place(param, values, index)
+        param, finite[name] = write(param, values, index)
         waiting = finite[name]
     return param, finite
 
 
-def _place(row: Tensor, shape: tuple[int, ...], param: jax.Array, values: jax.Array, index: tuple[jax.Array, ...]):
-    part = row.from_stored(values.reshape(row.stored_shape(shape)), shape)
+def _write_part(
+    tensor: Tensor, shape: tuple[int, ...], param: jax.Array, values: jax.Array, index: tuple[jax.Array, ...]
+):
+    part = tensor.from_stored(values.reshape(tensor.stored_shape(shape)), shape)
     return param.at[index].set(part.astype(param.dtype)), jnp.all(jnp.isfinite(values))
 
 
 def check_finite(source: str, finite: dict[str, jax.Array]) -> None:
-    """Reports tensors with values that are not finite.
-
-    Raises:
-      InputError: There are some; the message names them.
-    """
+    """Raises InputError with the names of tensors whose values are not all finite."""
     if bad := [name for name, value in jax.device_get(finite).items() if not value]:
-        raise InputError(f"{source}: NaN or infinite values in {_some(bad)}; the folder is damaged")
-
-
-def _some(items: list[str]) -> str:
-    return "; ".join(items[:8]) + (f"; and {len(items) - 8} more" if len(items) > 8 else "")
+        raise InputError(f"{source}: NaN or infinite values in {listed(bad)}; the folder is damaged")
 
 
 def write_tensors(folder: Path, stem: str, tensors: Iterator[tuple[str, np.ndarray]], *, max_shard_bytes: int) -> None:
-    """Writes `stem.safetensors`, or several files with an index; no more than one file's tensors are in memory."""
+    """Writes `stem.safetensors`, or several files and an index, with one file's tensors in memory at a time."""
     shards: list[list[str]] = []
     pending: dict[str, np.ndarray] = {}
     held = total = 0
@@ -300,7 +294,7 @@ def write_tensors(folder: Path, stem: str, tensors: Iterator[tuple[str, np.ndarr
         file.touch()
         mode = stat.S_IMODE(file.stat().st_mode)
         safetensors.numpy.save_file(pending, file, metadata={"format": "pt"})
-        file.chmod(mode)  # as any other file here; the library lets nobody else read it
+        file.chmod(mode)  # that of any other file; the library's lets nobody else read it
         pending.clear()
 
     for name, value in tensors:

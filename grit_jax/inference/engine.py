@@ -1,8 +1,8 @@
 """Continuous batching: texts join a batch and leave it while others are being written.
 
-A lane is a batch of rows with caches of one length; a text goes to the shortest lane that holds it. A step reads the
-next tokens of prompts that have just joined, a bounded number at a time, then writes a block of tokens of every text
-that has been read. Shapes are few and known before: after `Engine.warm_up` nothing is compiled.
+A lane is a batch of rows with caches of one length; a text goes to the shortest lane that holds it. A step reads a
+bounded number of tokens of new prompts, then writes a block of tokens of every text that has been read. There are few
+shapes: after `Engine.warm_up` nothing is compiled.
 """
 
 from __future__ import annotations
@@ -14,12 +14,11 @@ from typing import Literal, NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 
 from grit_jax.config.ranges import NOT_NEGATIVE, SHARE, require
 from grit_jax.data.batch import sizes
 from grit_jax.errors import InputError
-from grit_jax.model.decode import (
+from grit_jax.inference.decode import (
     DecodeState,
     Logprobs,
     Sampling,
@@ -29,13 +28,15 @@ from grit_jax.model.decode import (
     extend,
     write_prefix,
 )
-from grit_jax.model.transformer import KVCache, Params, Transformer
-from grit_jax.parallel import sharding
+from grit_jax.inference.runner import ModelRunner, bucket
+from grit_jax.model.transformer import KVCache
 
-BLOCK = 8  # tokens that are written in one call of the device
+BLOCK = 8  # tokens of a text that are written in one call of the device
 
 _SHORTEST_READ, _LONGEST_READ = 32, 512  # tokens of a prompt that are read in one call
 _GROWTH = 4  # from one number of computed rows to the next
+
+Finish = Literal["stop", "length", "failed"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -47,7 +48,7 @@ class Continuation:
       max_new_tokens: Most tokens that are written.
       temperature: 0 takes the likeliest token each time.
       top_p: Probability of the nucleus that is drawn from; its likeliest token is always in it.
-      seed: Seed of the draws; tokens do not depend on what else is in the batch.
+      seed: Seed of the draws; tokens do not depend on the rest of the batch.
       logprobs: Whether log p of the tokens is wanted.
       prefix: Keys and values of what is before `tokens`, numpy [layers, tokens, kv_heads, head_dim]; None for nothing.
 
@@ -80,19 +81,19 @@ class Continuation:
 
 
 class Block(NamedTuple):
-    """What a step has written of a text.
+    """The tokens that a step has written of a text.
 
     Attributes:
-      continuation: Which one.
+      continuation: Which text.
       tokens: int32 [tokens], without the end-of-sequence token.
       logprobs: Of these tokens, where they are wanted.
-      finish: Why there will be no more; None where there will. `failed` is for logits that are not finite.
+      finish: Why the text has ended; None while it has not. `failed` means logits that are not finite.
     """
 
     continuation: Continuation
     tokens: np.ndarray
     logprobs: Logprobs | None
-    finish: Literal["stop", "length", "failed"] | None
+    finish: Finish | None
 
 
 class LaneSize(NamedTuple):
@@ -108,43 +109,18 @@ class Engine:
     Where the mesh spans several processes, all of them make the same calls.
 
     Args:
-      model: Abstract model.
-      params: Its parameters, placed on `mesh`.
-      mesh: Where it runs.
-      dtype: Type of activations and caches.
+      runner: The model; its `batch_tokens` limit how much a lane reads before it writes in a step.
       eos_id: Token that ends a text.
-      lanes: Sizes, shortest slots first; rows are rounded up to what the mesh divides.
-      read_tokens: Tokens of prompts, padding included, after which a lane reads no more before it writes in a step.
-      fewer_rows: Whether a lane of which few rows are in use computes only some of them. That is faster, and takes a
+      lanes: Sizes, shortest slots first; rows are rounded up to a multiple of what the mesh splits a batch into.
+      fewer_rows: Whether a lane that uses few of its rows computes only some of them. That is faster, and takes a
         program for each of a few numbers of rows.
     """
 
-    def __init__(
-        self,
-        model: Transformer,
-        params: Params,
-        *,
-        mesh: Mesh,
-        dtype: jax.typing.DTypeLike,
-        eos_id: int | None,
-        lanes: Sequence[LaneSize],
-        read_tokens: int,
-        fewer_rows: bool = False,
-    ):
-        shards = sharding.axis_size(mesh, "batch")
-        whole = [LaneSize(-(-size.rows // shards) * shards, size.slots) for size in lanes]
-        self._lanes = [
-            _Lane(
-                model, params, mesh, np.dtype(dtype), eos_id, size,
-                read_tokens=read_tokens, fewest_rows=shards if fewer_rows else size.rows,
-            )
-            for size in whole
-        ]  # fmt: skip
-
-    @property
-    def most_slots(self) -> int:
-        """Tokens that a row of the longest lane holds."""
-        return self._lanes[-1].size.slots
+    def __init__(self, runner: ModelRunner, *, eos_id: int | None, lanes: Sequence[LaneSize], fewer_rows: bool = False):
+        self._lanes = []
+        for rows, slots in lanes:
+            size = LaneSize(-(-rows // runner.shards) * runner.shards, slots)
+            self._lanes.append(_Lane(runner, eos_id, size, fewest_rows=runner.shards if fewer_rows else size.rows))
 
     @property
     def num_waiting(self) -> int:
@@ -167,7 +143,7 @@ class Engine:
         return sum(leaf.nbytes for lane in self._lanes for leaf in jax.tree.leaves(lane.state.cache))
 
     def warm_up(self, progress: Callable[[int], None] = lambda _: None) -> int:
-        """Compiles every program, while no text is there, and returns how many; `progress` is called after each."""
+        """Compiles every program of an idle engine and returns how many; `progress` is called after each."""
         return sum(lane.warm_up(progress) for lane in self._lanes)
 
     @property
@@ -176,42 +152,43 @@ class Engine:
         return [lane.size.rows for lane in self._lanes]
 
     def lane(self, continuation: Continuation) -> int:
-        """Number of the lane that a text is written in, the shortest that holds it.
+        """Index of the shortest lane that holds a text.
 
         Raises:
-          InputError: It has nothing to read, or does not fit the longest lane.
+          InputError: It has no token, or does not fit the longest lane.
         """
         if not len(continuation.tokens):
             raise InputError("the prompt has no token; give it some text")
-        if continuation.num_slots > self.most_slots:
+        limit = self._lanes[-1].size.slots
+        if continuation.num_slots > limit:
             prompt = continuation.num_cached + len(continuation.tokens)
             raise InputError(
                 f"a prompt of {prompt} tokens and {continuation.max_new_tokens} new ones are over the limit of "
-                f"{self.most_slots}; shorten the prompt or ask for fewer"
+                f"{limit}; shorten the prompt or ask for fewer"
             )
-        return next(number for number, lane in enumerate(self._lanes) if lane.size.slots >= continuation.num_slots)
+        return next(index for index, lane in enumerate(self._lanes) if lane.size.slots >= continuation.num_slots)
 
     def submit(self, continuation: Continuation) -> None:
-        """Adds a text, to be written from the next step on that has room for it; errors as of `lane`."""
+        """Queues a text for its lane; errors as of `lane`."""
         self._lanes[self.lane(continuation)].waiting.append(continuation)
 
     def cancel(self, continuation: Continuation) -> None:
-        """Ends a text; one that has ended already is let be."""
+        """Ends a text, unless it has ended already."""
         for lane in self._lanes:
             lane.remove(continuation)
 
     def step(self) -> list[Block]:
-        """Reads some, writes a block of each text that has been read, and returns what is new."""
+        """Reads some tokens of prompts, then writes and returns a block of each text that has been read."""
         self.start()
         return self.finish()
 
     def start(self) -> None:
-        """The first half of `step`: the device has its work then, and the host is free until it calls `finish`."""
+        """The first half of `step`: gives the device its work; the host is free until it calls `finish`."""
         for lane in self._lanes:
             lane.start()
 
     def finish(self) -> list[Block]:
-        """The second half: waits for what was started; a text that was cancelled since has no block."""
+        """The second half: waits for the blocks of the texts that have not been cancelled since."""
         return [block for lane in self._lanes for block in lane.finish()]
 
 
@@ -220,14 +197,14 @@ class _Row:
     """A row in use.
 
     Attributes:
-      number: Its place in the lane.
+      index: In the lane.
       continuation: What is in it.
       length: Tokens whose keys and values it holds.
       num_read: Tokens of the prompt among them.
       num_written: Tokens after the prompt.
     """
 
-    number: int
+    index: int
     continuation: Continuation
     length: int = 0
     num_read: int = 0
@@ -238,10 +215,38 @@ class _Row:
         return self.continuation.tokens[self.num_read :]
 
 
-class _Started(NamedTuple):
-    """Rows whose next block the device writes, by their place in it."""
+class _Call:
+    """Rows that one call of the device computes: all of the lane, or those of `rows` and padding.
 
-    places: list[tuple[int, _Row]]
+    Attributes:
+      size: Number of rows that are computed.
+      slots: Index, among these, of each row that the call is for.
+      resting: Rows in use that are computed without need and must keep what they hold.
+      indices: int32 [size]; indices of the computed rows in the lane, None for all of them.
+    """
+
+    def __init__(self, lane: _Lane, rows: Sequence[_Row], size: int):
+        self.size, self.indices = size, None
+        if size == lane.size.rows:
+            self.slots = [(row.index, row) for row in rows]
+            self.resting = [row for row in lane.active.values() if row not in rows]
+        else:
+            self.slots, self.resting = list(enumerate(rows)), []
+            self.indices = np.full(size, lane.size.rows, np.int32)  # beyond the lane: padding
+            self.indices[: len(rows)] = [row.index for row in rows]
+
+    def lengths(self) -> np.ndarray:
+        """int32 [size]; tokens that each row holds."""
+        lengths = np.zeros(self.size, np.int32)
+        for slot, row in [*self.slots, *((row.index, row) for row in self.resting)]:
+            lengths[slot] = row.length
+        return lengths
+
+
+class _Started(NamedTuple):
+    """Rows whose next block the device writes, by their index in it."""
+
+    slots: list[tuple[int, _Row]]
     tokens: jax.Array
     logprobs: Logprobs | None
 
@@ -249,40 +254,32 @@ class _Started(NamedTuple):
 class _Lane:
     """Rows of one length, and the texts that wait for one."""
 
-    def __init__(
-        self,
-        model: Transformer,
-        params: Params,
-        mesh: Mesh,
-        dtype: np.dtype,
-        eos_id: int | None,
-        size: LaneSize,
-        *,
-        read_tokens: int,
-        fewest_rows: int,
-    ):
-        self._model, self._params, self._mesh, self._eos_id = model, params, mesh, eos_id
-        self.size = size
+    def __init__(self, runner: ModelRunner, eos_id: int | None, size: LaneSize, *, fewest_rows: int):
+        self._runner, self._eos_id, self.size = runner, eos_id, size
         self.waiting: deque[Continuation] = deque()
         self.active: dict[Continuation, _Row] = {}
         self._free = list(reversed(range(size.rows)))
         self._used: set[int] = set()  # rows that a text has been in
-        # A call computes as few rows as hold what there is, of these numbers.
+        # The numbers of rows that a call may compute: it takes the smallest that is enough.
         self._row_counts = sizes(fewest_rows, size.rows, growth=_GROWTH)
-        self._read_tokens = read_tokens
         self._started: _Started | None = None
-        with jax.set_mesh(mesh):
-            self.state: DecodeState = empty_state(model, params, rows=size.rows, slots=size.slots, dtype=dtype)
+        self._dtype = np.dtype(runner.execution.dtype)
+        with jax.set_mesh(runner.mesh):
+            self.state: DecodeState = empty_state(
+                runner.model, runner.params, rows=size.rows, slots=size.slots, dtype=self._dtype
+            )
 
     def warm_up(self, progress: Callable[[int], None]) -> int:
-        config = self._model.config
-        layers, of_token = config.num_layers, (config.num_kv_heads, config.head_dim)
+        config = self._runner.model.config
+
+        def zeros(length: int) -> KVCache:
+            return KVCache(*[np.zeros((config.num_layers, length, config.num_kv_heads, config.head_dim))] * 2)
+
         calls = [
             *(lambda rows=rows, length=length: self._extend([], rows, length)
               for rows in self._row_counts for length in self._read_lengths(rows)),
             *(lambda rows=rows: self._sample([], rows) for rows in self._row_counts),
-            *(lambda length=length: self._write_prefix(KVCache(*[np.zeros((layers, length, *of_token))] * 2), 0, 0)
-              for length in self._read_lengths(1)),
+            *(lambda length=length: self._write_prefix(zeros(length), 0, 0) for length in self._read_lengths(1)),
             lambda: self._clear(0),
         ]  # fmt: skip
         for call in calls:
@@ -293,7 +290,7 @@ class _Lane:
 
     def remove(self, continuation: Continuation) -> None:
         if continuation in self.active:
-            self._free.append(self.active.pop(continuation).number)
+            self._free.append(self.active.pop(continuation).index)
         elif continuation in self.waiting:
             self.waiting.remove(continuation)
 
@@ -302,13 +299,11 @@ class _Lane:
         while self.waiting and self._free:
             continuation = self.waiting.popleft()
             self.active[continuation] = self._new_row(continuation)
-        num_read = 0
-        while num_read < self._read_tokens and (unread := [row for row in self.active.values() if len(row.unread)]):
+        num_read, limit = 0, self._runner.batch_tokens
+        while num_read < limit and (unread := [row for row in self.active.values() if len(row.unread)]):
             num_read += self._read(unread)
-        ready = [row for row in self.active.values() if not len(row.unread)]
-        if ready:
-            rows = self._enough(len(ready))
-            self._started = _Started(self._places(ready, rows), *self._sample(ready, rows))
+        if ready := [row for row in self.active.values() if not len(row.unread)]:
+            self._started = self._sample(ready, self._enough(len(ready)))
 
     def finish(self) -> list[Block]:
         started, self._started = self._started, None
@@ -316,39 +311,38 @@ class _Lane:
             return []
         tokens, logprobs = jax.tree.map(np.asarray, (started.tokens, started.logprobs))
         return [
-            self._block(row, tokens[place], jax.tree.map(lambda x, place=place: x[place], logprobs))
-            for place, row in started.places
+            self._block(row, tokens[slot], jax.tree.map(lambda x, slot=slot: x[slot], logprobs))
+            for slot, row in started.slots
             if row.continuation in self.active
         ]
 
     def _new_row(self, continuation: Continuation) -> _Row:
         row = _Row(self._free.pop(), continuation)
-        if row.number in self._used:
-            self._clear(row.number)
-        self._used.add(row.number)
+        if row.index in self._used:
+            self._clear(row.index)
+        self._used.add(row.index)
         if continuation.prefix:
             longest = self._read_lengths(1)[-1]
             for start in range(0, continuation.num_cached, longest):
                 piece = KVCache(*(x[:, start : start + longest] for x in continuation.prefix))
-                self._write_prefix(piece, row.number, start)
+                self._write_prefix(piece, row.index, start)
             row.length = continuation.num_cached
         return row
 
     def _clear(self, row: int) -> None:
-        with jax.set_mesh(self._mesh):
+        with jax.set_mesh(self._runner.mesh):
             self.state = clear(self.state, np.int32(row))
 
     def _write_prefix(self, piece: KVCache, row: int, start: int) -> None:
         padding = bucket(piece.keys.shape[1], at_least=_SHORTEST_READ) - piece.keys.shape[1]
-        dtype = jax.tree.leaves(self.state.cache)[0].dtype
-        padded = KVCache(*(np.pad(x.astype(dtype), ((0, 0), (0, padding), (0, 0), (0, 0))) for x in piece))
-        with jax.set_mesh(self._mesh):
+        padded = KVCache(*(np.pad(x.astype(self._dtype), ((0, 0), (0, padding), (0, 0), (0, 0))) for x in piece))
+        with jax.set_mesh(self._runner.mesh):
             self.state = write_prefix(self.state, padded, np.int32(row), np.int32(start))
 
     def _read(self, unread: list[_Row]) -> int:
         """Reads the next tokens of the prompts that have waited longest, and returns how many, padding included.
 
-        Of the numbers of rows that are compiled for, it takes the one that pads least.
+        Of the shapes that are compiled, it takes the one that pads least.
         """
         calls = []
         for rows in reversed([rows for rows in self._row_counts if rows <= self._enough(len(unread))]):
@@ -360,81 +354,52 @@ class _Lane:
         self._extend(unread[:rows], rows, length)
         return rows * length
 
-    def _extend(self, some: list[_Row], rows: int, length: int) -> None:
-        tokens, starts, lengths = np.zeros((rows, length), np.int32), np.zeros(rows, np.int32), np.zeros(rows, np.int32)
-        for place, row in self._places(some, rows):
+    def _extend(self, rows: list[_Row], size: int, length: int) -> None:
+        call, runner = _Call(self, rows, size), self._runner
+        tokens, lengths = np.zeros((size, length), np.int32), np.zeros(size, np.int32)
+        for slot, row in call.slots:
             piece = row.unread[:length]
-            tokens[place, : len(piece)], starts[place], lengths[place] = piece, row.length, len(piece)
-        for row in self._resting(some, rows):
-            starts[row.number] = row.length
-        with jax.set_mesh(self._mesh):
-            self.state = extend(
-                self._model, self._params, self.state, tokens, starts, lengths, self._numbers(some, rows)
-            )
-        for place, row in self._places(some, rows):
-            row.length += int(lengths[place])
-            row.num_read += int(lengths[place])
+            tokens[slot, : len(piece)], lengths[slot] = piece, len(piece)
+        with jax.set_mesh(runner.mesh):
+            self.state = extend(runner.model, runner.params, self.state, tokens, call.lengths(), lengths, call.indices)
+        for slot, row in call.slots:
+            row.length += int(lengths[slot])
+            row.num_read += int(lengths[slot])
 
-    def _sample(self, some: list[_Row], rows: int) -> tuple[jax.Array, Logprobs | None]:
-        seeds, lengths = np.zeros(rows, np.uint32), np.zeros(rows, np.int32)
-        temperature, top_p = np.zeros(rows, np.float32), np.ones(rows, np.float32)
-        for place, row in self._places(some, rows):
+    def _sample(self, rows: list[_Row], size: int) -> _Started:
+        call, runner = _Call(self, rows, size), self._runner
+        seeds, temperature, top_p = np.zeros(size, np.uint32), np.zeros(size, np.float32), np.ones(size, np.float32)
+        for slot, row in call.slots:
             how = row.continuation
-            seeds[place], lengths[place] = how.seed & 0xFFFFFFFF, row.length
-            temperature[place], top_p[place] = how.temperature, how.top_p
-        for row in self._resting(some, rows):
-            lengths[row.number] = row.length
-        wanted = any(row.continuation.logprobs for row in some)
+            seeds[slot], temperature[slot], top_p[slot] = how.seed & 0xFFFFFFFF, how.temperature, how.top_p
+        wanted = any(row.continuation.logprobs for row in rows)
         sampling = Sampling(seeds, temperature, top_p, np.bool_(wanted))
-        with jax.set_mesh(self._mesh):
+        with jax.set_mesh(runner.mesh):
             tokens, logprobs, self.state = decode(
-                self._model, self._params, self.state, lengths, sampling, self._numbers(some, rows), steps=BLOCK
+                runner.model, runner.params, self.state, call.lengths(), sampling, call.indices, steps=BLOCK
             )
-        return tokens, logprobs if wanted else None
+        return _Started(call.slots, tokens, logprobs if wanted else None)
 
     def _block(self, row: _Row, tokens: np.ndarray, logprobs: Logprobs | None) -> Block:
-        """What is kept of the tokens of a row, which is free afterwards where the text has ended."""
+        """The new tokens of a row, which becomes free if the text has ended."""
         how = row.continuation
         kept = min(len(tokens), how.max_new_tokens - row.num_written)
         ends = np.flatnonzero((tokens[:kept] == self._eos_id) | (tokens[:kept] < 0))
         row.num_written += kept
         row.length += len(tokens)
-        finish: Literal["stop", "length", "failed"] | None = None
+        finish: Finish | None = None
         if len(ends):
             kept, finish = int(ends[0]), "failed" if tokens[ends[0]] < 0 else "stop"
         elif row.num_written == how.max_new_tokens:
             finish = "length"
         if finish:
             self.remove(how)
-        told = jax.tree.map(lambda x: x[:kept], logprobs) if how.logprobs else None
-        return Block(how, tokens[:kept], told, finish)
+        return Block(how, tokens[:kept], jax.tree.map(lambda x: x[:kept], logprobs) if how.logprobs else None, finish)
 
     def _enough(self, count: int) -> int:
         return next(rows for rows in self._row_counts if rows >= count)
 
     def _read_lengths(self, rows: int) -> list[int]:
-        """Lengths that so many rows are read with."""
-        longest = max(_SHORTEST_READ, min(_LONGEST_READ, self.size.slots, self._read_tokens // rows))
+        """Lengths that `rows` rows are read with."""
+        longest = max(_SHORTEST_READ, min(_LONGEST_READ, self.size.slots, self._runner.batch_tokens // rows))
         return [_SHORTEST_READ * 2**k for k in range((longest // _SHORTEST_READ).bit_length())]
-
-    def _places(self, some: list[_Row], rows: int) -> list[tuple[int, _Row]]:
-        """Where each row is among those that are computed."""
-        return [(row.number if rows == self.size.rows else place, row) for place, row in enumerate(some)]
-
-    def _resting(self, some: list[_Row], rows: int) -> list[_Row]:
-        """Rows in use that are computed without need; they must not lose what they hold."""
-        return [row for row in self.active.values() if row not in some] if rows == self.size.rows else []
-
-    def _numbers(self, some: list[_Row], rows: int) -> np.ndarray | None:
-        if rows == self.size.rows:
-            return None
-        numbers = np.full(rows, self.size.rows, np.int32)  # beyond the lane: padding
-        numbers[: len(some)] = [row.number for row in some]
-        return numbers
-
-
-def bucket(size: int, *, at_least: int) -> int:
-    """The next power of two times `at_least`, so that few shapes are compiled."""
-    while at_least < size:
-        at_least *= 2
-    return at_least

@@ -1,14 +1,14 @@
-"""The contrastive loss of the global batch: with all its scores at once, or in tiles spread over the mesh.
+"""The contrastive loss of the global batch, with all its scores at once or in tiles spread over the mesh.
 
 Every form has the same value and gradient:
 
-- `dense` holds the scores of a device's queries with all passages. It is the reference of the other two.
-- `gathered` brings a slice of every device's passages to all devices and scores these, then the next slices.
-- `ring` sends each device's passages round the devices, hidden behind the scores of those that came before.
+- `dense`, the reference, holds the scores of a device's queries with all passages.
+- `gathered` gathers a slice of every device's passages, scores it, and goes on to the next slices.
+- `ring` sends each device's passages round the devices while the previous ones are scored.
 
-In the tiled forms, the last two, no device holds more scores than those of its own queries with one tile of passages.
-They compute scores again in the backward pass, where a passage's gradient goes to the device that owns it: as a sum
-over the devices, or with the passage round the ring.
+In the tiled forms, the last two, a device holds scores of its own queries with one tile of passages. They compute
+scores again in the backward pass, where a passage's gradient goes to the device that owns it: as a sum over the
+devices, or with the passage round the ring.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ DENSE_BYTES = 256 << 20
 # (state, passages, their ids) -> (state, the passages' gradient, or None in the forward pass).
 Update = Callable[[Any, jax.Array, jax.Array], tuple[Any, jax.Array | None]]
 
-# By default a TPU multiplies float32 in one bfloat16 pass, which at temperature 0.02 moves a logit by 0.2.
+# By default a TPU multiplies float32 in one bfloat16 pass, which moves a logit by 0.2 at temperature 0.02.
 exact_einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 
 
@@ -47,17 +47,16 @@ def contrastive_loss(
 ) -> Float[Array, ""]:
     """InfoNCE over the global batch: sum_i weight_i * -log softmax_j(query_i . passage_j / temperature)[positive_i].
 
-    The positive of query i is passage i * (passages / queries). Passages that carry the positive's id, and
-    fillers (id -1), are left out of a query's negatives. At least float32 throughout.
+    The positive of query i is passage i * (passages / queries). Passages with the positive's id, and fillers (id -1),
+    are not negatives. At least float32 throughout.
 
     Args:
       query: Vectors of the queries.
       passage: Vectors of the passages, each query's positive first in its group.
-      temperature: What scores are divided by.
+      temperature: Divisor of scores.
       query_weights: Weight of each query's loss.
       passage_ids: Equal for passages that are never each other's negatives.
-      negatives: How the scores are computed; see `resolve_negatives`. With a mesh, the devices that split the batch
-        must divide the queries.
+      negatives: Form of the loss; see `resolve_negatives`. The devices that split the batch must divide the queries.
       tile: Most passages that `gathered` and `ring` score at a time.
     """
     query, passage = (x.astype(wide(x)) for x in (query, passage))
@@ -83,11 +82,10 @@ def contrastive_loss(
 def resolve_negatives(
     negatives: Negatives, num_queries: int, num_passages: int, embed_dim: int, shards: int
 ) -> Literal["dense", "gathered", "ring"]:
-    """The form that `loss.negatives` stands for when the batch is split over `shards` devices.
+    """The form for `loss.negatives` when the batch is split over `shards` devices.
 
-    `auto` is `dense` while all passages and a device's scores with them take at most `DENSE_BYTES` in float32. Beyond,
-    it is `ring` where every device owns a tile of passages or more, else `gathered`, whose tiles have a share of every
-    device's. One device alone has no ring.
+    `auto` is `dense` while all passages and a device's scores take at most `DENSE_BYTES` in float32, then `ring` if
+    every device owns at least a tile of passages, else `gathered`. One device alone has no ring.
     """
     if negatives == "auto":
         if 4 * num_passages * (num_queries // shards + embed_dim) <= DENSE_BYTES:
@@ -108,7 +106,7 @@ def _dense_nll(query: jax.Array, passage: jax.Array, passage_ids: jax.Array) -> 
 
 
 def _tiled_nll(visit: Callable, query: jax.Array, passage: jax.Array, passage_ids: jax.Array) -> jax.Array:
-    """What `_dense_nll` gives, for the queries of one device, which owns their groups of passages."""
+    """`_dense_nll` of the queries of one device, which owns their groups of passages."""
     group = len(passage) // len(query)
     target = jnp.sum(query * passage[::group], axis=1)
     return _nll(visit, query, target, passage_ids[::group], passage, passage_ids)
@@ -117,7 +115,7 @@ def _tiled_nll(visit: Callable, query: jax.Array, passage: jax.Array, passage_id
 def _excess(
     query: jax.Array, target: jax.Array, positive_ids: jax.Array, passage: jax.Array, passage_ids: jax.Array
 ) -> jax.Array:
-    """By how much each passage's score exceeds the positive's, [queries, passages]; -inf where it is no negative."""
+    """Each passage's score less the positive's, [queries, passages]; -inf unless it is a negative."""
     not_negative = (passage_ids == positive_ids[:, None]) | (passage_ids == -1)
     return jnp.where(not_negative, -jnp.inf, exact_einsum("id,jd->ij", query, passage) - target[:, None])
 
@@ -155,7 +153,7 @@ _nll.defvjp(_nll_forward, _nll_backward)
 
 
 def _tiles(update: Update, state: Any, passage: jax.Array, passage_ids: jax.Array, *, tile: int) -> tuple[Any, Any]:
-    """Updates the state with one tile of passages after the other; returns it and the passages' gradient."""
+    """Updates the state tile by tile; returns it and the passages' gradient."""
     num_tiles = -(-len(passage) // tile)
     size = -(-len(passage) // num_tiles)
 
@@ -191,7 +189,7 @@ def _ring(update, state, *block, tile):
         return jax.tree.map(lambda x: jax.lax.ppermute(x, axes, neighbours), tree)
 
     def step(carry, _):
-        # What is sent does not wait for this block's scores, so that they hide the transfer.
+        # Sending does not wait for this block's scores, which hide the transfer.
         state, block, gradient = carry
         following, received = send((block, gradient))
         state, contribution = _tiles(update, state, *block, tile=tile)

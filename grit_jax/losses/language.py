@@ -1,4 +1,4 @@
-"""The next-token loss and the balance loss of experts. Weights come with the batch: nothing is averaged here."""
+"""The next-token loss. Weights come with the batch: nothing is averaged here."""
 
 from __future__ import annotations
 
@@ -27,12 +27,11 @@ def next_token_loss(
 ) -> tuple[Float[Array, ""], Float[Array, "batch length"]]:
     """sum(loss_weights * -log p(target)), with logits made for up to `block` tokens at a time.
 
-    Beside it is -log p(target) of every token, 0 for those that weigh nothing; no gradient flows through it.
+    Also returns -log p(target) of every token, 0 where the weight is 0; no gradient flows through it.
 
-    A block has 1024 tokens, or an eighth of all where they are few, so that skipping blocks pays.
-    The gradient is made along with the value, block by block, so that logits are computed once and no more than one
-    block of them exists. Tokens that weigh something come first, and blocks without any are skipped: prompts and
-    padding cost no logits.
+    Value and gradient are made together, block by block, so that logits are computed once and only one block of them
+    exists. Tokens with a weight come first and blocks without any are skipped: prompts and padding cost no logits. By
+    default a block has 1024 tokens, or an eighth of all if that is less.
     """
     order = jnp.argsort(loss_weights.reshape(-1) == 0, stable=True)
     number = num_chunks(len(order), block or min(1024, -(-len(order) // 8)))
@@ -47,7 +46,7 @@ def next_token_loss(
 
 
 def _block_nll(logits: Logits, output_weights, hidden, targets, loss_weights):
-    """The weighted sum of a block, and what is summed before it is weighed."""
+    """The weighted sum of a block, and its summands without weights."""
     scores = constrain(logits(hidden, output_weights), "tokens", "activation_vocab")
     nll = _nll(scores, targets)
     return jnp.sum(loss_weights * nll), nll
@@ -59,7 +58,7 @@ def _nll(scores, targets):
 
 
 def _sum_over_blocks(function, zero, blocks):
-    """The sum of `function` over blocks, those without weights left out, and what else it gives, stacked."""
+    """Sums the first result of `function` over blocks and stacks the second; skips blocks without weights."""
 
     def add(total, *block):
         value, extra = function(*block)
@@ -68,7 +67,7 @@ def _sum_over_blocks(function, zero, blocks):
     def skip(total, *_):
         return total, zero[1]
 
-    # The total goes through the branches, which then add to it in place.
+    # The branches take the total, so that they add to it in place.
     return jax.lax.scan(
         lambda total, block: jax.lax.cond(jnp.any(block[-1] != 0), add, skip, total, *block), zero[0], blocks
     )
@@ -101,7 +100,7 @@ def _weighted_nll_forward(logits, output_weights, *blocks):
 
 def _weighted_nll_backward(logits, gradients, cotangents):
     cotangent, _ = cotangents
-    # Not rounded before the product: a loss weight would be another one in bfloat16.
+    # Rounded after the product only: bfloat16 would change a loss weight.
     weights, hidden, nll = ((cotangent * gradient).astype(gradient.dtype) for gradient in gradients)
     return weights, hidden, None, nll
 
@@ -118,7 +117,7 @@ def target_log_likelihoods(
 ) -> tuple[Float[Array, " targets"], Bool[Array, " targets"]]:
     """Log p(target) by the hidden state before it, and whether the target is the likeliest token.
 
-    `logits` are the model's by hidden states; they are made for up to `block` targets at a time.
+    `logits` maps hidden states to logits, up to `block` targets at a time.
     """
 
     def score(pair):
@@ -127,15 +126,3 @@ def target_log_likelihoods(
 
     scored = map_chunks(score, (hidden, targets), num_chunks(len(targets), block))
     return jax.tree.map(lambda x: x.reshape(len(targets)), scored)
-
-
-def balance_loss(
-    choices: Float[Array, "per_token experts"], probabilities: Float[Array, " experts"], tokens: Float[Array, ""]
-) -> Float[Array, ""]:
-    """Experts * sum_{k,e} f[k,e] * P[e]: smallest when tokens are spread evenly (Fedus et al., arXiv 2101.03961).
-
-    f[k,e] is the share of tokens whose k-th choice is expert e and P[e] the mean probability, from the sums of
-    `RouterStats`.
-    """
-    tokens = jnp.maximum(tokens, 1.0)
-    return choices.shape[1] * jnp.sum((choices / tokens) @ (probabilities / tokens))

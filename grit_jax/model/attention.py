@@ -1,4 +1,4 @@
-"""Who may attend to whom, and attention itself: one front door over several kernels."""
+"""Attention masks, and attention through one of several kernels."""
 
 from __future__ import annotations
 
@@ -20,11 +20,10 @@ from grit_jax.parallel.sharding import on_devices
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class AttentionMask:
-    """Which keys a query sees, as data; nothing is inferred from token ids.
+    """Which keys a query sees.
 
-    A key is visible when it belongs to the query's segment and, under `causal`, does not
-    come later and is less than `window` positions back. A bidirectional query sees keys up
-    to `window` positions away on both sides.
+    A key is visible if it belongs to the query's segment and, under `causal`, does not come later and is less than
+    `window` positions back. A bidirectional query sees keys up to `window` positions away on both sides.
 
     For one row with segments 1 1 1 2 2 0 (0 is padding), `x` marks visible keys:
 
@@ -42,8 +41,8 @@ class AttentionMask:
       key_segments: int32 [batch, keys], or None.
       causal: Whether later keys are hidden.
       window: Keys a causal query sees, itself included, or farthest key of a bidirectional one; None for all.
-      packed: Whether rows attend to themselves, texts one after the other: inside a text, distances of positions are
-        then distances in the row, which is what kernels go by.
+      packed: Whether rows of consecutive texts attend to themselves, so that distances of positions in a text are
+        distances in the row, which kernels use.
     """
 
     query_positions: Int[Array, "*pieces batch length"]
@@ -67,7 +66,7 @@ class AttentionMask:
         return cls(positions, positions, segment_ids, segment_ids, causal, window, packed=True)
 
     def materialize(self) -> Bool[Array, "batch length keys"]:
-        """The dense mask: True where a key is visible. Padding sees padding, so no row is empty."""
+        """The dense mask, True where a key is visible. Padding sees padding, so no row is empty."""
         query, key = self.query_positions[:, :, None], self.key_positions[:, None, :]
         visible = jnp.ones((), bool)
         if self.query_segments is not None and self.key_segments is not None:
@@ -91,11 +90,11 @@ def attention(
 ) -> Float[Array, "batch length heads head_dim"]:
     """Grouped-query attention; query head `n` reads key/value head `n // (heads // kv_heads)`.
 
-    Scores are `scale` times the products of queries and keys, bounded to `soft_cap` by tanh (Gemma 2) where it is
-    given. Softmax is float32. Every kernel gives the numbers of the dense one, up to rounding.
+    Scores are `scale` times the products of queries and keys, bounded to `soft_cap` by tanh if it is given. Softmax is
+    float32. All kernels agree up to rounding.
 
     Raises:
-      InputError: The kernel cannot do what is asked.
+      InputError: The kernel does not support the arguments.
     """
     if not mask.packed or execution.attention == "dense":
         return _dense(query, key, value, mask, scale=scale, soft_cap=soft_cap)
@@ -107,9 +106,9 @@ def attention(
 
 
 def _dense(query: Array, key: Array, value: Array, mask: AttentionMask, *, scale, soft_cap) -> Array:
-    """All scores at once, under any mask; the reference.
+    """All scores at once, under any mask: the reference.
 
-    The heads of a group are folded into the query dim, so that each key/value head is one batched matrix product.
+    The heads of a group are folded into the query dim: each key/value head is one batched matrix product.
     """
     batch, length, num_heads, head_dim = query.shape
     num_kv_heads, num_keys = key.shape[2], key.shape[1]
@@ -129,7 +128,7 @@ def _dense(query: Array, key: Array, value: Array, mask: AttentionMask, *, scale
 
 
 def _splash(query: Array, key: Array, value: Array, mask: AttentionMask, *, scale, soft_cap, execution) -> Array:
-    """JAX's splash attention for TPU: blocks that causality or the window hide are never computed."""
+    """JAX's splash attention for TPU, which skips blocks that causality or the window hide."""
     length = query.shape[1]
     if length % execution.row_unit:
         raise InputError(
@@ -155,20 +154,20 @@ def _splash(query: Array, key: Array, value: Array, mask: AttentionMask, *, scal
 
 
 def _split(kernel: Callable[..., Array], query: Array, key: Array, value: Array, mask: AttentionMask) -> Array:
-    """A kernel of queries, keys, values and segments, run by each device on its own rows and heads."""
+    """Runs a kernel of queries, keys, values and segments on each device's rows and heads."""
     rows, heads = ("batch", "length"), ("batch", "length", "activation_heads", "head_dim")
     split = on_devices(kernel, in_axes=(heads, heads, heads, rows), out_axes=heads)
     return split(query, key, value, mask.query_segments)
 
 
 def _blockwise(query: Array, key: Array, value: Array, mask: AttentionMask, *, scale, soft_cap) -> Array:
-    """Tiles in plain JAX, without those that nobody sees."""
+    """Tiles in plain JAX, without hidden ones."""
     kernel = functools.partial(blockwise_attention, causal=mask.causal, window=mask.window, soft_cap=soft_cap)
     return _split(kernel, query * scale, key, value, mask)
 
 
 def _splash_mask(mask: AttentionMask, length: int) -> splash_attention_mask.Mask:
-    """The part of the mask that is the same in every row; segments are the kernel's own argument."""
+    """The part of the mask that all rows share; segments are another argument of the kernel."""
     shape = (length, length)
     if mask.window is not None:
         sides = (mask.window - 1, 0) if mask.causal else (mask.window, mask.window)
@@ -177,9 +176,9 @@ def _splash_mask(mask: AttentionMask, length: int) -> splash_attention_mask.Mask
 
 
 def _block_sizes(length: int) -> splash_attention_kernel.BlockSizes:
-    """Tiles of the kernel: the largest that divide the length, up to what a TPU core's vector memory holds.
+    """The largest tiles that divide the length and fit a TPU core's vector memory.
 
-    With 1024 queries a kernel without a window takes 16.6 MiB of the 16 MiB that a program may have there.
+    With 1024 queries, a kernel without a window takes 16.6 of the 16 MiB there.
     """
 
     def divisor(limit):

@@ -1,7 +1,6 @@
-"""Attention of packed rows in tiles, of which those that nobody sees are left out; in plain JAX, for CPUs.
+"""Attention of packed rows in tiles, hidden ones skipped; in plain JAX, for CPUs.
 
-The softmax over tiles is that of FlashAttention (Dao et al., arXiv 2205.14135): scores never leave a tile, and memory
-follows the length of the rows, not its square.
+The softmax over tiles is that of FlashAttention (Dao et al., arXiv 2205.14135): memory is linear in the row length.
 """
 
 from __future__ import annotations
@@ -22,9 +21,9 @@ _SCORES = 64  # rows * heads in one tile: their scores are a megabyte, which a c
 
 @dataclasses.dataclass(frozen=True)
 class _Tiles:
-    """How rows are seen and cut. Arrays are [groups of rows * tiles of a row, rows, kv_heads, tokens, head_dim].
+    """The mask and the tiling. Arrays are [groups of rows * tiles of a row, rows, kv_heads, tokens, head_dim].
 
-    Queries have the heads of a group one after the other in the dim of tokens.
+    In queries, the dim of tokens holds the heads of a group one after the other.
     """
 
     causal: bool
@@ -33,7 +32,7 @@ class _Tiles:
     tiles_per_row: int
 
     def in_sight(self, segments: Int[Array, "tiles rows tokens"]) -> tuple[Array, Array, Array]:
-        """Pairs of a query's and a key's tile in which something may be seen, these first, and their number."""
+        """Tiles of queries and of keys, pairs with visible keys first, and the number of these pairs."""
         number = self.tiles_per_row
         # Segments ascend along a row.
         first, last = (x.reshape(-1, number, x.shape[-1]) for x in (segments[..., 0], segments[..., -1]))
@@ -48,10 +47,7 @@ class _Tiles:
         return group * number + query, group * number + key, jnp.sum(seen)
 
     def scores(self, query: Array, key: Array, segments: Array, i: Array, j: Array) -> tuple[Array, Array]:
-        """Scores of a pair of tiles [rows, kv_heads, queries, keys], minus infinity where nothing is seen.
-
-        Beside them the derivative of the soft cap.
-        """
+        """Scores of a pair of tiles [rows, kv_heads, queries, keys], -inf for hidden keys; and the soft cap's slope."""
         scores = jnp.einsum("rkqh,rksh->rkqs", query[i], key[j], preferred_element_type=wide(query))
         slope = jnp.ones((), scores.dtype)
         if self.soft_cap is not None:
@@ -78,9 +74,9 @@ def blockwise_attention(
     window: int | None,
     soft_cap: float | None,
 ) -> Float[Array, "rows length heads head_dim"]:
-    """Attention of rows whose segments ascend, padding (0) at their ends; queries come scaled.
+    """Attention, masked as in `AttentionMask`, of rows whose segments ascend, with padding (0) at their ends.
 
-    Masks are those of `AttentionMask`. Products are made in the type of the arguments, softmax and sums in float32.
+    Queries are scaled already. Products have the type of the arguments, softmax and sums are float32.
     """
     rows, length, heads, head_dim = query.shape
     kv_heads, tile = key.shape[2], min(_TILE, length)
@@ -125,7 +121,7 @@ def _attend_forward(tiles, query, key, value, segments):
         weighted = weighted * shrink[..., None] + _product("rkqs,rksh->rkqh", weights, value[j])
         return tuple(x.at[i].set(new) for x, new in zip(sums, (higher, total, weighted), strict=True))
 
-    # A finite start: a query that sees nothing of a tile keeps its sums.
+    # A finite start: a query without visible keys in a tile keeps its sums.
     start = jnp.full(query.shape[:-1], jnp.finfo(dtype).min / 2, dtype)
     sums = (start, jnp.zeros_like(start), jnp.zeros(query.shape, dtype))
     highest, total, weighted = jax.lax.fori_loop(0, count, add, sums)
@@ -161,5 +157,5 @@ _attend.defvjp(_attend_forward, _attend_backward)
 
 
 def _product(subscripts: str, weights: Array, x: Array) -> Array:
-    """A product of a tile's weights, rounded to the type of `x`, that adds up in theirs."""
+    """The product of a tile's weights and `x`, in the type of `x`, summed in that of the weights."""
     return jnp.einsum(subscripts, weights.astype(x.dtype), x, preferred_element_type=weights.dtype)

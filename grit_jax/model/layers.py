@@ -1,4 +1,4 @@
-"""Layers of the decoder. Each parameter names its shape, initialiser and logical axes where it is made."""
+"""Layers of the decoder. Each parameter has its shape, initialiser and logical axes where it is created."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from grit_jax.parallel.sharding import constrain, gather
 
 
 class Linear(nnx.Module):
-    """A matrix product from the last dims of the input to new ones, weights float32, computed in the input's type.
+    """A matrix product over the last dims of the input, with float32 weights, computed in the input's type.
 
-    `in_dims` and `out_dims` give each dim's logical axis and size, in order. Weights start
-    normal with variance `scale**2 / fan_in`.
+    `in_dims` and `out_dims` map each dim's logical axis to its size. Weights start normal with variance
+    `scale**2 / fan_in`.
     """
 
     def __init__(
@@ -54,9 +54,9 @@ class Linear(nnx.Module):
 
 
 class RMSNorm(nnx.Module):
-    """Root-mean-square normalisation over the last dim, in float32, with a learned scale.
+    """Root-mean-square normalisation over the last dim, of size `dim`, in float32, with a learned scale.
 
-    `dim` is the size of that dim. The scale is stored less `config.norm_offset`.
+    The scale is stored less `config.norm_offset`.
     """
 
     def __init__(self, config: TransformerConfig, dim: int):
@@ -89,17 +89,17 @@ class GatedMLP(nnx.Module):
     def __call__(
         self, x: Float[Array, "batch length embed"], real: Bool[Array, "batch length"], execution: Execution
     ) -> tuple[Float[Array, "batch length embed"], None]:
-        """What the MLP adds to the residual stream; padding is not treated apart, and there are no router's sums."""
-        del real, execution  # what experts ask for
+        """The addition to the residual stream; None stands for the router's sums of `ExpertMLP`."""
+        del real, execution  # for experts only
         hidden = constrain(self.activation(self.gate(x)) * self.up(x), "batch", "length", "activation_mlp")
         return self.down(hidden), None
 
 
 def gathered(module: Any, dtype: jnp.dtype) -> Any:
-    """A module with its parameters gathered from the devices that hold pieces of them.
+    """A module with its parameters gathered from all devices.
 
-    Pieces travel in `dtype`, which is what they are used in. The result has the parameters' own type all the same:
-    gradients add up in that, those of several uses and those of all devices.
+    Pieces travel in `dtype`, in which they are used. The result has the parameters' own type, in which gradients are
+    summed over uses and devices.
     """
 
     def whole(param: nnx.Variable):

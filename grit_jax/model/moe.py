@@ -1,4 +1,4 @@
-"""Mixture of experts: each token goes to its `experts_per_token` likeliest experts, and none is dropped."""
+"""Mixture of experts: each token goes to its `experts_per_token` likeliest experts; none is dropped."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from grit_jax.parallel.sharding import on_devices, split_axes
 
 
 class RouterStats(NamedTuple):
-    """Sums over tokens that the balance loss is made of; they add up over layers, chunks and devices.
+    """Sums over tokens for the balance loss; they add up over layers, chunks and devices.
 
     Attributes:
       choices: float32 [experts_per_token, experts]; tokens whose k-th choice is the expert.
@@ -92,24 +92,24 @@ class ExpertMLP(nnx.Module):
         return mix(x.astype(wide(x)), chosen, weights, *kernels)
 
 
-class _Places(NamedTuple):
-    """Where rows are when they are sorted, and where copies of tokens are: a token has one for each of its choices.
+class _SortOrder(NamedTuple):
+    """The order of sorted rows, which are copies of tokens: a token has one for each of its choices.
 
     Attributes:
-      order: int32 [sorted]; the copy at each place, where copy `t * per_token + k` is the k-th of token t.
-      place: int32 [tokens, per_token]; the place of each copy, `sorted` where it has none.
+      order: int32 [sorted]; the copy in each row, where copy `t * per_token + k` is the k-th of token t.
+      row: int32 [tokens, per_token]; the row of each copy, `sorted` for copies without one.
     """
 
     order: Array
-    place: Array
+    row: Array
 
 
-def _places(group: Int[Array, "tokens per_token"], num_groups: int) -> tuple[_Places, Int[Array, " num_groups"]]:
-    """Places of copies sorted by their groups, and the groups' sizes; copies of other groups have no place."""
+def _sort_order(group: Int[Array, "tokens per_token"], num_groups: int) -> tuple[_SortOrder, Int[Array, " num_groups"]]:
+    """The order of copies sorted by group, and the groups' sizes; copies of other groups have no row."""
     sizes = jnp.bincount(group.reshape(-1), length=num_groups + 1)[:num_groups].astype(jnp.int32)
     order = jnp.argsort(group.reshape(-1))
-    place = jnp.argsort(order).astype(jnp.int32)
-    return _Places(order, jnp.where(place < jnp.sum(sizes), place, len(order)).reshape(group.shape)), sizes
+    row = jnp.argsort(order).astype(jnp.int32)
+    return _SortOrder(order, jnp.where(row < jnp.sum(sizes), row, len(order)).reshape(group.shape)), sizes
 
 
 def _dispatched(multiply, x, chosen, weights, *, num_local: int):
@@ -117,10 +117,10 @@ def _dispatched(multiply, x, chosen, weights, *, num_local: int):
     axes, per_token = split_axes("experts"), chosen.shape[-1]
     tokens = x.reshape(-1, x.shape[-1])
     shards = jax.lax.axis_size(axes)
-    places, sizes = _places(chosen.reshape(-1, per_token), shards * num_local)
-    rows = _sort(tokens, places)
+    by_device, sizes = _sort_order(chosen.reshape(-1, per_token), shards * num_local)
+    rows = _sort(tokens, by_device)
     if shards > 1:
-        # Of every device's copies those for the experts here: [device, expert], and how many go from where to where.
+        # How many of every device's copies are for each expert, [device, expert], and go from where to where.
         sizes = jax.lax.all_gather(sizes, axes).reshape(shards, shards, num_local)
         counts, here = jnp.sum(sizes, axis=2), jax.lax.axis_index(axes)
         # No token goes to the same expert twice, and no device gets more than all tokens of all devices.
@@ -128,18 +128,18 @@ def _dispatched(multiply, x, chosen, weights, *, num_local: int):
         received = _all_to_all(rows, counts, (len(rows), size), axes)
         block = jnp.searchsorted(jnp.cumsum(sizes[:, here]), jnp.arange(size), side="right")
         local = jnp.where(block < shards * num_local, block % num_local, num_local)
-        by_expert, sizes = _places(local[:, None], num_local)
+        by_expert, sizes = _sort_order(local[:, None], num_local)
         out = _sum_copies(multiply(_sort(received, by_expert), sizes), by_expert)
         rows = _all_to_all(out, counts.T, (size, len(rows)), axes)
     else:
         rows = multiply(rows, sizes)
-    weights = _sort(weights.reshape(-1, 1), places._replace(place=places.place.reshape(-1, 1)))
+    weights = _sort(weights.reshape(-1, 1), by_device._replace(row=by_device.row.reshape(-1, 1)))
     # Weighed in float32: a weight's gradient is a sum over the whole width.
-    return _sum_copies((rows * weights).astype(x.dtype), places).reshape(x.shape)
+    return _sum_copies((rows * weights).astype(x.dtype), by_device).reshape(x.shape)
 
 
 def _multiply(gate, up, down, rows, sizes, *, activation, execution):
-    """Each expert's MLP on its rows, the first `sizes[0]` those of the first; what comes after them is anything."""
+    """Each expert's MLP on its rows, as in `_grouped_product`."""
     product = functools.partial(_grouped_product, sizes=sizes, execution=execution)
     return product(activation(product(rows, gate)) * product(rows, up), down)
 
@@ -147,9 +147,9 @@ def _multiply(gate, up, down, rows, sizes, *, activation, execution):
 def _grouped_product(
     rows: Float[Array, "sorted width"], kernels: Float[Array, "expert width out"], *, sizes: Array, execution: Execution
 ) -> Float[Array, "sorted out"]:
-    """Each expert's rows times its kernel: the first `sizes[0]` rows are those of the first expert, and so on.
+    """Each expert's rows times its kernel; the first `sizes[0]` rows are the first expert's, and so on.
 
-    What comes after the last expert's rows is anything.
+    Rows after the last expert's are arbitrary.
     """
     if execution.experts == "ragged_dot":
         return jax.lax.ragged_dot(rows, kernels, sizes, preferred_element_type=rows.dtype)
@@ -166,42 +166,36 @@ def _megablox_tiles(rows: int, contracted: int, out: int) -> tuple[int, int, int
     return next(tile for tile in (512, 256, 128) if rows % tile == 0), min(contracted, 1024), min(out, 1024)
 
 
-# Sorting and summing are each other's transposes. Said so here, both are gathers in the backward pass as well, where
-# JAX would make scatters, which TPUs do one row after the other.
+# Sorting and summing are each other's transposes. Stated here, both are gathers in the backward pass too, and not
+# scatters, which TPUs run row by row.
 
 
 @jax.custom_vjp
-def _sort(tokens: Float[Array, "tokens width"], places: _Places) -> Float[Array, "sorted width"]:
+def _sort(tokens: Float[Array, "tokens width"], by: _SortOrder) -> Float[Array, "sorted width"]:
     """The copies of tokens in the order of their experts."""
-    return tokens[places.order // places.place.shape[1]]
+    return tokens[by.order // by.row.shape[1]]
 
 
 @jax.custom_vjp
-def _sum_copies(copies: Float[Array, "sorted width"], places: _Places) -> Float[Array, "tokens width"]:
-    """The sum of each token's sorted copies, those without a place left out."""
-    return jnp.sum(copies.at[places.place].get(mode="fill", fill_value=0), axis=1)
+def _sum_copies(copies: Float[Array, "sorted width"], by: _SortOrder) -> Float[Array, "tokens width"]:
+    """The sum of each token's sorted copies."""
+    return jnp.sum(copies.at[by.row].get(mode="fill", fill_value=0), axis=1)
 
 
-_sort.defvjp(
-    lambda tokens, places: (_sort(tokens, places), places), lambda places, change: (_sum_copies(change, places), None)
-)
-_sum_copies.defvjp(
-    lambda copies, places: (_sum_copies(copies, places), places), lambda places, change: (_sort(change, places), None)
-)
+_sort.defvjp(lambda tokens, by: (_sort(tokens, by), by), lambda by, change: (_sum_copies(change, by), None))
+_sum_copies.defvjp(lambda copies, by: (_sum_copies(copies, by), by), lambda by, change: (_sort(change, by), None))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _all_to_all(
     rows: Float[Array, "sent width"], counts: Int[Array, "shards shards"], sizes: tuple[int, int], axes: tuple[str, ...]
 ) -> Float[Array, "received width"]:
-    """Sends `counts[i, j]` rows from device i to device j.
-
-    A device's rows are in the order of the devices that they go to, and arrive in the order of those they come from.
+    """Sends `counts[i, j]` rows from device i to device j, in the order of receivers; they arrive in that of senders.
 
     Args:
       rows: This device's rows.
-      counts: How many go from where to where, the same on every device.
-      sizes: Number of `rows`, and most that a device receives; what comes after those is zero.
+      counts: The same on every device.
+      sizes: Number of `rows`, and most that a device receives; the rest of the result is zero.
       axes: The mesh axes of the devices.
     """
     here, size = jax.lax.axis_index(axes), sizes[1]
@@ -220,11 +214,11 @@ def _all_to_all(
     def gathered(rows, counts):
         # Only TPUs and GPUs can send pieces of different sizes.
         ends = jnp.cumsum(counts[:, here])
-        place = jnp.arange(size)
-        source = jnp.searchsorted(ends, place, side="right")
-        row = _starts(counts, axis=1)[source, here] + place - _starts(counts, axis=0)[source, here]
+        index = jnp.arange(size)
+        source = jnp.searchsorted(ends, index, side="right")
+        row = _starts(counts, axis=1)[source, here] + index - _starts(counts, axis=0)[source, here]
         everywhere = jax.lax.all_gather(rows, axes)
-        return jnp.where((place < ends[-1])[:, None], everywhere[source, row], 0)
+        return jnp.where((index < ends[-1])[:, None], everywhere[source, row], 0)
 
     return jax.lax.platform_dependent(rows, counts, tpu=ragged, default=gathered)
 

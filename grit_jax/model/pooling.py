@@ -21,7 +21,7 @@ def pool(
     *,
     num_segments: int,
 ) -> Float[Array, "batch num_segments embed"]:
-    """Weighted sums of each text's hidden states, float32; vector `i` of a row is that of segment `i + 1`."""
+    """Weighted sums of each text's hidden states, float32; vector `i` of a row belongs to segment `i + 1`."""
     segments = jnp.arange(1, num_segments + 1)
     weights = jnp.where(segment_ids[:, None, :] == segments[:, None], pool_weights[:, None, :], 0.0)
     return jnp.einsum("bst,btd->bsd", weights, hidden.astype(wide(hidden)), precision=jax.lax.Precision.HIGHEST)
@@ -41,10 +41,9 @@ def vectors_of(
     num_segments: int,
     settings: EmbeddingConfig,
 ) -> Float[Array, "batch num_segments out"]:
-    """Float32 vectors of texts from the hidden states of their rows.
+    """Vectors of texts, float32: pooled, projected if the model has a head, normalised if the settings say so.
 
-    Hidden states are pooled, projected where the model has a head, and of unit length if the settings ask for it. The
-    head is linear and pool weights sum to 1, so projecting after pooling equals projecting every token.
+    The head is linear and pool weights sum to 1, so projecting after pooling equals projecting every token.
     """
     vectors = pool(hidden, pool_weights, segment_ids, num_segments=num_segments)
     if settings.projection_dim is not None:
@@ -63,10 +62,7 @@ def embed_rows(
     settings: EmbeddingConfig,
     execution: Execution = PLAIN,
 ) -> tuple[Float[Array, "batch segments out"], RouterStats | None]:
-    """Float32 vectors of the texts of packed rows, in the slots of `EmbeddingBatch`, and the routers' sums.
-
-    `x` are the rows' embedded tokens.
-    """
+    """Vectors of packed texts from embedded tokens, float32, in the slots of `EmbeddingBatch`; and router sums."""
     mask = model.mask(segment_ids, positions, causal=settings.attention == "causal")
     hidden, stats = model.hidden(x, mask, execution)
     num_segments = max_segments(x.shape[1])

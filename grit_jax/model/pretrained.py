@@ -12,14 +12,14 @@ from grit_jax.text.tokenizer import Tokenizer
 
 @dataclasses.dataclass(frozen=True)
 class Pretrained:
-    """What a model folder holds; weights are read only when `load` is called.
+    """The content of a model folder.
 
     Attributes:
       architecture: Resolved shape of the transformer.
       embedding: How its vectors are made.
       tokenizer: Its tokenizer.
-      load: Reads the parameters: `load(shardings, dtype)` gives the nested dict of `abstract_params`, each array of
-        that type, float32 by default, and placed by the sharding at the same path.
+      load: `load(shardings, dtype)` reads the parameters, as nested as `abstract_params`, in that type, float32 by
+        default, each placed by the sharding at the same path.
     """
 
     architecture: TransformerConfig

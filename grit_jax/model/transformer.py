@@ -24,7 +24,7 @@ Params = dict[str, Any]
 
 
 class KVCache(NamedTuple):
-    """Rotated keys and values of every layer, arrays of JAX or NumPy; slot `p` holds the token at position `p`.
+    """Rotated keys, and values, of every layer, JAX or NumPy; slot `p` holds the token at position `p`.
 
     Attributes:
       keys: [layers, batch, slots, kv_heads, head_dim].
@@ -35,16 +35,16 @@ class KVCache(NamedTuple):
     values: Any
 
 
-Cache = KVCache | list[KVCache]  # of all layers, stacked like their weights, or one of each layer
+Cache = KVCache | list[KVCache]  # stacked or listed by layer, as the weights are
 
-# Whether a layer has the sliding window: known when all layers are alike, else a scalar of the scan over layers.
+# Whether a layer has the sliding window; a scalar of the scan over layers if they differ.
 Windowed = bool | Bool[Array, ""]
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Context:
-    """What all layers of one call share; cut into pieces where rows go through a layer in pieces.
+    """What all layers of one call share; cut into pieces with the rows.
 
     Attributes:
       mask: Who sees whom in layers with the sliding window.
@@ -70,7 +70,7 @@ class Context:
 
 
 def rotations(positions: Int[Array, "batch length"], config: TransformerConfig) -> tuple[Rotation, Rotation | None]:
-    """The rotations of a `Context`: of layers that see everything, and of those with the window where it differs."""
+    """`full` and `local` of a `Context`."""
     rotate_by = functools.partial(rotation, positions, head_dim=config.head_dim)
     full = rotate_by(theta=config.rope_theta, scaling=config.rope_scaling)
     return full, rotate_by(theta=config.local_rope_theta, scaling=None) if config.local_rope_theta else None
@@ -96,7 +96,7 @@ class SelfAttention(nnx.Module):
     def __call__(
         self, x: Float[Array, "batch length embed"], context: Context, windowed: Windowed, cache: KVCache | None
     ) -> tuple[Float[Array, "batch length embed"], KVCache | None]:
-        """What attention adds to the residual stream; with a cache, after writing the new keys and values into it."""
+        """The addition to the residual stream, and the cache with the new keys and values written in."""
         mask, by = context.mask, context.rotation(windowed)
         dims = ("batch", "length", "activation_heads", "head_dim")
         query, key = self.query(x), self.key(x)
@@ -130,8 +130,7 @@ class Block(nnx.Module):
 
     def __init__(self, config: TransformerConfig, *, key: PRNGKeyArray):
         attention_key, mlp_key = jax.random.split(key)
-        # Branches start small against the residual stream: a new model is close to a bag of words, which already
-        # ranks texts by their common words, and learns from there.
+        # Branches start small: a new model is close to a bag of words, which already ranks texts by common words.
         out_scale = 0.1 * (2 * config.num_layers) ** -0.5
         self.config = config
         self.attention_norm = RMSNorm(config, config.embed_dim)
@@ -191,7 +190,7 @@ class Transformer(nnx.Module):
 
     @property
     def output_table(self) -> nnx.Param:
-        """Rows that hidden states are multiplied with to give logits, [vocab, embed]."""
+        """The table that turns hidden states into logits, [vocab, embed]."""
         return self.embedding if self.config.tie_embeddings else self.head
 
     @property
@@ -202,30 +201,30 @@ class Transformer(nnx.Module):
     def mask(
         self, segment_ids: Int[Array, "batch length"], positions: Int[Array, "batch length"], *, causal: bool
     ) -> AttentionMask:
-        """The mask of packed rows, with this model's sliding window where the pass has one."""
+        """The mask of packed rows, with this model's sliding window if the pass has it."""
         window = self.config.sliding_window if causal or self.config.window_bidirectional else None
         return AttentionMask.of_rows(segment_ids, positions, causal=causal, window=window)
 
     def output_weights(self, dtype: jnp.dtype) -> Float[Array, "vocab embed"]:
-        """The output table whole, in `dtype`."""
+        """The gathered output table, in `dtype`."""
         return gathered(self.output_table, dtype)[...].astype(dtype)
 
     def logits(
         self, hidden: Float[Array, "... embed"], weights: Float[Array, "vocab embed"]
     ) -> Float[Array, "... vocab"]:
-        """Scores of the next token by hidden states, at least float32; `weights` are the model's `output_weights`."""
+        """Logits of the next token, at least float32; `weights` are the model's `output_weights`."""
         flat, cap = hidden.reshape(-1, hidden.shape[-1]), self.config.logit_soft_cap
         out = jnp.einsum("td,vd->tv", flat, weights, preferred_element_type=wide(flat))
         out = out.reshape(*hidden.shape[:-1], -1)
         return out if cap is None else cap * jnp.tanh(out / cap)
 
     def output_layer(self, dtype: jnp.dtype) -> Callable[[Float[Array, "... embed"]], Float[Array, "... vocab"]]:
-        """The function from hidden states to logits, its weights made once."""
+        """The function from hidden states to logits, with its weights gathered once."""
         return functools.partial(self.logits, weights=self.output_weights(dtype))
 
     def embed(self, tokens: Int[Array, "batch length"], dtype: jnp.dtype) -> Float[Array, "batch length embed"]:
-        """What the layers start from, in `dtype`."""
-        # Looked up before it is rounded, so that the gradient of a token adds up in float32.
+        """Embedded tokens, in `dtype`."""
+        # Looked up before rounding, so that the gradient of a token is summed in float32.
         x = gathered(self.embedding, dtype)[...][tokens].astype(dtype)
         if self.config.scale_embedding:
             x = x * jnp.asarray(self.config.embed_dim**0.5, dtype)
@@ -240,12 +239,9 @@ class Transformer(nnx.Module):
     def hidden(
         self, x: Float[Array, "batch length embed"], mask: AttentionMask, execution: Execution = PLAIN
     ) -> tuple[Float[Array, "batch length embed"], RouterStats | None]:
-        """Final-norm hidden states, and the routers' sums over layers and tokens where there are experts.
+        """Hidden states after the final norm from embedded tokens, and the routers' sums if there are experts.
 
-        Args:
-          x: Embedded tokens.
-          mask: Attention of this call; its query positions are the tokens' rotary positions.
-          execution: How to compute.
+        The mask's query positions are the tokens' rotary positions.
         """
 
         def step(x, layer, context, windowed):
@@ -268,7 +264,7 @@ class Transformer(nnx.Module):
     def with_cache(
         self, tokens: Int[Array, "batch length"], mask: AttentionMask, cache: Cache, execution: Execution
     ) -> tuple[Float[Array, "batch length embed"], Cache]:
-        """Final-norm hidden states of tokens that attend to `cache`, and the cache with them written in."""
+        """Hidden states after the final norm of tokens that attend to `cache`, and the cache with them written in."""
 
         def step(x, layer_and_cache, context, windowed):
             layer, cache = layer_and_cache
@@ -280,10 +276,7 @@ class Transformer(nnx.Module):
         return self.final_norm(x), cache
 
     def _scan(self, step, x: Array, layers: Any, mask: AttentionMask, execution: Execution) -> tuple[Array, Any]:
-        """Carries `x` through `step(x, layer, context, windowed)` of every layer.
-
-        What the steps give comes back stacked where `layers` is, and as a list where it is one.
-        """
+        """Takes `x` through `step(x, layer, context, windowed)`; other results are stacked or a list like `layers`."""
         segments = mask.query_segments
         real = jnp.ones(x.shape[:2], bool) if segments is None else segments > 0
         context = Context(mask, real, *rotations(mask.query_positions, self.config), execution)
@@ -301,22 +294,22 @@ class Transformer(nnx.Module):
 
 
 def _summed(stats: RouterStats | None) -> RouterStats | None:
-    """Sums over the first dim, where there are experts."""
+    """Sums over the first dim, if there are experts."""
     return jax.tree.map(lambda x: jnp.sum(x, axis=0), stats)
 
 
 def abstract_model(config: TransformerConfig, projection_dim: int | None = None) -> Transformer:
-    """The model with shapes in place of arrays; takes no memory."""
+    """The model with shapes in place of arrays."""
     return jax.eval_shape(lambda: Transformer(config, key=jax.random.key(0), projection_dim=projection_dim))
 
 
 def abstract_params(model: Transformer) -> Params:
-    """Nested dict of the shapes of a model's parameters, as they are stored and optimised."""
+    """Nested dict of the shapes of a model's parameters."""
     return nnx.to_pure_dict(nnx.state(model))
 
 
 def param_axes(model: Transformer) -> Params:
-    """The same nested dict with each parameter's logical axes; stacked parameters start with `layers`."""
+    """The nested dict of each parameter's logical axes; those of stacked parameters start with `layers`."""
 
     def axes(param: nnx.Variable):
         names = param.get_metadata()["axes"]
@@ -327,15 +320,15 @@ def param_axes(model: Transformer) -> Params:
 
 
 def init_params(config: TransformerConfig, key: PRNGKeyArray, projection_dim: int | None = None) -> Params:
-    """Initial weights, float32; jit with `out_shardings` to create them in place on a mesh."""
+    """Initial parameters, float32; jit with `out_shardings` to create them on a mesh."""
     return nnx.to_pure_dict(nnx.state(Transformer(config, key=key, projection_dim=projection_dim)))
 
 
 def split_layers(params: Params) -> Params:
     """Parameters with a list of layers in place of stacked ones; `bind` takes both.
 
-    Layers then run one after the other and not in a scan: XLA on CPU copies every layer's weights out of a stack before
-    it uses them, which costs more than a decoding step itself. A program of many layers takes longer to compile.
+    Layers then run without a scan, in which XLA on CPU copies every layer's weights out of the stack: that costs more
+    than a decoding step. Compiling takes longer.
     """
     leaves, structure = jax.tree.flatten(params["layers"])
     split = jax.jit(lambda arrays: [jnp.unstack(array) for array in arrays])(leaves)
@@ -344,14 +337,14 @@ def split_layers(params: Params) -> Params:
 
 
 def stack_layers(params: Params) -> Params:
-    """What `split_layers` has split, stacked again; other parameters as they are."""
+    """The inverse of `split_layers`."""
     if not isinstance(params["layers"], list):
         return params
     return params | {"layers": jax.tree.map(lambda *layers: jnp.stack(layers), *params["layers"])}
 
 
 def bind(model: Transformer, params: Params) -> Transformer:
-    """The model with `params` as its weights; cheap, for use inside a JAX transform."""
+    """The model with `params` as its weights, for use inside a JAX transform."""
     layers = params["layers"]
     if not isinstance(layers, list):
         return nnx.merge(nnx.graphdef(model), params)

@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 
-from grit_jax.checkpoints.loading import open_model
+from grit_jax.checkpoints.opening import open_model
 from grit_jax.config import Config, TransformerConfig
 from grit_jax.errors import InputError
 from grit_jax.parallel import sharding

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from grit_jax.checkpoints.loading import open_model
+from grit_jax.checkpoints.opening import open_model
 from grit_jax.config import Config, TransformerConfig
 from grit_jax.data.index_builder import build_indexes
 from grit_jax.data.packing import pack

@@ -15,12 +15,12 @@ import numpy as np
 import rich.console
 
 from grit_jax import files
-from grit_jax.checkpoints.loading import open_model
+from grit_jax.checkpoints.opening import open_model
 from grit_jax.config import load_config
 from grit_jax.data.sources import read_texts
 from grit_jax.errors import InputError
 from grit_jax.evaluation.bm25 import Bm25
-from grit_jax.hf.export import save_folder
+from grit_jax.hf.model_folder import save_folder
 from grit_jax.quickstart.docstrings import DESCRIBE, package_roots, write_corpus
 from grit_jax.quickstart.measuring import (
     RetrievalTask,

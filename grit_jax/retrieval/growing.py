@@ -19,7 +19,8 @@ from etils import epath
 
 from grit_jax.data import derived
 from grit_jax.errors import InputError
-from grit_jax.inference.model import Encoded, GritModel, refuse_not_finite
+from grit_jax.inference.embedder import Encoded, refuse_not_finite
+from grit_jax.inference.model import GritModel
 from grit_jax.parallel.distributed import in_first_process, require_same, wait_for_all
 from grit_jax.parallel.sole_writer import SoleWriter, sole_writer
 from grit_jax.retrieval import caches, layout

@@ -17,8 +17,8 @@ import numpy as np
 from grit_jax.config import Attention
 from grit_jax.config.ranges import require_positive
 from grit_jax.errors import InputError
-from grit_jax.inference.caching import joined
 from grit_jax.inference.engine import Continuation
+from grit_jax.inference.kv_cache import concatenate
 from grit_jax.inference.model import GritModel
 from grit_jax.model.transformer import KVCache
 from grit_jax.retrieval.layout import DamagedError, Document, Store
@@ -103,9 +103,9 @@ class Rag:
         calls: list[Callable[[], object]] = [
             functools.partial(self._read_nothing, length, attention)
             for attention, longest in passes
-            for length in self._model.row_lengths(longest)
+            for length in self._model.runner.row_lengths(longest)
         ]
-        calls.append(functools.partial(joined, [token, token], config, corrected=True))
+        calls.append(functools.partial(concatenate, [token, token], config, corrected=True))
         for call in calls:
             call()
             progress(1)
@@ -160,7 +160,7 @@ class Rag:
                         f"k={k}: the documents have {num_tokens} tokens; the limit is {max_length}: use fewer"
                     )
             caches["document"] = [self._cache(hit.row) for hit in hits]
-        prefix = joined(
+        prefix = concatenate(
             [cache for part in parts for cache in caches[part]],
             self._model.architecture,
             corrected=positions == "corrected",

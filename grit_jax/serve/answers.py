@@ -13,15 +13,15 @@ from typing import Annotated, Any, Literal, NamedTuple, Protocol
 import numpy as np
 from pydantic import Field
 
-from grit_jax.inference.answer import Answer
+from grit_jax.inference.decode import Logprobs
 from grit_jax.inference.engine import Continuation
-from grit_jax.model.decode import Logprobs
 from grit_jax.model.transformer import KVCache
 from grit_jax.serve.endpoint import Response
 from grit_jax.serve.errors import RequestError, not_finite
 from grit_jax.serve.fairness import Caller
 from grit_jax.serve.protocol import Exact, Strict, only, usage
 from grit_jax.serve.service import Service
+from grit_jax.text.detokenizer import Detokenizer
 from grit_jax.text.tokenizer import Tokenizer
 
 _NEW_TOKENS = 256  # of an answer whose request does not say
@@ -243,19 +243,19 @@ class Answers:
         found = asyncio.Queue[Piece | Exception]()
 
         async def write(index: int, continuation: Continuation) -> None:
-            answer = Answer(self._service.model.tokenizer, continuation.tokens, self._request.stops)
+            detokenizer = Detokenizer(self._service.model.tokenizer, continuation.tokens, self._request.stops)
             try:
                 async with aclosing(self._service.scheduler.write(continuation, self._caller)) as blocks:
                     async for block in blocks:
                         if block.finish == "failed":
                             raise not_finite("logits")
-                        before = answer.num_tokens
-                        text = answer.extend(block.tokens, last=block.finish is not None)
-                        new = slice(answer.num_tokens - before)
+                        before = detokenizer.num_tokens
+                        text = detokenizer.extend(block.tokens, last=block.finish is not None)
+                        new = slice(detokenizer.num_tokens - before)
                         logprobs = block.logprobs and Logprobs(*(x[new] for x in block.logprobs))
-                        finish = "stop" if answer.done else block.finish
+                        finish = "stop" if detokenizer.done else block.finish
                         found.put_nowait(Piece(index, text, finish, block.tokens[new], logprobs))
-                        if answer.done:
+                        if detokenizer.done:
                             break
             except Exception as error:  # told to the one who asked
                 found.put_nowait(error)

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Self
 
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
-from grit_jax.model.decode import TOP_LOGPROBS
+from grit_jax.inference.decode import TOP_LOGPROBS
 from grit_jax.retrieval.rag import Prepared
 from grit_jax.serve import protocol
 from grit_jax.serve.answers import Answers, Begun, Piece, WrittenRequest, begin, token_text, told_tokens

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import numpy as np
 from pydantic import Field
 
-from grit_jax.model.decode import TOP_LOGPROBS
+from grit_jax.inference.decode import TOP_LOGPROBS
 from grit_jax.serve import protocol
 from grit_jax.serve.answers import Answers, Piece, WrittenRequest, begin, token_text, told_tokens
 from grit_jax.serve.endpoint import Response

@@ -15,8 +15,9 @@ import jax
 import numpy as np
 
 from grit_jax.errors import InputError
+from grit_jax.inference.embedder import StartedEmbedding
 from grit_jax.inference.engine import Block, Continuation, Engine
-from grit_jax.inference.model import GritModel, StartedEmbedding
+from grit_jax.inference.model import GritModel
 from grit_jax.serve.errors import RequestError
 from grit_jax.serve.fairness import Caller, FairQueue
 from grit_jax.serve.metrics import Metrics
@@ -363,7 +364,7 @@ class Scheduler:
             vectors = [
                 (place, vector)
                 for batch in batches
-                for place, vector in zip(batch.places, batch.vectors(), strict=True)
+                for place, vector in zip(batch.indices, batch.vectors(), strict=True)
             ]
         for number, vector in vectors:
             job, place, prompt = texts[number]

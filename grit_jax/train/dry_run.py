@@ -21,7 +21,7 @@ import numpy as np
 
 from grit_jax import files
 from grit_jax.checkpoints.checkpoint import Checkpoints, DamagedCheckpointError
-from grit_jax.checkpoints.loading import open_model
+from grit_jax.checkpoints.opening import open_model
 from grit_jax.config import Config
 from grit_jax.data.batch import ONE_HOST
 from grit_jax.data.pipeline import Pipeline

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from grit_jax import files
 from grit_jax.checkpoints.checkpoint import CheckpointMetadata
-from grit_jax.checkpoints.loading import load_params, open_model
+from grit_jax.checkpoints.opening import load_params, open_model
 from grit_jax.config import Config, dump_config
 from grit_jax.data.batch import Batch
 from grit_jax.data.pipeline import Pipeline

@@ -8,7 +8,7 @@ import jax
 
 from grit_jax import files
 from grit_jax.checkpoints.checkpoint import CheckpointMetadata
-from grit_jax.checkpoints.loading import open_tokenizer
+from grit_jax.checkpoints.opening import open_tokenizer
 from grit_jax.config import Config, TransformerConfig, config_differences, flat_values, load_config, parse_config
 from grit_jax.data.schedule import same_data
 from grit_jax.errors import InputError

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from grit_jax.data.batch import Batch
-from grit_jax.losses.language import balance_loss
+from grit_jax.losses.balance import balance_loss
 from grit_jax.model.moe import RouterStats
 from grit_jax.model.transformer import Params, Transformer, bind, param_axes
 from grit_jax.parallel.execution import Execution, map_chunks

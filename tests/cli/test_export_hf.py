@@ -4,7 +4,7 @@ import json
 
 from grit_jax.cli.export_hf import read_origin
 from grit_jax.config import EmbeddingConfig, dump_config, parse_config
-from grit_jax.hf.targets import Origin, model_card
+from grit_jax.hf.interop import Origin, model_card
 from grit_jax.text.tokenizer import Tokenizer
 from tests import models
 

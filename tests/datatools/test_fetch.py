@@ -14,16 +14,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grit_jax.checkpoints.loading import load_for_conversion
+from grit_jax.checkpoints.opening import load_for_conversion
 from grit_jax.cli.main import main
 from grit_jax.data.sources import find_files, open_source
 from grit_jax.datatools.fetch import DATA_SETS
-from grit_jax.hf.export import save_folder
+from grit_jax.hf.model_folder import save_folder
 from grit_jax.runs.lock import writer_lock
 from tests import hub
 from tests.bucket import BUCKET, Bucket
 from tests.commands import ROOT, TINY, command, environment, grit_jax, write_data
-from tests.hf.test_folder import random_model, same
+from tests.hf.test_model_folder import random_model, same
 from tests.multiprocess import launch
 
 MEDI2, TULU2 = (f"datasets/{DATA_SETS[name].repository}" for name in ("medi2", "tulu2"))
@@ -291,7 +291,7 @@ COMPARE = """
 import sys
 import jax, numpy as np
 from etils import epath
-from grit_jax.checkpoints.loading import load_for_conversion
+from grit_jax.checkpoints.opening import load_for_conversion
 model, fetched_model, data, fetched_data = sys.argv[1:]
 pairs = [load_for_conversion(path)[1] for path in (model, fetched_model)]
 assert jax.tree.all(jax.tree.map(np.array_equal, *pairs))

@@ -5,7 +5,8 @@ from types import SimpleNamespace
 import numpy as np
 
 from grit_jax.evaluation.task import Session
-from grit_jax.inference.model import Encoded, Likelihoods
+from grit_jax.inference.embedder import Encoded
+from grit_jax.inference.scorer import Likelihoods
 
 
 class Fake:

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import yaml
 
-from grit_jax.checkpoints.loading import open_model
+from grit_jax.checkpoints.opening import open_model
 from grit_jax.errors import InputError
 from grit_jax.evaluation.retrieval import read_collection
 from grit_jax.evaluation.suite import load_suite
 from grit_jax.evaluation.task import Session
-from grit_jax.hf.export import save_folder
+from grit_jax.hf.model_folder import save_folder
 from tests.commands import environment
 from tests.evaluation.conftest import save_checkpoint
 from tests.evaluation.tasks import WORDS, write_all, write_jsonl, write_suite

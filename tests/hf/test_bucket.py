@@ -5,10 +5,10 @@ import sys
 
 import pytest
 
-from grit_jax.hf.export import save_folder
+from grit_jax.hf.model_folder import save_folder
 from tests.bucket import BUCKET, emulator
 from tests.commands import ROOT
-from tests.hf.test_folder import random_model
+from tests.hf.test_model_folder import random_model
 
 pytest.importorskip("gcp_storage_emulator")
 
@@ -16,7 +16,7 @@ PROGRAM = """
 import sys
 import jax, numpy as np
 from etils import epath
-from grit_jax.checkpoints.loading import load_for_conversion
+from grit_jax.checkpoints.opening import load_for_conversion
 local, remote = sys.argv[1:]
 epath.Path(remote).mkdir(parents=True, exist_ok=True)
 for file in epath.Path(local).iterdir():

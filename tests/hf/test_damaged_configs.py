@@ -13,7 +13,7 @@ import pytest
 
 from grit_jax.config import jsonfile
 from grit_jax.errors import InputError
-from grit_jax.hf.architecture import read_config
+from grit_jax.hf.config_json import read_config
 from tests import damage
 from tests.hf.families import CASES, SHAPE
 

@@ -17,11 +17,10 @@ import safetensors.numpy
 from etils import epath
 
 from grit_jax.errors import InputError
-from grit_jax.hf.export import save_folder
-from grit_jax.hf.folder import open_folder
+from grit_jax.hf.model_folder import open_folder, save_folder
 from grit_jax.hf.tensors import INDEX_FILE, indexed_files, stored_tensors
 from tests import damage
-from tests.hf.test_folder import edit_config, random_model, same, whole
+from tests.hf.test_model_folder import edit_config, random_model, same, whole
 
 SECONDS = 1.0
 VALUES = {

@@ -8,15 +8,14 @@ import safetensors.numpy
 
 from grit_jax.config import Config, LossConfig, ModelConfig
 from grit_jax.doctor.batches import embedding_batch, generative_batch, random_texts
-from grit_jax.hf.export import save_folder
-from grit_jax.hf.folder import open_folder
+from grit_jax.hf.model_folder import open_folder, save_folder
 from grit_jax.inference.model import GritModel
 from grit_jax.model.transformer import abstract_model, bind
 from grit_jax.parallel.execution import PLAIN
 from grit_jax.train.objectives import trained_objectives
 from grit_jax.train.step import JointObjective
 from tests.hf import families
-from tests.hf.test_folder import whole
+from tests.hf.test_model_folder import whole
 
 pytest.importorskip("torch")
 pytest.importorskip("transformers")

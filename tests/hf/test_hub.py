@@ -6,12 +6,12 @@ from pathlib import Path
 import jax
 import pytest
 
-from grit_jax.checkpoints.loading import load_for_conversion
-from grit_jax.hf.export import save_folder
+from grit_jax.checkpoints.opening import load_for_conversion
 from grit_jax.hf.hub import is_hub_id
+from grit_jax.hf.model_folder import save_folder
 from tests import hub
 from tests.commands import ROOT, command
-from tests.hf.test_folder import random_model, same
+from tests.hf.test_model_folder import random_model, same
 
 
 @pytest.fixture(scope="module")

@@ -7,9 +7,9 @@ import pytest
 
 from grit_jax.cli.main import main
 from grit_jax.config import EmbeddingConfig
-from grit_jax.hf.export import save_folder
+from grit_jax.hf.model_folder import save_folder
 from tests import hub
-from tests.hf.test_folder import random_model
+from tests.hf.test_model_folder import random_model
 
 # Of the client's own use of its HTTP library.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")

@@ -1,23 +1,21 @@
 """Random small architectures of every family, exported and opened by transformers."""
 
-import typing
-
 import jax
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from grit_jax.config import EmbeddingConfig, Family, RopeScaling, TransformerConfig
-from grit_jax.hf.architecture import read_config, write_config
-from grit_jax.hf.export import save_folder
-from grit_jax.hf.folder import open_folder
+from grit_jax.config import EmbeddingConfig, RopeScaling, TransformerConfig
+from grit_jax.families import FAMILIES
+from grit_jax.hf.config_json import read_config, write_config
+from grit_jax.hf.model_folder import open_folder, save_folder
 from grit_jax.model.pretrained import Pretrained
 from grit_jax.model.transformer import init_params
 from grit_jax.text.tokenizer import Tokenizer
 from tests.hf import families
 from tests.hf.test_families import TOKENS, TOLERANCE, forward
-from tests.hf.test_folder import same, whole
+from tests.hf.test_model_folder import same, whole
 
 transformers = pytest.importorskip("transformers")
 
@@ -72,7 +70,7 @@ def architectures(draw, family):
     return TransformerConfig(**fields).resolve(258)
 
 
-FAMILIES = pytest.mark.parametrize("family", typing.get_args(Family))
+each_family = pytest.mark.parametrize("family", FAMILIES)
 
 
 def options(max_examples):
@@ -85,7 +83,7 @@ def options(max_examples):
     )
 
 
-@FAMILIES
+@each_family
 def test_a_config_says_everything_about_an_architecture(family):
     @options(50)
     @given(architectures(family))
@@ -123,12 +121,12 @@ def check_examples(family, folder, max_examples):
     check()
 
 
-@FAMILIES
+@each_family
 def test_random_architectures_agree_with_transformers(family, tmp_path):
     check_examples(family, tmp_path / "hf", 1)
 
 
 @pytest.mark.long
-@FAMILIES
+@each_family
 def test_many_random_architectures_agree_with_transformers(family, tmp_path):
     check_examples(family, tmp_path / "hf", 15)

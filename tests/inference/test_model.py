@@ -10,7 +10,7 @@ from grit_jax.config import EmbeddingConfig
 from grit_jax.data.records import parse_record
 from grit_jax.data.streams.embedding import EmbeddingStream
 from grit_jax.errors import InputError
-from grit_jax.inference.model import _one_behind
+from grit_jax.inference.runner import one_behind
 from grit_jax.model.transformer import abstract_model, bind, stack_layers
 from grit_jax.text import prompts
 from tests.models import make
@@ -52,7 +52,7 @@ def test_results_of_a_batch_are_taken_when_the_device_has_the_next():
                 happened.append(f"given {number}")
                 yield number
 
-        for number in _one_behind(batches()):
+        for number in one_behind(batches()):
             happened.append(f"taken {number}")
         assert [event for event in happened if "taken" in event] == [f"taken {number}" for number in range(count)]
         for number in range(count - 1):
@@ -91,7 +91,7 @@ def test_unpoolable_texts_are_refused_by_place(model):
 
 def test_a_fingerprint_tells_weights_and_rounded_it_is_that_of_every_type_and_mesh(model):
     rounded = make()
-    rounded.params = stack_layers(jax.tree.map(lambda x: x.astype(jnp.bfloat16), model.params))
+    rounded.runner.params = stack_layers(jax.tree.map(lambda x: x.astype(jnp.bfloat16), model.params))
     assert model.fingerprint() == make(devices=4).fingerprint() != rounded.fingerprint()
     assert model.fingerprint(rounded=True) == make(devices=4).fingerprint(rounded=True)
     assert model.fingerprint(rounded=True) == rounded.fingerprint(rounded=True)

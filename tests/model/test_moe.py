@@ -11,7 +11,7 @@ from flax import nnx
 
 from grit_jax.config import MeshConfig, TransformerConfig
 from grit_jax.errors import InputError
-from grit_jax.losses.language import balance_loss
+from grit_jax.losses.balance import balance_loss
 from grit_jax.model.moe import ExpertMLP
 from grit_jax.parallel import sharding
 from grit_jax.parallel.execution import PLAIN

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from grit_jax.checkpoints.loading import load_for_conversion
-from grit_jax.hf.export import save_folder
+from grit_jax.checkpoints.opening import load_for_conversion
+from grit_jax.hf.model_folder import save_folder
 from tests.commands import grit_jax
-from tests.hf.test_folder import random_model, same
+from tests.hf.test_model_folder import random_model, same
 from tests.multiprocess import launch
 
 SAVE = """
@@ -19,7 +19,7 @@ SAVE = """
     from grit_jax.checkpoints.checkpoint import CheckpointMetadata, save_params
     from grit_jax.config import MeshConfig
     from grit_jax.model.transformer import abstract_model, abstract_params, param_axes
-    from tests.hf.test_folder import random_model
+    from tests.hf.test_model_folder import random_model
 
     pretrained, params = random_model(tie_embeddings=False)
     model = abstract_model(pretrained.architecture)
@@ -36,7 +36,7 @@ IMPORT = """
     import json, sys
     from grit_jax.checkpoints.checkpoint import CheckpointMetadata, save_params
     from grit_jax.hf.tensors import StoredTensor
-    from grit_jax.checkpoints.loading import load_for_conversion
+    from grit_jax.checkpoints.opening import load_for_conversion
 
     read, count = StoredTensor.read, 0
 

@@ -12,8 +12,8 @@ import safetensors.numpy
 from grit_jax.config import MeshConfig
 from grit_jax.data.batch import EmbeddingBatch, GenerativeBatch, max_segments
 from grit_jax.data.streams.embedding import pool_weights
-from grit_jax.hf.folder import open_folder
-from grit_jax.hf.names import get, table
+from grit_jax.hf.model_folder import open_folder
+from grit_jax.hf.tensors import get, model_tensors
 from grit_jax.model.transformer import abstract_model, abstract_params, param_axes
 from grit_jax.parallel import sharding
 
@@ -51,9 +51,9 @@ def sampled(value):
 def torch_names(params, architecture, embedding):
     """The parameters under the reference's names, without its wrapper's prefix."""
     named = {}
-    for row in table(architecture, embedding):
+    for row in model_tensors(architecture, embedding):
         value = np.asarray(get(params, row.path))
-        named |= {name: row.to_stored(value[index] if index else value) for name, index in row.places(value.shape)}
+        named |= {name: row.to_stored(value[index] if index else value) for name, index in row.stored(value.shape)}
     return named
 
 

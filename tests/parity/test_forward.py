@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 from grit_jax.config import EmbeddingConfig
-from grit_jax.losses.language import balance_loss, next_token_loss
+from grit_jax.losses.balance import balance_loss
+from grit_jax.losses.language import next_token_loss
 from grit_jax.model.pooling import embed_rows
 from grit_jax.model.transformer import abstract_model, bind
 from tests.parity import golden

@@ -7,7 +7,7 @@ from grit_jax.checkpoints.checkpoint import CheckpointMetadata, save_params
 from grit_jax.retrieval.corpus import find_corpus
 from grit_jax.retrieval.growing import Wanted, add_documents, add_vectors, sole_indexer
 from tests.evaluation import tasks
-from tests.hf.test_folder import random_model
+from tests.hf.test_model_folder import random_model
 
 WORDS = [*tasks.WORDS, "sea", "hut", "sun"]
 

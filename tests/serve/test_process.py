@@ -14,7 +14,7 @@ from grit_jax.checkpoints.checkpoint import CheckpointMetadata, save_params
 from grit_jax.cli import serve
 from grit_jax.config import COPIES, MeshConfig
 from tests.commands import command, environment, grit_jax
-from tests.hf.test_folder import random_model
+from tests.hf.test_model_folder import random_model
 
 
 @pytest.fixture(scope="module")

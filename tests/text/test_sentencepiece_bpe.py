@@ -9,12 +9,12 @@ import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grit_jax.checkpoints.loading import load_for_conversion
+from grit_jax.checkpoints.opening import load_for_conversion
 from grit_jax.errors import InputError
-from grit_jax.hf.export import save_folder
-from grit_jax.inference.answer import Answer
+from grit_jax.hf.model_folder import save_folder
+from grit_jax.text.detokenizer import Detokenizer
 from grit_jax.text.tokenizer import Tokenizer
-from tests.hf.test_folder import random_model
+from tests.hf.test_model_folder import random_model
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["prefix space", "no prefix"])
@@ -51,7 +51,7 @@ def test_an_answer_goes_on_from_characters_that_are_written_in_bytes(trained):
     ours = Tokenizer.load(trained[0])
     ids, prompt = ours.encode("日本語日本語の日本語").ids, ours.encode("日本語日本語の").ids
     assert ids[: len(prompt)].tolist() == prompt.tolist() and len(prompt) > 20
-    answer = Answer(ours, prompt, ())
+    answer = Detokenizer(ours, prompt, ())
     pieces = [answer.extend(ids[place : place + 1], last=False) for place in range(len(prompt), len(ids))]
     assert [piece for piece in pieces if piece] == ["日", "本", "語"]
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 from grit_jax.config import MeshConfig, TransformerConfig
-from grit_jax.model.decode import Sampling, decode, empty_state, extend
+from grit_jax.inference.decode import Sampling, decode, empty_state, extend
 from grit_jax.model.transformer import abstract_model, abstract_params, param_axes
 from grit_jax.parallel.sharding import make_mesh, replicated, shardings
 

@@ -12,7 +12,7 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from grit_jax.checkpoints.checkpoint import Checkpoints
-from grit_jax.checkpoints.loading import load_for_conversion
+from grit_jax.checkpoints.opening import load_for_conversion
 from grit_jax.config import MeshConfig, OptimizerConfig, TrainConfig, load_config
 from grit_jax.errors import InputError
 from grit_jax.inference.model import GritModel

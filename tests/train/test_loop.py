@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from grit_jax.checkpoints.loading import load_for_conversion
+from grit_jax.checkpoints.opening import load_for_conversion
 from grit_jax.cli.main import main
 from grit_jax.config import Config, TrainConfig, load_config
 from grit_jax.errors import InputError

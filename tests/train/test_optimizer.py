@@ -1,11 +1,10 @@
-import typing
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grit_jax.config import Family, OptimizerConfig, TransformerConfig
+from grit_jax import families
+from grit_jax.config import OptimizerConfig, TransformerConfig
 from grit_jax.model.transformer import abstract_model, param_axes
 from grit_jax.train.optimizer import is_matrix, learning_rate, make_optimizer
 
@@ -75,7 +74,7 @@ FAMILIES = {  # settings, what decays in each layer, and what does not
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("family", typing.get_args(Family))
+@pytest.mark.parametrize("family", families.FAMILIES)
 def test_the_matrices_of_every_family_decay_and_no_bias_or_norm(family):
     settings, matrices, others = FAMILIES[family]
     axes = param_axes(abstract_model(TransformerConfig(family=family, **settings).resolve(300), projection_dim=8))

@@ -13,7 +13,7 @@ from grit_jax import files
 from grit_jax.checkpoints import checkpoint
 from grit_jax.config import MeshConfig
 from grit_jax.errors import InputError
-from grit_jax.hf import folder, hub
+from grit_jax.hf import hub, model_folder
 from grit_jax.model.pretrained import Pretrained
 from grit_jax.model.transformer import Params, abstract_model, abstract_params, param_axes
 from grit_jax.parallel import sharding
@@ -28,34 +28,32 @@ def open_model(path: str | os.PathLike[str], step: int | None = None) -> Pretrai
       step: Checkpoint to take; None takes the newest.
 
     Raises:
-      InputError: Nothing there can be read as a model.
+      InputError: There is no model.
     """
     path = epath.Path(hub.snapshot(str(path)) if hub.is_hub_id(path) else path)
     if checkpoint.is_checkpoint(path):
         return checkpoint.open_checkpoint(path, step)
-    if folder.is_folder(path):
+    if model_folder.is_folder(path):
         if step is not None:
             raise InputError(f"{path} is a Hugging Face folder and has no steps; leave the step out")
-        return folder.open_folder(path)
-    what = (
-        "nothing there"
-        if not files.exists(path)
-        else "no checkpoints/, no step folder, no config.json with safetensors"
+        return model_folder.open_folder(path)
+    found = (
+        "no checkpoints/, no step folder, no config.json with safetensors" if files.exists(path) else "nothing there"
     )
-    raise InputError(f"{path}: {what}; name a run folder, a checkpoint or a Hugging Face folder")
+    raise InputError(f"{path}: {found}; name a run folder, a checkpoint or a Hugging Face folder")
 
 
 def open_tokenizer(source: str) -> Tokenizer:
     """A tokenizer by folder, file, Hub id or `bytes`.
 
     Raises:
-      InputError: Nothing usable is there.
+      InputError: There is none.
     """
     return Tokenizer.load(hub.snapshot(source) if hub.is_hub_id(source) else source)
 
 
 def load_params(pretrained: Pretrained, mesh: Mesh, dtype: DTypeLike = jnp.float32) -> Params:
-    """Reads a model's parameters onto a mesh, as training and inference split them.
+    """Reads a model's parameters onto a mesh, split as for training and inference.
 
     Raises:
       InputError: The stored weights are not of this model, or the mesh does not divide them.

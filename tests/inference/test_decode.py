@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from grit_jax.config import TransformerConfig
-from grit_jax.model.decode import Sampling, decode, empty_state, extend, sample
+from grit_jax.inference.decode import Sampling, decode, empty_state, extend, sample
 from grit_jax.model.transformer import abstract_model, bind, init_params, split_layers
 
 SHAPE = {"embed_dim": 32, "mlp_dim": 48, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2}

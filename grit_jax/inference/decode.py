@@ -1,4 +1,4 @@
-"""Generation with a key/value cache: reads tokens into rows of a batch, and samples what comes next."""
+"""Generation with a KV cache: reads tokens into rows of a batch, and samples the next ones."""
 
 from __future__ import annotations
 
@@ -14,19 +14,13 @@ from grit_jax.model.transformer import Cache, KVCache, Params, Transformer, bind
 from grit_jax.parallel.execution import Execution
 from grit_jax.parallel.sharding import constrain
 
-TOP_LOGPROBS = 20  # likeliest tokens that are told with each sampled one
-
+TOP_LOGPROBS = 20  # likeliest tokens whose log p comes with each sampled one
 
 Values = Any  # an array of JAX or NumPy
 
 
 class DecodeState(NamedTuple):
-    """What the rows of a batch have read.
-
-    Attributes:
-      cache: Keys and values.
-      logits: float32 [rows, vocab]; of the token after what each row has read.
-    """
+    """What the rows of a batch have read: keys and values, and the logits of the next token, float32."""
 
     cache: Cache
     logits: Float[Array, "rows vocab"]
@@ -71,17 +65,13 @@ def empty_state(model: Transformer, params: Params, *, rows: int, slots: int, dt
         return jnp.zeros((rows, slots, config.num_kv_heads, config.head_dim), dtype)
 
     layers = [KVCache(zeros(), zeros()) for _ in range(config.num_layers)]
-    cache = layers if bind(model, params).is_split else jax.tree.map(lambda *each: jnp.stack(each), *layers)
+    cache = layers if bind(model, params).is_split else stacked(layers)
     return _placed(DecodeState(cache, jnp.zeros((rows, config.vocab_size), jnp.float32)))
 
 
 @functools.partial(jax.jit, donate_argnames="state")
 def clear(state: DecodeState, row: Int[Array, ""]) -> DecodeState:
-    """A row as it is in an empty state.
-
-    What a text has left behind is not seen by the next one, but a number that is not finite would be felt: times a
-    weight of zero it is no zero.
-    """
+    """Empties a row for its next text, which sees nothing old, but 0 times a value that is not finite is not 0."""
     before = (slice(None),) * _dim_of_rows(state.cache)
     return _placed(state._replace(cache=jax.tree.map(lambda x: x.at[(*before, row)].set(0), state.cache)))
 
@@ -101,11 +91,11 @@ def extend(
     Args:
       model: Abstract model.
       params: Its parameters.
-      state: What has been read; its memory is reused.
-      tokens: Padded on the right to a common length.
+      state: What has been read; donated.
+      tokens: Padded on the right.
       starts: Tokens that each row has read before.
-      lengths: Tokens that each row reads now; a row of none is left as it is.
-      rows: Their places in the state; None for all of them, in order. One beyond the state is padding.
+      lengths: Tokens that each row reads now; 0 leaves it as it is.
+      rows: Indices of the rows in the state; None for all of them. An index beyond the state is padding.
     """
     model, part = bind(model, params), _take(state, rows)
     hidden, cache = _advance(model, tokens, starts[:, None] + jnp.arange(tokens.shape[1]), part.cache)
@@ -116,20 +106,16 @@ def extend(
 
 @functools.partial(jax.jit, donate_argnames="state")
 def write_prefix(state: DecodeState, prefix: KVCache, row: Int[Array, ""], start: Int[Array, ""]) -> DecodeState:
-    """Puts keys and values, [layers, tokens, kv_heads, head_dim], into the slots of a row from `start` on.
-
-    They have the state's type.
-    """
+    """Writes keys and values, [layers, tokens, kv_heads, head_dim], into a row from slot `start` on."""
     slots = start + jnp.arange(prefix.keys.shape[1])
 
     def write(into, values):
-        place = (slice(None), row, slots)[-(into.ndim - 2) :]
-        return into.at[place].set(values, mode="drop")
+        index = (slice(None), row, slots)[-(into.ndim - 2) :]
+        return into.at[index].set(values, mode="drop")
 
-    if isinstance(state.cache, KVCache):
-        return _placed(state._replace(cache=jax.tree.map(write, state.cache, prefix)))
-    layers = [KVCache(*layer) for layer in zip(*prefix, strict=True)]
-    return _placed(state._replace(cache=jax.tree.map(write, state.cache, layers)))
+    is_stacked = isinstance(state.cache, KVCache)
+    prefix_like = prefix if is_stacked else [KVCache(*layer) for layer in zip(*prefix, strict=True)]
+    return _placed(state._replace(cache=jax.tree.map(write, state.cache, prefix_like)))
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames="steps", donate_argnames="state")
@@ -148,15 +134,14 @@ def decode(
     Args:
       model: Abstract model.
       params: Its parameters.
-      state: What has been read; its memory is reused.
+      state: What has been read; donated.
       lengths: Tokens that each row has read.
       sampling: How tokens are chosen.
       rows: As of `extend`.
       steps: Number of tokens.
 
     Returns:
-      The tokens, -1 for one whose logits are not finite, and their log p, whole on every device, and the state after
-      them.
+      The tokens, -1 where logits are not finite, and their log p, whole on every device; and the new state.
     """
     bound, part = bind(model, params), _take(state, rows)
     output_layer = bound.output_layer(_dtype(part.cache))
@@ -167,9 +152,9 @@ def decode(
         draw_keys = jax.vmap(jax.random.fold_in)(keys, positions)
         tokens = sample(carry.logits, draw_keys, temperature=sampling.temperature, top_p=sampling.top_p)
         logprobs = _logprobs(carry.logits, tokens, sampling.logprobs)
-        told = jnp.where(jnp.isfinite(carry.logits).all(axis=-1), tokens, -1)
+        checked = jnp.where(jnp.isfinite(carry.logits).all(axis=-1), tokens, -1)
         hidden, cache = _advance(bound, tokens[:, None], positions[:, None], carry.cache)
-        return DecodeState(cache, output_layer(hidden[:, 0]).astype(jnp.float32)), (told, logprobs)
+        return DecodeState(cache, output_layer(hidden[:, 0]).astype(jnp.float32)), (checked, logprobs)
 
     part, by_step = jax.lax.scan(step, part, jnp.arange(steps))
     tokens, logprobs = jax.tree.map(lambda x: constrain(x.swapaxes(0, 1), *["whole"] * x.ndim), by_step)
@@ -185,8 +170,8 @@ def sample(
 ) -> Int[Array, " batch"]:
     """One token per row: the likeliest at temperature 0, else a draw from the nucleus.
 
-    The nucleus is the smallest set of likeliest tokens with probability `top_p` (Holtzman et al., arXiv 1904.09751); it
-    holds one token at least. `keys` holds one random key per row.
+    The nucleus is the smallest set of likeliest tokens with probability `top_p` (Holtzman et al., arXiv 1904.09751),
+    and at least one token.
     """
 
     def draw(row_logits, key, temperature, top_p, likeliest):
@@ -223,12 +208,17 @@ def _advance(
 ) -> tuple[Float[Array, "batch length embed"], Cache]:
     """Hidden states of `tokens`, which see the cache up to their own position.
 
-    Slot p holds position p, so what is written beyond a row's end is overwritten before any token sees it. What would
-    be written beyond the last slot is left out.
+    Slot p holds position p, so values beyond a row's end are overwritten before a token sees them; those beyond the
+    last slot are dropped.
     """
     slots = jnp.arange(jax.tree.leaves(cache)[0].shape[-3])[None]
     mask = AttentionMask(positions, slots, None, None, causal=True, window=model.config.sliding_window)
     return model.with_cache(tokens, mask, cache, Execution(_dtype(cache)))
+
+
+def stacked(cache: Cache) -> KVCache:
+    """A cache with its layers stacked, [layers, batch, slots, kv_heads, head_dim]."""
+    return cache if isinstance(cache, KVCache) else jax.tree.map(lambda *layers: jnp.stack(layers), *cache)
 
 
 def _dtype(cache: Cache) -> jnp.dtype:
@@ -255,7 +245,7 @@ def _put(state: DecodeState, part: DecodeState, rows: Array | None) -> DecodeSta
 
 
 def _placed(state: DecodeState) -> DecodeState:
-    """The state, split over the mesh in the one way for which programs are compiled."""
+    """The state, split over the mesh in the one way that programs are compiled for."""
 
     def place(x):
         return constrain(x, *["layers"] * (x.ndim - 4), "batch", "length", "activation_heads", "head_dim")

@@ -1,4 +1,4 @@
-"""config.json of each family and the architecture it describes."""
+"""Reads and writes config.json, as the tables of the families say."""
 
 from __future__ import annotations
 
@@ -10,159 +10,48 @@ from grit_jax.config import RopeScaling, TransformerConfig
 from grit_jax.config.jsonfile import SIZE, Section, shown
 from grit_jax.config.ranges import Range
 from grit_jax.errors import InputError
+from grit_jax.families import FAMILIES, Family
 
 # Fields that every family stores under the same key.
 _FIELDS = {
-    "vocab_size": "vocab_size",
-    "embed_dim": "hidden_size",
-    "mlp_dim": "intermediate_size",
-    "num_layers": "num_hidden_layers",
-    "num_heads": "num_attention_heads",
-    "max_length": "max_position_embeddings",
+    "vocab_size": "vocab_size", "embed_dim": "hidden_size", "mlp_dim": "intermediate_size",
+    "num_layers": "num_hidden_layers", "num_heads": "num_attention_heads", "max_length": "max_position_embeddings",
     "norm_epsilon": "rms_norm_eps",
-}
+}  # fmt: skip
 
-# Keys that change the mathematics, with the only values that are supported; a key that is absent has the first one.
+# Keys that change the mathematics, with the only supported values; an absent key has the first one.
 _REQUIRED: Mapping[str, tuple[Any, ...]] = {
-    "attention_bias": (False, None),
-    "mlp_bias": (False, None),
-    "attention_dropout": (0.0, None),
-    "router_jitter_noise": (0.0, None),
-    "partial_rotary_factor": (1.0, None),
-    "use_bidirectional_attention": (False, None),
-    "quantization_config": (None,),
-    "pretraining_tp": (1, None),
-    "is_causal": (True, None),
-    "norm_topk_prob": (True, None),
-    "use_qk_norm": (False, None),
-    "qk_layernorm": (False, None),
-    "clip_qkv": (None,),
-    "logit_scale": (1.0, None),
-    "logits_scaling": (1.0, None),
-    "embedding_multiplier": (1.0, None),
-    "residual_multiplier": (1.0, None),
-    "attention_multiplier": (None,),
-    "per_layer_config": (None,),
-}
+    "attention_bias": (False, None), "mlp_bias": (False, None), "use_bidirectional_attention": (False, None),
+    "use_qk_norm": (False, None), "qk_layernorm": (False, None),
+    "is_causal": (True, None), "norm_topk_prob": (True, None),
+    "attention_dropout": (0.0, None), "router_jitter_noise": (0.0, None),
+    "partial_rotary_factor": (1.0, None), "logit_scale": (1.0, None), "logits_scaling": (1.0, None),
+    "embedding_multiplier": (1.0, None), "residual_multiplier": (1.0, None), "pretraining_tp": (1, None),
+    "attention_multiplier": (None,), "clip_qkv": (None,), "quantization_config": (None,), "per_layer_config": (None,),
+}  # fmt: skip
 
-# Which values the fields may have; sizes that are not named here, any that an array may have. Far beyond any model,
-# they keep a damaged file from making this package count to its end.
+# The ranges of fields; any other size may be as large as that of an array. Far beyond any model, they keep a damaged
+# file from making this package count to its end.
 _MANY = Range("must be from 1 to 10000", lambda value: 1 <= value <= 10_000)
 _FIRST_LAYER = Range("must be from 0 to 2147483647", lambda value: 0 <= value < 1 << 31)
-_COUNTS = {"num_layers": _MANY, "num_experts": _MANY, "experts_per_token": _MANY}
 _EPSILON = Range("must be positive and at most 1", lambda value: 1e-30 < value <= 1)
 _BASE = Range("must be positive and at most 1e30", lambda value: 1e-30 < value <= 1e30)  # float32 ends soon after
-_NUMBERS = {
-    "norm_epsilon": _EPSILON, "local_rope_theta": _BASE, "attention_soft_cap": _BASE, "logit_soft_cap": _BASE,
-}  # fmt: skip
-_NULLABLE = ("attention_soft_cap", "logit_soft_cap")
+_INTEGERS = dict.fromkeys(("num_layers", "num_experts", "experts_per_token"), _MANY)
+_SOFT_CAPS = dict.fromkeys(("attention_soft_cap", "logit_soft_cap"), _BASE)  # may be null
+_FLOATS = {"norm_epsilon": _EPSILON, "local_rope_theta": _BASE} | _SOFT_CAPS
+
 _DEFAULTS = {field.name: field.default for field in dataclasses.fields(TransformerConfig)}
-
-
-@dataclasses.dataclass(frozen=True)
-class _Family:
-    """What a family's config.json says beside `_FIELDS`, by the field it stands for.
-
-    Attributes:
-      model: Class that transformers opens the folder with.
-      fixed: Fields that follow from the family alone.
-      keys: Fields and their keys; an absent key has the field's value in `defaults`.
-      defaults: Values of absent keys, where they are not this package's own defaults.
-      activation: The key of the activation and its value where it is absent.
-      windows: How layers with a sliding window are told: `none`, `all`, `optional` or `layers`.
-    """
-
-    model: str
-    fixed: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    keys: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    activation: tuple[str, str] = ("hidden_act", "silu")
-    windows: str = "none"
-
-
-_GEMMA = {
-    "norm_offset": 1.0,
-    "post_norms": True,
-    "scale_embedding": True,
-    "window_bidirectional": True,
-}
-_GEMMA_KEYS = {
-    "attention_scale_dim": "query_pre_attn_scalar",
-    "logit_soft_cap": "final_logit_softcapping",
-}
-_GEMMA_DEFAULTS = {
-    "tie_embeddings": True, "sliding_window": 4096, "attention_scale_dim": 256, "head_dim": 256, "num_kv_heads": 4,
-}  # fmt: skip
-_GEMMA_ACTIVATION = ("hidden_activation", "gelu_pytorch_tanh")
-_FAMILIES: Mapping[str, _Family] = {
-    "llama": _Family("LlamaForCausalLM"),
-    "mistral": _Family("MistralForCausalLM", defaults={"sliding_window": 4096, "num_kv_heads": 8}, windows="all"),
-    "mixtral": _Family(
-        "MixtralForCausalLM",
-        keys={"num_experts": "num_local_experts", "experts_per_token": "num_experts_per_tok"},
-        defaults={"num_experts": 8, "rope_theta": 1e6, "num_kv_heads": 8},
-        windows="all",
-    ),
-    "qwen2": _Family(
-        "Qwen2ForCausalLM",
-        fixed={"qkv_bias": True, "window_bidirectional": True},
-        defaults={"sliding_window": 4096, "num_kv_heads": 32},
-        windows="optional",
-    ),
-    "qwen3": _Family(
-        "Qwen3ForCausalLM",
-        fixed={"qk_norm": True, "window_bidirectional": True},
-        defaults={"sliding_window": 4096, "head_dim": 128, "num_kv_heads": 32},
-        windows="optional",
-    ),
-    "gemma2": _Family(
-        "Gemma2ForCausalLM",
-        fixed=_GEMMA,
-        keys=_GEMMA_KEYS | {"attention_soft_cap": "attn_logit_softcapping"},
-        defaults=_GEMMA_DEFAULTS | {"attention_soft_cap": 50.0, "logit_soft_cap": 30.0},
-        activation=_GEMMA_ACTIVATION,
-        windows="layers",
-    ),
-    "gemma3_text": _Family(
-        "Gemma3ForCausalLM",
-        fixed=_GEMMA | {"qk_norm": True},
-        keys=_GEMMA_KEYS | {"local_rope_theta": "rope_local_base_freq"},
-        defaults=_GEMMA_DEFAULTS | {"rope_theta": 1e6, "local_rope_theta": 10000.0},
-        activation=_GEMMA_ACTIVATION,
-        windows="layers",
-    ),
-}  # fmt: skip
+_FEATURES = set[str]().union(*(family.feature_keys for family in FAMILIES.values()))
 _ACTIVATIONS: Mapping[str, Any] = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 _LAYER_TYPES = {"sliding_attention": True, "full_attention": False}
 
-# Keys of windows that each way of telling them reads, beside layer_types.
-_WINDOW_KEYS = {
-    "none": (),
-    "all": ("sliding_window",),
-    "optional": ("sliding_window", "use_sliding_window"),
-    "layers": ("sliding_window",),
-}
-# What each kind of rotary embedding must say.
+# The keys that each type of rotary embedding must have.
 _ROPE_LENGTH = "original_max_position_embeddings"
 _ROPE_KEYS = {
     "default": (),
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", _ROPE_LENGTH),
 }
-
-
-def _own_keys(name: str, family: _Family) -> set[str]:
-    """Keys of features that not every family has and this one does."""
-    pattern = {"sliding_window_pattern"} if name == "gemma3_text" else set()
-    return {*family.keys.values(), *_WINDOW_KEYS[family.windows]} | pattern
-
-
-_FEATURES = set[str]().union(*(_own_keys(*entry) for entry in _FAMILIES.items()))
-
-
-def model_class(architecture: TransformerConfig) -> str:
-    """The transformers class that generates with this architecture."""
-    return _FAMILIES[architecture.family].model
 
 
 def read_config(config: Mapping[str, Any], *, source: str) -> TransformerConfig:
@@ -173,12 +62,12 @@ def read_config(config: Mapping[str, Any], *, source: str) -> TransformerConfig:
         of range, or contradicts itself.
     """
     section = Section(config, source=source)
-    name: Any = section.choice("model_type", _FAMILIES)
-    family = _FAMILIES[name]
+    name: Any = section.choice("model_type", FAMILIES)
+    family = FAMILIES[name]
     for key, allowed in _REQUIRED.items():
         if key in section and not _is_one_of(config[key], allowed):
             raise section.error(key, f"is not supported for {name}; only {allowed[0]!r} is")
-    if foreign := sorted(key for key in _FEATURES - _own_keys(name, family) if config.get(key)):
+    if foreign := sorted(key for key in _FEATURES - family.feature_keys if config.get(key)):
         raise section.error(foreign[0], f"is a feature that {name} does not have")
     if missing := [key for key in _FIELDS.values() if key not in section]:
         raise InputError(f"{source}: {', '.join(missing)} missing; the file does not describe a {name} model")
@@ -190,9 +79,9 @@ def read_config(config: Mapping[str, Any], *, source: str) -> TransformerConfig:
     fields |= _read_heads(section, family, fields["embed_dim"], fields["num_heads"])
     if fields.get("attention_scale_dim") == fields["head_dim"]:
         fields["attention_scale_dim"] = None
-    # transformers reads the first of these as the second.
-    if name == "mixtral" and config.get("num_experts", fields["num_experts"]) != fields["num_experts"]:
-        raise section.error("num_experts", f"contradicts num_local_experts={fields['num_experts']}; remove one of them")
+    for ours, alias in family.aliases.items():
+        if config.get(alias, fields[ours]) != fields[ours]:
+            raise section.error(alias, f"contradicts {family.keys[ours]}={fields[ours]}; remove one of them")
     try:
         return TransformerConfig(
             family=name,
@@ -205,28 +94,27 @@ def read_config(config: Mapping[str, Any], *, source: str) -> TransformerConfig:
 
 
 def _is_one_of(value: Any, allowed: tuple[Any, ...]) -> bool:
-    """Whether a value is among others; unlike in Python, 0 is not False and 1 is not True."""
+    """`value in allowed`, but 0 is not False and 1 is not True."""
     return any(isinstance(value, bool) == isinstance(other, bool) and value == other for other in allowed)
 
 
 def _read_field(section: Section, field: str, key: str, **default: Any) -> Any:
-    if field in _NUMBERS:
-        return section.number(key, _NUMBERS[field], null=field in _NULLABLE, **default)
-    return section.integer(key, _COUNTS.get(field, SIZE), **default)
+    if field in _FLOATS:
+        return section.number(key, _FLOATS[field], null=field in _SOFT_CAPS, **default)
+    return section.integer(key, _INTEGERS.get(field, SIZE), **default)
 
 
-def _read_heads(section: Section, family: _Family, embed_dim: int, num_heads: int) -> dict[str, int]:
+def _read_heads(section: Section, family: Family, embed_dim: int, num_heads: int) -> dict[str, int]:
     """`num_kv_heads` and `head_dim`."""
     num_kv_heads = section.integer("num_key_value_heads", default=family.defaults.get("num_kv_heads"), null=True)
-    head_dim = section.integer(
-        "head_dim", default=family.defaults.get("head_dim"), null="head_dim" not in family.defaults
-    )
+    default = family.defaults.get("head_dim")
+    head_dim = section.integer("head_dim", default=default, null=default is None)
     if head_dim is None and embed_dim % num_heads:
         raise section.error("hidden_size", f"is not a multiple of num_attention_heads={num_heads}; set head_dim")
     return {"num_kv_heads": num_kv_heads or num_heads, "head_dim": head_dim or embed_dim // num_heads}
 
 
-def _read_windows(section: Section, family: _Family, num_layers: int) -> dict[str, Any]:
+def _read_windows(section: Section, family: Family, num_layers: int) -> dict[str, Any]:
     """`sliding_window` and, where layers differ, `windowed_layers`."""
     window = section.integer("sliding_window", default=family.defaults.get("sliding_window"), null=True)
     uses = section.flag("use_sliding_window", default=False)
@@ -241,7 +129,7 @@ def _read_windows(section: Section, family: _Family, num_layers: int) -> dict[st
         raise InputError(
             f"{section.source}: layer_types has {len(types)} entries for num_hidden_layers={num_layers}; give one each"
         )
-    layers = [_LAYER_TYPES[kind] for kind in types or ()]
+    layers = [_LAYER_TYPES[layer] for layer in types or ()]
     if family.windows in ("none", "all") and set(layers) - {bool(window)}:
         name = section.values["model_type"]
         raise InputError(f"{section.source}: layer_types are not all alike, as {name}'s layers are")
@@ -255,15 +143,17 @@ def _read_windows(section: Section, family: _Family, num_layers: int) -> dict[st
         first = section.integer("max_window_layers", _FIRST_LAYER, default=28)
         layers = [layer >= first for layer in range(num_layers)]
     elif types is None:
-        period = 2 if section.values["model_type"] == "gemma2" else section.integer("sliding_window_pattern", default=6)
+        period = family.window_period
+        if isinstance(period, tuple):
+            period = section.integer(period[0], default=period[1])
         layers = [(layer + 1) % period > 0 for layer in range(num_layers)]
     if not any(layers):
         return {"sliding_window": None}
     return {"sliding_window": window, "windowed_layers": () if all(layers) else tuple(layers)}
 
 
-def _read_rope(section: Section, family: _Family) -> dict[str, Any]:
-    """Bases of the rotary embedding and how it is stretched, from the keys of transformers 4 or 5, or both if equal."""
+def _read_rope(section: Section, family: Family) -> dict[str, Any]:
+    """Bases and scaling of the rotary embedding, from the keys of transformers 4 or 5, or both if they agree."""
     keys = ("rope_scaling", "rope_parameters")
     found = [key for key in keys if (given := section.section(key, default=None, null=True)) and given.values]
     readings = [_read_rope_key(section, key, family) for key in found or keys[:1]]
@@ -272,16 +162,16 @@ def _read_rope(section: Section, family: _Family) -> dict[str, Any]:
     return readings[0]
 
 
-def _read_rope_key(section: Section, key: str, family: _Family) -> dict[str, Any]:
+def _read_rope_key(section: Section, key: str, family: Family) -> dict[str, Any]:
     rope = section.section(key, default=None, null=True) or Section({}, source=section.source)
     local = Section({}, source=section.source)
     local_key = family.keys.get("local_rope_theta")
-    if _LAYER_TYPES.keys() & rope.values.keys():  # one entry per kind of layer
+    if _LAYER_TYPES.keys() & rope.values.keys():  # one entry per type of layer
         if not local_key or key != "rope_parameters" or rope.values.keys() - _LAYER_TYPES.keys():
             raise section.error(key, "has entries for kinds of layers, which are not supported there")
         local = rope.section("sliding_attention", default=None, null=True) or local
         rope = rope.section("full_attention", default=None, null=True) or Section({}, source=section.source)
-        if _rope_kind(local) != "default":
+        if _rope_type(local) != "default":
             raise InputError(f"{section.source}: positions stretched in layers with a window are not supported")
     elif local_key and key == "rope_parameters" and rope.values:
         raise section.error(key, f"has no entries for {' and '.join(_LAYER_TYPES)}; give one each")
@@ -296,7 +186,7 @@ def _read_rope_key(section: Section, key: str, family: _Family) -> dict[str, Any
 
 
 def _read_theta(section: Section, key: str, rope: Section, default: float) -> float:
-    """A base, which may be among the other values of the rotary embedding, beside them, or at both places if equal."""
+    """A base, which may be among the rope parameters, beside them, or both if they agree."""
     outer = section.number(key, _BASE, default=None)
     inner = rope.number("rope_theta", _BASE, default=None)
     if None not in (outer, inner) and outer != inner:
@@ -305,47 +195,45 @@ def _read_theta(section: Section, key: str, rope: Section, default: float) -> fl
 
 
 def _read_scaling(section: Section, rope: Section) -> RopeScaling | None:
-    kind = _rope_kind(rope)
-    if kind == "default":
+    rope_type = _rope_type(rope)
+    if rope_type == "default":
         return None
-    values: list[Any] = [rope.number(key, _BASE) for key in _ROPE_KEYS[kind] if key != _ROPE_LENGTH]
-    if _ROPE_LENGTH in _ROPE_KEYS[kind]:
+    values: list[Any] = [rope.number(key, _BASE) for key in _ROPE_KEYS[rope_type] if key != _ROPE_LENGTH]
+    if _ROPE_LENGTH in _ROPE_KEYS[rope_type]:
         values.append(rope.integer(_ROPE_LENGTH))
         if _ROPE_LENGTH in section and section.integer(_ROPE_LENGTH) != values[-1]:
             raise section.error(_ROPE_LENGTH, f"contradicts {values[-1]} of the rope parameters; remove one of them")
     try:
-        return RopeScaling(kind, *values)
+        return RopeScaling(rope_type, *values)
     except InputError as error:
         raise InputError(f"{section.source}: {error}") from error
 
 
-def _rope_kind(rope: Section) -> Any:
-    """How positions are stretched: `default` for not at all, or the kind of a RopeScaling.
-
-    Raises:
-      InputError: The kind is not supported, or lacks a key or has another.
-    """
-    source = rope.source
+def _rope_type(rope: Section) -> Any:
+    """`default`, which scales nothing, or the kind of a RopeScaling; checks that its keys are there and no others."""
     older = rope.text("type", default="default")
-    kind = rope.text("rope_type", default=older)
-    if "type" in rope and older != kind:
+    rope_type = rope.text("rope_type", default=older)
+    if "type" in rope and older != rope_type:
         raise rope.error("rope_type", f"contradicts type={shown(older)}; remove one of them")
-    if kind not in _ROPE_KEYS:
-        raise InputError(f"{source}: rope scaling of type {shown(kind)} is not supported; linear and llama3 are")
-    if missing := [key for key in _ROPE_KEYS[kind] if key not in rope]:
-        raise InputError(f"{source}: rope scaling of type {kind!r} lacks {', '.join(missing)}")
-    unknown = rope.values.keys() - {"rope_type", "type", "rope_theta", *_ROPE_KEYS[kind]}
+    if rope_type not in _ROPE_KEYS:
+        raise InputError(
+            f"{rope.source}: rope scaling of type {shown(rope_type)} is not supported; linear and llama3 are"
+        )
+    keys = _ROPE_KEYS[rope_type]
+    if missing := [key for key in keys if key not in rope]:
+        raise InputError(f"{rope.source}: rope scaling of type {rope_type!r} lacks {', '.join(missing)}")
+    unknown = rope.values.keys() - {"rope_type", "type", "rope_theta", *keys}
     if unknown := sorted(key for key in unknown if not _is_one_of(rope.values[key], _REQUIRED.get(key, (None,)))):
-        raise rope.error(unknown[0], f"is not supported in rope scaling of type {kind!r}")
-    return kind
+        raise rope.error(unknown[0], f"is not supported in rope scaling of type {rope_type!r}")
+    return rope_type
 
 
 def write_config(
     architecture: TransformerConfig, *, dtype: str, bos_id: int | None, eos_id: int | None
 ) -> dict[str, Any]:
-    """The config.json of an architecture, with the keys that transformers 4 and 5 both read.
+    """The config.json of an architecture, for transformers 4 and 5.
 
-    `is_causal` states transformers' default; a key that is present can be overridden to load the bidirectional pass.
+    It states `is_causal`, so that loading can override it for the bidirectional pass.
 
     Raises:
       InputError: The family cannot express the architecture.
@@ -366,10 +254,10 @@ def write_config(
 
 
 def _write(architecture: TransformerConfig) -> dict[str, Any]:
-    family = _FAMILIES[architecture.family]
+    family = FAMILIES[architecture.family]
     activations = {ours: theirs for theirs, ours in _ACTIVATIONS.items()}
     config: dict[str, Any] = {
-        "architectures": [family.model],
+        "architectures": [family.model_class],
         "model_type": architecture.family,
         **{theirs: getattr(architecture, ours) for ours, theirs in {**_FIELDS, **family.keys}.items()},
         "num_key_value_heads": architecture.num_kv_heads,
@@ -383,7 +271,7 @@ def _write(architecture: TransformerConfig) -> dict[str, Any]:
     }
     config["hidden_act"] = config[family.activation[0]]
     if "attention_scale_dim" in family.keys:
-        config["query_pre_attn_scalar"] = architecture.attention_scale_dim or architecture.head_dim
+        config[family.keys["attention_scale_dim"]] = architecture.attention_scale_dim or architecture.head_dim
     if scaling := architecture.rope_scaling:
         config["rope_scaling"] = {"rope_type": scaling.kind, "factor": scaling.factor}
         if scaling.kind == "llama3":
@@ -392,16 +280,14 @@ def _write(architecture: TransformerConfig) -> dict[str, Any]:
                 "high_freq_factor": scaling.high_frequency_factor,
                 "original_max_position_embeddings": scaling.original_length,
             }
-    if family.windows in ("all", "optional", "layers"):
+    if family.windows != "none":
         config["sliding_window"] = architecture.sliding_window
     if family.windows == "layers" and not architecture.sliding_window:
-        config["sliding_window"] = architecture.max_length  # transformers wants one, also where no layer has it
+        config["sliding_window"] = architecture.max_length  # transformers needs one even if no layer uses it
     if family.windows == "optional":
         full = architecture.layer_windows.index(True) if any(architecture.layer_windows) else architecture.num_layers
         config |= {"use_sliding_window": architecture.sliding_window is not None, "max_window_layers": full}
     if family.windows in ("optional", "layers"):
         names = {windowed: name for name, windowed in _LAYER_TYPES.items()}
         config["layer_types"] = [names[windowed] for windowed in architecture.layer_windows]
-    if architecture.family in ("llama", "qwen3", "gemma2", "gemma3_text"):
-        config["attention_bias"] = False
-    return config
+    return config | dict(family.constants)

@@ -1,4 +1,4 @@
-"""The text of an answer, released piece by piece."""
+"""Turns tokens into text piece by piece, as they are written."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ import numpy as np
 from grit_jax.text.tokenizer import Tokenizer
 
 _CONTEXT = 8  # tokens of the prompt
-_UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # what bytes that are no whole character are decoded to
+_UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # the decoder's text for part of a character
 
 
-class Answer:
-    """Text of one answer; a piece is released once later tokens cannot change it.
+class Detokenizer:
+    """The text of one completion; a piece is released once later tokens cannot change it.
 
     Args:
-      tokenizer: Of the model that writes it.
-      prompt_ids: int32 [tokens]; what it continues.
-      stop: The answer ends before this string, or the first of several.
+      tokenizer: The model's tokenizer.
+      prompt_ids: int32 [tokens]; what is continued.
+      stop: The completion ends before this string, or the first of several.
 
     Attributes:
       done: Whether a stop string has ended it.
-      num_tokens: Tokens that it has, up to the one that completes a stop string.
+      num_tokens: Its tokens, up to the one that completes a stop string.
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt_ids: np.ndarray, stop: str | Sequence[str]):
@@ -32,22 +32,17 @@ class Answer:
         self._text, self._released, self.done, self.num_tokens = "", 0, False, 0
 
     def extend(self, tokens: np.ndarray, *, last: bool) -> str:
-        """Adds tokens and returns the text that is certain by now.
-
-        Args:
-          tokens: int32 [tokens].
-          last: Whether there will be no more, so that nothing is held back.
-        """
+        """Adds tokens, int32 [tokens], and returns the text that is certain by now; after the `last`, all of it."""
         if self.done:
             return ""
-        # Token by token where there is a stop string, to know which of them completes it.
+        # Token by token where there is a stop string, to find the one that completes it.
         whole = self._decoded(tokens)
         stops = any(text in whole for text in self._stop)
         for some in np.split(tokens, len(tokens)) if stops and len(tokens) else [tokens]:
             self._text = self._decoded(some)
             self._ids += some.tolist()
             self.num_tokens += len(some)
-            ends = [place for place in map(self._text.find, self._stop) if place >= 0]
+            ends = [index for index in map(self._text.find, self._stop) if index >= 0]
             if ends:
                 self._text, self.done = self._text[: min(ends)], True
                 break
@@ -56,11 +51,11 @@ class Answer:
         return piece
 
     def _decoded(self, more: np.ndarray) -> str:
-        """The text so far with that of more tokens."""
+        """The text of all tokens and `more`."""
         return self._tokenizer.decode([*self._ids, *more.tolist()])[self._skip :]
 
     def _certain(self) -> int:
-        """Length of the text before an unfinished character or what may become a stop string."""
+        """Length of the text before an unfinished character or the beginning of a stop string."""
         end = len(self._text.rstrip(_UNFINISHED))
         for stop in self._stop:
             for length in range(min(len(stop) - 1, end), 0, -1):
@@ -71,7 +66,7 @@ class Answer:
 
 
 def _end_of(ids: list[int], tokenizer: Tokenizer) -> list[int]:
-    """The last few tokens, with which the decoder places spaces; more where they begin within a character."""
+    """The last few tokens, which decide on spaces after them; more if they begin within a character."""
     length = _CONTEXT
     while length < len(ids) and tokenizer.decode(ids[-length:]).startswith(_UNFINISHED):
         length *= 2

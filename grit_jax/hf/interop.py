@@ -1,4 +1,4 @@
-"""What an exported folder holds for tools beside transformers: sentence-transformers, older versions, readers."""
+"""The files of an export for other readers: sentence-transformers, older versions of transformers, people."""
 
 from __future__ import annotations
 
@@ -12,29 +12,47 @@ from typing import Any
 import tokenizers
 
 from grit_jax.config import EmbeddingConfig, TransformerConfig
-from grit_jax.hf.architecture import model_class
+from grit_jax.families import FAMILIES
 from grit_jax.hf.hub import is_hub_id
-from grit_jax.hf.names import PROJECTION
+from grit_jax.hf.tensors import PROJECTION
 from grit_jax.text import prompts
 from grit_jax.text.tokenizer import Tokenizer
 
 REMOTE_CODE_FILE, CARD_FILE, SENTENCE_FILE = "modeling_grit.py", "README.md", "config_sentence_transformers.json"
 SENTENCE_BERT_FILE, DENSE_FOLDER = "sentence_bert_config.json", "2_Dense"
 
-# The rows of the projection, as sentence-transformers' Dense module names them.
+# The projection, as sentence-transformers' Dense module names it.
 DENSE = tuple(dataclasses.replace(row, name=row.name.replace("projection.", "linear.")) for row in PROJECTION)
+
+# `prompts.generation` as a chat template of transformers.
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% set told = namespace(text='', ended=false) %}{% for message in messages %}"
+    "{% if message['role'] in ['system', 'developer'] %}"
+    "{% if told.ended %}{{ raise_exception('a system message must come before all others') }}{% endif %}"
+    "{% set content = message['content'] | trim %}"
+    "{% if content %}{% set told.text = told.text + content + '\\n\\n' %}{% endif %}"
+    "{% elif message['role'] == 'user' %}{{ '<|user|>\\n' + told.text + message['content'] + '\\n' }}"
+    "{% set told.text = '' %}{% set told.ended = true %}"
+    "{% elif message['role'] == 'assistant' %}{{ '<|assistant|>\\n' + message['content'] | trim + eos_token + '\\n' }}"
+    "{% if told.text %}{{ raise_exception('a user message must follow the system message') }}{% endif %}"
+    "{% set told.ended = true %}"
+    "{% else %}{{ raise_exception('roles are system, user and assistant') }}{% endif %}"
+    "{% endfor %}"
+    "{% if told.text %}{{ raise_exception('a user message must follow the system message') }}{% endif %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}"
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class Origin:
-    """How a model was made, as far as that is known; a model card says it.
+    """How a model was made, as far as it is known.
 
     Attributes:
-      base_model: What its training began with: an id on the Hub, or a name.
-      licence: Of that.
-      data: Names of the files it was trained on.
-      step: Steps it was trained for.
-      figures: What was measured at the end, by name.
+      base_model: Id on the Hub, or name, of the model that training began with.
+      licence: Its licence.
+      data: Names of the training files.
+      step: Training steps.
+      figures: Scores at the end, by name.
     """
 
     base_model: str | None = None
@@ -44,12 +62,14 @@ class Origin:
     figures: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 
+UNKNOWN = Origin()
+
 _POOLING_KEYS = {
     "mean": "pooling_mode_mean_tokens",
     "cls": "pooling_mode_cls_token",
     "last_token": "pooling_mode_lasttoken",
 }
-# How the model card names a pooling, and how it computes it.
+# A pooling's description and code in the model card.
 _POOLING_TEXTS = {
     "mean": ("mean over the text's tokens, without prompt and instruction", "hidden[start:].mean(0)"),
     "weighted_mean": (
@@ -59,8 +79,7 @@ _POOLING_TEXTS = {
     "cls": ("hidden state of the first token", "hidden[0]"),
     "last_token": ("hidden state of the last token", "hidden[-1]"),
 }
-_REMOTE_FAMILIES = ("llama", "mistral", "mixtral", "qwen2")
-# The pieces by which vLLM's GritLM class finds the end of the instruction.
+# Tokens by which vLLM's GritLM class finds the end of the instruction.
 _GRITLM_PIECES = ("<s>", "▁<", "<", "|", "embed", ">", "<0x0A>", "user")
 
 
@@ -70,16 +89,15 @@ def has_sentence_pooling(embedding: EmbeddingConfig) -> bool:
 
 
 def loses_window(architecture: TransformerConfig, embedding: EmbeddingConfig) -> bool:
-    """Whether our embedding pass sees past a sliding window that transformers keeps."""
+    """Whether our embedding pass ignores a sliding window that transformers keeps."""
     ignored = architecture.sliding_window is not None and not architecture.window_bidirectional
     return ignored and embedding.attention == "bidirectional"
 
 
 def max_embedding_length(architecture: TransformerConfig, embedding: EmbeddingConfig) -> int:
-    """Tokens up to which transformers' embedding pass equals ours; bidirectional, its window reaches W tokens away."""
-    if not loses_window(architecture, embedding):
-        return architecture.max_length
-    return min(architecture.max_length, (architecture.sliding_window or 0) + 1)
+    """Tokens up to which transformers' embedding pass equals ours; its window reaches W tokens to either side."""
+    window = architecture.sliding_window if loses_window(architecture, embedding) else None
+    return architecture.max_length if window is None else min(architecture.max_length, window + 1)
 
 
 def prompt_texts(instructions: Mapping[str, str]) -> dict[str, str]:
@@ -91,10 +109,7 @@ def prompt_texts(instructions: Mapping[str, str]) -> dict[str, str]:
 def sentence_files(
     architecture: TransformerConfig, embedding: EmbeddingConfig, instructions: Mapping[str, str]
 ) -> dict[str, Any]:
-    """The JSON files of sentence-transformers by name, in the keys that versions from 5.4 on read; see section headers.
-
-    Empty where it does not have the model's pooling.
-    """
+    """The JSON files of sentence-transformers 5.4 and newer, by name; none if it lacks the model's pooling."""
     if not has_sentence_pooling(embedding):
         return {}
     modules = [("", "Transformer"), ("1_Pooling", "Pooling")]
@@ -110,8 +125,8 @@ def sentence_files(
     if embedding.normalized:
         modules.append((f"{len(modules)}_Normalize", "Normalize"))
     files["modules.json"] = [
-        {"idx": number, "name": str(number), "path": path, "type": f"sentence_transformers.models.{kind}"}
-        for number, (path, kind) in enumerate(modules)
+        {"idx": number, "name": str(number), "path": path, "type": f"sentence_transformers.models.{module}"}
+        for number, (path, module) in enumerate(modules)
     ]
     files[SENTENCE_BERT_FILE] = {"max_seq_length": max_embedding_length(architecture, embedding)}
     if embedding.attention == "bidirectional":
@@ -131,14 +146,11 @@ def sentence_files(
 
 
 def remote_code(architecture: TransformerConfig) -> tuple[dict[str, str], str] | None:
-    """`auto_map` and the code of `modeling_grit.py`; None where its mask is not this model's.
-
-    It has no windows in the bidirectional pass.
-    """
+    """`auto_map` and the code of `modeling_grit.py`; None for models with a window in the bidirectional pass."""
     windowed = architecture.windowed_layers or (architecture.sliding_window and architecture.window_bidirectional)
-    if architecture.family not in _REMOTE_FAMILIES or windowed:
+    if windowed or not FAMILIES[architecture.family].remote_code:
         return None
-    family = model_class(architecture).removesuffix("ForCausalLM")
+    family = FAMILIES[architecture.family].model_class.removesuffix("ForCausalLM")
     module = REMOTE_CODE_FILE.removesuffix(".py")
     names = {"AutoModel": f"Grit{family}Model", "AutoModelForCausalLM": f"Grit{family}ForCausalLM"}
     code = string.Template(_template(REMOTE_CODE_FILE)).substitute(family=family)
@@ -151,17 +163,18 @@ def model_card(
     embedding: EmbeddingConfig,
     tokenizer: Tokenizer,
     instructions: Mapping[str, str],
-    origin: Origin = Origin(),
+    origin: Origin = UNKNOWN,
 ) -> str:
     """The folder's README.md: what the model is and how each tool uses it."""
-    bidirectional, family = embedding.attention == "bidirectional", architecture.family
+    bidirectional, family = embedding.attention == "bidirectional", FAMILIES[architecture.family]
     sentence, remote = has_sentence_pooling(embedding), remote_code(architecture) is not None
     limit = max_embedding_length(architecture, embedding)
-    reference_shaped = bidirectional and embedding.projection_dim is None
+    reference_shaped = bidirectional and embedding.projection_dim is None and embedding.pooling == "mean"
+    vllm_embeds = not bidirectional or family.vllm_is_causal
     blocks = {
         "licence": origin.licence is not None,
         "hub_base": is_hub_id(origin.base_model or ""),
-        "origin": origin != Origin(),
+        "origin": origin != UNKNOWN,
         "base": origin.base_model is not None,
         "step": origin.step is not None,
         "data": bool(origin.data),
@@ -172,18 +185,19 @@ def model_card(
         "normalized": embedding.normalized,
         "bidirectional": bidirectional,
         "window": loses_window(architecture, embedding),
-        "gemma2": family == "gemma2",
+        "eager": family.eager,
         "remote": remote and bidirectional,
         "no_remote": not remote and bidirectional,
         "byte_level": sentence and _is_byte_level(tokenizer),
         "caps": sentence and limit < architecture.max_length,
-        "vllm_old": reference_shaped and embedding.pooling == "mean" and _fits_gritlm_class(family, tokenizer),
-        "vllm_honours": not bidirectional or family not in ("mixtral", "gemma2"),
-        "vllm_ignores": bidirectional and family in ("mixtral", "gemma2"),
-        "gritlm": reference_shaped and remote and embedding.pooling == "mean",
+        "vllm_old": reference_shaped and family.vllm_gritlm and _has_gritlm_pieces(tokenizer),
+        "vllm_honours": vllm_embeds,
+        "vllm_ignores": not vllm_embeds,
+        "gritlm": reference_shaped and remote,
     }
     pooling, pooled = _POOLING_TEXTS[embedding.pooling]
-    eager = 'attn_implementation="eager"'
+    bos = f"The tokenizer puts `{tokenizer.bos}` in front." if tokenizer.bos else ""
+    bos = bos or "The model has no first token of its own."
     values = {
         "licence": json.dumps(origin.licence),
         "base": origin.base_model,
@@ -192,21 +206,14 @@ def model_card(
         "figures": "\n".join(f"| `{figure}` | {value:.4g} |" for figure, value in origin.figures.items()),
         "ending": f" - {tokenizer.num_ending}" if tokenizer.ending else "",
         "name": name,
-        "family": family,
+        "family": architecture.family,
         "attention": embedding.attention,
         "pooling": pooling,
         "width": embedding.projection_dim or architecture.embed_dim,
         "length": "of unit length" if embedding.normalized else "not normalised",
-        "bos": " ".join(
-            [
-                f"The tokenizer puts `{tokenizer.bos}` in front."
-                if tokenizer.bos
-                else "The model has no first token of its own.",
-                *([f"It ends every text with `{tokenizer.ending}`."] if tokenizer.ending else []),
-            ]
-        ),
-        "eager": f", {eager}" if family == "gemma2" else "",
-        "sentence_eager": ', model_kwargs={"attn_implementation": "eager"}' if family == "gemma2" else "",
+        "bos": f"{bos} It ends every text with `{tokenizer.ending}`." if tokenizer.ending else bos,
+        "eager": ', attn_implementation="eager"' if family.eager else "",
+        "sentence_eager": ', model_kwargs={"attn_implementation": "eager"}' if family.eager else "",
         "needs": " needs transformers 5.2 or newer" if bidirectional else "",
         "keyword": ", is_causal=False" if bidirectional else "",
         "pooled": pooled,
@@ -220,7 +227,7 @@ def model_card(
 
 
 def older_tokenizer(content: str) -> str:
-    """The tokenizer.json of a tokenizer, with merges as strings: tokenizers before 0.20 know no other form."""
+    """A tokenizer.json with its merges as strings, which tokenizers before 0.20 need."""
     values = json.loads(content)
     merges = values["model"].get("merges") or []
     if all(isinstance(pair, list) and not any(" " in piece for piece in pair) for pair in merges):
@@ -232,10 +239,9 @@ def _is_byte_level(tokenizer: Tokenizer) -> bool:
     return '"ByteLevel"' in json.dumps(json.loads(tokenizer.files()["tokenizer.json"])["pre_tokenizer"])
 
 
-def _fits_gritlm_class(family: str, tokenizer: Tokenizer) -> bool:
-    """Whether vLLM's GritLM class finds the end of the instruction."""
+def _has_gritlm_pieces(tokenizer: Tokenizer) -> bool:
     backend = tokenizers.Tokenizer.from_str(tokenizer.files()["tokenizer.json"])
-    return family in ("llama", "mistral") and all(backend.token_to_id(piece) is not None for piece in _GRITLM_PIECES)
+    return all(backend.token_to_id(piece) is not None for piece in _GRITLM_PIECES)
 
 
 def _template(name: str) -> str:
@@ -243,7 +249,7 @@ def _template(name: str) -> str:
 
 
 def _render(template: str, blocks: Mapping[str, bool], values: Mapping[str, Any]) -> str:
-    """Fills in `$value`; a line `%% block` starts lines that are there if the block is, `%% all` ends them."""
+    """Fills in `$value`; lines from `%% block` to the next `%%` are kept if the block is; those of `%% all` always."""
     lines, kept = [], True
     for line in template.splitlines():
         if line.startswith("%% "):

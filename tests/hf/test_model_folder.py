@@ -11,10 +11,9 @@ import tokenizers
 
 from grit_jax.config import EmbeddingConfig, MeshConfig, TransformerConfig
 from grit_jax.errors import InputError
-from grit_jax.hf.architecture import read_config
-from grit_jax.hf.export import save_folder
-from grit_jax.hf.folder import open_folder
-from grit_jax.hf.targets import older_tokenizer
+from grit_jax.hf.config_json import read_config
+from grit_jax.hf.interop import older_tokenizer
+from grit_jax.hf.model_folder import open_folder, save_folder
 from grit_jax.inference.model import GritModel
 from grit_jax.model.pretrained import Pretrained
 from grit_jax.model.transformer import abstract_model, abstract_params, bind, init_params, param_axes

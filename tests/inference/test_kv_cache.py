@@ -5,10 +5,9 @@ import pytest
 
 from grit_jax.config import EmbeddingConfig, RopeScaling
 from grit_jax.errors import InputError
-from grit_jax.inference.caching import joined
+from grit_jax.inference.kv_cache import concatenate
 from grit_jax.model.transformer import KVCache, stack_layers
 from grit_jax.text import prompts
-from grit_jax.text.prompts import Prompt
 from tests.models import make
 
 TEXTS = ["one", "a second text " * 9, "three", "x"]
@@ -39,7 +38,7 @@ def alike(ours, theirs):
 def test_vectors_are_those_of_encode_and_batch_mates_do_not_change_keys(kind, stacked):
     model = make(embedding=EmbeddingConfig(pooling="weighted_mean", projection_dim=8), **KINDS[kind])
     if stacked:
-        model.params = stack_layers(model.params)
+        model.runner.params = stack_layers(model.params)
     found = model.encode_with_caches(TEXTS, instruction="find", max_length=60)
     vectors = model.encode(TEXTS, instruction="find", max_length=60)
     assert np.abs(np.stack([cached.vector for cached in found]) - vectors).max() < 2e-5
@@ -84,7 +83,7 @@ def test_corrected_keys_are_those_of_the_positions_behind_the_first_text(kind):
     )
     ((_, read_together),) = model.embed_with_caches([whole])
     own, corrected = (
-        joined([first.cache, second.cache], model.architecture, corrected=corrected) for corrected in (False, True)
+        concatenate([first.cache, second.cache], model.architecture, corrected=corrected) for corrected in (False, True)
     )
     # In the first layer keys depend on a token and its position alone.
     assert close(corrected.keys[0], read_together.cache.keys[0])
@@ -100,39 +99,16 @@ def test_corrected_keys_are_those_of_the_positions_behind_the_first_text(kind):
 def test_the_window_has_its_own_base_when_keys_are_moved_on():
     model = make(**ROTATIONS["two bases"])
     (cached,) = model.encode_with_caches(["some text"])
-    moved = joined([cached.cache, cached.cache], model.architecture, corrected=True)
-    plain = joined([cached.cache, cached.cache], make().architecture, corrected=True)
+    moved = concatenate([cached.cache, cached.cache], model.architecture, corrected=True)
+    plain = concatenate([cached.cache, cached.cache], make().architecture, corrected=True)
     assert not close(moved.keys[0], plain.keys[0], 1e-3)
     assert close(moved.keys[1], plain.keys[1])
 
 
-@pytest.mark.parametrize("split", [True, False])
-def test_a_text_after_causal_keys_is_as_likely_as_in_one_piece(split):
-    model = make(embedding=EmbeddingConfig(attention="causal"), sliding_window=16)
-    if not split:
-        model.params = stack_layers(model.params)
-    (cached,) = model.encode_with_caches(["what came before"])
-    after = "\nmore and the end"
-    (prompt,) = prompts.tokenize([Prompt(after, ((9, len(after)),))], model.tokenizer)
-    value, count = model.log_likelihood_after(cached.cache, prompt)
-    whole = prompts.embedding("what came before", bos="<s>").text
-    expected = model.log_likelihoods([whole.removeprefix("<s>") + after[:9]], [after[9:]], raw=True)
-    assert count == expected.num_tokens[0] == 8
-    assert value == pytest.approx(expected.values[0], rel=1e-4)
-    (alone,) = prompts.tokenize([Prompt("<s>" + after, ((12, 3 + len(after)),))], model.tokenizer)
-    expected = model.log_likelihoods([after[:9]], [after[9:]], raw=True)
-    assert model.log_likelihood_after(None, alone)[0] == pytest.approx(expected.values[0], rel=1e-4)
-
-
-def test_what_does_not_fit_is_refused():
-    model = make(max_length=64)
-    (cached,) = model.encode_with_caches(["x" * 40])
-    (prompt,) = prompts.tokenize([Prompt("y" * 20, ((5, 20),))], model.tokenizer)
-    with pytest.raises(InputError, match="51 cached tokens and 20 more are over the model's 64; shorten the text"):
-        model.log_likelihood_after(cached.cache, prompt)
+def test_an_empty_text_is_refused():
     with pytest.raises(InputError, match="text 1 is empty; leave it out"):
-        model.encode_with_caches(["a", ""])
+        make().encode_with_caches(["a", ""])
 
 
-def test_nothing_joined_is_nothing():
-    assert joined([], make().architecture, corrected=True) is None
+def test_no_texts_have_no_keys_and_values():
+    assert concatenate([], make().architecture, corrected=True) is None
