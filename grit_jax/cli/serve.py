@@ -76,14 +76,13 @@ def run(args: argparse.Namespace) -> int:
         import uvicorn
 
         from grit_jax.serve.app import Server
-        from grit_jax.serve.connection import PatientProtocol
-        from grit_jax.serve.guards import check_api_key, check_host
+        from grit_jax.serve.guards import StrictProtocol, check_api_key, check_host
         from grit_jax.serve.service import Limits
     except ModuleNotFoundError as error:
         raise InputError(f"the server needs {error.name}; {install('serve')}") from error
     from grit_jax.inference.model import GritModel
-    from grit_jax.retrieval.layout import Store
     from grit_jax.retrieval.rag import Rag
+    from grit_jax.retrieval.store import Store
 
     api_key = os.environ.get(_KEY)
     if api_key is not None:
@@ -117,7 +116,7 @@ def run(args: argparse.Namespace) -> int:
     # failure.
     signal.signal(signal.SIGTERM, lambda *_: None)
     config = uvicorn.Config(
-        server.app, http=PatientProtocol, log_config=None, access_log=False, timeout_graceful_shutdown=args.drain
+        server.app, http=StrictProtocol, log_config=None, access_log=False, timeout_graceful_shutdown=args.drain
     )
     uvicorn.Server(config).run([listening])
     return 0

@@ -16,9 +16,9 @@ from grit_jax.evaluation import metrics
 from grit_jax.evaluation.bm25 import Bm25
 from grit_jax.evaluation.data import existing, read_rows
 from grit_jax.evaluation.task import EmbeddingTask, Outcome, Session
+from grit_jax.retrieval.documents import parse_document
 from grit_jax.retrieval.exact_search import Searchable
-from grit_jax.retrieval.layout import Document
-from grit_jax.retrieval.vectors import Dtype, pack
+from grit_jax.retrieval.quantization import Dtype, pack
 
 _SHALLOW, _DEEP = 10, 100  # ranks that figures look at
 
@@ -70,12 +70,13 @@ def read_corpus(path: Path, judged: Container[str] | None = None) -> dict[str, s
     """
     documents: dict[str, str] = {}
     for row in read_rows(path):
-        name = row.get("_id")
+        document = parse_document(row.values, row.where, id_required=True)
+        name = document.id
         if name in documents:
             if judged is None or name in judged:
                 raise InputError(f"{row.where}: '_id' {name!r} comes a second time; ids must differ")
             name = f"{name} at {row.where}"
-        documents[name] = Document(name, row.values.get("title") or "", row.get("text")).embedded
+        documents[name] = document.embedded
     return documents
 
 

@@ -10,7 +10,7 @@ from grit_jax.data.lines import is_blank, read_lines, read_text, read_text_lines
 from grit_jax.data.rows import Failed, read_cells, read_objects
 from grit_jax.data.sources import open_source
 from grit_jax.errors import InputError
-from grit_jax.retrieval.corpus import read_corpus
+from grit_jax.retrieval.documents import read_corpus
 
 BOM = "\ufeff"
 # What other readers take for the end of a line, what may be before it, and what says nothing.
