@@ -95,9 +95,8 @@ async def embed(service: Service, request: EmbeddingRequest, caller: Caller) -> 
         message = f"dimensions: vectors of this model have {embed_dim}; leave it out"
         raise RequestError(400, message, param="dimensions")
     instruction = _instruction(service, request)
-    prompts = await service.embedding_prompts(
-        await asyncio.to_thread(_texts, service, request.input), instruction, truncate=request.truncate
-    )
+    texts = await asyncio.to_thread(_texts, service, request.input)
+    prompts = await service.embedding_prompts(texts, instruction, truncate=request.truncate)
     vectors = await service.embed(prompts, caller)
     encode = _base64 if request.encoding_format == "base64" else np.ndarray.tolist
     data = ({"object": "embedding", "index": i, "embedding": encode(x)} for i, x in enumerate(vectors))

@@ -141,7 +141,7 @@ class Scheduler:
         self._sinks: dict[Continuation, _Sink] = {}
         self._calls = FairQueue[Callable[[], None]]()
         self._admitted: dict[Skill, Counter[str]] = {"embed": Counter(), "write": Counter()}
-        self._on_failure: dict[object, Callable[[Exception], None]] = {}
+        self._failure_callbacks: dict[object, Callable[[Exception], None]] = {}
         self._stopped = False
         self._thread = threading.Thread(target=self._run, name="device", daemon=True)
         self.failure: RequestError | None = None
@@ -194,7 +194,7 @@ class Scheduler:
             for index, text in enumerate(texts):
                 self._texts.put(caller, _Text(job, index, text))
 
-        with self._on_failure_call(lambda error: _settle(job.future, error=error)):
+        with self._fails_through(lambda error: _settle(job.future, error=error)):
             self._command(submit)
             return await job.future
 
@@ -223,7 +223,7 @@ class Scheduler:
             self._remove(continuation)
             self._engine.cancel(continuation)
 
-        with self._on_failure_call(put):
+        with self._fails_through(put):
             self._command(submit)
             try:
                 while True:
@@ -254,21 +254,21 @@ class Scheduler:
             except Exception as error:  # this request's own
                 _settle(future, error=error)
 
-        with self._on_failure_call(lambda error: _settle(future, error=error)):
+        with self._fails_through(lambda error: _settle(future, error=error)):
             self._command(lambda: self._calls.put(caller, run))
             return await future
 
     @contextmanager
-    def _on_failure_call(self, fail: Callable[[Exception], None]) -> Generator[None]:
+    def _fails_through(self, fail: Callable[[Exception], None]) -> Generator[None]:
         """Calls `fail` if the model fails meanwhile."""
         key = object()
-        self._on_failure[key] = fail  # before the look at `failure`, which the thread sets before it calls these
+        self._failure_callbacks[key] = fail  # before the look at `failure`, which the thread sets before it calls these
         try:
             if self.failure:
                 raise self.failure
             yield
         finally:
-            del self._on_failure[key]
+            del self._failure_callbacks[key]
 
     def _command(self, action: Callable[[], None]) -> None:
         with self._wake:
@@ -299,7 +299,7 @@ class Scheduler:
         except Exception:  # the device's, whose state is lost
             _log.exception("the model failed; every request is answered with 503 from now on")
             self.failure = RequestError(503, "the model has failed; see the server's log", "model_failed")
-            for fail in list(self._on_failure.values()):
+            for fail in list(self._failure_callbacks.values()):
                 fail(self.failure)
 
     def _end_if_stopped(self, _: int) -> None:
