@@ -92,5 +92,5 @@ def parse_document(row: Mapping[str, Any], where: str, *, id_required: bool) -> 
 
 
 def text_key(document: Document) -> bytes:
-    """16 bytes that are equal for documents of which the model reads the same text."""
+    """16 bytes, equal for documents with the same `embedded` text."""
     return hashlib.blake2b(document.embedded.encode(), digest_size=16).digest()

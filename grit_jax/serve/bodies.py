@@ -86,7 +86,7 @@ class Bodies:
         while size > self._free:
             longest = next((other for other in self._arriving if other.size), body)
             if longest is body:
-                message = "the requests under way fill the server's memory; try again later"
+                message = "the requests in progress fill the server's memory; try again later"
                 raise RequestError(503, message, "overloaded")
             longest.dropped = True
             longest.deadline.reschedule(0)

@@ -146,12 +146,12 @@ class ChatRequest(GenerationRequest):
     store: Annotated[Any, only(False, because="nothing is stored")] = None
     service_tier: Annotated[Any, only("auto", "default", because="there is one tier")] = None
     reasoning_effort: Annotated[Any, only("none", because="the model does not reason before it answers")] = None
-    verbosity: Annotated[Any, only("medium", because="the model writes as much as it does")] = None
+    verbosity: Annotated[Any, only("medium", because="the model has no levels of verbosity")] = None
 
     @model_validator(mode="after")
     def _has_logprobs(self) -> Self:
         if self.top_logprobs and not self.logprobs:
-            raise ValueError("top_logprobs is told with logprobs alone; send logprobs: true too")
+            raise ValueError("top_logprobs needs logprobs; send logprobs: true too")
         return self
 
     @property

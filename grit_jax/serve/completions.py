@@ -33,7 +33,7 @@ class CompletionRequest(GenerationRequest):
     max_tokens: Annotated[int, Field(ge=1)] | None = 16
     logprobs: Annotated[int, Field(ge=0, le=TOP_LOGPROBS)] | None = None
     echo: Annotated[Any, only(False, because="the prompt is not repeated")] = None
-    best_of: Annotated[Any, only(1, because="every answer that is written is told")] = None
+    best_of: Annotated[Any, only(1, because="all choices are returned")] = None
     suffix: Annotated[Any, only("", because="a text is continued at its end")] = None
 
 

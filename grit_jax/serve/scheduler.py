@@ -173,7 +173,7 @@ class Scheduler:
         admitted = self._admitted[skill]
         total = admitted.total()
         if total >= (self._queue if admitted[client] else 2 * self._queue):
-            raise RequestError(429, f"{total} such requests wait or are under way; try again later", "queue_full")
+            raise RequestError(429, f"{total} such requests wait or are in progress; try again later", "queue_full")
         admitted[client] += 1
         try:
             yield
