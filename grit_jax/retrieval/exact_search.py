@@ -18,22 +18,14 @@ _SMALLEST_K, _GROWTH = 16, 8  # of the first program, and the factor from one pr
 _PASSAGES_AT_ONCE = 16384  # of a device: converted to float32 and sorted at a time
 
 
-class Rows(Protocol):
+class _Rows(Protocol):
     """A NumPy array [rows, ...], or an object that reads slices of one from disk."""
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        """As of an array."""
-        ...
-
+    def shape(self) -> tuple[int, ...]: ...
     @property
-    def dtype(self) -> Any:
-        """As of an array."""
-        ...
-
-    def __getitem__(self, rows: slice, /) -> np.ndarray:
-        """As of an array."""
-        ...
+    def dtype(self) -> Any: ...
+    def __getitem__(self, rows: slice, /) -> np.ndarray: ...
 
 
 class Searchable:
@@ -46,7 +38,7 @@ class Searchable:
       scales: float32 [passages], the factor of each int8 vector; None for other types.
     """
 
-    def __init__(self, vectors: Rows, scales: Rows | None = None):
+    def __init__(self, vectors: _Rows, scales: _Rows | None = None):
         devices = jax.local_devices()
         self._mesh = jax.make_mesh((len(devices),), ("passages",), devices=devices, axis_types=(AxisType.Auto,))
         self._size = vectors.shape[0]
@@ -54,7 +46,7 @@ class Searchable:
         share += -share % min(share, _PASSAGES_AT_ONCE)
         self._passages = tuple(self._split(rows, share) for rows in (vectors, scales) if rows is not None)
 
-    def _split(self, rows: Rows, share: int) -> jax.Array:
+    def _split(self, rows: _Rows, share: int) -> jax.Array:
         """`rows`, padded with zeros, `share` on each device; the host holds those of one device at a time."""
         pieces = []
         for index, device in enumerate(self._mesh.devices.flat):

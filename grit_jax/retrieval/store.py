@@ -13,18 +13,10 @@ import safetensors
 from grit_jax import files
 from grit_jax.errors import InputError
 from grit_jax.model.transformer import KVCache
-from grit_jax.retrieval import kv_file
+from grit_jax.retrieval import kv_file, store_files
 from grit_jax.retrieval.documents import Document
 from grit_jax.retrieval.manifest import MANIFEST, DamagedError, read_manifest, refuse_bucket
-from grit_jax.retrieval.store_files import (
-    DOCUMENT_ENDS,
-    data_file,
-    data_files,
-    document_of_line,
-    read_documents,
-    read_duplicates,
-    verify,
-)
+from grit_jax.retrieval.store_files import data_file
 
 
 class ShardedRows:
@@ -96,22 +88,22 @@ class Store:
         path = data_file(self.folder, "documents", shard)
         with _reading(path, row):
             with safetensors.safe_open(data_file(self.folder, "vectors", shard), "np") as file:
-                ends = file.get_slice(DOCUMENT_ENDS)[max(0, index - 1) : index + 1].tolist()
+                ends = file.get_slice(store_files.DOCUMENT_ENDS)[max(0, index - 1) : index + 1].tolist()
             begin = ends[0] if index else 0
             with files.open_binary(path) as file:
                 file.seek(begin)
-                return document_of_line(file.read(ends[-1] - begin))
+                return store_files.document_of_line(file.read(ends[-1] - begin))
 
     def documents(self) -> Iterator[Document]:
         """All documents, row by row."""
         for index, shard in enumerate(self._manifest.shards):
-            yield from read_documents(self.folder, index, shard)
+            yield from store_files.read_documents(self.folder, index, shard)
 
     @functools.cached_property
     def duplicates(self) -> dict[int, list[str]]:
         """Ids of documents that repeat the text of a row, by row."""
         found: dict[int, list[str]] = {}
-        for name, row in read_duplicates(self.folder, self._manifest):
+        for name, row in store_files.read_duplicates(self.folder, self._manifest):
             found.setdefault(row, []).append(name)
         return found
 
@@ -159,8 +151,8 @@ class Store:
 
     def _verify(self, *, caches: bool) -> None:
         """Compares the files of keys and values, or all others, with their checksums."""
-        named = data_files(self.folder, self._manifest)
-        verify({path: sha for path, sha in named.items() if path.name.startswith("caches") == caches})
+        named = store_files.data_files(self.folder, self._manifest)
+        store_files.verify({path: sha for path, sha in named.items() if path.name.startswith("caches") == caches})
 
 
 @contextmanager

@@ -20,19 +20,9 @@ from starlette.routing import Route
 
 from grit_jax.inference.model import GritModel
 from grit_jax.retrieval.rag import Rag
+from grit_jax.serve import chat, completions, embeddings
 from grit_jax.serve.bodies import Bodies
-from grit_jax.serve.chat import ChatRequest, chat
-from grit_jax.serve.completions import CompletionRequest, complete
 from grit_jax.serve.counters import Counters
-from grit_jax.serve.embeddings import (
-    MOST_HITS,
-    EmbeddingRequest,
-    RerankRequest,
-    SearchRequest,
-    embed,
-    rerank,
-    search,
-)
 from grit_jax.serve.endpoint import Endpoint, as_json
 from grit_jax.serve.fairness import FairSemaphore
 from grit_jax.serve.guards import KnownHosts, check_authorization
@@ -58,12 +48,7 @@ class Server:
 
     Args:
       model: The model.
-      name: Its name for clients.
-      limits: The limits of requests.
-      instructions: Named instructions of `/v1/embeddings`.
-      rag: The store for search and answers; None for none.
-      api_key: The key that clients must send; None for none.
-      hosts: Names of the server beside this machine's own; see `KnownHosts`.
+      hosts: Names of the server beside this machine's own; see `KnownHosts`. The other arguments are `Service`'s.
 
     Attributes:
       app: The ASGI application. Its lifespan starts and stops the model's thread, which compiles first.
@@ -102,11 +87,11 @@ class Server:
             }
         )
         endpoints = {
-            "/v1/embeddings": Endpoint(service, EmbeddingRequest, embed, "embed"),
-            "/v1/rerank": Endpoint(service, RerankRequest, rerank, "embed"),
-            "/v1/search": Endpoint(service, SearchRequest, search, "embed"),
-            "/v1/chat/completions": Endpoint(service, ChatRequest, chat, "write"),
-            "/v1/completions": Endpoint(service, CompletionRequest, complete, "write"),
+            "/v1/embeddings": Endpoint(service, embeddings.EmbeddingRequest, embeddings.embed, "embed"),
+            "/v1/rerank": Endpoint(service, embeddings.RerankRequest, embeddings.rerank, "embed"),
+            "/v1/search": Endpoint(service, embeddings.SearchRequest, embeddings.search, "embed"),
+            "/v1/chat/completions": Endpoint(service, chat.ChatRequest, chat.chat, "write"),
+            "/v1/completions": Endpoint(service, completions.CompletionRequest, completions.complete, "write"),
         }
         self.app = Starlette(
             routes=[
@@ -147,7 +132,7 @@ class Server:
         service.model.warm_up_embedding(longest, compiled)
         self._engine.warm_up(compiled)
         if service.rag:
-            service.rag.retriever.warm_up(MOST_HITS, compiled)
+            service.rag.retriever.warm_up(embeddings.MOST_HITS, compiled)
             service.rag.warm_up(longest, compiled)
         self._is_warm = True
         _log.info("ready: %d programs in %.1f s", self._num_compiled, time.monotonic() - started)

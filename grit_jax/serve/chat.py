@@ -55,12 +55,7 @@ class Message(StrictModel):
     Attributes:
       role: Who speaks.
       content: The text; an assistant's may be null.
-      name: Not used.
-      tool_calls: None.
-      function_call: None.
-      refusal: None.
-      annotations: None.
-      audio: None.
+      name: Not used; the other fields must be empty.
     """
 
     role: Annotated[str, BeforeValidator(_role)]
@@ -110,21 +105,8 @@ class ChatRequest(GenerationRequest):
       logprobs: Whether the response has the tokens' log p.
       top_logprobs: Number of likeliest tokens beside each.
       retrieval: How the message is answered from documents; null continues the conversation.
-      metadata: Not used.
-      safety_identifier: Not used.
-      prompt_cache_key: Not used.
-      parallel_tool_calls: Not used.
-      response_format: Only text.
-      modalities: Only text.
-      audio: None.
-      tools: None.
-      tool_choice: None.
-      functions: None.
-      function_call: None.
-      store: Only false.
-      service_tier: Only the default.
-      reasoning_effort: None.
-      verbosity: Only the default.
+
+    The fields from `metadata` to `parallel_tool_calls` are not used; those after them must ask for what happens anyway.
     """
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=_MOST_PARTS, fail_fast=True)]

@@ -56,10 +56,7 @@ class GenerationRequest(ModelRequest):
       seed: Of the draws; choice i of a prompt has seed + i. Without it, choices differ from request to request.
       stream: Whether the response is sent while it is generated.
       stream_options: How; not used without `stream`.
-      user: Not used.
-      frequency_penalty: Only 0.
-      presence_penalty: Only 0.
-      logit_bias: Only an empty one.
+      user: Not used; the fields after it must ask for what happens anyway.
     """
 
     max_tokens: Annotated[int, Field(ge=1)] | None = None

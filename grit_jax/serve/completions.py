@@ -24,9 +24,8 @@ class CompletionRequest(GenerationRequest):
       prompt: A text or several, or tokens of this model.
       max_tokens: Most new tokens of a choice.
       logprobs: Number of likeliest tokens beside each; null sends no log p.
-      echo: Not offered.
-      best_of: Not offered.
-      suffix: Not offered.
+
+    The other fields must ask for what happens anyway.
     """
 
     prompt: Inputs
