@@ -90,7 +90,8 @@ def run(args: argparse.Namespace) -> int:
     for host in args.allow_host:
         check_host(host, source="--allow-host")
     listening = _bound(args.host, args.port)
-    logging.basicConfig(format="%(message)s", force=True)  # JAX has set up its own
+    # Of libraries only errors; `force` because JAX has set up its own handler.
+    logging.basicConfig(format="%(message)s", level=logging.ERROR, force=True)
     logging.getLogger("grit_jax").setLevel(logging.INFO)
     model = GritModel.load(args.model, mesh=mesh, dtype=args.dtype)
     limit = model.architecture.max_length
