@@ -51,8 +51,8 @@ from grit_jax.inference.decode import empty_state, extend, write_prefix
 from grit_jax.inference.engine import Continuation, Engine, LaneSize
 from grit_jax.model.transformer import KVCache, init_params
 from grit_jax.parallel import sharding
-from grit_jax.retrieval.layout import Store
 from grit_jax.retrieval.rag import Positions, Prepared, Rag
+from grit_jax.retrieval.store import Store
 from grit_jax.text import prompts
 from grit_jax.text.prompts import RagMethod
 from grit_jax.text.tokenizer import Tokenizer

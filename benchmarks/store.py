@@ -16,7 +16,7 @@ import common
 import numpy as np
 
 from grit_jax.retrieval.exact_search import Searchable
-from grit_jax.retrieval.vectors import DTYPES, pack
+from grit_jax.retrieval.quantization import DTYPES, pack
 
 QUERIES, BEST = 64, 10
 

@@ -43,9 +43,9 @@ def run(args: argparse.Namespace) -> int:
     refuse_empty(args.query)
 
     from grit_jax.inference.model import GritModel
-    from grit_jax.retrieval.layout import Store
     from grit_jax.retrieval.rag import Rag
     from grit_jax.retrieval.retriever import as_json
+    from grit_jax.retrieval.store import Store
 
     store = Store(args.store)
     rag = Rag(GritModel.load(args.model), store, name=args.model)

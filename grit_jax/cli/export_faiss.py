@@ -25,7 +25,7 @@ def run(args: argparse.Namespace) -> int:
         raise InputError(f"{args.output}: must end in .faiss")
 
     from grit_jax.retrieval.faiss_export import export_faiss
-    from grit_jax.retrieval.layout import Store
+    from grit_jax.retrieval.store import Store
 
     store = Store(args.store)
     ids = export_faiss(store, Path(args.output))

@@ -10,7 +10,7 @@ from grit_jax.cli.arguments import refuse_not_positive
 from grit_jax.cli.overrides import refuse_unknown
 from grit_jax.cli.progress import progress_bar
 from grit_jax.config import parse_config
-from grit_jax.retrieval.vectors import DTYPES
+from grit_jax.retrieval.quantization import DTYPES
 from grit_jax.text.prompts import CACHE_FORMS
 
 HELP = "embed a corpus into a store that can be searched; run again, it goes on or adds what is new"
@@ -63,8 +63,8 @@ def run(args: argparse.Namespace) -> int:
     import jax
 
     from grit_jax.inference.model import GritModel
-    from grit_jax.retrieval.corpus import find_corpus
-    from grit_jax.retrieval.growing import Wanted, add_documents, add_vectors, own_rows, sole_indexer
+    from grit_jax.retrieval.documents import find_corpus
+    from grit_jax.retrieval.ingest import Wanted, add_documents, add_vectors, own_rows, sole_indexer
 
     corpus = distributed.in_first_process(lambda: find_corpus(args.corpus)) or []
     with sole_indexer(args.store) as writer:

@@ -37,8 +37,8 @@ def run(args: argparse.Namespace) -> int:
     refuse_empty(queries)
 
     from grit_jax.inference.model import GritModel
-    from grit_jax.retrieval.layout import Store
     from grit_jax.retrieval.retriever import Retriever, as_json
+    from grit_jax.retrieval.store import Store
 
     store = Store(args.store)
     retriever = Retriever(GritModel.load(args.model), store, name=args.model)

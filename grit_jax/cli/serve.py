@@ -76,14 +76,13 @@ def run(args: argparse.Namespace) -> int:
         import uvicorn
 
         from grit_jax.serve.app import Server
-        from grit_jax.serve.connection import PatientProtocol
-        from grit_jax.serve.guards import check_api_key, check_host
+        from grit_jax.serve.guards import StrictProtocol, check_api_key, check_host
         from grit_jax.serve.service import Limits
     except ModuleNotFoundError as error:
         raise InputError(f"the server needs {error.name}; {install('serve')}") from error
     from grit_jax.inference.model import GritModel
-    from grit_jax.retrieval.layout import Store
     from grit_jax.retrieval.rag import Rag
+    from grit_jax.retrieval.store import Store
 
     api_key = os.environ.get(_KEY)
     if api_key is not None:
@@ -91,7 +90,8 @@ def run(args: argparse.Namespace) -> int:
     for host in args.allow_host:
         check_host(host, source="--allow-host")
     listening = _bound(args.host, args.port)
-    logging.basicConfig(format="%(message)s", force=True)  # JAX has set up its own
+    # Of libraries only errors; `force` because JAX has set up its own handler.
+    logging.basicConfig(format="%(message)s", level=logging.ERROR, force=True)
     logging.getLogger("grit_jax").setLevel(logging.INFO)
     model = GritModel.load(args.model, mesh=mesh, dtype=args.dtype)
     limit = model.architecture.max_length
@@ -117,7 +117,7 @@ def run(args: argparse.Namespace) -> int:
     # failure.
     signal.signal(signal.SIGTERM, lambda *_: None)
     config = uvicorn.Config(
-        server.app, http=PatientProtocol, log_config=None, access_log=False, timeout_graceful_shutdown=args.drain
+        server.app, http=StrictProtocol, log_config=None, access_log=False, timeout_graceful_shutdown=args.drain
     )
     uvicorn.Server(config).run([listening])
     return 0

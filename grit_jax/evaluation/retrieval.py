@@ -15,9 +15,9 @@ from grit_jax.errors import InputError
 from grit_jax.evaluation.reading import existing, read_records
 from grit_jax.evaluation.scores import ndcg, recall, reciprocal_rank
 from grit_jax.evaluation.task import EmbeddingTask, Outcome, Session
+from grit_jax.retrieval.documents import parse_document
 from grit_jax.retrieval.exact_search import Searchable
-from grit_jax.retrieval.layout import Document
-from grit_jax.retrieval.vectors import Dtype, pack
+from grit_jax.retrieval.quantization import Dtype, pack
 
 _SHALLOW, _DEEP = 10, 100  # ranks that scores look at
 
@@ -68,12 +68,13 @@ def read_corpus(path: Path, judged: Container[str] | None = None) -> dict[str, s
     """
     documents: dict[str, str] = {}
     for record in read_records(path):
-        name = record.get("_id")
+        document = parse_document(record.values, record.where, id_required=True)
+        name = document.id
         if name in documents:
             if judged is None or name in judged:
                 raise InputError(f"{record.where}: '_id' {name!r} comes a second time; ids must differ")
             name = f"{name} at {record.where}"
-        documents[name] = Document(name, record.values.get("title") or "", record.get("text")).embedded
+        documents[name] = document.embedded
     return documents
 
 

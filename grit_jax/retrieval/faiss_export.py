@@ -1,4 +1,4 @@
-"""A store as an index of FAISS, for those whose corpus has outgrown exact search."""
+"""A store as a FAISS index, for corpora that have outgrown exact search."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from typing import Any
 
 from grit_jax import files
 from grit_jax.errors import InputError, install
-from grit_jax.retrieval.layout import Store
-from grit_jax.retrieval.vectors import unpack
+from grit_jax.retrieval.quantization import unpack
+from grit_jax.retrieval.store import Store
 
 _ROWS_AT_ONCE = 65536
 
 
 def export_faiss(store: Store, path: Path) -> Path:
-    """Writes an `IndexFlatIP` of the values that a store keeps and, beside it, each row's id: a JSON string a line.
+    """Writes an `IndexFlatIP` of a store's values and, beside it, each row's id: a JSON string a line.
 
     FAISS holds all vectors in memory, in float32.
 
     Args:
-      store: What is exported.
-      path: The index.
+      store: The store.
+      path: File of the index.
 
     Returns:
       The file of the ids.

@@ -1,13 +1,12 @@
-"""Answers from a store: what is found is read anew, or gone on from with the keys and values of the embedding pass.
+"""Answers from a store: the model reads the documents anew, or continues the keys and values of their embedding pass.
 
-What a cached text and the text after it read is `prompts.rag`. The embedding pass is bidirectional, so that answers
-from its keys and values are not those of a causal pass over the same tokens; with a model whose embedding pass is
-causal, or once a document has been read causally (`Rag.read_causally`), they are.
+`prompts.rag` is the text of a prompt and of what follows a cached text. A bidirectional embedding pass gives other keys
+and values than a causal pass over the same tokens, so the answers differ; they agree for a model with a causal
+embedding pass, or once `Rag.read_causally` has read the document.
 """
 
 from __future__ import annotations
 
-import functools
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -21,20 +20,22 @@ from grit_jax.inference.engine import Continuation
 from grit_jax.inference.kv_cache import concatenate
 from grit_jax.inference.model import GritModel
 from grit_jax.model.transformer import KVCache
-from grit_jax.retrieval.layout import DamagedError, Document, Store
+from grit_jax.retrieval.documents import Document
+from grit_jax.retrieval.manifest import DamagedError
 from grit_jax.retrieval.retriever import Hit, Retriever
+from grit_jax.retrieval.store import Store
 from grit_jax.text import prompts
 from grit_jax.text.prompts import Positions, RagMethod
 
 
 class Prepared(NamedTuple):
-    """What the model goes on from.
+    """What an answer continues.
 
     Attributes:
-      prefix: Keys and values, numpy [layers, tokens, kv_heads, head_dim]; None for nothing.
-      text: What is read after them.
-      tokens: int32 [tokens] of it.
-      hits: The documents that are used, best first.
+      prefix: Keys and values, numpy [layers, tokens, kv_heads, head_dim]; None for none.
+      text: The text after them.
+      tokens: int32 [tokens] of the text.
+      hits: The documents used, best first.
     """
 
     prefix: KVCache | None
@@ -48,8 +49,8 @@ class Answered(NamedTuple):
 
     Attributes:
       text: The answer, after `The answer is`.
-      hits: The documents that it was made from, best first.
-      num_cached: Tokens whose keys and values were there.
+      hits: The documents used, best first.
+      num_cached: Tokens with cached keys and values.
       num_read: Tokens that were read.
     """
 
@@ -62,20 +63,19 @@ class Answered(NamedTuple):
 class Rag:
     """Answers queries from a store with the model that made it.
 
-    To be used by one thread at a time, but for reading the documents of hits.
+    One thread at a time may use it, except to read the documents of hits.
 
     Args:
       model: The model.
-      store: What answers are found in.
-      name: What the model is called in messages.
-      causal_bytes: Most bytes of the keys and values of documents that have been read causally; those that were used
-        last are kept.
+      store: The store.
+      name: The model's name, for messages.
+      causal_bytes: Memory for keys and values of documents that have been read causally; the last used are kept.
 
     Attributes:
-      retriever: What finds documents.
+      retriever: Finds documents.
 
     Raises:
-      InputError: Another model made the store, or a file of it is missing or damaged.
+      InputError: Another model made the store, or its keys and values are damaged.
     """
 
     def __init__(self, model: GritModel, store: Store, *, name: str = "this model", causal_bytes: int = 0):
@@ -90,30 +90,20 @@ class Rag:
         """The methods for which the store has what they need."""
         return [method for method in prompts.RAG_METHODS if self._lack(method) is None]
 
-    def warm_up(self, max_length: int, progress: Callable[[int], None] = lambda _: None) -> int:
-        """Compiles what answers need beside writing, for queries of up to `max_length` tokens, and returns how much.
-
-        `progress` is called after each program.
-        """
+    def warm_up(self, max_length: int, progress: Callable[[int], None]) -> None:
+        """Compiles what `prepare` needs for queries of up to `max_length` tokens; `progress` counts the programs."""
         passes: list[tuple[Attention | None, int]] = [(None, max_length)]
         if self._causal.limit:
             passes.append(("causal", self._store.settings.max_length))
+        for attention, longest in passes:
+            for length in self._model.runner.row_lengths(longest):
+                nothing = prompts.TokenizedPrompt(np.zeros(length, np.int32), np.array([[0, length]], np.int32))
+                list(self._model.embed_with_caches([nothing], attention=attention))
+                progress(1)
         config = self._model.architecture
         token = KVCache(*[np.zeros((config.num_layers, 1, config.num_kv_heads, config.head_dim), np.float32)] * 2)
-        calls: list[Callable[[], object]] = [
-            functools.partial(self._read_nothing, length, attention)
-            for attention, longest in passes
-            for length in self._model.runner.row_lengths(longest)
-        ]
-        calls.append(functools.partial(concatenate, [token, token], config, corrected=True))
-        for call in calls:
-            call()
-            progress(1)
-        return len(calls)
-
-    def _read_nothing(self, length: int, attention: Attention | None) -> None:
-        nothing = prompts.TokenizedPrompt(np.zeros(length, np.int32), np.array([[0, length]], np.int32))
-        list(self._model.embed_with_caches([nothing], attention=attention))
+        concatenate([token, token], config, corrected=True)
+        progress(1)
 
     def prepare(
         self,
@@ -125,17 +115,17 @@ class Rag:
         positions: Positions = "own",
         max_length: int | None = None,
     ) -> Prepared:
-        """Finds documents and puts together what an answer goes on from.
+        """Finds documents and assembles what an answer continues.
 
-        Where the query's keys and values are used, they are those of the pass that embeds it for the search.
+        The query's keys and values, where a method uses them, come from the pass that embeds it for the search.
 
         Args:
-          query: What is asked.
-          method: How query and documents come to the model.
-          instruction: What the model is told about the query when it is embedded; part of a cached query.
-          k: How many documents are used.
-          positions: Of a cached text that comes after another: its `own`, as in the paper, or `corrected`.
-          max_length: Most tokens of the documents, of which more are not brought to memory; None for any number.
+          query: The query.
+          method: How query and documents reach the model.
+          instruction: The query's instruction for its embedding; part of a cached query.
+          k: Number of documents.
+          positions: Of a cached text after another: its `own`, as in the paper, or `corrected`.
+          max_length: Most tokens of the documents' keys and values; longer ones are not loaded. None for any number.
 
         Raises:
           InputError: The query is empty, the store lacks keys and values that the method needs, or the documents are
@@ -170,7 +160,7 @@ class Rag:
         return Prepared(prefix, text, self._model.tokenizer.encode(text).ids, hits)
 
     def answer(self, prepared: Prepared, *, max_new_tokens: int = 64, stop: str | Sequence[str] = ()) -> Answered:
-        """Writes an answer with the likeliest tokens.
+        """Writes an answer by greedy decoding.
 
         Args:
           prepared: From `prepare`.
@@ -186,20 +176,21 @@ class Rag:
 
     @property
     def num_waiting(self) -> int:
-        """Documents that have been used and wait to be read causally."""
+        """Used documents that wait to be read causally."""
         return len(self._causal.waiting)
 
     def read_causally(self) -> bool:
-        """Reads one document that has been used, so that answers from it are from now on those without keys and values.
+        """Reads one used document causally, so that later answers from it equal those without a cache.
 
-        That takes as long as reading the document in a prompt; a server does it while nobody waits.
+        That takes as long as reading the document in a prompt; a server does it while it has no requests.
 
         Returns:
           Whether there was one.
         """
         if not self._causal.waiting:
             return False
-        row, _ = self._causal.waiting.popitem(last=False)
+        row = next(iter(self._causal.waiting))
+        del self._causal.waiting[row]
         (cached,) = self._model.encode_with_caches(
             [self._store.document(row).embedded],
             instruction=self._store.settings.instruction,
@@ -210,19 +201,19 @@ class Rag:
         return True
 
     def _cache(self, row: int) -> KVCache:
-        """Keys and values of a document: of a causal pass where there has been one."""
+        """Keys and values of a document, of a causal pass if there has been one."""
         if found := self._causal.get(row):
             return found
         cache, config = self._store.cache(row), self._model.architecture
         expected = config.num_layers, self._store.cache_length(row), config.num_kv_heads, config.head_dim
         if {cache.keys.shape, cache.values.shape} != {expected}:
             raise DamagedError(f"{self._store.folder}: keys and values of row {row} are not of this model's shape")
-        if self._store.settings.cache_form == "first":  # what comes second would be read after the query
-            self._causal.ask(row, cache)
+        if self._store.settings.cache_form == "first":  # a second text would be read after the query
+            self._causal.request(row, cache)
         return cache
 
     def _passage(self, document: Document) -> str:
-        """What the store's model read of a document, without the tokenizer's `ending`, which stays where one is cut."""
+        """The text that the store's model read of a document, without the tokenizer's `ending`."""
         settings, tokenizer = self._store.settings, self._model.tokenizer
         opening = prompts.opening(settings.cache_form, bos=tokenizer.bos)
         prompt = prompts.embedding(document.embedded, settings.instruction, bos=opening)
@@ -231,7 +222,7 @@ class Rag:
         return prompt.text[prompt.spans[0][0] : end]
 
     def _lack(self, method: RagMethod) -> str | None:
-        """What the store lacks for a method, and the remedy."""
+        """What the store lacks for a method, and the remedy; None for nothing."""
         if "document" not in prompts.cached_parts(method):
             return None
         settings, needed = self._store.settings, prompts.document_form(method)
@@ -245,25 +236,25 @@ class Rag:
 
 
 class _CausalMemory:
-    """Keys and values of documents, the last used ones that fit, and which documents are wanted.
+    """The last used keys and values of a causal pass that fit, by row.
 
     Attributes:
       limit: Most bytes.
-      waiting: Rows that are wanted, those that have waited longest first.
+      waiting: Rows to be read, in the order of their requests.
     """
 
     def __init__(self, limit: int):
         self.limit, self._size = limit, 0
         self._caches: OrderedDict[int, KVCache] = OrderedDict()
-        self.waiting: OrderedDict[int, None] = OrderedDict()
+        self.waiting: dict[int, None] = {}
 
     def get(self, row: int) -> KVCache | None:
         if row in self._caches:
             self._caches.move_to_end(row)
         return self._caches.get(row)
 
-    def ask(self, row: int, like: KVCache) -> None:
-        """Wants a row whose keys and values are as large as these, if they fit at all."""
+    def request(self, row: int, like: KVCache) -> None:
+        """Requests a row whose keys and values are as large as these, if they fit at all."""
         if _num_bytes(like) <= self.limit:
             self.waiting[row] = None
 

@@ -1,4 +1,4 @@
-"""Finds the documents of a store that a text asks for."""
+"""Finds the documents of a store that answer a query."""
 
 from __future__ import annotations
 
@@ -10,17 +10,19 @@ import numpy as np
 from grit_jax.config.ranges import require_positive
 from grit_jax.errors import InputError
 from grit_jax.inference.model import GritModel
+from grit_jax.retrieval.documents import Document
 from grit_jax.retrieval.exact_search import Searchable
-from grit_jax.retrieval.layout import Document, Store, other_model
+from grit_jax.retrieval.manifest import refuse_other_model
+from grit_jax.retrieval.store import Store
 
 
 class Hit(NamedTuple):
-    """A document that was found.
+    """A document that a search found.
 
     Attributes:
-      score: Inner product of its vector, as it is kept, and the query's.
+      score: Inner product of its stored vector and the query's.
       row: Its row in the store.
-      document: What it says.
+      document: The document.
       duplicates: Ids of other documents with the same text.
     """
 
@@ -43,35 +45,28 @@ class Retriever:
 
     Args:
       model: The model that made them.
-      store: What is searched.
-      name: What the model is called in messages.
+      store: The store.
+      name: The model's name, for messages.
+
+    Attributes:
+      store: The store.
 
     Raises:
       InputError: Another model made the vectors.
     """
 
     def __init__(self, model: GritModel, store: Store, *, name: str = "this model"):
-        if model.fingerprint(rounded=True) != store.settings.fingerprint:
-            raise InputError(other_model(store.folder, store.settings, name))
-        self._model, self._store = model, store
+        refuse_other_model(store.folder, store.settings, model.fingerprint(rounded=True), name)
+        self._model, self.store = model, store
         self._vectors = Searchable(store.vectors, store.scales)
 
-    @property
-    def num_documents(self) -> int:
-        """Documents that are searched."""
-        return len(self._store)
-
-    def document(self, row: int) -> Document:
-        """The document of a row of the store; errors as of `Store.document`."""
-        return self._store.document(row)
-
     def find(self, queries: Sequence[str], *, instruction: str = "", k: int = 10) -> list[list[Hit]]:
-        """The best documents of each query, best first; of equal ones the smaller row comes first.
+        """The best documents of each query, best first; of equal scores the smaller row comes first.
 
         Args:
-          queries: What is asked.
-          instruction: What the model is told about the queries.
-          k: Documents of each; no more than there are.
+          queries: The queries.
+          instruction: Their instruction.
+          k: Documents of each query; at most all of the store.
 
         Raises:
           InputError: A query is empty, the instruction leaves no room for it, or `k` is not positive.
@@ -81,26 +76,23 @@ class Retriever:
         require_positive("k", k)
         return self.nearest(self._model.encode(queries, instruction=instruction), k)
 
-    def warm_up(self, k: int, progress: Callable[[int], None] = lambda _: None) -> int:
-        """Compiles the programs that find up to `k` documents of a query, and returns how many.
-
-        `progress` is called after each.
-        """
-        return self._vectors.warm_up(k, progress)
+    def warm_up(self, k: int, progress: Callable[[int], None]) -> None:
+        """Compiles the programs that find up to `k` documents of a query; calls `progress(1)` after each."""
+        self._vectors.warm_up(k, progress)
 
     def nearest(self, queries: np.ndarray, k: int) -> list[list[Hit]]:
         """`find` with the queries' vectors, float32 [queries, embed]."""
         return self.hits(*self.best(queries, k))
 
     def best(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """The half of `nearest` that runs on the devices: scores and rows, [queries, k]."""
+        """The first half of `nearest`, on the devices: scores and rows, [queries, k]."""
         return self._vectors.top_k(queries, k)
 
     def hits(self, scores: np.ndarray, rows: np.ndarray) -> list[list[Hit]]:
-        """The half of `nearest` that reads documents."""
+        """The second half of `nearest`, which reads the documents."""
         return [
             [
-                Hit(score, row, self.document(row), self._store.duplicates.get(row, []))
+                Hit(score, row, self.store.document(row), self.store.duplicates.get(row, []))
                 for score, row in zip(*found, strict=True)
             ]
             for found in zip(scores.tolist(), rows.tolist(), strict=True)

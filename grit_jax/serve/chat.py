@@ -1,8 +1,9 @@
-"""`POST /v1/chat/completions`: a conversation is continued, or a question answered from documents."""
+"""The endpoint `/v1/chat/completions`: continues a conversation, or answers a question from documents."""
 
 from __future__ import annotations
 
 import asyncio
+import functools
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import asynccontextmanager
 from typing import Annotated, Any, Self
@@ -11,16 +12,14 @@ from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, mo
 
 from grit_jax.inference.decode import TOP_LOGPROBS
 from grit_jax.retrieval.rag import Prepared
-from grit_jax.serve import protocol
-from grit_jax.serve.answers import Answers, Begun, Piece, WrittenRequest, begin, token_text, told_tokens
-from grit_jax.serve.endpoint import Response
-from grit_jax.serve.errors import RequestError
-from grit_jax.serve.fairness import Caller, FairSemaphore
-from grit_jax.serve.protocol import Exact, only
-from grit_jax.serve.search import as_documents
+from grit_jax.serve.choices import Choices, Form, GenerationRequest, Piece, Planned, plan
+from grit_jax.serve.embeddings import as_documents
+from grit_jax.serve.endpoint import Result
+from grit_jax.serve.fairness import Caller
+from grit_jax.serve.protocol import StrictModel, only
+from grit_jax.serve.request_errors import RequestError
 from grit_jax.serve.service import Service, count_tokens
 from grit_jax.text.prompts import SYSTEM_ROLES, Positions, RagMethod
-from grit_jax.text.tokenizer import Tokenizer
 
 _MOST_PARTS = 2048  # messages of a conversation, and parts of a message
 _ROLES = (*SYSTEM_ROLES, "user", "assistant")
@@ -40,28 +39,23 @@ def _text(content: Any) -> Any:
     if not 0 < len(content) <= _MOST_PARTS:
         raise ValueError(f"has {len(content)} parts; send 1 to {_MOST_PARTS}")
     texts = []
-    for place, part in enumerate(content):
-        kind = part.get("type") if isinstance(part, dict) else None
-        if kind != "text":
-            raise ValueError(f"part {place} is of type {str(kind)[:50]!r}; the model reads text only")
+    for index, part in enumerate(content):
+        part_type = part.get("type") if isinstance(part, dict) else None
+        if part_type != "text":
+            raise ValueError(f"part {index} is of type {str(part_type)[:50]!r}; the model reads text only")
         if not isinstance(part.get("text"), str) or part.keys() - {"type", "text"}:
-            raise ValueError(f'part {place} must be {{"type": "text", "text": ...}}')
+            raise ValueError(f'part {index} must be {{"type": "text", "text": ...}}')
         texts.append(part["text"])
     return "".join(texts)
 
 
-class Message(Exact):
+class Message(StrictModel):
     """A turn of a conversation.
 
     Attributes:
       role: Who speaks.
-      content: What is said; an assistant may say nothing.
-      name: Not used.
-      tool_calls: None.
-      function_call: None.
-      refusal: None.
-      annotations: None.
-      audio: None.
+      content: The text; an assistant's may be null.
+      name: Not used; the other fields must be empty.
     """
 
     role: Annotated[str, BeforeValidator(_role)]
@@ -81,18 +75,18 @@ class Message(Exact):
         return content
 
     def turn(self) -> dict[str, str]:
-        """The turn as the model's format takes it."""
+        """The turn in the model's format."""
         return {"role": self.role, "content": self.content or ""}
 
 
-class Retrieval(Exact):
+class Retrieval(StrictModel):
     """How an answer uses the documents of the server's store; see `Rag.prepare`.
 
     Attributes:
-      method: How query and documents come to the model.
-      k: How many documents are used.
-      instruction: What the model is told about the query when it is embedded.
-      positions: Of a cached text that comes after another.
+      method: How query and documents reach the model.
+      k: Number of documents.
+      instruction: The query's instruction for its embedding.
+      positions: Of a cached text after another.
     """
 
     method: RagMethod = "document_cache"
@@ -101,31 +95,18 @@ class Retrieval(Exact):
     positions: Positions = "own"
 
 
-class ChatRequest(WrittenRequest):
+class ChatRequest(GenerationRequest):
     """The request.
 
     Attributes:
-      messages: The conversation: system or developer first, then user and assistant in turn. Where the last is the
-        assistant's, the answer goes on from it.
+      messages: The conversation: system or developer first, then user and assistant in turn. The completion
+        continues the last message if that is the assistant's.
       max_completion_tokens: The new name of `max_tokens`.
-      logprobs: Whether log p of the tokens is told.
-      top_logprobs: Likeliest tokens that are told with it.
-      retrieval: How the last message is answered from documents; null answers the conversation by itself.
-      metadata: Not used.
-      safety_identifier: Not used.
-      prompt_cache_key: Not used.
-      parallel_tool_calls: Not used.
-      response_format: Text.
-      modalities: Text.
-      audio: None.
-      tools: None.
-      tool_choice: None.
-      functions: None.
-      function_call: None.
-      store: Nothing is stored.
-      service_tier: The one there is.
-      reasoning_effort: None.
-      verbosity: The model's own.
+      logprobs: Whether the response has the tokens' log p.
+      top_logprobs: Number of likeliest tokens beside each.
+      retrieval: How the message is answered from documents; null continues the conversation.
+
+    The fields from `metadata` to `parallel_tool_calls` are not used; those after them must ask for what happens anyway.
     """
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=_MOST_PARTS, fail_fast=True)]
@@ -147,113 +128,88 @@ class ChatRequest(WrittenRequest):
     store: Annotated[Any, only(False, because="nothing is stored")] = None
     service_tier: Annotated[Any, only("auto", "default", because="there is one tier")] = None
     reasoning_effort: Annotated[Any, only("none", because="the model does not reason before it answers")] = None
-    verbosity: Annotated[Any, only("medium", because="the model writes as much as it does")] = None
+    verbosity: Annotated[Any, only("medium", because="the model has no levels of verbosity")] = None
 
     @model_validator(mode="after")
     def _has_logprobs(self) -> Self:
         if self.top_logprobs and not self.logprobs:
-            raise ValueError("top_logprobs is told with logprobs alone; send logprobs: true too")
+            raise ValueError("top_logprobs needs logprobs; send logprobs: true too")
         return self
 
     @property
     def turns(self) -> list[dict[str, str]]:
-        """The conversation as the model's format takes it, without what the answer begins with."""
+        """The conversation in the model's format, without the `prefix`."""
         turns = [message.turn() for message in self.messages]
         return turns[:-1] if self.messages[-1].role == "assistant" else turns
 
     @property
     def prefix(self) -> str:
-        """What the answer begins with."""
+        """The beginning of the completion."""
         last = self.messages[-1].turn()
         return last["content"] if last["role"] == "assistant" else ""
 
 
-class Chat:
-    """The endpoint.
-
-    Args:
-      service: The model and its documents.
-    """
-
-    def __init__(self, service: Service):
-        self._service = service
-        # No more keys and values of documents are in memory than there are rows for.
-        self._with_documents = FairSemaphore(service.limits.rows)
-
-    async def __call__(self, body: bytes, caller: Caller) -> Response:
-        """What the assistant says."""
-        service = self._service
-        request = await service.parse(ChatRequest, body)
-        service.refuse_other_model(request.model)
-        service.refuse_huge("".join(message.content or "" for message in request.messages), "the conversation")
-        form = ChatForm(service.model.tokenizer, request.top_logprobs or 0)
-        return await Answers(service, request, self._begun(request, caller), form, caller).response()
-
-    @asynccontextmanager
-    async def _begun(self, request: ChatRequest, caller: Caller) -> AsyncGenerator[Begun]:
-        service = self._service
-        most, wants = request.max_completion_tokens or request.max_tokens, bool(request.logprobs)
-        if request.retrieval is None:
-            (tokens,) = await asyncio.to_thread(service.model.prompt_tokens, [request.turns], prefix=request.prefix)
-            yield begin(service, request, [tokens], max_tokens=most, logprobs=wants)
-            return
-        async with self._with_documents.room(caller):
-            prefix, _, tokens, hits = await self._prepared(request.messages, request.retrieval, caller)
-            more = {"documents": as_documents(hits)}
-            yield begin(service, request, [tokens], max_tokens=most, logprobs=wants, prefix=prefix, more=more)
-
-    async def _prepared(self, messages: Sequence[Message], retrieval: Retrieval, caller: Caller) -> Prepared:
-        """What an answer from documents goes on from."""
-        service = self._service
-        rag = service.needed_rag()
-        if len(messages) != 1 or messages[0].role != "user":
-            raise RequestError(400, "messages: with retrieval a question is answered by itself; send one user message")
-        query, how = messages[0].turn()["content"], retrieval.model_dump()
-        prompts = await service.embedding_prompts([query], retrieval.instruction)  # refuses what is too long
-        max_length = service.limits.max_length
-        found = await service.scheduler.call(lambda: rag.prepare(query, **how, max_length=max_length), caller)
-        if retrieval.method != "none":
-            service.metrics.tokens.labels("embedded").inc(count_tokens(prompts))
-        return found
+async def chat(service: Service, request: ChatRequest, caller: Caller) -> Result:
+    """The assistant's next turn."""
+    service.refuse_huge("".join(message.content or "" for message in request.messages), "the conversation")
+    form = ChatForm(service.model.tokenizer, request.top_logprobs or 0)
+    return await Choices(service, request, _planned(service, request, caller), form, caller).result()
 
 
-class ChatForm:
-    """Answers of a request.
+@asynccontextmanager
+async def _planned(service: Service, request: ChatRequest, caller: Caller) -> AsyncGenerator[Planned]:
+    planning = functools.partial(
+        plan, service, request,
+        max_tokens=request.max_completion_tokens or request.max_tokens, logprobs=bool(request.logprobs),
+    )  # fmt: skip
+    if request.retrieval is None:
+        yield planning(await asyncio.to_thread(service.model.prompt_tokens, [request.turns], prefix=request.prefix))
+        return
+    async with service.rag_rows.room(caller):
+        prefix, _, tokens, hits = await _prepared(service, request.messages, request.retrieval, caller)
+        yield planning([tokens], prefix=prefix, fields={"documents": as_documents(hits)})
 
-    Args:
-      tokenizer: The model's.
-      top: Likeliest tokens that are told with each.
-    """
 
-    def __init__(self, tokenizer: Tokenizer, top: int):
-        self._tokenizer, self._top = tokenizer, top
-        self._begun: set[int] = set()
+async def _prepared(service: Service, messages: Sequence[Message], retrieval: Retrieval, caller: Caller) -> Prepared:
+    """What an answer from documents continues."""
+    rag = service.require_rag()
+    if len(messages) != 1 or messages[0].role != "user":
+        raise RequestError(400, "messages: with retrieval a question is answered by itself; send one user message")
+    query, how = messages[0].turn()["content"], retrieval.model_dump()
+    prompts = await service.embedding_prompts([query], retrieval.instruction)  # refuses what is too long
+    max_length = service.limits.max_length
+    found = await service.scheduler.call(lambda: rag.prepare(query, **how, max_length=max_length), caller)
+    if retrieval.method != "none":
+        service.counters.tokens.labels("embedded").inc(count_tokens(prompts))
+    return found
 
-    def whole(self, piece: Piece) -> dict[str, Any]:
+
+class ChatForm(Form):
+    """The choices of a chat completion."""
+
+    id_prefix = "chatcmpl"
+    object = "chat.completion", "chat.completion.chunk"
+
+    def choice(self, piece: Piece) -> dict[str, Any]:
         """A choice of a response."""
         message = {"role": "assistant", "content": piece.text, "refusal": None}
         return {"message": message, **self._ending(piece)}
 
-    def part(self, piece: Piece) -> dict[str, Any]:
-        """A choice of an event; the first of each answer says who speaks, as clients join what all of them say."""
-        role = {} if piece.index in self._begun else {"role": "assistant"}
-        self._begun.add(piece.index)
+    def delta(self, piece: Piece, *, first: bool) -> dict[str, Any]:
+        """A choice of an event; only the first has the role, because clients join the deltas."""
+        role = {"role": "assistant"} if first else {}
         return {"delta": {**role, "content": piece.text}, **self._ending(piece)}
 
-    def about(self, model: str, *, streams: bool) -> dict[str, Any]:
-        """What a response begins with, and every event of it."""
-        return protocol.about("chatcmpl", model, object=f"chat.completion{'.chunk' if streams else ''}")
-
     def _ending(self, piece: Piece) -> dict[str, Any]:
-        logprobs = piece.logprobs and {"content": self._told_of(piece), "refusal": None}
+        logprobs = piece.logprobs and {"content": self._logprobs(piece), "refusal": None}
         return {"index": piece.index, "finish_reason": piece.finish, "logprobs": logprobs}
 
-    def _told_of(self, piece: Piece) -> list[dict[str, Any]]:
+    def _logprobs(self, piece: Piece) -> list[dict[str, Any]]:
         return [
-            self._told(token, chosen) | {"top_logprobs": [self._told(*pair) for pair in likeliest]}
-            for token, chosen, likeliest in told_tokens(piece, self._top)
+            self._logprob(token, value) | {"top_logprobs": [self._logprob(*pair) for pair in likeliest]}
+            for token, value, likeliest in self.token_logprobs(piece)
         ]
 
-    def _told(self, token: int, value: float) -> dict[str, Any]:
-        content = list(self._tokenizer.token_bytes(token))
-        return {"token": token_text(self._tokenizer, token), "logprob": value, "bytes": content}
+    def _logprob(self, token: int, value: float) -> dict[str, Any]:
+        content = list(self.tokenizer.token_bytes(token))
+        return {"token": self.token_text(token), "logprob": value, "bytes": content}

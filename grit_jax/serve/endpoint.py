@@ -1,116 +1,105 @@
-"""ASGI applications that answer POST requests: the body, clients that leave, responses whole and as events."""
+"""An ASGI application for POST requests: their body, clients that leave, responses whole and as events."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import functools
 import itertools
 import json
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping
-from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, Generic
 
 from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from grit_jax.serve.bodies import Bodies
-from grit_jax.serve.errors import RequestError, as_refusal
 from grit_jax.serve.fairness import Caller
 from grit_jax.serve.guards import check_authorization, check_content_type
-from grit_jax.serve.metrics import Metrics
+from grit_jax.serve.protocol import T, parse
+from grit_jax.serve.request_errors import RequestError, as_request_error
+from grit_jax.serve.scheduler import Skill
+from grit_jax.serve.service import Service
 
-Response = Mapping[str, Any] | AsyncGenerator[Mapping[str, Any]]
-Handler = Callable[[bytes, Caller], Awaitable[Response]]
+Result = Mapping[str, Any] | AsyncGenerator[Mapping[str, Any]]
 
 _numbers = itertools.count()
 _to_json = functools.partial(json.dumps, allow_nan=False)
 
 
-class Endpoint:
+@dataclasses.dataclass(frozen=True)
+class Endpoint(Generic[T]):
     """An ASGI application that answers POST requests with JSON or a stream of events.
 
-    Args:
-      handle: From the body and who sends it to an object, or to the objects of a stream.
-      metrics: What is counted.
-      check: Raises RequestError where requests are not taken now.
-      place: Where a request of a client is among others until it is answered; entering raises RequestError where it is
-        full.
-      api_key: What clients must send; None for nothing.
-      bodies: Room for their bodies, which several endpoints share.
-      seconds: Within which a response is made.
+    Attributes:
+      service: The model and the server's limits.
+      request_type: What bodies are parsed to.
+      handle: From a request to an object, or to the objects of a stream.
+      skill: Whose queue requests wait in.
     """
 
-    def __init__(
-        self,
-        handle: Handler,
-        *,
-        metrics: Metrics,
-        check: Callable[[], None],
-        place: Callable[[str], AbstractContextManager[None]],
-        api_key: str | None,
-        bodies: Bodies,
-        seconds: float,
-    ):
-        self._handle, self._metrics, self._check, self._place = handle, metrics, check, place
-        self._api_key, self._bodies, self._seconds = api_key, bodies, seconds
+    service: Service
+    request_type: type[T]
+    handle: Callable[[Service, T, Caller], Awaitable[Result]]
+    skill: Skill
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers a request."""
+        service, counters = self.service, self.service.counters
         request, started, status = Request(scope, receive, send), time.perf_counter(), 499  # the client left
         caller = Caller(request.client.host if request.client else "", next(_numbers))
-        answered = _Answered(send)
+        responder = _Responder(request, send)
         try:
-            check_authorization(request, self._api_key)
+            check_authorization(request, service.api_key)
             check_content_type(request)
-            self._check()
-            async with self._bodies.read(request) as body:
-                answered.keeps_alive = True
-                with self._place(caller.client):
-                    async with asyncio.timeout(self._seconds):
-                        await _while_connected(receive, self._respond(body, caller, answered))
+            service.check_ready()
+            async with service.bodies.read(request) as body:
+                responder.keeps_alive = True
+                with service.scheduler.admit(self.skill, caller.client):
+                    async with asyncio.timeout(service.limits.seconds):
+                        await _while_connected(receive, self._respond(body, caller, responder))
             status = 200
         except ClientDisconnect:
             pass
         except (Exception, asyncio.CancelledError) as error:
-            refusal = as_refusal(error)
-            status = refusal.status
-            await answered.refuse(refusal)
+            request_error = as_request_error(error)
+            status = request_error.status
+            await responder.send_error(request_error)
         finally:
-            self._metrics.requests.labels(scope["path"], status).inc()
-            self._metrics.seconds.labels(scope["path"]).observe(time.perf_counter() - started)
+            counters.requests.labels(scope["path"], status).inc()
+            counters.seconds.labels(scope["path"]).observe(time.perf_counter() - started)
 
-    async def _respond(self, body: bytes, caller: Caller, answered: _Answered) -> None:
-        result = await self._handle(body, caller)
+    async def _respond(self, body: bytes, caller: Caller, responder: _Responder) -> None:
+        request = await asyncio.to_thread(lambda: parse(self.request_type, body))
+        self.service.refuse_other_model(request.model)
+        result = await self.handle(self.service, request, caller)
         if isinstance(result, Mapping):
-            await answered.send_json(200, await asyncio.to_thread(as_json, result))
+            await responder.send(Response(await asyncio.to_thread(as_json, result), media_type="application/json"))
             return
         async with contextlib.aclosing(result) as events:
             async for event in events:
-                await answered.send_event(_to_json(event))
-        await answered.send_event("[DONE]")
-        await answered.end()
+                await responder.send_event(_to_json(event))
+        await responder.send_event("[DONE]")
+        await responder.end_events()
 
 
-class _Answered:
-    """A response on its way.
+class _Responder:
+    """Sends a response.
 
     Attributes:
-      keeps_alive: Whether the connection is of use afterwards: not while a body is on its way that nobody reads.
+      keeps_alive: Whether the connection stays open; not while nobody reads the body that is arriving.
     """
 
-    def __init__(self, send: Send):
-        self._send, self._streams = send, False
+    def __init__(self, request: Request, send: Send):
+        self._request, self._send, self._streams = request, send, False
         self.keeps_alive = False
 
-    async def send_json(self, status: int, content: bytes, headers: Mapping[str, str] | None = None) -> None:
-        told = {"content-type": "application/json", "content-length": str(len(content))} | dict(headers or {})
+    async def send(self, response: Response) -> None:
         if not self.keeps_alive:
-            told["connection"] = "close"
-        raw_headers = [(name.encode(), value.encode()) for name, value in told.items()]
-        await self._send({"type": "http.response.start", "status": status, "headers": raw_headers})
-        await self._send({"type": "http.response.body", "body": content})
+            response.headers["connection"] = "close"
+        await response(self._request.scope, self._request.receive, self._send)
 
     async def send_event(self, data: str) -> None:
         if not self._streams:
@@ -119,37 +108,37 @@ class _Answered:
             await self._send({"type": "http.response.start", "status": 200, "headers": headers})
         await self._send({"type": "http.response.body", "body": f"data: {data}\n\n".encode(), "more_body": True})
 
-    async def end(self) -> None:
+    async def end_events(self) -> None:
         await self._send({"type": "http.response.body", "body": b""})
 
-    async def refuse(self, error: RequestError) -> None:
-        """Tells an error, in the stream where one has begun; for no longer than a client needs that reads."""
+    async def send_error(self, error: RequestError) -> None:
+        """Sends an error, within the stream if one has begun, and gives up on a client that does not read."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(1):
                 if self._streams:
                     await self.send_event(_to_json(error.content()))
-                    await self.end()
+                    await self.end_events()
                 else:
-                    await self.send_json(error.status, as_json(error.content()), error.headers())
+                    await self.send(error.response())
 
 
 def as_json(content: Mapping[str, Any]) -> bytes:
     """JSON of an object.
 
-    Items of its lists, which may be iterators, are made one at a time, so that a long response does not keep the
-    interpreter from other threads.
+    Lists, which may be iterators, are encoded item by item, so that a long response does not keep the interpreter from
+    other threads.
     """
 
-    def told(value: Any) -> str:
+    def encoded(value: Any) -> str:
         if isinstance(value, (list, Iterator)):
             return "[" + ", ".join(map(_to_json, value)) + "]"
         return _to_json(value)
 
-    return ("{" + ", ".join(f"{_to_json(name)}: {told(value)}" for name, value in content.items()) + "}").encode()
+    return ("{" + ", ".join(f"{_to_json(name)}: {encoded(value)}" for name, value in content.items()) + "}").encode()
 
 
 async def _while_connected(receive: Receive, work: Awaitable[None]) -> None:
-    """Waits for `work`, and cancels it when the client leaves.
+    """Awaits `work`, and cancels it when the client leaves.
 
     Raises:
       ClientDisconnect: It has left.

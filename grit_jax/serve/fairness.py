@@ -1,6 +1,6 @@
-"""Whose turn it is: clients take turns, and so do the requests of each of them.
+"""Fair turns: clients take turns, and so do the requests of each client.
 
-A client is an address. A connection carries one request at a time, so connections are told apart as requests are.
+A client is an address. A connection carries one request at a time, so requests also tell connections apart.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ T = TypeVar("T")
 
 
 class Caller(NamedTuple):
-    """Who waits for something.
+    """A request that waits for something.
 
     Attributes:
       client: Address of the client.
-      request: Number of the request, unlike that of any other.
+      request: Unique number of the request.
     """
 
     client: str
@@ -27,9 +27,9 @@ class Caller(NamedTuple):
 
 
 class FairQueue(Generic[T]):
-    """Items that wait, each for the turn of its request.
+    """Waiting items, each for the turn of its request.
 
-    The client that has waited longest has its turn first, and of its requests the one that has waited longest.
+    The client that has waited longest has the next turn, for its request that has waited longest.
     """
 
     def __init__(self):
@@ -39,21 +39,21 @@ class FairQueue(Generic[T]):
         return sum(len(items) for requests in self._clients.values() for items in requests.values())
 
     def put(self, caller: Caller, item: T) -> None:
-        """Adds an item behind the others of its request."""
+        """Appends an item to those of its request."""
         requests = self._clients.setdefault(caller.client, OrderedDict())
         requests.setdefault(caller.request, deque()).append(item)
 
     def first(self, may: Callable[[Caller], bool] = lambda caller: True) -> Caller | None:
-        """Whose turn it is among those that `may` have one; None where there is nobody."""
+        """The request whose turn it is, of those that `may` have one; None if there is none."""
         callers = (Caller(client, request) for client, requests in self._clients.items() for request in requests)
         return next(filter(may, callers), None)
 
     def peek(self, caller: Caller) -> T:
-        """The next item of a request that waits."""
+        """The next item of a waiting request."""
         return self._clients[caller.client][caller.request][0]
 
     def pop(self, caller: Caller) -> T:
-        """Takes the next item of a request that waits, whose turn ends with its last item, or with `rotate`."""
+        """Takes the next item of a waiting request, whose turn ends with its last item or with `rotate`."""
         items = self._clients[caller.client][caller.request]
         item = items.popleft()
         if not items:
@@ -61,7 +61,7 @@ class FairQueue(Generic[T]):
         return item
 
     def rotate(self, caller: Caller) -> None:
-        """Ends the turn of a request: it comes last among those of its client, and the client last of all."""
+        """Ends the turn of a request: it becomes the last of its client, and the client the last of all."""
         if caller.request in (requests := self._clients.get(caller.client, OrderedDict())):
             requests.move_to_end(caller.request)
             self._clients.move_to_end(caller.client)
@@ -83,10 +83,10 @@ class FairQueue(Generic[T]):
 
 
 class FairSemaphore:
-    """Room for some requests of an event loop at a time, given in turns.
+    """A semaphore of an event loop that requests acquire in fair turns.
 
     Args:
-      count: How many.
+      count: Requests that may hold it at a time.
     """
 
     def __init__(self, count: int):
@@ -94,7 +94,7 @@ class FairSemaphore:
 
     @asynccontextmanager
     async def room(self, caller: Caller) -> AsyncGenerator[None]:
-        """Waits for room, which is taken until the block ends."""
+        """Holds the semaphore during the block, once it is the request's turn."""
         if self._free:
             self._free -= 1
         else:
@@ -104,7 +104,7 @@ class FairSemaphore:
                 await turn
             except asyncio.CancelledError:
                 self._waiting.discard(caller, turn)
-                if not turn.cancelled():  # it got its turn and was cancelled at once
+                if not turn.cancelled():  # it had its turn and was cancelled at once
                     self._release()
                 raise
         try:

@@ -1,4 +1,4 @@
-"""The thread that owns the model: packs texts of many requests together, and writes answers in between."""
+"""The thread that owns the model: embeds the texts of many requests together, and generates text in between."""
 
 from __future__ import annotations
 
@@ -18,132 +18,131 @@ from grit_jax.errors import InputError
 from grit_jax.inference.embedder import StartedEmbedding
 from grit_jax.inference.engine import Block, Continuation, Engine
 from grit_jax.inference.model import GritModel
-from grit_jax.serve.errors import RequestError
+from grit_jax.serve.counters import Counters
 from grit_jax.serve.fairness import Caller, FairQueue
-from grit_jax.serve.metrics import Metrics
+from grit_jax.serve.request_errors import RequestError
 from grit_jax.text.prompts import TokenizedPrompt
 
 T = TypeVar("T")
 
 _log = logging.getLogger(__name__)
 
-Kind = Literal["embed", "write"]
-Work = Literal[Kind, "find"]
+Skill = Literal["embed", "write"]
+Work = Literal[Skill, "find"]
 
-_KEPT_ROWS = 8  # of so many rows of a lane one is kept from a request that has all others
+_ROWS_PER_RESERVED = 8  # one of these rows of a lane is reserved from a request that has all others
 
 
 class _Stopped(Exception):
     """The thread is to end."""
 
 
-class _Texts:
-    """Texts of one request that are embedded: how many have no vector yet, and the vectors of the others."""
+class _EmbedJob:
+    """The texts of one request to embed: the vectors so far, and the number of texts without one."""
 
-    def __init__(self, count: int, future: asyncio.Future[np.ndarray]):
-        self.num_left, self.future = count, future
+    def __init__(self, num_texts: int, future: asyncio.Future[np.ndarray]):
+        self.num_left, self.future = num_texts, future
         self.vectors: dict[int, np.ndarray] = {}
 
 
 class _Text(NamedTuple):
-    """A text that waits to be embedded, and its place in its request."""
+    """A text that waits to be embedded, and its index in its request."""
 
-    owner: _Texts
-    place: int
+    job: _EmbedJob
+    index: int
     prompt: TokenizedPrompt
 
 
 class _Embedding(NamedTuple):
-    """Texts under way, and the batches that hold them."""
+    """Texts that the device embeds, and the batches that hold them."""
 
     texts: list[_Text]
     batches: list[StartedEmbedding]
 
 
-class _Answers:
-    """Answers that one lane of the engine writes, and those that wait for a row of it.
+class _LaneQueue:
+    """Completions that one lane of the engine writes, and those that wait for a row of it.
 
-    A row that is free is given in turns. One request never has all rows of a lane that has several: who comes while it
-    has many long answers under way would wait until one of them ends.
+    A free row is given in turns. One request never has all rows of a lane with several: with many long completions it
+    would keep the next request waiting until one of them ends.
     """
 
     def __init__(self, rows: int):
         self._rows = rows
-        self._most_of_request = rows - -(-rows // _KEPT_ROWS) if rows > 1 else rows
-        self._under_way: dict[Continuation, Caller] = {}
-        self._of_request = Counter[Caller]()
+        self._most_of_request = rows - -(-rows // _ROWS_PER_RESERVED) if rows > 1 else rows
+        self._active: dict[Continuation, Caller] = {}
+        self._num_active = Counter[Caller]()
         self.waiting = FairQueue[Continuation]()
 
-    def begin(self) -> list[Continuation]:
-        """Takes the answers for which there is a row now."""
+    def take(self) -> list[Continuation]:
+        """Takes the completions for which there is a row now."""
         found = []
-        while len(self._under_way) < self._rows and (caller := self.waiting.first(self._may)):
+        while len(self._active) < self._rows and (caller := self.waiting.first(self._may_have_row)):
             continuation = self.waiting.pop(caller)
             self.waiting.rotate(caller)
-            self._under_way[continuation] = caller
-            self._of_request[caller] += 1
+            self._active[continuation] = caller
+            self._num_active[caller] += 1
             found.append(continuation)
         return found
 
-    def end(self, continuation: Continuation, caller: Caller) -> None:
-        """Forgets an answer, which need not be here."""
+    def remove(self, continuation: Continuation, caller: Caller) -> None:
+        """Removes a completion, if it is here."""
         self.waiting.discard(caller, continuation)
-        if self._under_way.pop(continuation, None):
-            self._of_request[caller] -= 1
-            self._of_request += Counter()  # keeps what is above 0
+        if self._active.pop(continuation, None):
+            self._num_active[caller] -= 1
+            self._num_active += Counter()  # drops zeros
 
-    def _may(self, caller: Caller) -> bool:
-        return self._of_request[caller] < self._most_of_request
+    def _may_have_row(self, caller: Caller) -> bool:
+        return self._num_active[caller] < self._most_of_request
 
 
 class _Sink(NamedTuple):
-    """Where blocks of an answer go, and whose it is."""
+    """Where the blocks of a completion go, its request, and its lane."""
 
-    tell: Callable[[Block | Exception], None]
+    put: Callable[[Block | Exception], None]
     caller: Caller
-    answers: _Answers
+    lane: _LaneQueue
 
 
 class Scheduler:
     """Runs a model for requests of an event loop, in a thread of its own.
 
-    Each turn embeds one packed batch of the texts that wait and writes one block of the answers that are under way, so
-    neither kind of request keeps the other waiting for longer. While the device does one of them, the thread takes the
-    results of the other and makes its next call ready. Requests of one kind take turns, and so do their clients.
+    Each turn embeds one packed batch of the waiting texts and writes one block of each active completion, so neither
+    skill waits longer for the other. While the device does one of them, the thread takes the results of the other and
+    prepares its next call. Requests to a skill take turns, and so do their clients.
 
-    What fails for one request fails that request alone. A failure of the device, whose state is then lost, is told to
-    all of them.
+    An error of one request fails that request alone. An error of the device, whose state is then lost, fails all.
 
     Args:
       model: Embeds.
       engine: Writes.
-      metrics: What is counted.
-      queue: Most requests of a kind that are under way or wait.
-      prepare: Called in the thread before anything else, with what it calls now and then to be ended by `stop`.
-      idle: Called while nothing else is to do; returns whether it did anything.
+      counters: The server's counters.
+      queue: Most requests to a skill that wait or are in progress.
+      prepare: Called first in the thread, with a function that it calls often so that `stop` can end it.
+      idle: Called while there is nothing else to do; returns whether it did anything.
     """
 
     def __init__(
         self,
         model: GritModel,
         engine: Engine,
-        metrics: Metrics,
+        counters: Counters,
         *,
         queue: int,
         prepare: Callable[[Callable[[int], None]], None] = lambda progress: None,
         idle: Callable[[], bool] = lambda: False,
     ):
-        self._model, self._engine, self._metrics, self._queue, self._idle = model, engine, metrics, queue, idle
+        self._model, self._engine, self._counters, self._queue, self._idle = model, engine, counters, queue, idle
         self._prepare = prepare
         self._wake = threading.Condition()
         self._commands: deque[Callable[[], None]] = deque()
         self._texts = FairQueue[_Text]()
         self._embedding: _Embedding | None = None
-        self._answers = [_Answers(rows) for rows in engine.lane_rows]
+        self._lanes = [_LaneQueue(rows) for rows in engine.lane_rows]
         self._sinks: dict[Continuation, _Sink] = {}
         self._calls = FairQueue[Callable[[], None]]()
-        self._places: dict[Kind, Counter[str]] = {"embed": Counter(), "write": Counter()}
-        self._fail: dict[object, Callable[[Exception], None]] = {}
+        self._admitted: dict[Skill, Counter[str]] = {"embed": Counter(), "write": Counter()}
+        self._failure_callbacks: dict[object, Callable[[Exception], None]] = {}
         self._stopped = False
         self._thread = threading.Thread(target=self._run, name="device", daemon=True)
         self.failure: RequestError | None = None
@@ -153,36 +152,36 @@ class Scheduler:
         self._thread.start()
 
     def stop(self) -> None:
-        """Ends the thread after its turn; what is under way then is not answered."""
+        """Ends the thread after its turn, without the results of what is in progress."""
         self._stopped = True
         self._command(lambda: None)
         self._thread.join()
 
     @property
     def num_waiting(self) -> int:
-        """Answers that wait for a row."""
-        return sum(len(answers.waiting) for answers in self._answers)
+        """Completions that wait for a row."""
+        return sum(len(lane.waiting) for lane in self._lanes)
 
     @contextmanager
-    def place(self, kind: Kind, client: str) -> Generator[None]:
-        """A request's place among those of its kind that wait or are under way.
+    def admit(self, skill: Skill, client: str) -> Generator[None]:
+        """Counts a request among those to its skill that wait or are in progress.
 
-        A client that has none is let in beyond the limit, up to twice of it, so that another cannot take all places.
+        A client without any is admitted up to twice the limit, so that another client cannot fill the queue.
 
         Raises:
-          RequestError: There is none left.
+          RequestError: The queue is full.
         """
-        places = self._places[kind]
-        taken = places.total()
-        if taken >= (self._queue if places[client] else 2 * self._queue):
-            raise RequestError(429, f"{taken} such requests wait or are under way; try again later", "queue_full")
-        places[client] += 1
+        admitted = self._admitted[skill]
+        total = admitted.total()
+        if total >= (self._queue if admitted[client] else 2 * self._queue):
+            raise RequestError(429, f"{total} such requests wait or are in progress; try again later", "queue_full")
+        admitted[client] += 1
         try:
             yield
         finally:
-            places[client] -= 1
-            if not places[client]:
-                del places[client]
+            admitted[client] -= 1
+            if not admitted[client]:
+                del admitted[client]
 
     async def embed(self, texts: Sequence[TokenizedPrompt], caller: Caller) -> np.ndarray:
         """Vectors of texts, float32 [texts, embed].
@@ -190,42 +189,42 @@ class Scheduler:
         Raises:
           RequestError: The model has failed.
         """
-        job = _Texts(len(texts), asyncio.get_running_loop().create_future())
+        job = _EmbedJob(len(texts), asyncio.get_running_loop().create_future())
 
         def submit() -> None:
-            for place, text in enumerate(texts):
-                self._texts.put(caller, _Text(job, place, text))
+            for index, text in enumerate(texts):
+                self._texts.put(caller, _Text(job, index, text))
 
-        with self._told_of_failure(lambda error: _settle(job.future, error=error)):
+        with self._fails_through(lambda error: _settle(job.future, error=error)):
             self._command(submit)
             return await job.future
 
     async def write(self, continuation: Continuation, caller: Caller) -> AsyncGenerator[Block]:
-        """Blocks of an answer as they are written; ends it when whoever asks leaves.
+        """Blocks of a completion as they are written; ends it when the iterator is closed.
 
         Raises:
           RequestError: The model has failed.
-          InputError: Prompt and answer do not fit.
+          InputError: Prompt and completion do not fit.
         """
         loop, blocks = asyncio.get_running_loop(), asyncio.Queue[Block | Exception]()
 
-        def tell(found: Block | Exception) -> None:
+        def put(found: Block | Exception) -> None:
             loop.call_soon_threadsafe(blocks.put_nowait, found)
 
         def submit() -> None:
             try:
-                answers = self._answers[self._engine.lane(continuation)]
+                lane = self._lanes[self._engine.lane(continuation)]
             except InputError as error:
-                tell(error)
+                put(error)
                 return
-            self._sinks[continuation] = _Sink(tell, caller, answers)
-            answers.waiting.put(caller, continuation)
+            self._sinks[continuation] = _Sink(put, caller, lane)
+            lane.waiting.put(caller, continuation)
 
-        def leave() -> None:
-            self._end(continuation)
+        def cancel() -> None:
+            self._remove(continuation)
             self._engine.cancel(continuation)
 
-        with self._told_of_failure(tell):
+        with self._fails_through(put):
             self._command(submit)
             try:
                 while True:
@@ -236,10 +235,10 @@ class Scheduler:
                     if block.finish:
                         return
             finally:
-                self._command(leave)
+                self._command(cancel)
 
     async def call(self, function: Callable[[], T], caller: Caller) -> T:
-        """The result of a function that runs on the device, such as a search, and what it raises.
+        """Runs a function on the thread, such as a search, and returns its result or raises its error.
 
         Raises:
           RequestError: The model has failed.
@@ -247,30 +246,30 @@ class Scheduler:
         future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
 
         def run() -> None:
-            if future.done():  # whoever asked has left
+            if future.done():  # the client has left
                 return
             try:
                 _settle(future, function())
             except jax.errors.JaxRuntimeError:
                 raise
-            except Exception as error:  # of this request
+            except Exception as error:  # this request's own
                 _settle(future, error=error)
 
-        with self._told_of_failure(lambda error: _settle(future, error=error)):
+        with self._fails_through(lambda error: _settle(future, error=error)):
             self._command(lambda: self._calls.put(caller, run))
             return await future
 
     @contextmanager
-    def _told_of_failure(self, fail: Callable[[Exception], None]) -> Generator[None]:
-        """Calls `fail` where the model fails meanwhile."""
+    def _fails_through(self, fail: Callable[[Exception], None]) -> Generator[None]:
+        """Calls `fail` if the model fails meanwhile."""
         key = object()
-        self._fail[key] = fail  # before the look at `failure`, which the thread sets before it tells those who are here
+        self._failure_callbacks[key] = fail  # before the look at `failure`, which the thread sets before it calls these
         try:
             if self.failure:
                 raise self.failure
             yield
         finally:
-            del self._fail[key]
+            del self._failure_callbacks[key]
 
     def _command(self, action: Callable[[], None]) -> None:
         with self._wake:
@@ -285,7 +284,9 @@ class Scheduler:
                 if not self._embedding:
                     self._start_embedding()
                 with self._timed("write"):
-                    self._begin_answers()
+                    for lane in self._lanes:
+                        for continuation in lane.take():
+                            self._engine.submit(continuation)
                     self._engine.start()
                 self._finish_embedding()
                 self._take_commands()
@@ -296,10 +297,10 @@ class Scheduler:
                 self._finish_writing()
         except _Stopped:
             pass
-        except Exception:  # of the device, whose state is lost
+        except Exception:  # the device's, whose state is lost
             _log.exception("the model failed; every request is answered with 503 from now on")
             self.failure = RequestError(503, "the model has failed; see the server's log", "model_failed")
-            for fail in list(self._fail.values()):
+            for fail in list(self._failure_callbacks.values()):
                 fail(self.failure)
 
     def _end_if_stopped(self, _: int) -> None:
@@ -317,7 +318,7 @@ class Scheduler:
                     self._wake.wait()
 
     def _take_commands(self) -> None:
-        """Does what the event loop has asked for."""
+        """Runs the commands of the event loop."""
         with self._wake:
             commands, self._commands = self._commands, deque()
         for command in commands:
@@ -329,22 +330,22 @@ class Scheduler:
         except jax.errors.JaxRuntimeError:
             raise
         except Exception:
-            _log.exception("what is done while nobody waits failed")
+            _log.exception("the work of an idle server failed")
             return True
 
     def _start_embedding(self) -> None:
-        """Gives the device the texts whose turn it is, as many as go through the model at a time.
+        """Gives the device the texts whose turn it is, as many as it takes at a time.
 
-        A request with more of them comes last then, so that it does not keep the others waiting.
+        A request with more texts then comes last, so that it does not keep the others waiting.
         """
         taken: list[_Text] = []
         num_tokens = 0
         while caller := self._texts.first():
             text = self._texts.peek(caller)
-            if not text.owner.future.cancelled():
+            if not text.job.future.cancelled():
                 num_tokens += len(text.prompt.tokens)
                 if taken and num_tokens > self._model.batch_tokens:
-                    if taken[-1].owner is text.owner:
+                    if taken[-1].job is text.job:
                         self._texts.rotate(caller)
                     break
                 taken.append(text)
@@ -353,7 +354,7 @@ class Scheduler:
             return
         with self._timed("embed"):
             batches = list(self._model.start_embedding([text.prompt for text in taken]))
-        self._metrics.tokens.labels("embedded").inc(sum(len(text.prompt.tokens) for text in taken))
+        self._counters.tokens.labels("embedded").inc(sum(len(text.prompt.tokens) for text in taken))
         self._embedding = _Embedding(taken, batches)
 
     def _finish_embedding(self) -> None:
@@ -361,48 +362,38 @@ class Scheduler:
             return
         (texts, batches), self._embedding = self._embedding, None
         with self._timed("embed"):
-            vectors = [
-                (place, vector)
-                for batch in batches
-                for place, vector in zip(batch.indices, batch.vectors(), strict=True)
-            ]
+            vectors = [pair for batch in batches for pair in zip(batch.indices, batch.vectors(), strict=True)]
         for number, vector in vectors:
-            job, place, prompt = texts[number]
-            # In a packed row a number that is not finite is felt by the texts beside it.
-            job.vectors[place] = vector if np.isfinite(vector).all() else self._model.embed([prompt])[0]
+            job, index, prompt = texts[number]
+            # A number that is not finite spreads to the other texts of its packed row.
+            job.vectors[index] = vector if np.isfinite(vector).all() else self._model.embed([prompt])[0]
             job.num_left -= 1
             if not job.num_left:
                 _settle(job.future, np.stack([vector for _, vector in sorted(job.vectors.items())]))
-
-    def _begin_answers(self) -> None:
-        """Gives the engine the answers for which it has a row."""
-        for answers in self._answers:
-            for continuation in answers.begin():
-                self._engine.submit(continuation)
 
     def _finish_writing(self) -> None:
         with self._timed("write"):
             blocks = self._engine.finish()
         for block in blocks:
-            self._metrics.tokens.labels("written").inc(len(block.tokens))
-            self._sinks[block.continuation].tell(block)
+            self._counters.tokens.labels("written").inc(len(block.tokens))
+            self._sinks[block.continuation].put(block)
             if block.finish:
-                self._end(block.continuation)
+                self._remove(block.continuation)
 
-    def _end(self, continuation: Continuation) -> None:
-        """Forgets an answer, which may have ended before."""
+    def _remove(self, continuation: Continuation) -> None:
+        """Removes a completion, unless it has ended before."""
         if sink := self._sinks.pop(continuation, None):
-            sink.answers.end(continuation, sink.caller)
+            sink.lane.remove(continuation, sink.caller)
 
     @contextmanager
     def _timed(self, work: Work) -> Generator[None]:
         started = time.perf_counter()
         yield
-        self._metrics.device_seconds.labels(work).inc(time.perf_counter() - started)
+        self._counters.device_seconds.labels(work).inc(time.perf_counter() - started)
 
 
 def _settle(future: asyncio.Future[T], result: T | None = None, *, error: Exception | None = None) -> None:
-    """Gives a future its result from another thread; one that nobody waits for any more is let be."""
+    """Sets the result of a future from another thread, unless it was cancelled."""
 
     def settle() -> None:
         if not future.done():

@@ -4,42 +4,39 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from collections.abc import Iterator, Sequence
-from typing import TypeVar, cast
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import cast
 
 import numpy as np
-from pydantic import BaseModel
 
 from grit_jax.data.batch import sizes
 from grit_jax.inference.engine import LaneSize
 from grit_jax.inference.model import GritModel
 from grit_jax.retrieval.rag import Rag
-from grit_jax.serve import parsing
-from grit_jax.serve.errors import RequestError, not_finite
-from grit_jax.serve.fairness import Caller
-from grit_jax.serve.metrics import Metrics
-from grit_jax.serve.parsing import MOST_TOKENS
+from grit_jax.serve.bodies import Bodies
+from grit_jax.serve.counters import Counters
+from grit_jax.serve.fairness import Caller, FairSemaphore
 from grit_jax.serve.protocol import Inputs
+from grit_jax.serve.request_errors import RequestError, not_finite
 from grit_jax.serve.scheduler import Scheduler
 from grit_jax.text.prompts import TokenizedPrompt
 
-T = TypeVar("T", bound=BaseModel)
-
 _SHORTEST_LANE, _LANE_GROWTH = 512, 4
-_CHARACTERS_AT_ONCE = 100_000  # that are tokenized before others have their turn
+_CHARACTERS_AT_ONCE = 100_000  # tokenized before other requests have their turn
+_MOST_TOKENS = 300_000  # of the texts of an embedding request, as at OpenAI
 
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """What a server takes on.
+    """The limits of a server.
 
     Attributes:
-      max_length: Tokens of a prompt and its answer, and of an embedded text.
-      rows: Answers of up to 512 tokens that are written at a time; fewer of longer ones.
-      queue: Requests of a kind that wait or are under way.
+      max_length: Tokens of a prompt and its completion, and of an embedded text.
+      rows: Completions of up to 512 tokens that are written at a time; fewer of longer ones.
+      queue: Requests to a skill that wait or are in progress.
       body_bytes: Bytes of a request.
-      all_bodies: Bytes of all requests under way, in units of `body_bytes`.
-      seconds: Of a request.
+      all_bodies: Bytes of all requests in progress, in units of `body_bytes`.
+      seconds: Time of a request.
     """
 
     max_length: int
@@ -50,7 +47,7 @@ class Limits:
     seconds: float = 300.0
 
     def lanes(self) -> list[LaneSize]:
-        """Batches of the engine, of about as many tokens each."""
+        """Lanes of the engine, all with about the same number of tokens."""
         slots = sizes(_SHORTEST_LANE, self.max_length, growth=_LANE_GROWTH)
         return [LaneSize(max(1, self.rows * slots[0] // size), size) for size in slots]
 
@@ -61,114 +58,104 @@ class Service:
 
     Attributes:
       model: The model.
-      name: What clients call it.
-      limits: What is taken on.
-      rag: The store that is searched and answered from; None for none.
+      name: Its name for clients.
+      limits: The limits of requests.
+      instructions: Named instructions of `/v1/embeddings`.
+      rag: The store for search and answers; None for none.
+      api_key: The key that clients must send; None for none.
       scheduler: The model's thread.
-      metrics: What is counted.
+      counters: The server's counters.
+      bodies: Memory for the bodies of requests.
+      check_ready: Raises RequestError while the server takes no requests.
+      rag_rows: Bounds the documents' keys and values in memory to those of `limits.rows` requests.
     """
 
     model: GritModel
     name: str
     limits: Limits
+    instructions: Mapping[str, str]
     rag: Rag | None
+    api_key: str | None
     scheduler: Scheduler
-    metrics: Metrics
+    counters: Counters
+    bodies: Bodies
+    check_ready: Callable[[], None]
+    rag_rows: FairSemaphore
 
-    async def parse(self, kind: type[T], body: bytes) -> T:
-        """The request that a body holds, which is read beside other requests.
-
-        Raises:
-          RequestError: It is no such request.
-        """
-        return await asyncio.to_thread(lambda: parsing.parse(kind, body))
-
-    def refuse_other_model(self, name: str) -> None:
-        """Returns where a request names this model.
+    def refuse_other_model(self, name: str | None) -> None:
+        """Checks that a request names this model, or none.
 
         Raises:
           RequestError: It names another.
         """
-        if name != self.name:
-            raise RequestError(
-                404, f"there is no model {name[:100]!r} here; ask for {self.name!r}", "model_not_found", "model"
-            )
+        if name not in (None, self.name):
+            message = f"there is no model {name[:100]!r} here; ask for {self.name!r}"
+            raise RequestError(404, message, "model_not_found", "model")
 
-    def needed_rag(self) -> Rag:
-        """The documents.
+    def require_rag(self) -> Rag:
+        """The store.
 
         Raises:
-          RequestError: There are none.
+          RequestError: There is none.
         """
         if self.rag is None:
             raise RequestError(400, "this server has no documents; start it with --index STORE", "no_index")
         return self.rag
 
-    def texts(self, inputs: Inputs) -> list[str]:
-        """Texts as a client has sent them: one or several, as such or as tokens of this model.
+    def as_list(self, inputs: Inputs) -> list[str | list[int]]:
+        """The inputs one by one, texts or tokens.
 
         Raises:
           RequestError: A token is not one of this model's.
         """
         if isinstance(inputs, str):
             return [inputs]
-        return [one if isinstance(one, str) else self.model.tokenizer.decode(one) for one in self.separate(inputs)]
-
-    def separate(self, inputs: Inputs) -> list[str | list[int]]:
-        """Inputs one by one, texts or tokens.
-
-        Raises:
-          RequestError: A token is not one of this model's.
-        """
-        if isinstance(inputs, str):
-            return [inputs]
-        many = cast(list[str | list[int]], [inputs] if isinstance(inputs[0], int) else inputs)
+        found = cast(list[str | list[int]], [inputs] if isinstance(inputs[0], int) else inputs)
         vocab_size = self.model.tokenizer.vocab_size
-        for place, one in enumerate(many):
+        for index, one in enumerate(found):
             if not isinstance(one, str) and max(one) >= vocab_size:
                 raise RequestError(
                     400,
-                    f"input {place} has the token {max(one)}; this model has {vocab_size}, and tokens must be those of "
+                    f"input {index} has the token {max(one)}; this model has {vocab_size}, and tokens must be those of "
                     "its own tokenizer: send text (with langchain: check_embedding_ctx_length=False)",
                 )
-        return many
+        return found
 
     async def embedding_prompts(
         self, texts: Sequence[str], instruction: str, *, truncate: bool = False
     ) -> list[TokenizedPrompt]:
-        """Tokens of texts that are embedded.
+        """Tokens of texts to embed.
 
         Raises:
-          RequestError: A text is too long and is not to be cut, or there are too many of them.
+          RequestError: A text is too long and not to be truncated, or there are too many tokens.
           InputError: A text is empty, or the instruction leaves no room for it.
         """
         limit, prompts, num_tokens = self.limits.max_length, [], 0
         self.refuse_huge(instruction, "the instruction")
         if truncate:
             texts = [text[: self._most_characters] for text in texts]
-        for place, text in enumerate(texts):
-            self.refuse_huge(text, f"text {place}")
-        for some in _at_once(texts, len(instruction)):
+        for index, text in enumerate(texts):
+            self.refuse_huge(text, f"text {index}")
+        for some in _slices(texts, len(instruction)):
             found = await asyncio.to_thread(
                 self.model.embedding_prompts, texts[some], instruction=instruction, max_length=limit,
                 first=some.start,
             )  # fmt: skip
-            for place, prompt in enumerate(found, start=some.start):
+            for index, prompt in enumerate(found, start=some.start):
                 if len(prompt.tokens) > limit and not truncate:
-                    raise self.too_long(f"text {place} has {len(prompt.tokens)} tokens")
+                    raise self.too_long(f"text {index} has {len(prompt.tokens)} tokens")
             prompts += [prompt.cut(limit) for prompt in found]
-            num_tokens += sum(len(prompt.tokens) for prompt in prompts[some])
-            if num_tokens > MOST_TOKENS:
-                raise RequestError(
-                    400, f"the texts have over {MOST_TOKENS} tokens, which is the limit of a request: send fewer"
-                )
+            num_tokens += count_tokens(prompts[some])
+            if num_tokens > _MOST_TOKENS:
+                message = f"the texts have over {_MOST_TOKENS} tokens, which is the limit of a request: send fewer"
+                raise RequestError(400, message)
         return prompts
 
     async def embed(self, prompts: Sequence[TokenizedPrompt], caller: Caller) -> np.ndarray:
         """Vectors of texts, float32 [texts, embed].
 
         Raises:
-          RequestError: A number of them is not finite, or the model has failed.
+          RequestError: A vector is not finite, or the model has failed.
         """
         vectors = await self.scheduler.embed(prompts, caller)
         if len(bad := np.flatnonzero(~np.isfinite(vectors).all(axis=1))):
@@ -176,7 +163,7 @@ class Service:
         return vectors
 
     def refuse_huge(self, text: str, what: str) -> None:
-        """Refuses what is too long whatever its tokens are, before it is tokenized.
+        """Refuses, before it is tokenized, a text that is too long whatever its tokens are.
 
         Raises:
           RequestError: It is.
@@ -185,7 +172,7 @@ class Service:
             raise self.too_long(f"{what} has {len(text)} characters")
 
     def too_long(self, what: str) -> RequestError:
-        """What a client is told of a text that is over the limit."""
+        """The error for a text over the limit."""
         limit = self.limits.max_length
         return RequestError(400, f"{what}; the limit is {limit} tokens: shorten it", "context_length_exceeded")
 
@@ -199,13 +186,13 @@ def count_tokens(prompts: Sequence[TokenizedPrompt]) -> int:
     return sum(len(prompt.tokens) for prompt in prompts)
 
 
-def _at_once(texts: Sequence[str], num_more: int) -> Iterator[slice]:
-    """Texts that are tokenized in one call, each with so many characters more."""
+def _slices(texts: Sequence[str], num_more: int) -> Iterator[slice]:
+    """Slices of texts to tokenize in one call, with `num_more` characters added to each text."""
     start, num_characters = 0, 0
-    for place, text in enumerate(texts):
+    for index, text in enumerate(texts):
         num_characters += len(text) + num_more
         if num_characters >= _CHARACTERS_AT_ONCE:
-            yield slice(start, place + 1)
-            start, num_characters = place + 1, 0
+            yield slice(start, index + 1)
+            start, num_characters = index + 1, 0
     if start < len(texts):
         yield slice(start, len(texts))

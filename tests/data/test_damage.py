@@ -20,7 +20,7 @@ from grit_jax.data.sources import open_source
 from grit_jax.datatools import convert
 from grit_jax.datatools.overlap import EvaluationTexts
 from grit_jax.errors import InputError
-from grit_jax.retrieval.corpus import read_corpus
+from grit_jax.retrieval.documents import read_corpus
 from grit_jax.text.tokenizer import Tokenizer
 from tests.data.reading import build_index
 from tests.data.test_sources import write

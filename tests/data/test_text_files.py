@@ -10,7 +10,7 @@ from grit_jax.data.records import RecordError
 from grit_jax.data.sources import open_source
 from grit_jax.data.text_files import is_blank, read_cells, read_lines, read_objects, read_text, read_text_lines
 from grit_jax.errors import InputError
-from grit_jax.retrieval.corpus import read_corpus
+from grit_jax.retrieval.documents import read_corpus
 
 BOM = "\ufeff"
 # What other readers take for the end of a line, what may be before it, and what says nothing.

@@ -14,7 +14,7 @@ from grit_jax.evaluation.retrieval import (
     read_collection,
     without_own_ids,
 )
-from grit_jax.retrieval.vectors import pack, unpack
+from grit_jax.retrieval.quantization import pack, unpack
 from tests.data.test_qrels import FORMS as QRELS_FORMS
 from tests.evaluation.fake import session
 from tests.evaluation.tasks import write_jsonl, write_retrieval

@@ -11,7 +11,7 @@ _SCRIPT = """
 import os, signal, sys
 from pathlib import Path
 from grit_jax import files
-from grit_jax.retrieval import caches
+from grit_jax.retrieval import kv_file
 
 left = int(sys.argv.pop(1))
 
@@ -22,7 +22,7 @@ def moment(before_death=lambda: None):
         before_death()
         os.kill(os.getpid(), signal.SIGKILL)
 
-replace, write_bytes, quantize = os.replace, files.write_bytes, caches.quantize
+replace, write_bytes, quantize = os.replace, files.write_bytes, kv_file.quantize
 
 def killing_replace(source, target):
     moment()
@@ -40,7 +40,7 @@ def killing_quantize(*arguments):
     moment()
     return quantize(*arguments)
 
-os.replace, files.write_bytes, caches.quantize = killing_replace, killing_write_bytes, killing_quantize
+os.replace, files.write_bytes, kv_file.quantize = killing_replace, killing_write_bytes, killing_quantize
 from grit_jax.cli.main import main
 code = main()
 print("moments left:", left, file=sys.stderr)

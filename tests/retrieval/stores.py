@@ -4,8 +4,8 @@ import hashlib
 import json
 
 from grit_jax.checkpoints.checkpoint import CheckpointMetadata, save_params
-from grit_jax.retrieval.corpus import find_corpus
-from grit_jax.retrieval.growing import Wanted, add_documents, add_vectors, sole_indexer
+from grit_jax.retrieval.documents import find_corpus
+from grit_jax.retrieval.ingest import Wanted, add_documents, add_vectors, sole_indexer
 from tests.evaluation import tasks
 from tests.hf.test_model_folder import random_model
 

@@ -10,8 +10,8 @@ from grit_jax.cli.main import main
 from grit_jax.config import EmbeddingConfig
 from grit_jax.errors import InputError
 from grit_jax.inference.engine import Continuation
-from grit_jax.retrieval.layout import Store
 from grit_jax.retrieval.rag import Rag
+from grit_jax.retrieval.store import Store
 from grit_jax.text import prompts
 from grit_jax.text.tokenizer import Tokenizer
 from tests.models import bytes_with_ending, make

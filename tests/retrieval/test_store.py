@@ -10,10 +10,12 @@ import zstandard
 
 from grit_jax.cli.main import main
 from grit_jax.errors import InputError
-from grit_jax.retrieval.corpus import find_corpus
-from grit_jax.retrieval.layout import Store, data_file, read_manifest
+from grit_jax.retrieval.documents import find_corpus
+from grit_jax.retrieval.manifest import read_manifest
+from grit_jax.retrieval.quantization import DTYPES, pack, unpack
 from grit_jax.retrieval.retriever import Retriever
-from grit_jax.retrieval.vectors import DTYPES, pack, unpack
+from grit_jax.retrieval.store import Store
+from grit_jax.retrieval.store_files import data_file
 from grit_jax.runs.lock import writer_lock
 from tests.models import make
 from tests.retrieval.stores import content, document, index, save_model, write_corpus

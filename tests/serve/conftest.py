@@ -9,10 +9,10 @@ import httpx2
 import pytest
 import uvicorn
 
-from grit_jax.retrieval.layout import Store
 from grit_jax.retrieval.rag import Rag
+from grit_jax.retrieval.store import Store
 from grit_jax.serve.app import Server
-from grit_jax.serve.connection import PatientProtocol
+from grit_jax.serve.guards import StrictProtocol
 from grit_jax.serve.service import Limits
 from tests.models import make
 from tests.retrieval import stores
@@ -28,7 +28,7 @@ DOCUMENTS = [
 
 
 @contextlib.contextmanager
-def running(server, *, protocol=PatientProtocol, drain=10):
+def running(server, *, protocol=StrictProtocol, drain=10):
     """Runs a server until the block ends; gives its address once it is ready."""
     config = uvicorn.Config(server.app, port=0, http=protocol, log_config=None, timeout_graceful_shutdown=drain)
     runner = uvicorn.Server(config)

@@ -11,8 +11,8 @@ import numpy as np
 import openai
 import pytest
 
-from grit_jax.retrieval.layout import Store
 from grit_jax.retrieval.rag import Rag
+from grit_jax.retrieval.store import Store
 from grit_jax.serve.app import Server
 from grit_jax.serve.service import Limits
 from tests.models import make

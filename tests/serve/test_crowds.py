@@ -66,7 +66,7 @@ class Watched:
             return blocks
 
         scheduler._texts.put = arrive
-        for answers in scheduler._answers:
+        for answers in scheduler._lanes:
             answers.waiting.put = arrive_answer(answers.waiting.put)
         engine.start, engine.submit, engine.finish = turn, begin, end
 

@@ -8,8 +8,8 @@ import httpx2
 import numpy as np
 import pytest
 
-from grit_jax.retrieval.layout import Store
 from grit_jax.retrieval.rag import Rag
+from grit_jax.retrieval.store import Store
 from grit_jax.serve.app import Server
 from grit_jax.serve.service import Limits
 from tests.models import make
@@ -136,7 +136,7 @@ def test_a_document_that_cannot_be_read_causally_is_left_alone(model, folder, ca
             goes_on(address)
             until(lambda: not rag.num_waiting)
         assert post(address, "chat/completions", CHAT | {"retrieval": {}}) == (200, None)
-    assert "what is done while nobody waits failed" in caplog.text
+    assert "the work of an idle server failed" in caplog.text
 
 
 @pytest.mark.parametrize("form", ["float", "base64"])

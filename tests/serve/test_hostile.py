@@ -13,7 +13,7 @@ import pytest
 
 from grit_jax.serve import bodies
 from grit_jax.serve.app import Server
-from grit_jax.serve.connection import PatientProtocol
+from grit_jax.serve.guards import StrictProtocol
 from grit_jax.serve.service import Limits
 from tests.serve.conftest import NAME, metric, running, until
 
@@ -152,7 +152,7 @@ def test_clients_that_vanish_leave_nothing_behind(server, more):
 def test_slow_clients_are_let_go(model, monkeypatch):
     monkeypatch.setattr(bodies, "_SECONDS", 1e6)  # beyond the request's own time
 
-    class Impatient(PatientProtocol):
+    class Impatient(StrictProtocol):
         head_seconds = 0.5
 
     body = json.dumps(EMBED).encode()

@@ -2,10 +2,12 @@
 
 import contextlib
 import json
+import re
 import signal
 import socket
 import subprocess
 import time
+from urllib.parse import urlsplit
 
 import httpx2
 import pytest
@@ -76,6 +78,24 @@ def test_a_stopped_server_finishes_what_it_has_begun(model):
         assert process.wait(60) == 0
     with pytest.raises(httpx2.ConnectError):
         httpx2.get(f"{address}/health")
+
+
+def test_a_server_writes_its_own_lines_only(model):
+    with serving(model, "--max-length", 64, "--rows", 1) as process:
+        _, address = told_first(process)
+        until_it_answers(process, f"{address}/ready")
+        url = urlsplit(address)
+        for sent in (
+            b"no http\r\n\r\n",
+            b"GET / HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n\r\n",
+        ):
+            with socket.create_connection((url.hostname, url.port), timeout=30) as client:
+                client.sendall(sent)
+                assert client.recv(1000).startswith(b"HTTP/1.1 ")
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0
+        assert process.stdout.read() == ""
+        assert re.fullmatch(r"ready: \d+ programs in \S+ s\n", process.stderr.read())
 
 
 def test_a_server_takes_its_key_store_and_prompts_and_spreads_the_model(model, tmp_path):

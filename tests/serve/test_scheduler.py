@@ -14,9 +14,9 @@ from safetensors import SafetensorError
 
 from grit_jax.inference.embedder import StartedEmbedding
 from grit_jax.inference.engine import Block, Continuation, LaneSize
-from grit_jax.serve.errors import RequestError
+from grit_jax.serve.counters import Counters
 from grit_jax.serve.fairness import Caller
-from grit_jax.serve.metrics import Metrics
+from grit_jax.serve.request_errors import RequestError
 from grit_jax.serve.scheduler import Scheduler
 from grit_jax.text.prompts import TokenizedPrompt
 from tests.models import make
@@ -31,7 +31,7 @@ def caller(client="one"):
 
 @contextlib.contextmanager
 def running(model, **options):
-    scheduler = Scheduler(model, model.engine([LaneSize(1, 32)]), Metrics(), queue=2, **options)
+    scheduler = Scheduler(model, model.engine([LaneSize(1, 32)]), Counters(), queue=2, **options)
     scheduler.start()
     try:
         yield scheduler
@@ -82,7 +82,7 @@ def test_a_vector_that_is_not_finite_is_not_felt_by_texts_of_other_requests(mode
         scheduler.start()
         return await asyncio.gather(*tasks)
 
-    scheduler = Scheduler(sick, model.engine([LaneSize(1, 32)]), Metrics(), queue=2)
+    scheduler = Scheduler(sick, model.engine([LaneSize(1, 32)]), Counters(), queue=2)
     of_bad, of_good = asyncio.run(both())
     scheduler.stop()
     assert np.isnan(of_bad).all()
@@ -135,7 +135,7 @@ def test_what_nobody_waits_for_any_more_is_not_done(model):
         scheduler.start()
         await scheduler.call(lambda: done.append("last"), caller())
 
-    scheduler = Scheduler(model, model.engine([LaneSize(1, 32)]), Metrics(), queue=2)
+    scheduler = Scheduler(model, model.engine([LaneSize(1, 32)]), Counters(), queue=2)
     asyncio.run(calls())
     scheduler.stop()
     assert done == ["last"]
@@ -144,15 +144,15 @@ def test_what_nobody_waits_for_any_more_is_not_done(model):
 def test_requests_beyond_the_queue_are_refused_until_one_ends(model):
     def refused(client):
         with pytest.raises(RequestError) as error:
-            scheduler.place("embed", client).__enter__()
+            scheduler.admit("embed", client).__enter__()
         return error.value.status
 
-    with running(model) as scheduler, scheduler.place("embed", "a"):
-        with scheduler.place("write", "a"), scheduler.place("embed", "a"):
+    with running(model) as scheduler, scheduler.admit("embed", "a"):
+        with scheduler.admit("write", "a"), scheduler.admit("embed", "a"):
             assert refused("a") == 429
-            with scheduler.place("embed", "b"), scheduler.place("embed", "c"):  # they have none yet
+            with scheduler.admit("embed", "b"), scheduler.admit("embed", "c"):  # they have none yet
                 assert [refused(client) for client in "abcd"] == [429] * 4
-        with scheduler.place("embed", "a"):
+        with scheduler.admit("embed", "a"):
             pass
 
 
@@ -223,7 +223,7 @@ async def both(scheduler):
 
 def test_the_device_writes_while_vectors_are_taken():
     device = Device()
-    scheduler = Scheduler(device, device, Metrics(), queue=2)
+    scheduler = Scheduler(device, device, Counters(), queue=2)
     vectors, finish = asyncio.run(both(scheduler))
     scheduler.stop()
     assert vectors.tolist() == [[1, 1]] and finish == ["length"]
@@ -232,7 +232,7 @@ def test_the_device_writes_while_vectors_are_taken():
 
 def test_texts_of_several_requests_are_embedded_together():
     device = Device()
-    scheduler = Scheduler(device, device, Metrics(), queue=9)
+    scheduler = Scheduler(device, device, Counters(), queue=9)
 
     async def run():
         requests = [asyncio.create_task(scheduler.embed([TEXT] * count, caller())) for count in (2, 1, 3)]
@@ -248,7 +248,7 @@ def test_texts_of_several_requests_are_embedded_together():
 @pytest.mark.parametrize("fails", ["embed", "vectors", "write", "blocks"])
 def test_a_device_that_fails_late_or_early_is_told_to_everyone(fails):
     device = Device(fails=fails)
-    scheduler = Scheduler(device, device, Metrics(), queue=2)
+    scheduler = Scheduler(device, device, Counters(), queue=2)
     answers = asyncio.run(both(scheduler))
     scheduler.stop()
     assert {error.status for error in answers if isinstance(error, RequestError)} == {503}
@@ -273,7 +273,7 @@ def test_vectors_that_are_there_do_not_wait_for_a_call_that_came_later():
         called.set()
         await waiting
 
-    scheduler = Scheduler(device, device, Metrics(), queue=2)
+    scheduler = Scheduler(device, device, Counters(), queue=2)
     asyncio.run(asyncio.wait_for(run(), 60))
     scheduler.stop()
     assert device.said == ["embed", "vectors", "call"]
@@ -292,7 +292,7 @@ def test_a_request_for_many_answers_leaves_a_row_to_others(rows, of_one):
         scheduler.start()
         await asyncio.gather(*tasks)
 
-    scheduler = Scheduler(device, device, Metrics(), queue=99)
+    scheduler = Scheduler(device, device, Counters(), queue=99)
     asyncio.run(asyncio.wait_for(run(), 60))
     scheduler.stop()
     assert device.most_written == of_one
@@ -314,7 +314,7 @@ def test_rows_are_given_to_clients_and_their_requests_in_turn():
         scheduler.start()
         await asyncio.gather(*tasks)
 
-    scheduler = Scheduler(device, device, Metrics(), queue=99)
+    scheduler = Scheduler(device, device, Counters(), queue=99)
     asyncio.run(asyncio.wait_for(run(), 60))
     scheduler.stop()
     assert "".join(chr(text.seed) for text in device.submitted) == "acbcabaa"
@@ -335,7 +335,7 @@ def test_an_answer_that_nobody_waits_for_any_more_frees_its_place():
         scheduler.start()
         return await tasks[2]
 
-    scheduler = Scheduler(device, device, Metrics(), queue=9)
+    scheduler = Scheduler(device, device, Counters(), queue=9)
     assert asyncio.run(asyncio.wait_for(run(), 60)) == ["length"]
     scheduler.stop()
     assert len(device.submitted) == 1 and scheduler.num_waiting == 0

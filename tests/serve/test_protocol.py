@@ -9,11 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from grit_jax.serve import parsing
+from grit_jax.serve import protocol
 from grit_jax.serve.chat import ChatRequest
-from grit_jax.serve.embeddings import EmbeddingRequest
-from grit_jax.serve.errors import RequestError
-from grit_jax.serve.rerank import RerankRequest
+from grit_jax.serve.embeddings import EmbeddingRequest, RerankRequest
+from grit_jax.serve.request_errors import RequestError
 
 VALUES, KEYS, DEPTH, DIGITS = (
     "over 400000 values",
@@ -75,13 +74,13 @@ HUGE = {
 def test_a_huge_body_is_refused_soon_and_in_little_memory(kind, body, told):
     started = time.thread_time()
     with pytest.raises(RequestError) as refused:
-        parsing.parse(kind, body)
+        protocol.parse(kind, body)
     assert time.thread_time() - started < 2
     assert refused.value.status == 400 and told in refused.value.message
     assert len(json.dumps(refused.value.content())) < 1500
     tracemalloc.start()
     with pytest.raises(RequestError):
-        parsing.parse(kind, body)
+        protocol.parse(kind, body)
     assert tracemalloc.get_traced_memory()[1] < 100e6 + 4 * len(body)
     tracemalloc.stop()
 
@@ -99,7 +98,7 @@ def test_a_huge_body_is_refused_soon_and_in_little_memory(kind, body, told):
     ids=["texts", "tokens", "lists of tokens", "documents", "parts", "escapes"],
 )
 def test_the_largest_requests_that_make_sense_are_taken(kind, body):
-    assert parsing.parse(kind, body).model == "m"
+    assert protocol.parse(kind, body).model == "m"
 
 
 trees = st.recursive(
@@ -124,12 +123,12 @@ def test_what_is_counted_in_the_bytes_is_what_is_in_the_json(tree):
     values, keys, depth = counted(tree)
     with pytest.MonkeyPatch.context() as patch:
         for name, exact in (("_MOST_VALUES", values), ("_MOST_KEYS", keys), ("_DEEPEST", depth)):
-            patch.setattr(parsing, name, max(exact, 20) if name != "_DEEPEST" else exact)
+            patch.setattr(protocol, name, max(exact, 20) if name != "_DEEPEST" else exact)
         body = json.dumps(tree).encode()
-        parsing._check_bounds(body)
+        protocol._check_bounds(body)
         outside = re.sub(rb'"(?:[^"\\]|\\.)*"', b"", body)
         assert outside.count(b",") + outside.count(b"[") + outside.count(b"{") == values
         if depth:
-            patch.setattr(parsing, "_DEEPEST", depth - 1)
+            patch.setattr(protocol, "_DEEPEST", depth - 1)
             with pytest.raises(RequestError, match="within each other"):
-                parsing._check_bounds(body)
+                protocol._check_bounds(body)

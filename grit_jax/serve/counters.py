@@ -1,4 +1,4 @@
-"""What the server counts, for Prometheus."""
+"""The server's counters, for Prometheus."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 60, 120)
 
 
-class Metrics:
+class Counters:
     """Counters of one server.
 
     Attributes:
       requests: Requests by endpoint and status.
       seconds: Time from a request's head to the end of its response, by endpoint.
       first_token_seconds: Time to the first token of a streamed answer.
-      device_seconds: Time that the device's thread was busy, waiting for results included, by what it did: `embed`,
-        `write`, or `find` documents and their keys and values.
-      tokens: Tokens that were `embedded`, `read` as prompts, taken from a `cached` prefix, or `written`.
-      compilations: Programs that were compiled.
+      device_seconds: Time that the device's thread was busy, including waits for results, by work: `embed`, `write`,
+        or `find` documents and their keys and values.
+      tokens: Tokens by what happened: `embedded`, `read` as prompts, taken from a `cached` prefix, or `written`.
+      compilations: Compiled programs.
     """
 
     def __init__(self):
@@ -40,13 +40,13 @@ class Metrics:
         self.compilations = Counter("grit_jax_compilations", "Programs that were compiled", registry=registry)
         jax.monitoring.register_event_duration_secs_listener(self._on_duration)
 
-    def gauges(self, values: Mapping[str, tuple[str, Callable[[], float]]]) -> None:
-        """Adds numbers that are asked for when they are read: by name what they are, and a function that tells them."""
-        for name, (help_text, function) in values.items():
+    def add_gauges(self, gauges: Mapping[str, tuple[str, Callable[[], float]]]) -> None:
+        """Adds numbers that are computed when they are read: by name, a help text and a function."""
+        for name, (help_text, function) in gauges.items():
             Gauge(f"grit_jax_{name}", help_text, registry=self._registry).set_function(function)
 
     def text(self) -> bytes:
-        """All of it in Prometheus' text format."""
+        """All counters in Prometheus' text format."""
         return generate_latest(self._registry)
 
     def _on_duration(self, event: str, duration_secs: float, **_: str | int) -> None:

@@ -10,8 +10,9 @@ import safetensors.numpy
 from grit_jax.cli.main import main
 from grit_jax.config import EmbeddingConfig
 from grit_jax.errors import InputError
-from grit_jax.retrieval.layout import Store, data_file
-from grit_jax.retrieval.vectors import DTYPES
+from grit_jax.retrieval.quantization import DTYPES
+from grit_jax.retrieval.store import Store
+from grit_jax.retrieval.store_files import data_file
 from tests.models import make
 from tests.retrieval.stores import content, index, save_model, write_corpus
 

@@ -1,4 +1,4 @@
-"""How vectors, keys and values are kept: float32, bfloat16, or int8 with a scale for each run of numbers."""
+"""How a store keeps numbers: float32, bfloat16, or int8 with a scale for each run of them."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ _LARGEST = 127
 
 
 def quantize(values: np.ndarray, dtype: Dtype) -> tuple[np.ndarray, np.ndarray | None]:
-    """Values as they are kept, and the scales of int8: one for each run of the last dim.
+    """Rounds values to a type; int8 has one scale for each run of the last dim.
 
-    A value of int8 is off by up to half a scale, which is 1/254 of the largest value of its run.
+    An int8 value is off by up to half a scale, which is 1/254 of the largest value of its run.
 
     Args:
       values: float32 [..., numbers].
-      dtype: The type that they are rounded to.
+      dtype: The type.
 
     Returns:
-      The values in that type, and float32 [...] beside int8, else None.
+      The values in that type, and for int8 the scales, float32 [...], else None.
     """
     if dtype == "int8":
         scales = np.abs(values).max(axis=-1) / np.float32(_LARGEST)
@@ -33,17 +33,17 @@ def quantize(values: np.ndarray, dtype: Dtype) -> tuple[np.ndarray, np.ndarray |
 
 
 def pack(vectors: np.ndarray, dtype: Dtype) -> dict[str, np.ndarray]:
-    """What is kept of vectors: `vectors` [rows, embed], and `scales`, float32 [rows], beside int8; see `quantize`.
+    """The tensors to store: `vectors` [rows, embed] and, for int8, `scales`, float32 [rows]; see `quantize`.
 
     Args:
       vectors: float32 [rows, embed].
-      dtype: The type that they are rounded to.
+      dtype: The type they are rounded to.
     """
     values, scales = quantize(vectors, dtype)
     return {"vectors": values} if scales is None else {"vectors": values, "scales": scales}
 
 
 def unpack(vectors: np.ndarray, scales: np.ndarray | None = None) -> np.ndarray:
-    """The values that are kept, float32 [..., numbers]."""
+    """The stored values, float32 [..., numbers]."""
     values = vectors.astype(np.float32)
     return values if scales is None else values * scales[..., None]

@@ -1,9 +1,9 @@
 """The file of a shard's keys and values: those of all its documents' tokens, one document after the other.
 
-It is a safetensors file of which pieces are written as they are made and read as they are needed. Of n tokens it holds
+It is a safetensors file, written and read piece by piece. For n tokens it holds
 
     ends                      int64 [rows]; where each document ends, in tokens
-    keys, values              [n, layers, kv_heads, head_dim] in the type of the settings
+    keys, values              [n, layers, kv_heads, head_dim] in the store's dtype
     key_scales, value_scales  float32 [n, layers, kv_heads], beside int8
 """
 
@@ -22,16 +22,16 @@ import safetensors
 from grit_jax import files
 from grit_jax.config import TransformerConfig
 from grit_jax.model.transformer import KVCache
-from grit_jax.retrieval.vectors import Dtype, quantize, unpack
+from grit_jax.retrieval.quantization import Dtype, quantize, unpack
 
-_TYPES = {"float32": ("F32", 4), "bfloat16": ("BF16", 2), "int8": ("I8", 1), "int64": ("I64", 8)}
+_SAFETENSORS = {"float32": ("F32", 4), "bfloat16": ("BF16", 2), "int8": ("I8", 1), "int64": ("I64", 8)}
 
 
 @contextmanager
 def writing(
     path: Path, lengths: Sequence[int], architecture: TransformerConfig, dtype: Dtype
 ) -> Generator[Callable[[int, KVCache], None]]:
-    """Gives what writes the keys and values of a row; the file is there when those of all rows have been written.
+    """Gives a function that writes the keys and values of a row; the file appears when all rows are written.
 
     Args:
       path: The file.
@@ -40,19 +40,19 @@ def writing(
       dtype: Type that keys and values are rounded to.
     """
     ends = np.cumsum(lengths, dtype=np.int64)
-    of_token = architecture.num_layers, architecture.num_kv_heads, architecture.head_dim
+    token_shape = architecture.num_layers, architecture.num_kv_heads, architecture.head_dim
     shapes: dict[str, tuple[str, tuple[int, ...]]] = {"ends": ("int64", (len(ends),))}
     if dtype == "int8":
-        shapes |= {name: ("float32", (int(ends[-1]), *of_token[:2])) for name in ("key_scales", "value_scales")}
-    shapes |= {name: (dtype, (int(ends[-1]), *of_token)) for name in ("keys", "values")}
-    header, places = _header(shapes)
+        shapes |= {name: ("float32", (int(ends[-1]), *token_shape[:2])) for name in ("key_scales", "value_scales")}
+    shapes |= {name: (dtype, (int(ends[-1]), *token_shape)) for name in ("keys", "values")}
+    header, offsets = _header(shapes)
 
     def write(row: int, cache: KVCache) -> None:
         for name, values in (("key", cache.keys), ("value", cache.values)):
-            kept, scales = quantize(np.asarray(values, np.float32).swapaxes(0, 1), dtype)
-            for part, numbers in ((f"{name}s", kept), (f"{name}_scales", scales)):
+            rounded, scales = quantize(np.asarray(values, np.float32).swapaxes(0, 1), dtype)
+            for tensor, numbers in ((f"{name}s", rounded), (f"{name}_scales", scales)):
                 if numbers is not None:
-                    file.seek(places[part] + int(ends[row] - lengths[row]) * numbers[0].nbytes)
+                    file.seek(offsets[tensor] + int(ends[row] - lengths[row]) * numbers[0].nbytes)
                     file.write(numbers.tobytes())
 
     with files.replacing(path) as file:
@@ -62,7 +62,7 @@ def writing(
 
 
 def read(path: Path, row: int) -> KVCache:
-    """Keys and values of a row as they are kept, float32 [layers, tokens, kv_heads, head_dim]; nothing else is read."""
+    """The stored keys and values of a row, float32 [layers, tokens, kv_heads, head_dim]; reads nothing else."""
     with safetensors.safe_open(path, "np") as file:
         tokens = _tokens(file, row)
         names: set[str] = {*file.keys()} - {"ends"}
@@ -86,14 +86,14 @@ def _tokens(file: Any, row: int) -> slice:
 
 
 def _header(shapes: dict[str, tuple[str, tuple[int, ...]]]) -> tuple[bytes, dict[str, int]]:
-    """The header of a safetensors file of these types and shapes, and where each tensor begins in the file."""
-    about, begin = {}, 0
+    """The header of a safetensors file with these dtypes and shapes, and each tensor's offset in the file."""
+    tensors, begin = {}, 0
     for name, (dtype, shape) in shapes.items():
-        kind, size = _TYPES[dtype]
+        code, size = _SAFETENSORS[dtype]
         end = begin + size * math.prod(shape)
-        about[name] = {"dtype": kind, "shape": shape, "data_offsets": [begin, end]}
+        tensors[name] = {"dtype": code, "shape": shape, "data_offsets": [begin, end]}
         begin = end
-    content = json.dumps(about).encode()
+    content = json.dumps(tensors).encode()
     content += b" " * (-len(content) % 8)
     header = len(content).to_bytes(8, "little") + content
-    return header, {name: len(header) + one["data_offsets"][0] for name, one in about.items()}
+    return header, {name: len(header) + tensor["data_offsets"][0] for name, tensor in tensors.items()}
