@@ -12,7 +12,7 @@ from grit_jax.config.loading import (
     parse_config,
     parse_mapping,
 )
-from grit_jax.config.run import (
+from grit_jax.config.settings import (
     COPIES,
     AttentionKernel,
     CheckpointConfig,

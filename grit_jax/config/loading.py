@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from grit_jax import files
-from grit_jax.config.run import Config
+from grit_jax.config.settings import Config
 from grit_jax.errors import InputError
 
 T = TypeVar("T")
