@@ -5,22 +5,11 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from grit_jax.cli.command import STORE, Command, argument
 from grit_jax.errors import InputError
 
-HELP = "write a store as an index of FAISS"
-EXAMPLES = """\
-  grit-jax export-faiss stores/news news.faiss
-"""
 
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of `export-faiss`."""
-    parser.add_argument("store", metavar="STORE", help="folder from grit-jax index")
-    parser.add_argument("output", metavar="OUT.faiss", help="an IndexFlatIP; the ids go to OUT.faiss.ids.jsonl")
-
-
-def run(args: argparse.Namespace) -> int:
-    """Exports a store."""
+def _run(args: argparse.Namespace) -> int:
     if not args.output.endswith(".faiss"):
         raise InputError(f"{args.output}: must end in .faiss")
 
@@ -31,3 +20,11 @@ def run(args: argparse.Namespace) -> int:
     ids = export_faiss(store, Path(args.output))
     print(f"{args.output}: {len(store):,} vectors of {store.settings.embed_dim} numbers; {ids}: their ids")
     return 0
+
+
+COMMAND = Command(
+    "write a store as an index of FAISS",
+    _run,
+    (STORE, argument("output", metavar="OUT.faiss", help="an IndexFlatIP; the ids go to OUT.faiss.ids.jsonl")),
+    examples="  grit-jax export-faiss stores/news news.faiss\n",
+)

@@ -4,27 +4,15 @@ from __future__ import annotations
 
 import argparse
 
-HELP = "write a checkpoint from a Hugging Face folder or a model on the Hub"
-EXAMPLES = """\
-  grit-jax import-hf my-llama checkpoints/my-llama
-  grit-jax import-hf mistralai/Mistral-7B-v0.1 gs://my-bucket/mistral-7b
-  grit-jax train configs/tiny.yaml --model.init=checkpoints/my-llama --data.train=data/
-"""
+from grit_jax.cli.command import Command, argument
+from grit_jax.errors import InputError
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of `import-hf`."""
-    parser.add_argument("source", metavar="HF_FOLDER", help="folder, or ORG/NAME[@REVISION] on the Hub")
-    parser.add_argument("out", metavar="OUT", help="new checkpoint folder")
-
-
-def run(args: argparse.Namespace) -> int:
-    """Imports a model."""
+def _run(args: argparse.Namespace) -> int:
     from etils import epath
 
     from grit_jax.checkpoints.checkpoint import CheckpointMetadata, save_params
     from grit_jax.checkpoints.loading import load_for_conversion
-    from grit_jax.errors import InputError
 
     out = epath.Path(args.out)
     if out.exists() and any(out.iterdir()):
@@ -34,3 +22,18 @@ def run(args: argparse.Namespace) -> int:
     save_params(out, params, metadata)
     print(f"{out}: a checkpoint of {args.source}; name it as model.init, or to encode and generate")
     return 0
+
+
+COMMAND = Command(
+    "write a checkpoint from a Hugging Face folder or a model on the Hub",
+    _run,
+    (
+        argument("source", metavar="HF_FOLDER", help="folder, or ORG/NAME[@REVISION] on the Hub"),
+        argument("out", metavar="OUT", help="new checkpoint folder"),
+    ),
+    examples="""\
+  grit-jax import-hf my-llama checkpoints/my-llama
+  grit-jax import-hf mistralai/Mistral-7B-v0.1 gs://my-bucket/mistral-7b
+  grit-jax train configs/tiny.yaml --model.init=checkpoints/my-llama --data.train=data/
+""",
+)

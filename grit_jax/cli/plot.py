@@ -4,20 +4,10 @@ from __future__ import annotations
 
 import argparse
 
-HELP = "draw a run: losses, gradient norm, learning rate, speed, goodput, health of the embeddings"
-EXAMPLES = """\
-  grit-jax plot runs/first
-  grit-jax plot gs://my-bucket/runs/first --output first.png
-"""
+from grit_jax.cli.command import RUN, Command, argument
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of `plot`."""
-    parser.add_argument("run", metavar="RUN", help="run folder, on a disk or in a bucket")
-    parser.add_argument("--output", metavar="PNG", help="picture to write (default: plot.png in the run folder)")
-
-
-def run(args: argparse.Namespace) -> int:
+def _run(args: argparse.Namespace) -> int:
     """Draws what is logged so far."""
     from grit_jax import files
     from grit_jax.runs import folder
@@ -27,3 +17,14 @@ def run(args: argparse.Namespace) -> int:
     plot_run(args.run, output)
     print(output)
     return 0
+
+
+COMMAND = Command(
+    "draw a run: losses, gradient norm, learning rate, speed, goodput, health of the embeddings",
+    _run,
+    (RUN, argument("--output", metavar="PNG", help="picture to write (default: plot.png in the run folder)")),
+    examples="""\
+  grit-jax plot runs/first
+  grit-jax plot gs://my-bucket/runs/first --output first.png
+""",
+)

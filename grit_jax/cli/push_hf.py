@@ -5,24 +5,11 @@ from __future__ import annotations
 import argparse
 import sys
 
-HELP = "upload an exported folder to the Hugging Face Hub"
-EXAMPLES = """\
-  grit-jax push-hf my-model my-name/my-model --private
-  grit-jax push-hf my-model my-name/my-model --revision step-200
-"""
+from grit_jax.cli.command import Command, argument, flag
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of `push-hf`."""
-    parser.add_argument("folder", metavar="FOLDER", help="folder that export-hf wrote")
-    parser.add_argument("repository", metavar="ORG/NAME", help="model on the Hub; made where it is not there")
-    parser.add_argument("--private", action="store_true", help="make a new repository private")
-    parser.add_argument("--revision", metavar="BRANCH", help="branch, made where it is not there")
-    parser.add_argument("--message", default="Upload a GRIT model", help="of the commit (%(default)s)")
-
-
-def run(args: argparse.Namespace) -> int:
-    """Uploads a folder."""
+def _run(args: argparse.Namespace) -> int:
+    """Prints the model's address."""
     from grit_jax.hf.publish import push
 
     address = push(
@@ -31,3 +18,20 @@ def run(args: argparse.Namespace) -> int:
     )  # fmt: skip
     print(address)
     return 0
+
+
+COMMAND = Command(
+    "upload an exported folder to the Hugging Face Hub",
+    _run,
+    (
+        argument("folder", metavar="FOLDER", help="folder that export-hf wrote"),
+        argument("repository", metavar="ORG/NAME", help="model on the Hub; created if missing"),
+        flag("--private", "make a new repository private"),
+        argument("--revision", metavar="BRANCH", help="branch; created if missing"),
+        argument("--message", default="Upload a GRIT model", help="of the commit (%(default)s)"),
+    ),
+    examples="""\
+  grit-jax push-hf my-model my-name/my-model --private
+  grit-jax push-hf my-model my-name/my-model --revision step-200
+""",
+)
