@@ -9,8 +9,8 @@ import rich.console
 import rich.table
 from rich.markup import escape
 
+from grit_jax.runs.logs import read_lines
 from grit_jax.runs.plot import running_mean, series
-from grit_jax.train.metrics import read_metrics
 
 
 def show_report(report: dict[str, Any]) -> None:
@@ -58,7 +58,7 @@ def plot_losses(metrics: Path, out: Path) -> None:
     """Draws both losses of a metrics.jsonl against the step, as PNG: every step faintly, a running mean on top."""
     from matplotlib.figure import Figure  # pyplot would choose a backend for a notebook that calls this
 
-    lines = read_metrics(metrics)
+    lines = read_lines(metrics)
     figure = Figure(figsize=(9, 3.4), layout="constrained")
     panels = figure.subplots(1, 2)
     for panel, name, title in zip(

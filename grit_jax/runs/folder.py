@@ -1,4 +1,4 @@
-"""What a run leaves in its folder, beside the lock of `watch.lock`."""
+"""What a run leaves in its folder, besides the lock of `runs.lock`."""
 
 from __future__ import annotations
 
@@ -37,3 +37,8 @@ def checkpoint_steps(folder: files.PathLike) -> Iterator[int]:
     for step in sorted((int(name) for name in files.names(folder) if name.isdigit()), reverse=True):
         if is_complete(files.join(folder, str(step))):
             yield step
+
+
+def last_checkpoint(run: files.PathLike) -> int | None:
+    """Step of the newest complete checkpoint of a run folder, without opening any."""
+    return next(checkpoint_steps(files.join(run, CHECKPOINTS)), None)

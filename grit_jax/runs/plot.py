@@ -12,7 +12,7 @@ from grit_jax import files
 from grit_jax.errors import InputError
 from grit_jax.runs import folder
 from grit_jax.runs.goodput import CAUSES, goodput_of
-from grit_jax.runs.lines import read_lines
+from grit_jax.runs.logs import read_lines
 from grit_jax.runs.status import datasets, duration, scores
 
 _TRAIN, _HELD_OUT, _OTHER, _BAD = "#2563a8", "#d97706", "#3f8f5f", "#c0392b"

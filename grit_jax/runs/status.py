@@ -14,8 +14,8 @@ from grit_jax.config import load_config
 from grit_jax.errors import InputError
 from grit_jax.runs import folder
 from grit_jax.runs.goodput import Goodput, goodput_of
-from grit_jax.runs.lines import read_lines
 from grit_jax.runs.lock import Writer, read_writer
+from grit_jax.runs.logs import read_lines
 
 RECENT = 20  # steps whose mean is shown
 _RECENT_OF_FILE = 5  # of its losses, which are further apart
@@ -88,18 +88,13 @@ def read_status(path: files.PathLike) -> Status:
         steps=steps,
         recent=_recent(lines),
         goodput=goodput_of(times),
-        checkpoint=last_checkpoint(path),
+        checkpoint=folder.last_checkpoint(path),
         writer=writer,
         skipped=sum(int(line.get("skipped", 0)) for line in lines),
         spikes=[{"step": line["step"], "text": line["text"]} for line in bad if line["reason"] == "spike"],
         seconds_left=_seconds_left(lines, times, steps),
         idle_seconds=time.time() - lines[-1]["time"] if lines and "time" in lines[-1] else None,
     )
-
-
-def last_checkpoint(path: files.PathLike) -> int | None:
-    """Step of the newest complete checkpoint of a run folder; opens none of them."""
-    return next(folder.checkpoint_steps(files.join(path, folder.CHECKPOINTS)), None)
 
 
 def as_lines(status: Status) -> Iterator[str]:

@@ -10,10 +10,9 @@ import jax
 
 from grit_jax import files
 from grit_jax.runs import folder
-from grit_jax.runs.lines import LineWriter
+from grit_jax.runs.logs import LineWriter, read_lines
 from grit_jax.runs.spikes import WINDOW, Spikes
 from grit_jax.train.callbacks.base import Callback, Run
-from grit_jax.train.metrics import read_metrics
 
 
 class BadBatches(Callback):
@@ -32,7 +31,7 @@ class BadBatches(Callback):
         """Goes on from what the run has logged so far, in process 0."""
         self._spikes, self._skipped, self._log = Spikes(self._threshold), 0, None
         if jax.process_index() == 0:
-            for line in read_metrics(files.join(run.trainer.folder, folder.METRICS))[-WINDOW:]:
+            for line in read_lines(files.join(run.trainer.folder, folder.METRICS))[-WINDOW:]:
                 self._spikes.find(line)
             path = files.join(run.trainer.folder, folder.BAD_BATCHES)
             self._log = LineWriter(path, keep=lambda line: line["step"] <= run.start)
