@@ -70,8 +70,8 @@ from grit_jax.evaluation.retrieval import Ranking, Retrieval, bm25_scores, outco
 from grit_jax.evaluation.run import evaluate
 from grit_jax.evaluation.suite import Suite, load_suite
 from grit_jax.runs.folder import CONFIG
+from grit_jax.runs.history import series
 from grit_jax.runs.logs import read_lines
-from grit_jax.runs.plot import series
 from grit_jax.text.tokenizer import train_bpe
 from grit_jax.train.loop import Trainer
 from grit_jax.train.resolve import MAY_DIFFER

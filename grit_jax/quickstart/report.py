@@ -9,8 +9,8 @@ import rich.console
 import rich.table
 from rich.markup import escape
 
+from grit_jax.runs.history import running_mean, series
 from grit_jax.runs.logs import read_lines
-from grit_jax.runs.plot import running_mean, series
 
 
 def show_report(report: dict[str, Any]) -> None:
