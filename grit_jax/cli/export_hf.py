@@ -88,7 +88,7 @@ def read_origin(source: str, step: int | None) -> Origin:
 
 
 def _base(init: str) -> tuple[str, str | None]:
-    """Name and licence of the model that a run began with, as `grit-jax fetch` left them beside it."""
+    """Name and licence of the model that a run began with, from what `grit-jax fetch` wrote with it."""
     from grit_jax.datatools.fetch import DONE
     from grit_jax.hf.hub import is_hub_id
 

@@ -25,7 +25,7 @@ COMMANDS: dict[str, Command] = {
 
 _EXIT_CODES = """\
 exit codes: 0 done, 2 bad input (do not retry), 3 a plan that does not fit,
-70 a step hung and 75 told to stop and saved (run the same command again), 1 anything else
+70 a step hung and 75 stopped by a signal and saved (run the same command again), 1 anything else
 """
 
 _GPU_PLATFORMS = {"cuda", "gpu", "rocm"}
@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):  # a notebook's is none
         sys.stdout.reconfigure(errors="backslashreplace")  # keys of a row and names of files may be no text
     args, overrides = make_parser().parse_known_args(argv)
-    asked = os.environ.get("JAX_PLATFORMS")
+    platforms = os.environ.get("JAX_PLATFORMS")
     found = {kind for kind, patterns in DEVICE_FILES.items() if any(map(glob.glob, patterns))}
     # An installed TPU library would search and complain.
     quiet = ({} if "TPU" in found else LIBTPU_WITHOUT_TPU) | ({} if found else {"JAX_PLATFORMS": "cpu"})
@@ -75,27 +75,29 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}; run the same command again", file=sys.stderr)
         return 1
     except (RuntimeError, AssertionError) as error:
-        if (problem := _unusable_platform(error, asked)) is None:
+        if (problem := _unusable_platform(error, platforms)) is None:
             raise
         print(f"error: {problem}; `grit-jax doctor` says what this machine has", file=sys.stderr)
-        return 2 if asked else 1
+        return 2 if platforms else 1
     except KeyboardInterrupt:
         return 130
 
 
-def _unusable_platform(error: Exception, asked: str | None) -> str | None:
+def _unusable_platform(error: Exception, platforms: str | None) -> str | None:
     """Why JAX cannot use the platforms that the user or JAX itself has chosen; None for any other error.
 
     Args:
       error: What a command raised.
-      asked: The user's JAX_PLATFORMS.
+      platforms: The user's JAX_PLATFORMS.
     """
     reason = " ".join(str(error).split())
     # JAX asserts, without a word, that CUDA and ROCm have devices.
     silent = (
-        isinstance(error, AssertionError) and not reason and set(asked.split(",") if asked else ()) & _GPU_PLATFORMS
+        isinstance(error, AssertionError)
+        and not reason
+        and set(platforms.split(",") if platforms else ()) & _GPU_PLATFORMS
     )
     if not silent and not reason.startswith("Unable to initialize backend"):
         return None
     reason = reason.partition(" (set JAX_PLATFORMS")[0] or type(error).__name__
-    return f"JAX_PLATFORMS={asked}: JAX cannot use that here ({reason}); unset it" if asked else reason
+    return f"JAX_PLATFORMS={platforms}: JAX cannot use that here ({reason}); unset it" if platforms else reason

@@ -151,9 +151,9 @@ def _sections(status: Status) -> Iterator[tuple[str, str]]:
 
 def as_json(status: Status) -> dict[str, Any]:
     """The status as JSON values."""
-    fields = dataclasses.asdict(status) | {"alive": status.alive, "done": status.done}
-    fields["goodput"] |= {"ratio": status.goodput.ratio, "wall_seconds": status.goodput.wall_seconds}
-    return fields
+    fields = dataclasses.asdict(status)
+    goodput = {"ratio": status.goodput.ratio, "wall_seconds": status.goodput.wall_seconds}
+    return fields | {"alive": status.alive, "done": status.done, "goodput": fields["goodput"] | goodput}
 
 
 def _outlook(status: Status) -> str:

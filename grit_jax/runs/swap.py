@@ -78,13 +78,13 @@ def swap(
 def _swap_object(path: files.PathLike, seen: Seen | None, content: bytes | None) -> bool:
     store, key = files.opened_store(path)
     bucket, name, _ = store.split_path(key)
-    asked = {"ifGenerationMatch": "0" if seen is None else seen.generation}
+    condition = {"ifGenerationMatch": "0" if seen is None else seen.generation}
     try:
         if content is None:
-            store.call("DELETE", "b/{}/o/{}", bucket, name, **asked)
+            store.call("DELETE", "b/{}/o/{}", bucket, name, **condition)
         else:
             address = f"{store.base.removesuffix('storage/v1/')}upload/storage/v1/b/{bucket}/o"
-            store.call("POST", address, uploadType="media", name=name, data=content, **asked)
+            store.call("POST", address, uploadType="media", name=name, data=content, **condition)
     except FileExistsError:  # the client's error for status 412
         now = look(path)  # it was this process itself if only the response was lost
         return content is not None and now is not None and now.content == content

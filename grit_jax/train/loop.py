@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from typing import NamedTuple
 
 import grain
 import jax
@@ -45,18 +44,10 @@ from grit_jax.train.stopping import stop_signals, wait_for_turn
 _HEAD = "projection"  # parameters that either a run or its `model.init` may lack
 
 
-class _Opened(NamedTuple):
-    """What a config refers to."""
-
-    config: Config  # resolved
-    pretrained: Pretrained | None
-    tokenizer: Tokenizer
-    mesh: Mesh
-    setup: Setup
-    changes: list[str]  # what `embedding_changes` says
-
-
-def _open(config: Config, objectives: Sequence[Objective]) -> _Opened:
+def _open(
+    config: Config, objectives: Sequence[Objective]
+) -> tuple[Config, Pretrained | None, Tokenizer, Mesh, Setup, list[str]]:
+    """Opens what a config refers to: the resolved config, `model.init`, and what follows from both."""
     check_trackers(config.logging)
     pretrained = open_model(config.model.init) if config.model.init else None
     tokenizer = resolve_tokenizer(config, pretrained)
@@ -65,7 +56,7 @@ def _open(config: Config, objectives: Sequence[Objective]) -> _Opened:
     mesh = sharding.make_mesh(config.mesh)
     setup = set_up(config, mesh, objectives)
     check_folder(config)
-    return _Opened(config, pretrained, tokenizer, mesh, setup, changes)
+    return config, pretrained, tokenizer, mesh, setup, changes
 
 
 class Trainer:
@@ -110,12 +101,9 @@ class Trainer:
         self.streams = setup.objective.names
         self._train_step = setup.train_step
         self._eval_step = make_eval_step(setup.objective)
+        gradient_norm = make_gradient_norm(setup.objective)
         self.callbacks = make_callbacks(
-            config,
-            began=began,
-            gradient_norm=make_gradient_norm(setup.objective),
-            scorecard=scorecard,
-            own=callbacks,
+            config, began=began, gradient_norm=gradient_norm, scorecard=scorecard, own=callbacks
         )
         trained, share = [objective.stream for objective in objectives], sharding.host_share(self.mesh)
         self.data = distributed.in_every_process(lambda: Pipeline(config, self.tokenizer, trained, host_share=share))
@@ -167,9 +155,9 @@ class Trainer:
         self.folder.mkdir(parents=True, exist_ok=True)
         with (
             taken_over(self.folder, start, self._damaged, self.metadata(start)) as (writer, moved),
-            stop_signals() as asked,
-            preemption_notices(asked) if config.train.preemption_notices else nullcontext(),
-            JointStop(asked) as stop,
+            stop_signals() as signalled,
+            preemption_notices(signalled) if config.train.preemption_notices else nullcontext(),
+            JointStop(signalled) as stop,
             jax.set_mesh(self.mesh),
             Run(self, proceed=stop.proceed, confirm=writer.confirm).watched() as run,
         ):
@@ -181,7 +169,7 @@ class Trainer:
             for _ in range(start, config.train.steps):
                 writer.check()
                 batch = sharding.place_batch(self.mesh, run.next_batch(batches))
-                wait_for_turn(run.meter.running, run.meter.ends, asked)
+                wait_for_turn(run.meter.running, run.meter.ends, signalled)
                 if not stop.proceed():
                     break
                 with run.computing(batch):

@@ -49,16 +49,16 @@ class JointObjective:
 
         def on_device(params, batch):
             model = bind(self.model, params)
-            tokens, segment_ids, positions, beside = objective.inputs(batch)
+            tokens, segment_ids, positions, extras = objective.inputs(batch)
 
             def kept(rows):
-                x, segment_ids, positions, beside = rows
+                x, segment_ids, positions, extras = rows
                 mask = model.mask(segment_ids, positions, causal=objective.causal)
                 hidden, stats = model.hidden(x, mask, self.execution)
-                return objective.kept(model, hidden, segment_ids, beside), stats
+                return objective.kept(model, hidden, segment_ids, extras), stats
 
             # The token table is gathered once, outside the chunks.
-            rows = (model.embed(tokens, self.execution.dtype), segment_ids, positions, beside)
+            rows = (model.embed(tokens, self.execution.dtype), segment_ids, positions, extras)
             pieces, stats = map_chunks(kept, rows, objective.stream.num_chunks)
             whole = pieces.reshape(len(tokens), *pieces.shape[2:])
             split, sums = objective.parts(model, whole, batch, self.execution.dtype)

@@ -22,13 +22,13 @@ class Inputs(NamedTuple):
       tokens: int32 [rows, length].
       segment_ids: int32 [rows, length]; 0 is padding.
       positions: int32 [rows, length].
-      beside: Other arrays [rows, ...] for `Objective.kept`.
+      extras: Other arrays [rows, ...] for `Objective.kept`.
     """
 
     tokens: jax.Array
     segment_ids: jax.Array
     positions: jax.Array
-    beside: Any = ()
+    extras: Any = ()
 
 
 class Parts(NamedTuple):
@@ -97,7 +97,7 @@ class Objective(abc.ABC):
         """The part of the batch that goes through the model."""
         return Inputs(batch.tokens, batch.segment_ids, batch.positions)
 
-    def kept(self, model: Transformer, hidden: jax.Array, segment_ids: jax.Array, beside: Any) -> jax.Array:
+    def kept(self, model: Transformer, hidden: jax.Array, segment_ids: jax.Array, extras: Any) -> jax.Array:
         """What remains of the hidden states of a chunk's rows: [rows, ...]."""
         return hidden
 

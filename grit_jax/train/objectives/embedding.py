@@ -42,10 +42,10 @@ class ContrastiveObjective(Objective):
         """The rows, and their tokens' weights in the vectors."""
         return Inputs(batch.tokens, batch.segment_ids, batch.positions, batch.pool_weights)
 
-    def kept(self, model: Transformer, hidden: jax.Array, segment_ids: jax.Array, beside: jax.Array) -> jax.Array:
+    def kept(self, model: Transformer, hidden: jax.Array, segment_ids: jax.Array, extras: jax.Array) -> jax.Array:
         """The vectors of the rows' texts: [rows, segments, embed]."""
         segments = max_segments(hidden.shape[1])
-        return vectors_of(model, hidden, segment_ids, beside, num_segments=segments, settings=self._settings)
+        return vectors_of(model, hidden, segment_ids, extras, num_segments=segments, settings=self._settings)
 
     def parts(self, model: Transformer, kept: jax.Array, batch: EmbeddingBatch, dtype: jnp.dtype) -> Parts:
         """This device's share of the queries and of the passages."""
