@@ -10,21 +10,20 @@ import dataclasses
 import time
 from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
-Cause = Literal["useful", "startup", "compile", "data", "checkpoint", "evaluation", "skipped", "restart", "down"]
-
-CAUSES: Mapping[Cause, str] = {
-    "useful": "steps that count",
-    "startup": "opening data and model before the first step of the run",
-    "compile": "compiling the step",
-    "data": "devices waiting for a batch",
-    "checkpoint": "saving, as far as steps wait for it",
-    "evaluation": "evaluation and gradient norms",
-    "skipped": "steps whose update was not finite",
-    "restart": "opening data, model and checkpoint after an end, and steps done again",
-    "down": "no process running, between an end and the next start",
-}
+Cause = Literal[
+    "useful",  # steps that count
+    "startup",  # opening data and model before the first step of the run
+    "compile",  # compiling the step
+    "data",  # devices waiting for a batch
+    "checkpoint",  # saving, as far as steps wait for it
+    "evaluation",  # evaluation and gradient norms
+    "skipped",  # steps whose update was not finite
+    "restart",  # opening data, model and checkpoint after an end, and steps done again
+    "down",  # no process running, between an end and the next start
+]
+CAUSES: tuple[Cause, ...] = get_args(Cause)
 
 
 class Clock:
