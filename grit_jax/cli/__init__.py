@@ -1,1 +1,1 @@
-"""The command line: one module per command, each with its `COMMAND`."""
+"""The command line: one module per command, whose `run` is a `Command`."""

@@ -9,8 +9,8 @@ from grit_jax.cli.command import (
     MODEL_OF_STORE,
     QUERY_INSTRUCTION,
     STOP,
-    Command,
     argument,
+    command,
     flag,
     number,
     refuse_empty,
@@ -19,7 +19,30 @@ from grit_jax.cli.command import (
 from grit_jax.text.prompts import POSITIONS, RAG_METHODS
 
 
-def _run(args: argparse.Namespace) -> int:
+@command(
+    "answer queries from a store, with or without its documents' keys and values",
+    MODEL_OF_STORE,
+    argument("store", metavar="STORE", help="folder from grit-jax index, with --caches for the default method"),
+    argument("--query", action="append", required=True, metavar="TEXT", help="question; may be repeated"),
+    argument(
+        "--method", choices=RAG_METHODS, default="document_cache",
+        help="how the model reads query and documents (%(default)s)",
+    ),
+    QUERY_INSTRUCTION,
+    number("--k", "N", "documents that are used", 1),
+    argument(
+        "--positions", choices=POSITIONS, default="own",
+        help="of a cached text after another: its own, or shifted behind the other (%(default)s)",
+    ),
+    number("--max-new-tokens", "N", "most tokens", 64),
+    STOP,
+    flag("--json", "print an object a query, with whole documents"),
+    examples="""\
+  grit-jax answer runs/mine stores/faq --query "how do I reset my password?"
+  grit-jax answer runs/mine stores/news --query "who won the election?" --method document_first --k 3 --json
+""",
+)  # fmt: skip
+def run(args: argparse.Namespace) -> int:
     """Prints the answer of each query and the documents behind it."""
     refuse_empty(args.query)
 
@@ -45,31 +68,3 @@ def _run(args: argparse.Namespace) -> int:
             print(f"  from {hit.document.id} ({hit.score:.4f})  {shortened(hit.document.embedded)}")
         print(f"  {cached:,} tokens cached, {read:,} read")
     return 0
-
-
-COMMAND = Command(
-    "answer queries from a store, with or without its documents' keys and values",
-    _run,
-    (
-        MODEL_OF_STORE,
-        argument("store", metavar="STORE", help="folder from grit-jax index, with --caches for the default method"),
-        argument("--query", action="append", required=True, metavar="TEXT", help="question; may be repeated"),
-        argument(
-            "--method", choices=RAG_METHODS, default="document_cache",
-            help="how the model reads query and documents (%(default)s)",
-        ),
-        QUERY_INSTRUCTION,
-        number("--k", "N", "documents that are used", 1),
-        argument(
-            "--positions", choices=POSITIONS, default="own",
-            help="of a cached text after another: its own, or shifted behind the other (%(default)s)",
-        ),
-        number("--max-new-tokens", "N", "most tokens", 64),
-        STOP,
-        flag("--json", "print an object a query, with whole documents"),
-    ),
-    examples="""\
-  grit-jax answer runs/mine stores/faq --query "how do I reset my password?"
-  grit-jax answer runs/mine stores/news --query "who won the election?" --method document_first --k 3 --json
-""",
-)  # fmt: skip

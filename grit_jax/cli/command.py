@@ -102,6 +102,13 @@ class Command:
         return self.run(args)
 
 
+def command(
+    help: str, *arguments: Argument | tuple[Argument, ...], overrides: str | None = None, examples: str = ""
+) -> Callable[[Callable[[argparse.Namespace], int]], Command]:
+    """Makes a `Command` of the function that runs it."""
+    return lambda run: Command(help, run, arguments, overrides, examples=examples)
+
+
 MODEL = argument("model", metavar="MODEL", help="run folder, checkpoint or Hugging Face folder")
 MODEL_OF_STORE = argument("model", metavar="MODEL", help="the model that made the store")
 STORE = argument("store", metavar="STORE", help="folder from grit-jax index")

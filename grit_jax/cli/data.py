@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from grit_jax.cli.command import Command, argument, flag, number, progress_bar, repeated
+from grit_jax.cli.command import Command, argument, command, flag, number, progress_bar, repeated
 from grit_jax.config import Config, load_config, parse_config
 from grit_jax.config.ranges import FINITE, NOT_NEGATIVE
 from grit_jax.errors import InputError
@@ -18,6 +18,15 @@ if TYPE_CHECKING:
 
 _OVERLAPS = 1
 _SHOWN_MATCHES = 10
+
+_PATHS = argument("paths", nargs="+", metavar="PATH", help="files or folders of GRIT data")
+_OUTPUT = argument("output", metavar="OUTPUT", help=".jsonl, .jsonl.gz or .array_record")
+_CONFIG = (
+    argument("--tokenizer", default="bytes", metavar="T", help="folder, file, Hub id or `bytes` (%(default)s)"),
+    argument(
+        "--config", metavar="CONFIG.yaml", help="take limits and batches from there; --data.key=value changes them"
+    ),
+)
 
 
 def _config(args: argparse.Namespace) -> Config:
@@ -39,6 +48,14 @@ def _tokenizer(source: str) -> Tokenizer:
         return open_model(source).tokenizer  # a run folder keeps its tokenizer in its checkpoints
 
 
+@command(
+    "read every record: malformed ones, duplicates, texts of evaluation sets",
+    _PATHS,
+    flag("--skip-bad", "exit with 0 where malformed records are all there is"),
+    repeated("--against", "PATH", "evaluation set that must not occur: BEIR folder, or .jsonl, .txt, .tsv"),
+    number("--ngram", "N", "words in a row that count; 0 for whole texts only", 13, NOT_NEGATIVE),
+    argument("--report", metavar="FILE.json", help="write all findings there"),
+)
 def _validate(args: argparse.Namespace) -> int:
     from grit_jax.data.sources import find_files
     from grit_jax.datatools.overlap import EvaluationTexts
@@ -85,6 +102,13 @@ def _validate(args: argparse.Namespace) -> int:
     return _OVERLAPS if any(not match.document for match in report.matches) else 0
 
 
+@command(
+    "rows, tokens, lengths and how full packed rows are, under limits",
+    _PATHS,
+    *_CONFIG,
+    argument("--plot", metavar="FILE.png", help="draw lengths, files and fill there"),
+    overrides="",
+)
 def _stats(args: argparse.Namespace) -> int:
     from grit_jax.datatools.stats import as_lines, measure, plot
 
@@ -98,6 +122,20 @@ def _stats(args: argparse.Namespace) -> int:
     return 0
 
 
+@command(
+    "other formats to GRIT rows, and JSONL to ArrayRecord",
+    argument("source", metavar="SOURCE", help="file, or folder of BEIR and GRIT data"),
+    _OUTPUT,
+    argument(
+        "--from", dest="format", required=True,
+        choices=("beir", "triples", "alpaca", "sharegpt", "openai", "grit"),
+        help="triples: MS MARCO triples, sentence-transformers pairs and triplets (.tsv, .csv, .json, .jsonl)",
+    ),
+    argument("--instruction", default="", help="instruction of queries (beir, triples)"),
+    argument("--split", default="train", help="beir: which qrels (%(default)s)"),
+    argument("--min-score", type=float, metavar="S", help="triples: leave out rows with a smaller score"),
+    flag("--skip-bad", "leave malformed rows out and count them"),
+)  # fmt: skip
 def _convert(args: argparse.Namespace) -> int:
     from grit_jax.datatools import convert
     from grit_jax.datatools.files import write_rows
@@ -120,6 +158,14 @@ def _convert(args: argparse.Namespace) -> int:
     return 0
 
 
+@command(
+    "print random records as the model reads them",
+    _PATHS,
+    *_CONFIG,
+    number("--count", "N", "records", 3),
+    number("--seed", "SEED", "another seed, other records", 0, FINITE),
+    overrides="",
+)
 def _sample(args: argparse.Namespace) -> int:
     import rich.console
     import rich.text
@@ -140,6 +186,25 @@ def _sample(args: argparse.Namespace) -> int:
     return 0
 
 
+@command(
+    "give queries hard negatives by BM25, or by a model on all devices of all hosts",
+    argument("source", metavar="SOURCE", help="file of embedding records; their passages are searched"),
+    _OUTPUT,
+    argument("--model", metavar="MODEL", help="run folder, checkpoint or Hugging Face folder (default: BM25)"),
+    argument("--corpus", metavar="FILE.jsonl", help='more passages: {"text": ..., "title": ...} a line'),
+    number("--count", "N", "negatives of a query", 1),
+    argument("--range", default="1-100", metavar="A-B", help="ranks they are taken from (%(default)s)"),
+    number(
+        "--ceiling", "X", "leave out what scores over X of the query's lowest positive; 0 for nothing", 0.95,
+        NOT_NEGATIVE,
+    ),
+    flag("--draw", "draw from the ranks at random, instead of the best"),
+    flag("--keep", "keep the record's own negatives before the mined ones"),
+    number("--seed", "SEED", "of --draw", 0, FINITE),
+    number("--query-max-length", "N", "tokens of a query", 256),
+    number("--passage-max-length", "N", "tokens of a passage", 512),
+    overrides="--distributed.",
+)  # fmt: skip
 def _mine(args: argparse.Namespace) -> int:
     from grit_jax.data.sources import find_files, open_source
     from grit_jax.datatools.files import write_rows
@@ -199,88 +264,11 @@ def _range(text: str) -> tuple[int, int]:
     return int(first), int(last)
 
 
-_PATHS = argument("paths", nargs="+", metavar="PATH", help="files or folders of GRIT data")
-_OUTPUT = argument("output", metavar="OUTPUT", help=".jsonl, .jsonl.gz or .array_record")
-_CONFIG = (
-    argument("--tokenizer", default="bytes", metavar="T", help="folder, file, Hub id or `bytes` (%(default)s)"),
-    argument(
-        "--config", metavar="CONFIG.yaml", help="take limits and batches from there; --data.key=value changes them"
-    ),
-)
-
-_TOOLS = {
-    "validate": Command(
-        "read every record: malformed ones, duplicates, texts of evaluation sets",
-        _validate,
-        (
-            _PATHS,
-            flag("--skip-bad", "exit with 0 where malformed records are all there is"),
-            repeated("--against", "PATH", "evaluation set that must not occur: BEIR folder, or .jsonl, .txt, .tsv"),
-            number("--ngram", "N", "words in a row that count; 0 for whole texts only", 13, NOT_NEGATIVE),
-            argument("--report", metavar="FILE.json", help="write all findings there"),
-        ),
-    ),
-    "stats": Command(
-        "rows, tokens, lengths and how full packed rows are, under limits",
-        _stats,
-        (_PATHS, *_CONFIG, argument("--plot", metavar="FILE.png", help="draw lengths, files and fill there")),
-        overrides="",
-    ),
-    "convert": Command(
-        "other formats to GRIT rows, and JSONL to ArrayRecord",
-        _convert,
-        (
-            argument("source", metavar="SOURCE", help="file, or folder of BEIR and GRIT data"),
-            _OUTPUT,
-            argument(
-                "--from", dest="format", required=True,
-                choices=("beir", "triples", "alpaca", "sharegpt", "openai", "grit"),
-                help="triples: MS MARCO triples, sentence-transformers pairs and triplets (.tsv, .csv, .json, .jsonl)",
-            ),
-            argument("--instruction", default="", help="instruction of queries (beir, triples)"),
-            argument("--split", default="train", help="beir: which qrels (%(default)s)"),
-            argument("--min-score", type=float, metavar="S", help="triples: leave out rows with a smaller score"),
-            flag("--skip-bad", "leave malformed rows out and count them"),
-        ),
-    ),
-    "sample": Command(
-        "print random records as the model reads them",
-        _sample,
-        (
-            _PATHS,
-            *_CONFIG,
-            number("--count", "N", "records", 3),
-            number("--seed", "SEED", "another seed, other records", 0, FINITE),
-        ),
-        overrides="",
-    ),
-    "mine-negatives": Command(
-        "give queries hard negatives by BM25, or by a model on all devices of all hosts",
-        _mine,
-        (
-            argument("source", metavar="SOURCE", help="file of embedding records; their passages are searched"),
-            _OUTPUT,
-            argument("--model", metavar="MODEL", help="run folder, checkpoint or Hugging Face folder (default: BM25)"),
-            argument("--corpus", metavar="FILE.jsonl", help='more passages: {"text": ..., "title": ...} a line'),
-            number("--count", "N", "negatives of a query", 1),
-            argument("--range", default="1-100", metavar="A-B", help="ranks they are taken from (%(default)s)"),
-            number(
-                "--ceiling", "X", "leave out what scores over X of the query's lowest positive; 0 for nothing", 0.95,
-                NOT_NEGATIVE,
-            ),
-            flag("--draw", "draw from the ranks at random, instead of the best"),
-            flag("--keep", "keep the record's own negatives before the mined ones"),
-            number("--seed", "SEED", "of --draw", 0, FINITE),
-            number("--query-max-length", "N", "tokens of a query", 256),
-            number("--passage-max-length", "N", "tokens of a passage", 512),
-        ),
-        overrides="--distributed.",
-    ),
-}  # fmt: skip
-
-COMMAND = Command(
+run = Command(
     "check, measure, convert and look at training data, and mine hard negatives",
-    tools=_TOOLS,
+    tools={
+        "validate": _validate, "stats": _stats, "convert": _convert, "sample": _sample, "mine-negatives": _mine,
+    },
     examples="""\
   grit-jax data validate my-data/ --against eval/scifact
   grit-jax data stats my-data/ --tokenizer runs/mine --plot lengths.png
@@ -288,4 +276,4 @@ COMMAND = Command(
   grit-jax data sample my-data/ --tokenizer runs/mine --count 3
   grit-jax data mine-negatives pairs.jsonl mined.jsonl --count 4 --range 1-50
 """,
-)
+)  # fmt: skip

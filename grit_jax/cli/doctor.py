@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from grit_jax.cli.command import JSON, Command, argument, flag
+from grit_jax.cli.command import JSON, argument, command, flag
 from grit_jax.config import DistributedConfig
 from grit_jax.doctor.environment import Environment, Problem, find_problems, inspect
 from grit_jax.errors import InputError
@@ -18,7 +18,18 @@ from grit_jax.parallel.chips import GIB
 from grit_jax.runs.checks import Check, print_checks
 
 
-def _run(args: argparse.Namespace) -> int:
+@command(
+    "show what JAX finds on this machine, what is probably wrong, and whether the numbers are right",
+    flag("--selftest", "compare kernels, a sharded step, losses and a checkpoint with plain ones"),
+    argument("--checkpoint", metavar="PATH", help="where --selftest writes (default: a temporary folder)"),
+    JSON,
+    examples="""\
+  grit-jax doctor
+  grit-jax doctor --selftest
+  grit-jax doctor --selftest --checkpoint gs://my-bucket/doctor --json
+""",
+)
+def run(args: argparse.Namespace) -> int:
     """Inspects and tests; 1 when there is a problem or a check fails. In a job, process 0 alone prints."""
     if args.checkpoint and not args.selftest:
         raise InputError(f"--checkpoint={args.checkpoint} is where --selftest writes; add --selftest")
@@ -74,19 +85,3 @@ def _as_json(facts: Environment, problems: Sequence[Problem], checks: Sequence[C
 
     found = {"problems": [dataclasses.asdict(problem) for problem in problems]}
     return dataclasses.asdict(facts) | found | {"checks": [check_as_json(check) for check in checks]}
-
-
-COMMAND = Command(
-    "show what JAX finds on this machine, what is probably wrong, and whether the numbers are right",
-    _run,
-    (
-        flag("--selftest", "compare kernels, a sharded step, losses and a checkpoint with plain ones"),
-        argument("--checkpoint", metavar="PATH", help="where --selftest writes (default: a temporary folder)"),
-        JSON,
-    ),
-    examples="""\
-  grit-jax doctor
-  grit-jax doctor --selftest
-  grit-jax doctor --selftest --checkpoint gs://my-bucket/doctor --json
-""",
-)

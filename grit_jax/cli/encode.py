@@ -6,11 +6,26 @@ import argparse
 import time
 from pathlib import Path
 
-from grit_jax.cli.command import MODEL, Command, argument, number, progress_bar
+from grit_jax.cli.command import MODEL, argument, command, number, progress_bar
 from grit_jax.errors import InputError
 
 
-def _run(args: argparse.Namespace) -> int:
+@command(
+    "embed the texts of a file",
+    MODEL,
+    argument("--input", required=True, help='.jsonl with {"text": ...} a line, or .txt with one text a line'),
+    argument("--output", required=True, help="float32 .npy, one row per text"),
+    argument("--instruction", default="", help="instruction of the texts; read, not pooled"),
+    number("--batch-tokens", "N", "tokens per batch (default: what suits the device)"),
+    number("--max-length", "N", "tokens kept of a text (default: the model's limit)"),
+    examples="""\
+  grit-jax encode runs/quickstart --input docs.txt --output docs.npy
+  grit-jax encode runs/quickstart --input queries.jsonl --output queries.npy \\
+      --instruction "Given a question, retrieve passages that answer it"
+""",
+)
+def run(args: argparse.Namespace) -> int:
+    """Embeds a file."""
     output = Path(args.output)
     if output.suffix != ".npy":
         raise InputError(f"--output {output}: must end in .npy")
@@ -71,22 +86,3 @@ def _jsonl_text(line: str, where: str) -> str:
     if not isinstance(text, str):
         raise InputError(f'{where}: no string under "text"; each line must be {{"text": ...}}')
     return text
-
-
-COMMAND = Command(
-    "embed the texts of a file",
-    _run,
-    (
-        MODEL,
-        argument("--input", required=True, help='.jsonl with {"text": ...} a line, or .txt with one text a line'),
-        argument("--output", required=True, help="float32 .npy, one row per text"),
-        argument("--instruction", default="", help="instruction of the texts; read, not pooled"),
-        number("--batch-tokens", "N", "tokens per batch (default: what suits the device)"),
-        number("--max-length", "N", "tokens kept of a text (default: the model's limit)"),
-    ),
-    examples="""\
-  grit-jax encode runs/quickstart --input docs.txt --output docs.npy
-  grit-jax encode runs/quickstart --input queries.jsonl --output queries.npy \\
-      --instruction "Given a question, retrieve passages that answer it"
-""",
-)

@@ -5,11 +5,24 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from grit_jax.cli.command import MODEL, STEP, Command, argument
+from grit_jax.cli.command import MODEL, STEP, argument, command
 from grit_jax.errors import InputError
 
 
-def _run(args: argparse.Namespace) -> int:
+@command(
+    "measure a model on the tasks of a suite: search, similarity, classification, answers, programs, likelihood",
+    MODEL,
+    argument("--suite", required=True, metavar="FILE.yaml", help="names the tasks and their data"),
+    argument("--data", metavar="DIR", help="what its paths are relative to (default: the suite's folder)"),
+    argument("--output", metavar="REPORT.json", help="report to write; its tasks that are unchanged are kept"),
+    argument("--examples", metavar="DIR", help="folder for each example's share of a task's score, TASK.npy"),
+    STEP,
+    examples="""\
+  grit-jax evaluate runs/quickstart --suite my-data/suite.yaml
+  grit-jax evaluate GritLM/GritLM-7B --suite configs/suites/embedding.yaml --data my-data --output report.json
+""",
+)
+def run(args: argparse.Namespace) -> int:
     """Prints a table of scores and writes the report."""
     output = Path(args.output) if args.output else None
     if output and output.suffix != ".json":
@@ -24,21 +37,3 @@ def _run(args: argparse.Namespace) -> int:
     examples = Path(args.examples) if args.examples else None
     evaluate(model, suite, output=output, examples=examples, about={"model": args.model, "suite": args.suite})
     return 0
-
-
-COMMAND = Command(
-    "measure a model on the tasks of a suite: search, similarity, classification, answers, programs, likelihood",
-    _run,
-    (
-        MODEL,
-        argument("--suite", required=True, metavar="FILE.yaml", help="names the tasks and their data"),
-        argument("--data", metavar="DIR", help="what its paths are relative to (default: the suite's folder)"),
-        argument("--output", metavar="REPORT.json", help="report to write; its tasks that are unchanged are kept"),
-        argument("--examples", metavar="DIR", help="folder for each example's share of a task's score, TASK.npy"),
-        STEP,
-    ),
-    examples="""\
-  grit-jax evaluate runs/quickstart --suite my-data/suite.yaml
-  grit-jax evaluate GritLM/GritLM-7B --suite configs/suites/embedding.yaml --data my-data --output report.json
-""",
-)

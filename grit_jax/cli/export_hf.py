@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from grit_jax import files
-from grit_jax.cli.command import STEP, Command, argument, flag
+from grit_jax.cli.command import STEP, argument, command, flag
 from grit_jax.config import load_config
 from grit_jax.errors import InputError, install
 from grit_jax.runs import folder as run_folder
@@ -20,7 +20,24 @@ if TYPE_CHECKING:
     from grit_jax.hf.targets import Origin
 
 
-def _run(args: argparse.Namespace) -> int:
+@command(
+    "write a Hugging Face folder from a run or checkpoint",
+    argument("source", metavar="RUN_OR_CHECKPOINT", help="run folder or checkpoint"),
+    argument("out", metavar="OUT", help="new folder"),
+    STEP,
+    argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="(%(default)s)"),
+    argument(
+        "--prompt", action="append", default=[], metavar="NAME=INSTRUCTION",
+        help="instruction of a named prompt of sentence-transformers, beside query and document; may be repeated",
+    ),
+    flag("--no-verify", "do not compare with PyTorch's numbers"),
+    examples="""\
+  grit-jax export-hf runs/quickstart my-model
+  grit-jax export-hf runs/quickstart my-model --step 200 --dtype bfloat16
+  grit-jax export-hf runs/quickstart my-model --prompt query="Given a question, retrieve passages that answer it"
+""",
+)  # fmt: skip
+def run(args: argparse.Namespace) -> int:
     """Exports a model and compares the folder with PyTorch where that is installed."""
     instructions = parse_prompts(args.prompt)
 
@@ -103,25 +120,3 @@ def _base(init: str) -> tuple[str, str | None]:
 
 def _name(path: str) -> str:
     return os.path.basename(path.rstrip("/"))
-
-
-COMMAND = Command(
-    "write a Hugging Face folder from a run or checkpoint",
-    _run,
-    (
-        argument("source", metavar="RUN_OR_CHECKPOINT", help="run folder or checkpoint"),
-        argument("out", metavar="OUT", help="new folder"),
-        STEP,
-        argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="(%(default)s)"),
-        argument(
-            "--prompt", action="append", default=[], metavar="NAME=INSTRUCTION",
-            help="instruction of a named prompt of sentence-transformers, beside query and document; may be repeated",
-        ),
-        flag("--no-verify", "do not compare with PyTorch's numbers"),
-    ),
-    examples="""\
-  grit-jax export-hf runs/quickstart my-model
-  grit-jax export-hf runs/quickstart my-model --step 200 --dtype bfloat16
-  grit-jax export-hf runs/quickstart my-model --prompt query="Given a question, retrieve passages that answer it"
-""",
-)  # fmt: skip

@@ -8,8 +8,15 @@ from pathlib import Path
 
 from grit_jax.cli.command import Command, argument, flag
 
+_ARGUMENTS = (
+    argument("output", metavar="OUTPUT", help="new folder, on a disk or in a bucket"),
+    argument("--revision", metavar="R", help="branch, tag or commit"),
+    argument("--downloads", metavar="DIR", help="folder for downloads (default: grit_jax/fetch in the user's cache)"),
+    flag("--keep-downloads", "keep downloads when all is done"),
+)
 
-def _run(args: argparse.Namespace) -> int:
+
+def _fetch(args: argparse.Namespace) -> int:
     from grit_jax.datatools.fetch import fetch_data, fetch_model
 
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
@@ -19,24 +26,17 @@ def _run(args: argparse.Namespace) -> int:
     return 0
 
 
-_ARGUMENTS = (
-    argument("output", metavar="OUTPUT", help="new folder, on a disk or in a bucket"),
-    argument("--revision", metavar="R", help="branch, tag or commit"),
-    argument("--downloads", metavar="DIR", help="folder for downloads (default: grit_jax/fetch in the user's cache)"),
-    flag("--keep-downloads", "keep downloads when all is done"),
-)
-
-COMMAND = Command(
+run = Command(
     "bring a model or a data set from the Hugging Face Hub to where training reads it",
     tools={
         "model": Command(
             "download, check and import a model as a checkpoint",
-            _run,
+            _fetch,
             (argument("name", metavar="ORG/NAME", help="model on the Hub"), *_ARGUMENTS),
         ),
         "data": Command(
             "download, check and copy a published data set",
-            _run,
+            _fetch,
             (argument("name", metavar="NAME", help="medi, medi2, medi2bge or tulu2"), *_ARGUMENTS),
         ),
     },

@@ -4,11 +4,22 @@ from __future__ import annotations
 
 import argparse
 
-from grit_jax.cli.command import Command, argument
+from grit_jax.cli.command import argument, command
 from grit_jax.errors import InputError
 
 
-def _run(args: argparse.Namespace) -> int:
+@command(
+    "write a checkpoint from a Hugging Face folder or a model on the Hub",
+    argument("source", metavar="HF_FOLDER", help="folder, or ORG/NAME[@REVISION] on the Hub"),
+    argument("out", metavar="OUT", help="new checkpoint folder"),
+    examples="""\
+  grit-jax import-hf my-llama checkpoints/my-llama
+  grit-jax import-hf mistralai/Mistral-7B-v0.1 gs://my-bucket/mistral-7b
+  grit-jax train configs/tiny.yaml --model.init=checkpoints/my-llama --data.train=data/
+""",
+)
+def run(args: argparse.Namespace) -> int:
+    """Imports a model."""
     from etils import epath
 
     from grit_jax.checkpoints.checkpoint import CheckpointMetadata, save_params
@@ -22,18 +33,3 @@ def _run(args: argparse.Namespace) -> int:
     save_params(out, params, metadata)
     print(f"{out}: a checkpoint of {args.source}; name it as model.init, or to encode and generate")
     return 0
-
-
-COMMAND = Command(
-    "write a checkpoint from a Hugging Face folder or a model on the Hub",
-    _run,
-    (
-        argument("source", metavar="HF_FOLDER", help="folder, or ORG/NAME[@REVISION] on the Hub"),
-        argument("out", metavar="OUT", help="new checkpoint folder"),
-    ),
-    examples="""\
-  grit-jax import-hf my-llama checkpoints/my-llama
-  grit-jax import-hf mistralai/Mistral-7B-v0.1 gs://my-bucket/mistral-7b
-  grit-jax train configs/tiny.yaml --model.init=checkpoints/my-llama --data.train=data/
-""",
-)

@@ -6,13 +6,41 @@ import argparse
 import time
 from pathlib import Path
 
-from grit_jax.cli.command import MODEL, Command, argument, number, progress_bar
+from grit_jax.cli.command import MODEL, argument, command, number, progress_bar
 from grit_jax.config import parse_config
 from grit_jax.retrieval.vectors import DTYPES
 from grit_jax.text.prompts import CACHE_FORMS
 
 
-def _run(args: argparse.Namespace) -> int:
+@command(
+    "embed a corpus into a store that can be searched; run again, it resumes or adds what is new",
+    MODEL,
+    argument(
+        "corpus", metavar="CORPUS", nargs="+",
+        help='.jsonl, .jsonl.gz or .jsonl.zst with {"_id": ..., "title": ..., "text": ...} a line, or folders',
+    ),
+    argument("store", metavar="STORE", help="folder on a disk, shared by all processes"),
+    argument("--dtype", choices=DTYPES, help="type of the vectors (default: float32)"),
+    argument("--instruction", help="instruction of the documents; read, not pooled (default: none)"),
+    number("--max-length", "N", "tokens kept of a document (default: the model's limit)"),
+    argument(
+        "--caches", choices=DTYPES,
+        help="keep the documents' keys and values too, in this type, for grit-jax answer (default: none)",
+    ),
+    argument(
+        "--cache-form", choices=CACHE_FORMS,
+        help="whether a document is read first, or second, after a cached query (default: first)",
+    ),
+    number("--shard-rows", "N", "documents of a shard, which a killed command repeats", 4096),
+    overrides="--distributed.",
+    examples="""\
+  grit-jax index runs/mine beir/scifact stores/scifact
+  grit-jax index runs/mine news-1.jsonl.gz news-2.jsonl.zst stores/news --dtype int8 --max-length 512
+  grit-jax index runs/mine news-3.jsonl stores/news
+  grit-jax index runs/mine faq.jsonl stores/faq --caches bfloat16 --max-length 512
+""",
+)  # fmt: skip
+def run(args: argparse.Namespace) -> int:
     """Makes a store, resumes it or adds to it."""
     config = parse_config("", args.overrides)
 
@@ -60,36 +88,3 @@ def _run(args: argparse.Namespace) -> int:
             f"{seconds:.1f} s ({tokens / seconds:,.0f} tokens/s)"
         )
     return 0
-
-
-COMMAND = Command(
-    "embed a corpus into a store that can be searched; run again, it resumes or adds what is new",
-    _run,
-    (
-        MODEL,
-        argument(
-            "corpus", metavar="CORPUS", nargs="+",
-            help='.jsonl, .jsonl.gz or .jsonl.zst with {"_id": ..., "title": ..., "text": ...} a line, or folders',
-        ),
-        argument("store", metavar="STORE", help="folder on a disk, shared by all processes"),
-        argument("--dtype", choices=DTYPES, help="type of the vectors (default: float32)"),
-        argument("--instruction", help="instruction of the documents; read, not pooled (default: none)"),
-        number("--max-length", "N", "tokens kept of a document (default: the model's limit)"),
-        argument(
-            "--caches", choices=DTYPES,
-            help="keep the documents' keys and values too, in this type, for grit-jax answer (default: none)",
-        ),
-        argument(
-            "--cache-form", choices=CACHE_FORMS,
-            help="whether a document is read first, or second, after a cached query (default: first)",
-        ),
-        number("--shard-rows", "N", "documents of a shard, which a killed command repeats", 4096),
-    ),
-    overrides="--distributed.",
-    examples="""\
-  grit-jax index runs/mine beir/scifact stores/scifact
-  grit-jax index runs/mine news-1.jsonl.gz news-2.jsonl.zst stores/news --dtype int8 --max-length 512
-  grit-jax index runs/mine news-3.jsonl stores/news
-  grit-jax index runs/mine faq.jsonl stores/faq --caches bfloat16 --max-length 512
-""",
-)  # fmt: skip

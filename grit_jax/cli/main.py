@@ -20,7 +20,7 @@ _NAMES = (
     "generate", "serve", "evaluate", "export-hf", "verify-export", "import-hf", "push-hf", "quickstart", "doctor",
 )  # fmt: skip
 COMMANDS: dict[str, Command] = {
-    name: importlib.import_module(f"grit_jax.cli.{name.replace('-', '_')}").COMMAND for name in _NAMES
+    name: importlib.import_module(f"grit_jax.cli.{name.replace('-', '_')}").run for name in _NAMES
 }
 
 _EXIT_CODES = """\

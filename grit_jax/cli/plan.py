@@ -7,7 +7,7 @@ import dataclasses
 import json
 import sys
 
-from grit_jax.cli.command import JSON, Command, argument, flag, number
+from grit_jax.cli.command import JSON, argument, command, flag, number
 from grit_jax.config import load_config
 from grit_jax.config.ranges import FINITE, Range
 
@@ -15,7 +15,31 @@ _DOES_NOT_FIT = 3
 _FILL = Range("must be over 0 and at most 1", lambda value: 0 < value <= 1)
 
 
-def _run(args: argparse.Namespace) -> int:
+@command(
+    "compile a config's train step for a TPU topology, without a TPU: does it fit, what will it cost",
+    argument("config", metavar="CONFIG", help="YAML file; --section.key=value changes it"),
+    argument("--topology", required=True, metavar="NAME", help="such as v5p-128 or v5litepod-256"),
+    number("--slices", "N", "slices of that topology", 1, FINITE),
+    (
+        number("--fill", "F", "share of their limits that texts have", 1.0, _FILL),
+        argument("--data", metavar="PATH", help="texts have the lengths of this data, a folder in GRIT's format"),
+    ),
+    JSON,
+    (
+        flag("--search", "rank chunks, rematerialisation and meshes, and compile the best few"),
+        flag("--no-compile", "check in seconds that topology, mesh, batch and model fit together"),
+    ),
+    number("--compile", "N", "programs that --search compiles", 3),
+    overrides="",
+    examples="""\
+  grit-jax plan configs/gritlm_7b_v5p_128.yaml --topology v5p-128
+  grit-jax plan configs/gritlm_7b_v5p_128.yaml --topology v5p-128 --slices 2 --fill 0.6 --json
+  grit-jax plan configs/gritlm_7b_v5p_128.yaml --topology v5p-128 --data data/medi2 --model.tokenizer=tokenizer.model
+  grit-jax plan configs/gritlm_7b_v5p_128.yaml --topology v5litepod-256 --search
+  grit-jax plan configs/gritlm_7b_v5p_128.yaml --topology v5p-256 --no-compile
+""",
+)
+def run(args: argparse.Namespace) -> int:
     """Plans a config; 0 when it fits, 3 when it does not."""
     config = load_config(args.config, args.overrides)
 
@@ -49,32 +73,3 @@ def _run(args: argparse.Namespace) -> int:
     else:
         print("\n".join([*as_lines(plan, config), *report.get("recommended", [])]))
     return 0 if plan.fits else _DOES_NOT_FIT
-
-
-COMMAND = Command(
-    "compile a config's train step for a TPU topology, without a TPU: does it fit, what will it cost",
-    _run,
-    (
-        argument("config", metavar="CONFIG", help="YAML file; --section.key=value changes it"),
-        argument("--topology", required=True, metavar="NAME", help="such as v5p-128 or v5litepod-256"),
-        number("--slices", "N", "slices of that topology", 1, FINITE),
-        (
-            number("--fill", "F", "share of their limits that texts have", 1.0, _FILL),
-            argument("--data", metavar="PATH", help="texts have the lengths of this data, a folder in GRIT's format"),
-        ),
-        JSON,
-        (
-            flag("--search", "rank chunks, rematerialisation and meshes, and compile the best few"),
-            flag("--no-compile", "check in seconds that topology, mesh, batch and model fit together"),
-        ),
-        number("--compile", "N", "programs that --search compiles", 3),
-    ),
-    overrides="",
-    examples="""\
-  grit-jax plan configs/gritlm_7b_v5p_128.yaml --topology v5p-128
-  grit-jax plan configs/gritlm_7b_v5p_128.yaml --topology v5p-128 --slices 2 --fill 0.6 --json
-  grit-jax plan configs/gritlm_7b_v5p_128.yaml --topology v5p-128 --data data/medi2 --model.tokenizer=tokenizer.model
-  grit-jax plan configs/gritlm_7b_v5p_128.yaml --topology v5litepod-256 --search
-  grit-jax plan configs/gritlm_7b_v5p_128.yaml --topology v5p-256 --no-compile
-""",
-)

@@ -4,10 +4,19 @@ from __future__ import annotations
 
 import argparse
 
-from grit_jax.cli.command import RUN, Command, argument
+from grit_jax.cli.command import RUN, argument, command
 
 
-def _run(args: argparse.Namespace) -> int:
+@command(
+    "draw a run: losses, gradient norm, learning rate, speed, goodput, health of the embeddings",
+    RUN,
+    argument("--output", metavar="PNG", help="picture to write (default: plot.png in the run folder)"),
+    examples="""\
+  grit-jax plot runs/first
+  grit-jax plot gs://my-bucket/runs/first --output first.png
+""",
+)
+def run(args: argparse.Namespace) -> int:
     """Draws what is logged so far."""
     from grit_jax import files
     from grit_jax.runs import folder
@@ -17,14 +26,3 @@ def _run(args: argparse.Namespace) -> int:
     plot_run(args.run, output)
     print(output)
     return 0
-
-
-COMMAND = Command(
-    "draw a run: losses, gradient norm, learning rate, speed, goodput, health of the embeddings",
-    _run,
-    (RUN, argument("--output", metavar="PNG", help="picture to write (default: plot.png in the run folder)")),
-    examples="""\
-  grit-jax plot runs/first
-  grit-jax plot gs://my-bucket/runs/first --output first.png
-""",
-)

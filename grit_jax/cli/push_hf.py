@@ -5,10 +5,22 @@ from __future__ import annotations
 import argparse
 import sys
 
-from grit_jax.cli.command import Command, argument, flag
+from grit_jax.cli.command import argument, command, flag
 
 
-def _run(args: argparse.Namespace) -> int:
+@command(
+    "upload an exported folder to the Hugging Face Hub",
+    argument("folder", metavar="FOLDER", help="folder that export-hf wrote"),
+    argument("repository", metavar="ORG/NAME", help="model on the Hub; created if missing"),
+    flag("--private", "make a new repository private"),
+    argument("--revision", metavar="BRANCH", help="branch; created if missing"),
+    argument("--message", default="Upload a GRIT model", help="of the commit (%(default)s)"),
+    examples="""\
+  grit-jax push-hf my-model my-name/my-model --private
+  grit-jax push-hf my-model my-name/my-model --revision step-200
+""",
+)
+def run(args: argparse.Namespace) -> int:
     """Prints the model's address."""
     from grit_jax.hf.publish import push
 
@@ -18,20 +30,3 @@ def _run(args: argparse.Namespace) -> int:
     )  # fmt: skip
     print(address)
     return 0
-
-
-COMMAND = Command(
-    "upload an exported folder to the Hugging Face Hub",
-    _run,
-    (
-        argument("folder", metavar="FOLDER", help="folder that export-hf wrote"),
-        argument("repository", metavar="ORG/NAME", help="model on the Hub; created if missing"),
-        flag("--private", "make a new repository private"),
-        argument("--revision", metavar="BRANCH", help="branch; created if missing"),
-        argument("--message", default="Upload a GRIT model", help="of the commit (%(default)s)"),
-    ),
-    examples="""\
-  grit-jax push-hf my-model my-name/my-model --private
-  grit-jax push-hf my-model my-name/my-model --revision step-200
-""",
-)

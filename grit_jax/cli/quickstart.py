@@ -5,10 +5,20 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from grit_jax.cli.command import Command, argument, flag
+from grit_jax.cli.command import argument, command, flag
 
 
-def _run(args: argparse.Namespace) -> int:
+@command(
+    "from the docstrings on this machine to a model that searches and writes, in minutes",
+    argument("--output", default="runs/quickstart", metavar="DIR", help="run folder (%(default)s)"),
+    flag("--fresh", "remove an earlier quickstart there and train again"),
+    overrides="",  # on top of configs/quickstart.yaml
+    examples="""\
+  grit-jax quickstart
+  grit-jax quickstart --output runs/again --fresh --train.steps=50
+""",
+)
+def run(args: argparse.Namespace) -> int:
     """Runs the quickstart; 75 when a signal stopped it after a checkpoint."""
     from grit_jax.quickstart.run import run_quickstart
 
@@ -16,18 +26,3 @@ def _run(args: argparse.Namespace) -> int:
         return 0
     print("stopped, and training is saved: run the same command to go on")
     return 75
-
-
-COMMAND = Command(
-    "from the docstrings on this machine to a model that searches and writes, in minutes",
-    _run,
-    (
-        argument("--output", default="runs/quickstart", metavar="DIR", help="run folder (%(default)s)"),
-        flag("--fresh", "remove an earlier quickstart there and train again"),
-    ),
-    overrides="",  # on top of configs/quickstart.yaml
-    examples="""\
-  grit-jax quickstart
-  grit-jax quickstart --output runs/again --fresh --train.steps=50
-""",
-)

@@ -10,8 +10,8 @@ from grit_jax.cli.command import (
     MODEL_OF_STORE,
     QUERY_INSTRUCTION,
     STORE,
-    Command,
     argument,
+    command,
     flag,
     number,
     refuse_empty,
@@ -22,7 +22,21 @@ from grit_jax.cli.encode import read_texts
 from grit_jax.errors import InputError
 
 
-def _run(args: argparse.Namespace) -> int:
+@command(
+    "find the documents of a store that answer queries",
+    MODEL_OF_STORE,
+    STORE,
+    repeated("--query", "TEXT", "what to search"),
+    argument("--queries", metavar="FILE", help='.jsonl with {"text": ...} a line, or .txt with one a line'),
+    QUERY_INSTRUCTION,
+    number("--k", "N", "documents of each query", 10),
+    flag("--json", "print an object a query, with whole texts"),
+    examples="""\
+  grit-jax search runs/mine stores/news --query "who won the election?" --instruction "Find the answer"
+  grit-jax search runs/mine stores/scifact --queries questions.txt --k 100 --json > found.jsonl
+""",
+)
+def run(args: argparse.Namespace) -> int:
     """Prints the best documents of each query."""
     queries = args.query + (read_texts(Path(args.queries), option="--queries") if args.queries else [])
     if not queries:
@@ -44,22 +58,3 @@ def _run(args: argparse.Namespace) -> int:
             ids = ", ".join([hit.document.id, *hit.duplicates])
             print(f"{rank:4}  {hit.score:.4f}  {ids}  {shortened(hit.document.embedded)}")
     return 0
-
-
-COMMAND = Command(
-    "find the documents of a store that answer queries",
-    _run,
-    (
-        MODEL_OF_STORE,
-        STORE,
-        repeated("--query", "TEXT", "what to search"),
-        argument("--queries", metavar="FILE", help='.jsonl with {"text": ...} a line, or .txt with one a line'),
-        QUERY_INSTRUCTION,
-        number("--k", "N", "documents of each query", 10),
-        flag("--json", "print an object a query, with whole texts"),
-    ),
-    examples="""\
-  grit-jax search runs/mine stores/news --query "who won the election?" --instruction "Find the answer"
-  grit-jax search runs/mine stores/scifact --queries questions.txt --k 100 --json > found.jsonl
-""",
-)

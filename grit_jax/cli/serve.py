@@ -9,7 +9,7 @@ import signal
 import socket
 from pathlib import Path
 
-from grit_jax.cli.command import MODEL, Command, argument, number, repeated
+from grit_jax.cli.command import MODEL, argument, command, number, repeated
 from grit_jax.config import COPIES, Config, MeshConfig, dump_config, parse_config
 from grit_jax.config.ranges import FINITE, NOT_NEGATIVE
 from grit_jax.errors import InputError, install
@@ -17,7 +17,38 @@ from grit_jax.errors import InputError, install
 _KEY = "GRIT_JAX_API_KEY"
 
 
-def _run(args: argparse.Namespace) -> int:
+@command(
+    "answer embedding and chat requests over HTTP, as OpenAI's API does, with one copy of a model",
+    MODEL,
+    argument("--index", metavar="STORE", help="folder from grit-jax index, for search and answers from it"),
+    number("--causal-mb", "N", "MiB for keys and values of documents read causally in idle time", 0, NOT_NEGATIVE),
+    argument("--name", help="what clients call the model (default: the folder's name)"),
+    argument("--host", default="127.0.0.1", help="address to listen at (%(default)s)"),
+    number("--port", "PORT", "port to listen at", 8000, FINITE),
+    repeated("--allow-host", "NAME", "another name that clients, such as a proxy, call this server by, * for any"),
+    number("--max-length", "N", "tokens of prompt and completion, or of a text (default: the model's, up to 4096)"),
+    number("--rows", "N", "completions of up to 512 tokens that are written at a time, fewer of longer ones", 16),
+    number("--queue", "N", "requests that may wait", 256),
+    number("--max-body", "BYTES", "largest request", 8 << 20),
+    number("--timeout", "S", "seconds of a request", 300.0),
+    number("--drain", "S", "seconds that requests get to finish after SIGTERM", 30),
+    argument(
+        "--prompts", metavar="FILE",
+        help='JSON {"name": "instruction"}; embedding requests may name one as prompt_name',
+    ),
+    argument(
+        "--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="of weights (default: %(default)s)"
+    ),
+    overrides="--mesh.",
+    examples=f"""\
+  grit-jax serve runs/mine
+  grit-jax serve runs/mine --index stores/news --port 8080 --max-length 4096
+  {_KEY}=$(cat key) grit-jax serve runs/mine --host 0.0.0.0 --mesh.tensor=4
+
+The API key, if there is one, is the environment variable {_KEY}.
+""",
+)  # fmt: skip
+def run(args: argparse.Namespace) -> int:
     """Serves until a signal stops it."""
     mesh = _mesh(args.overrides)
     instructions = _instructions(Path(args.prompts)) if args.prompts else {}
@@ -98,39 +129,3 @@ def _instructions(path: Path) -> dict[str, str]:
     if not isinstance(found, dict) or not all(isinstance(text, str) for text in found.values()):
         raise InputError(f'--prompts {path}: must be an object such as {{"query": "Find the answer"}}')
     return found
-
-
-COMMAND = Command(
-    "answer embedding and chat requests over HTTP, as OpenAI's API does, with one copy of a model",
-    _run,
-    (
-        MODEL,
-        argument("--index", metavar="STORE", help="folder from grit-jax index, for search and answers from it"),
-        number("--causal-mb", "N", "MiB for keys and values of documents read causally in idle time", 0, NOT_NEGATIVE),
-        argument("--name", help="what clients call the model (default: the folder's name)"),
-        argument("--host", default="127.0.0.1", help="address to listen at (%(default)s)"),
-        number("--port", "PORT", "port to listen at", 8000, FINITE),
-        repeated("--allow-host", "NAME", "another name that clients, such as a proxy, call this server by, * for any"),
-        number("--max-length", "N", "tokens of prompt and completion, or of a text (default: the model's, up to 4096)"),
-        number("--rows", "N", "completions of up to 512 tokens that are written at a time, fewer of longer ones", 16),
-        number("--queue", "N", "requests that may wait", 256),
-        number("--max-body", "BYTES", "largest request", 8 << 20),
-        number("--timeout", "S", "seconds of a request", 300.0),
-        number("--drain", "S", "seconds that requests get to finish after SIGTERM", 30),
-        argument(
-            "--prompts", metavar="FILE",
-            help='JSON {"name": "instruction"}; embedding requests may name one as prompt_name',
-        ),
-        argument(
-            "--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="of weights (default: %(default)s)"
-        ),
-    ),
-    overrides="--mesh.",
-    examples=f"""\
-  grit-jax serve runs/mine
-  grit-jax serve runs/mine --index stores/news --port 8080 --max-length 4096
-  {_KEY}=$(cat key) grit-jax serve runs/mine --host 0.0.0.0 --mesh.tensor=4
-
-The API key, if there is one, is the environment variable {_KEY}.
-""",
-)  # fmt: skip

@@ -8,14 +8,25 @@ import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from grit_jax.cli.command import Command, argument, flag
+from grit_jax.cli.command import argument, command, flag
 
 if TYPE_CHECKING:
     from grit_jax.config import Config
     from grit_jax.runs.checks import Check
 
 
-def _run(args: argparse.Namespace) -> int:
+@command(
+    "train a model, or resume the run folder that train.output names",
+    argument("config", metavar="CONFIG.yaml", help="config file"),
+    flag("--dry-run", "check data, model, mesh, memory, disk and run folder in seconds, and train nothing"),
+    overrides="",
+    examples="""\
+  grit-jax train configs/tiny.yaml --data.train=data/ --train.output=runs/first
+  grit-jax train configs/tiny.yaml --model.init=runs/first --train.steps=200 --train.output=runs/second
+  grit-jax train configs/tiny.yaml --data.train=data/ --train.output=runs/first --dry-run
+""",
+)
+def run(args: argparse.Namespace) -> int:
     """Trains; 0 when all steps are done, 75 when stopped and saved, 1 when the numbers broke down."""
     from grit_jax.config import load_config
 
@@ -56,19 +67,3 @@ def _scorecard_check(config: Config) -> Iterator[Check]:
             "scorecard", lambda: Scorecard(config.scorecard), lambda _: f"{suite} and its data are there"
         )
         yield check
-
-
-COMMAND = Command(
-    "train a model, or resume the run folder that train.output names",
-    _run,
-    (
-        argument("config", metavar="CONFIG.yaml", help="config file"),
-        flag("--dry-run", "check data, model, mesh, memory, disk and run folder in seconds, and train nothing"),
-    ),
-    overrides="",
-    examples="""\
-  grit-jax train configs/tiny.yaml --data.train=data/ --train.output=runs/first
-  grit-jax train configs/tiny.yaml --model.init=runs/first --train.steps=200 --train.output=runs/second
-  grit-jax train configs/tiny.yaml --data.train=data/ --train.output=runs/first --dry-run
-""",
-)
