@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from grit_jax.config.architecture import Attention, EmbeddingConfig, Family, Pooling, RopeScaling, TransformerConfig
-from grit_jax.config.loading import (
+from grit_jax.config.parsing import (
     config_differences,
     dump_config,
     flat_values,
