@@ -71,10 +71,10 @@ from grit_jax.evaluation.report import fingerprint, interval
 from grit_jax.evaluation.retrieval import Ranking, Retrieval, outcome, read_collection
 from grit_jax.evaluation.suite import Suite, load_suite
 from grit_jax.runs.folder import CONFIG
-from grit_jax.runs.plot import series
+from grit_jax.runs.history import series
+from grit_jax.runs.logs import read_lines
 from grit_jax.text.tokenizer import train_bpe
 from grit_jax.train.loop import Trainer
-from grit_jax.train.metrics import read_metrics
 from grit_jax.train.resolve import MAY_DIFFER
 
 _ROOT = Path(__file__).parents[1]
@@ -234,7 +234,7 @@ class Study:
         report = evaluate(
             trainer.model(), suite, output=folder / "report.json", examples=folder / "examples", about={"model": name}
         )
-        lines = read_metrics(folder / "metrics.jsonl")
+        lines = read_lines(folder / "metrics.jsonl")
         result = Result(
             config=text,
             data=self.data,

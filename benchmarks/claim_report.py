@@ -21,7 +21,7 @@ from grit_jax.errors import InputError
 from grit_jax.evaluation.compare import Comparison, compare
 from grit_jax.evaluation.likelihood import loss_per_token
 from grit_jax.evaluation.task import mean
-from grit_jax.runs.plot import running_mean
+from grit_jax.runs.history import running_mean
 
 PRIMARY = ("medquad", "wordnet_wsd", "scifact")
 HELD_OUT = "held-out answers"

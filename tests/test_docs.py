@@ -78,7 +78,9 @@ def check_grit_jax(arguments):
     except SystemExit as stopped:
         assert stopped.code == 0, f"grit-jax {shlex.join(arguments)}"
         return
-    assert not overrides or hasattr(COMMANDS[args.command], "TAKES_OVERRIDES"), overrides
+    command = COMMANDS[args.command]
+    command = command.tools[args.tool] if command.tools else command
+    assert not overrides or command.overrides is not None, overrides
     check_overrides(tuple(overrides))
 
 
@@ -109,7 +111,7 @@ def test_every_command_of_the_package_can_be_parsed(page):
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_example_of_the_help_can_be_parsed(command):
-    examples = list(of_program(COMMANDS[command].EXAMPLES, "grit-jax"))
+    examples = list(of_program(COMMANDS[command].examples, "grit-jax"))
     assert examples
     for arguments in examples:
         check_grit_jax(arguments)

@@ -113,7 +113,7 @@ OUTAGE = """
 import sys
 from grit_jax import files
 from grit_jax.data.sources import open_source
-from grit_jax.runs.lines import LineWriter, read_lines
+from grit_jax.runs.logs import LineWriter, read_lines
 from grit_jax.runs.lock import WriterLock, read_writer
 root = sys.argv[1]
 files.write_text(root + "/data/a.jsonl", '{"text": "one"}\\n{"text": "two"}\\n')
@@ -164,7 +164,7 @@ import asyncio, sys, time
 from grit_jax import files
 from grit_jax.config import load_config
 from grit_jax.data.sources import find_files, open_source
-from grit_jax.runs.lines import LineWriter
+from grit_jax.runs.logs import LineWriter
 sleep = asyncio.sleep
 asyncio.sleep = lambda seconds: sleep(seconds / 60)
 root = sys.argv[1]

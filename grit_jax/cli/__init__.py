@@ -1,4 +1,1 @@
-"""The command line: one module per command, each with HELP, EXAMPLES, add_arguments() and run().
-
-A command with TAKES_OVERRIDES gets `--section.key=value` arguments as `args.overrides`.
-"""
+"""The command line: one module per command, whose `run` is a `Command`."""

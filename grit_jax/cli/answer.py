@@ -5,41 +5,45 @@ from __future__ import annotations
 import argparse
 import json
 
-from grit_jax.cli.arguments import refuse_empty, refuse_not_positive, shortened
+from grit_jax.cli.command import (
+    MODEL_OF_STORE,
+    QUERY_INSTRUCTION,
+    STOP,
+    argument,
+    command,
+    flag,
+    number,
+    refuse_empty,
+    shortened,
+)
 from grit_jax.text.prompts import POSITIONS, RAG_METHODS
 
-HELP = "answer queries from a store, with or without its documents' keys and values"
-EXAMPLES = """\
+
+@command(
+    "answer queries from a store, with or without its documents' keys and values",
+    MODEL_OF_STORE,
+    argument("store", metavar="STORE", help="folder from grit-jax index, with --caches for the default method"),
+    argument("--query", action="append", required=True, metavar="TEXT", help="question; may be repeated"),
+    argument(
+        "--method", choices=RAG_METHODS, default="document_cache",
+        help="how the model reads query and documents (%(default)s)",
+    ),
+    QUERY_INSTRUCTION,
+    number("--k", "N", "documents that are used", 1),
+    argument(
+        "--positions", choices=POSITIONS, default="own",
+        help="of a cached text after another: its own, or shifted behind the other (%(default)s)",
+    ),
+    number("--max-new-tokens", "N", "most tokens", 64),
+    STOP,
+    flag("--json", "print an object a query, with whole documents"),
+    examples="""\
   grit-jax answer runs/mine stores/faq --query "how do I reset my password?"
   grit-jax answer runs/mine stores/news --query "who won the election?" --method document_first --k 3 --json
-"""
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of `answer`."""
-    parser.add_argument("model", metavar="MODEL", help="the model that made the store")
-    parser.add_argument(
-        "store", metavar="STORE", help="folder from grit-jax index, with --caches for the default method"
-    )
-    parser.add_argument("--query", action="append", required=True, metavar="TEXT", help="what is asked; may repeat")
-    parser.add_argument(
-        "--method", choices=RAG_METHODS, default="document_cache",
-        help="how query and documents come to the model (%(default)s)",
-    )  # fmt: skip
-    parser.add_argument("--instruction", default="", help="what the model is told about the queries; not pooled")
-    parser.add_argument("--k", type=int, default=1, metavar="N", help="documents that are used (%(default)s)")
-    parser.add_argument(
-        "--positions", choices=POSITIONS, default="own",
-        help="of a cached text after another: its own, or moved on behind the other (%(default)s)",
-    )  # fmt: skip
-    parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="most tokens (%(default)s)")
-    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text; may repeat")
-    parser.add_argument("--json", action="store_true", help="print an object a query, with whole documents")
-
-
+""",
+)  # fmt: skip
 def run(args: argparse.Namespace) -> int:
-    """Prints the answer of each query and the documents that it was made from."""
-    refuse_not_positive(args, "k", "max_new_tokens")
+    """Prints the answer of each query and the documents behind it."""
     refuse_empty(args.query)
 
     from grit_jax.inference.model import GritModel
@@ -54,14 +58,13 @@ def run(args: argparse.Namespace) -> int:
             query, method=args.method, instruction=args.instruction, k=args.k, positions=args.positions
         )
         answered = rag.answer(prepared, max_new_tokens=args.max_new_tokens, stop=args.stop)
+        text, cached, read = answered.text.strip(), answered.num_cached, answered.num_read
         if args.json:
-            print(json.dumps({"query": query, "answer": answered.text.strip(), "documents": as_json(answered.hits),
-                              "cached_tokens": answered.num_cached, "read_tokens": answered.num_read},
-                             ensure_ascii=False))  # fmt: skip
+            found = {"query": query, "answer": text, "documents": as_json(answered.hits)}
+            print(json.dumps(found | {"cached_tokens": cached, "read_tokens": read}, ensure_ascii=False))
             continue
-        print(f"{query}\n  {answered.text.strip()}")
+        print(f"{query}\n  {text}")
         for hit in answered.hits:
-            shown = shortened(hit.document.embedded)
-            print(f"  from {hit.document.id} ({hit.score:.4f})  {shown}")
-        print(f"  {answered.num_cached:,} tokens cached, {answered.num_read:,} read")
+            print(f"  from {hit.document.id} ({hit.score:.4f})  {shortened(hit.document.embedded)}")
+        print(f"  {cached:,} tokens cached, {read:,} read")
     return 0

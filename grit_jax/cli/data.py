@@ -8,117 +8,25 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from grit_jax.cli.arguments import refuse_not_positive
-from grit_jax.cli.overrides import refuse_unknown
-from grit_jax.cli.progress import progress_bar
+from grit_jax.cli.command import Command, argument, command, flag, number, progress_bar, repeated
 from grit_jax.config import Config, load_config, parse_config
+from grit_jax.config.ranges import FINITE, NOT_NEGATIVE
 from grit_jax.errors import InputError
 
 if TYPE_CHECKING:
     from grit_jax.text.tokenizer import Tokenizer
 
-HELP = "check, measure, convert and look at training data, and mine hard negatives"
-EXAMPLES = """\
-  grit-jax data validate my-data/ --against eval/scifact
-  grit-jax data stats my-data/ --tokenizer runs/mine --plot lengths.png
-  grit-jax data convert beir/scifact scifact.jsonl --from beir --instruction "Find the evidence"
-  grit-jax data sample my-data/ --tokenizer runs/mine --count 3
-  grit-jax data mine-negatives pairs.jsonl mined.jsonl --count 4 --range 1-50
-"""
-TAKES_OVERRIDES = True  # --data.key=value of stats and sample, --distributed.key=value of mine-negatives
-
 _OVERLAPS = 1
 _SHOWN_MATCHES = 10
 
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of `data`."""
-    tools = parser.add_subparsers(dest="tool", metavar="TOOL", required=True)
-
-    def tool(name: str, help: str) -> argparse.ArgumentParser:
-        return tools.add_parser(name, help=help, description=help, allow_abbrev=False)
-
-    validate = tool("validate", "read every record: malformed ones, duplicates, texts of evaluation sets")
-    _add_paths(validate)
-    validate.add_argument(
-        "--skip-bad", action="store_true", help="exit with 0 where malformed records are all there is"
-    )
-    validate.add_argument(
-        "--against", action="append", default=[], metavar="PATH",
-        help="evaluation set that must not occur: BEIR folder, or .jsonl, .txt, .tsv files; may be repeated",
-    )  # fmt: skip
-    validate.add_argument(
-        "--ngram",
-        type=int,
-        default=13,
-        metavar="N",
-        help="words in a row that count; 0: whole texts only (%(default)s)",
-    )
-    validate.add_argument("--report", metavar="FILE.json", help="write everything that was found there")
-
-    stats = tool("stats", "rows, tokens, lengths and how full packed rows are, under limits")
-    _add_paths(stats)
-    _add_config(stats)
-    stats.add_argument("--plot", metavar="FILE.png", help="draw lengths, files and fill there")
-
-    convert = tool("convert", "other formats to GRIT rows, and JSONL to ArrayRecord")
-    convert.add_argument("source", metavar="SOURCE", help="file, or folder of BEIR and GRIT data")
-    convert.add_argument("output", metavar="OUTPUT", help=".jsonl, .jsonl.gz or .array_record")
-    convert.add_argument(
-        "--from", dest="kind", required=True, choices=("beir", "triples", "alpaca", "sharegpt", "openai", "grit"),
-        help="triples: MS MARCO triples, sentence-transformers pairs and triplets (.tsv, .csv, .jsonl, .json)",
-    )  # fmt: skip
-    convert.add_argument("--instruction", default="", help="instruction of queries (beir, triples)")
-    convert.add_argument("--split", default="train", help="beir: which qrels (%(default)s)")
-    convert.add_argument("--min-score", type=float, metavar="S", help="triples: rows with a smaller score are left out")
-    convert.add_argument("--skip-bad", action="store_true", help="leave malformed rows out and count them")
-
-    sample = tool("sample", "print random records as the model reads them")
-    _add_paths(sample)
-    _add_config(sample)
-    sample.add_argument("--count", type=int, default=3, metavar="N", help="records (%(default)s)")
-    sample.add_argument("--seed", type=int, default=0, help="another seed, other records (%(default)s)")
-
-    mine = tool("mine-negatives", "give queries hard negatives by BM25, or by a model on all devices of all hosts")
-    mine.add_argument("source", metavar="SOURCE", help="file of embedding records; their passages are searched")
-    mine.add_argument("output", metavar="OUTPUT", help=".jsonl, .jsonl.gz or .array_record")
-    mine.add_argument("--model", metavar="MODEL", help="run folder, checkpoint or Hugging Face folder (default: BM25)")
-    mine.add_argument("--corpus", metavar="FILE.jsonl", help='more passages: {"text": ..., "title": ...} a line')
-    mine.add_argument("--count", type=int, default=1, metavar="N", help="negatives of a query (%(default)s)")
-    mine.add_argument("--range", default="1-100", metavar="A-B", help="ranks they are taken from (%(default)s)")
-    mine.add_argument(
-        "--ceiling", type=float, default=0.95, metavar="X",
-        help="leave out what scores over X of the query's lowest positive; 0 leaves out nothing (%(default)s)",
-    )  # fmt: skip
-    mine.add_argument("--draw", action="store_true", help="draw from the ranks at random; else the best are taken")
-    mine.add_argument("--keep", action="store_true", help="keep the record's own negatives before the mined ones")
-    mine.add_argument("--seed", type=int, default=0, help="of --draw (%(default)s)")
-    mine.add_argument("--query-max-length", type=int, default=256, metavar="N", help="tokens of a query (%(default)s)")
-    mine.add_argument(
-        "--passage-max-length", type=int, default=512, metavar="N", help="the same of a passage (%(default)s)"
-    )
-
-
-def run(args: argparse.Namespace) -> int:
-    """Runs a tool; 2 for malformed records, 1 for texts of an evaluation set that are no documents, 0 otherwise."""
-    known = {"stats": "--", "sample": "--", "mine-negatives": "--distributed."}.get(args.tool)
-    refuse_unknown(args.overrides, f"data {args.tool}", known=known)
-    return {
-        "validate": _validate, "stats": _stats, "convert": _convert, "sample": _sample, "mine-negatives": _mine,
-    }[args.tool](args)  # fmt: skip
-
-
-def _add_paths(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("paths", nargs="+", metavar="PATH", help="files or folders of GRIT data")
-
-
-def _add_config(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--tokenizer", default="bytes", metavar="T", help="folder, file, Hub id or `bytes` (%(default)s)"
-    )
-    parser.add_argument(
+_PATHS = argument("paths", nargs="+", metavar="PATH", help="files or folders of GRIT data")
+_OUTPUT = argument("output", metavar="OUTPUT", help=".jsonl, .jsonl.gz or .array_record")
+_CONFIG = (
+    argument("--tokenizer", default="bytes", metavar="T", help="folder, file, Hub id or `bytes` (%(default)s)"),
+    argument(
         "--config", metavar="CONFIG.yaml", help="take limits and batches from there; --data.key=value changes them"
-    )
+    ),
+)
 
 
 def _config(args: argparse.Namespace) -> Config:
@@ -140,13 +48,19 @@ def _tokenizer(source: str) -> Tokenizer:
         return open_model(source).tokenizer  # a run folder keeps its tokenizer in its checkpoints
 
 
+@command(
+    "read every record: malformed ones, duplicates, texts of evaluation sets",
+    _PATHS,
+    flag("--skip-bad", "exit with 0 where malformed records are all there is"),
+    repeated("--against", "PATH", "evaluation set that must not occur: BEIR folder, or .jsonl, .txt, .tsv"),
+    number("--ngram", "N", "words in a row that count; 0 for whole texts only", 13, NOT_NEGATIVE),
+    argument("--report", metavar="FILE.json", help="write all findings there"),
+)
 def _validate(args: argparse.Namespace) -> int:
     from grit_jax.data.sources import find_files
     from grit_jax.datatools.overlap import EvaluationTexts
     from grit_jax.datatools.validate import validate
 
-    if args.ngram < 0:
-        raise InputError(f"--ngram={args.ngram} is negative; use 0 for whole texts only")
     paths = find_files(args.paths)
     against = EvaluationTexts(list(map(Path, args.against)), ngram=args.ngram) if args.against else None
     with progress_bar("reading") as progress:
@@ -188,6 +102,13 @@ def _validate(args: argparse.Namespace) -> int:
     return _OVERLAPS if any(not match.document for match in found.matches) else 0
 
 
+@command(
+    "rows, tokens, lengths and how full packed rows are, under limits",
+    _PATHS,
+    *_CONFIG,
+    argument("--plot", metavar="FILE.png", help="draw lengths, files and fill there"),
+    overrides="",
+)
 def _stats(args: argparse.Namespace) -> int:
     from grit_jax.datatools.stats import as_lines, measure, plot
 
@@ -201,6 +122,20 @@ def _stats(args: argparse.Namespace) -> int:
     return 0
 
 
+@command(
+    "other formats to GRIT rows, and JSONL to ArrayRecord",
+    argument("source", metavar="SOURCE", help="file, or folder of BEIR and GRIT data"),
+    _OUTPUT,
+    argument(
+        "--from", dest="format", required=True,
+        choices=("beir", "triples", "alpaca", "sharegpt", "openai", "grit"),
+        help="triples: MS MARCO triples, sentence-transformers pairs and triplets (.tsv, .csv, .json, .jsonl)",
+    ),
+    argument("--instruction", default="", help="instruction of queries (beir, triples)"),
+    argument("--split", default="train", help="beir: which qrels (%(default)s)"),
+    argument("--min-score", type=float, metavar="S", help="triples: leave out rows with a smaller score"),
+    flag("--skip-bad", "leave malformed rows out and count them"),
+)  # fmt: skip
 def _convert(args: argparse.Namespace) -> int:
     from grit_jax.datatools import convert
     from grit_jax.datatools.record_writer import write_records
@@ -215,7 +150,7 @@ def _convert(args: argparse.Namespace) -> int:
         "sharegpt": lambda: convert.sharegpt(source),
         "openai": lambda: convert.openai(source),
         "grit": lambda: convert.grit(args.source),
-    }[args.kind]()
+    }[args.format]()
     written = write_records(output, rows, skip_bad=args.skip_bad)
     print(f"{output}: {written.count:,} rows")
     for fault, count, examples in (written.bad | written.left_out).values():
@@ -223,13 +158,20 @@ def _convert(args: argparse.Namespace) -> int:
     return 0
 
 
+@command(
+    "print random records as the model reads them",
+    _PATHS,
+    *_CONFIG,
+    number("--count", "N", "records", 3),
+    number("--seed", "SEED", "another seed, other records", 0, FINITE),
+    overrides="",
+)
 def _sample(args: argparse.Namespace) -> int:
     import rich.console
     import rich.text
 
     from grit_jax.datatools.sample import draw
 
-    refuse_not_positive(args, "count")
     console = rich.console.Console(highlight=False, soft_wrap=True)
     for where, texts in draw(_config(args), _tokenizer(args.tokenizer), count=args.count, seed=args.seed):
         console.rule(rich.text.Text(where), align="left")
@@ -244,15 +186,31 @@ def _sample(args: argparse.Namespace) -> int:
     return 0
 
 
+@command(
+    "give queries hard negatives by BM25, or by a model on all devices of all hosts",
+    argument("source", metavar="SOURCE", help="file of embedding records; their passages are searched"),
+    _OUTPUT,
+    argument("--model", metavar="MODEL", help="run folder, checkpoint or Hugging Face folder (default: BM25)"),
+    argument("--corpus", metavar="FILE.jsonl", help='more passages: {"text": ..., "title": ...} a line'),
+    number("--count", "N", "negatives of a query", 1),
+    argument("--range", default="1-100", metavar="A-B", help="ranks they are taken from (%(default)s)"),
+    number(
+        "--ceiling", "X", "leave out what scores over X of the query's lowest positive; 0 for nothing", 0.95,
+        NOT_NEGATIVE,
+    ),
+    flag("--draw", "draw from the ranks at random, instead of the best"),
+    flag("--keep", "keep the record's own negatives before the mined ones"),
+    number("--seed", "SEED", "of --draw", 0, FINITE),
+    number("--query-max-length", "N", "tokens of a query", 256),
+    number("--passage-max-length", "N", "tokens of a passage", 512),
+    overrides="--distributed.",
+)  # fmt: skip
 def _mine(args: argparse.Namespace) -> int:
     from grit_jax.data.sources import find_files, open_source
     from grit_jax.datatools.negatives import KeywordSearcher, Mined, Mining, ModelSearcher, Passages, mine
     from grit_jax.datatools.record_writer import write_records
 
     first, last = _range(args.range)
-    refuse_not_positive(args, "count", "query_max_length", "passage_max_length")
-    if args.ceiling < 0:
-        raise InputError(f"--ceiling={args.ceiling} is negative; use 0 for none")
     if last - first + 1 < args.count:
         raise InputError(f"--range={args.range} holds fewer ranks than --count={args.count}; widen it")
     paths = find_files(args.source)
@@ -304,3 +262,18 @@ def _range(text: str) -> tuple[int, int]:
     if not (first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
         raise InputError(f"--range={text} is no range of ranks; write it as 10-100")
     return int(first), int(last)
+
+
+run = Command(
+    "check, measure, convert and look at training data, and mine hard negatives",
+    tools={
+        "validate": _validate, "stats": _stats, "convert": _convert, "sample": _sample, "mine-negatives": _mine,
+    },
+    examples="""\
+  grit-jax data validate my-data/ --against eval/scifact
+  grit-jax data stats my-data/ --tokenizer runs/mine --plot lengths.png
+  grit-jax data convert beir/scifact scifact.jsonl --from beir --instruction "Find the evidence"
+  grit-jax data sample my-data/ --tokenizer runs/mine --count 3
+  grit-jax data mine-negatives pairs.jsonl mined.jsonl --count 4 --range 1-50
+""",
+)  # fmt: skip

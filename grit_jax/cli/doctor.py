@@ -10,33 +10,25 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from grit_jax.cli.command import JSON, argument, command, flag
 from grit_jax.config import DistributedConfig
 from grit_jax.doctor.environment import Environment, Problem, find_problems, inspect
 from grit_jax.errors import InputError
 from grit_jax.parallel.chips import GIB
 from grit_jax.runs.checks import Check, print_checks
 
-HELP = "show what JAX finds on this machine, what is probably wrong, and whether the numbers are right"
-EXAMPLES = """\
+
+@command(
+    "show what JAX finds on this machine, what is probably wrong, and whether the numbers are right",
+    flag("--selftest", "compare kernels, a sharded step, losses and a checkpoint with plain ones"),
+    argument("--checkpoint", metavar="PATH", help="where --selftest writes (default: a temporary folder)"),
+    JSON,
+    examples="""\
   grit-jax doctor
   grit-jax doctor --selftest
   grit-jax doctor --selftest --checkpoint gs://my-bucket/doctor --json
-"""
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of `doctor`."""
-    parser.add_argument(
-        "--selftest",
-        action="store_true",
-        help="compare kernels, a sharded step, losses and a checkpoint with plain ones",
-    )
-    parser.add_argument(
-        "--checkpoint", metavar="PATH", help="where --selftest writes a checkpoint (default: a temporary folder)"
-    )
-    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
-
-
+""",
+)
 def run(args: argparse.Namespace) -> int:
     """Inspects and tests; 1 when there is a problem or a check fails. In a job, process 0 alone prints."""
     if args.checkpoint and not args.selftest:

@@ -6,35 +6,26 @@ import argparse
 import time
 from pathlib import Path
 
-from grit_jax.cli.arguments import refuse_not_positive
-from grit_jax.cli.progress import progress_bar
+from grit_jax.cli.command import MODEL, argument, command, number, progress_bar
 from grit_jax.errors import InputError
 
-HELP = "embed the texts of a file"
-EXAMPLES = """\
+
+@command(
+    "embed the texts of a file",
+    MODEL,
+    argument("--input", required=True, help='.jsonl with {"text": ...} a line, or .txt with one text a line'),
+    argument("--output", required=True, help="float32 .npy, one row per text"),
+    argument("--instruction", default="", help="instruction of the texts; read, not pooled"),
+    number("--batch-tokens", "N", "tokens per batch (default: what suits the device)"),
+    number("--max-length", "N", "tokens kept of a text (default: the model's limit)"),
+    examples="""\
   grit-jax encode runs/quickstart --input docs.txt --output docs.npy
   grit-jax encode runs/quickstart --input queries.jsonl --output queries.npy \\
       --instruction "Given a question, retrieve passages that answer it"
-"""
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of `encode`."""
-    parser.add_argument("model", metavar="MODEL", help="run folder, checkpoint or Hugging Face folder")
-    parser.add_argument("--input", required=True, help='.jsonl with {"text": ...} a line, or .txt with one text a line')
-    parser.add_argument("--output", required=True, help="float32 .npy, one row per text")
-    parser.add_argument("--instruction", default="", help="what the model is told about the texts; not pooled")
-    parser.add_argument(
-        "--batch-tokens", type=int, metavar="N", help="tokens per batch (default: what suits the device)"
-    )
-    parser.add_argument(
-        "--max-length", type=int, metavar="N", help="tokens kept of a text (default: the model's limit)"
-    )
-
-
+""",
+)
 def run(args: argparse.Namespace) -> int:
     """Embeds a file."""
-    refuse_not_positive(args, "batch_tokens", "max_length")
     output = Path(args.output)
     if output.suffix != ".npy":
         raise InputError(f"--output {output}: must end in .npy")
@@ -67,10 +58,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def read_texts(path: Path, *, option: str = "--input") -> list[str]:
-    """The texts of a .jsonl or .txt file, a line each; blank lines are passed over, as everywhere.
+    """The texts of a .jsonl or .txt file, a line each; blank lines are skipped, as everywhere.
 
     Raises:
-      InputError: The file is missing, of another kind, empty, or a line is malformed or empty.
+      InputError: The file is missing, empty or has another suffix, or a line is malformed or empty.
     """
     if path.suffix not in (".jsonl", ".txt"):
         raise InputError(f"{option} {path}: must end in .jsonl or .txt")

@@ -5,20 +5,16 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from grit_jax.cli.command import STORE, argument, command
 from grit_jax.errors import InputError
 
-HELP = "write a store as an index of FAISS"
-EXAMPLES = """\
-  grit-jax export-faiss stores/news news.faiss
-"""
 
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of `export-faiss`."""
-    parser.add_argument("store", metavar="STORE", help="folder from grit-jax index")
-    parser.add_argument("output", metavar="OUT.faiss", help="an IndexFlatIP; the ids go to OUT.faiss.ids.jsonl")
-
-
+@command(
+    "write a store as an index of FAISS",
+    STORE,
+    argument("output", metavar="OUT.faiss", help="an IndexFlatIP; the ids go to OUT.faiss.ids.jsonl"),
+    examples="  grit-jax export-faiss stores/news news.faiss\n",
+)
 def run(args: argparse.Namespace) -> int:
     """Exports a store."""
     if not args.output.endswith(".faiss"):

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from grit_jax import files
+from grit_jax.cli.command import STEP, argument, command, flag
 from grit_jax.config import load_config
 from grit_jax.errors import InputError, install
 from grit_jax.runs import folder as run_folder
@@ -18,31 +19,24 @@ from grit_jax.runs.checks import print_checks
 if TYPE_CHECKING:
     from grit_jax.hf.interop import Origin
 
-HELP = "write a Hugging Face folder from a run or checkpoint"
-EXAMPLES = """\
+
+@command(
+    "write a Hugging Face folder from a run or checkpoint",
+    argument("source", metavar="RUN_OR_CHECKPOINT", help="run folder or checkpoint"),
+    argument("out", metavar="OUT", help="new folder"),
+    STEP,
+    argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="(%(default)s)"),
+    argument(
+        "--prompt", action="append", default=[], metavar="NAME=INSTRUCTION",
+        help="instruction of a named prompt of sentence-transformers, beside query and document; may be repeated",
+    ),
+    flag("--no-verify", "do not compare with PyTorch's numbers"),
+    examples="""\
   grit-jax export-hf runs/quickstart my-model
   grit-jax export-hf runs/quickstart my-model --step 200 --dtype bfloat16
   grit-jax export-hf runs/quickstart my-model --prompt query="Given a question, retrieve passages that answer it"
-"""
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of `export-hf`."""
-    parser.add_argument("source", metavar="RUN_OR_CHECKPOINT", help="run folder or checkpoint")
-    parser.add_argument("out", metavar="OUT", help="new folder")
-    parser.add_argument("--step", type=int, metavar="N", help="checkpoint to take (default: the newest)")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="(%(default)s)")
-    parser.add_argument(
-        "--prompt",
-        action="append",
-        default=[],
-        metavar="NAME=INSTRUCTION",
-        help="instruction of one of sentence-transformers' named prompts; may be repeated (query and document are "
-        "there without one)",
-    )
-    parser.add_argument("--no-verify", action="store_true", help="do not compare with PyTorch's numbers")
-
-
+""",
+)  # fmt: skip
 def run(args: argparse.Namespace) -> int:
     """Exports a model and compares the folder with PyTorch where that is installed."""
     instructions = parse_prompts(args.prompt)
@@ -85,24 +79,24 @@ def parse_prompts(given: Sequence[str]) -> dict[str, str]:
 
 
 def read_origin(source: str, step: int | None) -> Origin:
-    """What the folders of a run and of the model that it began with say of how it was made; paths are not told.
+    """How a run was made, from its folder and that of the model it began with, without paths.
 
     Args:
-      source: Run folder; of anything else only its name on the Hub is known.
-      step: Checkpoint of it; None for the newest.
+      source: Run folder; anything else is known by its name on the Hub alone.
+      step: Its checkpoint; None for the newest.
     """
     from grit_jax.hf.hub import is_hub_id
     from grit_jax.hf.interop import Origin
-    from grit_jax.train.metrics import read_metrics
+    from grit_jax.runs.logs import read_lines
 
     path = files.join(source, run_folder.CONFIG)
     if is_hub_id(source) or not files.exists(path):
         return Origin(base_model=source) if is_hub_id(source) else Origin()
     config = load_config(path)
     if step is None:
-        step = next(run_folder.checkpoint_steps(files.join(source, run_folder.CHECKPOINTS)), None)
+        step = run_folder.last_checkpoint(source)
     figures: dict[str, float] = {}
-    for line in read_metrics(files.join(source, run_folder.METRICS)):
+    for line in read_lines(files.join(source, run_folder.METRICS)):
         if line["step"] <= (step or 0):
             figures |= {name: line[name] for name in line if name.startswith(("validation/", "scorecard/"))}
     base, licence = _base(config.model.init) if config.model.init else (None, None)
@@ -111,7 +105,7 @@ def read_origin(source: str, step: int | None) -> Origin:
 
 
 def _base(init: str) -> tuple[str, str | None]:
-    """Name and licence of the model that a run began with; `grit-jax fetch` writes both beside what it fetches."""
+    """Name and licence of the model that a run began with, from what `grit-jax fetch` wrote with it."""
     from grit_jax.datatools.fetch import DONE
     from grit_jax.hf.hub import is_hub_id
 

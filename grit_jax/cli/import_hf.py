@@ -4,27 +4,26 @@ from __future__ import annotations
 
 import argparse
 
-HELP = "write a checkpoint from a Hugging Face folder or a model on the Hub"
-EXAMPLES = """\
+from grit_jax.cli.command import argument, command
+from grit_jax.errors import InputError
+
+
+@command(
+    "write a checkpoint from a Hugging Face folder or a model on the Hub",
+    argument("source", metavar="HF_FOLDER", help="folder, or ORG/NAME[@REVISION] on the Hub"),
+    argument("out", metavar="OUT", help="new checkpoint folder"),
+    examples="""\
   grit-jax import-hf my-llama checkpoints/my-llama
   grit-jax import-hf mistralai/Mistral-7B-v0.1 gs://my-bucket/mistral-7b
   grit-jax train configs/tiny.yaml --model.init=checkpoints/my-llama --data.train=data/
-"""
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of `import-hf`."""
-    parser.add_argument("source", metavar="HF_FOLDER", help="folder, or ORG/NAME[@REVISION] on the Hub")
-    parser.add_argument("out", metavar="OUT", help="new checkpoint folder")
-
-
+""",
+)
 def run(args: argparse.Namespace) -> int:
     """Imports a model."""
     from etils import epath
 
     from grit_jax.checkpoints.checkpoint import CheckpointMetadata, save_params
     from grit_jax.checkpoints.opening import load_for_conversion
-    from grit_jax.errors import InputError
 
     out = epath.Path(args.out)
     if out.exists() and any(out.iterdir()):

@@ -6,54 +6,42 @@ import argparse
 import time
 from pathlib import Path
 
-from grit_jax.cli.arguments import refuse_not_positive
-from grit_jax.cli.overrides import refuse_unknown
-from grit_jax.cli.progress import progress_bar
+from grit_jax.cli.command import MODEL, argument, command, number, progress_bar
 from grit_jax.config import parse_config
 from grit_jax.retrieval.quantization import DTYPES
 from grit_jax.text.prompts import CACHE_FORMS
 
-HELP = "embed a corpus into a store that can be searched; run again, it goes on or adds what is new"
-EXAMPLES = """\
+
+@command(
+    "embed a corpus into a store that can be searched; run again, it resumes or adds what is new",
+    MODEL,
+    argument(
+        "corpus", metavar="CORPUS", nargs="+",
+        help='.jsonl, .jsonl.gz or .jsonl.zst with {"_id": ..., "title": ..., "text": ...} a line, or folders',
+    ),
+    argument("store", metavar="STORE", help="folder on a disk, shared by all processes"),
+    argument("--dtype", choices=DTYPES, help="type of the vectors (default: float32)"),
+    argument("--instruction", help="instruction of the documents; read, not pooled (default: none)"),
+    number("--max-length", "N", "tokens kept of a document (default: the model's limit)"),
+    argument(
+        "--caches", choices=DTYPES,
+        help="keep the documents' keys and values too, in this type, for grit-jax answer (default: none)",
+    ),
+    argument(
+        "--cache-form", choices=CACHE_FORMS,
+        help="whether a document is read first, or second, after a cached query (default: first)",
+    ),
+    number("--shard-rows", "N", "documents of a shard, which a killed command repeats", 4096),
+    overrides="--distributed.",
+    examples="""\
   grit-jax index runs/mine beir/scifact stores/scifact
   grit-jax index runs/mine news-1.jsonl.gz news-2.jsonl.zst stores/news --dtype int8 --max-length 512
   grit-jax index runs/mine news-3.jsonl stores/news
   grit-jax index runs/mine faq.jsonl stores/faq --caches bfloat16 --max-length 512
-"""
-TAKES_OVERRIDES = True  # --distributed.key=value
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of `index`."""
-    parser.add_argument("model", metavar="MODEL", help="run folder, checkpoint or Hugging Face folder")
-    parser.add_argument(
-        "corpus", metavar="CORPUS", nargs="+",
-        help='.jsonl, .jsonl.gz or .jsonl.zst with {"_id": ..., "title": ..., "text": ...} a line, or folders of them',
-    )  # fmt: skip
-    parser.add_argument("store", metavar="STORE", help="folder on a disk, shared by all processes")
-    parser.add_argument("--dtype", choices=DTYPES, help="type of the vectors (default: float32)")
-    parser.add_argument("--instruction", help="what the model is told about the documents; not pooled (default: none)")
-    parser.add_argument(
-        "--max-length", type=int, metavar="N", help="tokens kept of a document (default: the model's limit)"
-    )
-    parser.add_argument(
-        "--caches", choices=DTYPES,
-        help="keep the keys and values of documents too, in this type, for grit-jax answer (default: none)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--cache-form", choices=CACHE_FORMS,
-        help="whether a document is read first, or second, after a cached query (default: first)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--shard-rows", type=int, default=4096, metavar="N",
-        help="documents of a shard, which is what a killed command does again (%(default)s)",
-    )  # fmt: skip
-
-
+""",
+)  # fmt: skip
 def run(args: argparse.Namespace) -> int:
-    """Makes a store, goes on with it or adds to it."""
-    refuse_not_positive(args, "max_length", "shard_rows")
-    refuse_unknown(args.overrides, "index", known="--distributed.")
+    """Makes a store, resumes it or adds to it."""
     config = parse_config("", args.overrides)
 
     from grit_jax.parallel import distributed
@@ -82,16 +70,18 @@ def run(args: argparse.Namespace) -> int:
         seconds = time.monotonic() - started
     if jax.process_index() == 0:
         tokens = manifest.num_tokens - begun.num_tokens
-        parts, settings = manifest.parts, manifest.settings
+        parts, settings, rows = manifest.parts, manifest.settings, manifest.num_rows
+        repeated = sum(part.repeated for part in parts)
         size = sum(path.stat().st_size for path in store.iterdir()) / 1e6
         cached = sum(path.stat().st_size for path in store.glob("caches-*")) / 1e6
-        kept = (
-            f"{cached:,.1f} MB of these keys and values in {settings.caches}, {cached / manifest.num_rows:,.3f} MB each"
+        caches = (
+            f", {cached:,.1f} MB of these keys and values in {settings.caches}, {cached / rows:,.3f} MB each"
+            if settings.caches
+            else ""
         )
         print(
-            f"{store}: {manifest.num_rows:,} documents in {len(manifest.shards):,} shards, {settings.embed_dim} x "
-            f"{settings.dtype}, {size:,.1f} MB{f', {kept}' if settings.caches else ''}; left out "
-            f"{sum(part.repeated for part in parts):,} with the text of "
+            f"{store}: {rows:,} documents in {len(manifest.shards):,} shards, {settings.embed_dim} x "
+            f"{settings.dtype}, {size:,.1f} MB{caches}; left out {repeated:,} with the text of "
             f"another and {sum(part.empty for part in parts):,} without text; "
             f"{sum(shard.truncated for shard in manifest.shards):,} cut to {settings.max_length:,} tokens\n"
             f"embedded now: {manifest.num_embedded - begun.num_embedded:,} documents, {tokens:,} tokens in "

@@ -4,63 +4,28 @@ from __future__ import annotations
 
 import argparse
 import glob
+import importlib
 import io
 import os
 import sys
 
 import grit_jax
-from grit_jax.cli import (
-    answer,
-    data,
-    doctor,
-    encode,
-    evaluate,
-    export_faiss,
-    export_hf,
-    fetch,
-    generate,
-    import_hf,
-    index,
-    plan,
-    plot,
-    push_hf,
-    quickstart,
-    search,
-    serve,
-    status,
-    train,
-    verify_export,
-)
+from grit_jax.cli.command import Command
 from grit_jax.errors import InputError
 from grit_jax.files import DeniedError, UnreachableError
 from grit_jax.parallel.chips import DEVICE_FILES, LIBTPU_WITHOUT_TPU
 
-COMMANDS = {
-    "fetch": fetch,
-    "data": data,
-    "train": train,
-    "status": status,
-    "plot": plot,
-    "plan": plan,
-    "encode": encode,
-    "index": index,
-    "search": search,
-    "answer": answer,
-    "export-faiss": export_faiss,
-    "generate": generate,
-    "serve": serve,
-    "evaluate": evaluate,
-    "export-hf": export_hf,
-    "verify-export": verify_export,
-    "import-hf": import_hf,
-    "push-hf": push_hf,
-    "quickstart": quickstart,
-    "doctor": doctor,
+_NAMES = (
+    "fetch", "data", "train", "status", "plot", "plan", "encode", "index", "search", "answer", "export-faiss",
+    "generate", "serve", "evaluate", "export-hf", "verify-export", "import-hf", "push-hf", "quickstart", "doctor",
+)  # fmt: skip
+COMMANDS: dict[str, Command] = {
+    name: importlib.import_module(f"grit_jax.cli.{name.replace('-', '_')}").run for name in _NAMES
 }
 
 _EXIT_CODES = """\
 exit codes: 0 done, 2 bad input (do not retry), 3 a plan that does not fit,
-70 a step hung and 75 told to stop and saved (run the same command again), 1 anything else
+70 a step hung and 75 stopped by a signal and saved (run the same command again), 1 anything else
 """
 
 _GPU_PLATFORMS = {"cuda", "gpu", "rocm"}
@@ -77,16 +42,17 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"grit-jax {grit_jax.__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for name, module in COMMANDS.items():
-        command = commands.add_parser(
-            name,
-            help=module.HELP,
-            description=module.HELP,
-            epilog=f"examples:\n{module.EXAMPLES}",
-            formatter_class=raw,
-            allow_abbrev=False,
+    for name, command in COMMANDS.items():
+        command.add_to(
+            commands.add_parser(
+                name,
+                help=command.help,
+                description=command.help,
+                epilog=f"examples:\n{command.examples}",
+                formatter_class=raw,
+                allow_abbrev=False,
+            )
         )
-        module.add_arguments(command)
     return parser
 
 
@@ -94,19 +60,14 @@ def main(argv: list[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
     if isinstance(sys.stdout, io.TextIOWrapper):  # a notebook's is none
         sys.stdout.reconfigure(errors="backslashreplace")  # keys of a row and names of files may be no text
-    parser = make_parser()
-    args, overrides = parser.parse_known_args(argv)
-    if hasattr(COMMANDS[args.command], "TAKES_OVERRIDES"):
-        args.overrides = overrides
-    elif overrides:
-        parser.error(f"{args.command} does not know {' '.join(overrides)}; see grit-jax {args.command} --help")
-    asked = os.environ.get("JAX_PLATFORMS")
+    args, overrides = make_parser().parse_known_args(argv)
+    platforms = os.environ.get("JAX_PLATFORMS")
     found = {kind for kind, patterns in DEVICE_FILES.items() if any(map(glob.glob, patterns))}
     # An installed TPU library would search and complain.
     quiet = ({} if "TPU" in found else LIBTPU_WITHOUT_TPU) | ({} if found else {"JAX_PLATFORMS": "cpu"})
     os.environ.update(quiet | os.environ)
     try:
-        return COMMANDS[args.command].run(args)
+        return COMMANDS[args.command].execute(args, overrides, args.command)
     except (InputError, DeniedError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -114,27 +75,29 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}; run the same command again", file=sys.stderr)
         return 1
     except (RuntimeError, AssertionError) as error:
-        if (problem := _unusable_platform(error, asked)) is None:
+        if (problem := _unusable_platform(error, platforms)) is None:
             raise
         print(f"error: {problem}; `grit-jax doctor` says what this machine has", file=sys.stderr)
-        return 2 if asked else 1
+        return 2 if platforms else 1
     except KeyboardInterrupt:
         return 130
 
 
-def _unusable_platform(error: Exception, asked: str | None) -> str | None:
-    """Why JAX cannot use the platforms that it was asked for, or has found; None for any other error.
+def _unusable_platform(error: Exception, platforms: str | None) -> str | None:
+    """Why JAX cannot use the platforms that the user or JAX itself has chosen; None for any other error.
 
     Args:
       error: What a command raised.
-      asked: The user's JAX_PLATFORMS.
+      platforms: The user's JAX_PLATFORMS.
     """
     reason = " ".join(str(error).split())
     # JAX asserts, without a word, that CUDA and ROCm have devices.
     silent = (
-        isinstance(error, AssertionError) and not reason and set(asked.split(",") if asked else ()) & _GPU_PLATFORMS
+        isinstance(error, AssertionError)
+        and not reason
+        and set(platforms.split(",") if platforms else ()) & _GPU_PLATFORMS
     )
     if not silent and not reason.startswith("Unable to initialize backend"):
         return None
     reason = reason.partition(" (set JAX_PLATFORMS")[0] or type(error).__name__
-    return f"JAX_PLATFORMS={asked}: JAX cannot use that here ({reason}); unset it" if asked else reason
+    return f"JAX_PLATFORMS={platforms}: JAX cannot use that here ({reason}); unset it" if platforms else reason

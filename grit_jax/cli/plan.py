@@ -7,51 +7,40 @@ import dataclasses
 import json
 import sys
 
-from grit_jax.cli.arguments import refuse_not_positive
+from grit_jax.cli.command import JSON, argument, command, flag, number
 from grit_jax.config import load_config
-from grit_jax.errors import InputError
+from grit_jax.config.ranges import FINITE, Range
 
-HELP = "compile a config's train step for a TPU topology, without a TPU: does it fit, what will it cost"
-EXAMPLES = """\
+_DOES_NOT_FIT = 3
+_FILL = Range("must be over 0 and at most 1", lambda value: 0 < value <= 1)
+
+
+@command(
+    "compile a config's train step for a TPU topology, without a TPU: does it fit, what will it cost",
+    argument("config", metavar="CONFIG", help="YAML file; --section.key=value changes it"),
+    argument("--topology", required=True, metavar="NAME", help="such as v5p-128 or v5litepod-256"),
+    number("--slices", "N", "slices of that topology", 1, FINITE),
+    (
+        number("--fill", "F", "share of their limits that texts have", 1.0, _FILL),
+        argument("--data", metavar="PATH", help="texts have the lengths of this data, a folder in GRIT's format"),
+    ),
+    JSON,
+    (
+        flag("--search", "rank chunks, rematerialisation and meshes, and compile the best few"),
+        flag("--no-compile", "check in seconds that topology, mesh, batch and model fit together"),
+    ),
+    number("--compile", "N", "programs that --search compiles", 3),
+    overrides="",
+    examples="""\
   grit-jax plan configs/gritlm_7b_v5p_128.yaml --topology v5p-128
   grit-jax plan configs/gritlm_7b_v5p_128.yaml --topology v5p-128 --slices 2 --fill 0.6 --json
   grit-jax plan configs/gritlm_7b_v5p_128.yaml --topology v5p-128 --data data/medi2 --model.tokenizer=tokenizer.model
   grit-jax plan configs/gritlm_7b_v5p_128.yaml --topology v5litepod-256 --search
   grit-jax plan configs/gritlm_7b_v5p_128.yaml --topology v5p-256 --no-compile
-"""
-TAKES_OVERRIDES = True
-
-_DOES_NOT_FIT = 3
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of `plan`."""
-    parser.add_argument("config", metavar="CONFIG", help="YAML file; --section.key=value changes it")
-    parser.add_argument("--topology", required=True, metavar="NAME", help="such as v5p-128 or v5litepod-256")
-    parser.add_argument("--slices", type=int, default=1, metavar="N", help="slices of that topology (%(default)s)")
-    texts = parser.add_mutually_exclusive_group()
-    texts.add_argument(
-        "--fill", type=float, default=1.0, metavar="F", help="share of their limits that texts have (%(default)s)"
-    )
-    texts.add_argument("--data", metavar="PATH", help="texts have the lengths of this data, a folder in GRIT's format")
-    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
-    how = parser.add_mutually_exclusive_group()
-    how.add_argument(
-        "--search", action="store_true", help="rank chunks, rematerialisation and meshes, and compile the best few"
-    )
-    how.add_argument(
-        "--no-compile", action="store_true", help="check in seconds that topology, mesh, batch and model fit together"
-    )
-    parser.add_argument(
-        "--compile", type=int, default=3, metavar="N", help="programs that --search compiles (%(default)s)"
-    )
-
-
+""",
+)
 def run(args: argparse.Namespace) -> int:
     """Plans a config; 0 when it fits, 3 when it does not."""
-    if not 0 < args.fill <= 1:
-        raise InputError(f"--fill={args.fill} must be over 0 and at most 1")
-    refuse_not_positive(args, "compile")
     config = load_config(args.config, args.overrides)
 
     from grit_jax.data.streams import trained_streams

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import argparse
 
-HELP = "draw a run: losses, gradient norm, learning rate, speed, goodput, health of the embeddings"
-EXAMPLES = """\
+from grit_jax.cli.command import RUN, argument, command
+
+
+@command(
+    "draw a run: losses, gradient norm, learning rate, speed, goodput, health of the embeddings",
+    RUN,
+    argument("--output", metavar="PNG", help="picture to write (default: plot.png in the run folder)"),
+    examples="""\
   grit-jax plot runs/first
   grit-jax plot gs://my-bucket/runs/first --output first.png
-"""
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of `plot`."""
-    parser.add_argument("run", metavar="RUN", help="run folder, on a disk or in a bucket")
-    parser.add_argument("--output", metavar="PNG", help="picture to write (default: plot.png in the run folder)")
-
-
+""",
+)
 def run(args: argparse.Namespace) -> int:
     """Draws what is logged so far."""
     from grit_jax import files

@@ -9,67 +9,47 @@ import signal
 import socket
 from pathlib import Path
 
-from grit_jax.cli.arguments import refuse_not_positive
-from grit_jax.cli.overrides import refuse_unknown
+from grit_jax.cli.command import MODEL, argument, command, number, repeated
 from grit_jax.config import COPIES, Config, MeshConfig, dump_config, parse_config
+from grit_jax.config.ranges import FINITE, NOT_NEGATIVE
 from grit_jax.errors import InputError, install
-
-HELP = "answer embedding and chat requests over HTTP, as OpenAI's API does, with one copy of a model"
-EXAMPLES = """\
-  grit-jax serve runs/mine
-  grit-jax serve runs/mine --index stores/news --port 8080 --max-length 4096
-  GRIT_JAX_API_KEY=$(cat key) grit-jax serve runs/mine --host 0.0.0.0 --mesh.tensor=4
-"""
-TAKES_OVERRIDES = True  # --mesh.key=value
 
 _KEY = "GRIT_JAX_API_KEY"
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of `serve`."""
-    parser.add_argument("model", metavar="MODEL", help="run folder, checkpoint or Hugging Face folder")
-    parser.add_argument("--index", metavar="STORE", help="folder from grit-jax index, for search and answers from it")
-    parser.add_argument(
-        "--causal-mb", type=int, default=0, metavar="N",
-        help="memory for keys and values of documents that are read causally while nobody waits, in MiB (%(default)s)",
-    )  # fmt: skip
-    parser.add_argument("--name", help="what clients call the model (default: the folder's name)")
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen at (%(default)s)")
-    parser.add_argument("--port", type=int, default=8000, help="port to listen at (%(default)s)")
-    parser.add_argument(
-        "--allow-host", action="append", default=[], metavar="NAME",
-        help="a further name that clients call this server by, as a proxy may; may be repeated, and * is any",
-    )  # fmt: skip
-    parser.add_argument(
-        "--max-length", type=int, metavar="N",
-        help="tokens of a prompt and its answer, or of an embedded text (default: the model's limit, at most 4096)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--rows", type=int, default=16, metavar="N",
-        help="answers of up to 512 tokens that are written at a time, fewer of longer ones (%(default)s)",
-    )  # fmt: skip
-    parser.add_argument("--queue", type=int, default=256, metavar="N", help="requests that may wait (%(default)s)")
-    parser.add_argument("--max-body", type=int, default=8 << 20, metavar="BYTES", help="largest request (%(default)s)")
-    parser.add_argument("--timeout", type=float, default=300.0, metavar="S", help="seconds of a request (%(default)s)")
-    parser.add_argument(
-        "--drain", type=int, default=30, metavar="S",
-        help="seconds that requests get to finish after SIGTERM (%(default)s)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--prompts", metavar="FILE", help='JSON {"name": "instruction"}; embedding requests may name one as prompt_name'
-    )
-    parser.add_argument(
+@command(
+    "answer embedding and chat requests over HTTP, as OpenAI's API does, with one copy of a model",
+    MODEL,
+    argument("--index", metavar="STORE", help="folder from grit-jax index, for search and answers from it"),
+    number("--causal-mb", "N", "MiB for keys and values of documents read causally in idle time", 0, NOT_NEGATIVE),
+    argument("--name", help="what clients call the model (default: the folder's name)"),
+    argument("--host", default="127.0.0.1", help="address to listen at (%(default)s)"),
+    number("--port", "PORT", "port to listen at", 8000, FINITE),
+    repeated("--allow-host", "NAME", "another name that clients, such as a proxy, call this server by, * for any"),
+    number("--max-length", "N", "tokens of prompt and completion, or of a text (default: the model's, up to 4096)"),
+    number("--rows", "N", "completions of up to 512 tokens that are written at a time, fewer of longer ones", 16),
+    number("--queue", "N", "requests that may wait", 256),
+    number("--max-body", "BYTES", "largest request", 8 << 20),
+    number("--timeout", "S", "seconds of a request", 300.0),
+    number("--drain", "S", "seconds that requests get to finish after SIGTERM", 30),
+    argument(
+        "--prompts", metavar="FILE",
+        help='JSON {"name": "instruction"}; embedding requests may name one as prompt_name',
+    ),
+    argument(
         "--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="of weights (default: %(default)s)"
-    )
-    parser.epilog = f"{parser.epilog}\nThe API key, if there is one, is the environment variable {_KEY}.\n"
+    ),
+    overrides="--mesh.",
+    examples=f"""\
+  grit-jax serve runs/mine
+  grit-jax serve runs/mine --index stores/news --port 8080 --max-length 4096
+  {_KEY}=$(cat key) grit-jax serve runs/mine --host 0.0.0.0 --mesh.tensor=4
 
-
+The API key, if there is one, is the environment variable {_KEY}.
+""",
+)  # fmt: skip
 def run(args: argparse.Namespace) -> int:
-    """Serves until it is told to stop."""
-    refuse_not_positive(args, "max_length", "rows", "queue", "max_body", "timeout", "drain")
-    if args.causal_mb < 0:
-        raise InputError(f"--causal-mb={args.causal_mb} must not be negative")
-    refuse_unknown(args.overrides, "serve", known="--mesh.")
+    """Serves until a signal stops it."""
     mesh = _mesh(args.overrides)
     instructions = _instructions(Path(args.prompts)) if args.prompts else {}
     try:
@@ -113,8 +93,7 @@ def run(args: argparse.Namespace) -> int:
         f"keys and values of answers {server.cache_bytes / 1e6:,.1f} MB",
         flush=True,
     )
-    # Having finished what was begun, uvicorn raises the signal again, for this handler: a stop that was asked for is no
-    # failure.
+    # Having finished its requests, uvicorn raises the signal again, for this handler: such a stop is no failure.
     signal.signal(signal.SIGTERM, lambda *_: None)
     config = uvicorn.Config(
         server.app, http=StrictProtocol, log_config=None, access_log=False, timeout_graceful_shutdown=args.drain
@@ -124,7 +103,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _bound(host: str, port: int) -> socket.socket:
-    """A socket at this address, which nobody else has then while the model is loaded."""
+    """A socket that holds this address while the model is loaded."""
     bound = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
@@ -135,7 +114,7 @@ def _bound(host: str, port: int) -> socket.socket:
 
 
 def _mesh(overrides: list[str]) -> MeshConfig:
-    """The settings that are given, and for the others a copy of the model wherever there is room."""
+    """The given settings on top of `COPIES`."""
     return parse_config(dump_config(Config(mesh=COPIES)), overrides).mesh
 
 

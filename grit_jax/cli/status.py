@@ -5,21 +5,20 @@ from __future__ import annotations
 import argparse
 import json
 
-HELP = "show how a run is doing: step, losses, speed, goodput, checkpoint, whether it lives, time left"
-EXAMPLES = """\
+from grit_jax.cli.command import JSON, RUN, command
+
+
+@command(
+    "show how a run is doing: step, losses, speed, goodput, checkpoint, whether it lives, time left",
+    RUN,
+    JSON,
+    examples="""\
   grit-jax status runs/first
   grit-jax status gs://my-bucket/runs/first --json
-"""
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of `status`."""
-    parser.add_argument("run", metavar="RUN", help="run folder, on a disk or in a bucket")
-    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
-
-
+""",
+)
 def run(args: argparse.Namespace) -> int:
-    """Reads the folder; needs no accelerator and disturbs nobody."""
+    """Reads the folder; needs no accelerator and does not disturb the run."""
     from grit_jax.runs.status import as_json, as_lines, read_status
 
     status = read_status(args.run)

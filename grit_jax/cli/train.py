@@ -8,31 +8,26 @@ import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from grit_jax.cli.command import argument, command, flag
+
 if TYPE_CHECKING:
     from grit_jax.config import Config
     from grit_jax.runs.checks import Check
 
-HELP = "train a model, or resume the run folder that train.output names"
-EXAMPLES = """\
+
+@command(
+    "train a model, or resume the run folder that train.output names",
+    argument("config", metavar="CONFIG.yaml", help="config file"),
+    flag("--dry-run", "check data, model, mesh, memory, disk and run folder in seconds, and train nothing"),
+    overrides="",
+    examples="""\
   grit-jax train configs/tiny.yaml --data.train=data/ --train.output=runs/first
   grit-jax train configs/tiny.yaml --model.init=runs/first --train.steps=200 --train.output=runs/second
   grit-jax train configs/tiny.yaml --data.train=data/ --train.output=runs/first --dry-run
-"""
-TAKES_OVERRIDES = True  # --section.key=value, on top of the file
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of `train`."""
-    parser.add_argument("config", metavar="CONFIG.yaml", help="config file")
-    parser.add_argument(
-        "--dry-run",
-        action="store_true",
-        help="check data, model, mesh, memory, disk and run folder in seconds, and train nothing",
-    )
-
-
+""",
+)
 def run(args: argparse.Namespace) -> int:
-    """Trains; 0 when all steps are done, 75 when it was told to stop and has saved, 1 when it broke down."""
+    """Trains; 0 when all steps are done, 75 when stopped and saved, 1 when the numbers broke down."""
     from grit_jax.config import load_config
 
     config = load_config(args.config, args.overrides)
@@ -59,19 +54,16 @@ def run(args: argparse.Namespace) -> int:
         print(f"done: {config.train.output} holds {trainer.step} steps")
         return 0
     saved = f"{config.train.output} is saved at step {trainer.step}" if trainer.step else "no step is done yet"
-    print(f"told to stop; {saved}: run the same command to go on")
+    print(f"stopped; {saved}: run the same command to go on")
     return 75
 
 
 def _scorecard_check(config: Config) -> Iterator[Check]:
-    """The suite can be read, and its data are there."""
-    from grit_jax.errors import InputError
     from grit_jax.evaluation.scorecard import Scorecard
-    from grit_jax.runs.checks import verdict
+    from grit_jax.runs.checks import checked
 
-    if config.scorecard.suite:
-        try:
-            Scorecard(config.scorecard)
-            yield verdict("scorecard", True, f"{config.scorecard.suite} and its data are there")
-        except InputError as error:
-            yield verdict("scorecard", False, str(error))
+    if suite := config.scorecard.suite:
+        check, _ = checked(
+            "scorecard", lambda: Scorecard(config.scorecard), lambda _: f"{suite} and its data are there"
+        )
+        yield check

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from grit_jax.config.architecture import Attention, EmbeddingConfig, Pooling, RopeScaling, TransformerConfig
-from grit_jax.config.loading import (
+from grit_jax.config.parsing import (
     config_differences,
     dump_config,
     flat_values,
@@ -12,7 +12,7 @@ from grit_jax.config.loading import (
     parse_config,
     parse_mapping,
 )
-from grit_jax.config.run import (
+from grit_jax.config.settings import (
     COPIES,
     AttentionKernel,
     CheckpointConfig,
@@ -31,35 +31,3 @@ from grit_jax.config.run import (
     StageConfig,
     TrainConfig,
 )
-
-__all__ = [
-    "COPIES",
-    "Attention",
-    "AttentionKernel",
-    "CheckpointConfig",
-    "Config",
-    "DataConfig",
-    "DistributedConfig",
-    "EmbeddingConfig",
-    "ExpertKernel",
-    "LoggingConfig",
-    "LossConfig",
-    "MeshConfig",
-    "ModelConfig",
-    "Negatives",
-    "OptimizerConfig",
-    "Pooling",
-    "Remat",
-    "RopeScaling",
-    "ScorecardConfig",
-    "StageConfig",
-    "TrainConfig",
-    "TransformerConfig",
-    "config_differences",
-    "dump_config",
-    "flat_values",
-    "from_mapping",
-    "load_config",
-    "parse_config",
-    "parse_mapping",
-]

@@ -1,4 +1,4 @@
-"""JSON files that others wrote: read key by key, each with its type and range; errors name file, key and value."""
+"""JSON files of other programs, read key by key with type and range; errors name file, key and value."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ _SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 2, 60, 60
 
 
 def shown(value: Any) -> str:
-    """A value in an error message, cut to a few dozen characters however large it is."""
+    """A value in an error message, cut to a few dozen characters."""
     return _SHORT.repr(value)
 
 
 def named(name: str) -> str:
-    """A name from a file in an error message: as it is, or like other values where it is long or has odd characters."""
+    """A name from a file in an error message, as `shown` where it is long or not printable."""
     return name if name.isprintable() and len(name) <= _LONGEST_NAME else shown(name)
 
 
 def parse(content: bytes, *, source: str) -> Section:
-    """The object that a JSON file holds.
+    """The object in a JSON file's content.
 
     Raises:
       InputError: It is empty, not UTF-8, not JSON, nested too deeply, or not an object.
@@ -40,7 +40,7 @@ def parse(content: bytes, *, source: str) -> Section:
         values = json.loads(content.decode("utf-8-sig"))
     except RecursionError as error:
         raise InputError(f"{source}: cannot be read: it is nested too deeply; copy the file again") from error
-    except ValueError as error:  # also of bytes that are not UTF-8, and of numbers with thousands of digits
+    except ValueError as error:  # also for bytes that are not UTF-8, and numbers with thousands of digits
         reason = "it is empty" if not content.strip() else error
         raise InputError(f"{source}: cannot be read: {reason}; copy the file again") from error
     if not isinstance(values, dict):
@@ -67,10 +67,10 @@ def read(path: files.PathLike) -> Section:
 class Section:
     """An object of a JSON file.
 
-    A key that is absent has its `default`, or is an error where none is given; `null=True` lets it be null.
+    An absent key has its `default`, or is an error without one; `null=True` lets it be null.
 
     Attributes:
-      values: Its keys and values as they are.
+      values: Its keys and raw values.
       source: The file's name, for messages.
     """
 
@@ -81,13 +81,13 @@ class Section:
         return key in self.values
 
     def names(self) -> list[str]:
-        """Its keys, which must be of whole characters."""
+        """Its keys, checked to be of whole characters."""
         for key in self.values:
             self._refuse_half_characters(key, key)
         return list(self.values)
 
     def error(self, key: str, problem: str) -> InputError:
-        """What to raise where a key's value is not right; `problem` follows file, key and value."""
+        """The error of a key's value: file, key, value, then `problem`."""
         return InputError(f"{self.source}: {self._named(key)}={shown(self.values.get(key))} {problem}")
 
     def _named(self, key: str) -> str:
@@ -102,9 +102,9 @@ class Section:
         value = self._number(key, (int, float), "a number", allowed, default, null)
         return None if value is None else float(value)
 
-    def flag(self, key: str, *, default: Any = _NEEDED, null: bool = False) -> Any:
+    def flag(self, key: str, *, default: Any = _NEEDED) -> Any:
         """True or false."""
-        return self._typed(key, bool, "true or false", default, null)
+        return self._typed(key, bool, "true or false", default, False)
 
     def text(self, key: str, *, default: Any = _NEEDED, null: bool = False) -> Any:
         """A string of whole characters."""

@@ -1,29 +1,32 @@
-"""Which numbers a setting may have, and the message that says so."""
+"""Which numbers a setting may have, and the message of one that is out of range."""
 
 from __future__ import annotations
 
-import dataclasses
 import math
+import types
 import typing
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 from grit_jax.errors import InputError
 
 
 class Range(NamedTuple):
-    """The numbers that a setting may have.
+    """The numbers that a setting may have; as metadata of an annotation, `require_fields` checks it.
 
     Attributes:
-      text: What is asked of them, such as `must be positive`.
-      holds: Whether a finite number is one of them.
+      text: The requirement, such as `must be positive`.
+      holds: Whether a finite number meets it.
     """
 
     text: str
     holds: Callable[[float], bool]
 
+    def __repr__(self) -> str:
+        return self.text
+
     def fault(self, value: float) -> str | None:
-        """What is asked of a number that is not in the range, or not finite; None for one that is in it."""
+        """The requirement that a number does not meet, which may be to be finite; None for a number in the range."""
         if not isinstance(value, int) and not math.isfinite(value):  # an int may be too large for a float
             return FINITE.text
         return None if self.holds(value) else self.text
@@ -38,12 +41,20 @@ SEED = Range("must be from 0 to 4294967295", lambda value: 0 <= value < 1 << 32)
 # Timers of Python and of JAX take no more.
 SECONDS = Range("must be positive and at most 1000000000", lambda value: 0 < value <= 1_000_000_000)
 
+PositiveInt = Annotated[int, POSITIVE]
+PositiveFloat = Annotated[float, POSITIVE]
+NonNegativeInt = Annotated[int, NOT_NEGATIVE]
+NonNegativeFloat = Annotated[float, NOT_NEGATIVE]
+Share = Annotated[float, SHARE]
+Fraction = Annotated[float, BELOW_ONE]
+Seed = Annotated[int, SEED]
+
 
 def require(key: str, value: float | None, allowed: Range, remedy: str = "") -> None:
-    """Returns where a setting's value is in its range or left out; else the remedy stands behind the error.
+    """Checks that a setting's value is None or in its range.
 
     Raises:
-      InputError: The value is outside of the range, infinite or not a number.
+      InputError: It is outside of the range, infinite or not a number; the message ends with the remedy.
     """
     if value is not None and (fault := allowed.fault(value)):
         raise InputError(f"{key}={value} {fault}{remedy and '; '}{remedy}")
@@ -55,15 +66,21 @@ def require_positive(key: str, value: float | None, remedy: str = "") -> None:
 
 
 def require_fields(section: str, settings: Any, **ranges: Range) -> None:
-    """Returns where the named fields of a dataclass are in their ranges, and its other numbers are finite.
+    """Checks that the fields of a dataclass are in the ranges of their annotations, and that other floats are finite.
+
+    Args:
+      section: Begins the keys in messages.
+      settings: The dataclass.
+      **ranges: Ranges of fields whose annotations have none.
 
     Raises:
-      InputError: A field is not; the message names it under `section`.
+      InputError: A field is not.
     """
-    kinds = typing.get_type_hints(type(settings))
-    for field in dataclasses.fields(settings):
-        value = getattr(settings, field.name)
-        if field.name in ranges or isinstance(value, float):
-            optional = type(None) in typing.get_args(kinds[field.name])
-            remedy = "null is allowed too" if optional else ""
-            require(f"{section}.{field.name}", value, ranges.get(field.name, FINITE), remedy)
+    for name, annotation in typing.get_type_hints(type(settings), include_extras=True).items():
+        value = getattr(settings, name)
+        is_union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
+        members = typing.get_args(annotation) if is_union else (annotation,)
+        annotated = [allowed for member in members for allowed in getattr(member, "__metadata__", ())]
+        allowed = ranges.get(name) or next(iter(annotated), FINITE)
+        if allowed is not FINITE or isinstance(value, float):
+            require(f"{section}.{name}", value, allowed, "null is allowed too" if types.NoneType in members else "")

@@ -31,9 +31,9 @@ from grit_jax.quickstart.measuring import (
     unigram_loss,
 )
 from grit_jax.quickstart.summary import plot_losses, show_summary
+from grit_jax.runs.logs import read_lines
 from grit_jax.text.tokenizer import train_bpe
 from grit_jax.train.loop import Trainer
-from grit_jax.train.metrics import read_metrics
 
 _VOCAB_SIZE = 8192
 _HELD_OUT_LOSS = "validation/loss/generative"
@@ -98,7 +98,7 @@ def run_quickstart(
 
     console.print("measuring the trained model")
     scores = _scores(trainer, task)
-    lines = read_metrics(output / "metrics.jsonl")
+    lines = read_lines(output / "metrics.jsonl")
     trained = retrieval_scores(ranks_of(scores, task.relevant)) | {"loss_per_token": lines[-1][_HELD_OUT_LOSS]}
     plot_losses(output / "metrics.jsonl", output / "losses.png")
     model = trainer.model()

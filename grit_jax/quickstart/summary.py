@@ -9,8 +9,8 @@ import rich.console
 import rich.table
 from rich.markup import escape
 
-from grit_jax.runs.plot import running_mean, series
-from grit_jax.train.metrics import read_metrics
+from grit_jax.runs.history import running_mean, series
+from grit_jax.runs.logs import read_lines
 
 
 def show_summary(report: dict[str, Any]) -> None:
@@ -56,7 +56,7 @@ def plot_losses(metrics: Path, out: Path) -> None:
     """Plots both losses of a metrics.jsonl against the step, as PNG, with a running mean."""
     from matplotlib.figure import Figure  # pyplot would choose a backend for a notebook that calls this
 
-    lines = read_metrics(metrics)
+    lines = read_lines(metrics)
     figure = Figure(figsize=(9, 3.4), layout="constrained")
     panels = figure.subplots(1, 2)
     for panel, name, title in zip(

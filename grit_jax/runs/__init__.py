@@ -1,1 +1,1 @@
-"""What a run leaves in its folder for people, and how it is read: without JAX, anywhere, while the run goes on."""
+"""What a run writes for people, and how to read it: without JAX, anywhere, during the run."""

@@ -1,22 +1,28 @@
-"""Comparisons of numbers: what one found, whether that is good enough, and the line that says so."""
+"""Checks, such as comparisons of numbers, and the lines that report them."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import TypeVar
+
+from grit_jax import files
+from grit_jax.errors import InputError
+
+T = TypeVar("T")
 
 TOLERANCE = 1e-4
 
 
 @dataclasses.dataclass(frozen=True)
 class Check:
-    """Outcome of one comparison.
+    """Outcome of a check.
 
     Attributes:
-      target: What was compared.
-      difference: Largest difference; infinite where the numbers cannot be compared.
-      text: The same in words.
+      target: What was checked.
+      difference: Largest difference of the compared numbers; infinite where they cannot be compared.
+      text: The outcome in words.
       tolerance: Largest difference that passes.
     """
 
@@ -34,6 +40,15 @@ class Check:
 def verdict(target: str, passed: bool, text: str) -> Check:
     """A check that is no comparison of numbers."""
     return Check(target, 0.0 if passed else math.inf, text)
+
+
+def checked(target: str, action: Callable[[], T], describe: Callable[[T], str]) -> tuple[Check, T | None]:
+    """The check that an action succeeds, and its result; None where it refuses an input or cannot read it."""
+    try:
+        result = action()
+        return verdict(target, True, describe(result)), result
+    except (InputError, OSError, files.UnreachableError) as error:
+        return verdict(target, False, str(error)), None
 
 
 def print_checks(checks: Iterable[Check]) -> int:

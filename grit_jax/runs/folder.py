@@ -1,4 +1,4 @@
-"""What a run leaves in its folder, beside the lock of `watch.lock`."""
+"""What a run leaves in its folder, besides the lock of `runs.lock`."""
 
 from __future__ import annotations
 
@@ -21,19 +21,24 @@ _COMMITTED = "commit_success.txt"  # what Orbax writes last in a bucket; on a di
 
 
 def stacks(process: int) -> str:
-    """The file for the stacks of a process that hangs."""
+    """The file for the stacks of a hanging process."""
     return f"stacks-{process}.txt"
 
 
 def is_complete(checkpoint: files.PathLike) -> bool:
-    """Whether there is a checkpoint that was written to its end; it is not opened, and may be damaged since."""
+    """Whether a checkpoint was written to its end; it is not opened, and may be damaged."""
     if files.is_bucket(checkpoint):
         return _COMMITTED in files.names(checkpoint)
     return files.is_folder(checkpoint)
 
 
 def checkpoint_steps(folder: files.PathLike) -> Iterator[int]:
-    """Steps with a complete checkpoint in a folder of checkpoints, the newest first, looked for one at a time."""
+    """Yields the steps of complete checkpoints in a folder of checkpoints, the newest first."""
     for step in sorted((int(name) for name in files.names(folder) if name.isdigit()), reverse=True):
         if is_complete(files.join(folder, str(step))):
             yield step
+
+
+def last_checkpoint(run: files.PathLike) -> int | None:
+    """Step of the newest complete checkpoint of a run folder, without opening any."""
+    return next(checkpoint_steps(files.join(run, CHECKPOINTS)), None)

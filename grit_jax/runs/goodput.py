@@ -1,7 +1,7 @@
 """Where a run's time goes, over all its sessions: useful steps against everything else.
 
-A session is one process's run, from start to end. Its seconds by cause are appended to `goodput.jsonl` while it runs;
-the causes of a run are added up from there, so that nothing else is carried through a restart.
+A session is one process's run, from start to end. It appends its seconds by cause to `goodput.jsonl`, whose lines add
+up to the run's.
 """
 
 from __future__ import annotations
@@ -10,26 +10,24 @@ import dataclasses
 import time
 from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
-Cause = Literal["useful", "startup", "compile", "data", "checkpoint", "evaluation", "skipped", "restart", "down"]
-
-# Cause -> what it is, in words.
-CAUSES: Mapping[Cause, str] = {
-    "useful": "steps that count",
-    "startup": "opening data and model before the first step of the run",
-    "compile": "compiling the step",
-    "data": "devices waiting for a batch",
-    "checkpoint": "saving, as far as steps wait for it",
-    "evaluation": "evaluation and gradient norms",
-    "skipped": "steps whose update was not finite",
-    "restart": "opening data, model and checkpoint after an end, and steps done again",
-    "down": "no process running, between an end and the next start",
-}
+Cause = Literal[
+    "useful",  # steps that count
+    "startup",  # opening data and model before the first step of the run
+    "compile",  # compiling the step
+    "data",  # devices waiting for a batch
+    "checkpoint",  # saving, as far as steps wait for it
+    "evaluation",  # evaluation and gradient norms
+    "skipped",  # steps whose update was not finite
+    "restart",  # opening data, model and checkpoint after an end, and steps done again
+    "down",  # no process running, between an end and the next start
+]
+CAUSES: tuple[Cause, ...] = get_args(Cause)
 
 
 class Clock:
-    """The seconds of one session by cause; what no cause is named for is useful.
+    """The seconds of one session by cause; the rest is useful.
 
     Args:
       began: When the session started, by `time.monotonic`.
@@ -44,7 +42,7 @@ class Clock:
 
     @contextmanager
     def spent(self, cause: Cause) -> Generator[None]:
-        """Counts the time inside for a cause; what is counted within for another is not counted twice."""
+        """Counts the time inside for a cause, without what is counted within for another."""
         outer, self._inside = self._inside, 0.0
         begun = time.monotonic()
         try:
@@ -55,12 +53,12 @@ class Clock:
             self._inside = outer + seconds
 
     def add(self, cause: Cause, seconds: float) -> None:
-        """Counts seconds of a cause that are over."""
+        """Counts past seconds for a cause."""
         self._spent[cause] = self._spent.get(cause, 0.0) + seconds
         self._inside += seconds
 
     def line(self, step: int) -> dict[str, Any]:
-        """What `goodput.jsonl` says of the session so far."""
+        """The line of `goodput.jsonl` for the session so far."""
         total = time.monotonic() - self.began
         useful = max(0.0, total - sum(self._spent.values()))
         return {
@@ -78,7 +76,7 @@ class Goodput:
 
     Attributes:
       seconds: By cause.
-      sessions: Processes that worked on the run.
+      sessions: Number of processes that worked on the run.
     """
 
     seconds: Mapping[str, float]
@@ -98,16 +96,15 @@ class Goodput:
 def goodput_of(lines: Iterable[Mapping[str, Any]]) -> Goodput:
     """Adds up the sessions of a run.
 
-    Steps that a later session does again are lost: their share of the useful time of the session that did them first is
-    counted as `restart`, and so is what a session spends before its first step when it continues a run.
+    Steps that a later session repeats are lost: their share of the first session's useful time counts as `restart`,
+    like the time before the first step of a session that resumes.
     """
     newest = {line["session"]: line for line in lines}
     sessions = [newest[session] for session in sorted(newest)]
     total: dict[str, float] = dict.fromkeys(CAUSES, 0.0)
     for number, line in enumerate(sessions):
         spent = dict(line["seconds"])
-        later = sessions[number + 1 :]
-        resumed = min((other["from_step"] for other in later), default=line["step"])
+        resumed = min((later["from_step"] for later in sessions[number + 1 :]), default=line["step"])
         done = line["step"] - line["from_step"]
         lost = min(done, max(0, line["step"] - resumed))
         if done > 0:

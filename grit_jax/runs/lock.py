@@ -1,11 +1,11 @@
 """One living writer for a run folder: a lock file with a heartbeat, on a disk or in a bucket.
 
-The file names its writer and carries a count that a thread raises every few seconds. Whoever finds a lock that is not
-its own takes it over when the writer is dead: at once where its process is gone from this machine, or when the
-heartbeat stands still for `LIMIT_SECONDS`. Stores have no common clock, so where the time in the file is recent the
-count is watched, not believed. Every change of the file is a `swap`: of those that take it at the same moment one
-succeeds, and a writer that was thought dead can renew nothing. It finds so at its next heartbeat, at the first `check`
-after a pause, and at `confirm`, which is called before anything that counts is written.
+The file names its writer and carries a count that a thread raises every few seconds. Another process takes the lock
+over when the writer is dead: at once where its process is gone from this machine, or when the heartbeat stands still
+for `LIMIT_SECONDS`. Stores have no common clock, so a recent time in the file is not believed; the count is watched.
+Every change of the file is a `swap`: of simultaneous ones one succeeds, and a writer that was thought dead renews
+nothing. It finds out at its next heartbeat, at the first `check` after a pause, and at `confirm`, before any important
+write.
 """
 
 from __future__ import annotations
@@ -34,16 +34,17 @@ LIMIT_SECONDS = 60.0
 
 @dataclasses.dataclass(frozen=True)
 class Writer:
-    """What the lock file says.
+    """The content of the lock file.
 
     Attributes:
-      token: Names this writer among all.
+      token: Unique name of this writer.
       host: Name of its machine.
-      machine: Tells machines, their starts and their containers apart: process numbers mean something within one.
+      machine: Identifies machine, boot and container, within which `pid` has a meaning.
       pid: Its process number.
-      process_started: When its process started, in the machine's ticks; tells it from a later one of the same number.
+      process_started: When its process started, in the machine's ticks; tells it from a later process of the same
+        number.
       started: When it took the lock, in seconds since 1970.
-      beat: When it wrote this, likewise.
+      beat: When it wrote this, in seconds since 1970.
       count: Heartbeats so far.
     """
 
@@ -63,17 +64,17 @@ class Writer:
 
     @property
     def here(self) -> bool:
-        """Whether it runs, or ran, on this machine, so that its process can be looked for."""
+        """Whether its process is, or was, visible from this one."""
         return self.machine == _machine()
 
     @property
     def dead(self) -> bool:
-        """Whether its process is gone; False where that cannot be seen from here."""
+        """Whether its process is gone; False where that is not visible from here."""
         return self.here and _process_started(self.pid) != self.process_started
 
     @property
     def alive(self) -> bool:
-        """Whether it seems alive: its heartbeat is recent and its process not known to be gone."""
+        """Whether its heartbeat is recent and its process not known to be gone."""
         return not self.dead and self.age < LIMIT_SECONDS
 
     def __str__(self) -> str:
@@ -82,13 +83,13 @@ class Writer:
 
 
 def read_writer(folder: files.PathLike) -> Writer | None:
-    """The writer that a run folder's lock names, dead or alive; None without a lock."""
+    """The writer in a run folder's lock, dead or alive; None without a lock."""
     content = files.read_bytes(files.join(folder, NAME))
     return None if content is None else _named(content)
 
 
 def _named(content: bytes) -> Writer | None:
-    """The writer that a lock file names; None where it names nobody that could be asked."""
+    """The writer in a lock file; None where the file is none of ours."""
     try:
         return Writer(**json.loads(content))
     except (ValueError, TypeError):  # not ours, or of another version
@@ -96,12 +97,12 @@ def _named(content: bytes) -> Writer | None:
 
 
 def refuse_living(folder: files.PathLike, *, limit: float = LIMIT_SECONDS) -> swap.Seen | None:
-    """Returns when no other writer of a run folder lives.
+    """Checks that no other writer of a run folder lives.
 
-    Where only its heartbeat can tell, that is watched: this takes up to `limit` seconds after a writer's death.
+    Where only the heartbeat can tell, this watches it, for up to `limit` seconds after a writer's death.
 
     Returns:
-      What is left of a dead one's lock.
+      The lock of a dead writer.
 
     Raises:
       InputError: One lives.
@@ -150,7 +151,7 @@ class WriterLock:
         self._thread.start()
 
     def check(self) -> None:
-        """Costs nothing, for every step; after a pause in which the lock may have been lost, it looks at the lock.
+        """Costs nothing, for every step; looks at the lock after a pause in which it may have been lost.
 
         Raises:
           InputError: Another writer has taken the folder over.
@@ -166,18 +167,18 @@ class WriterLock:
             )
 
     def confirm(self) -> None:
-        """`check`, with a look at the lock: what is written next is written by the folder's only writer.
+        """As `check`, but always looks at the lock, so that the next write is the only writer's.
 
         Raises:
           InputError: Another writer has taken the folder over.
           OSError: The lock cannot be read.
-          UnreachableError: The same, for a while.
+          UnreachableError: The store cannot be reached at the moment.
         """
         self._look()
         self.check()
 
     def release(self) -> None:
-        """Gives the folder free."""
+        """Frees the folder."""
         self._ended.set()
         self._thread.join()
         seen = self._look()
@@ -198,7 +199,7 @@ class WriterLock:
                 self._look()
 
     def _look(self) -> swap.Seen | None:
-        """The lock file; notes who has it, if that is not this writer."""
+        """Reads the lock file, and notes who has it if that is not this writer."""
         seen = swap.look(self._path)
         found = seen and _named(seen.content)
         if found is None:
@@ -221,13 +222,13 @@ def _is_gone(claim: bytes) -> bool:
 
 
 def _clock() -> float:
-    """Seconds, those in which the machine slept among them where it can tell."""
+    """Seconds on a clock that also runs while the machine sleeps, where there is one."""
     return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
 
 
 @contextmanager
 def writer_lock(folder: files.PathLike) -> Generator[WriterLock]:
-    """A `WriterLock` that is released at the end.
+    """Holds a `WriterLock`.
 
     Raises:
       InputError: Another writer lives.
@@ -247,7 +248,7 @@ def _refusal(folder: files.PathLike, writer: Writer) -> InputError:
 
 
 def _machine() -> str:
-    """Names this machine, since it was started, and the container of this process."""
+    """Identifies this machine, its boot and the container of this process."""
     parts = [socket.gethostname()]
     boot = Path("/proc/sys/kernel/random/boot_id")
     if boot.exists():
@@ -258,9 +259,9 @@ def _machine() -> str:
 
 
 def _process_started(pid: int) -> int | None:
-    """When a process of this machine started, in ticks; 0 where only its being there is known, None when it is gone."""
+    """When a process of this machine started, in ticks; 0 where only its existence is known, None when it is gone."""
     try:
-        # After the name, which may hold anything: the state, then the 20th field is the start (man 5 proc).
+        # After the name, which may contain anything, stand the state and, as 20th field, the start (man 5 proc).
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         return None if fields[0] == "Z" else int(fields[19])
     except (FileNotFoundError, ProcessLookupError):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,14 +10,22 @@ import numpy as np
 from grit_jax import files
 from grit_jax.errors import InputError
 from grit_jax.runs import folder
-from grit_jax.runs.goodput import CAUSES, goodput_of
-from grit_jax.runs.lines import read_lines
-from grit_jax.runs.status import datasets, duration, scores
+from grit_jax.runs.goodput import CAUSES, Goodput
+from grit_jax.runs.history import (
+    STREAMS,
+    Lines,
+    duration,
+    file_losses,
+    read_history,
+    running_mean,
+    scorecard_names,
+    series,
+)
 
 _TRAIN, _HELD_OUT, _OTHER, _BAD = "#2563a8", "#d97706", "#3f8f5f", "#c0392b"
-_MOST_DATASETS = 8
+_MOST_FILES = 8
 
-Lines = Sequence[Mapping[str, Any]]
+_RIGHT = "#7d5ba6"  # of what has its own axis on the right
 
 
 def plot_run(path: files.PathLike, out: files.PathLike) -> None:
@@ -29,40 +36,25 @@ def plot_run(path: files.PathLike, out: files.PathLike) -> None:
     """
     from matplotlib.figure import Figure
 
-    lines = read_lines(files.join(path, folder.METRICS))
+    history = read_history(path)
+    lines, bad = history.metrics, history.bad_batches
     if not lines:
         raise InputError(f"{path}: no step in {folder.METRICS}; name a run folder whose run has begun")
-    bad = read_lines(files.join(path, folder.BAD_BATCHES))
     figure = Figure(figsize=(15, 12), layout="constrained")
     panels = figure.subplots(3, 3)
     _loss(panels[0, 0], lines, bad, "loss/embedding", "contrastive loss")
     _loss(panels[0, 1], lines, bad, "loss/generative", "language-modelling loss")
     _scorecard(panels[0, 2], lines)
-    _datasets(panels[1, 0], lines)
+    _file_losses(panels[1, 0], lines)
     _health(panels[1, 1], lines)
     _gradient(panels[1, 2], lines, bad)
     _learning_rate(panels[2, 0], lines)
     _speed(panels[2, 1], lines)
-    _goodput(panels[2, 2], read_lines(files.join(path, folder.GOODPUT)))
+    _goodput(panels[2, 2], history.goodput)
     figure.suptitle(f"{path}   step {lines[-1]['step']:,}", fontsize=13, x=0.01, ha="left", weight="bold")
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=110, format="png")
     files.write_bytes(out, buffer.getvalue())
-
-
-def series(lines: Lines, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Steps and values of the lines that have a metric."""
-    found = [(line["step"], line[name]) for line in lines if name in line]
-    steps, values = zip(*found) if found else ((), ())
-    return np.array(steps, float), np.array(values, float)
-
-
-def running_mean(values: np.ndarray, width: int) -> np.ndarray:
-    """Mean of each value and the `width - 1` before it, as far as there are any."""
-    sums = np.cumsum(np.concatenate([[0.0], values]))
-    ends = np.arange(1, len(values) + 1)
-    starts = np.maximum(ends - width, 0)
-    return (sums[ends] - sums[starts]) / (ends - starts)
 
 
 def _dress(panel: Any, title: str) -> None:
@@ -73,7 +65,7 @@ def _dress(panel: Any, title: str) -> None:
 
 
 def _smooth(panel: Any, lines: Lines, name: str, colour: str, label: str | None = None) -> np.ndarray:
-    """Every step faintly, the running mean on top; returns the values."""
+    """Draws every step faintly and the running mean on top; returns the values."""
     steps, values = series(lines, name)
     if len(steps):
         width = max(1, len(values) // 25)
@@ -83,7 +75,7 @@ def _smooth(panel: Any, lines: Lines, name: str, colour: str, label: str | None 
 
 
 def _inside(panel: Any, values: np.ndarray) -> None:
-    """Limits that a few outliers do not decide; the axis says when there are some outside."""
+    """Sets limits that ignore a few outliers above, and says how many there are."""
     values = values[np.isfinite(values)]
     if len(values) >= 20:
         low, high = np.percentile(values, [0, 98])
@@ -94,7 +86,7 @@ def _inside(panel: Any, values: np.ndarray) -> None:
 
 
 def _marks(panel: Any, bad: Lines) -> None:
-    """Skipped steps and spikes, as lines over the whole panel."""
+    """Draws skipped steps and spikes as vertical lines."""
     for reason, style, label in (("not finite", "-", "skipped"), ("spike", ":", "spike")):
         for number, line in enumerate(line for line in bad if line["reason"] == reason):
             panel.axvline(
@@ -107,10 +99,10 @@ def _nothing(panel: Any, text: str) -> None:
     panel.set(xticks=[], yticks=[])
 
 
-def _legend(panel: Any, **place: Any) -> None:
+def _legend(panel: Any, **options: Any) -> None:
     handles, labels = panel.get_legend_handles_labels()
     if labels:
-        panel.legend(handles, labels, frameon=False, fontsize=8, **place)
+        panel.legend(handles, labels, frameon=False, fontsize=8, **options)
 
 
 def _loss(panel: Any, lines: Lines, bad: Lines, name: str, title: str) -> None:
@@ -129,9 +121,9 @@ def _loss(panel: Any, lines: Lines, bad: Lines, name: str, title: str) -> None:
 
 
 def _scorecard(panel: Any, lines: Lines) -> None:
-    """Both skills and their weighted mean; single tasks faintly."""
+    """Draws both skills and their weighted mean, and single tasks faintly."""
     _dress(panel, "scorecard")
-    found = {name.removeprefix("scorecard/"): series(lines, name) for name in scores(lines)}
+    found = {name: series(lines, f"scorecard/{name}") for name in scorecard_names(lines)}
     if not found:
         return _nothing(panel, "no scorecard")
     shown = {"embedding": _TRAIN, "generative": _HELD_OUT, "both": _OTHER}
@@ -146,27 +138,23 @@ def _scorecard(panel: Any, lines: Lines) -> None:
     return None
 
 
-def _datasets(panel: Any, lines: Lines) -> None:
-    """Running means of the files with the highest losses, of the stream that has more files."""
-    found: dict[str, dict[str, float]] = {}
-    for stream in ("embedding", "generative"):
-        found[stream] = {}
-        for line in lines:
-            found[stream].update(datasets(line, stream))
-    stream = max(found, key=lambda name: len(found[name]))
+def _file_losses(panel: Any, lines: Lines) -> None:
+    """Draws running means of the files with the highest losses, of the stream that has more files."""
+    names = {stream: {name for line in lines for name in file_losses(line, stream)} for stream in STREAMS}
+    stream = max(STREAMS, key=lambda name: len(names[name]))
     _dress(panel, f"loss by file, {stream}")
     ranked = []
-    for dataset in found[stream]:
-        steps, values = series(lines, f"loss/{stream}/{dataset}")
+    for name in sorted(names[stream]):
+        steps, values = series(lines, f"loss/{stream}/{name}")
         smooth = running_mean(values, max(1, len(values) // 10))
-        ranked.append((smooth[-1], dataset, steps, smooth))
+        ranked.append((smooth[-1], name, steps, smooth))
     if not ranked:
         return _nothing(panel, "no losses by file")
     ranked.sort(key=lambda item: -item[0])
-    for last, dataset, steps, smooth in ranked[:_MOST_DATASETS]:
+    for last, name, steps, smooth in ranked[:_MOST_FILES]:
         marker = "o" if len(steps) < 3 else None
-        panel.plot(steps, smooth, linewidth=1.4, marker=marker, markersize=3, label=f"{dataset[-28:]}  {last:.3f}")
-    _legend(panel, title=None if len(ranked) <= _MOST_DATASETS else f"{_MOST_DATASETS} highest of {len(ranked)}")
+        panel.plot(steps, smooth, linewidth=1.4, marker=marker, markersize=3, label=f"{name[-28:]}  {last:.3f}")
+    _legend(panel, title=None if len(ranked) <= _MOST_FILES else f"{_MOST_FILES} highest of {len(ranked)}")
     return None
 
 
@@ -184,10 +172,10 @@ def _health(panel: Any, lines: Lines) -> None:
             _nothing(panel, "no embedding batches")
         return
     other = panel.twinx()
-    other.plot(steps, values, color="#7d5ba6", linewidth=1.6, linestyle="--", label="effective rank (right)")
+    other.plot(steps, values, color=_RIGHT, linewidth=1.6, linestyle="--", label="effective rank (right)")
     other.set_ylim(0, None)
     other.spines["top"].set_visible(False)
-    other.tick_params(labelsize=9, colors="#7d5ba6")
+    other.tick_params(labelsize=9, colors=_RIGHT)
     handles, labels = (a + b for a, b in zip(panel.get_legend_handles_labels(), other.get_legend_handles_labels()))
     panel.legend(handles, labels, frameon=False, fontsize=8)
 
@@ -231,8 +219,7 @@ def _speed(panel: Any, lines: Lines) -> None:
     _legend(panel, loc="lower right")
 
 
-def _goodput(panel: Any, times: Lines) -> None:
-    goodput = goodput_of(times)
+def _goodput(panel: Any, goodput: Goodput) -> None:
     wall = goodput.wall_seconds
     if not wall:
         _dress(panel, "goodput")
@@ -242,9 +229,9 @@ def _goodput(panel: Any, times: Lines) -> None:
     shares = [goodput.seconds.get(cause, 0.0) / wall for cause in causes]
     colours = [_OTHER if cause == "useful" else "#b9c4d0" for cause in causes]
     panel.barh(causes, shares, color=colours)
-    for place, (cause, share) in enumerate(zip(causes, shares)):
+    for index, (cause, share) in enumerate(zip(causes, shares)):
         text = f" {share:.1%}  {duration(goodput.seconds.get(cause, 0.0))}"
-        panel.text(share, place, text, va="center", fontsize=8)
+        panel.text(share, index, text, va="center", fontsize=8)
     panel.set_xlim(0, 1.45 * max(shares))
     panel.grid(visible=False)
     panel.set_xticks([])

@@ -1,8 +1,8 @@
-"""Google Cloud's word that a machine is about to be taken away.
+"""Google Cloud's notice that a machine is about to be taken away.
 
-A spot or preemptible machine, also one with TPUs, has 30 seconds left when its metadata server says so. One that cannot
-be moved says that maintenance will end it, a minute or more ahead; what had been said of that before this process
-began is left alone, or a run that is started again on the machine would stop at once, again and again.
+A spot or preemptible machine, also one with TPUs, has 30 seconds left after the notice of its metadata server. A
+machine that cannot migrate announces maintenance a minute or more ahead; such a notice from before this process began
+is ignored, or a restarted run would stop at once, again and again.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from contextlib import contextmanager
 _HOST = "metadata.google.internal"
 _PREEMPTED, _MAINTENANCE = "preempted", "maintenance-event"
 _NOTICES = {_PREEMPTED: "TRUE", _MAINTENANCE: "TERMINATE_ON_HOST_MAINTENANCE"}
-_ANSWER_SECONDS = 60  # after which the server answers though nothing has changed
-_LONGEST_WAIT = 60.0  # between questions to a server that fails
+_ANSWER_SECONDS = 60  # after which the server responds without a change
+_LONGEST_WAIT = 60.0  # between requests to a failing server
 
 _log = logging.getLogger(__name__)
 
 
 @contextmanager
 def preemption_notices(stop: threading.Event) -> Generator[None]:
-    """Sets `stop` when the machine's metadata server announces its end; elsewhere than on Google Cloud does nothing.
+    """Sets `stop`, from a thread, when the metadata server announces the machine's end; only Google Cloud has one.
 
-    Threads of its own do the asking, so nobody waits for it. `GCE_METADATA_HOST` names another server.
+    `GCE_METADATA_HOST` names another server.
     """
     ended = threading.Event()
     for key in _NOTICES:
@@ -66,15 +66,15 @@ def _watch(key: str, stop: threading.Event, ended: threading.Event) -> None:
 
 
 def _ask(host: str, key: str, tag: str) -> tuple[str, str]:
-    """The value of a key of the instance and its tag; with the tag of the last answer, once it has another value."""
+    """The value of an instance's key and its tag; given the last tag, once the value has changed."""
     query = {"timeout_sec": str(_ANSWER_SECONDS)}
     if tag:
         query |= {"wait_for_change": "true", "last_etag": tag}
     address = f"http://{host}/computeMetadata/v1/instance/{key}?{urllib.parse.urlencode(query)}"
     request = urllib.request.Request(address, headers={"Metadata-Flavor": "Google"})
-    with _direct.open(request, timeout=2 * _ANSWER_SECONDS) as answer:
-        value, tag = answer.read().decode().strip(), answer.headers.get("ETag")
-        if answer.headers.get("Metadata-Flavor") != "Google" or not tag:
+    with _direct.open(request, timeout=2 * _ANSWER_SECONDS) as response:
+        value, tag = response.read().decode().strip(), response.headers.get("ETag")
+        if response.headers.get("Metadata-Flavor") != "Google" or not tag:
             raise OSError(f"{host} is no metadata server")
         return value, tag
 

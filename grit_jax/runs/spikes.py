@@ -1,4 +1,4 @@
-"""Losses that stand out of their recent past."""
+"""Losses far above the recent ones."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ _SMALLEST = 0.01  # scale, as a share of the median: a loss that hardly moves is
 
 
 def robust_z(value: float, window: collections.deque[float]) -> float:
-    """(value - median) / (1.4826 * median absolute deviation): what one outlier in the window does not move."""
+    """(value - median) / (1.4826 * median absolute deviation), which one outlier in the window does not move."""
     middle = statistics.median(window)
     spread = _SCALE * statistics.median(abs(x - middle) for x in window)
     return (value - middle) / max(spread, _SMALLEST * abs(middle), 1e-9)
 
 
 class Spikes:
-    """Finds the first of each row of steps whose loss is far above the recent ones.
+    """Finds the first step of each spike.
 
-    Files of embedding data have losses of their own: a batch is compared with the last ones of its file where there
-    are enough of these, and with those of all files otherwise.
+    A batch of embedding data is compared with the last ones of its file where there are enough, and otherwise with
+    those of all files.
 
     Args:
       threshold: Robust z-score from which on a loss is a spike.
@@ -41,7 +41,7 @@ class Spikes:
         """Takes in a step's metrics.
 
         Returns:
-          Name of the loss, its value and its score when the step is a spike and the step before it was none.
+          Name of the loss, its value and its score when the step is a spike and the step before was none.
         """
         found = None
         for stream in ("loss/embedding", "loss/generative"):

@@ -1,8 +1,8 @@
-"""Compare and swap of a small file: it changes only where nobody else has changed it meanwhile, on a disk or in gs://.
+"""Compare and swap of a small file, on a disk or in gs://.
 
-In gs:// the store itself compares, by the object's generation. On a disk, whoever wants to change the file first makes
-a claim beside it with O_EXCL, which one process at a time can on every disk and on NFS, then compares, and renames the
-claim to the file. So the file is always whole, and a claim that somebody has removed meanwhile changes nothing.
+In gs:// the store itself compares, by the object's generation. On a disk, a process first creates a claim beside the
+file with O_EXCL, which only one can on any disk and on NFS, then compares, and renames the claim to the file. So the
+file is always whole, and a claim that was removed meanwhile changes nothing.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from typing import NamedTuple
 
 from grit_jax import files
 
-_LOOK_SECONDS = 0.02  # between looks whether another's claim is gone
+_LOOK_SECONDS = 0.02  # between looks at another's claim
 
 
 class Seen(NamedTuple):
     """A file as it was once.
 
     Attributes:
-      content: What it held.
-      generation: Names this content among all that the object had; None on a disk.
+      content: Its bytes.
+      generation: The object's version; None on a disk.
     """
 
     content: bytes
@@ -32,7 +32,7 @@ class Seen(NamedTuple):
 
 
 def look(path: files.PathLike) -> Seen | None:
-    """The file as it is now, None without one."""
+    """The file as it is now; None without one."""
     if not files.is_gcs(path):
         content = files.read_bytes(path)
         return None if content is None else Seen(content)
@@ -52,18 +52,18 @@ def swap(
     path: files.PathLike, seen: Seen | None, content: bytes | None, claim: bytes, *,
     is_gone: Callable[[bytes], bool], limit: float,
 ) -> bool:  # fmt: skip
-    """Puts `content` in the place of what was seen.
+    """Replaces what was seen by `content`.
 
     Args:
       path: The file.
-      seen: What `look` gave.
-      content: What it shall hold; None removes it.
-      claim: Names this process, to others that want the same file at the same moment.
-      is_gone: Whether the process that a claim names is known to be gone.
-      limit: Seconds after which a claim of others is too old to wait for.
+      seen: What `look` returned.
+      content: The new content; None removes the file.
+      claim: Names this process to others that change the file at the same moment.
+      is_gone: Whether the process of a claim is known to be gone.
+      limit: Seconds after which another's claim is too old to wait for.
 
     Returns:
-      False where the file is not what was seen any more: nothing has changed then.
+      False, with nothing changed, where the file is no longer what was seen.
 
     Raises:
       OSError: It cannot be written.
@@ -71,22 +71,22 @@ def swap(
     if files.is_gcs(path):
         return files.retrying(path, lambda: _swap_object(path, seen, content))
     if files.is_bucket(path):
-        raise OSError(f"{path}: only disks and gs:// can say who comes first")
+        raise OSError(f"{path}: only disks and gs:// can compare and swap")
     return files.retrying(path, lambda: _swap_file(Path(path), seen, content, claim, is_gone, limit))
 
 
 def _swap_object(path: files.PathLike, seen: Seen | None, content: bytes | None) -> bool:
     store, key = files.opened_store(path)
     bucket, name, _ = store.split_path(key)
-    asked = {"ifGenerationMatch": "0" if seen is None else seen.generation}
+    condition = {"ifGenerationMatch": "0" if seen is None else seen.generation}
     try:
         if content is None:
-            store.call("DELETE", "b/{}/o/{}", bucket, name, **asked)
+            store.call("DELETE", "b/{}/o/{}", bucket, name, **condition)
         else:
             address = f"{store.base.removesuffix('storage/v1/')}upload/storage/v1/b/{bucket}/o"
-            store.call("POST", address, uploadType="media", name=name, data=content, **asked)
-    except FileExistsError:  # what the client makes of 412
-        now = look(path)  # after a lost answer it was this process itself
+            store.call("POST", address, uploadType="media", name=name, data=content, **condition)
+    except FileExistsError:  # the client's error for status 412
+        now = look(path)  # it was this process itself if only the response was lost
         return content is not None and now is not None and now.content == content
     except FileNotFoundError:
         return content is None and look(path) is None
@@ -105,7 +105,7 @@ def _swap_file(
         if content is None:
             path.unlink(missing_ok=True)
             return True
-        # Where others have removed the claim, this process was too slow, and the file says who came first.
+        # Without the claim this process was too slow, and the file tells who came first.
         with contextlib.suppress(FileNotFoundError):
             os.rename(claimed, path)
         files.sync_folder(path.parent)
@@ -118,7 +118,7 @@ def _swap_file(
 
 
 def _claim(path: Path, content: bytes, is_gone: Callable[[bytes], bool], limit: float) -> None:
-    """Makes a claim once there is none, or none of a process that lives."""
+    """Creates a claim once there is none of a living process."""
     other, since = None, time.monotonic()
     while True:
         try:

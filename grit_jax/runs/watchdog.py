@@ -1,4 +1,4 @@
-"""Ends a process that hangs, after it has said where."""
+"""Ends a hanging process after dumping its stacks."""
 
 from __future__ import annotations
 
@@ -15,15 +15,14 @@ from typing import Self
 from grit_jax import files
 
 EXIT_CODE = 70
-_WRITE_SECONDS = 30.0  # for the stacks' file: what hangs may be the disk or the network it is on
+_WRITE_SECONDS = 30.0  # for the stacks' file, whose disk or network may be what hangs
 _GRACE_SECONDS = 60.0
 
 
 class Watchdog:
     """Dumps the stacks of all threads to stderr and to a file, and ends the process, when nothing happens for too long.
 
-    What blocks without giving other Python threads a turn is ended too, by a timer of the interpreter's own; then
-    the stacks are on stderr alone.
+    Where a thread blocks all others, a timer of the interpreter does so, with the stacks on stderr alone.
 
     Args:
       seconds: Longest time between two `beat`s; None watches nothing.
@@ -49,14 +48,14 @@ class Watchdog:
             self._thread.join()
 
     def beat(self, what: str) -> None:
-        """Starts the time anew; `what` begins now, such as `step 7`."""
+        """Restarts the timer for `what` begins now, such as `step 7`."""
         self._what, self._begun, self._watching = what, time.monotonic(), True
         if self._seconds:
             faulthandler.dump_traceback_later(self._seconds + _GRACE_SECONDS, exit=True, file=_stderr())
 
     @contextmanager
     def paused(self) -> Generator[None]:
-        """Does not watch what may take any time, such as compiling."""
+        """Stops the timer for what may take any time, such as compiling."""
         self._rest()
         try:
             yield
@@ -97,5 +96,5 @@ class Watchdog:
 
 
 def _stderr() -> int:
-    """The process's own standard error, which has a file descriptor even where `sys.stderr` is replaced."""
+    """The file descriptor of the process's standard error, even where `sys.stderr` is replaced."""
     return 2

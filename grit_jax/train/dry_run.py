@@ -1,18 +1,17 @@
 """What can be checked in seconds before an expensive start.
 
-Nothing is compiled, and nothing stays written but the tokens of data, where a run would go on with data that have none.
+Nothing is compiled. Nothing stays written but the token index of data, where a run to resume has data without one.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import math
 import os
 import shutil
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +27,11 @@ from grit_jax.data.pipeline import Pipeline
 from grit_jax.data.records import RECORD_TYPES, RecordError
 from grit_jax.data.sources import Source, find_files, open_source
 from grit_jax.data.streams import trained_streams
-from grit_jax.errors import InputError
+from grit_jax.model.pretrained import Pretrained
 from grit_jax.parallel import sharding
 from grit_jax.parallel.chips import GIB, memory_bytes
 from grit_jax.runs import folder
-from grit_jax.runs.checks import Check, verdict
+from grit_jax.runs.checks import Check, checked, verdict
 from grit_jax.runs.lock import read_writer
 from grit_jax.text.tokenizer import Tokenizer
 from grit_jax.train.callbacks.trackers import check_trackers
@@ -40,8 +39,8 @@ from grit_jax.train.resolve import (
     check_data,
     check_folder,
     embedding_changes,
-    resolve_architecture,
     resolve_tokenizer,
+    with_architecture,
 )
 from grit_jax.train.setup import set_up
 from grit_jax.train.state import TrainState
@@ -52,59 +51,50 @@ _SAMPLED_RECORDS = 200  # of each file
 def dry_run(config: Config) -> Iterator[Check]:
     """Checks a config against this machine, its data and its run folder, one line each.
 
-    What depends on a check that failed is left out.
+    A check that depends on one that failed is left out.
     """
     yield from _data_checks(config)
-    model, pretrained = _checked("model.init", lambda: config.model.init and open_model(config.model.init))
-    if config.model.init:
-        yield model or verdict("model.init", True, f"{config.model.init} can be read")
-    tokenizer = None
-    if model is None:
-        failed, tokenizer = _checked("tokenizer", lambda: resolve_tokenizer(config, pretrained or None))
-        yield failed or verdict("tokenizer", True, f"{tokenizer.vocab_size:,} tokens")
+    init, pretrained, tokenizer = config.model.init, None, None
+    if init:
+        check, pretrained = checked("model.init", lambda: open_model(init), lambda _: f"{init} can be read")
+        yield check
+    if pretrained or not init:
+        check, tokenizer = checked(
+            "tokenizer", lambda: resolve_tokenizer(config, pretrained), lambda found: f"{found.vocab_size:,} tokens"
+        )
+        yield check
     if pretrained:
-        failed, changes = _checked("model.embedding", lambda: embedding_changes(config, pretrained))
-        yield failed or verdict("model.embedding", True, "; ".join(changes) or "as in model.init")
-    failed, mesh = _checked("mesh", lambda: sharding.make_mesh(config.mesh))
-    yield failed or verdict("mesh", True, _described(mesh))
+        check, _ = checked(
+            "model.embedding",
+            lambda: embedding_changes(config, pretrained),
+            lambda changes: "; ".join(changes) or "as in model.init",
+        )
+        yield check
+    check, mesh = checked("mesh", lambda: sharding.make_mesh(config.mesh), _described)
+    yield check
     if tokenizer is not None and mesh is not None:
-        failed, config_and_setup = _checked("shapes", lambda: _set_up(config, pretrained or None, tokenizer, mesh))
-        if failed:
-            yield failed
-        else:
-            config, abstract = config_and_setup
-            yield verdict("shapes", True, "batch, lengths and parameters fit the mesh and the model")
-            yield _memory_check(abstract, mesh)
-            yield _space_check(config, abstract)
-            failed, _ = _checked("resume", lambda: _check_resume(config, tokenizer))
-            yield failed or verdict("resume", True, "train.output is new, or holds this run")
-    failed, trackers = _checked("logging", lambda: check_trackers(config.logging))
-    yield failed or verdict("logging", True, f"metrics.jsonl{''.join(f', {name}' for name in trackers)}")
+        yield from _setup_checks(config, pretrained, tokenizer, mesh)
+    check, _ = checked(
+        "logging", lambda: check_trackers(config.logging), lambda names: ", ".join(["metrics.jsonl", *names])
+    )
+    yield check
     yield _write_check(config.train.output)
     yield _writer_check(config.train.output)
 
 
-def _checked(target: str, action: Callable[[], Any]) -> tuple[Check | None, Any]:
-    """A failed check and None, or None and what `action` gives."""
-    try:
-        return None, action()
-    except (InputError, OSError, files.UnreachableError) as error:
-        return verdict(target, False, str(error)), None
-
-
 def _data_checks(config: Config) -> Iterator[Check]:
-    """Every file opens, a sample of its records is well formed, and every stream that is trained has a file."""
+    """Checks that every file opens, that sampled records are well formed, and that every trained stream has a file."""
     if not config.data.train:
         yield verdict("data.train", False, "data.train is missing; name the files or folders to train on")
         return
     for key, paths in (("data.train", config.data.train), ("data.validation", config.data.validation)):
         if not paths:
             continue
-        failed, sources = _checked(
-            key, lambda paths=paths: [_sampled(path, config.data.skip_bad) for path in find_files(paths)]
+        failure, sources = checked(
+            key, lambda paths=paths: [_sampled(path, config.data.skip_bad) for path in find_files(paths)], lambda _: ""
         )
-        if failed:
-            yield failed
+        if sources is None:
+            yield failure
             continue
         counts = Counter[str]()
         for source in sources:
@@ -130,14 +120,27 @@ def _sampled(path: Any, skip_bad: bool) -> Source:
     return source
 
 
-def _set_up(config: Config, pretrained: Any, tokenizer: Any, mesh: Any) -> tuple[Config, TrainState]:
-    architecture = resolve_architecture(config, pretrained, tokenizer)
-    config = dataclasses.replace(config, model=dataclasses.replace(config.model, architecture=architecture))
-    return config, set_up(config, mesh).abstract
+def _setup_checks(
+    config: Config, pretrained: Pretrained | None, tokenizer: Tokenizer, mesh: jax.sharding.Mesh
+) -> Iterator[Check]:
+    def resolved() -> tuple[Config, TrainState]:
+        found = with_architecture(config, pretrained, tokenizer)
+        return found, set_up(found, mesh).abstract
+
+    check, found = checked("shapes", resolved, lambda _: "batch, lengths and parameters fit the mesh and the model")
+    yield check
+    if found:
+        config, abstract = found
+        yield _memory_check(abstract, mesh)
+        yield _space_check(config, abstract)
+        check, _ = checked(
+            "resume", lambda: _check_resume(config, tokenizer), lambda _: "train.output is new, or holds this run"
+        )
+        yield check
 
 
 def _check_resume(config: Config, tokenizer: Tokenizer) -> None:
-    """Checks what `train.output` holds, if anything, against config and data, which it may have to tokenize."""
+    """Checks what `train.output` holds against config and data, which may have to be tokenized."""
     check_folder(config)
     path = files.join(config.train.output, folder.CHECKPOINTS)
     if not files.exists(path):
@@ -167,12 +170,12 @@ def state_and_gradient_bytes(abstract: TrainState) -> int:
 
 
 def _memory_check(abstract: TrainState, mesh: jax.sharding.Mesh) -> Check:
-    """Parameters, optimizer state and one gradient against a device's memory: the least that a step needs."""
+    """Compares the least that a step needs with a device's memory."""
     state, gradient = device_bytes(abstract), device_bytes(abstract.trainable)
     needed = f"{_gib(state)} of state and {_gib(gradient)} of gradients on each device"
     limit = device_memory(mesh.devices.flat[0], mesh.size)
     if limit is None:
-        return verdict("memory", True, f"{needed}; what a device has is not known here")
+        return verdict("memory", True, f"{needed}; a device's memory is not known here")
     rest = "activations come on top: grit-jax plan compiles the step and says how much"
     fits = state + gradient <= limit
     remedy = rest if fits else "use more devices, a larger mesh.fsdp, or a smaller model"
@@ -180,7 +183,7 @@ def _memory_check(abstract: TrainState, mesh: jax.sharding.Mesh) -> Check:
 
 
 def device_memory(device: jax.Device, num_devices: int) -> int | None:
-    """Bytes that a device may use; a CPU device's share of the machine's memory; None where it is not known."""
+    """Bytes that a device may use, for a CPU device its share of the machine's memory; None where unknown."""
     limit = (device.memory_stats() or {}).get("bytes_limit")
     if limit:
         return limit
@@ -191,9 +194,7 @@ def device_memory(device: jax.Device, num_devices: int) -> int | None:
 
 def _space_check(config: Config, abstract: TrainState) -> Check:
     size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract))
-    number = (
-        config.checkpoint.keep + config.checkpoint.keep_best + 1
-    )  # the newest is written before the oldest is removed
+    number = config.checkpoint.keep + config.checkpoint.keep_best + 1  # of which one is written before one is removed
     needed = f"{number} checkpoints of {_gib(size)}"
     if files.is_bucket(config.train.output):
         return verdict("space", True, f"{needed} in a bucket, which has no limit")
@@ -205,8 +206,8 @@ def _space_check(config: Config, abstract: TrainState) -> Check:
 
 def _write_check(output: str) -> Check:
     """Writes a file where the run folder is or will be, and removes it."""
-    place = output if files.is_bucket(output) else str(_existing(output))
-    probe = files.join(place, f".probe-{uuid.uuid4().hex}")
+    parent = output if files.is_bucket(output) else str(_existing(output))
+    probe = files.join(parent, f".probe-{uuid.uuid4().hex}")
     try:
         files.write_text(probe, "")
         files.remove(probe)

@@ -1,7 +1,6 @@
-"""Whether embeddings use the space they have: measured on the vectors of a training batch.
+"""Whether embeddings use their space, measured on the vectors of a training batch.
 
-The step gives what needs the devices, small and in float32; the figures are made from it on the host, when they are
-wanted.
+The step computes small float32 arrays, and the host the figures from them, where they are needed.
 """
 
 from __future__ import annotations
@@ -17,12 +16,12 @@ from grit_jax.parallel.sharding import constrain
 
 SAMPLE = 256
 
-# Names that the step's parts have among its metrics; `health_figures` takes them out.
+# Names of the arrays among a step's metrics.
 ALIGNMENT, GRAM = "embedding/alignment", "embedding/gram"
 
 
 def health_parts(query: Float[Array, "queries embed"], passage: Float[Array, "passages embed"]) -> dict[str, jax.Array]:
-    """What a step measures of its vectors, for `health_figures`.
+    """A step's arrays for `health_figures`.
 
     Args:
       query: Vectors of the queries.

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from typing import NamedTuple
 
 import grain
 import jax
@@ -36,38 +34,29 @@ from grit_jax.train.callbacks.base import Run
 from grit_jax.train.callbacks.trackers import check_trackers
 from grit_jax.train.objectives import trained_objectives
 from grit_jax.train.objectives.base import Objective
-from grit_jax.train.resolve import check_folder, embedding_changes, host_facts, resolve_architecture, resolve_tokenizer
+from grit_jax.train.resolve import check_folder, embedding_changes, host_facts, resolve_tokenizer, with_architecture
 from grit_jax.train.resume import newest_state, taken_over
 from grit_jax.train.setup import Setup, set_up
 from grit_jax.train.state import TrainState, new_state, shardings_of
 from grit_jax.train.step import make_eval_step, make_gradient_norm
 from grit_jax.train.stopping import stop_signals, wait_for_turn
 
-_HEAD = "projection"  # the parameters that a run may have and its `model.init` not, or the other way round
+_HEAD = "projection"  # parameters that either a run or its `model.init` may lack
 
 
-class _Opened(NamedTuple):
-    """What a config names."""
-
-    config: Config  # resolved
-    pretrained: Pretrained | None
-    tokenizer: Tokenizer
-    mesh: Mesh
-    setup: Setup
-    changes: list[str]  # what `embedding_changes` says
-
-
-def _open(config: Config, objectives: Sequence[Objective]) -> _Opened:
+def _open(
+    config: Config, objectives: Sequence[Objective]
+) -> tuple[Config, Pretrained | None, Tokenizer, Mesh, Setup, list[str]]:
+    """Opens what a config refers to: the resolved config, `model.init`, and what follows from both."""
     check_trackers(config.logging)
     pretrained = open_model(config.model.init) if config.model.init else None
     tokenizer = resolve_tokenizer(config, pretrained)
-    architecture = resolve_architecture(config, pretrained, tokenizer)
+    config = with_architecture(config, pretrained, tokenizer)
     changes = embedding_changes(config, pretrained) if pretrained else []
-    config = dataclasses.replace(config, model=dataclasses.replace(config.model, architecture=architecture))
     mesh = sharding.make_mesh(config.mesh)
     setup = set_up(config, mesh, objectives)
     check_folder(config)
-    return _Opened(config, pretrained, tokenizer, mesh, setup, changes)
+    return config, pretrained, tokenizer, mesh, setup, changes
 
 
 class Trainer:
@@ -76,8 +65,8 @@ class Trainer:
     Args:
       config: The run's settings.
       scorecard: Measures the model as `config.scorecard` says; None where that names no suite.
-      callbacks: The caller's own, beside those of every run.
-      streams: What is trained: objectives, each with its stream; those of `train.mode` without.
+      callbacks: Added to those of every run.
+      streams: Objectives to train, each with its stream; None for those of `train.mode`.
 
     Attributes:
       config: The resolved config.
@@ -85,11 +74,11 @@ class Trainer:
       mesh: The device mesh.
       data: The batches.
       streams: Names of the streams that are trained.
-      callbacks: What watches the run, in the order of `make_callbacks`; one that is taken out before `fit` is left out.
+      callbacks: What watches the run, in the order of `make_callbacks`; `fit` leaves out those removed before.
       state: Parameters and optimizer state; `fit` replaces it with every step.
 
     Raises:
-      InputError: The config, the data or the run folder is not usable; nothing has been written then.
+      InputError: The config, the data or the run folder is not usable; nothing is written.
     """
 
     def __init__(
@@ -112,12 +101,9 @@ class Trainer:
         self.streams = setup.objective.names
         self._train_step = setup.train_step
         self._eval_step = make_eval_step(setup.objective)
+        gradient_norm = make_gradient_norm(setup.objective)
         self.callbacks = make_callbacks(
-            config,
-            began=began,
-            gradient_norm=make_gradient_norm(setup.objective),
-            scorecard=scorecard,
-            own=callbacks,
+            config, began=began, gradient_norm=gradient_norm, scorecard=scorecard, own=callbacks
         )
         trained, share = [objective.stream for objective in objectives], sharding.host_share(self.mesh)
         self.data = distributed.in_every_process(lambda: Pipeline(config, self.tokenizer, trained, host_share=share))
@@ -156,7 +142,7 @@ class Trainer:
         """Trains up to `train.steps`, saving on the way.
 
         Returns:
-          True when all steps are done, False when SIGTERM, SIGINT or a notice of preemption ended the run after a last
+          True when all steps are done, False when a signal or a preemption notice stopped the run after a last
           checkpoint.
 
         Raises:
@@ -169,9 +155,9 @@ class Trainer:
         self.folder.mkdir(parents=True, exist_ok=True)
         with (
             taken_over(self.folder, start, self._damaged, self.metadata(start)) as (writer, moved),
-            stop_signals() as asked,
-            preemption_notices(asked) if config.train.preemption_notices else nullcontext(),
-            JointStop(asked) as stop,
+            stop_signals() as signalled,
+            preemption_notices(signalled) if config.train.preemption_notices else nullcontext(),
+            JointStop(signalled) as stop,
             jax.set_mesh(self.mesh),
             Run(self, proceed=stop.proceed, confirm=writer.confirm).watched() as run,
         ):
@@ -183,22 +169,22 @@ class Trainer:
             for _ in range(start, config.train.steps):
                 writer.check()
                 batch = sharding.place_batch(self.mesh, run.next_batch(batches))
-                wait_for_turn(run.meter.running, run.meter.ends, asked)
+                wait_for_turn(run.meter.running, run.meter.ends, signalled)
                 if not stop.proceed():
                     break
                 with run.computing(batch):
                     self.state, metrics = self._train_step(self.state, batch)
-                writer.check()  # also after a pause in the middle of a step: what follows is written
+                writer.check()  # again, in case the process was paused during the step: what follows is written
                 run.started(metrics)
         return self.step == config.train.steps
 
     def batches(self, start: int) -> Iterator[Batch]:
-        """The batches of steps `start`, `start + 1`, ..., counted from 0, filled in a thread two ahead of their use."""
+        """The batches from step `start` on, counted from 0, which a thread makes two steps ahead."""
         steps = grain.MapDataset.range(start, self.config.train.steps).map(lambda step: self.data.batch(int(step)))
         return iter(steps.to_iter_dataset(read_options=grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)))
 
     def evaluate(self) -> dict[str, float]:
-        """Losses on `data.validation`: mean per query and mean per scored token; empty without validation data."""
+        """Mean loss per query and per scored token on `data.validation`; empty without validation data."""
         totals: dict[str, np.ndarray] = {}
         with jax.set_mesh(self.mesh):
             for batch in self.data.validation_batches():
@@ -209,7 +195,7 @@ class Trainer:
         return {f"validation/{name}": float(loss / weight) for name, (loss, weight) in totals.items()}
 
     def model(self) -> GritModel:
-        """The model as it is now, to embed and generate with; use it before the next `fit`, which takes its memory."""
+        """The model as it is now; use it before the next `fit`, which takes its memory."""
         return GritModel(
             self.state.params,
             self.config.model.architecture,
@@ -220,7 +206,7 @@ class Trainer:
         )
 
     def metadata(self, step: int) -> CheckpointMetadata:
-        """What the checkpoint of a step says about itself."""
+        """Metadata of a step's checkpoint."""
         return CheckpointMetadata(
             architecture=self.config.model.architecture,
             embedding=self.config.model.embedding,

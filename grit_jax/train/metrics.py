@@ -1,4 +1,4 @@
-"""The metrics of a step as numbers, its speed among them; and model FLOPs for MFU."""
+"""The metrics of a step as numbers, including its speed; and model FLOPs for MFU."""
 
 from __future__ import annotations
 
@@ -11,16 +11,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from grit_jax import files
 from grit_jax.config import TransformerConfig
-from grit_jax.parallel import chips
-from grit_jax.runs.lines import read_lines
+from grit_jax.parallel.chips import peak_flops
 from grit_jax.train.step import Metrics
-
-
-def peak_flops(device: jax.Device) -> float | None:
-    """Peak FLOP/s of a device, or None when it is not known."""
-    return chips.peak_flops(device.device_kind)
 
 
 def model_flops(
@@ -31,7 +24,7 @@ def model_flops(
     Args:
       architecture: Resolved architecture.
       tokens: Tokens of all streams.
-      tokens_through_head: Those of them that pass through the output head.
+      tokens_through_head: Tokens that pass through the output head.
       attention_pairs: Visible (query, key) pairs.
     """
     heads = architecture.num_heads * architecture.head_dim
@@ -44,14 +37,9 @@ def model_flops(
     return 6 * (layers + architecture.vocab_size * architecture.embed_dim * tokens_through_head)
 
 
-def read_metrics(path: files.PathLike) -> list[dict[str, float]]:
-    """The objects of a metrics.jsonl, or of its parts in a bucket; numbers that were not finite are left out."""
-    return read_lines(path)
-
-
 @dataclasses.dataclass
 class _Unread:
-    """A step that was started and is not read yet; `seconds` are there once it has ended."""
+    """A step that was started and is not read yet; `seconds` is set once it has ended."""
 
     step: int
     metrics: Metrics
@@ -62,22 +50,21 @@ class _Unread:
 class Meter:
     """Reads the metrics of steps one step late, so that devices never wait, and times the steps.
 
-    A step's seconds go from the end of the step before it to its own, on the devices; what happens between `wait` and
-    `restart` is left out of them.
+    A step lasts from the end of the one before to its own, on the devices, without the time from `wait` to `restart`.
 
     Args:
       architecture: Resolved architecture of the model.
       mesh: The devices.
 
     Attributes:
-      unread: The step that `take` took last; None once it is read.
-      waited: Seconds that the newest batch was waited for.
+      unread: The step of the last `take`; None once it is read.
+      waited: Seconds of waiting for the newest batch.
       step_began: When the step in flight began, by `time.monotonic`.
-      step_seconds: Seconds of the last step that has ended; None before the first.
+      step_seconds: Seconds of the last step that ended; None before the first.
     """
 
     def __init__(self, architecture: TransformerConfig, mesh: jax.sharding.Mesh):
-        peak = peak_flops(mesh.devices.flat[0])
+        peak = peak_flops(mesh.devices.flat[0].device_kind)
         self._architecture, self._peak = architecture, peak and peak * mesh.size
         self.unread: _Unread | None = None
         self.waited = 0.0
@@ -86,7 +73,7 @@ class Meter:
 
     @property
     def running(self) -> Any:
-        """An array that the step in flight makes; None where none is."""
+        """An array of the step in flight; None without one."""
         return self.unread and self.unread.metrics["loss"]
 
     @property
@@ -107,12 +94,12 @@ class Meter:
         self.waited = time.monotonic() - began
 
     def take(self, step: int, metrics: Metrics) -> None:
-        """Takes the scalars among the metrics of a step that was handed to the devices."""
+        """Takes the scalar metrics of a step in flight."""
         scalars = {name: value for name, value in metrics.items() if not value.ndim}
         self.unread = _Unread(step, scalars, self.waited)
 
     def wait(self) -> None:
-        """Waits for the end of the step in flight, and takes its time."""
+        """Waits for the end of the step in flight, and times it."""
         if self.unread and self.unread.seconds is None:
             jax.block_until_ready(self.unread.metrics)
             ended = time.monotonic()
@@ -120,11 +107,11 @@ class Meter:
             self.step_began = ended
 
     def restart(self) -> None:
-        """The next step begins now."""
+        """Marks the beginning of the next step."""
         self.step_began = time.monotonic()
 
     def read(self) -> tuple[int, dict[str, float]]:
-        """Waits for the step that is unread: its number, and its metrics with its speed."""
+        """The number of the unread step, and its metrics with its speed, once it has ended."""
         self.wait()
         assert self.unread and self.unread.seconds is not None
         unread, seconds, self.unread = self.unread, self.unread.seconds, None

@@ -34,9 +34,9 @@ def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
 
 
 def is_matrix(axes: Sequence[str]) -> bool:
-    """Whether a parameter with these logical axes is a matrix, or a stack of matrices, and no bias or norm scale.
+    """Whether a parameter with these logical axes is a matrix or a stack of matrices, not a bias or norm scale.
 
-    Heads and their width are together one side of a matrix.
+    Heads and their width together are one side of a matrix.
     """
     return len(set(axes) - {"layers", "head_dim"}) >= 2
 
@@ -47,8 +47,7 @@ def make_optimizer(config: OptimizerConfig, steps: int, axes: Any) -> optax.Grad
     Args:
       config: Its settings.
       steps: Length of the schedule.
-      axes: Tree of the logical axes of each parameter that is trained; `is_matrix` tells by them what weight decay
-        applies to.
+      axes: Tree of the logical axes of each trained parameter; weight decay applies to those of `is_matrix`.
     """
     decayed = jax.tree.map(is_matrix, axes, is_leaf=lambda names: isinstance(names, tuple))
     rate = learning_rate(config, steps)
@@ -61,7 +60,7 @@ def make_optimizer(config: OptimizerConfig, steps: int, axes: Any) -> optax.Grad
 
 
 def updates_done(opt_state: Any, *, otherwise: Any) -> Any:
-    """The count that the schedule of `make_optimizer` goes by; `otherwise` for an optimizer without a schedule."""
+    """The count of the schedule of `make_optimizer`; `otherwise` for an optimizer without one."""
     states = jax.tree.leaves(opt_state, is_leaf=_is_schedule)
     return next((state.count for state in states if _is_schedule(state)), otherwise)
 

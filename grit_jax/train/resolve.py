@@ -1,4 +1,4 @@
-"""What a config leaves open: the tokenizer, the architecture, and whether its run folder is this run's."""
+"""What a config leaves open: the tokenizer, the architecture, and whether its run folder holds this run."""
 
 from __future__ import annotations
 
@@ -14,17 +14,16 @@ from grit_jax.data.schedule import same_data
 from grit_jax.errors import InputError
 from grit_jax.model.pretrained import Pretrained
 from grit_jax.runs import folder
-from grit_jax.runs.status import last_checkpoint
 from grit_jax.text.tokenizer import Tokenizer
 
-# What changes no update, and what may differ between a run folder's config and the one that resumes it.
+# Keys that change no update, and those that may differ between a run folder's config and the one that resumes it.
 _CHANGES_NO_UPDATE = (
     "train.output", "train.max_skipped", "train.watchdog_seconds", "train.preemption_notices", "loss.negatives",
     "mesh.", "logging.", "scorecard.", "checkpoint.", "distributed.",
 )  # fmt: skip
 MAY_DIFFER = (*_CHANGES_NO_UPDATE, "train.steps")
 
-# What may differ between the hosts of one run: where they find things, and what each one is.
+# Keys that may differ between the hosts of a run: where each finds its files, and which one it is.
 _MAY_DIFFER_BY_HOST = (
     "model.init", "model.tokenizer", "data.train", "data.validation", "train.output", "scorecard.suite",
     "scorecard.data", "distributed.coordinator", "distributed.process_id",
@@ -32,7 +31,7 @@ _MAY_DIFFER_BY_HOST = (
 
 
 def host_facts(config: Config, tokenizer: Tokenizer) -> dict[str, str]:
-    """What `distributed.require_same` compares of a resolved config and of what it stands on."""
+    """What `distributed.require_same` compares of a resolved config, its tokenizer and JAX."""
     values = {key: repr(value) for key, value in flat_values(config).items() if key not in _MAY_DIFFER_BY_HOST}
     return values | {"the tokenizer": tokenizer.fingerprint, "the version of jax": jax.__version__}
 
@@ -79,8 +78,14 @@ def resolve_architecture(config: Config, pretrained: Pretrained | None, tokenize
     return found
 
 
+def with_architecture(config: Config, pretrained: Pretrained | None, tokenizer: Tokenizer) -> Config:
+    """The config with the architecture of `resolve_architecture`; raises as that does."""
+    architecture = resolve_architecture(config, pretrained, tokenizer)
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, architecture=architecture))
+
+
 def embedding_changes(config: Config, pretrained: Pretrained) -> list[str]:
-    """Lines that say where `model.embedding`, which is what is trained, is not that of `model.init`.
+    """Lines that say where `model.embedding`, which is trained, differs from that of `model.init`.
 
     Raises:
       InputError: Both have a projection head, of different widths.
@@ -106,16 +111,16 @@ def embedding_changes(config: Config, pretrained: Pretrained) -> list[str]:
 
 
 def check_folder(config: Config) -> None:
-    """Checks that `train.output` is new or holds the run that `config`, resolved, goes on with.
+    """Checks that `train.output` is new or holds the run of the resolved `config`.
 
-    A run that ended before its first checkpoint has left nothing to go on with: any config begins anew there.
+    Where a run ended before its first checkpoint, any config may start.
 
     Raises:
       InputError: It holds another run; the message lists the differences.
     """
     output = config.train.output
     saved = files.join(output, folder.CONFIG)
-    if last_checkpoint(output) is None or not files.exists(saved):
+    if folder.last_checkpoint(output) is None or not files.exists(saved):
         return
     changed = config_differences(load_config(saved), config, ignore=MAY_DIFFER)
     if changed:
@@ -130,8 +135,8 @@ def check_data(output: files.PathLike, recorded: str, fingerprint: str) -> None:
 
     Args:
       output: `train.output`.
-      recorded: The data's fingerprint in the checkpoint.
-      fingerprint: That of the data.
+      recorded: Fingerprint in the checkpoint.
+      fingerprint: Fingerprint of the data.
 
     Raises:
       InputError: It was not.
@@ -144,7 +149,7 @@ def check_data(output: files.PathLike, recorded: str, fingerprint: str) -> None:
 
 
 def same_run(saved: CheckpointMetadata, about: CheckpointMetadata) -> bool:
-    """Whether two checkpoints of the same step hold the same parameters, by what they say about themselves."""
+    """Whether two checkpoints of a step hold the same parameters, by their metadata."""
     if saved.config is None or about.config is None:
         return False
     old, new = parse_config(saved.config), parse_config(about.config)

@@ -1,4 +1,4 @@
-"""What a run does with the checkpoints that it finds: it goes on from the newest good one, and keeps the others."""
+"""Resuming: a run goes on from its newest good checkpoint, and keeps the others."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from grit_jax.train.state import Partition, TrainState
 
 
 class Restored(NamedTuple):
-    """Where a run goes on.
+    """Where a run resumes.
 
     Attributes:
-      state: The newest state that can be read; None for a new run.
-      damaged: What is wrong with each newer one, by its step, in this process or another.
+      state: The newest readable state; None for a new run.
+      damaged: The problem of each newer checkpoint, in this process or another, by step.
     """
 
     state: TrainState | None
@@ -38,8 +38,8 @@ def newest_state(output: files.PathLike, abstract: TrainState, partition: Partit
     Args:
       output: The run folder.
       abstract: Shapes and shardings of the state.
-      partition: What of it is trained.
-      fingerprint: Of the data, `Pipeline.fingerprint`.
+      partition: Which parameters are trained.
+      fingerprint: The data's, `Pipeline.fingerprint`.
 
     Raises:
       InputError: No checkpoint can be read, the data have changed, or processes see different checkpoints.
@@ -74,19 +74,19 @@ def _read(
 def taken_over(
     output: files.PathLike, start: int, damaged: Mapping[int, str], about: CheckpointMetadata
 ) -> Generator[tuple[SoleWriter, list[str]]]:
-    """Holds the lock of a run folder, in which nothing is in the way of the steps that are done again.
+    """Holds the lock of a run folder, cleared of checkpoints in the way of the steps to repeat.
 
-    Process 0 moves damaged checkpoints of these steps to `set_aside/`, and parameters in `params/` that another config
-    or other data have made. The other parameters stay: a step that is done again has the same ones.
+    Process 0 moves damaged checkpoints of these steps to `set_aside/`, and parameters in `params/` from another config
+    or other data. Other parameters stay, as repeated steps have the same ones.
 
     Args:
       output: The run folder.
-      start: The step that the run goes on from.
+      start: The step to resume from.
       damaged: `Restored.damaged`.
-      about: What this run's checkpoints say about themselves.
+      about: Metadata of this run's checkpoints.
 
     Returns:
-      Who holds the folder, and, in process 0, what was moved, one line each.
+      The lock and, in process 0, a line for each checkpoint moved.
 
     Raises:
       InputError: A writer lives, or has saved since this process looked for the newest checkpoint.
@@ -113,9 +113,9 @@ def _set_aside(output: files.PathLike, start: int, damaged: Mapping[int, str], a
         except DamagedCheckpointError as error:
             found.append((folder.PARAMS, step, str(error)))
     lines = []
-    for kind, step, problem in found:
-        target = _free_place(files.join(output, folder.SET_ASIDE, kind, str(step)))
-        files.move(files.join(output, kind, str(step)), target)
+    for parent, step, problem in found:
+        target = _free_path(files.join(output, folder.SET_ASIDE, parent, str(step)))
+        files.move(files.join(output, parent, str(step)), target)
         lines.append(f"set aside: {problem}; it is now {target}")
     return lines
 
@@ -124,7 +124,7 @@ def _steps_after(start: int, checkpoints: files.PathLike) -> list[int]:
     return sorted(itertools.takewhile(lambda step: step > start, folder.checkpoint_steps(checkpoints)))
 
 
-def _free_place(path: str) -> str:
-    """`path`, or the first of `path-2`, `path-3`, ... where nothing is."""
-    places = itertools.chain([path], (f"{path}-{number}" for number in itertools.count(2)))
-    return next(place for place in places if not files.exists(place))
+def _free_path(path: str) -> str:
+    """`path`, or the first of `path-2`, `path-3`, ... that does not exist."""
+    paths = itertools.chain([path], (f"{path}-{number}" for number in itertools.count(2)))
+    return next(free for free in paths if not files.exists(free))

@@ -1,4 +1,4 @@
-"""What a run compiles, from its config and a mesh: the same for training and for planning."""
+"""The compiled step of a config on a mesh, for training and for planning."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ class Setup(NamedTuple):
     """The parts of a training step.
 
     Attributes:
-      partition: What is trained.
+      partition: Which parameters are trained.
       objective: The joint loss.
-      optimizer: What turns its gradient into updates.
+      optimizer: Turns its gradient into updates.
       abstract: Shapes and shardings of the state.
-      train_step: The step, compiled when it is called.
+      train_step: The step, compiled on its first call.
     """
 
     partition: Partition
@@ -45,11 +45,11 @@ def set_up(config: Config, mesh: Mesh, objectives: Sequence[Objective] | None = 
     Args:
       config: The run's settings.
       mesh: The devices.
-      objectives: What is trained; those of `train.mode` without.
+      objectives: What to train; None for those of `train.mode`.
 
     Raises:
-      InputError: A parameter or the batch is not divisible by the mesh, a text may be longer than the model reads, or
-        `train.trainable` names what is no parameter.
+      InputError: The mesh does not divide a parameter or the batch, a limit of texts is over the model's, or
+        `train.trainable` matches no parameter.
     """
     objectives = trained_objectives(config) if objectives is None else objectives
     for objective in objectives:

@@ -1,4 +1,4 @@
-"""What a training step changes and what it leaves alone, and where both live on the mesh."""
+"""The state of a training run, trained and frozen, and its shardings."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ from grit_jax.parallel import sharding
 
 @dataclasses.dataclass(frozen=True)
 class Partition:
-    """The rule by which parameters are trained or frozen.
+    """Which parameters are trained.
 
     Attributes:
-      trainable: Patterns of `fnmatch` for the paths of parameters that are trained, such as `layers.mlp.*`.
-      frozen_dtype: Type that the others are kept in.
+      trainable: `fnmatch` patterns of the paths of trained parameters, such as `layers.mlp.*`.
+      frozen_dtype: Type of the others.
     """
 
     trainable: tuple[str, ...] = ("*",)
     frozen_dtype: DTypeLike = jnp.float32
 
     def split(self, tree: Any) -> tuple[Any, Any]:
-        """A nested dict by parameter, of arrays or anything else, as two: of what is trained, and of the others.
+        """Splits a nested dict by parameter, of arrays or anything else, into the trained part and the frozen one.
 
         Raises:
-          InputError: A pattern is that of no parameter.
+          InputError: A pattern matches no parameter.
         """
         leaves = flatten_dict(tree, sep=".")
         trained: set[str] = set()
@@ -57,18 +57,18 @@ EVERYTHING = Partition()
 
 
 def merged(trainable: Any, frozen: Any) -> Any:
-    """The nested dict that `Partition.split` has split."""
+    """The inverse of `Partition.split`."""
     return unflatten_dict(flatten_dict(trainable, sep=".") | flatten_dict(frozen, sep="."), sep=".")
 
 
 class TrainState(NamedTuple):
-    """Everything that a run goes on from.
+    """Everything that a run resumes from.
 
     Attributes:
       step: int32 scalar; updates done.
-      trainable: Nested dict of float32 arrays, which an update replaces.
-      frozen: The other parameters, a nested dict too, in their `Partition.frozen_dtype`; updates leave them alone.
-      opt_state: The optimizer's state for what is trained, its moments sharded like the parameters.
+      trainable: Nested dict of float32 arrays, which updates change.
+      frozen: Nested dict of the other parameters, in `Partition.frozen_dtype`.
+      opt_state: The optimizer's state for trained parameters, its moments sharded like them.
     """
 
     step: Any
@@ -78,7 +78,7 @@ class TrainState(NamedTuple):
 
     @property
     def params(self) -> Any:
-        """All parameters in one nested dict, as checkpoints and the model have them."""
+        """All parameters in one nested dict, as in checkpoints and the model."""
         return merged(self.trainable, self.frozen)
 
 

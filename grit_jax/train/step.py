@@ -20,7 +20,7 @@ from grit_jax.train.objectives.base import Losses, Metrics, Objective, Parts
 from grit_jax.train.optimizer import updates_done
 from grit_jax.train.state import TrainState, merged
 
-TOKEN_LOSSES = "tokens/"  # begins the names of what `Losses.of_tokens` holds, among a step's metrics
+TOKEN_LOSSES = "tokens/"  # begins the names of `Losses.of_tokens` among a step's metrics
 
 _ROWS = ("batch", "length")
 
@@ -36,7 +36,7 @@ class JointObjective:
 
     Attributes:
       model: Abstract model; parameters are bound to it in every call.
-      objectives: Those of the streams that are trained.
+      objectives: One for each trained stream.
       execution: How the model computes.
     """
 
@@ -45,20 +45,20 @@ class JointObjective:
     execution: Execution
 
     def stream_losses(self, objective: Objective, params: Params, batch: Any) -> tuple[Losses, RouterStats | None]:
-        """The losses of one stream's batch, and the sums of its experts' routers."""
+        """The losses of one stream's batch, and the sums of its routers."""
 
         def on_device(params, batch):
             model = bind(self.model, params)
-            tokens, segment_ids, positions, beside = objective.inputs(batch)
+            tokens, segment_ids, positions, extras = objective.inputs(batch)
 
             def kept(rows):
-                x, segment_ids, positions, beside = rows
+                x, segment_ids, positions, extras = rows
                 mask = model.mask(segment_ids, positions, causal=objective.causal)
                 hidden, stats = model.hidden(x, mask, self.execution)
-                return objective.kept(model, hidden, segment_ids, beside), stats
+                return objective.kept(model, hidden, segment_ids, extras), stats
 
-            # The table of tokens is gathered once, outside the chunks.
-            rows = (model.embed(tokens, self.execution.dtype), segment_ids, positions, beside)
+            # The token table is gathered once, outside the chunks.
+            rows = (model.embed(tokens, self.execution.dtype), segment_ids, positions, extras)
             pieces, stats = map_chunks(kept, rows, objective.stream.num_chunks)
             whole = pieces.reshape(len(tokens), *pieces.shape[2:])
             split, sums = objective.parts(model, whole, batch, self.execution.dtype)
@@ -75,10 +75,10 @@ class JointObjective:
         return objective.losses(split, sums, batch), stats
 
     def losses(self, params: Params, batch: Batch) -> tuple[Metrics, Metrics]:
-        """The losses of the streams that the batch holds, and what else they measure.
+        """The losses of the batch's streams, and further measurements.
 
-        `loss/STREAM`; with experts also the balance losses, `loss/router` of the generative and `loss/router_STREAM` of
-        another pass. What is measured has the losses of a stream's tokens as `tokens/STREAM`.
+        Losses are `loss/STREAM` and, with experts, the balance losses `loss/router` (generative) or
+        `loss/router_STREAM`. Measurements include the losses of a stream's tokens as `tokens/STREAM`.
         """
         losses, measured = {}, {}
         for objective in self._of(batch):
@@ -92,7 +92,7 @@ class JointObjective:
         return losses, measured
 
     def work(self, batch: Batch) -> Metrics:
-        """What a batch asks for, padding left out: `tokens`, those that go through the head, and visible pairs."""
+        """A batch's work without padding: `tokens`, `tokens_through_head` and visible `attention_pairs`."""
         tokens, through_head, pairs = jnp.zeros((), int), jnp.zeros((), int), jnp.zeros(())
         for objective in self._of(batch):
             inputs = objective.inputs(batch[objective.name])
@@ -103,7 +103,7 @@ class JointObjective:
         return {"tokens": tokens, "tokens_through_head": through_head, "attention_pairs": pairs}
 
     def __call__(self, params: Params, batch: Batch) -> tuple[jax.Array, Metrics]:
-        """The weighted sum that is minimised; its parts, and what else is measured."""
+        """The minimised sum; its parts and further measurements."""
         losses, measured = self.losses(params, batch)
         weights = {f"loss/{objective.name}": objective.weight for objective in self.objectives}
         weights |= {objective.router_metric: objective.router_weight for objective in self.objectives}
@@ -111,7 +111,7 @@ class JointObjective:
         return jnp.sum(jnp.stack(weighted)), losses | measured
 
     def weights(self, batch: Batch) -> Metrics:
-        """By how much each loss of a batch is to be divided where it is made with weights of 1, under its name."""
+        """The total weight of each loss of a batch, by the loss's name."""
         found = {}
         for objective in self._of(batch):
             found[f"loss/{objective.name}"] = objective.total_weight(batch[objective.name])
@@ -145,14 +145,14 @@ def make_train_step(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """Compiles `train_step(state, batch) -> (state, metrics)`; the old state's memory is reused.
 
-    The loss is differentiated by what is trained alone, and frozen parameters come back as they are. An update is
-    skipped where it, the loss or the gradient is not finite: parameters and optimizer state stay as they are, the
-    schedule's count among them, and the step number alone goes on.
+    Only trained parameters are differentiated; frozen ones are returned unchanged. Where the loss, the gradient or the
+    update is not finite, the update is skipped: parameters and optimizer state stay, including the schedule's count,
+    and only the step number advances.
 
-    Metrics are scalars: `loss`, the parts that are trained, the ratio of the first two streams' losses, `grad_norm`
-    (before clipping), `learning_rate` of this update, `skipped` (1 or 0), and the counts of `JointObjective.work`.
-    Beside them is what objectives measure. Every device holds them, but of the losses of tokens, float32
-    [2, rows, length], those of its own rows: few steps' are wanted.
+    Metrics are the scalars `loss`, its parts, the ratio of the first two streams' losses, `grad_norm` (before
+    clipping), `learning_rate` of this update, `skipped` (1 or 0) and the counts of `JointObjective.work`, and the
+    objectives' measurements. They are replicated, except the tokens' losses, float32 [2, rows, length], which few steps
+    need.
     """
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -175,15 +175,15 @@ def make_train_step(
         metrics |= objective.work(batch)
         return TrainState(state.step + 1, trainable, state.frozen, opt_state), metrics
 
-    # The metrics' shardings are as written above; a scalar has but one.
+    # None leaves the metrics' shardings as they are computed; a scalar has only one.
     return jax.jit(train_step, donate_argnums=0, out_shardings=(state_shardings, None))
 
 
 def make_gradient_norm(objective: JointObjective) -> Callable[[Params, Params, Batch], jax.Array]:
-    """Compiles the norm of the weighted objective's gradient by the trainable parameters, given these and the frozen.
+    """Compiles `gradient_norm(trainable, frozen, batch)` of the weighted objective.
 
-    Called with one stream of a batch at a time it tells how much each objective moves the shared weights. It needs one
-    gradient's memory, as the train step does, and the time of that stream's share of a step.
+    Given one stream of a batch, it shows how strongly that objective moves the shared weights, with one gradient's
+    memory and that stream's share of a step's time.
     """
 
     def gradient_norm(trainable: Params, frozen: Params, batch: Batch) -> jax.Array:
@@ -194,7 +194,7 @@ def make_gradient_norm(objective: JointObjective) -> Callable[[Params, Params, B
 
 
 def make_eval_step(objective: JointObjective) -> Callable[[Params, Batch], tuple[Metrics, Metrics]]:
-    """Compiles the losses of a batch as sums over its weights, and those weights' sums, under the same names."""
+    """Compiles the weighted sums of a batch's losses, and the weights' sums, under the same names."""
 
     def eval_step(params: Params, batch: Batch) -> tuple[Metrics, Metrics]:
         losses, _ = objective.losses(params, batch)

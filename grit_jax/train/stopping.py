@@ -1,4 +1,4 @@
-"""Stopping soon: a run hears that it is to stop, and has not queued steps by then that it would have to wait for."""
+"""Stopping soon: a run notices a signal, and has then queued no steps that it would have to wait for."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any
 
-_AHEAD_SECONDS = 1.0  # how long before the end of a step the next one is handed to the devices
-_LOOK_SECONDS = 0.02  # between looks whether the step has ended before its time: devices are idle for that long at most
+_AHEAD_SECONDS = 1.0  # before the end of a step, when the next one is dispatched
+_LOOK_SECONDS = 0.02  # between looks at a step, for which devices may idle where it ends early
 
 
 @contextmanager
@@ -38,12 +38,12 @@ def stop_signals() -> Generator[threading.Event]:
 def wait_for_turn(running: Any, ends: float, stop: threading.Event) -> None:
     """Returns when it is time to queue the next step: shortly before the running one ends, or when it has ended.
 
-    What is queued has to be done, also when the run is told to stop meanwhile.
+    A queued step has to run, even if the run is stopped meanwhile.
 
     Args:
-      running: An array that the running step makes; None when there is no step.
-      ends: When that is expected to end, by `time.monotonic`.
-      stop: Ends the waiting when it is set.
+      running: An array of the running step; None without one.
+      ends: Its expected end, by `time.monotonic`.
+      stop: Ends the waiting when set.
     """
     while running is not None and not running.is_ready():
         left = ends - _AHEAD_SECONDS - time.monotonic()

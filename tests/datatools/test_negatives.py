@@ -125,7 +125,7 @@ def test_a_model_mines_what_it_ranks_high(path):
         (["--range", "9-3"], "--range=9-3 is no range"),
         (["--range", "1-2", "--count", "3"], "holds fewer ranks than --count=3"),
         (["--count", "0"], "--count=0 must be positive"),
-        (["--ceiling", "-1"], "--ceiling=-1.0 is negative"),
+        (["--ceiling", "-1"], "--ceiling=-1.0 must be 0 or more"),
         (["--data.train=x"], "data mine-negatives does not know --data.train=x"),
     ],
 )

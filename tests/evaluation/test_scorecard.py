@@ -11,8 +11,8 @@ from grit_jax.evaluation.scorecard import Scorecard
 from grit_jax.evaluation.suite import load_suite
 from grit_jax.evaluation.task import Session
 from grit_jax.inference.model import GritModel
+from grit_jax.runs.logs import read_lines
 from grit_jax.train.loop import Trainer
-from grit_jax.train.metrics import read_metrics
 from tests.commands import ROOT, train_arguments, write_data
 from tests.evaluation.tasks import write_all, write_suite
 from tests.multiprocess import launch
@@ -91,7 +91,7 @@ def test_a_run_logs_the_scores_of_the_model_that_it_saves_and_keeps_the_best(num
         "--checkpoint.best_metric=scorecard/search", "--checkpoint.best_is=largest",
     )  # fmt: skip
     launch.run(TRAIN, *arguments, num_processes=num_processes, devices_each=4 // num_processes)
-    logged = {line["step"]: line for line in read_metrics(tmp_path / "run/metrics.jsonl") if "scorecard/both" in line}
+    logged = {line["step"]: line for line in read_lines(tmp_path / "run/metrics.jsonl") if "scorecard/both" in line}
     assert list(logged) == [2, 4, 6]
     best = max(logged, key=lambda step: logged[step]["scorecard/search"])
     kept = {int(path.name) for path in (tmp_path / "run/checkpoints").iterdir()}

@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 
 from grit_jax.errors import InputError
-from grit_jax.runs.plot import plot_run, running_mean, series
+from grit_jax.runs.history import running_mean, series
+from grit_jax.runs.plot import plot_run
 from tests.runs.runs import write_lines, write_run
 
 

@@ -9,8 +9,9 @@ import pytest
 
 from grit_jax.cli.main import main
 from grit_jax.errors import InputError
+from grit_jax.runs.history import duration
 from grit_jax.runs.lock import writer_lock
-from grit_jax.runs.status import as_lines, duration, read_status
+from grit_jax.runs.status import as_lines, read_status
 from tests.bucket import BUCKET, emulator
 from tests.commands import ROOT
 from tests.runs.runs import write_run

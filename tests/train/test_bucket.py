@@ -17,7 +17,7 @@ from tests.commands import ROOT, grit_jax, losses, start, train_arguments, write
 pytest.importorskip("gcp_storage_emulator")
 COPY = """
 import json, sys
-from grit_jax.runs.lines import read_lines
+from grit_jax.runs.logs import read_lines
 for line in read_lines(sys.argv[1]):
     print(json.dumps(line))
 """

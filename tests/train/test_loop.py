@@ -19,12 +19,11 @@ from grit_jax.errors import InputError
 from grit_jax.inference.model import GritModel
 from grit_jax.model.transformer import init_params
 from grit_jax.runs.checks import verdict
-from grit_jax.runs.lines import read_lines
 from grit_jax.runs.lock import read_writer, refuse_living, writer_lock
+from grit_jax.runs.logs import read_lines
 from grit_jax.train.callbacks import Callback
 from grit_jax.train.dry_run import dry_run
 from grit_jax.train.loop import Trainer
-from grit_jax.train.metrics import read_metrics
 from tests.commands import ROOT, TINY, environment, grit_jax, losses, start, train_arguments, write_data
 
 
@@ -337,7 +336,7 @@ def test_updates_that_are_not_finite_are_skipped_and_stop_the_run_when_there_are
     assert embedding["lines"] == [record + 1 for record in embedding["records"]]
     expected = trainer.data.samples(0)[0].records
     assert embedding["records"] == expected != trainer.data.samples(1)[0].records
-    assert [line["skipped"] for line in read_metrics(run / "metrics.jsonl")] == [1, 1]
+    assert [line["skipped"] for line in read_lines(run / "metrics.jsonl")] == [1, 1]
     assert read_writer(run) is None, "the folder is free again"
 
 
@@ -381,7 +380,7 @@ def test_goodput_and_metrics_go_on_through_a_restart(data, finished):
     assert lines[-1]["seconds"].keys() >= {"useful", "startup", "compile", "checkpoint", "evaluation"}
     spent = sum(lines[-1]["seconds"].values())
     assert abs(spent - (lines[-1]["time"] - lines[0]["session"])) < 1
-    metrics = read_metrics(finished / "metrics.jsonl")
+    metrics = read_lines(finished / "metrics.jsonl")
     assert 0 < metrics[-1]["goodput"] < 1
     assert metrics[-1]["loss/embedding/embedding"] == metrics[-1]["loss/embedding"]
     # One file holds all conversations, and the loss is the mean over its tokens.
@@ -406,7 +405,7 @@ def test_a_callback_of_the_callers_adds_to_what_is_logged_and_ranks_checkpoints(
     run = tmp_path / "run"
     options = ["--checkpoint.keep=1", "--checkpoint.keep_best=1", "--checkpoint.best_metric=probe/step"]
     assert Trainer(config(data, run, "--train.steps=6", *options), callbacks=[Probe()]).fit()
-    assert [line.get("probe/step") for line in read_metrics(run / "metrics.jsonl")] == [None, 2, None, 4, None, 6]
+    assert [line.get("probe/step") for line in read_lines(run / "metrics.jsonl")] == [None, 2, None, 4, None, 6]
     assert {path.name for path in (run / "checkpoints").iterdir()} == {"2", "6"}, "the smallest, and the newest"
     assert "probed step 4" in capsys.readouterr().out
     assert read_lines(run / "goodput.jsonl")[-1]["seconds"]["evaluation"] > 0

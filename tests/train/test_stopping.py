@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from grit_jax.config import load_config
-from grit_jax.runs.status import last_checkpoint
+from grit_jax.runs.folder import last_checkpoint
 from grit_jax.train import stopping
 from grit_jax.train.loop import Trainer
 from grit_jax.train.stopping import stop_signals, wait_for_turn

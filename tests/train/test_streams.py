@@ -23,10 +23,10 @@ from grit_jax.plan import outline
 from grit_jax.plan.program import planned_config
 from grit_jax.plan.topology import parse_topology
 from grit_jax.plan.work import lengths_at_limits
+from grit_jax.runs.logs import read_lines
 from grit_jax.text import prompts
 from grit_jax.text.tokenizer import Tokenizer
 from grit_jax.train.loop import Trainer
-from grit_jax.train.metrics import read_metrics
 from grit_jax.train.objectives import trained_objectives
 from grit_jax.train.objectives.base import Losses, Objective, Parts
 from tests.commands import ROOT, TINY, write_data
@@ -151,7 +151,7 @@ def trained(settings, weight=1.0):
     assert trainer.fit()
     return [
         {name: value for name, value in line.items() if name.startswith(("loss", "validation", "grad_norm"))}
-        for line in read_metrics(trainer.folder / "metrics.jsonl")
+        for line in read_lines(trainer.folder / "metrics.jsonl")
     ]
 
 
@@ -205,7 +205,7 @@ def test_the_other_streams_keep_their_batches_and_losses(data, tmp_path):
     assert with_it.fingerprint != without.fingerprint
 
     assert Trainer(alone).fit()
-    expected = read_metrics(tmp_path / "two/metrics.jsonl")
+    expected = read_lines(tmp_path / "two/metrics.jsonl")
     found = trained(config(data, tmp_path / "three", "--train.steps=3"), weight=0.0)
     for line, other in zip(found, expected, strict=True):
         assert [line[f"loss/{name}"] for name in ("embedding", "generative")] == [

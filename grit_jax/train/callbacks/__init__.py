@@ -1,10 +1,11 @@
-"""What watches a training run: one file per thing, each of which may be left out."""
+"""What watches a training run, one file per concern; each may be left out."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 from grit_jax.config import Config
+from grit_jax.inference.model import GritModel
 from grit_jax.train.callbacks.bad_batches import BadBatches
 from grit_jax.train.callbacks.base import Callback
 from grit_jax.train.callbacks.details import Details
@@ -14,7 +15,6 @@ from grit_jax.train.callbacks.goodput import Goodput
 from grit_jax.train.callbacks.gradient_norms import GradientNorm, GradientNorms
 from grit_jax.train.callbacks.profile import Profile
 from grit_jax.train.callbacks.saving import Saving
-from grit_jax.train.callbacks.scorecard import Measure, Scorecard
 from grit_jax.train.callbacks.trackers import Trackers
 from grit_jax.train.callbacks.watchdog import Watchdog
 
@@ -26,20 +26,20 @@ def make_callbacks(
     *,
     began: float,
     gradient_norm: GradientNorm,
-    scorecard: Measure | None,
+    scorecard: Callable[[GritModel], Mapping[str, float]] | None,
     own: Iterable[Callback],
 ) -> list[Callback]:
-    """The callbacks of a run, in the order in which they are told what happens; they end in the opposite one.
+    """The callbacks of a run, in the order of their calls; they end in the opposite order.
 
-    First come those that add to a step's numbers, then those that take them: what is added is logged, a step whose
-    numbers stop the run is logged and not saved, and saving, which may take long, ends before what watches over it.
+    First come those that add metrics, then those that read them: what is added is logged, a step whose metrics stop the
+    run is logged and not saved, and saving, which may take long, ends before the watchdog.
 
     Args:
       config: The run's settings.
       began: When the session started, by `time.monotonic`.
       gradient_norm: What `make_gradient_norm` gives.
       scorecard: Measures the model; None for no scorecard.
-      own: Callbacks of the user's, which may add to the numbers.
+      own: The user's callbacks, which may add metrics.
     """
     logging, train = config.logging, config.train
     return [
@@ -47,8 +47,8 @@ def make_callbacks(
         GradientNorms(logging.gradient_ratio_every, gradient_norm),
         Profile(logging.profile),
         Details(logging.details_every),
-        Evaluation(train.eval_every),
-        *([Scorecard(config.scorecard.every, scorecard)] if scorecard else []),
+        Evaluation(train.eval_every, lambda trainer: trainer.evaluate()),
+        *([Evaluation(config.scorecard.every, lambda trainer: scorecard(trainer.model()))] if scorecard else []),
         *own,
         Goodput(began),
         Trackers(logging),

@@ -1,4 +1,4 @@
-"""Steps whose numbers are not good: updates that were skipped, and spikes."""
+"""Bad steps: skipped updates and spikes."""
 
 from __future__ import annotations
 
@@ -10,18 +10,17 @@ import jax
 
 from grit_jax import files
 from grit_jax.runs import folder
-from grit_jax.runs.lines import LineWriter
+from grit_jax.runs.logs import LineWriter, read_lines
 from grit_jax.runs.spikes import WINDOW, Spikes
 from grit_jax.train.callbacks.base import Callback, Run
-from grit_jax.train.metrics import read_metrics
 
 
 class BadBatches(Callback):
-    """Says which steps were bad, and writes their records to bad_batches.jsonl.
+    """Reports bad steps, and writes their records to bad_batches.jsonl.
 
     Args:
-      spike_threshold: Robust z-score from which on a loss is a spike; None for no spikes.
-      max_skipped: Updates in a row that may be skipped; then the run stops.
+      spike_threshold: Robust z-score at which a loss is a spike; None for no spikes.
+      max_skipped: Skipped updates in a row that stop the run.
     """
 
     def __init__(self, spike_threshold: float | None, max_skipped: int):
@@ -29,10 +28,10 @@ class BadBatches(Callback):
 
     @contextmanager
     def running(self, run: Run) -> Generator[None]:
-        """Goes on from what the run has logged so far, in process 0."""
+        """Resumes from the run's logs, in process 0."""
         self._spikes, self._skipped, self._log = Spikes(self._threshold), 0, None
         if jax.process_index() == 0:
-            for line in read_metrics(files.join(run.trainer.folder, folder.METRICS))[-WINDOW:]:
+            for line in read_lines(files.join(run.trainer.folder, folder.METRICS))[-WINDOW:]:
                 self._spikes.find(line)
             path = files.join(run.trainer.folder, folder.BAD_BATCHES)
             self._log = LineWriter(path, keep=lambda line: line["step"] <= run.start)

@@ -1,4 +1,4 @@
-"""A run as its callbacks see it, and what they are told of it."""
+"""A run as its callbacks see it, and the calls they get."""
 
 from __future__ import annotations
 
@@ -16,20 +16,19 @@ from grit_jax.train.step import Metrics
 if TYPE_CHECKING:
     from grit_jax.train.loop import Trainer
 
-# What a run is doing: asking for a batch, handing a step to the devices, or one of the things that they wait for.
+# What a run is doing: waiting for a batch, dispatching a step, or something the devices wait for.
 Phase = Literal["data", "step", "compile", "evaluation", "checkpoint"]
 
 
 class Callback:
-    """Watches a run, or does something besides training. What is not overridden does nothing.
+    """Watches a run, or does something besides training. Methods that are not overridden do nothing.
 
-    In a run of several processes each has callbacks of its own, which are told the same things in the same order; what
-    is `due` must be so in all of them.
+    Each process of a run has its own callbacks, with the same calls in the same order; `due` must agree in all of them.
     """
 
     @contextmanager
     def running(self, run: Run) -> Generator[None]:
-        """Around all steps of a session; what comes after the `yield` is not reached where an error ends the run."""
+        """Around all steps of a session; code after the `yield` is skipped where an error ends the run."""
         yield
 
     def during(self, run: Run, phase: Phase, what: str) -> AbstractContextManager[None]:
@@ -37,37 +36,37 @@ class Callback:
         return nullcontext()
 
     def before_step(self, run: Run, step: int, batch: Batch) -> None:
-        """The next step is about to begin, with parameters as they are."""
+        """Before a step begins, with the parameters it will update."""
 
     def step_started(self, run: Run, step: int, metrics: Metrics) -> None:
-        """A step was handed to the devices, which may work on it for a while: to read its metrics is to wait."""
+        """After a step is dispatched; reading its metrics waits for the devices."""
 
     def due(self, run: Run, step: int) -> bool:
-        """Whether `step_ended` of this step needs the state that it leaves: then no other step begins before."""
+        """Whether `step_ended` of this step needs the state after it, so that the next step has to wait."""
         return False
 
     def step_ended(self, run: Run, step: int, values: dict[str, float]) -> None:
-        """A step has ended with these numbers, to which more may be added; unless it is `due`, the next one runs."""
+        """After a step has ended; may add to its metrics. Unless the step is `due`, the next one runs already."""
 
     def said(self, run: Run, text: str) -> None:
-        """There is a line for whoever watches."""
+        """Takes a line for the user."""
 
 
 class Run:
-    """What callbacks are given.
+    """What callbacks get.
 
     Args:
-      trainer: Whose run it is.
+      trainer: The run's trainer.
       proceed: `JointStop.proceed`.
       confirm: `SoleWriter.confirm`.
 
     Attributes:
       trainer: Its config, folder, data, state and model.
       start: Updates done before this session.
-      step: The newest step that was begun.
+      step: The newest step that began.
       meter: Reads and times the steps.
-      proceed: Whether another piece of work may begin, such as an evaluation; every process asks, and gets one answer.
-      confirm: Raises where another process writes to the run folder; to be called before anything that counts is saved.
+      proceed: Whether more work may begin, such as an evaluation; all processes call it, with the same result.
+      confirm: Raises where another process writes to the run folder; called before saving.
     """
 
     def __init__(self, trainer: Trainer, *, proceed: Callable[[], bool], confirm: Callable[[], None]):
@@ -81,13 +80,13 @@ class Run:
         return step == self.trainer.config.train.steps or (every is not None and step % every == 0)
 
     def say(self, text: str) -> None:
-        """A line for whoever watches."""
+        """Hands callbacks a line for the user."""
         for callback in self.trainer.callbacks:
             callback.said(self, text)
 
     @contextmanager
     def aside(self, phase: Phase, what: str | None = None) -> Generator[None]:
-        """Around what devices wait for: begins when the step in flight has ended, and is no part of a step's time."""
+        """Around work that devices wait for: begins after the step in flight, and counts into no step's time."""
         self.meter.wait()
         with self._during(phase, what or f"{phase} after step {self.step}"):
             yield
@@ -95,7 +94,7 @@ class Run:
 
     @contextmanager
     def watched(self) -> Generator[Run]:
-        """Around the loop. Where no error ends it, callbacks have all numbers before they end, the last one first."""
+        """Around the loop. Unless an error ends it, callbacks get all metrics before they end, in reverse order."""
         with ExitStack() as stack:
             for callback in self.trainer.callbacks:
                 stack.enter_context(callback.running(self))
@@ -110,7 +109,7 @@ class Run:
 
     @contextmanager
     def computing(self, batch: Batch) -> Generator[None]:
-        """Around the call of the compiled step, which compiles when the batch has a new shape."""
+        """Around the call of the step, which compiles when the batch has a new shape."""
         for callback in self.trainer.callbacks:
             callback.before_step(self, self.step + 1, batch)
         self.step += 1
@@ -122,9 +121,9 @@ class Run:
             yield
 
     def started(self, metrics: Metrics) -> None:
-        """Takes the metrics of the step that was begun, and hands out the numbers of the one before.
+        """Takes the metrics of the step in flight, and hands out those of the step before.
 
-        Where a callback needs the state that the step leaves, its own numbers follow at once.
+        Where a callback needs the state after the step, its metrics follow at once.
         """
         for callback in self.trainer.callbacks:
             callback.step_started(self, self.step, metrics)

@@ -1,4 +1,4 @@
-"""What is measured of a step beside its metrics: losses by file, and the embeddings' health."""
+"""Details of a step: losses by file, and the embeddings' health."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from grit_jax.train.step import TOKEN_LOSSES, Metrics
 
 
 class Details(Callback):
-    """Adds the losses of batches that are of one file under its name, and every few steps what takes longer.
+    """Adds the loss of a batch from one file under the file's name, and every few steps what takes longer.
 
-    That is the health of the embeddings, and the loss of each file of streams whose tokens have losses. It is made in
-    process 0 from arrays that all processes gather.
+    That is the health of the embeddings, and each file's loss in streams whose tokens have losses. Process 0 computes
+    them from arrays that all processes gather.
 
     Args:
-      every: Steps between measurements of what takes longer; None for none.
+      every: Steps between the longer measurements; None for none.
     """
 
     def __init__(self, every: int | None):
@@ -35,7 +35,7 @@ class Details(Callback):
         yield
 
     def step_started(self, run: Run, step: int, metrics: Metrics) -> None:
-        """Gathers before another step is started: what is gathered of this one would wait for that one's end."""
+        """Gathers before the next step starts, for whose end gathering would wait otherwise."""
         if self._every and (step % self._every == 0 or step == 1):
             self._gathered[step] = {name: self._whole(value) for name, value in metrics.items() if value.ndim}
 

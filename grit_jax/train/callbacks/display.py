@@ -1,4 +1,4 @@
-"""What is shown of a run."""
+"""What a terminal shows of a run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from grit_jax.train.callbacks.base import Callback, Run
 
 
 class Display(Callback):
-    """A live line on a terminal, a plain line every few steps elsewhere, nothing on other hosts than the first.
+    """A live line on a terminal, a plain line every few steps elsewhere; on the first host alone.
 
     Args:
       every: Steps between plain lines.
@@ -43,7 +43,7 @@ class Display(Callback):
         self._console.print(text)
 
     def step_ended(self, run: Run, step: int, values: dict[str, float]) -> None:
-        """Shows the numbers of a step."""
+        """Shows the metrics of a step."""
         elapsed, steps = time.monotonic() - self._started, run.trainer.config.train.steps
         left = elapsed / max(1, step - run.start) * (steps - step)
         losses = "  ".join(f"{name} {values[f'loss/{name}']:.3f}" for name in run.trainer.streams)

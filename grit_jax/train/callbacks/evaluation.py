@@ -1,21 +1,26 @@
-"""Losses on held-out data."""
+"""What is measured of the model itself: losses on held-out data, a scorecard."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
 
 from grit_jax.train.callbacks.base import Callback, Run
 
+if TYPE_CHECKING:
+    from grit_jax.train.loop import Trainer
+
 
 class Evaluation(Callback):
-    """Adds what `Trainer.evaluate` measures to the numbers of every few steps and of the last one.
+    """Adds a measurement to the metrics of every few steps and of the last one.
 
     Args:
       every: Steps between measurements; None for the last step alone.
+      measure: Measures the model as it is.
     """
 
-    def __init__(self, every: int | None):
-        self._every = every
+    def __init__(self, every: int | None, measure: Callable[[Trainer], Mapping[str, float]]):
+        self._every, self._measure = every, measure
 
     def due(self, run: Run, step: int) -> bool:
         """Whether it is time to measure."""
@@ -25,8 +30,4 @@ class Evaluation(Callback):
         """Measures, unless the run stops."""
         if self.due(run, step) and run.proceed():
             with run.aside("evaluation"):
-                values |= self.measure(run)
-
-    def measure(self, run: Run) -> Mapping[str, float]:
-        """What is measured of the model as it is now."""
-        return run.trainer.evaluate()
+                values |= self._measure(run.trainer)

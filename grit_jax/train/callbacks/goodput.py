@@ -12,14 +12,14 @@ import jax
 from grit_jax import files
 from grit_jax.runs import folder
 from grit_jax.runs.goodput import Clock, goodput_of
-from grit_jax.runs.lines import LineWriter, read_lines
+from grit_jax.runs.logs import LineWriter, read_lines
 from grit_jax.train.callbacks.base import Callback, Phase, Run
 
 _WRITE_SECONDS = 30.0  # between lines of goodput.jsonl
 
 
 class Goodput(Callback):
-    """Counts seconds by cause, writes them to goodput.jsonl, and adds `goodput` to a step's numbers.
+    """Counts seconds by cause, writes them to goodput.jsonl, and adds `goodput` to a step's metrics.
 
     Args:
       began: When the session started, by `time.monotonic`.
@@ -30,7 +30,7 @@ class Goodput(Callback):
 
     @contextmanager
     def running(self, run: Run) -> Generator[None]:
-        """Opens the log in process 0, and writes what there is at its end, whatever ends the run."""
+        """Opens the log in process 0, and completes it whatever ends the run."""
         self._clock, self._starting = Clock(began=self._began, from_step=run.start), True
         self._earlier: list[dict[str, Any]] = []
         self._log: LineWriter | None = None
@@ -49,7 +49,7 @@ class Goodput(Callback):
 
     @contextmanager
     def during(self, run: Run, phase: Phase, what: str) -> Generator[None]:
-        """Counts the time of a phase, which is the phase's own unless steps went on in it."""
+        """Counts the time of a phase, unless steps ran during it."""
         if self._starting:
             self._clock.add("startup", time.monotonic() - self._began)
             self._starting = False

@@ -1,4 +1,4 @@
-"""How much each objective moves the shared weights."""
+"""How strongly each objective moves the shared weights."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ GradientNorm = Callable[[Params, Params, Batch], jax.Array]
 
 
 class GradientNorms(Callback):
-    """Measures the norm of each stream's own gradient before a step that trains both, and the norms' ratio.
+    """Measures each stream's gradient norm before a step that trains both, and the norms' ratio.
 
     Args:
-      every: Steps between measurements; None measures nothing.
-      norm: Of the gradient of a batch by the trainable parameters, given these and the frozen ones.
+      every: Steps between measurements; None for none.
+      norm: `make_gradient_norm`'s function.
     """
 
     def __init__(self, every: int | None, norm: GradientNorm):
@@ -27,7 +27,7 @@ class GradientNorms(Callback):
         self._found: dict[int, dict[str, float]] = {}
 
     def before_step(self, run: Run, step: int, batch: Batch) -> None:
-        """Measures where it is time to."""
+        """Measures every few steps."""
         if not self._every or step % self._every or len(batch) < 2:
             return
         with run.aside("evaluation"):
@@ -38,5 +38,5 @@ class GradientNorms(Callback):
         self._found[step]["grad_norm/ratio"] = first / second if second else math.inf
 
     def step_ended(self, run: Run, step: int, values: dict[str, float]) -> None:
-        """Adds what was measured before the step."""
+        """Adds the measurement before the step."""
         values |= self._found.pop(step, {})

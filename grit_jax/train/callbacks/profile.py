@@ -17,7 +17,7 @@ from grit_jax.train.step import Metrics
 
 
 class Profile(Callback):
-    """Traces the steps of a window into the run folder; in every process, as each sees its own devices.
+    """Traces the steps of a window into the run folder, in every process, for its own devices.
 
     Args:
       window: First and last step; None traces nothing.
@@ -30,7 +30,7 @@ class Profile(Callback):
 
     @contextmanager
     def running(self, run: Run) -> Generator[None]:
-        """Keeps the trace of a run that ends within the window."""
+        """Ends the trace where the run ends within the window."""
         try:
             yield
         finally:
@@ -38,16 +38,16 @@ class Profile(Callback):
                 self._stop(run)
 
     def before_step(self, run: Run, step: int, batch: Batch) -> None:
-        """Starts with the first step of the window, or with the first that a resumed run does within it."""
+        """Starts with the window's first step, or the first of a resumed run within it."""
         if self._window and not self._tracing and self._window[0] <= step <= self._window[1]:
-            # The profiler writes to disks alone.
+            # The profiler writes only to disks.
             if files.is_bucket(run.trainer.folder):
                 self._disk = tempfile.TemporaryDirectory()
-            jax.profiler.start_trace(self._disk.name if self._disk else _place(run))
+            jax.profiler.start_trace(self._disk.name if self._disk else _output(run))
             self._tracing = True
 
     def step_started(self, run: Run, step: int, metrics: Metrics) -> None:
-        """Stops with the last step of the window, when its result is there."""
+        """Stops after the last step of the window."""
         if self._tracing and self._window and step >= self._window[1]:
             jax.block_until_ready(metrics)
             self._stop(run)
@@ -59,10 +59,10 @@ class Profile(Callback):
             root = Path(self._disk.name)
             for file in root.rglob("*"):
                 if file.is_file():
-                    files.write_bytes(files.join(_place(run), str(file.relative_to(root))), file.read_bytes())
+                    files.write_bytes(files.join(_output(run), str(file.relative_to(root))), file.read_bytes())
             self._disk.cleanup()
             self._disk = None
 
 
-def _place(run: Run) -> str:
+def _output(run: Run) -> str:
     return files.join(run.trainer.folder, folder.PROFILE)

@@ -1,4 +1,4 @@
-"""What a run saves: its state to go on from, and parameters to keep."""
+"""What a run saves: its state to resume from, and parameters to keep."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from grit_jax.train.callbacks.base import Callback, Run
 
 
 class Saving(Callback):
-    """The checkpoints that a run writes, one at a time: of two at once, Orbax's processes would take one for the other.
+    """Writes a run's checkpoints, one at a time: Orbax's processes would confuse simultaneous ones.
 
-    Where another process writes to the run folder, a save does not begin, and one that has begun becomes no checkpoint.
+    Where another process writes to the run folder, no save begins, and one that has begun becomes no checkpoint.
 
     Args:
-      config: What is saved when, and kept for how long.
+      config: What to save when, and what to keep.
     """
 
     def __init__(self, config: CheckpointConfig):
@@ -28,7 +28,7 @@ class Saving(Callback):
 
     @contextmanager
     def running(self, run: Run) -> Generator[None]:
-        """Removes what is half written; at the end saves what is not saved yet, and waits until all is on disk."""
+        """Removes half-written checkpoints; at the end saves the last step, and waits until all is on disk."""
         output, config = run.trainer.folder, self._config
         open_folder = partial(Checkpoints, timeout_seconds=config.timeout_seconds, confirm=run.confirm)
         self._states = open_folder(files.join(output, folder.CHECKPOINTS), keep=config)
@@ -44,15 +44,15 @@ class Saving(Callback):
             self._states.close()
             if self._params:
                 self._params.close()
-            # A process that ends while others still save would take their silence for a failure.
+            # A process that ends while others still save would look like a failure to them.
             wait_for_all()
 
     def due(self, run: Run, step: int) -> bool:
-        """Whether the state or the parameters of a step are to be kept."""
+        """Whether to save the state or the parameters of a step."""
         return run.reached(step, self._config.every) or self._keeps_params(step)
 
     def step_ended(self, run: Run, step: int, values: dict[str, float]) -> None:
-        """Starts saving what is to be kept."""
+        """Starts saving."""
         self._values = values
         if self._keeps_params(step):
             self._save_params(run, step)
@@ -71,7 +71,7 @@ class Saving(Callback):
             self._params.save(step, run.trainer.state.params, None, run.trainer.metadata(step))
 
     def _save(self, run: Run, step: int) -> None:
-        """Saves the state, with what it is ranked by where the numbers of the step have it."""
+        """Saves the state, with `best_metric` where the step has it."""
         state, metric = run.trainer.state, self._config.best_metric
         with run.aside("checkpoint"):
             if self._params:

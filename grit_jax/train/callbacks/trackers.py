@@ -1,4 +1,4 @@
-"""Where a run's numbers go: metrics.jsonl and trackers."""
+"""Where a run's metrics go: metrics.jsonl and trackers."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import importlib
 import json
 import os
 import time
-from collections.abc import Generator, Mapping
-from contextlib import contextmanager
-from typing import Any, Protocol
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import jax
 
@@ -16,14 +16,14 @@ from grit_jax import files
 from grit_jax.config import LoggingConfig, dump_config
 from grit_jax.errors import InputError, install
 from grit_jax.runs import folder
-from grit_jax.runs.lines import LineWriter
+from grit_jax.runs.logs import LineWriter
 from grit_jax.train.callbacks.base import Callback, Run
 
-Values = Mapping[str, float]
+Log = Callable[[int, Mapping[str, float]], None]  # takes a step and its metrics
 
 
 class Trackers(Callback):
-    """Hands the numbers of every step to the trackers of a config.
+    """Hands the metrics of every step to the trackers of a config.
 
     Args:
       config: Names them.
@@ -35,145 +35,86 @@ class Trackers(Callback):
     @contextmanager
     def running(self, run: Run) -> Generator[None]:
         """Opens the trackers and closes them."""
-        resolved = dump_config(run.trainer.config)
-        with make_trackers(
-            self._config, run.trainer.folder, resume_step=run.start, resolved=resolved
-        ) as self._trackers:
+        trainer = run.trainer
+        resolved = dump_config(trainer.config)
+        with open_trackers(self._config, trainer.folder, resume_step=run.start, resolved=resolved) as self._logs:
             yield
 
     def step_ended(self, run: Run, step: int, values: dict[str, float]) -> None:
         """Records one step."""
-        for tracker in self._trackers:
-            tracker.log(step, values)
+        for log in self._logs:
+            log(step, values)
 
 
-# Packages of the trackers, by their keys in `logging`; the extra that brings one is called as the key.
-_TRACKERS = {"tensorboard": "tensorboardX", "wandb": "wandb", "trackio": "trackio"}
+# Packages of the trackers, by their keys in `logging`; the extra that installs one is named like the key.
+_PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb", "trackio": "trackio"}
 
 
 def check_trackers(config: LoggingConfig) -> list[str]:
-    """The trackers that a config asks for beside metrics.jsonl, imported first where they will be used: on host 0.
+    """Names of a config's trackers; host 0, which uses them, imports them.
 
     Raises:
       InputError: The package of one is not installed.
     """
-    asked = [name for name in _TRACKERS if getattr(config, name)]
+    names = [name for name in _PACKAGES if getattr(config, name)]
     if jax.process_index() == 0:
-        for name in asked:
-            _imported(name, getattr(config, name))
-    return asked
+        for name in names:
+            _imported(name, config)
+    return names
 
 
-def _imported(name: str, value: str | bool) -> Any:
-    """The package of the tracker `logging.<name>=<value>`."""
+def _imported(name: str, config: LoggingConfig) -> Any:
     try:
-        return importlib.import_module(_TRACKERS[name])
+        return importlib.import_module(_PACKAGES[name])
     except ImportError as error:
-        setting = f"logging.{name}={json.dumps(value)}"
-        raise InputError(f"{setting} needs {_TRACKERS[name]}, which cannot be imported; {install(name)}") from error
-
-
-class Tracker(Protocol):
-    """Takes the metrics of each step."""
-
-    def log(self, step: int, values: Values) -> None:
-        """Records one step."""
-
-    def close(self) -> None:
-        """Flushes what is buffered."""
-
-
-class JsonlTracker:
-    """metrics.jsonl: one object per step, with the `time` it was written, in seconds since 1970.
-
-    On resume, steps after `resume_step` are cut off first.
-    """
-
-    def __init__(self, path: files.PathLike, *, resume_step: int):
-        self._lines = LineWriter(path, keep=lambda line: line["step"] <= resume_step)
-
-    def log(self, step: int, values: Values) -> None:
-        """Records one step."""
-        self._lines.write({"step": step, "time": time.time(), **values})
-
-    def close(self) -> None:
-        """Flushes what is buffered."""
-        self._lines.close()
-
-
-class TensorBoardTracker:
-    """Event files in the run folder."""
-
-    def __init__(self, path: files.PathLike):
-        self._writer = _imported("tensorboard", True).SummaryWriter(str(path))
-
-    def log(self, step: int, values: Values) -> None:
-        """Records one step."""
-        for name, value in values.items():
-            self._writer.add_scalar(name, value, step)
-
-    def close(self) -> None:
-        """Flushes what is buffered."""
-        self._writer.close()
-
-
-class WandbTracker:
-    """A Weights & Biases run, resumed under the run folder's name."""
-
-    def __init__(self, project: str, output: files.PathLike, config: str):
-        name = run_name(output)
-        place = None if files.is_bucket(output) else str(output)  # it writes to disks alone
-        self._run = _imported("wandb", project).init(
-            project=project, name=name, id=name, resume="allow", dir=place, config={"yaml": config}
-        )
-
-    def log(self, step: int, values: Values) -> None:
-        """Records one step."""
-        self._run.log(dict(values), step=step)
-
-    def close(self) -> None:
-        """Flushes what is buffered."""
-        self._run.finish()
-
-
-class TrackioTracker:
-    """A trackio run, resumed under the run folder's name."""
-
-    def __init__(self, project: str, output: files.PathLike, config: str):
-        self._trackio = _imported("trackio", project)
-        self._trackio.init(project=project, name=run_name(output), resume="allow", config={"yaml": config})
-
-    def log(self, step: int, values: Values) -> None:
-        """Records one step."""
-        self._trackio.log(dict(values), step=step)
-
-    def close(self) -> None:
-        """Flushes what is buffered."""
-        self._trackio.finish()
-
-
-def run_name(output: files.PathLike) -> str:
-    """The name that trackers know a run by: its folder's."""
-    return os.path.basename(os.path.normpath(os.fspath(output)))
+        setting = f"logging.{name}={json.dumps(getattr(config, name))}"
+        raise InputError(f"{setting} needs {_PACKAGES[name]}, which cannot be imported; {install(name)}") from error
 
 
 @contextmanager
-def make_trackers(
+def open_trackers(
     config: LoggingConfig, output: files.PathLike, *, resume_step: int, resolved: str
-) -> Generator[list[Tracker]]:
-    """The trackers that a config asks for, metrics.jsonl always among them; closed at the end. Host 0 alone has any."""
-    if jax.process_index() != 0:
-        yield []
-        return
-    trackers: list[Tracker] = [JsonlTracker(files.join(output, folder.METRICS), resume_step=resume_step)]
+) -> Generator[list[Log]]:
+    """Opens metrics.jsonl and the trackers of a config, on host 0 alone, and closes them at the end.
+
+    A line of metrics.jsonl has the `time` of writing, in seconds since 1970. Trackers resume the run by its folder's
+    name.
+
+    Args:
+      config: Names the trackers.
+      output: The run folder.
+      resume_step: Later steps are cut off metrics.jsonl.
+      resolved: The run's config, for trackers.
+    """
+    with ExitStack() as closing:
+        first = jax.process_index() == 0
+        yield list(_opened(config, output, resume_step, resolved, closing)) if first else []
+
+
+def _opened(
+    config: LoggingConfig, output: files.PathLike, resume_step: int, resolved: str, closing: ExitStack
+) -> Iterator[Log]:
+    lines = LineWriter(files.join(output, folder.METRICS), keep=lambda line: line["step"] <= resume_step)
+    closing.callback(lines.close)
+    yield lambda step, values: lines.write({"step": step, "time": time.time(), **values})
     if config.tensorboard:
-        trackers.append(TensorBoardTracker(files.join(output, folder.TENSORBOARD)))
+        events = _imported("tensorboard", config).SummaryWriter(str(files.join(output, folder.TENSORBOARD)))
+        closing.callback(events.close)
+
+        def log_events(step: int, values: Mapping[str, float]) -> None:
+            for name, value in values.items():
+                events.add_scalar(name, value, step)
+
+        yield log_events
+    name = os.path.basename(os.path.normpath(os.fspath(output)))
+    common = {"name": name, "resume": "allow", "config": {"yaml": resolved}}
     if config.wandb:
-        trackers.append(WandbTracker(config.wandb, output, resolved))
+        directory = None if files.is_bucket(output) else str(output)  # it writes to disks alone
+        wandb_run = _imported("wandb", config).init(project=config.wandb, id=name, dir=directory, **common)
+        closing.callback(wandb_run.finish)
+        yield lambda step, values: wandb_run.log(dict(values), step=step)
     if config.trackio:
-        trackers.append(TrackioTracker(config.trackio, output, resolved))
-    try:
-        yield trackers
-    finally:
-        for tracker in trackers:
-            tracker.close()
+        trackio = _imported("trackio", config)
+        trackio.init(project=config.trackio, **common)
+        closing.callback(trackio.finish)
+        yield lambda step, values: trackio.log(dict(values), step=step)

@@ -1,4 +1,4 @@
-"""Ends a run that hangs."""
+"""Ends a hanging run."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _UNTIMED = ("compile", "evaluation")  # may take any time
 
 
 class Watchdog(Callback):
-    """Watches every phase by `watch.watchdog`, from its beginning to that of the next one.
+    """Watches every phase with `runs.watchdog`, from its beginning to that of the next one.
 
     Args:
-      seconds: Longest time of a phase; None watches nothing.
+      seconds: Longest time of a phase; None for no watchdog.
     """
 
     def __init__(self, seconds: float | None):
@@ -32,6 +32,6 @@ class Watchdog(Callback):
             yield
 
     def during(self, run: Run, phase: Phase, what: str) -> AbstractContextManager[None]:
-        """Starts the time anew."""
+        """Restarts the timer."""
         self._watchdog.beat(what)
         return self._watchdog.paused() if phase in _UNTIMED else nullcontext()

@@ -1,4 +1,4 @@
-"""What each stream teaches; `grit_jax.data.streams` has the other side of every one."""
+"""The objectives of the streams, whose data are in `grit_jax.data.streams`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a stream teaches: the device's side of a stream, from the hidden states of its rows to its losses."""
+"""The device's side of a stream, from the hidden states of its rows to its losses."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ Metrics = dict[str, jax.Array]
 
 
 class Inputs(NamedTuple):
-    """What goes through the model of a batch, piece by piece.
+    """The part of a batch that goes through the model, chunk by chunk.
 
     Attributes:
       tokens: int32 [rows, length].
       segment_ids: int32 [rows, length]; 0 is padding.
       positions: int32 [rows, length].
-      beside: Other arrays [rows, ...] that `Objective.kept` takes.
+      extras: Other arrays [rows, ...] for `Objective.kept`.
     """
 
     tokens: jax.Array
     segment_ids: jax.Array
     positions: jax.Array
-    beside: Any = ()
+    extras: Any = ()
 
 
 class Parts(NamedTuple):
-    """What each device makes of its rows.
+    """What each device computes from its rows.
 
     Attributes:
-      split: Tree of its share of arrays that are split over the devices.
+      split: Tree of arrays that stay split over the devices.
       sums: Tree of arrays [1, ...] that are summed over the devices.
     """
 
@@ -45,12 +45,12 @@ class Parts(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Losses:
-    """What a batch costs.
+    """The losses of a batch.
 
     Attributes:
       loss: Scalar.
       of_tokens: float32 [2, rows, length], weighted losses and weights of all tokens; None where tokens have none.
-      metrics: What else is measured.
+      metrics: Further measurements.
     """
 
     loss: jax.Array
@@ -66,9 +66,9 @@ class Objective(abc.ABC):
 
     Attributes:
       stream: The host's side.
-      weight: Of the loss in the sum that is minimised.
-      router_weight: Of the balance loss of experts in its pass.
-      router_metric: What that is called among the metrics.
+      weight: Of the loss in the minimised sum.
+      router_weight: Of the experts' balance loss in its pass.
+      router_metric: Metric of that balance loss.
       causal: Whether a token sees only those before it.
       uses_head: Whether its tokens go through the output head.
       split_axes: Tree of the logical axes of `Parts.split`.
@@ -94,21 +94,21 @@ class Objective(abc.ABC):
         return f"loss/router_{self.name}"
 
     def inputs(self, batch: Any) -> Inputs:
-        """What of the batch goes through the model."""
+        """The part of the batch that goes through the model."""
         return Inputs(batch.tokens, batch.segment_ids, batch.positions)
 
-    def kept(self, model: Transformer, hidden: jax.Array, segment_ids: jax.Array, beside: Any) -> jax.Array:
-        """What stays of the hidden states of a piece's rows: [rows, ...]."""
+    def kept(self, model: Transformer, hidden: jax.Array, segment_ids: jax.Array, extras: Any) -> jax.Array:
+        """What remains of the hidden states of a chunk's rows: [rows, ...]."""
         return hidden
 
     @abc.abstractmethod
     def parts(self, model: Transformer, kept: jax.Array, batch: Any, dtype: jnp.dtype) -> Parts:
-        """What a device makes of its rows.
+        """What a device computes from its rows.
 
         Args:
           model: The model.
-          kept: [rows, ...]; of the rows of this device.
-          batch: Its rows, and the whole fields of the batch that are not per row.
+          kept: [rows, ...]; of this device's rows.
+          batch: Its rows, and the whole of the batch's fields that are not per row.
           dtype: Type of the activations.
         """
 
@@ -118,12 +118,12 @@ class Objective(abc.ABC):
 
     @abc.abstractmethod
     def total_weight(self, batch: Any) -> jax.Array:
-        """Sum of the weights by which the loss is a sum, a scalar."""
+        """Scalar sum of the weights in the loss."""
 
     def problem(self, mesh_shape: dict[str, int]) -> str | None:
-        """Why a mesh whose axes that split the batch have these sizes cannot take its batches; None where it can."""
+        """Why a mesh cannot take its batches, given the sizes of the axes that split them; None where it can."""
         return None
 
     def facts(self, num_shards: int, embed_dim: int) -> dict[str, Any]:
-        """What `plan` says of it on a mesh of so many shards: its figures by name."""
+        """Its figures for `plan` by name, on a mesh with `num_shards` batch shards."""
         return {}

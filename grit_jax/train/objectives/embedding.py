@@ -22,7 +22,7 @@ _TEXTS = ("batch", "activation_embed")
 
 
 class ContrastiveObjective(Objective):
-    """InfoNCE of queries against all passages of the global batch, over vectors that are pooled from each text.
+    """InfoNCE of queries against all passages of the global batch, over pooled vectors.
 
     Args:
       stream: The host's side.
@@ -39,13 +39,13 @@ class ContrastiveObjective(Objective):
         self.causal = self._settings.attention == "causal"
 
     def inputs(self, batch: EmbeddingBatch) -> Inputs:
-        """The rows, and what their tokens weigh in the vectors."""
+        """The rows, and their tokens' weights in the vectors."""
         return Inputs(batch.tokens, batch.segment_ids, batch.positions, batch.pool_weights)
 
-    def kept(self, model: Transformer, hidden: jax.Array, segment_ids: jax.Array, beside: jax.Array) -> jax.Array:
+    def kept(self, model: Transformer, hidden: jax.Array, segment_ids: jax.Array, extras: jax.Array) -> jax.Array:
         """The vectors of the rows' texts: [rows, segments, embed]."""
         segments = max_segments(hidden.shape[1])
-        return vectors_of(model, hidden, segment_ids, beside, num_segments=segments, settings=self._settings)
+        return vectors_of(model, hidden, segment_ids, extras, num_segments=segments, settings=self._settings)
 
     def parts(self, model: Transformer, kept: jax.Array, batch: EmbeddingBatch, dtype: jnp.dtype) -> Parts:
         """This device's share of the queries and of the passages."""
@@ -70,7 +70,7 @@ class ContrastiveObjective(Objective):
         return jnp.sum(batch.query_weights)
 
     def problem(self, mesh_shape: dict[str, int]) -> str | None:
-        """A sentence where not every device gets equally many queries."""
+        """Queries must divide evenly over the devices."""
         shards, queries = math.prod(mesh_shape.values()), self._data.embedding_batch
         if queries % shards == 0:
             return None
@@ -81,7 +81,7 @@ class ContrastiveObjective(Objective):
         )
 
     def facts(self, num_shards: int, embed_dim: int) -> dict[str, Any]:
-        """The form of the negatives."""
+        """How the negatives are computed."""
         queries = self._data.embedding_batch
         width = self._settings.projection_dim or embed_dim
         form = resolve_negatives(self._loss.negatives, queries, queries * self._data.group_size, width, num_shards)
@@ -89,7 +89,7 @@ class ContrastiveObjective(Objective):
 
 
 def _own_texts(vectors: jax.Array, slots: jax.Array) -> jax.Array:
-    """This device's share of the vectors at `slots` of the global batch; `vectors` are those of its own rows."""
+    """This device's share of the vectors at `slots` of the global batch, from the `vectors` of its rows."""
     axes = split_axes("batch")
     local = slots - jax.lax.axis_index(axes) * len(vectors) if axes else slots
     here = (local >= 0) & (local < len(vectors))

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from grit_jax.runs.lines import read_lines
+from grit_jax.runs.logs import read_lines
 from grit_jax.train.callbacks.bad_batches import BadBatches
 from tests.train.callbacks import made_up
 

@@ -1,6 +1,6 @@
 import time
 
-from grit_jax.runs.lines import read_lines
+from grit_jax.runs.logs import read_lines
 from grit_jax.train.callbacks.goodput import Goodput
 from tests.train.callbacks import made_up
 

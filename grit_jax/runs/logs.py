@@ -1,7 +1,7 @@
 """Logs of a run: one JSON object a line, in one file on a disk, in parts in a bucket.
 
-An object store cannot append. There a log `metrics.jsonl` is kept as `metrics-000000.jsonl`, `metrics-000001.jsonl` and
-so on, of which the newest grows by being written again. Readers take both forms alike, also mixed.
+An object store cannot append: there `metrics.jsonl` is `metrics-000000.jsonl`, `metrics-000001.jsonl` and so on, and
+the newest grows by being written again. Readers take both forms, also mixed.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ Line = Mapping[str, Any]
 
 
 class LineWriter:
-    """Appends to a log; in a bucket a thread of its own writes what is new every few seconds.
+    """Appends to a log; in a bucket a thread writes the new lines every few seconds.
 
     Args:
       path: Name of the log, which ends in `.jsonl`.
-      keep: Which of the lines that are there stay; all without it. Those cut short by a crash never do.
+      keep: Whether an earlier line stays; one cut short by a crash never does.
       part_lines: Lines of a part.
       part_seconds: Seconds between writes of the newest part.
     """
@@ -46,7 +46,7 @@ class LineWriter:
         self._writer = _PartWriter(path, part_lines, part_seconds) if files.is_bucket(path) else _FileWriter(Path(path))
 
     def write(self, line: Line) -> None:
-        """Appends a line; numbers that JSON does not have, infinities and NaN, become null."""
+        """Appends a line; infinities and NaN become null."""
         self._writer.write(_encode(line))
 
     def close(self) -> None:
@@ -55,15 +55,12 @@ class LineWriter:
 
 
 def read_lines(path: files.PathLike) -> list[dict[str, Any]]:
-    """The objects of a log, in order; lines cut short by a crash are left out, and so is a log that is not there.
-
-    Keys whose value is null are left out.
-    """
+    """The objects of a log, in order, without null values and lines cut short by a crash; a missing log is empty."""
     return [line for lines in _read_all(path).values() for line in lines]
 
 
 class _FileWriter:
-    """Makes the file with its first line, and leaves every line on the disk."""
+    """Creates the file with its first line, and leaves every line on the disk."""
 
     def __init__(self, path: Path):
         self._path = path
@@ -77,7 +74,7 @@ class _FileWriter:
 
         def append() -> None:
             nonlocal rest
-            while rest:  # what is on the disk when a write fails is not written again
+            while rest:  # a failed write is continued from where the disk has the text
                 rest = rest[file.write(rest) :]
 
         files.retrying(self._path, append)
@@ -88,7 +85,7 @@ class _FileWriter:
 
 
 class _PartWriter:
-    """Writes parts from a thread, so that nobody waits for the network; `close` waits."""
+    """Writes parts in a thread, so that only `close` waits for the network."""
 
     def __init__(self, path: files.PathLike, part_lines: int, part_seconds: float):
         self._path, self._part_lines, self._seconds = path, part_lines, part_seconds
@@ -116,7 +113,7 @@ class _PartWriter:
         last = False
         while not last:
             self._wake.wait(self._seconds)
-            last = self._closed  # looked at before lines are, as some may come while others are written
+            last = self._closed  # read before the lines, as more may come during the write
             try:
                 self._flush()
                 self._error = None
@@ -159,7 +156,7 @@ def _part_number(path: files.PathLike, name: str) -> int | None:
 
 
 def _part_names(path: files.PathLike) -> list[str]:
-    """Names of the parts that are there, by number."""
+    """Names of the existing parts, by number."""
     found = [name for name in files.names(_split(path)[0]) if _part_number(path, name) is not None]
     return sorted(found, key=lambda name: _part_number(path, name) or 0)
 
@@ -186,7 +183,7 @@ def _decode(text: str) -> list[dict[str, Any]]:
 
 
 def _cut(path: files.PathLike, keep: Callable[[Line], bool]) -> None:
-    """Takes away lines; whatever interrupts this, what should stay does."""
+    """Removes lines; an interruption loses none that should stay."""
     for name, lines in _read_all(path).items():
         kept = "".join(_encode(line) for line in lines if keep(line))
         if kept == files.read_text(name):

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from grit_jax.runs.lines import LineWriter, read_lines
+from grit_jax.runs.logs import LineWriter, read_lines
 from tests.bucket import BUCKET, emulator
 from tests.commands import ROOT
 
@@ -49,7 +49,7 @@ PROGRAM = """
 import sys, time
 from etils import epath
 from grit_jax import files
-from grit_jax.runs.lines import LineWriter, read_lines
+from grit_jax.runs.logs import LineWriter, read_lines
 log = sys.argv[1] + "/run/log.jsonl"
 names = lambda: files.names(sys.argv[1] + "/run")
 writer = LineWriter(log, part_lines=2, part_seconds=0.05)

@@ -16,13 +16,13 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from grit_jax import files
-from grit_jax.config.run import Config
+from grit_jax.config.settings import Config
 from grit_jax.errors import InputError
 
 T = TypeVar("T")
 
-_LONGEST_MESSAGE = 500  # characters of what a library says of a value, which it may quote in full
-_LARGEST = (1 << 63) - 1  # that any number may be
+_LONGEST_MESSAGE = 500  # characters of a library's message, which may quote a whole value
+_LARGEST = (1 << 63) - 1  # of any whole number
 
 
 def load_config(path: str | os.PathLike[str], overrides: list[str] | None = None) -> Config:
@@ -62,14 +62,14 @@ def parse_config(text: str, overrides: list[str] | None = None, *, source: str =
     except (jsonargparse.ArgumentError, ValueError, OverflowError) as error:
         blamed = source
         if overrides:
-            parse_config(text, source=source)  # where the file alone is wrong, it says so
+            parse_config(text, source=source)  # blames the file where the file alone is wrong
             blamed = "command line"
         raise InputError(f"{blamed}: {_one_line(error)}") from error
 
 
 @functools.cache
 def _parser(section: type, *, takes_file: bool = False) -> Any:
-    """What reads the settings of a section; to make it takes longer than to read them."""
+    """The parser of a section, which takes longer to build than to use."""
     import jsonargparse
 
     parser = jsonargparse.ArgumentParser(exit_on_error=False, allow_abbrev=False)
@@ -84,7 +84,7 @@ def _one_line(error: Exception | str) -> str:
 
 
 def parse_mapping(text: str, *, source: str) -> dict[str, Any]:
-    """The mapping that a YAML text holds; an empty text holds an empty one.
+    """The mapping in a YAML text, which is empty for an empty text.
 
     Raises:
       InputError: Malformed YAML, or no mapping; the message starts with `source` and the line.
@@ -97,7 +97,7 @@ def parse_mapping(text: str, *, source: str) -> dict[str, Any]:
         mark = getattr(error, "problem_mark", None)
         where = f"{source}:{mark.line + 1}" if mark else source
         raise InputError(f"{where}: not valid YAML: {_one_line(getattr(error, 'problem', error))}") from error
-    except (ValueError, RecursionError) as error:  # of dates that are none, of digits by the thousand, of deep nesting
+    except (ValueError, RecursionError) as error:  # impossible dates, thousands of digits, deep nesting
         raise InputError(f"{source}: not valid YAML: {_one_line(error)}") from error
     if not isinstance(mapping, dict):
         raise InputError(f"{source}: expected a mapping of sections, found {type(mapping).__name__}")
@@ -105,7 +105,7 @@ def parse_mapping(text: str, *, source: str) -> dict[str, Any]:
 
 
 def from_mapping(section: type[T], values: Mapping[str, Any], *, source: str) -> T:
-    """A flat dataclass from its keys and values as YAML gives them.
+    """A flat dataclass from keys and values read from YAML.
 
     Raises:
       InputError: Unknown key (with a suggestion), missing key, or a value of the wrong type.
@@ -158,18 +158,18 @@ def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _check_keys(mapping: dict[str, Any], section: type, source: str, prefix: str = "") -> None:
     for key, value in mapping.items():
-        where, kind = f"{prefix}{key}", _field_type(section, str(key), source, prefix)
-        kinds = typing.get_args(kind) or (kind,)
-        if value is None and type(None) not in kinds:
+        where, annotation = f"{prefix}{key}", _field_type(section, str(key), source, prefix)
+        types = typing.get_args(annotation) or (annotation,)
+        if value is None and type(None) not in types:
             raise InputError(f"{source}: {where} has no value; give it one, or remove the key")
         if isinstance(value, int) and not -_LARGEST <= value <= _LARGEST:
             raise InputError(f"{source}: {where} is a number beyond 64 bits; give a smaller one")
-        is_list = typing.get_origin(kind) is list
-        for inner in filter(dataclasses.is_dataclass, kinds):
+        is_list = typing.get_origin(annotation) is list
+        for inner in filter(dataclasses.is_dataclass, types):
             if not is_list and value is not None:
                 _check_section(value, inner, source, where)
-            for number, entry in enumerate(value if is_list and isinstance(value, list) else ()):
-                _check_section(entry, inner, source, f"{where}[{number}]", may_be_empty=False)
+            for index, entry in enumerate(value if is_list and isinstance(value, list) else ()):
+                _check_section(entry, inner, source, f"{where}[{index}]", may_be_empty=False)
 
 
 def _check_section(values: Any, section: Any, source: str, where: str, *, may_be_empty: bool = True) -> None:
@@ -179,8 +179,7 @@ def _check_section(values: Any, section: Any, source: str, where: str, *, may_be
     _check_keys(values, section, source, f"{where}.")
 
 
-# Keys that configs of earlier runs hold, each with the value that says what every run does now, and why it does; None
-# where no value has changed a number.
+# Keys in configs of earlier runs: the value that means what every run does now, and the reason; None for any value.
 _REMOVED = {
     "model.generative_attention": ("causal", "the generative pass is causal, else a token would see its own target"),
     "data.workers": None,
@@ -188,10 +187,10 @@ _REMOVED = {
 
 
 def _drop_removed(mapping: dict[str, Any], source: str) -> bool:
-    """Takes removed keys out of a mapping, and says whether there were any.
+    """Removes such keys from a mapping; whether there were any.
 
     Raises:
-      InputError: One has another value than it may have.
+      InputError: One has another value.
     """
     found = False
     for key in _REMOVED:
@@ -204,7 +203,7 @@ def _drop_removed(mapping: dict[str, Any], source: str) -> bool:
 
 
 def _is_removed(override: str) -> bool:
-    """Whether an override gives a removed key; raises as `_drop_removed`."""
+    """Whether an override is of a removed key; raises as `_drop_removed`."""
     key, _, value = override.removeprefix("--").partition("=")
     if key in _REMOVED:
         _check_removed(key, value, "command line")
