@@ -35,9 +35,9 @@ def random_texts(rng: np.random.Generator, count: int, *, low: int = 4, high: in
 
 def lay_out(texts: Sequence[np.ndarray], rows: Sequence[Sequence[int]], length: int) -> Layout:
     """Fills rows of `length` tokens, each with the texts whose indices are given for it."""
-    order = np.concatenate(rows)
+    order = np.array([i for members in rows for i in members])  # a row may be empty
     row = np.repeat(np.arange(len(rows)), [len(members) for members in rows])
-    offset = np.concatenate([np.cumsum([0, *(len(texts[i]) for i in members[:-1])]) for members in rows])
+    offset = np.concatenate([np.cumsum([0, *(len(texts[i]) for i in members)])[:-1] for members in rows])
     segment = np.concatenate([np.arange(1, len(members) + 1) for members in rows])
     lengths = np.array([len(texts[i]) for i in order])
     assert np.all(offset + lengths <= length)
