@@ -183,6 +183,7 @@ def test_it_resumes_bit_for_bit(data, whole, tmp_path):
         }
 
 
+@pytest.mark.long
 def test_the_numbers_do_not_depend_on_the_mesh(data, whole, tmp_path):
     plain = trained(config(data, tmp_path / "run", "--train.steps=1", "--mesh.data=1", "--mesh.fsdp=8"))
     assert np.isclose(plain[0]["loss/plain"], whole[0]["loss/plain"], rtol=1e-5)
