@@ -65,13 +65,12 @@ def require_positive(key: str, value: float | None, remedy: str = "") -> None:
     require(key, value, POSITIVE, remedy)
 
 
-def require_fields(section: str, settings: Any, **ranges: Range) -> None:
+def require_fields(section: str, settings: Any) -> None:
     """Checks that the fields of a dataclass are in the ranges of their annotations, and that other floats are finite.
 
     Args:
       section: Begins the keys in messages.
       settings: The dataclass.
-      **ranges: Ranges of fields whose annotations have none.
 
     Raises:
       InputError: A field is not.
@@ -81,6 +80,6 @@ def require_fields(section: str, settings: Any, **ranges: Range) -> None:
         is_union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
         members = typing.get_args(annotation) if is_union else (annotation,)
         annotated = [allowed for member in members for allowed in getattr(member, "__metadata__", ())]
-        allowed = ranges.get(name) or next(iter(annotated), FINITE)
+        allowed = next(iter(annotated), FINITE)
         if allowed is not FINITE or isinstance(value, float):
             require(f"{section}.{name}", value, allowed, "null is allowed too" if types.NoneType in members else "")
