@@ -30,8 +30,9 @@ from grit_jax.quickstart.measuring import (
     retrieval_scores,
     unigram_loss,
 )
-from grit_jax.quickstart.summary import plot_losses, show_summary
+from grit_jax.quickstart.summary import show_summary
 from grit_jax.runs.logs import read_lines
+from grit_jax.runs.plot import plot_losses
 from grit_jax.text.tokenizer import train_bpe
 from grit_jax.train.loop import Trainer
 
@@ -100,7 +101,7 @@ def run_quickstart(
     scores = _scores(trainer, task)
     lines = read_lines(output / "metrics.jsonl")
     trained = retrieval_scores(ranks_of(scores, task.relevant)) | {"loss_per_token": lines[-1][_HELD_OUT_LOSS]}
-    plot_losses(output / "metrics.jsonl", output / "losses.png")
+    plot_losses(output, output / "losses.png")
     model = trainer.model()
     save_folder(output / "hf", open_model(output), jax.device_get(trainer.state.params))
     tokens = sum(line["tokens"] for line in lines)
