@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from grit_jax.config.jsonfile import named
+from grit_jax.data.sources import packed_or_not
 from grit_jax.data.text_files import read_cells, read_objects, sound
 from grit_jax.errors import InputError
 
@@ -90,11 +91,10 @@ def existing(path: Path) -> Path:
     Raises:
       InputError: Neither exists.
     """
-    packed = path.with_name(f"{path.name}.gz")
-    for candidate in (path, packed):
-        if candidate.is_file():
-            return candidate
-    raise InputError(f"{path}: no such file, nor {packed.name}; correct the task's path")
+    file = packed_or_not(path)
+    if not file.is_file():
+        raise InputError(f"{path}: no such file, nor {path.name}.gz; correct the task's path")
+    return file
 
 
 def read_records(path: Path, *columns: str) -> list[Record]:
