@@ -20,7 +20,7 @@ from grit_jax.plan.cost import Cost, estimate
 from grit_jax.plan.topology import Topology, devices
 from grit_jax.plan.work import Lengths, Work, planned_work
 from grit_jax.train.dry_run import state_and_gradient_bytes
-from grit_jax.train.objectives.base import Objective
+from grit_jax.train.objectives.objective import Objective
 from grit_jax.train.resolve import resolve_architecture, resolve_tokenizer
 from grit_jax.train.setup import Setup, set_up
 

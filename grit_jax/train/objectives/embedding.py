@@ -10,13 +10,13 @@ import jax.numpy as jnp
 
 from grit_jax.config import Config
 from grit_jax.data.batch import EmbeddingBatch, max_segments
-from grit_jax.data.streams.base import Stream
+from grit_jax.data.streams.stream import Stream
 from grit_jax.losses.contrastive import contrastive_loss, resolve_negatives
 from grit_jax.model.pooling import vectors_of
 from grit_jax.model.transformer import Transformer
 from grit_jax.parallel.sharding import split_axes
 from grit_jax.train.health import health_parts
-from grit_jax.train.objectives.base import Inputs, Losses, Objective, Parts
+from grit_jax.train.objectives.objective import Inputs, Losses, Objective, Parts
 
 _TEXTS = ("batch", "activation_embed")
 
