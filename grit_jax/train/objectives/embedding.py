@@ -80,12 +80,11 @@ class ContrastiveObjective(Objective):
             f"use a multiple of {shards}"
         )
 
-    def facts(self, num_shards: int, embed_dim: int) -> dict[str, Any]:
-        """How the negatives are computed."""
+    def negatives(self, num_shards: int, embed_dim: int) -> str:
+        """`dense`, `gathered` or `ring`."""
         queries = self._data.embedding_batch
         width = self._settings.projection_dim or embed_dim
-        form = resolve_negatives(self._loss.negatives, queries, queries * self._data.group_size, width, num_shards)
-        return {"negatives": form}
+        return resolve_negatives(self._loss.negatives, queries, queries * self._data.group_size, width, num_shards)
 
 
 def _own_texts(vectors: jax.Array, slots: jax.Array) -> jax.Array:
