@@ -130,7 +130,7 @@ def open_source(
     return source
 
 
-def read_texts(paths: str | list[str]) -> Iterator[str]:
+def vocabulary_texts(paths: str | list[str]) -> Iterator[str]:
     """The texts of data files to train a tokenizer on."""
     for source in map(open_source, find_files(paths)):
         for record in source:

@@ -106,7 +106,7 @@ def triples(source: Path, *, instruction: str, min_score: float | None) -> Rows:
 
     A .tsv or .csv file has them in columns, named by a header or in this order; a JSONL or JSON file in lists, or under
     keys such as query or anchor, positive or pos, negative or negative_1. A text may be an object with title and text.
-    Rows whose label or score says that the second text is no positive are left out; see `labels.require_positive`.
+    Rows whose label or score says that the second text is no positive are left out; see `labels.require_positive_pair`.
 
     Args:
       source: The file.
@@ -191,7 +191,7 @@ def _named(row: Row, instruction: str, min_score: float | None) -> Row:
     named = {str(key).strip().lower(): value for key, value in row.items()}
     if len(named) < len(row):
         raise RecordError("a key twice", f"{_listing(row)}: two of these keys differ in case or spaces alone")
-    labels.require_positive(named, min_score)
+    labels.require_positive_pair(named, min_score)
     found = [next((named[key] for key in keys if key in named), None) for keys in (_QUERY, _POSITIVE)]
     if None in found:
         raise RecordError(

@@ -17,7 +17,7 @@ from grit_jax.data.text_files import read_text
 from grit_jax.errors import InputError
 from grit_jax.evaluation.prompted import PromptedTask, fill
 from grit_jax.evaluation.reading import EvaluationRecord, read_records
-from grit_jax.evaluation.retrieval import read_corpus
+from grit_jax.evaluation.retrieval import texts_by_id
 from grit_jax.evaluation.task import Outcome, Session, Task
 
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
@@ -73,7 +73,7 @@ class ExactMatch(PromptedTask):
         """The filled template of each record."""
         if not self.passages:
             return [fill(self.template, record) for record in records]
-        corpus = read_corpus(Path(self.passages))
+        corpus = texts_by_id(Path(self.passages))
         for record in records:
             if record.get("doc") not in corpus:
                 raise InputError(

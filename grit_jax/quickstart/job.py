@@ -17,7 +17,7 @@ import rich.console
 from grit_jax import files
 from grit_jax.checkpoints.opening import open_model
 from grit_jax.config import load_config
-from grit_jax.data.sources import read_texts
+from grit_jax.data.sources import vocabulary_texts
 from grit_jax.errors import InputError
 from grit_jax.evaluation.bm25 import Bm25
 from grit_jax.hf.model_folder import save_folder
@@ -166,7 +166,7 @@ def _corpus(output: Path, packages: Sequence[str] | None, console: rich.console.
         )
         counts = write_corpus(output / "data", None if packages is None else package_roots(packages))
         console.print("training the tokenizer")
-        tokenizer = train_bpe(read_texts(str(output / "data/train")), _VOCAB_SIZE)
+        tokenizer = train_bpe(vocabulary_texts(str(output / "data/train")), _VOCAB_SIZE)
         (output / "tokenizer").mkdir(exist_ok=True)
         for name, content in tokenizer.files().items():
             (output / "tokenizer" / name).write_text(content)
