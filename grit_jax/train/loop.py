@@ -74,7 +74,7 @@ class Trainer:
       mesh: The device mesh.
       data: The batches.
       streams: Names of the streams that are trained.
-      callbacks: What watches the run, in the order of `make_callbacks`; `fit` leaves out those removed before.
+      callbacks: The run's callbacks, in the order of `make_callbacks`; remove one before `fit` to leave it out.
       state: Parameters and optimizer state; `fit` replaces it with every step.
 
     Raises:

@@ -20,7 +20,7 @@ from grit_jax.train.objectives.base import Losses, Metrics, Objective, Parts
 from grit_jax.train.optimizer import updates_done
 from grit_jax.train.state import TrainState, merged
 
-TOKEN_LOSSES = "tokens/"  # begins the names of `Losses.of_tokens` among a step's metrics
+TOKEN_LOSSES = "tokens/"  # prefix of the names of `Losses.of_tokens` among a step's metrics
 
 _ROWS = ("batch", "length")
 

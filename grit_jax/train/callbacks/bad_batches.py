@@ -45,7 +45,7 @@ class BadBatches(Callback):
         """Judges a step.
 
         Raises:
-          FloatingPointError: It is the last of `max_skipped` in a row that were skipped.
+          FloatingPointError: The update is the last of `max_skipped` in a row to be skipped.
         """
         if not values["skipped"]:
             self._skipped = 0
@@ -55,10 +55,10 @@ class BadBatches(Callback):
                 self._report(run, step, "spike", text, values)
             return
         self._skipped += 1
-        what = f"loss is {values['loss']:g} and the gradient's norm {values['grad_norm']:g}"
+        values_now = f"loss is {values['loss']:g} and the gradient's norm {values['grad_norm']:g}"
         if math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"]):
-            what += ", but the optimizer's update is not finite"
-        self._report(run, step, "not finite", f"{what}; the update is skipped", values)
+            values_now += ", but the optimizer's update is not finite"
+        self._report(run, step, "not finite", f"{values_now}; the update is skipped", values)
         if self._skipped >= self._max_skipped:
             raise FloatingPointError(
                 f"{self._skipped} updates in a row were skipped, up to step {step}, because loss, gradient or update "

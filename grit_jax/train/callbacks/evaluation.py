@@ -1,4 +1,4 @@
-"""What is measured of the model itself: losses on held-out data, a scorecard."""
+"""Measurements of the model itself: losses on held-out data, a scorecard."""
 
 from __future__ import annotations
 

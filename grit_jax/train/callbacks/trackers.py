@@ -46,15 +46,15 @@ class Trackers(Callback):
             log(step, values)
 
 
-# Packages of the trackers, by their keys in `logging`; the extra that installs one is named like the key.
+# The package of each tracker by its key in `logging`, which also names the extra that installs it.
 _PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb", "trackio": "trackio"}
 
 
 def check_trackers(config: LoggingConfig) -> list[str]:
-    """Names of a config's trackers; host 0, which uses them, imports them.
+    """Names of a config's trackers. Host 0, which alone uses them, imports their packages.
 
     Raises:
-      InputError: The package of one is not installed.
+      InputError: A tracker's package is not installed.
     """
     names = [name for name in _PACKAGES if getattr(config, name)]
     if jax.process_index() == 0:

@@ -66,7 +66,7 @@ class ContrastiveObjective(Objective):
         return Losses(loss, metrics=health_parts(query, passage))
 
     def total_weight(self, batch: EmbeddingBatch) -> jax.Array:
-        """The queries' weights."""
+        """Sum of the queries' weights."""
         return jnp.sum(batch.query_weights)
 
     def problem(self, mesh_shape: dict[str, int]) -> str | None:
@@ -81,7 +81,7 @@ class ContrastiveObjective(Objective):
         )
 
     def facts(self, num_shards: int, embed_dim: int) -> dict[str, Any]:
-        """How the negatives are computed."""
+        """Figures of how the negatives are computed."""
         queries = self._data.embedding_batch
         width = self._settings.projection_dim or embed_dim
         form = resolve_negatives(self._loss.negatives, queries, queries * self._data.group_size, width, num_shards)

@@ -47,5 +47,5 @@ class NextTokenObjective(Objective):
         return Losses(sums, jax.lax.stop_gradient(split))
 
     def total_weight(self, batch: GenerativeBatch) -> jax.Array:
-        """The tokens' weights."""
+        """Sum of the tokens' weights."""
         return jnp.sum(batch.loss_weights)
