@@ -16,13 +16,13 @@ _FILL = Range("must be over 0 and at most 1", lambda value: 0 < value <= 1)
 
 
 @command(
-    "compile a config's train step for a TPU topology, without a TPU: does it fit, what will it cost",
+    "compile a config's train step for a TPU topology, without a TPU: does it fit, what does it cost",
     argument("config", metavar="CONFIG", help="YAML file; --section.key=value changes it"),
     argument("--topology", required=True, metavar="NAME", help="such as v5p-128 or v5litepod-256"),
     number("--slices", "N", "slices of that topology", 1, FINITE),
     (
-        number("--fill", "F", "share of their limits that texts have", 1.0, _FILL),
-        argument("--data", metavar="PATH", help="texts have the lengths of this data, a folder in GRIT's format"),
+        number("--fill", "F", "average length of texts as a share of their limits", 1.0, _FILL),
+        argument("--data", metavar="PATH", help="take the lengths of texts from this folder of GRIT data"),
     ),
     JSON,
     (
@@ -40,7 +40,7 @@ _FILL = Range("must be over 0 and at most 1", lambda value: 0 < value <= 1)
 """,
 )
 def run(args: argparse.Namespace) -> int:
-    """Plans a config; 0 when it fits, 3 when it does not."""
+    """Plans a config; 0 if it fits, 3 if it does not."""
     config = load_config(args.config, args.overrides)
 
     from grit_jax.data.streams import trained_streams
