@@ -278,7 +278,7 @@ def _refuse_half_characters(text: str, i: int) -> None:
         text.encode()
     except UnicodeEncodeError as error:
         code = ord(text[error.start])
-        raise InputError(f"text {i}: \\u{code:04x} is half of a surrogate pair and no character; remove it") from error
+        raise InputError(f"text {i}: \\u{code:04x} is half of a surrogate pair, not a character; remove it") from error
 
 
 def _decoded(content: bytes, path: os.PathLike[str]) -> str:

@@ -165,12 +165,12 @@ def test_what_is_left_out_is_said(tmp_path, capsys):
     path.write_text(lines(*rows))
     assert main(["data", "convert", str(path), str(out), "--from", "triples", "--skip-bad"]) == 0
     assert capsys.readouterr().out.splitlines() == [
-        f"{out}: 1 rows",
-        f'left out 1 rows: no score; for example {path}:5: "label" is None; it must be a finite number or a label that '
+        f"{out}: 1 records",
+        f'left out 1 records: no score; for example {path}:5: "label" is None; it must be a finite number or a label that '
         "is known",
-        f"left out 2 rows: labelled neutral; for example {path}:2",
-        f"left out 1 rows: there is no label; for example {path}:4",
+        f"left out 2 records: labelled neutral; for example {path}:2",
+        f"left out 1 records: there is no label; for example {path}:4",
     ]
     path.write_text(lines(*rows[1:4]))
     assert main(["data", "convert", str(path), str(tmp_path / "none.jsonl"), "--from", "triples"]) == 2
-    assert f"there is no row to write; left out 2 rows: labelled neutral, as {path}:1" in capsys.readouterr().err
+    assert f"there is no record to write; left out 2 records: labelled neutral, as {path}:1" in capsys.readouterr().err

@@ -65,7 +65,7 @@ def test_the_fill_is_that_of_the_batches(folder):
 def test_limits_that_leave_nothing_are_explained(folder):
     stats = measure(Config(data=DataConfig(train=[str(folder)], generative_max_length=16)), BYTES)
     assert not stats.fills
-    assert "prompt leaves no room for the answer" in stats.notes[0]
+    assert "prompt leaves no room for a completion" in stats.notes[0]
     assert stats.total("conversation").cut == 12
 
 
