@@ -34,7 +34,7 @@ def fill(template: str, record: Record, more: Mapping[str, str] | None = None) -
 
 
 class Prompts(NamedTuple):
-    """Users' messages.
+    """The prompts of some records: users' messages.
 
     Attributes:
       messages: One for each record.
@@ -53,11 +53,11 @@ class PromptedTask(Task):
       instruction: First paragraph of every prompt; `{key}` is the record's value.
       template: The question; `{key}` is the record's value.
       prefix: How the model's answer begins.
-      limit: Records to draw of each group, by the suite's seed; null for all.
-      group: Key of the records that names their group; null for one group.
-      shots: Examples before each question, the first of `shots_path`, of the record's group where there are groups;
-        null for all of them. A prompt that is too long for the model loses its last examples.
-      shots_path: File with examples, some for every group. A record that is an example is not a question.
+      limit: Records to draw from each group, by the suite's seed; null for all.
+      group: Key that names a record's group; null for a single group.
+      shots: Number of examples before each question: the first ones in `shots_path`, of the record's group if there are
+        groups; null for all. A prompt that is too long for the model loses its last examples.
+      shots_path: File with examples for every group. A record used as an example is not a question.
     """
 
     instruction: str = ""
@@ -70,7 +70,7 @@ class PromptedTask(Task):
 
     def __post_init__(self):
         for key in ("limit", "shots"):
-            require_positive(key, getattr(self, key), "leave it out for all rows")
+            require_positive(key, getattr(self, key), "leave it out for all records")
         if self.shots and not self.shots_path:
             raise InputError(f"shots={self.shots} needs shots_path, a file with examples")
 
@@ -87,7 +87,7 @@ class PromptedTask(Task):
         return [Path(path) for path in (self.path, self.shots_path) if path]
 
     def group_of(self, record: Record) -> str:
-        """The record's group; empty where there is one group."""
+        """The record's group; empty for a single group."""
         return record.get(self.group) if self.group else ""
 
     def selected(self, session: Session) -> list[Record]:
@@ -101,14 +101,14 @@ class PromptedTask(Task):
             examples = {record.where for group in self._example_records().values() for record in group}
             records = [record for record in records if record.where not in examples]
             if not records:
-                raise InputError(f"{self.path}: every row is an example; lower shots")
+                raise InputError(f"{self.path}: every record is an example; lower shots")
         if self.limit is None:
             return records
         groups = [self.group_of(record) for record in records]
         return [records[i] for i in sorted(undersample(groups, self.limit, session.generator()))]
 
     def prompts(self, records: Sequence[Record], session: Session, *, room: int) -> Prompts:
-        """The prompt of each record, with as many few-shot examples as leave `room` tokens for the answer.
+        """The prompt of each record, with as many few-shot examples as leave `room` tokens for the completion.
 
         Raises:
           InputError: `shots_path` has no examples of some group.
@@ -137,7 +137,7 @@ class PromptedTask(Task):
         return Prompts(messages, shots)
 
     def common_scores(self, records: Sequence[Record], prompts: Prompts, hits: np.ndarray) -> dict[str, float]:
-        """Scores that all these tasks report: mean number of few-shot examples, and the mean of the groups' means."""
+        """Scores that all these tasks give: mean number of few-shot examples, and the mean of the groups' means."""
         scores = {"mean_shots": float(np.mean(prompts.shots))} if self.shots_path else {}
         if self.group:
             group = np.unique([self.group_of(record) for record in records], return_inverse=True)[1]
