@@ -1,4 +1,4 @@
-"""Batches of given texts in given rows, made without the data pipeline."""
+"""Batches of given texts in given rows, without the data pipeline."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ class Layout(NamedTuple):
     """Texts in rows.
 
     Attributes:
-      order: int [texts]; indices of the texts, row by row; what follows is in this order.
+      order: int [texts]; indices of the texts, row by row; the other fields are in this order.
       lengths: int [texts]; tokens of each text.
-      packing: Where each text is.
+      packing: Where each text goes.
       rows: The filled rows.
     """
 
@@ -34,7 +34,7 @@ def random_texts(rng: np.random.Generator, count: int, *, low: int = 4, high: in
 
 
 def lay_out(texts: Sequence[np.ndarray], rows: Sequence[Sequence[int]], length: int) -> Layout:
-    """Fills rows of `length` tokens, each with the texts whose indices are given for it."""
+    """Fills rows of `length` tokens; `rows` gives the indices of each row's texts."""
     order = np.concatenate(rows)
     row = np.repeat(np.arange(len(rows)), [len(members) for members in rows])
     offset = np.concatenate([np.cumsum([0, *(len(texts[i]) for i in members[:-1])]) for members in rows])
