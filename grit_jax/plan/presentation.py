@@ -107,7 +107,7 @@ def as_lines(plan: Plan, config: Config) -> Iterator[str]:
 
 
 def advice(plan: Plan, config: Config) -> str:
-    """What dominates the memory of a plan that does not fit, and which setting to change."""
+    """The largest part of the memory of a plan that does not fit, and the setting to change."""
     if plan.state_bytes >= plan.topology.chip.hbm_bytes:
         return (
             f"state and gradients alone need {_gib(plan.state_bytes)} GiB of a device: use more chips, or raise "
