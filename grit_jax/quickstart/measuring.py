@@ -40,7 +40,7 @@ def read_task(folder: Path) -> RetrievalTask:
 
 
 def task_of_records(path: str | Path) -> RetrievalTask:
-    """A task of GRIT data: the queries of its embedding records over the first positives of all of them.
+    """A task from GRIT data: the queries of its embedding records over all their first positives.
 
     Raises:
       InputError: There is no embedding record.
@@ -79,7 +79,7 @@ def model_scores(
     Args:
       model: The model to measure.
       task: Queries and documents.
-      instruction: Of the queries.
+      instruction: Instruction of the queries.
       max_lengths: Most tokens of a query and of a document.
     """
     queries = model.encode(task.queries, instruction=instruction, max_length=max_lengths[0])

@@ -14,7 +14,7 @@ from grit_jax.runs.logs import read_lines
 
 
 def show_summary(report: dict[str, Any]) -> None:
-    """Prints the content of a report.json for people."""
+    """Prints the content of a report.json as a table."""
     console = rich.console.Console(highlight=False)
     console.rule("quickstart")
     corpus = report["corpus"]
@@ -54,7 +54,7 @@ def show_summary(report: dict[str, Any]) -> None:
 
 def plot_losses(metrics: Path, out: Path) -> None:
     """Plots both losses of a metrics.jsonl against the step, as PNG, with a running mean."""
-    from matplotlib.figure import Figure  # pyplot would choose a backend for a notebook that calls this
+    from matplotlib.figure import Figure  # pyplot would choose a backend for a notebook that calls this function
 
     lines = read_lines(metrics)
     figure = Figure(figsize=(9, 3.4), layout="constrained")
