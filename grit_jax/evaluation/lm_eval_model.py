@@ -60,7 +60,7 @@ class LMEvalModel(LM):
         split = []
         encodings = self._model.tokenizer.encode_batch([bos + text for text in texts])
         for (context, _), text, (_, starts) in zip(pairs, texts, encodings, strict=True):
-            start = len(context if prompts.awaits_answer(context) else context.rstrip())
+            start = len(context if prompts.awaits_completion(context) else context.rstrip())
             if len(starts) > most:  # score a character of several tokens whole or not at all
                 start = max(start, int(starts[starts > starts[-most - 1]][0]) - len(bos))
             split.append((text[:start], text[start:]))
