@@ -75,7 +75,7 @@ def test_the_command_prints_a_table_and_draws(folder, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "more.jsonl" in out
     assert "all files" in out
-    assert "are no padding" in out
+    assert "are not padding" in out
     picture = matplotlib.image.imread(tmp_path / "s.png")
     assert picture.shape[1] > 1000
     assert 0.02 < np.mean(picture[..., :3].min(-1) < 0.9) < 0.6  # something is drawn, most is paper
