@@ -164,7 +164,8 @@ def test_what_is_left_out_is_said(tmp_path, capsys):
     assert main(["data", "convert", str(path), str(out), "--from", "triples", "--skip-bad"]) == 0
     assert capsys.readouterr().out.splitlines() == [
         f"{out}: 1 records",
-        f'left out 1 records: no score; for example {path}:5: "label" is None; it must be a finite number or a known label',
+        f'left out 1 records: no score; for example {path}:5: "label" is None; it must be a finite number or a known '
+        "label",
         f"left out 2 records: labelled neutral; for example {path}:2",
         f"left out 1 records: there is no label; for example {path}:4",
     ]
