@@ -42,7 +42,7 @@ def publish(page: Path, tables: Mapping[str, str], *paths: Path) -> None:
         before, found, rest = text.partition(begin)
         _, also_found, after = rest.partition(end)
         if not (found and also_found):
-            raise InputError(f"{page}: has no place for the table {name}; write {begin} and {end} into it")
+            raise InputError(f"{page}: has no marks for the table {name}; write {begin} and {end} into it")
         text = f"{before}{begin}\n\n{table}\n{end}{after}"
     files.write_text(page, text)
     folder = page.with_suffix("")

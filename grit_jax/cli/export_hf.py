@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="(%(default)s)"),
     argument(
         "--prompt", action="append", default=[], metavar="NAME=INSTRUCTION",
-        help="instruction of a named prompt of sentence-transformers, beside query and document; may be repeated",
+        help="instruction of a named prompt of sentence-transformers, besides query and document; may be repeated",
     ),
     flag("--no-verify", "do not compare with PyTorch's numbers"),
     examples="""\

@@ -276,8 +276,8 @@ class CheckpointConfig:
       best_metric: A metric of metrics.jsonl, such as `validation/loss/generative` or `scorecard/both`; a checkpoint
         whose step lacks it is not among the best.
       best_is: Whether the best is the smallest or the largest value.
-      params_every: Steps between checkpoints of the parameters alone, all kept, in `params/` of the run folder; they
-        take a third of the space, open like any other and cannot be resumed from. Null writes none.
+      params_every: Steps between checkpoints of only the parameters, all kept, in `params/` of the run folder; they
+        take a third of the space and open like any other, but a run cannot resume from them. Null writes none.
       timeout_seconds: How long hosts wait for each other to save before the run ends.
     """
 
@@ -299,7 +299,7 @@ class CheckpointConfig:
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """Devices along each mesh axis; one of them may be -1 to take what is left.
+    """Devices along each mesh axis; one of them may be -1 to take the rest.
 
     Attributes:
       data: Replicas of the weights.

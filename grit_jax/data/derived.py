@@ -47,7 +47,7 @@ def refuse_changed(path: epath.Path, before: Version) -> None:
 
 
 def entry(path: epath.Path, version: Version, *more: Any) -> str:
-    """The name of what is derived from a version of a file and from `more`."""
+    """The name of a file derived from a version of a file and from `more`."""
     return f"{_of_version(path, version)}{_digits(more, 8)}"
 
 

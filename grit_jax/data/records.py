@@ -28,7 +28,7 @@ class RecordError(InputError):
         self.fault, self.message, self.where = fault, message, where
 
     def __str__(self) -> str:
-        """File, line and what is wrong there."""
+        """File, line and fault."""
         return f"{self.where}: {self.message}" if self.where else self.message
 
 

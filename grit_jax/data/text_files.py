@@ -119,7 +119,7 @@ def read_text_lines(path: str | os.PathLike[str]) -> Iterator[Entry[str]]:
 
 
 def read_text(path: str | os.PathLike[str]) -> str:
-    """The whole text of a file, its lines ended by line feeds alone.
+    """The whole text of a file, its lines ended only by line feeds.
 
     Raises:
       InputError: It cannot be read.

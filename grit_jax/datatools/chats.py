@@ -77,7 +77,7 @@ def _conversation(row: Row, messages: Messages) -> Row:
     _refuse_weights(row, _ROW_WEIGHTS, "the row")
     for key in _UNSUPPORTED:
         if row.get(key) not in _ABSENT:
-            raise RecordError("no place for its keys", f'"{key}" is given, for which GRIT\'s format has no place')
+            raise RecordError("keys that GRIT cannot hold", f'"{key}" is given, which GRIT\'s format cannot hold')
     system = [("system", row[key]) for key in _SYSTEM if row.get(key) is not None]
     return {"text": _turns([*system, *messages])}
 
@@ -112,7 +112,7 @@ def _parts(row: Row, key: str, keys: str) -> list[Row]:
             _refuse_weights(part, _MESSAGE_WEIGHTS, f"message {number}")
         if any(part.get(key) not in _ABSENT for key in _CALLS):
             raise RecordError(
-                "a call of a tool", f"message {number} calls a tool, for which GRIT's format has no place"
+                "a call of a tool", f"message {number} calls a tool, which GRIT's format cannot hold"
             )
     return parts
 

@@ -146,7 +146,7 @@ def written_examples(path: Path) -> list[str]:
 
 @dataclasses.dataclass(frozen=True)
 class AlpacaEval(Task):
-    """Completions in AlpacaEval's format, for its judge; there is no score.
+    """Completions in AlpacaEval's format, for its judge; gives no score.
 
     `path` is its .json file or a .jsonl file, with `instruction` and optionally `dataset`.
 

@@ -60,7 +60,7 @@ class Family:
     Attributes:
       model_class: Class of transformers that opens the folder.
       tensors: Every parameter, in the order of writing.
-      fixed: Fields that follow from the family alone.
+      fixed: Fields that the family determines.
       keys: Fields and their keys in config.json, besides those that all families share. An absent key has the field's
         value in `defaults`; families without the field refuse the key.
       defaults: Values of absent keys where they differ from those of `TransformerConfig`.

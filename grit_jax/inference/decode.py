@@ -30,7 +30,7 @@ class Sampling(NamedTuple):
     """How the next tokens of some rows are chosen.
 
     Attributes:
-      seeds: uint32 [batch]; a token's draw depends on its row's seed and its position alone.
+      seeds: uint32 [batch]; a token's draw depends only on its row's seed and its position.
       temperature: float32 [batch]; 0 takes the likeliest token.
       top_p: float32 [batch]; probability of the nucleus to draw from.
       logprobs: Whether to compute log p of the tokens.

@@ -179,7 +179,7 @@ def on_devices(function: Callable, *, in_axes: Any, out_axes: Any, over: Sequenc
       over: Mesh axes; the compiler chooses the sharding over the others.
     """
     free, mesh = _free_axes(over), jax.sharding.get_abstract_mesh()
-    # The compiler refuses sums over axes of one device beside axes that it shards itself.
+    # The compiler refuses sums over axes of one device together with axes that it shards itself.
     if not free or (free != _free_axes(MESH_AXES) and all(mesh.shape[name] == 1 for name in free)):
         return function
     in_specs, out_specs = jax.tree.map(functools.partial(_spec_over, free), (in_axes, out_axes), is_leaf=_is_axes)
@@ -195,7 +195,7 @@ def split_axes(axis: str) -> tuple[str, ...]:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def gather(x: jax.Array, axes: tuple[str, ...], dtype: jnp.dtype) -> jax.Array:
-    """Gathers a parameter's dims that are sharded for storage alone, given a device's shard and its logical axes.
+    """Gathers a parameter's dims that are sharded only for storage, given a device's shard and its logical axes.
 
     Shards are sent in `dtype`; the result has the dtype of `x`, in which its gradient is summed over the devices.
     Without such dims the result is `x` itself.
@@ -223,7 +223,7 @@ gather.defvjp(lambda x, axes, dtype: (gather(x, axes, dtype), None), _gather_bac
 def _over_storage_dims(
     function: Callable[[jax.Array, int, tuple[str, ...]], jax.Array], x: jax.Array, axes: Sequence[str]
 ) -> jax.Array:
-    """Applies `function(x, dim, mesh axes)` to every dim that the enclosing `on_devices` shards for storage alone.
+    """Applies `function(x, dim, mesh axes)` to every dim that the enclosing `on_devices` shards only for storage.
 
     It also runs over the remaining mesh axes, over which the compiler would gather `x` first.
     """

@@ -59,7 +59,7 @@ class Cost:
       hbm_bytes: Bytes read and written in HBM.
       collectives: The table of transfers, by opcode, network and whether they overlap.
       unknown_loops: Loops with an unknown number of iterations, counted as one.
-      unknown_kernels: Names of Pallas kernels with unknown FLOPs, counted by their HBM traffic alone.
+      unknown_kernels: Names of Pallas kernels with unknown FLOPs, counted only by their HBM traffic.
     """
 
     total_seconds: float
@@ -222,7 +222,7 @@ class _Estimator:
         self.module, self.topology, self.expert_fill = module, topology, expert_fill
         self._done: dict[str, _Totals] = {}
         # XLA:TPU spreads a collective over fusions: one starts it, one ends it, and those between that contain the same
-        # collective, in a nested loop too, carry it on beside their own work.
+        # collective, in a nested loop too, carry it on during their own work.
         self._spread = {
             _channel(collective)
             for computation in module.computations.values()

@@ -21,7 +21,7 @@ _BITS = {"pred": 8, "bf16": 16, "c64": 64, "c128": 128}
 _ELEMENT = r"pred|bf16|c64|c128|[suf]\d+\w*"
 
 _ARRAY = re.compile(rf"\b({_ELEMENT})\[([\d,]*)\](?:\{{([^{{}}]*)\}})?")
-_END = re.compile(r'^\}(, execution_thread="\w+")?$')  # some computations run beside the main ones
+_END = re.compile(r'^\}(, execution_thread="\w+")?$')  # some computations run alongside the main ones
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{$")
 _INSTRUCTION = re.compile(r"^  (?:ROOT )?%?[\w.\-]+ = ")
 # name = type opcode(operands) attributes; no type holds " word(", and operands nest parentheses once at most.

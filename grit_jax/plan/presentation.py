@@ -90,7 +90,7 @@ def as_lines(plan: Plan, config: Config) -> Iterator[str]:
             f"{cost.kernel_seconds:.2f}, exposed transfers {cost.exposed_seconds:.2f}"
         )
         yield (
-            f"  beside those: HBM {cost.hbm_seconds:.2f} s, ICI {cost.ici_seconds:.2f}, DCN {cost.dcn_seconds:.2f}, "
+            f"  meanwhile: HBM {cost.hbm_seconds:.2f} s, ICI {cost.ici_seconds:.2f}, DCN {cost.dcn_seconds:.2f}, "
             f"host {cost.host_seconds:.2f}"
         )
         for total in cost.collectives:

@@ -74,7 +74,7 @@ def sole_indexer(folder: str | Path) -> Generator[SoleWriter]:
         with sole_writer(folder) as writer:
             yield writer
     except OSError as error:
-        raise InputError(f"{folder}: cannot be written ({error}); what is finished is kept, run it again") from error
+        raise InputError(f"{folder}: cannot be written ({error}); finished parts are kept; run it again") from error
 
 
 def add_documents(

@@ -4,7 +4,7 @@ It is a safetensors file, written and read piece by piece. For n tokens it holds
 
     ends                      int64 [rows]; where each document ends, in tokens
     keys, values              [n, layers, kv_heads, head_dim] in the store's dtype
-    key_scales, value_scales  float32 [n, layers, kv_heads], beside int8
+    key_scales, value_scales  float32 [n, layers, kv_heads], only for int8
 """
 
 from __future__ import annotations

@@ -156,7 +156,7 @@ class Server:
     async def _page(self, request: Request) -> Response:
         name = request.path_params.get("name", "index.html")
         if name not in _PAGE_TYPES:
-            raise HTTPException(404, "there is no such file")
+            raise HTTPException(404, "no such file")
         content = resources.files("grit_jax.serve").joinpath("page", name).read_bytes()
         return Response(content, media_type=_PAGE_TYPES[name], headers=_PAGE_HEADERS)
 

@@ -177,7 +177,7 @@ async def _prepared(service: Service, messages: Sequence[Message], retrieval: Re
     if len(messages) != 1 or messages[0].role != "user":
         raise RequestError(400, "messages: with retrieval the question must stand alone; send one user message")
     query, how = messages[0].turn()["content"], retrieval.model_dump()
-    prompts = await service.embedding_prompts([query], retrieval.instruction)  # refuses what is too long
+    prompts = await service.embedding_prompts([query], retrieval.instruction)  # refuses a query that is too long
     max_length = service.limits.max_length
     found = await service.scheduler.call(lambda: rag.prepare(query, **how, max_length=max_length), caller)
     if retrieval.method != "none":

@@ -183,7 +183,7 @@ def _memory_check(abstract: TrainState, mesh: jax.sharding.Mesh) -> Check:
 
 
 def device_memory(device: jax.Device, num_devices: int) -> int | None:
-    """Bytes that a device may use, for a CPU device its share of the machine's memory; None where unknown."""
+    """Bytes that a device may use, for a CPU device its share of the machine's memory; None if unknown."""
     limit = (device.memory_stats() or {}).get("bytes_limit")
     if limit:
         return limit

@@ -64,7 +64,7 @@ class Trainer:
 
     Args:
       config: The run's settings.
-      scorecard: Measures the model as `config.scorecard` says; None where that names no suite.
+      scorecard: Measures the model as `config.scorecard` says; None if that names no suite.
       callbacks: Added to those of every run.
       streams: Objectives to train, each with its stream; None for those of `train.mode`.
 

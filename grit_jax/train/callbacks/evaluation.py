@@ -15,7 +15,7 @@ class Evaluation(Callback):
     """Adds a measurement to the metrics of every few steps and of the last one.
 
     Args:
-      every: Steps between measurements; None for the last step alone.
+      every: Steps between measurements; None for only the last step.
       measure: Measures the model as it is.
     """
 

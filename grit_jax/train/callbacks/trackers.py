@@ -51,7 +51,7 @@ _PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb", "trackio": "tracki
 
 
 def check_trackers(config: LoggingConfig) -> list[str]:
-    """Names of a config's trackers. Host 0, which alone uses them, imports their packages.
+    """Names of a config's trackers. Host 0, the only one to use them, imports their packages.
 
     Raises:
       InputError: A tracker's package is not installed.
@@ -75,7 +75,7 @@ def _imported(name: str, config: LoggingConfig) -> Any:
 def open_trackers(
     config: LoggingConfig, output: files.PathLike, *, resume_step: int, resolved: str
 ) -> Generator[list[Log]]:
-    """Opens metrics.jsonl and the trackers of a config, on host 0 alone, and closes them at the end.
+    """Opens metrics.jsonl and the trackers of a config, on host 0 only, and closes them at the end.
 
     A line of metrics.jsonl has the `time` of writing, in seconds since 1970. Trackers resume the run by its folder's
     name.
@@ -109,7 +109,7 @@ def _opened(
     name = os.path.basename(os.path.normpath(os.fspath(output)))
     common = {"name": name, "resume": "allow", "config": {"yaml": resolved}}
     if config.wandb:
-        directory = None if files.is_bucket(output) else str(output)  # it writes to disks alone
+        directory = None if files.is_bucket(output) else str(output)  # it only writes to disks
         wandb_run = _imported("wandb", config).init(project=config.wandb, id=name, dir=directory, **common)
         closing.callback(wandb_run.finish)
         yield lambda step, values: wandb_run.log(dict(values), step=step)

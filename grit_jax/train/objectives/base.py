@@ -49,7 +49,7 @@ class Losses:
 
     Attributes:
       loss: Scalar.
-      of_tokens: float32 [2, rows, length], weighted losses and weights of all tokens; None where tokens have none.
+      of_tokens: float32 [2, rows, length], weighted losses and weights of all tokens; None if tokens have none.
       metrics: Further measurements.
     """
 
