@@ -94,7 +94,7 @@ class Checkpoints:
         """Starts saving. Once this returns, the arrays may be overwritten; once `wait` returns, they are on disk.
 
         If the step already has a complete checkpoint, nothing is saved: replacing it would first delete it, and a crash
-          would leave neither. The step may be lower than existing ones.
+        would leave neither. The step may be lower than existing ones.
 
         Args:
           step: Step of this state.

@@ -21,8 +21,7 @@ class RopeScaling:
     Attributes:
       kind: `linear` divides every frequency by `factor`; `llama3` divides the slow ones only, with a ramp between.
       factor: Divisor of the frequencies.
-      low_frequency_factor: `llama3`: divide the frequencies of waves longer than `original_length /
-        low_frequency_factor`.
+      low_frequency_factor: `llama3`: divide frequencies of waves longer than `original_length / low_frequency_factor`.
       high_frequency_factor: `llama3`: keep waves shorter than `original_length / high_frequency_factor`.
       original_length: `llama3`: length that the model was first trained on, in tokens.
     """

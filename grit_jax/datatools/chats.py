@@ -111,9 +111,7 @@ def _parts(row: Row, key: str, keys: str) -> list[Row]:
         if part.get("role", part.get("from")) not in _NO_ANSWER:
             _refuse_weights(part, _MESSAGE_WEIGHTS, f"message {number}")
         if any(part.get(key) not in _ABSENT for key in _CALLS):
-            raise RecordError(
-                "a call of a tool", f"message {number} calls a tool, which GRIT's format cannot hold"
-            )
+            raise RecordError("a call of a tool", f"message {number} calls a tool, which GRIT's format cannot hold")
     return parts
 
 

@@ -54,7 +54,7 @@ def compare(runs: Runs, reference: Runs, score: Callable[[np.ndarray], float] = 
     """Compares two models by the paired percentile bootstrap, which resamples the same examples for both.
 
     It resamples several training runs too, in pairs: runs of one index begin with the same weights. With one run the
-      interval says nothing about others.
+    interval says nothing about others.
 
     Args:
       runs: Contributions to the first model's scores.

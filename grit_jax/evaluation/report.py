@@ -31,7 +31,7 @@ def interval(outcome: Outcome, seed: int) -> tuple[float, float]:
     """The main score's 95 % interval by the percentile bootstrap over examples (Efron, 1979), 1000 draws.
 
     If the score is not a mean, the bias of the draws is subtracted: examples drawn twice agree with themselves, which
-      lifts a v-measure by more than its spread. The interval is clipped to the score's bounds.
+    lifts a v-measure by more than its spread. The interval is clipped to the score's bounds.
     """
     generator, examples = np.random.default_rng(seed), outcome.examples
     draws = [

@@ -17,7 +17,7 @@ class Scorecard:
     """Evaluates a model and averages its scores: for embedding, for generation, and for both.
 
     Every score lies between 0 and 1 or is a correlation, and higher is better: a loss per token becomes the likelihood
-      per token, exp(-loss).
+    per token, exp(-loss).
 
     Args:
       config: Names the suite.

@@ -21,8 +21,8 @@ from grit_jax.parallel.sharding import constrain, gather
 class Linear(nnx.Module):
     """A matrix product over the last dims of the input, with float32 weights, computed in the input's dtype.
 
-    `in_dims` and `out_dims` map each dim's logical axis to its size. Initial weights are normal with variance `scale**2
-    / fan_in`.
+    `in_dims` and `out_dims` map each dim's logical axis to its size. Initial weights are normal with
+    variance `scale**2 / fan_in`.
     """
 
     def __init__(

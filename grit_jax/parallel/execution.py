@@ -81,7 +81,7 @@ def map_chunks(function: Callable[[Any], Any], rows: Any, num_chunks: int) -> An
     """Applies `function` to `num_chunks` chunks of a tree of rows, one after another, and stacks the results.
 
     If there are several chunks, the backward pass recomputes each: memory depends on the chunk, while the gradient is
-      the whole batch's.
+    the whole batch's.
     """
     if num_chunks == 1:
         return jax.tree.map(lambda x: x[None], function(rows))

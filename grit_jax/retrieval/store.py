@@ -43,9 +43,6 @@ class ShardedRows:
 class Store:
     """A finished store, for reading.
 
-    Args:
-      folder: The store's folder.
-
     Attributes:
       folder: The store's folder.
       settings: How its vectors were made.

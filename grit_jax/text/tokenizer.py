@@ -52,7 +52,7 @@ class Tokenizer:
     """A `tokenizers` tokenizer and its special strings.
 
     `encode` adds no special token: prompts hold the BOS and EOS strings, which become tokens of their own. Other tools
-      that read `files` add BOS and `ending`.
+    that read `files` add BOS and `ending`.
 
     Attributes:
       bos: Text of the first token of every sequence; empty if the model has none.

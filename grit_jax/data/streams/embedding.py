@@ -40,11 +40,7 @@ class EmbeddingPlan(NamedTuple):
 
 
 class EmbeddingStream(Stream):
-    """Texts that are pooled into vectors: the query, positives and negatives of each record.
-
-    Args:
-      config: The run's settings.
-    """
+    """Texts that are pooled into vectors: the query, positives and negatives of each record."""
 
     name = "embedding"
     record = EmbeddingRecord

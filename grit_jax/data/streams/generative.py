@@ -32,11 +32,7 @@ class GenerativePlan(NamedTuple):
 
 
 class GenerativeStream(Stream):
-    """Texts whose tokens are predicted from those before them; one in each record.
-
-    Args:
-      config: The run's settings.
-    """
+    """Texts whose tokens are predicted from those before them; one in each record."""
 
     name = "generative"
     record = GenerativeRecord

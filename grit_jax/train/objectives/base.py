@@ -61,9 +61,6 @@ class Losses:
 class Objective(abc.ABC):
     """A loss of one stream. The step runs the layers between `inputs` and `kept`.
 
-    Args:
-      stream: The host's side.
-
     Attributes:
       stream: The host's side.
       weight: Weight of the loss in the minimised sum.

@@ -22,12 +22,7 @@ _TEXTS = ("batch", "activation_embed")
 
 
 class ContrastiveObjective(Objective):
-    """InfoNCE of queries against all passages of the global batch, over pooled vectors.
-
-    Args:
-      stream: The host's side.
-      config: The run's settings.
-    """
+    """InfoNCE of queries against all passages of the global batch, over pooled vectors."""
 
     uses_head = False
     split_axes = (_TEXTS, _TEXTS)

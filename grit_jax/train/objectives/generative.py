@@ -14,12 +14,7 @@ from grit_jax.train.objectives.base import Losses, Objective, Parts
 
 
 class NextTokenObjective(Objective):
-    """The weighted sum of -log p(next token).
-
-    Args:
-      stream: The host's side.
-      config: The run's settings.
-    """
+    """The weighted sum of -log p(next token)."""
 
     router_metric = "loss/router"
     split_axes = ("whole", "batch", "length")
