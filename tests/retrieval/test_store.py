@@ -204,7 +204,7 @@ def test_folders_that_are_no_stores_are_refused(grows, made, model, tmp_path):
         index(tmp_path / "mine", model, corpus)
     with pytest.raises(InputError, match=r"corpus.jsonl: is a file; a store is a folder"):
         index(corpus, model, corpus)
-    with pytest.raises(InputError, match="gs://b/s: a store is read in place and must be on a disk"):
+    with pytest.raises(InputError, match="gs://b/s: a store is read in place, so it must be on a disk"):
         index("gs://b/s", model, corpus)
     with pytest.raises(InputError, match="gs://b/s: a store is read in place"):
         Store("gs://b/s")
@@ -298,7 +298,7 @@ def test_faiss_finds_what_exact_search_finds(made, model, tmp_path):
     [
         (["index", "m", "nowhere.jsonl", "s"], "nowhere.jsonl: no such file or folder"),
         (["index", "m", "c.txt", "s"], "c.txt: not a .jsonl"),
-        (["index", "m", "c.jsonl", "gs://b/s"], "gs://b/s: a store is read in place and must be on a disk"),
+        (["index", "m", "c.jsonl", "gs://b/s"], "gs://b/s: a store is read in place, so it must be on a disk"),
         (["index", "m", "c.jsonl", "s", "--shard-rows", "0"], "--shard-rows=0 must be positive"),
         (["index", "m", "c.jsonl", "s", "--max-length", "0"], "--max-length=0 must be positive"),
         (["index", "m", "c.jsonl", "s", "--data.train=x"], "index does not know --data.train=x"),
