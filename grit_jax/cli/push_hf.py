@@ -26,7 +26,7 @@ def run(args: argparse.Namespace) -> int:
 
     address = push(
         args.folder, args.repository, private=args.private, revision=args.revision, message=args.message,
-        report=lambda line: print(line, file=sys.stderr),
+        tell=lambda line: print(line, file=sys.stderr),
     )  # fmt: skip
     print(address)
     return 0
