@@ -216,8 +216,7 @@ class TrainConfig:
       max_skipped: Number of updates skipped in a row (loss, gradient or update not finite) that stops the run.
       watchdog_seconds: Longest time of a step without compilation and evaluation; beyond it the process dumps the
         stacks of all threads and ends. Null waits forever.
-      preemption_notices: Whether a preemption notice of Google Cloud's metadata server saves and stops the run, as
-        SIGTERM does.
+      preemption_notices: Whether a notice of Google Cloud's metadata server saves and stops the run, as SIGTERM does.
     """
 
     output: str = "run"
@@ -326,8 +325,7 @@ class LoggingConfig:
       wandb: Weights & Biases project; null for none (needs the `wandb` extra).
       trackio: trackio project; null for none (needs the `trackio` extra).
       every: Steps between lines when the output is not a terminal.
-      details_every: Steps between measurements of the embeddings' health and of each generative file's loss; null for
-        none.
+      details_every: Steps between measurements of embedding health and of each generative file's loss; null for none.
       gradient_ratio_every: Steps between measurements of each objective's gradient norm, which cost about one step
         each; null for none.
       spike_threshold: Robust z-score at which a loss counts as a spike; null to detect none.

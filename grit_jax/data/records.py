@@ -86,8 +86,7 @@ class Record(abc.ABC):
     Attributes:
       name: The name of the stream that trains on it.
       keys: The JSON keys that identify it, for messages.
-      numbered_with: Files are numbered in this order first, so a new type of record leaves other files' numbers
-        unchanged.
+      numbered_with: Files are numbered in this order first, so a new type of record changes no other file's number.
     """
 
     name: ClassVar[str]

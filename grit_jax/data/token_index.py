@@ -61,8 +61,7 @@ class TokenIndex:
       span_starts: int64 [texts + 1]; spans of text t are `span_starts[t]:span_starts[t + 1]`.
       spans: int32 [spans, 2]; token ranges that are pooled or scored.
       lines: int64 [records]; line or entry of each record in the file, from 1; None if they are 1, 2, 3, ...
-      tokens: uint8, uint16 or uint32 [tokens]; of all texts in order. This and the next three are None in an index of
-        lengths alone.
+      tokens: uint8, uint16 or uint32 [tokens]; of all texts in order. Without tokens, this and the next three are None.
       token_starts: int64 [texts + 1]; tokens of text t are `token_starts[t]:token_starts[t + 1]`.
       endings: uint8 [texts]; tokens that stay at the end of a text that is cut.
       checksums: uint32 [blocks]; CRC-32 of every 4096 bytes of the tokens.

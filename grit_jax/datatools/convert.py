@@ -114,8 +114,7 @@ def triples(source: Path, *, instruction: str, min_score: float | None) -> Rows:
       min_score: Lowest score of a record to convert.
 
     Raises:
-      InputError: The file cannot be read, half of its header is unknown, or `min_score` is missing or has no scores to
-        apply to.
+      InputError: The file cannot be read, half of its header is unknown, or `min_score` is missing or not applicable.
     """
 
     def convert(row: Any) -> Row:

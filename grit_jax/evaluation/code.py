@@ -121,8 +121,7 @@ def indented(completion: str) -> str:
 def check_of(record: Record, key: str, imports: str = "") -> sandbox.Check:
     """The test of a record's programs.
 
-    The test sees the part of the record before the function, such as imports and helpers, and only the function of a
-    program.
+    The test sees the record's text before the function, such as imports and helpers, and only a program's function.
 
     Args:
       record: A problem.

@@ -38,8 +38,7 @@ class Comparison(NamedTuple):
     def verdict(self, margin: float, *, smaller_is_better: bool = False) -> str:
         """`equivalent`, `better`, `worse` or `undecided`.
 
-        Equivalent if every interval lies within the relative margin, else better or worse if all lie on one side of
-        zero.
+        Equivalent if every interval lies within the relative margin; better or worse if all lie on one side of zero.
         """
         lows, highs = zip(self.interval, self.run_interval or self.interval, strict=True)
         low, high = min(lows), max(highs)
@@ -63,8 +62,7 @@ def compare(runs: Runs, reference: Runs, score: Callable[[np.ndarray], float] = 
       seed: Seed of the draws.
 
     Raises:
-      InputError: The two were not scored on the same examples, or the second scores 0, which rules out a relative
-        difference.
+      InputError: The two were not scored on the same examples, or the second scores 0: no relative difference.
     """
     shapes = {tuple(task.shape for task in run) for run in (*runs, *reference)}
     if len(runs) != len(reference) or len(shapes) != 1:

@@ -183,8 +183,7 @@ def is_right(completion: str, targets: Sequence[str], comparison: Comparison) ->
     """Whether a completion agrees with one of the targets.
 
     `number` compares the last number; `text` the rest of the line after the last "answer is", or the first line without
-    it; `span` the first line, without case, punctuation and articles. A completion that lacks the part to compare is
-    wrong.
+    it; `span` the first line, without case, punctuation and articles. A completion without that part is wrong.
     """
     given = extracted(completion, comparison)
     return given not in (None, "") and any(given == extracted(target, comparison) for target in targets)

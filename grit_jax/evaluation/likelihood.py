@@ -32,8 +32,7 @@ class MultipleChoice(PromptedTask):
     """Accuracy of the choice whose letter is likeliest.
 
     `path` is a .jsonl file with `question`, `choices` and `answer`, a letter or a number from 0; `shots_path` is
-    another. In the template, `{choices}` stands for the lettered choices. Contexts that are too long lose their
-    beginning.
+    another. In the template, `{choices}` stands for the lettered choices. Too long contexts lose their beginning.
     """
 
     template: str = "{question}\n{choices}\nAnswer:"

@@ -40,8 +40,7 @@ class Reranking(EmbeddingTask):
 
     Attributes:
       document_instruction: Instruction of the documents.
-      method: `embedding`; `pointwise`, the order of log p("Yes") - log p("No"); `permutation`, the order that the
-        model writes.
+      method: `embedding`; `pointwise`, the order of log p("Yes") - log p("No"); `permutation`, as the model writes.
       candidates: Documents that the model reorders.
       prompt: Its prompt, with `{query}` and `{passage}`, or `{passages}` for a permutation; null for one in English.
     """

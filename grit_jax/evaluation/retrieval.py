@@ -61,8 +61,7 @@ def read_corpus(path: Path, judged: Container[str] | None = None) -> dict[str, s
 
     Args:
       path: The file.
-      judged: Ids that must be unique; None for all. The second document with any other id gets its line appended to its
-        id.
+      judged: Ids that must be unique; None for all. Other ids that repeat get their line appended.
 
     Raises:
       InputError: The file is missing or malformed, or an id that must be unique is not.

@@ -1,7 +1,6 @@
 """Streams tensors between safetensors files and the mesh, one at a time.
 
-Headers say where each tensor's bytes are, so every process reads only those that its devices need, from a disk or a
-bucket.
+Headers say where each tensor's bytes are, so a process reads only those that its devices need, from a disk or bucket.
 """
 
 from __future__ import annotations

@@ -50,8 +50,7 @@ class Continuation:
       top_p: Probability of the nucleus to draw from; the likeliest token is always in it.
       seed: Seed of the draws; tokens do not depend on the rest of the batch.
       logprobs: Whether to return log p of the tokens.
-      prefix: Keys and values of the tokens before `tokens`, numpy [layers, tokens, kv_heads, head_dim]; None without
-        any.
+      prefix: Keys and values before `tokens`, numpy [layers, tokens, kv_heads, head_dim]; None without any.
 
     Raises:
       InputError: A number is out of its range.

@@ -40,8 +40,7 @@ class AttentionMask:
       query_segments: int32 [batch, length], or None when a row is one text.
       key_segments: int32 [batch, keys], or None.
       causal: Whether later keys are hidden.
-      window: Number of keys that a causal query sees, itself included, or the farthest key of a bidirectional one; None
-        for all.
+      window: Keys that a causal query sees, itself included, or the farthest key of a bidirectional one; None for all.
       packed: Whether rows of consecutive texts attend to themselves: then distances within a text equal distances
         within the row, on which kernels rely.
     """

@@ -125,12 +125,10 @@ class Rag:
           instruction: The query's instruction for its embedding; part of a cached query.
           k: Number of documents.
           positions: Positions of a cached text after another: its `own`, as in the paper, or `corrected`.
-          max_length: Most tokens of the documents' keys and values, which are not loaded beyond it; None for any
-            number.
+          max_length: Most tokens of the documents' keys and values, checked before loading; None for no limit.
 
         Raises:
-          InputError: The query is empty, the store lacks keys and values that the method needs, or the documents are
-            too long.
+          InputError: The query is empty, the store lacks keys and values for the method, or the documents are too long.
         """
         require_positive("k", k)
         parts = prompts.cached_parts(method)

@@ -41,8 +41,7 @@ class Writer:
       host: Name of its machine.
       machine: Identifies machine, boot and container, within which `pid` has a meaning.
       pid: Its process number.
-      process_started: When its process started, in the machine's ticks; distinguishes it from a later process with the
-        same number.
+      process_started: When its process started, in the machine's ticks; a later process may have its number.
       started: When it took the lock, in seconds since 1970.
       beat: When it wrote this, in seconds since 1970.
       count: Heartbeats so far.

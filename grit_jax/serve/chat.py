@@ -106,8 +106,7 @@ class ChatRequest(GenerationRequest):
       top_logprobs: Number of likeliest tokens to return with each.
       retrieval: How to answer the message from documents; null continues the conversation.
 
-    The fields from `metadata` to `parallel_tool_calls` are not used; later ones may only ask for the server's
-    behaviour.
+    Fields from `metadata` to `parallel_tool_calls` are not used; later ones may only ask for the server's behaviour.
     """
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=_MOST_PARTS, fail_fast=True)]

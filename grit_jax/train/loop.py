@@ -142,8 +142,7 @@ class Trainer:
         """Trains up to `train.steps`, saving on the way.
 
         Returns:
-          True when all steps are done, False when a signal or a preemption notice stopped the run after a last
-          checkpoint.
+          True if all steps are done, False if a signal or a preemption notice stopped the run after a last checkpoint.
 
         Raises:
           FloatingPointError: Loss, gradient or update was not finite `train.max_skipped` times in a row.
