@@ -100,7 +100,7 @@ def _described(error: BaseException) -> str:
 
 
 def _is_denied(error: Exception) -> bool:
-    """Whether a bucket's client reports 401 or 403."""
+    """Whether a bucket's client met a 401 or 403."""
     return str(getattr(error, "code", "")) == "401" or (
         isinstance(error, OSError) and str(error).startswith("Forbidden")
     )

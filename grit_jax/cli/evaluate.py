@@ -10,7 +10,7 @@ from grit_jax.errors import InputError
 
 
 @command(
-    "measure a model on the tasks of a suite: search, similarity, classification, answers, programs, likelihood",
+    "measure a model on the tasks of a suite: search, similarity, classification, completions, programs, likelihood",
     MODEL,
     argument("--suite", required=True, metavar="FILE.yaml", help="names the tasks and their data"),
     argument("--data", metavar="DIR", help="folder to which its paths are relative (default: the suite's)"),

@@ -60,16 +60,16 @@ def run(args: argparse.Namespace) -> int:
         found = outline.make_outline(config, topology, lengths)
         print(json.dumps(outline.as_json(found)) if args.json else "\n".join(outline.as_lines(found)))
         return 0 if found.may_fit else _DOES_NOT_FIT
-    report = {}
+    recommended = {}
     if args.search:
         from grit_jax.plan.tuning import tune
 
         found = tune(config, topology, lengths, most=args.compile, say=lambda line: print(line, file=sys.stderr))
-        plan, config, report = found.plan, found.config, {"recommended": found.overrides}
+        plan, config, recommended = found.plan, found.config, {"recommended": found.overrides}
     else:
         plan = make_plan(config, topology, lengths)
     if args.json:
-        print(json.dumps(report | as_json(plan)))
+        print(json.dumps(recommended | as_json(plan)))
     else:
-        print("\n".join([*as_lines(plan, config), *report.get("recommended", [])]))
+        print("\n".join([*as_lines(plan, config), *recommended.get("recommended", [])]))
     return 0 if plan.fits else _DOES_NOT_FIT

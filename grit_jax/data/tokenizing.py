@@ -275,12 +275,12 @@ def _make_in_processes(
 
 def _with_progress(items: Iterable[T], total: int, what: str) -> Iterator[T]:
     """The items; now and then prints progress to stderr."""
-    started = reported = time.monotonic()
+    started = printed = time.monotonic()
     for number, item in enumerate(items, start=1):
         yield item
         now = time.monotonic()
-        if now - reported >= _PROGRESS_SECONDS:
-            reported = now
+        if now - printed >= _PROGRESS_SECONDS:
+            printed = now
             left = (now - started) / number * (total - number)
             print(f"{what}: {number / total:.0%}, {left / 60:.0f} min left", file=sys.stderr, flush=True)
 

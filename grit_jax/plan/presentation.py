@@ -15,7 +15,7 @@ from grit_jax.plan.work import described_rows, rows_by_stream
 def as_json(plan: Plan) -> dict[str, Any]:
     """The plan as one object; bytes are those of one device, times are seconds."""
     cost, chip = plan.cost, plan.topology.chip
-    report = {
+    values = {
         "fits": plan.fits,
         "topology": plan.topology.libtpu_name,
         "slices": plan.topology.num_slices,
@@ -42,9 +42,9 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "compile_seconds": plan.compile_seconds,
     }
     if cost is None:
-        return report
+        return values
     parts = ("compute", "attention", "kernel", "exposed", "hbm", "ici", "dcn", "host")
-    return report | {
+    return values | {
         "seconds": {part: getattr(cost, f"{part}_seconds") for part in parts},
         "collectives": [
             {
