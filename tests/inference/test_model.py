@@ -227,7 +227,7 @@ def test_one_stop_string_is_not_its_characters(model):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"max_new_tokens": -1}, "max_new_tokens=-1 must be 0 or more; there is no number for no limit"),
+        ({"max_new_tokens": -1}, "max_new_tokens=-1 must be 0 or more; it cannot be unlimited"),
         ({"temperature": -0.1}, "temperature=-0.1 must be 0 or more"),
         ({"temperature": float("nan")}, "temperature=nan must be a finite number"),
         ({"top_p": 1.5}, "top_p=1.5 must be from 0 to 1"),
