@@ -164,6 +164,7 @@ def config(data, output, *more):
 PART = ['--train.trainable=["layers.mlp.*"]', "--train.frozen_dtype=bfloat16", "--logging.gradient_ratio_every=1"]
 
 
+@pytest.mark.long
 def test_a_run_that_trains_a_part_resumes_exactly_and_is_a_model_like_any_other(data, tmp_path):
     whole, halves = tmp_path / "whole", tmp_path / "halves"
     trainer = Trainer(config(data, whole, *PART))
