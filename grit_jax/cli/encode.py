@@ -79,9 +79,10 @@ def read_texts(path: Path, *, option: str = "--input") -> list[str]:
 
 
 def _jsonl_text(line: str, where: str) -> str:
-    from grit_jax.data.records import parse_object
+    from grit_jax.data.records import located, parse_object
 
-    text = parse_object(line, where).get("text")
+    with located(where):
+        text = parse_object(line).get("text")
     if not isinstance(text, str):
         raise InputError(f'{where}: no string under "text"; each line must be {{"text": ...}}')
     return text

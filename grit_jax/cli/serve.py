@@ -119,11 +119,12 @@ def _mesh(overrides: list[str]) -> MeshConfig:
 
 
 def _instructions(path: Path) -> dict[str, str]:
-    from grit_jax.data.records import parse_json
+    from grit_jax.data.records import located, parse_json
     from grit_jax.data.text_files import read_text
 
     try:
-        found = parse_json(read_text(path), str(path))
+        with located(str(path)):
+            found = parse_json(read_text(path))
     except InputError as error:
         raise InputError(f"--prompts {error}") from error
     if not isinstance(found, dict) or not all(isinstance(text, str) for text in found.values()):

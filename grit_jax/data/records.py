@@ -217,35 +217,32 @@ RECORD_TYPES: tuple[type[Record], ...] = (EmbeddingRecord, GenerativeRecord)
 
 
 def parse_record(line: str | bytes, where: str, record_types: Sequence[type[Record]] = RECORD_TYPES) -> Record:
-    """Parses and checks one line; keys that its type of record does not use are ignored.
+    """`record_of` the JSON object of a line.
 
     Raises:
       RecordError: It is malformed; the message starts with `where`.
     """
     with located(where):
-        row = require_object(_json(line))
-        for record_type in record_types:
-            if record_type.reads(row):
-                return record_type.parse(row)
-        keys = " or ".join(record_type.keys for record_type in record_types)
-        message = f"keys {_shown(sorted(row))} belong to neither stream; use {keys}"
-        raise RecordError("keys of neither stream", message)
+        return record_of(parse_object(line), record_types)
 
 
-def parse_object(line: str | bytes, where: str = "") -> dict[str, Any]:
-    """The JSON object of one line; see `parse_json`."""
-    with located(where):
-        return require_object(_json(line))
-
-
-def parse_json(line: str | bytes, where: str = "") -> Any:
-    """The JSON value of one line: UTF-8, no key twice, and only text that UTF-8 can hold.
+def record_of(row: dict[str, Any], record_types: Sequence[type[Record]]) -> Record:
+    """The record of a JSON object, checked; keys that its type of record does not use are ignored.
 
     Raises:
-      RecordError: It is something else; the message starts with `where`.
+      RecordError: It is malformed.
     """
-    with located(where):
-        return _json(line)
+    for record_type in record_types:
+        if record_type.reads(row):
+            return record_type.parse(row)
+    keys = " or ".join(record_type.keys for record_type in record_types)
+    message = f"keys {_shown(sorted(row))} belong to neither stream; use {keys}"
+    raise RecordError("keys of neither stream", message)
+
+
+def parse_object(line: str | bytes) -> dict[str, Any]:
+    """The JSON object of one line; see `parse_json`."""
+    return require_object(parse_json(line))
 
 
 def require_object(value: Any) -> dict[str, Any]:
@@ -259,17 +256,12 @@ def require_object(value: Any) -> dict[str, Any]:
     raise RecordError("not an object", f"found a JSON {type(value).__name__}; it must be an object")
 
 
-def text_of(line: bytes, where: str = "") -> str:
+def text_of(line: bytes) -> str:
     """The text of a line, without a byte order mark.
 
     Raises:
       RecordError: It is not UTF-8.
     """
-    with located(where):
-        return _text(line)
-
-
-def _text(line: bytes) -> str:
     try:
         return line.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -277,8 +269,13 @@ def _text(line: bytes) -> str:
         raise RecordError("not UTF-8", message) from error
 
 
-def _json(line: str | bytes) -> Any:
-    text = _text(line) if isinstance(line, bytes) else line
+def parse_json(line: str | bytes) -> Any:
+    """The JSON value of one line: UTF-8, no key twice, and only text that UTF-8 can hold.
+
+    Raises:
+      RecordError: It is something else.
+    """
+    text = text_of(line) if isinstance(line, bytes) else line
     try:
         value = json.loads(text, object_pairs_hook=_unique_keys)
         if "\\u" in text:  # a JSON escape may be half a surrogate pair, which no tokenizer accepts

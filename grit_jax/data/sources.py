@@ -13,7 +13,7 @@ from etils import epath
 
 from grit_jax import files
 from grit_jax.data import derived
-from grit_jax.data.records import RECORD_TYPES, Record, RecordError, parse_record
+from grit_jax.data.records import RECORD_TYPES, Record, RecordError, parse_object, record_of
 from grit_jax.data.text_files import BLANK, BOM, is_blank
 from grit_jax.errors import InputError
 
@@ -213,8 +213,9 @@ class Source(abc.ABC):
 
     def _parsed(self, index: int, line: bytes) -> Record | RecordError:
         try:
-            return parse_record(line, self.where(index), self.record_types)
+            return record_of(parse_object(line), self.record_types)
         except RecordError as error:
+            error.where = self.where(index)
             return error
 
     def first_type(self, skip_bad: bool) -> type[Record]:

@@ -125,7 +125,8 @@ def read_text(path: str | os.PathLike[str]) -> str:
       InputError: It cannot be read.
       RecordError: A line is not UTF-8; the message names it.
     """
-    return "\n".join(text_of(line, f"{path}:{number}") for number, line in read_lines(path))
+    lines = ((f"{path}:{number}", line) for number, line in read_lines(path))
+    return "\n".join(text for _, text in sound(converted(lines, text_of)))
 
 
 def sound(entries: Iterable[Entry[T]]) -> Iterator[tuple[str, T]]:
@@ -174,7 +175,8 @@ def _read_list(path: Path | epath.Path) -> Iterator[Entry[Any]]:
     text, decoder = read_text(path), json.JSONDecoder()
     index = _after_space(text, 0)
     if text[index : index + 1] != "[":
-        kind = type(parse_json(text, str(path))).__name__
+        with located(str(path)):
+            kind = type(parse_json(text)).__name__
         raise InputError(f"{path}: holds one {kind}; a .json file must hold a list")
     number, index = 0, _after_space(text, index + 1)
     try:
