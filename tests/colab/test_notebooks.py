@@ -3,6 +3,7 @@
 import ast
 import base64
 import glob
+import importlib
 import importlib.metadata
 import importlib.util
 import os
@@ -68,6 +69,20 @@ def test_a_notebook_is_its_source_without_outputs(name):
     notebook = read(name)
     assert cells_of(notebook) == cells_of(jupytext.read(FOLDER / f"{name}.py")), "run make notebooks"
     assert [cell for cell in notebook.cells if cell.get("outputs") or cell.get("execution_count")] == []
+
+
+@each_notebook
+def test_what_a_notebook_imports_is_there(name):
+    imports = [
+        (node.module, alias.name)
+        for cell in of_kind(read(name), "code")
+        for node in ast.walk(ast.parse(cell))
+        if isinstance(node, ast.ImportFrom) and node.module.startswith("grit_jax")
+        for alias in node.names
+    ]
+    assert imports
+    missing = [pair for pair in imports if not hasattr(importlib.import_module(pair[0]), pair[1])]
+    assert missing == []
 
 
 @each_notebook
