@@ -19,6 +19,7 @@ import jupytext
 import matplotlib.image
 import nbformat
 import pytest
+from IPython.core.inputtransformer2 import TransformerManager
 from nbclient import NotebookClient
 
 from grit_jax.cli import main as cli
@@ -76,7 +77,7 @@ def test_what_a_notebook_imports_is_there(name):
     imports = [
         (node.module, alias.name)
         for cell in of_kind(read(name), "code")
-        for node in ast.walk(ast.parse(cell))
+        for node in ast.walk(ast.parse(TransformerManager().transform_cell(cell)))
         if isinstance(node, ast.ImportFrom) and node.module.startswith("grit_jax")
         for alias in node.names
     ]
