@@ -4,8 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 INPUTS := pyproject.toml constraints.txt
-# Tests wait for processes of their own a quarter of the time: three at once keep two cores busy.
-TESTS := $(BIN)/python -m pytest -n 3 --dist worksteal
+TESTS := $(BIN)/python -m pytest -n 2 --dist worksteal
 
 .DEFAULT_GOAL := help
 .PHONY: help install install-dev quickstart test test-long lint format types imports docs notebooks constraints clean

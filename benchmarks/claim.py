@@ -62,7 +62,7 @@ from pages import print_tables, publish
 from grit_jax import files
 from grit_jax.config import config_differences, dump_config, load_config, parse_config
 from grit_jax.data.records import EmbeddingRecord, Record
-from grit_jax.data.sources import find_files, open_source, read_texts
+from grit_jax.data.sources import find_files, open_source, vocabulary_texts
 from grit_jax.errors import InputError
 from grit_jax.evaluation.bm25 import Bm25
 from grit_jax.evaluation.evaluate import evaluate
@@ -112,7 +112,7 @@ def prepare(data: Path, output: Path) -> None:
         json.dumps({"text": [row["question"], re.sub(r"<<.*?>>", "", row["solution"])]}).encode() for row in problems
     ]
     _write_lines(output / "data/gsm8k_test.jsonl", solved)
-    tokenizer = train_bpe(read_texts(str(output / "data/train")), _VOCAB_SIZE)
+    tokenizer = train_bpe(vocabulary_texts(str(output / "data/train")), _VOCAB_SIZE)
     for name, content in tokenizer.files().items():
         files.write_text(_made(output / "tokenizer" / name), content)
     files.write_text(done, made_from)

@@ -1,5 +1,7 @@
 """What is wrong with what a user gave."""
 
+from collections.abc import Sequence
+
 
 class InputError(ValueError):
     """Something the user gave is wrong; the message names it and the remedy (exit code 2)."""
@@ -9,9 +11,10 @@ class NotFiniteError(InputError):
     """What a model computes is not finite: its weights are damaged, or too large for the type it computes in."""
 
 
-def listed(problems: list[str]) -> str:
-    """The first problems, and how many more there are."""
-    return "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
+def listed(items: Sequence[str], *, separator: str = "; ", most: int = 8) -> str:
+    """The first `most` items, and how many more there are."""
+    more = [f"and {len(items) - most} more"] if len(items) > most else []
+    return separator.join([*items[:most], *more])
 
 
 def install(extra: str) -> str:

@@ -113,11 +113,13 @@ OUTAGE = """
 import sys
 from grit_jax import files
 from grit_jax.data.sources import open_source
+from grit_jax.runs import logs
 from grit_jax.runs.logs import LineWriter, read_lines
 from grit_jax.runs.lock import WriterLock, read_writer
 root = sys.argv[1]
 files.write_text(root + "/data/a.jsonl", '{"text": "one"}\\n{"text": "two"}\\n')
-log = LineWriter(root + "/run/log.jsonl", part_seconds=0.1)
+logs.PART_SECONDS = 0.1
+log = LineWriter(root + "/run/log.jsonl")
 lock = WriterLock(root + "/run", beat=0.1)
 log.write({"step": 1})
 print("ready", flush=True)

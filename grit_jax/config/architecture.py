@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
-from grit_jax.config.ranges import NOT_NEGATIVE, POSITIVE, require_fields
+from grit_jax.config.ranges import NonNegativeInt, PositiveFloat, PositiveInt, require_fields
 from grit_jax.errors import InputError
 from grit_jax.families import FAMILIES
 
@@ -27,14 +27,13 @@ class RopeScaling:
     """
 
     kind: Literal["linear", "llama3"] = "linear"
-    factor: float = 1.0
-    low_frequency_factor: float = 1.0
-    high_frequency_factor: float = 4.0
-    original_length: int = 8192
+    factor: PositiveFloat = 1.0
+    low_frequency_factor: PositiveFloat = 1.0
+    high_frequency_factor: PositiveFloat = 4.0
+    original_length: PositiveInt = 8192
 
     def __post_init__(self):
-        positive = ("factor", "low_frequency_factor", "high_frequency_factor", "original_length")
-        require_fields("model.architecture.rope_scaling", self, **dict.fromkeys(positive, POSITIVE))
+        require_fields("model.architecture.rope_scaling", self)
         if self.kind == "llama3" and self.low_frequency_factor >= self.high_frequency_factor:
             raise InputError(
                 f"model.architecture.rope_scaling.low_frequency_factor={self.low_frequency_factor} must be less than "
@@ -81,44 +80,36 @@ class TransformerConfig:
     """
 
     family: FamilyName = "llama"
-    vocab_size: int = 0
-    embed_dim: int = 256
-    mlp_dim: int = 768
-    num_layers: int = 4
-    num_heads: int = 4
-    num_kv_heads: int = 2
-    head_dim: int = 0
-    max_length: int = 2048
-    rope_theta: float = 10000.0
+    vocab_size: NonNegativeInt = 0
+    embed_dim: PositiveInt = 256
+    mlp_dim: PositiveInt = 768
+    num_layers: PositiveInt = 4
+    num_heads: PositiveInt = 4
+    num_kv_heads: PositiveInt = 2
+    head_dim: NonNegativeInt = 0
+    max_length: PositiveInt = 2048
+    rope_theta: PositiveFloat = 10000.0
     rope_scaling: RopeScaling | None = None
-    local_rope_theta: float | None = None
-    norm_epsilon: float = 1e-5
+    local_rope_theta: PositiveFloat | None = None
+    norm_epsilon: PositiveFloat = 1e-5
     norm_offset: float = 0.0
     activation: Literal["silu", "gelu_tanh"] = "silu"
     qkv_bias: bool = False
     qk_norm: bool = False
     post_norms: bool = False
     scale_embedding: bool = False
-    attention_scale_dim: int | None = None
-    attention_soft_cap: float | None = None
-    logit_soft_cap: float | None = None
-    sliding_window: int | None = None
+    attention_scale_dim: PositiveInt | None = None
+    attention_soft_cap: PositiveFloat | None = None
+    logit_soft_cap: PositiveFloat | None = None
+    sliding_window: PositiveInt | None = None
     windowed_layers: tuple[bool, ...] = ()
     window_bidirectional: bool = False
     tie_embeddings: bool = True
-    num_experts: int = 0
-    experts_per_token: int = 2
+    num_experts: NonNegativeInt = 0
+    experts_per_token: PositiveInt = 2
 
     def __post_init__(self):
-        positive = (
-            "embed_dim", "mlp_dim", "num_layers", "num_heads", "num_kv_heads", "max_length", "rope_theta",
-            "local_rope_theta", "norm_epsilon", "attention_scale_dim", "attention_soft_cap", "logit_soft_cap",
-            "sliding_window", "experts_per_token",
-        )  # fmt: skip
-        not_negative = ("vocab_size", "head_dim", "num_experts")
-        require_fields(
-            "model.architecture", self, **dict.fromkeys(positive, POSITIVE), **dict.fromkeys(not_negative, NOT_NEGATIVE)
-        )
+        require_fields("model.architecture", self)
         if self.num_heads % self.num_kv_heads:
             raise InputError(
                 f"model.architecture.num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}; "
@@ -184,7 +175,7 @@ class EmbeddingConfig:
     attention: Attention = "bidirectional"
     pooling: Pooling = "mean"
     normalized: bool = True
-    projection_dim: int | None = None
+    projection_dim: PositiveInt | None = None
 
     def __post_init__(self):
-        require_fields("model.embedding", self, projection_dim=POSITIVE)
+        require_fields("model.embedding", self)

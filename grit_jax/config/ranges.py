@@ -6,7 +6,7 @@ import math
 import types
 import typing
 from collections.abc import Callable
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 from grit_jax.errors import InputError
 
@@ -65,22 +65,26 @@ def require_positive(key: str, value: float | None, remedy: str = "") -> None:
     require(key, value, POSITIVE, remedy)
 
 
-def require_fields(section: str, settings: Any, **ranges: Range) -> None:
-    """Checks that the fields of a dataclass are in the ranges of their annotations, and that other floats are finite.
+def require_fields(section: str, settings: Any) -> None:
+    """Checks that the annotations of a dataclass allow its fields' values: their `Literal` or range, and finite floats.
 
     Args:
       section: Begins the keys in messages.
       settings: The dataclass.
-      **ranges: Ranges of fields whose annotations have none.
 
     Raises:
-      InputError: A field is not.
+      InputError: A value is not allowed.
     """
     for name, annotation in typing.get_type_hints(type(settings), include_extras=True).items():
-        value = getattr(settings, name)
+        key, value = f"{section}.{name}", getattr(settings, name)
         is_union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
         members = typing.get_args(annotation) if is_union else (annotation,)
+        choices = [
+            choice for member in members if typing.get_origin(member) is Literal for choice in typing.get_args(member)
+        ]
+        if choices and value not in choices:
+            raise InputError(f"{key}={value!r} is not one of {', '.join(choices)}")
         annotated = [allowed for member in members for allowed in getattr(member, "__metadata__", ())]
-        allowed = ranges.get(name) or next(iter(annotated), FINITE)
+        allowed = next(iter(annotated), FINITE)
         if allowed is not FINITE or isinstance(value, float):
-            require(f"{section}.{name}", value, allowed, "null is allowed too" if types.NoneType in members else "")
+            require(key, value, allowed, "null is allowed too" if types.NoneType in members else "")

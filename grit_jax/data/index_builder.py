@@ -21,7 +21,7 @@ from grit_jax import files
 from grit_jax.data import derived
 from grit_jax.data.records import BadRecords, add_bad
 from grit_jax.data.sources import Source, open_source
-from grit_jax.data.streams.base import Stream
+from grit_jax.data.streams.stream import Stream
 from grit_jax.data.token_index import (
     CHECKED_BYTES,
     STARTS,

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from grit_jax.data.shuffle import shuffled
-from grit_jax.data.streams.base import Samples, Stream
+from grit_jax.data.streams.stream import Samples, Stream
 from grit_jax.data.usable import UsableFile
 
 _ORDER, _FILE, _POOL, _BATCH = range(3, 7)  # names of random streams; those below are the schedule's

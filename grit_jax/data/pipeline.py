@@ -15,7 +15,7 @@ from grit_jax.data.packing import Packing, fill_rows
 from grit_jax.data.schedule import Schedule, StepPlan, validation_steps
 from grit_jax.data.sources import find_files, without_suffix
 from grit_jax.data.streams import readers
-from grit_jax.data.streams.base import PlannedRows, RowPlan, Samples, Stream
+from grit_jax.data.streams.stream import PlannedRows, RowPlan, Samples, Stream
 from grit_jax.data.token_index import IndexedFile, TokenIndex
 from grit_jax.errors import InputError
 from grit_jax.text.tokenizer import Tokenizer

@@ -18,7 +18,7 @@ import numpy as np
 from grit_jax.config import DataConfig, StageConfig, TrainConfig
 from grit_jax.data.order import Order
 from grit_jax.data.packing import choose_buckets, round_up
-from grit_jax.data.streams.base import RowPlan, Samples, Stream
+from grit_jax.data.streams.stream import RowPlan, Samples, Stream
 from grit_jax.data.token_index import IndexedFile
 from grit_jax.data.usable import StreamFiles, UsableFile
 from grit_jax.errors import InputError

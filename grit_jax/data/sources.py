@@ -58,6 +58,12 @@ def find_files(paths: str | list[str]) -> list[epath.Path]:
     return list(found.values())
 
 
+def packed_or_not(path: Path) -> Path:
+    """The file, or the one with .gz where there is only that."""
+    packed = path.with_name(f"{path.name}.gz")
+    return packed if packed.is_file() and not path.exists() else path
+
+
 def files_below(folder: epath.Path, suffixes: tuple[str, ...]) -> Iterator[epath.Path]:
     """The files with these suffixes in a folder and its folders, without hidden and special ones."""
     return _files_below(folder, suffixes, {_resolved(folder)})
@@ -124,7 +130,7 @@ def open_source(
     return source
 
 
-def read_texts(paths: str | list[str]) -> Iterator[str]:
+def vocabulary_texts(paths: str | list[str]) -> Iterator[str]:
     """The texts of data files to train a tokenizer on."""
     for source in map(open_source, find_files(paths)):
         for record in source:

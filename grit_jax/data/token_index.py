@@ -17,7 +17,7 @@ import numpy as np
 from grit_jax import files
 from grit_jax.data.packing import kept_indices, ranges
 from grit_jax.data.records import BadRecords
-from grit_jax.data.streams.base import Stream
+from grit_jax.data.streams.stream import Stream
 
 CHECKED_BYTES = 4096  # of tokens share a checksum: the least that a disk reads
 _META = "meta.json"

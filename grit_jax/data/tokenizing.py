@@ -24,7 +24,7 @@ from grit_jax import files
 from grit_jax.data import derived
 from grit_jax.data.records import BadRecords, Record, RecordError, add_bad
 from grit_jax.data.sources import RECORDS_AT_ONCE, Source, open_source
-from grit_jax.data.streams.base import Stream
+from grit_jax.data.streams.stream import Stream
 from grit_jax.errors import InputError
 from grit_jax.text.prompts import Prompt, TokenizedPrompt, tokenize
 from grit_jax.text.tokenizer import Tokenizer

@@ -9,7 +9,7 @@ import numpy as np
 
 from grit_jax.data.batch import max_segments
 from grit_jax.data.packing import pack
-from grit_jax.data.streams.base import RowPlan, Samples, Stream
+from grit_jax.data.streams.stream import RowPlan, Samples, Stream
 from grit_jax.data.token_index import IndexedFile, num_targets
 from grit_jax.text.prompts import HASH_BITS
 

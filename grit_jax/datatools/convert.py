@@ -13,12 +13,13 @@ from typing import Any
 from grit_jax.config import jsonfile
 from grit_jax.data.qrels import Judgement, find_qrels, read_qrels
 from grit_jax.data.records import RecordError
-from grit_jax.data.sources import find_files, open_source
+from grit_jax.data.sources import find_files, open_source, packed_or_not
 from grit_jax.data.text_files import Entry, Row, converted, read_cells, read_objects, read_values, unpacked_name
 from grit_jax.datatools import labels
 from grit_jax.datatools.chats import alpaca, openai, sharegpt
 from grit_jax.datatools.record_writer import LeftOut
 from grit_jax.errors import InputError
+from grit_jax.retrieval.documents import titled
 
 __all__ = ["alpaca", "beir", "grit", "openai", "sharegpt", "triples"]
 
@@ -105,7 +106,7 @@ def triples(source: Path, *, instruction: str, min_score: float | None) -> Rows:
 
     A .tsv or .csv file has them in columns, named by a header or in this order; a JSONL or JSON file in lists, or under
     keys such as query or anchor, positive or pos, negative or negative_1. A text may be an object with title and text.
-    Rows whose label or score says that the second text is no positive are left out; see `labels.require_positive`.
+    Rows whose label or score says that the second text is no positive are left out; see `labels.require_positive_pair`.
 
     Args:
       source: The file.
@@ -147,8 +148,8 @@ def grit(source: Path) -> Rows:
 
 def _with_ids(path: Path, wanted: Container[str]) -> Iterator[Entry[tuple[str, Row]]]:
     """The objects of a file, or of the one with .gz, that have one of these ids."""
-    rows = read_objects(path if path.exists() else path.with_name(f"{path.name}.gz"))
-    return (entry for entry in converted(rows, _with_id) if isinstance(entry, RecordError) or entry[1][0] in wanted)
+    rows = converted(read_objects(packed_or_not(path)), _with_id)
+    return (entry for entry in rows if isinstance(entry, RecordError) or entry[1][0] in wanted)
 
 
 def _with_id(row: Row) -> tuple[str, Row]:
@@ -190,7 +191,7 @@ def _named(row: Row, instruction: str, min_score: float | None) -> Row:
     named = {str(key).strip().lower(): value for key, value in row.items()}
     if len(named) < len(row):
         raise RecordError("a key twice", f"{_listing(row)}: two of these keys differ in case or spaces alone")
-    labels.require_positive(named, min_score)
+    labels.require_positive_pair(named, min_score)
     found = [next((named[key] for key in keys if key in named), None) for keys in (_QUERY, _POSITIVE)]
     if None in found:
         raise RecordError(
@@ -247,7 +248,7 @@ def _titled(row: Row) -> Any:
     title, text = row.get("title"), row.get("text")
     if title is not None and not isinstance(title, str):
         raise RecordError("no title", f'"title" is {title!r:.60}; it must be a text')
-    return f"{title or ''} {text}".strip() if isinstance(text, str) else text
+    return titled(title, text) if isinstance(text, str) else text
 
 
 def _is_blank(text: Any) -> bool:

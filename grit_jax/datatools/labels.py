@@ -26,7 +26,7 @@ _NLI = ("entailment", "neutral", "contradiction")
 _NOT_LABELLED = "there is no label"
 
 
-def require_positive(row: Row, min_score: float | None) -> None:
+def require_positive_pair(row: Row, min_score: float | None) -> None:
     """Checks that the second text of a row is a positive, as in every row without a label.
 
     Word labels, and the numbers of `is_duplicate`, of `question1` and `question2`, and of `premise` and `hypothesis`,

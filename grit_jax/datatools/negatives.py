@@ -14,6 +14,7 @@ from grit_jax.data.sources import Source
 from grit_jax.data.text_files import Row, read_objects, sound
 from grit_jax.errors import InputError
 from grit_jax.evaluation.bm25 import Bm25
+from grit_jax.retrieval.documents import titled
 
 if TYPE_CHECKING:
     from grit_jax.inference.model import GritModel
@@ -84,7 +85,7 @@ class Passages:
         for where, row in sound(read_objects(corpus)) if corpus else ():
             if not isinstance(row.get("text"), str):
                 raise InputError(f'{where}: no string under "text"')
-            text = EmbeddingText("", f"{row.get('title') or ''} {row['text']}".strip())
+            text = EmbeddingText("", titled(row.get("title"), row["text"]))
             self._digest.update(repr(text).encode())
             self._add(text, text)
         if not self._origins:

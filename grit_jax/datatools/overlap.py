@@ -13,9 +13,10 @@ import numpy as np
 from etils import epath
 
 from grit_jax.data.qrels import find_qrels, read_qrels
-from grit_jax.data.sources import files_below, refuse_twins
+from grit_jax.data.sources import files_below, packed_or_not, refuse_twins
 from grit_jax.data.text_files import read_objects, read_text_lines, sound, unpacked_name
 from grit_jax.errors import InputError
+from grit_jax.retrieval.documents import titled
 
 # Scripts without spaces between words: Thai, Lao, Burmese, Khmer, Kana and Han. Each character counts as a word.
 _UNSPACED = (
@@ -171,7 +172,7 @@ def _folder_texts(folder: Path) -> Iterator[tuple[str, str, bool]]:
     if not found:
         raise InputError(f"--against {folder}: no {', '.join(_SUFFIXES)} file in this folder")
     paths = list(map(Path, found))
-    beir_folders = {path.parent for path in paths if _first(path.parent, "queries.jsonl")}
+    beir_folders = {path.parent for path in paths if unpacked_name(path) == "queries.jsonl"}
     for beir_folder in sorted(beir_folders):
         yield from _beir_texts(beir_folder)
     for path in paths:
@@ -180,13 +181,8 @@ def _folder_texts(folder: Path) -> Iterator[tuple[str, str, bool]]:
             yield from _file_texts(path)
 
 
-def _first(folder: Path, name: str) -> Path | None:
-    return next((path for path in (folder / name, folder / f"{name}.gz") if path.exists()), None)
-
-
 def _beir_texts(folder: Path) -> Iterator[tuple[str, str, bool]]:
-    queries, corpus = (_first(folder, name) for name in ("queries.jsonl", "corpus.jsonl"))
-    assert queries
+    queries, corpus = (packed_or_not(folder / name) for name in ("queries.jsonl", "corpus.jsonl"))
     qrels = find_qrels(folder, "test")
     judged = {judgement.query for _, judgement in sound(read_qrels(qrels))} if qrels else None
     found = False
@@ -198,8 +194,8 @@ def _beir_texts(folder: Path) -> Iterator[tuple[str, str, bool]]:
                 yield where, text, True
     if judged is not None and not found:
         raise InputError(f"--against {qrels}: judges no query of {queries}; correct its ids, or remove it")
-    for where, row in sound(read_objects(corpus)) if corpus else ():
-        text = " ".join(str(row.get(key) or "") for key in ("title", "text")).strip()
+    for where, row in sound(read_objects(corpus)) if corpus.exists() else ():
+        text = titled(row.get("title"), row.get("text") or "")
         if words_of(text):
             yield where, text, False
 

@@ -12,7 +12,7 @@ from grit_jax.config import Config
 from grit_jax.data.records import Record, RecordError
 from grit_jax.data.sources import find_files, open_source
 from grit_jax.data.streams import all_streams
-from grit_jax.data.streams.base import Stream
+from grit_jax.data.streams.stream import Stream
 from grit_jax.errors import InputError
 from grit_jax.text.prompts import tokenize
 from grit_jax.text.tokenizer import Tokenizer

@@ -14,7 +14,7 @@ from grit_jax.data.index_builder import build_indexes
 from grit_jax.data.schedule import Schedule
 from grit_jax.data.sources import find_files
 from grit_jax.data.streams import all_streams
-from grit_jax.data.streams.base import Stream
+from grit_jax.data.streams.stream import Stream
 from grit_jax.data.token_index import IndexedFile, num_targets
 from grit_jax.errors import InputError
 from grit_jax.text.tokenizer import Tokenizer

@@ -14,7 +14,7 @@ from etils import epath
 from grit_jax.data.records import BadRecords, Record, RecordError, add_bad
 from grit_jax.data.sources import RECORDS_AT_ONCE, Source, open_source
 from grit_jax.data.streams import STREAMS
-from grit_jax.data.streams.base import Stream
+from grit_jax.data.streams.stream import Stream
 from grit_jax.datatools.overlap import EvaluationTexts, Match
 from grit_jax.errors import InputError
 

@@ -283,7 +283,7 @@ def _contrastive() -> Iterator[_Measurement]:
 
 def _loss_and_gradient(form: Negatives, mesh: Mesh | None) -> Any:
     num_queries = _multiple(16)
-    query, passage = _unit_vectors(num_queries, 32, group=2)
+    query, passage = _unit_vectors(num_queries, 32)
     weights, ids = np.full(num_queries, 1 / num_queries, np.float32), np.arange(len(passage), dtype=np.int32)
 
     def loss(query, passage, weights, ids):
@@ -302,11 +302,11 @@ def _loss_and_gradient(form: Negatives, mesh: Mesh | None) -> Any:
         )
 
 
-def _unit_vectors(num_queries: int, dim: int, group: int) -> tuple[np.ndarray, np.ndarray]:
-    """float32 queries, and passages of which the first of each group is nearest to its query."""
+def _unit_vectors(num_queries: int, dim: int) -> tuple[np.ndarray, np.ndarray]:
+    """float32 queries, and two passages of each, of which the first is nearest to it."""
     rng = np.random.default_rng(0)
-    query, passage = (rng.normal(size=(count, dim)) for count in (num_queries, group * num_queries))
-    passage[::group] += query / 2
+    query, passage = (rng.normal(size=(count, dim)) for count in (num_queries, 2 * num_queries))
+    passage[::2] += query / 2
     query, passage = ((x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32) for x in (query, passage))
     return query, passage
 
@@ -315,7 +315,7 @@ def _similarity() -> Iterator[_Measurement]:
     """Logits of the contrastive loss against float64."""
 
     def measure() -> float:
-        query, passage = _unit_vectors(128, 64, group=2)
+        query, passage = _unit_vectors(128, 64)
         scores = jax.jit(functools.partial(contrastive.exact_einsum, "id,jd->ij"))(query / _TEMPERATURE, passage)
         expected = (query.astype(np.float64) @ passage.T.astype(np.float64)) / _TEMPERATURE
         return float(np.max(np.abs(np.asarray(scores, np.float64) - expected)))

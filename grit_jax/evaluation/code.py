@@ -12,7 +12,7 @@ import numpy as np
 from grit_jax.config.ranges import require_positive
 from grit_jax.errors import InputError
 from grit_jax.evaluation import sandbox
-from grit_jax.evaluation.reading import Record, read_records
+from grit_jax.evaluation.reading import EvaluationRecord, read_records
 from grit_jax.evaluation.scores import pass_at_k
 from grit_jax.evaluation.task import Outcome, Session, Task
 
@@ -78,13 +78,14 @@ class Code(Task):
     def evaluate(self, session: Session) -> Outcome:
         """Writes and runs the programs."""
         limits = sandbox.Limits(self.seconds, int(self.memory_gib * 2**30))
-        sandbox.run("", sandbox.Check("", "f", ""), limits)  # raises before any work where programs cannot be confined
+        # Raises before any work where programs cannot be confined.
+        sandbox.run("", sandbox.ProgramTest("", "f", ""), limits)
         records = read_records(Path(self.path))
         synthesize = self.form == "synthesize"
         prompts = [record.get("instruction" if synthesize else "prompt") for record in records]
         key, imports = ("declaration", _IMPORTS) if synthesize else ("prompt", "")
         beginnings = [record.get(key) for record in records]
-        checks = [check_of(record, key, imports) for record in records]
+        tests = [program_test(record, key, imports) for record in records]
         programs: list[str | None] = []
         for sample in range(self.samples):
             written = session.completions(
@@ -97,7 +98,7 @@ class Code(Task):
             ]
         session.progress.start("running programs", len(programs))
         verdicts = sandbox.run_all(
-            [program or "raise SystemExit" for program in programs], checks * self.samples, limits,
+            [program or "raise SystemExit" for program in programs], tests * self.samples, limits,
             done=session.progress.advance,
         )  # fmt: skip
         passed = np.array([verdict.status == "passed" for verdict in verdicts]).reshape(self.samples, len(records))
@@ -118,7 +119,7 @@ def indented(completion: str) -> str:
     return "\n".join(itertools.takewhile(lambda line: not line.strip() or line[0] in " \t", lines))
 
 
-def check_of(record: Record, key: str, imports: str = "") -> sandbox.Check:
+def program_test(record: EvaluationRecord, key: str, imports: str = "") -> sandbox.ProgramTest:
     """The test of a record's programs.
 
     Of the record it sees what precedes the function, such as imports and helpers, and of a program the function alone.
@@ -140,4 +141,4 @@ def check_of(record: Record, key: str, imports: str = "") -> sandbox.Check:
             "follow"
         ) from error
     calls_itself = any(line.startswith("check(") for line in test.split("\n"))
-    return sandbox.Check(setup, function, test if calls_itself else f"{test}\ncheck({function})\n")
+    return sandbox.ProgramTest(setup, function, test if calls_itself else f"{test}\ncheck({function})\n")

@@ -16,8 +16,8 @@ from grit_jax.config.ranges import require_positive
 from grit_jax.data.text_files import read_text
 from grit_jax.errors import InputError
 from grit_jax.evaluation.prompted import PromptedTask, fill
-from grit_jax.evaluation.reading import Record, read_records
-from grit_jax.evaluation.retrieval import read_corpus
+from grit_jax.evaluation.reading import EvaluationRecord, read_records
+from grit_jax.evaluation.retrieval import texts_by_id
 from grit_jax.evaluation.task import Outcome, Session, Task
 
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
@@ -69,11 +69,11 @@ class ExactMatch(PromptedTask):
         given = [*super().files(), *([Path(self.passages)] if self.passages else [])]
         return [file for path in given for file in (_text_files(path) if path.is_dir() else [path])]
 
-    def questions(self, records: Sequence[Record]) -> list[str]:
+    def questions(self, records: Sequence[EvaluationRecord]) -> list[str]:
         """The filled template of each record."""
         if not self.passages:
             return [fill(self.template, record) for record in records]
-        corpus = read_corpus(Path(self.passages))
+        corpus = texts_by_id(Path(self.passages))
         for record in records:
             if record.get("doc") not in corpus:
                 raise InputError(
@@ -81,7 +81,7 @@ class ExactMatch(PromptedTask):
                 )
         return [fill(self.template, record, {"passage": corpus[record.get("doc")]}) for record in records]
 
-    def examples(self, records: Sequence[Record]) -> list[str]:
+    def examples(self, records: Sequence[EvaluationRecord]) -> list[str]:
         """Question and answer of each record, or its text in the format of GRIT."""
         if "text" in records[0].values:
             return ["\n".join(record.strings("text")) for record in records]
@@ -119,14 +119,14 @@ class ExactMatch(PromptedTask):
         scores |= self.common_scores(records, prompts, hits)
         return Outcome("exact_match", hits, scores=scores, completions=completions)
 
-    def _chance(self, records: Sequence[Record], targets: Sequence[list[str]]) -> float:
+    def _chance(self, records: Sequence[EvaluationRecord], targets: Sequence[list[str]]) -> float:
         """The score of always giving each group's most frequent first target."""
         frequencies: dict[str, Counter[str]] = {}
         for record, texts in zip(records, targets, strict=True):
             frequencies.setdefault(self.group_of(record), Counter())[texts[0]] += 1
         return sum(max(counts.values()) for counts in frequencies.values()) / len(records)
 
-    def _texts(self, record: Record, key: str) -> list[str]:
+    def _texts(self, record: EvaluationRecord, key: str) -> list[str]:
         return record.one_or_more(key, str, int, float)
 
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from grit_jax.config.ranges import require_positive
 from grit_jax.errors import InputError, install
-from grit_jax.evaluation.reading import Record, read_records
+from grit_jax.evaluation.reading import EvaluationRecord, read_records
 from grit_jax.evaluation.scores import v_measure
 from grit_jax.evaluation.task import EmbeddingTask, Outcome, Session, undersample
 
@@ -109,14 +109,14 @@ class Clustering(_LearningTask):
         return kmeans.fit_predict(session.embed(texts, self.instruction))
 
 
-def _set(record: Record) -> tuple[list[str], np.ndarray]:
+def _set(record: EvaluationRecord) -> tuple[list[str], np.ndarray]:
     texts, labels = record.strings("sentences"), record.get("labels", list)
     if len(labels) != len(texts):
         raise InputError(f"{record.where}: 'labels' has {len(labels)} entries for {len(texts)} sentences")
     return texts, _numbered(labels)
 
 
-def _one_set(records: list[Record]) -> tuple[list[str], np.ndarray]:
+def _one_set(records: list[EvaluationRecord]) -> tuple[list[str], np.ndarray]:
     return [record.get("text") for record in records], _numbered([record.get("label", str, int) for record in records])
 
 

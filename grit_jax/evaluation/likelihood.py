@@ -18,7 +18,7 @@ from grit_jax.data.streams.generative import GenerativeStream
 from grit_jax.data.tokenizing import tokenize_records
 from grit_jax.errors import InputError
 from grit_jax.evaluation.prompted import PromptedTask, fill
-from grit_jax.evaluation.reading import Record, existing, split_by
+from grit_jax.evaluation.reading import EvaluationRecord, existing, split_by
 from grit_jax.evaluation.task import Outcome, Session, Task
 from grit_jax.text.prompts import TokenizedPrompt
 from grit_jax.text.tokenizer import Tokenizer
@@ -38,11 +38,11 @@ class MultipleChoice(PromptedTask):
     template: str = "{question}\n{choices}\nAnswer:"
     prefix: str = "The answer is"
 
-    def questions(self, records: Sequence[Record]) -> list[str]:
+    def questions(self, records: Sequence[EvaluationRecord]) -> list[str]:
         """Questions with their choices as lines `A. first`, `B. second` and so on."""
         return [fill(self.template, record, {"choices": _lettered(record.strings("choices"))}) for record in records]
 
-    def examples(self, records: Sequence[Record]) -> list[str]:
+    def examples(self, records: Sequence[EvaluationRecord]) -> list[str]:
         """Questions with the right letter."""
         return [
             f"{question} {_target(record)}" for question, record in zip(self.questions(records), records, strict=True)
@@ -69,7 +69,7 @@ def _lettered(choices: Sequence[str]) -> str:
     return "\n".join(f"{letter}. {choice}" for letter, choice in zip(_LETTERS, choices, strict=False))
 
 
-def _letters(record: Record) -> str:
+def _letters(record: EvaluationRecord) -> str:
     """The letters of a record's choices."""
     number = len(record.strings("choices"))
     if not 2 <= number <= len(_LETTERS):
@@ -77,7 +77,7 @@ def _letters(record: Record) -> str:
     return _LETTERS[:number]
 
 
-def _target(record: Record) -> str:
+def _target(record: EvaluationRecord) -> str:
     """The letter of the right choice."""
     answer, letters = record.get("answer", str, int), _letters(record)
     if isinstance(answer, int) and 0 <= answer < len(letters):

@@ -13,13 +13,13 @@ import numpy as np
 
 from grit_jax.config.ranges import require_positive
 from grit_jax.errors import InputError
-from grit_jax.evaluation.reading import Record, read_records
+from grit_jax.evaluation.reading import EvaluationRecord, read_records
 from grit_jax.evaluation.task import Session, Task, undersample
 
 _FIELD = re.compile(r"\{(\w+)\}")
 
 
-def fill(template: str, record: Record, more: Mapping[str, str] | None = None) -> str:
+def fill(template: str, record: EvaluationRecord, more: Mapping[str, str] | None = None) -> str:
     """The template with each `{key}` replaced by its value in `more` or the record; other braces stay as they are.
 
     Raises:
@@ -75,22 +75,22 @@ class PromptedTask(Task):
             raise InputError(f"shots={self.shots} needs shots_path, a file with examples")
 
     @abc.abstractmethod
-    def questions(self, records: Sequence[Record]) -> list[str]:
+    def questions(self, records: Sequence[EvaluationRecord]) -> list[str]:
         """The records as questions."""
 
     @abc.abstractmethod
-    def examples(self, records: Sequence[Record]) -> list[str]:
+    def examples(self, records: Sequence[EvaluationRecord]) -> list[str]:
         """Records of `shots_path` as few-shot examples: question and answer."""
 
     def files(self) -> list[Path]:
         """The records and the few-shot examples."""
         return [Path(path) for path in (self.path, self.shots_path) if path]
 
-    def group_of(self, record: Record) -> str:
+    def group_of(self, record: EvaluationRecord) -> str:
         """The record's group; empty where there is one group."""
         return record.get(self.group) if self.group else ""
 
-    def selected(self, session: Session) -> list[Record]:
+    def selected(self, session: Session) -> list[EvaluationRecord]:
         """The records to evaluate, in the order of the file.
 
         Raises:
@@ -107,7 +107,7 @@ class PromptedTask(Task):
         groups = [self.group_of(record) for record in records]
         return [records[i] for i in sorted(undersample(groups, self.limit, session.generator()))]
 
-    def prompts(self, records: Sequence[Record], session: Session, *, room: int) -> Prompts:
+    def prompts(self, records: Sequence[EvaluationRecord], session: Session, *, room: int) -> Prompts:
         """The prompt of each record, with as many few-shot examples as leave `room` tokens for the answer.
 
         Raises:
@@ -136,7 +136,9 @@ class PromptedTask(Task):
             lengths[over] = session.model.prompt_lengths([messages[i] for i in over], prefix=self.prefix)
         return Prompts(messages, shots)
 
-    def common_scores(self, records: Sequence[Record], prompts: Prompts, hits: np.ndarray) -> dict[str, float]:
+    def common_scores(
+        self, records: Sequence[EvaluationRecord], prompts: Prompts, hits: np.ndarray
+    ) -> dict[str, float]:
         """Scores that all these tasks report: mean number of few-shot examples, and the mean of the groups' means."""
         scores = {"mean_shots": float(np.mean(prompts.shots))} if self.shots_path else {}
         if self.group:
@@ -148,8 +150,8 @@ class PromptedTask(Task):
         """The few-shot examples of each group."""
         return {group: self.examples(records) for group, records in self._example_records().items()}
 
-    def _example_records(self) -> dict[str, list[Record]]:
-        by_group: dict[str, list[Record]] = {}
+    def _example_records(self) -> dict[str, list[EvaluationRecord]]:
+        by_group: dict[str, list[EvaluationRecord]] = {}
         for record in read_records(Path(self.shots_path)) if self.shots_path else ():
             group = by_group.setdefault(self.group_of(record), [])
             if self.shots is None or len(group) < self.shots:

@@ -10,14 +10,15 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from grit_jax.config.jsonfile import named
+from grit_jax.data.sources import packed_or_not
 from grit_jax.data.text_files import read_cells, read_objects, sound
 from grit_jax.errors import InputError
 
 _TYPE_NAMES: dict[type, str] = {str: "a string", int: "a whole number", float: "a number", list: "a list"}
 
 
-class Record(NamedTuple):
-    """One line of a file.
+class EvaluationRecord(NamedTuple):
+    """One line of an evaluation file.
 
     Attributes:
       where: File and line.
@@ -90,14 +91,13 @@ def existing(path: Path) -> Path:
     Raises:
       InputError: Neither exists.
     """
-    packed = path.with_name(f"{path.name}.gz")
-    for candidate in (path, packed):
-        if candidate.is_file():
-            return candidate
-    raise InputError(f"{path}: no such file, nor {packed.name}; correct the task's path")
+    file = packed_or_not(path)
+    if not file.is_file():
+        raise InputError(f"{path}: no such file, nor {path.name}.gz; correct the task's path")
+    return file
 
 
-def read_records(path: Path, *columns: str) -> list[Record]:
+def read_records(path: Path, *columns: str) -> list[EvaluationRecord]:
     """All records of a .jsonl or .tsv file, or of a .json file that holds a list, or of the file with .gz.
 
     Args:
@@ -115,7 +115,7 @@ def read_records(path: Path, *columns: str) -> list[Record]:
     for where, values in sound(read_cells(file, frozenset(columns)) if suffix == ".tsv" else read_objects(file)):
         if isinstance(values, list):
             raise InputError(f"{where}: the first row is no header; it must name {', '.join(columns)}, tabs between")
-        records.append(Record(where, values))
+        records.append(EvaluationRecord(where, values))
     if not records:
         raise InputError(f"{file}: the file is empty; put rows in it")
     return records

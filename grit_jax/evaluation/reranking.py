@@ -12,7 +12,7 @@ import numpy as np
 from grit_jax.config.ranges import require_positive
 from grit_jax.errors import InputError
 from grit_jax.evaluation.prompted import fill
-from grit_jax.evaluation.reading import Record, read_records, split_by
+from grit_jax.evaluation.reading import EvaluationRecord, read_records, split_by
 from grit_jax.evaluation.scores import average_precision, reciprocal_rank
 from grit_jax.evaluation.task import EmbeddingTask, Outcome, Session
 
@@ -81,7 +81,9 @@ class Reranking(EmbeddingTask):
         scores[f"mrr_at_{_MRR_RANKS}"] = float(np.mean(reciprocal))
         return Outcome("map", np.array(precision), scores=scores)
 
-    def _cosines(self, session: Session, records: list[Record], documents: list[list[str]]) -> list[np.ndarray]:
+    def _cosines(
+        self, session: Session, records: list[EvaluationRecord], documents: list[list[str]]
+    ) -> list[np.ndarray]:
         """float64 [documents] of each record: the largest cosine with one of its queries."""
         queries = [record.one_or_more("query") for record in records]
         vectors = [
@@ -91,7 +93,7 @@ class Reranking(EmbeddingTask):
         return [np.max(of_queries @ of_documents.T, axis=0).astype(float)
                 for of_queries, of_documents in zip(*vectors, strict=True)]  # fmt: skip
 
-    def _pointwise(self, session: Session, records: list[Record], documents: list[list[str]]) -> _Ranks:
+    def _pointwise(self, session: Session, records: list[EvaluationRecord], documents: list[list[str]]) -> _Ranks:
         """By how much likelier Yes is than No."""
         prompts = [
             fill(self.prompt or _POINTWISE, record, {"query": record.one_or_more("query")[0], "passage": text})
@@ -103,7 +105,7 @@ class Reranking(EmbeddingTask):
         ranks = [_ranks(np.argsort(-each, kind="stable")) for each in split_by(documents, yes - no)]
         return ranks, {"num_truncated": float(scored.num_truncated)}
 
-    def _permutation(self, session: Session, records: list[Record], documents: list[list[str]]) -> _Ranks:
+    def _permutation(self, session: Session, records: list[EvaluationRecord], documents: list[list[str]]) -> _Ranks:
         """As the model writes them; documents that it does not name follow in their order."""
         numbered = ["\n\n".join(f"[{i}] {text}" for i, text in enumerate(texts, start=1)) for texts in documents]
         prompts = [

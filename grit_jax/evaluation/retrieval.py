@@ -56,7 +56,7 @@ def collection_files(folder: Path, split: str) -> list[Path]:
     return [folder / "corpus.jsonl", folder / "queries.jsonl", judgements]
 
 
-def read_corpus(path: Path, judged: Container[str] | None = None) -> dict[str, str]:
+def texts_by_id(path: Path, judged: Container[str] | None = None) -> dict[str, str]:
     """Text of each document by id, its title first where it has one.
 
     Args:
@@ -85,7 +85,7 @@ def read_collection(folder: Path, split: str) -> Collection:
       InputError: A file is missing or malformed, a judged query is missing, or judgements contradict each other.
     """
     corpus_file, queries_file, judgements_file = collection_files(folder, split)
-    texts = read_corpus(queries_file)
+    texts = texts_by_id(queries_file)
     judgements: dict[str, dict[str, float]] = {}
     for where, (query, document, score) in sound(read_qrels(existing(judgements_file))):
         if query not in texts:
@@ -94,7 +94,7 @@ def read_collection(folder: Path, split: str) -> Collection:
             raise InputError(f"{where}: judges document {document!r} a second time, with another score; remove one")
     if not judgements:
         raise InputError(f"{judgements_file}: judges nothing; put judgements in it")
-    documents = read_corpus(corpus_file, {name for judged in judgements.values() for name in judged})
+    documents = texts_by_id(corpus_file, {name for judged in judgements.values() for name in judged})
     queries = {query: text for query, text in texts.items() if query in judgements}
     return Collection(
         queries, dict(sorted(documents.items(), reverse=True)), {query: judgements[query] for query in queries}

@@ -47,12 +47,12 @@ class Limits(NamedTuple):
     memory_bytes: int
 
 
-class Check(NamedTuple):
-    """The test of a program's function.
+class ProgramTest(NamedTuple):
+    """The test of a function that a program defines.
 
     Attributes:
       setup: Python code to run before the test.
-      function: Name of the function, which the program defines.
+      function: Its name.
       code: Python code that raises unless the function is right.
     """
 
@@ -73,16 +73,16 @@ class Verdict(NamedTuple):
     detail: str = ""
 
 
-def run(program: str, check: Check, limits: Limits) -> Verdict:
+def run(program: str, test: ProgramTest, limits: Limits) -> Verdict:
     """Tests one Python program; it and its test have only the standard library.
 
     Raises:
       InputError: This machine cannot confine programs.
     """
-    solution = {"program": program, "function": check.function}
+    solution = {"program": program, "function": test.function}
     with (
         _start("program", solution, limits, subprocess.PIPE, subprocess.PIPE) as answering,
-        _start("test", check._asdict(), limits, answering.stdout, answering.stdin) as asking,
+        _start("test", test._asdict(), limits, answering.stdout, answering.stdin) as asking,
     ):
         assert answering.stdin and answering.stdout and answering.stderr and asking.stderr
         try:
@@ -105,17 +105,21 @@ def run(program: str, check: Check, limits: Limits) -> Verdict:
 
 
 def run_all(
-    programs: Sequence[str], checks: Sequence[Check], limits: Limits, *, done: Callable[[int], None] = lambda _: None
+    programs: Sequence[str],
+    tests: Sequence[ProgramTest],
+    limits: Limits,
+    *,
+    done: Callable[[int], None] = lambda _: None,
 ) -> list[Verdict]:
-    """Tests each program by its check, one per core at a time; arguments and errors as of `run`."""
+    """Tests each program, one per core at a time; arguments and errors as of `run`."""
 
-    def one(program: str, check: Check) -> Verdict:
-        verdict = run(program, check, limits)
+    def one(program: str, test: ProgramTest) -> Verdict:
+        verdict = run(program, test, limits)
         done(1)
         return verdict
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return list(pool.map(one, programs, checks))
+        return list(pool.map(one, programs, tests))
 
 
 def _start(role: str, task: dict[str, str], limits: Limits, stdin: Any, stdout: Any) -> subprocess.Popen[bytes]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from grit_jax.errors import InputError
-from grit_jax.evaluation.reading import Record, read_records, split_by
+from grit_jax.evaluation.reading import EvaluationRecord, read_records, split_by
 from grit_jax.evaluation.scores import average_precision, spearman
 from grit_jax.evaluation.task import EmbeddingTask, Outcome, Session
 
@@ -16,7 +16,7 @@ _FIRST, _SECOND = "sentence1", "sentence2"
 _CORRELATION = (-1.0, 1.0)
 
 
-def _pairs(records: list[Record]) -> tuple[list[str], list[str]]:
+def _pairs(records: list[EvaluationRecord]) -> tuple[list[str], list[str]]:
     return [record.get(_FIRST) for record in records], [record.get(_SECOND) for record in records]
 
 

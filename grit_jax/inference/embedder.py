@@ -11,13 +11,13 @@ import jax
 import numpy as np
 
 from grit_jax.config import Attention, EmbeddingConfig, Pooling
-from grit_jax.data.batch import sizes
+from grit_jax.data.batch import max_segments, sizes
 from grit_jax.data.packing import fill_single_rows
 from grit_jax.data.streams.embedding import pool_weights
 from grit_jax.errors import NotFiniteError
 from grit_jax.inference.kv_cache import embed_with_cache
 from grit_jax.inference.runner import ModelRunner, bucket, one_behind
-from grit_jax.model.pooling import embed_rows
+from grit_jax.model.pooling import vectors_of
 from grit_jax.model.transformer import KVCache, bind
 from grit_jax.parallel import sharding
 from grit_jax.parallel.execution import Execution
@@ -164,7 +164,11 @@ def _pool_weights(texts: Sequence[TokenizedPrompt], pooling: Pooling) -> np.ndar
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames=("settings", "execution"))
-def _embed(model, params, tokens, *rows, settings: EmbeddingConfig, execution: Execution):
+def _embed(model, params, tokens, segment_ids, positions, weights, *, settings: EmbeddingConfig, execution: Execution):
+    """Vectors of packed texts, float32 [rows, segments, embed], whole on every device."""
     model = bind(model, params)
-    slots, _ = embed_rows(model, model.embed(tokens, execution.dtype), *rows, settings=settings, execution=execution)
-    return sharding.constrain(slots, "whole", "whole", "whole")
+    mask = model.mask(segment_ids, positions, causal=settings.attention == "causal")
+    hidden, _ = model(tokens, mask, execution)
+    num_segments = max_segments(tokens.shape[1])
+    vectors = vectors_of(model, hidden, segment_ids, weights, num_segments=num_segments, settings=settings)
+    return sharding.constrain(vectors, "whole", "whole", "whole")

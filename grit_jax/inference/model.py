@@ -16,7 +16,7 @@ from grit_jax.checkpoints.opening import load_params, open_model
 from grit_jax.config import COPIES, Attention, EmbeddingConfig, MeshConfig, ModelConfig, TransformerConfig
 from grit_jax.config.ranges import require_positive
 from grit_jax.errors import InputError
-from grit_jax.inference import generation
+from grit_jax.inference import writing
 from grit_jax.inference.embedder import Cached, Embedder, Encoded, StartedEmbedding, refuse_not_finite
 from grit_jax.inference.engine import Continuation, Engine, LaneSize
 from grit_jax.inference.runner import ModelRunner, bucket
@@ -416,7 +416,7 @@ class GritModel:
         longest = max(text.num_slots for text in texts)
         slots = min(bucket(longest, at_least=64), self.architecture.max_length)
         engine = self.engine([LaneSize(bucket(len(texts), at_least=1), slots)])
-        return generation.write(engine, self.tokenizer, texts, stop)
+        return writing.write(engine, self.tokenizer, texts, stop)
 
     def engine(self, lanes: Sequence[LaneSize], *, fewer_rows: bool = False) -> Engine:
         """An `Engine` with this model; arguments as there."""

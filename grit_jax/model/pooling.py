@@ -7,11 +7,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from grit_jax.config import EmbeddingConfig
-from grit_jax.data.batch import max_segments
 from grit_jax.model.layers import gathered
-from grit_jax.model.moe import RouterStats
 from grit_jax.model.transformer import Transformer
-from grit_jax.parallel.execution import PLAIN, Execution, wide
+from grit_jax.parallel.execution import wide
 
 
 def pool(
@@ -50,21 +48,3 @@ def vectors_of(
         with jax.default_matmul_precision("highest"):
             vectors = gathered(model.projection, vectors.dtype)(vectors)
     return normalize(vectors) if settings.normalized else vectors
-
-
-def embed_rows(
-    model: Transformer,
-    x: Float[Array, "batch length embed"],
-    segment_ids: Int[Array, "batch length"],
-    positions: Int[Array, "batch length"],
-    pool_weights: Float[Array, "batch length"],
-    *,
-    settings: EmbeddingConfig,
-    execution: Execution = PLAIN,
-) -> tuple[Float[Array, "batch segments out"], RouterStats | None]:
-    """Vectors of packed texts from embedded tokens, float32, in the slots of `EmbeddingBatch`; and router sums."""
-    mask = model.mask(segment_ids, positions, causal=settings.attention == "causal")
-    hidden, stats = model.hidden(x, mask, execution)
-    num_segments = max_segments(x.shape[1])
-    vectors = vectors_of(model, hidden, segment_ids, pool_weights, num_segments=num_segments, settings=settings)
-    return vectors, stats

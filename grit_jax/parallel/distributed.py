@@ -10,7 +10,7 @@ import os
 import socket
 import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, Self, TypeVar, cast
 
 import jax
@@ -18,13 +18,12 @@ import numpy as np
 from jax._src import distributed as jax_distributed
 
 from grit_jax.config import DistributedConfig
-from grit_jax.errors import InputError
+from grit_jax.errors import InputError, listed
 from grit_jax.parallel.chips import DEVICE_FILES
 
 T = TypeVar("T")
 
 _START_SECONDS = 300  # hosts of a pod do not boot at the same time
-_LISTED = 8  # differences, and processes of each, that a message names
 _STOP_POLL_SECONDS = 0.5  # between polls whether another process is to stop
 _AGREE_POLL_SECONDS = 0.05  # between polls whether all have published their progress
 
@@ -196,18 +195,12 @@ def require_same(facts: Mapping[str, str]) -> None:
             processes.setdefault(found.get(name, "missing"), []).append(f"{process} ({host})")
         if len(processes) > 1:
             rarest_first = sorted(processes.items(), key=lambda item: len(item[1]))
-            values = [f"{value} on process {_listed(who, ', ')}" for value, who in rarest_first]
+            values = [f"{value} on process {listed(who, separator=', ')}" for value, who in rarest_first]
             differences.append(f"{name} is {', '.join(values)}")
     if differences:
         raise InputError(
-            f"the processes of this run differ: {_listed(differences, '; ')}; "
-            "give every host the same config, data and model"
+            f"the processes of this run differ: {listed(differences)}; give every host the same config, data and model"
         )
-
-
-def _listed(items: Sequence[str], separator: str) -> str:
-    more = len(items) - _LISTED
-    return separator.join(items[:_LISTED]) + (f" and {more} more" if more > 0 else "")
 
 
 def gathered_texts(text: str) -> list[str]:

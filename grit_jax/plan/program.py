@@ -20,7 +20,7 @@ from grit_jax.plan.cost import Cost, estimate
 from grit_jax.plan.topology import Topology, devices
 from grit_jax.plan.work import Lengths, Work, planned_work
 from grit_jax.train.dry_run import state_and_gradient_bytes
-from grit_jax.train.objectives.base import Objective
+from grit_jax.train.objectives.objective import Objective
 from grit_jax.train.resolve import resolve_architecture, resolve_tokenizer
 from grit_jax.train.setup import Setup, set_up
 
@@ -141,13 +141,11 @@ def make_plan(
     architecture = config.model.architecture
     parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(setup.abstract.params))
     shards = sharding.axis_size(mesh, "batch")
-    facts: dict[str, Any] = {}
-    for objective in setup.objective.objectives:
-        facts |= objective.facts(shards, architecture.embed_dim)
+    forms = (objective.negatives(shards, architecture.embed_dim) for objective in setup.objective.objectives)
     about: dict[str, Any] = {
         "topology": topology, "parameters": parameters, "work": work, "steps": config.train.steps,
         "state_bytes": state_and_gradient_bytes(setup.abstract),
-        "negatives": facts.get("negatives"),
+        "negatives": next(filter(None, forms), None),
     }  # fmt: skip
     started = time.monotonic()
     try:
@@ -205,11 +203,11 @@ def _used_bytes(message: str) -> int | None:
     return max((round(float(number) * _UNITS[unit]) for number, unit in sizes), default=None)
 
 
-def _largest_buffers(message: str, most: int = 5) -> tuple[str, ...]:
+def _largest_buffers(message: str) -> tuple[str, ...]:
     """The largest allocations in that message: size, shape and operation."""
     found = re.findall(r"Size: ([\d.]+[KMG])(.*?)(?=\n\s*={3,}|\Z)", message, re.DOTALL)
     texts = []
-    for size, rest in found[:most]:
+    for size, rest in found[:5]:
         shape, operation = (re.search(pattern, rest) for pattern in (r"Shape: (\S+?)[{\s]", r'op_name="([^"]*)"'))
         texts.append(" ".join([size, *(match[1] for match in (shape, operation) if match)]))
     return tuple(texts)

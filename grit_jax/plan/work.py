@@ -15,10 +15,10 @@ from grit_jax.data.packing import pack
 from grit_jax.data.schedule import Schedule
 from grit_jax.data.sources import find_files
 from grit_jax.data.streams import STREAMS, readers
-from grit_jax.data.streams.base import Stream
+from grit_jax.data.streams.stream import Stream
 from grit_jax.errors import InputError
 from grit_jax.train.metrics import model_flops
-from grit_jax.train.objectives.base import Objective
+from grit_jax.train.objectives.objective import Objective
 from grit_jax.train.resolve import resolve_tokenizer
 
 _SAMPLED_STEPS = 16

@@ -33,6 +33,7 @@ EXCERPT = "Given a sentence, find the documentation that it is taken from"
 
 _DOCUMENT_WORDS = 64
 _ANSWER_WORDS = 48
+_NEGATIVES = 3
 _HELD_OUT = 0.1
 
 
@@ -223,7 +224,7 @@ def _embedding_rows(instruction: str, pairs: list[tuple[DocumentedObject, str, s
     ]
 
 
-def _siblings(things: list[DocumentedObject], count: int = 3) -> list[list[int]]:
+def _siblings(things: list[DocumentedObject]) -> list[list[int]]:
     """Indices of hard negatives for each object: of its module or class, else its neighbours."""
     scopes: dict[str, list[int]] = defaultdict(list)
     for i, thing in enumerate(things):
@@ -231,11 +232,11 @@ def _siblings(things: list[DocumentedObject], count: int = 3) -> list[list[int]]
     result = []
     for i, thing in enumerate(things):
         others = [other for other in scopes[thing.scope] if other != i]
-        nearby = range(max(0, i - count), min(i + count + 1, len(things)))
+        nearby = range(max(0, i - _NEGATIVES), min(i + _NEGATIVES + 1, len(things)))
         others += [other for other in nearby if other != i and other not in others]
         generator = np.random.default_rng(_stable(thing.name))
-        pool = others if len(others) <= count else generator.choice(others, count, replace=False).tolist()
-        result.append(pool[:count])
+        pool = others if len(others) <= _NEGATIVES else generator.choice(others, _NEGATIVES, replace=False).tolist()
+        result.append(pool[:_NEGATIVES])
     return result
 
 

@@ -17,7 +17,7 @@ import rich.console
 from grit_jax import files
 from grit_jax.checkpoints.opening import open_model
 from grit_jax.config import load_config
-from grit_jax.data.sources import read_texts
+from grit_jax.data.sources import vocabulary_texts
 from grit_jax.errors import InputError
 from grit_jax.evaluation.bm25 import Bm25
 from grit_jax.hf.model_folder import save_folder
@@ -30,8 +30,9 @@ from grit_jax.quickstart.measuring import (
     retrieval_scores,
     unigram_loss,
 )
-from grit_jax.quickstart.summary import plot_losses, show_summary
+from grit_jax.quickstart.summary import show_summary
 from grit_jax.runs.logs import read_lines
+from grit_jax.runs.plot import plot_losses
 from grit_jax.text.tokenizer import train_bpe
 from grit_jax.train.loop import Trainer
 
@@ -100,7 +101,7 @@ def run_quickstart(
     scores = _scores(trainer, task)
     lines = read_lines(output / "metrics.jsonl")
     trained = retrieval_scores(ranks_of(scores, task.relevant)) | {"loss_per_token": lines[-1][_HELD_OUT_LOSS]}
-    plot_losses(output / "metrics.jsonl", output / "losses.png")
+    plot_losses(output, output / "losses.png")
     model = trainer.model()
     save_folder(output / "hf", open_model(output), jax.device_get(trainer.state.params))
     tokens = sum(line["tokens"] for line in lines)
@@ -165,7 +166,7 @@ def _corpus(output: Path, packages: Sequence[str] | None, console: rich.console.
         )
         counts = write_corpus(output / "data", None if packages is None else package_roots(packages))
         console.print("training the tokenizer")
-        tokenizer = train_bpe(read_texts(str(output / "data/train")), _VOCAB_SIZE)
+        tokenizer = train_bpe(vocabulary_texts(str(output / "data/train")), _VOCAB_SIZE)
         (output / "tokenizer").mkdir(exist_ok=True)
         for name, content in tokenizer.files().items():
             (output / "tokenizer" / name).write_text(content)

@@ -7,9 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from grit_jax.data.records import EmbeddingRecord
-from grit_jax.data.sources import find_files, open_source
-from grit_jax.errors import InputError
+from grit_jax.data.sources import find_files
 from grit_jax.evaluation.likelihood import read_generative
 from grit_jax.evaluation.retrieval import read_collection
 from grit_jax.evaluation.scores import ndcg, recall
@@ -37,21 +35,6 @@ def read_task(folder: Path) -> RetrievalTask:
     index = {name: i for i, name in enumerate(collection.documents)}
     relevant = [index[name] for (name,) in collection.judgements.values()]
     return RetrievalTask(list(collection.queries.values()), list(collection.documents.values()), np.array(relevant))
-
-
-def task_of_records(path: str | Path) -> RetrievalTask:
-    """A task of GRIT data: the queries of its embedding records over the first positives of all of them.
-
-    Raises:
-      InputError: There is no embedding record.
-    """
-    sources = map(open_source, find_files(str(path)))
-    records = [record for source in sources for record in source if isinstance(record, EmbeddingRecord)]
-    if not records:
-        raise InputError(f"{path}: no embedding records; a search is measured with held-out queries and positives")
-    index: dict[str, int] = {}
-    relevant = [index.setdefault(record.positives[0].text, len(index)) for record in records]
-    return RetrievalTask([record.query.text for record in records], list(index), np.array(relevant))
 
 
 def retrieval_scores(ranks: np.ndarray) -> dict[str, float]:

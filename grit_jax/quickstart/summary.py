@@ -1,16 +1,12 @@
-"""Shows the result of a quickstart: a table on the terminal, and a plot of the losses."""
+"""Shows the result of a quickstart on the terminal."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import rich.console
 import rich.table
 from rich.markup import escape
-
-from grit_jax.runs.history import running_mean, series
-from grit_jax.runs.logs import read_lines
 
 
 def show_summary(report: dict[str, Any]) -> None:
@@ -50,25 +46,3 @@ def show_summary(report: dict[str, Any]) -> None:
     console.print()
     for name, path in report["paths"].items():
         console.print(f"{name:>10}  {path}", soft_wrap=True)
-
-
-def plot_losses(metrics: Path, out: Path) -> None:
-    """Plots both losses of a metrics.jsonl against the step, as PNG, with a running mean."""
-    from matplotlib.figure import Figure  # pyplot would choose a backend for a notebook that calls this
-
-    lines = read_lines(metrics)
-    figure = Figure(figsize=(9, 3.4), layout="constrained")
-    panels = figure.subplots(1, 2)
-    for panel, name, title in zip(
-        panels, ("loss/embedding", "loss/generative"), ("contrastive loss", "language-modelling loss"), strict=True
-    ):
-        steps, values = series(lines, name)
-        panel.plot(steps, values, color="tab:blue", alpha=0.25, linewidth=0.8)
-        panel.plot(steps, running_mean(values, max(1, len(values) // 20)), color="tab:blue", label="training")
-        steps, held_out = series(lines, f"validation/{name}")
-        if len(steps):
-            panel.plot(steps, held_out, "o-", color="tab:orange", label="held-out")
-        panel.set(title=title, xlabel="step", ylim=(0, None))
-        panel.grid(alpha=0.3)
-        panel.legend(frameon=False)
-    figure.savefig(out, dpi=120)

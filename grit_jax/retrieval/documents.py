@@ -28,12 +28,17 @@ class Document(NamedTuple):
     @property
     def embedded(self) -> str:
         """What the model reads: title and text."""
-        return f"{self.title} {self.text}".strip()
+        return titled(self.title, self.text)
 
     @property
     def fields(self) -> dict[str, str]:
         """The document as a line of a corpus."""
         return {"_id": self.id, "title": self.title, "text": self.text}
+
+
+def titled(title: Any, text: Any) -> str:
+    """What a model reads of a document or passage: its title, if it has one, and its text."""
+    return f"{title or ''} {text}".strip()
 
 
 def find_corpus(paths: Sequence[str]) -> list[epath.Path]:

@@ -19,7 +19,7 @@ from typing import Any
 from grit_jax import files
 
 PART_LINES = 500
-PART_SECONDS = 10.0
+PART_SECONDS = 10.0  # between writes of the newest part
 
 Line = Mapping[str, Any]
 
@@ -30,20 +30,11 @@ class LineWriter:
     Args:
       path: Name of the log, which ends in `.jsonl`.
       keep: Whether an earlier line stays; one cut short by a crash never does.
-      part_lines: Lines of a part.
-      part_seconds: Seconds between writes of the newest part.
     """
 
-    def __init__(
-        self,
-        path: files.PathLike,
-        *,
-        keep: Callable[[Line], bool] = lambda line: True,
-        part_lines: int = PART_LINES,
-        part_seconds: float = PART_SECONDS,
-    ):
+    def __init__(self, path: files.PathLike, *, keep: Callable[[Line], bool] = lambda line: True):
         _cut(path, keep)
-        self._writer = _PartWriter(path, part_lines, part_seconds) if files.is_bucket(path) else _FileWriter(Path(path))
+        self._writer = _PartWriter(path) if files.is_bucket(path) else _FileWriter(Path(path))
 
     def write(self, line: Line) -> None:
         """Appends a line; infinities and NaN become null."""
@@ -87,8 +78,8 @@ class _FileWriter:
 class _PartWriter:
     """Writes parts in a thread, so that only `close` waits for the network."""
 
-    def __init__(self, path: files.PathLike, part_lines: int, part_seconds: float):
-        self._path, self._part_lines, self._seconds = path, part_lines, part_seconds
+    def __init__(self, path: files.PathLike):
+        self._path = path
         numbers = [number for name in _part_names(path) if (number := _part_number(path, name)) is not None]
         self._number = max(numbers, default=-1) + 1
         self._lines: list[str] = []
@@ -112,7 +103,7 @@ class _PartWriter:
     def _run(self) -> None:
         last = False
         while not last:
-            self._wake.wait(self._seconds)
+            self._wake.wait(PART_SECONDS)
             last = self._closed  # read before the lines, as more may come during the write
             try:
                 self._flush()
@@ -123,14 +114,14 @@ class _PartWriter:
     def _flush(self) -> None:
         while True:
             with self._lock:
-                lines = self._lines[: self._part_lines]
+                lines = self._lines[:PART_LINES]
             if len(lines) > self._written:
                 files.write_text(_part(self._path, self._number), "".join(lines))
                 self._written = len(lines)
-            if len(lines) < self._part_lines:
+            if len(lines) < PART_LINES:
                 return
             with self._lock:
-                del self._lines[: self._part_lines]
+                del self._lines[:PART_LINES]
             self._number, self._written = self._number + 1, 0
 
 

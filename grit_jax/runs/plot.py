@@ -1,4 +1,4 @@
-"""A run's numbers as one picture."""
+"""A run's numbers as pictures."""
 
 from __future__ import annotations
 
@@ -42,8 +42,7 @@ def plot_run(path: files.PathLike, out: files.PathLike) -> None:
         raise InputError(f"{path}: no step in {folder.METRICS}; name a run folder whose run has begun")
     figure = Figure(figsize=(15, 12), layout="constrained")
     panels = figure.subplots(3, 3)
-    _loss(panels[0, 0], lines, bad, "loss/embedding", "contrastive loss")
-    _loss(panels[0, 1], lines, bad, "loss/generative", "language-modelling loss")
+    _losses(panels[0, :2], lines, bad)
     _scorecard(panels[0, 2], lines)
     _file_losses(panels[1, 0], lines)
     _health(panels[1, 1], lines)
@@ -52,6 +51,20 @@ def plot_run(path: files.PathLike, out: files.PathLike) -> None:
     _speed(panels[2, 1], lines)
     _goodput(panels[2, 2], history.goodput)
     figure.suptitle(f"{path}   step {lines[-1]['step']:,}", fontsize=13, x=0.01, ha="left", weight="bold")
+    _save(figure, out)
+
+
+def plot_losses(path: files.PathLike, out: files.PathLike) -> None:
+    """Draws both losses of a run folder as PNG."""
+    from matplotlib.figure import Figure
+
+    history = read_history(path)
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    _losses(figure.subplots(1, 2), history.metrics, history.bad_batches)
+    _save(figure, out)
+
+
+def _save(figure: Any, out: files.PathLike) -> None:
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=110, format="png")
     files.write_bytes(out, buffer.getvalue())
@@ -103,6 +116,11 @@ def _legend(panel: Any, **options: Any) -> None:
     handles, labels = panel.get_legend_handles_labels()
     if labels:
         panel.legend(handles, labels, frameon=False, fontsize=8, **options)
+
+
+def _losses(panels: Any, lines: Lines, bad: Lines) -> None:
+    _loss(panels[0], lines, bad, "loss/embedding", "contrastive loss")
+    _loss(panels[1], lines, bad, "loss/generative", "language-modelling loss")
 
 
 def _loss(panel: Any, lines: Lines, bad: Lines, name: str, title: str) -> None:

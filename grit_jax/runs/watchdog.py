@@ -8,7 +8,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Self
 
@@ -27,11 +27,10 @@ class Watchdog:
     Args:
       seconds: Longest time between two `beat`s; None watches nothing.
       path: The file for the stacks.
-      leave: Ends the process, given an exit code.
     """
 
-    def __init__(self, seconds: float | None, path: files.PathLike, *, leave: Callable[[int], None] = os._exit):
-        self._seconds, self._path, self._leave = seconds, path, leave
+    def __init__(self, seconds: float | None, path: files.PathLike):
+        self._seconds, self._path = seconds, path
         self._what, self._begun = "", time.monotonic()
         self._watching, self._ended = False, threading.Event()
         self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
@@ -92,7 +91,7 @@ class Watchdog:
         writing = threading.Thread(target=files.write_text, args=(self._path, text), daemon=True)
         writing.start()
         writing.join(_WRITE_SECONDS)
-        self._leave(EXIT_CODE)
+        os._exit(EXIT_CODE)
 
 
 def _stderr() -> int:

@@ -25,6 +25,7 @@ from pydantic import (
     model_validator,
 )
 
+from grit_jax.errors import listed
 from grit_jax.serve.request_errors import RequestError
 
 MOST_INPUTS = 2048  # texts of a request, as at OpenAI
@@ -122,10 +123,8 @@ def parse(request_type: type[T], body: bytes) -> T:
         return request_type.model_validate_json(body)
     except ValidationError as error:
         errors = error.errors(include_url=False, include_context=False, include_input=False)
-        messages = [f"{_path(one) or 'body'}: {_message(one)}" for one in errors[:_MOST_ERRORS]]
-        if len(errors) > _MOST_ERRORS:
-            messages.append(f"and {len(errors) - _MOST_ERRORS} more")
-        raise RequestError(400, "; ".join(messages), param=_path(errors[0]) or None) from None
+        messages = [f"{_path(one) or 'body'}: {_message(one)}" for one in errors]
+        raise RequestError(400, listed(messages, most=_MOST_ERRORS), param=_path(errors[0]) or None) from None
 
 
 def _path(error: Mapping[str, Any]) -> str:

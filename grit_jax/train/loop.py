@@ -30,10 +30,10 @@ from grit_jax.runs import folder
 from grit_jax.runs.preemption import preemption_notices
 from grit_jax.text.tokenizer import Tokenizer
 from grit_jax.train.callbacks import Callback, make_callbacks
-from grit_jax.train.callbacks.base import Run
+from grit_jax.train.callbacks.callback import Run
 from grit_jax.train.callbacks.trackers import check_trackers
 from grit_jax.train.objectives import trained_objectives
-from grit_jax.train.objectives.base import Objective
+from grit_jax.train.objectives.objective import Objective
 from grit_jax.train.resolve import check_folder, embedding_changes, host_facts, resolve_tokenizer, with_architecture
 from grit_jax.train.resume import newest_state, taken_over
 from grit_jax.train.setup import Setup, set_up

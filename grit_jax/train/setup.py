@@ -9,14 +9,14 @@ import optax
 from jax.sharding import Mesh
 
 from grit_jax.config import Config, ModelConfig
-from grit_jax.data.streams.base import Stream
+from grit_jax.data.streams.stream import Stream
 from grit_jax.errors import InputError
 from grit_jax.model.transformer import abstract_model, param_axes
 from grit_jax.parallel import sharding
 from grit_jax.parallel.chips import compiler_options
 from grit_jax.parallel.execution import execution
 from grit_jax.train.objectives import trained_objectives
-from grit_jax.train.objectives.base import Objective
+from grit_jax.train.objectives.objective import Objective
 from grit_jax.train.optimizer import learning_rate, make_optimizer
 from grit_jax.train.state import Partition, TrainState, abstract_state, shardings_of
 from grit_jax.train.step import JointObjective, make_train_step

@@ -16,7 +16,7 @@ from grit_jax.model.moe import RouterStats
 from grit_jax.model.transformer import Params, Transformer, bind, param_axes
 from grit_jax.parallel.execution import Execution, map_chunks
 from grit_jax.parallel.sharding import mesh_axes, on_devices, split_axes
-from grit_jax.train.objectives.base import Losses, Metrics, Objective, Parts
+from grit_jax.train.objectives.objective import Losses, Metrics, Objective, Parts
 from grit_jax.train.optimizer import updates_done
 from grit_jax.train.state import TrainState, merged
 

@@ -54,6 +54,7 @@ def test_encode_writes_one_unit_vector_per_text_in_order(run, tmp_path):
         assert np.allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
 
 
+@pytest.mark.long
 def test_a_run_mines_negatives_for_its_own_data(run, tmp_path):
     source = run.parent / "data/embedding.jsonl"
     for name in ("a", "b"):

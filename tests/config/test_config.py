@@ -146,6 +146,21 @@ def test_no_setting_but_the_norms_offset_is_negative(key, section, name):
             section(**more | {name: -7})
 
 
+def test_settings_made_in_python_take_only_the_words_that_yaml_takes():
+    for section, settings, told in (
+        (
+            TransformerConfig,
+            {"family": "x"},
+            "model.architecture.family='x' is not one of llama, mistral, mixtral, qwen2",
+        ),
+        (RopeScaling, {"kind": "x"}, "model.architecture.rope_scaling.kind='x' is not one of linear, llama3"),
+        (EmbeddingConfig, {"pooling": "max"}, "model.embedding.pooling='max' is not one of mean, weighted_mean, cls"),
+        (ModelConfig, {"expert_kernel": None}, "model.expert_kernel=None is not one of auto, ragged_dot, megablox"),
+    ):
+        with pytest.raises(InputError, match=f"^{told}"):
+            section(**settings)
+
+
 @pytest.mark.parametrize(
     "earlier",
     ["model: {generative_attention: causal, init: a}", "model: {init: a}", "{model: {init: a}, data: {workers: 3}}"],

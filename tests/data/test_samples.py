@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from grit_jax.data.pipeline import dataset_names, file_losses, file_samples
-from grit_jax.data.streams.base import RowPlan, Samples
+from grit_jax.data.streams.stream import RowPlan, Samples
 from grit_jax.text.tokenizer import Tokenizer
 from tests.data.reading import build_index
 from tests.data.test_schedule import embedding_index, generative_index, schedule

@@ -3,10 +3,10 @@ import dataclasses
 import pytest
 
 from grit_jax.errors import InputError
-from grit_jax.evaluation.code import Code, check_of
+from grit_jax.evaluation.code import Code, program_test
 from grit_jax.evaluation.generation import ExactMatch, contains, f1, is_right
 from grit_jax.evaluation.likelihood import MultipleChoice
-from grit_jax.evaluation.reading import Record
+from grit_jax.evaluation.reading import EvaluationRecord
 from tests.evaluation.fake import session
 from tests.evaluation.tasks import write_jsonl
 
@@ -172,16 +172,18 @@ def test_a_completed_program_is_run_as_it_is(confined, tmp_path):
 
 
 def test_a_test_is_called_once():
-    row = Record("x:1", {"prompt": "def g():\n", "test": "def check(f): pass\n\ncheck(g)", "entry_point": "g"})
-    assert check_of(row, "prompt").code.count("check(") == 2
+    row = EvaluationRecord(
+        "x:1", {"prompt": "def g():\n", "test": "def check(f): pass\n\ncheck(g)", "entry_point": "g"}
+    )
+    assert program_test(row, "prompt").code.count("check(") == 2
     row.values["test"] = "def check(f): pass"
-    assert check_of(row, "prompt").code.endswith("\ncheck(g)\n")
+    assert program_test(row, "prompt").code.endswith("\ncheck(g)\n")
 
 
 def test_a_prompt_that_begins_no_function_is_refused():
-    row = Record("x:1", {"prompt": "Write one.", "test": "", "entry_point": "g"})
+    row = EvaluationRecord("x:1", {"prompt": "Write one.", "test": "", "entry_point": "g"})
     with pytest.raises(InputError, match=r"x:1: 'prompt' does not begin a function .*; it must end where"):
-        check_of(row, "prompt")
+        program_test(row, "prompt")
 
 
 def test_shared_sets_are_read_as_the_shipped_suites_name_them(shared):

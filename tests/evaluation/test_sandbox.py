@@ -13,21 +13,21 @@ import pytest
 import grit_jax
 from grit_jax.errors import InputError
 from grit_jax.evaluation import sandbox
-from grit_jax.evaluation.code import Code, check_of
+from grit_jax.evaluation.code import Code, program_test
 from grit_jax.evaluation.reading import read_records
-from grit_jax.evaluation.sandbox import Check, Limits, Verdict, run, run_all
+from grit_jax.evaluation.sandbox import Limits, ProgramTest, Verdict, run, run_all
 from tests.evaluation.fake import session
 from tests.evaluation.tasks import write_jsonl
 
 LIMITS = Limits(seconds=60.0, memory_bytes=1 << 28)
 PASSED = Verdict("passed")
-SQUARE = Check("", "f", "import random\nfor n in random.sample(range(10**6), 3):\n    assert f(n) == n * n, 'no'")
+SQUARE = ProgramTest("", "f", "import random\nfor n in random.sample(range(10**6), 3):\n    assert f(n) == n * n, 'no'")
 HOSTILE = Path(__file__).with_name("hostile.py").read_text()
 
 
 def attack(name, *given):
     """Lets a function of hostile.py try what it can, and holds it to have achieved nothing."""
-    check = Check("", name, f"done = {name}{given!r}\nassert done == [], done")
+    check = ProgramTest("", name, f"done = {name}{given!r}\nassert done == [], done")
     assert run(HOSTILE, check, LIMITS) == PASSED
 
 
@@ -56,9 +56,9 @@ def test_plain_data_crosses_as_it_is(confined):
         assert repr(f(value)) == repr(f(given=value)) == repr(value)
     assert f(7**9999) == 7**9999
     """
-    assert run("def f(given): return given", Check("", "f", textwrap.dedent(code)), LIMITS) == PASSED
+    assert run("def f(given): return given", ProgramTest("", "f", textwrap.dedent(code)), LIMITS) == PASSED
     derived = "from collections import *\ndef f(): return [Counter('aab'), namedtuple('P', 'x y')(1, 2)]"
-    assert run(derived, Check("", "f", "assert f() == [{'a': 2, 'b': 1}, (1, 2)]"), LIMITS) == PASSED
+    assert run(derived, ProgramTest("", "f", "assert f() == [{'a': 2, 'b': 1}, (1, 2)]"), LIMITS) == PASSED
 
 
 def test_what_a_program_raises_is_raised_in_its_test(confined):
@@ -79,11 +79,11 @@ def test_what_a_program_raises_is_raised_in_its_test(confined):
     f(2)
     """
     program, code = textwrap.dedent(program), textwrap.dedent(code)
-    assert run(program, Check("", "f", code), LIMITS) == Verdict("failed", "Own: mine")
+    assert run(program, ProgramTest("", "f", code), LIMITS) == Verdict("failed", "Own: mine")
 
 
 def test_a_test_has_its_own_helpers_and_not_those_of_the_program(confined):
-    check = Check("def half(n): return n / 2", "f", "assert half(f(3)) == 3")
+    check = ProgramTest("def half(n): return n / 2", "f", "assert half(f(3)) == 3")
     assert run("def f(n): return 2 * n", check, LIMITS) == PASSED
     assert run("def half(n): return 3\ndef f(n): return n", check, LIMITS).status == "failed"
 
@@ -133,7 +133,7 @@ def test_a_program_cannot_say_that_it_passed(confined, program):
 
 
 def test_an_exception_that_a_test_expects_is_none_that_a_program_dies_of(confined):
-    expects = Check("", "f", "try:\n    f(-1)\nexcept BaseException:\n    pass")
+    expects = ProgramTest("", "f", "try:\n    f(-1)\nexcept BaseException:\n    pass")
     assert run("def f(n): raise ValueError", expects, LIMITS) == PASSED
     died = run("import os\ndef f(n): os._exit(0)", expects, LIMITS)
     assert died == Verdict("failed", "the program ended before its test")
@@ -250,20 +250,20 @@ def test_a_program_has_nothing_of_the_environment(confined, monkeypatch):
 
 def test_a_program_does_not_find_its_test(confined):
     mark = "secret "
-    check = Check("", "find_the_test", f"assert find_the_test({mark!r}) == []  # {mark}{mark}")
+    check = ProgramTest("", "find_the_test", f"assert find_the_test({mark!r}) == []  # {mark}{mark}")
     assert run(HOSTILE, check, LIMITS) == PASSED
 
 
 def test_many_programs_run_at_once_and_keep_their_order(confined):
     programs = [f"import time\ntime.sleep(0.2)\ndef f(): return {number} % 2" for number in range(6)]
-    verdicts = run_all(programs, [Check("", "f", "assert f()")] * 6, LIMITS)
+    verdicts = run_all(programs, [ProgramTest("", "f", "assert f()")] * 6, LIMITS)
     assert [verdict.status for verdict in verdicts] == ["failed", "passed"] * 3
 
 
 def test_humanevals_own_solutions_pass(confined, shared):
     for name, begin in (("humaneval.jsonl", "prompt"), ("humanevalpack_python.jsonl", "declaration")):
         rows = read_records(shared / "data/eval/generative" / name)[::24]
-        checks = [check_of(row, begin) for row in rows]
+        checks = [program_test(row, begin) for row in rows]
         programs = [row.get(begin) + row.get("canonical_solution") for row in rows]
         assert set(run_all(programs, checks, LIMITS)) == {PASSED}
         wrong = run_all([row.get(begin) + "    pass" for row in rows], checks, LIMITS)

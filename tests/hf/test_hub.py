@@ -36,7 +36,9 @@ def world(tmp_path_factory):
         yield folder, server, run
 
 
-@pytest.mark.parametrize(("name", "source"), [("org/model", "new"), ("org/model@old", "old")])
+@pytest.mark.parametrize(
+    ("name", "source"), [pytest.param("org/model", "new", marks=pytest.mark.long), ("org/model@old", "old")]
+)
 def test_a_hub_id_imports_as_its_folder_does_and_then_without_the_network(world, tmp_path, name, source):
     folder, server, run = world
     done = run("import-hf", name, str(tmp_path / "first"))

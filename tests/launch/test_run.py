@@ -127,7 +127,11 @@ def test_what_trying_again_does_not_help_ends_at_once_with_what_to_do(cloud, mat
 
 
 @pytest.mark.parametrize(
-    "message", [NETWORK, f"There was a problem refreshing your current auth tokens: {NETWORK}\n{AGAIN}"]
+    "message",
+    [
+        pytest.param(NETWORK, marks=pytest.mark.long),
+        f"There was a problem refreshing your current auth tokens: {NETWORK}\n{AGAIN}",
+    ],
 )
 def test_a_network_that_is_away_before_anything_is_created_is_not_a_mistake(cloud, message):
     cloud.plan(faults=[{"match": "list", "times": 1, "message": message}])

@@ -10,7 +10,7 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("faults")
 
 
-@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.long)])
+@pytest.mark.parametrize("seed", [pytest.param(0, marks=pytest.mark.long), 1])
 def test_a_disturbed_run_ends_with_the_weights_of_an_undisturbed_one(folder, seed):
     faults.trial(seed, folder)
 

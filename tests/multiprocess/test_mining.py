@@ -8,6 +8,7 @@ from tests.multiprocess import launch
 from tests.retrieval.stores import save_model
 
 
+@pytest.mark.long
 def test_two_processes_mine_what_one_does_and_the_first_one_writes(tmp_path):
     model = save_model(tmp_path / "model")
     data = write_data(tmp_path / "data") / "embedding.jsonl"

@@ -5,9 +5,10 @@ import numpy as np
 import pytest
 
 from grit_jax.config import EmbeddingConfig
+from grit_jax.data.batch import max_segments
 from grit_jax.losses.balance import balance_loss
 from grit_jax.losses.language import next_token_loss
-from grit_jax.model.pooling import embed_rows
+from grit_jax.model.pooling import vectors_of
 from grit_jax.model.transformer import abstract_model, bind
 from tests.parity import golden
 
@@ -40,8 +41,10 @@ def test_embeddings(case, pooling, normalized):
     model, recorded = case
     settings = EmbeddingConfig(pooling=golden.POOLING[pooling], normalized=normalized)
     batch = golden.embedding_batch([recorded], settings.pooling)
-    tokens, *rows = (jnp.asarray(x) for x in (batch.tokens, batch.segment_ids, batch.positions, batch.pool_weights))
-    vectors, _ = embed_rows(model, model.embed(tokens, FLOAT32), *rows, settings=settings)
+    segment_ids, weights = jnp.asarray(batch.segment_ids), jnp.asarray(batch.pool_weights)
+    hidden, _ = model(jnp.asarray(batch.tokens), model.mask(segment_ids, jnp.asarray(batch.positions), causal=False))
+    num_segments = max_segments(hidden.shape[1])
+    vectors = vectors_of(model, hidden, segment_ids, weights, num_segments=num_segments, settings=settings)
     ours = np.asarray(vectors).reshape(-1, vectors.shape[-1])[batch.query_slots]
     expected = recorded[f"reps.{pooling}.{'norm' if normalized else 'raw'}.query"]
     assert golden.absolute(ours, expected) < golden.HIDDEN

@@ -121,7 +121,9 @@ def shares_by_coordinates(mesh):
 
 
 @needs_libtpu
-@pytest.mark.parametrize("name", topology_names())
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.long) if name == "v5p-12288" else name for name in topology_names()]
+)
 def test_every_host_of_every_topology_and_mesh_fills_the_shards_that_it_holds(name):
     chips = devices(parse_topology(name))
     meshes = [MeshConfig(), COPIES, MeshConfig(tensor=2), MeshConfig(tensor=8), MeshConfig(2), MeshConfig(expert=4)]

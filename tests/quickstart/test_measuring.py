@@ -1,16 +1,8 @@
 import json
 
 import numpy as np
-import pytest
 
-from grit_jax.errors import InputError
-from grit_jax.quickstart.measuring import (
-    ranks_of,
-    read_task,
-    retrieval_scores,
-    task_of_records,
-    unigram_loss,
-)
+from grit_jax.quickstart.measuring import ranks_of, read_task, retrieval_scores, unigram_loss
 from grit_jax.text.tokenizer import Tokenizer
 
 
@@ -45,15 +37,3 @@ def test_a_task_is_read_whatever_the_order_of_its_documents(tmp_path):
     (tmp_path / "qrels/test.tsv").write_text("query-id\tcorpus-id\tscore\n2\tx\t1\n1\ty\t1\n")
     task = read_task(tmp_path)
     assert [task.documents[place] for place in task.relevant] == ["apples", "pears"]
-
-
-def test_a_task_of_records_has_each_positive_once(tmp_path):
-    rows = [
-        {"query": ["find", query], "pos": [["", document], ["", "second"]]} for query, document in ("ax", "by", "cx")
-    ]
-    (tmp_path / "embedding.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (tmp_path / "generative.jsonl").write_text('{"text": ["a", "b"]}\n')
-    task = task_of_records(tmp_path)
-    assert (task.queries, task.documents, task.relevant.tolist()) == (["a", "b", "c"], ["x", "y"], [0, 1, 0])
-    with pytest.raises(InputError, match="no embedding records"):
-        task_of_records(tmp_path / "generative.jsonl")

@@ -3,7 +3,8 @@ import json
 import pytest
 
 from grit_jax.quickstart.job import config_file
-from grit_jax.quickstart.summary import plot_losses, show_summary
+from grit_jax.quickstart.summary import show_summary
+from grit_jax.runs.plot import plot_losses
 
 REPORT = {
     "retrieval": {
@@ -56,7 +57,7 @@ def test_both_losses_are_drawn_to_a_png(tmp_path, steps, evaluated):
     if evaluated:
         lines[-1] |= {"validation/loss/embedding": 1.0, "validation/loss/generative": 2.0}
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    plot_losses(tmp_path / "metrics.jsonl", tmp_path / "losses.png")
+    plot_losses(tmp_path, tmp_path / "losses.png")
     assert (tmp_path / "losses.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -49,10 +49,12 @@ PROGRAM = """
 import sys, time
 from etils import epath
 from grit_jax import files
+from grit_jax.runs import logs
 from grit_jax.runs.logs import LineWriter, read_lines
+logs.PART_LINES, logs.PART_SECONDS = 2, 0.05
 log = sys.argv[1] + "/run/log.jsonl"
 names = lambda: files.names(sys.argv[1] + "/run")
-writer = LineWriter(log, part_lines=2, part_seconds=0.05)
+writer = LineWriter(log)
 for step in (1, 2, 3):
     writer.write({"step": step})
 deadline = time.monotonic() + 30
@@ -63,7 +65,7 @@ for step in (4, 5):
     writer.write({"step": step})
 writer.close()
 assert names() == ["log-000000.jsonl", "log-000001.jsonl", "log-000002.jsonl"], names()
-again = LineWriter(log, keep=lambda line: line["step"] <= 3, part_lines=2)
+again = LineWriter(log, keep=lambda line: line["step"] <= 3)
 assert names() == ["log-000000.jsonl", "log-000001.jsonl"], names()
 again.write({"step": 40})
 again.close()

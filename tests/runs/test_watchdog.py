@@ -1,5 +1,6 @@
 """What happens to a process that hangs."""
 
+import os
 import subprocess
 import sys
 import time
@@ -30,9 +31,10 @@ def test_a_hanging_process_says_where_and_ends(tmp_path):
         assert "in where_it_hangs" in text
 
 
-def test_beats_and_pauses_keep_it_quiet(tmp_path):
+def test_beats_and_pauses_keep_it_quiet(tmp_path, monkeypatch):
     codes = []
-    with Watchdog(1.0, tmp_path / "stacks", leave=codes.append) as dog:
+    monkeypatch.setattr(os, "_exit", codes.append)
+    with Watchdog(1.0, tmp_path / "stacks") as dog:
         for step in range(6):
             dog.beat(f"step {step}")
             time.sleep(0.2)

@@ -103,6 +103,7 @@ def test_a_changed_config_is_refused_with_a_diff(data, finished):
         Trainer(changed)
 
 
+@pytest.mark.long
 def test_a_run_that_ended_before_its_first_checkpoint_begins_anew_with_another_config(data, tmp_path):
     output = tmp_path / "run"
     arguments = train_arguments(data, output, "--checkpoint.every=1000")

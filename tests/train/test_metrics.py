@@ -6,7 +6,7 @@ import pytest
 
 from grit_jax.config import TransformerConfig
 from grit_jax.train import metrics as module
-from grit_jax.train.callbacks.base import Callback, Run
+from grit_jax.train.callbacks.callback import Callback, Run
 from grit_jax.train.callbacks.details import Details
 from grit_jax.train.callbacks.gradient_norms import GradientNorms
 from grit_jax.train.metrics import model_flops

@@ -128,6 +128,7 @@ def test_a_run_that_is_stopped_below_a_damaged_checkpoint_is_saved_there(data, u
     assert losses(output) == losses(undisturbed)
 
 
+@pytest.mark.long
 def test_parameters_of_steps_that_are_done_again_stay(data, undisturbed, tmp_path):
     output, options = tmp_path / "run", ["--checkpoint.every=4", "--checkpoint.params_every=1"]
     crashed(data, output, 4, *options)
@@ -148,6 +149,7 @@ def test_damaged_parameters_of_steps_that_are_done_again_are_set_aside_and_saved
     Checkpoints(output / "params", read_only=True).metadata(2)
 
 
+@pytest.mark.long
 def test_parameters_of_another_config_are_set_aside_and_saved_again(data, tmp_path):
     output = tmp_path / "run"
     more = ["--checkpoint.params_every=1", "--checkpoint.every=100"]
@@ -166,7 +168,7 @@ def test_parameters_of_another_config_are_set_aside_and_saved_again(data, tmp_pa
         assert parse_config(saved.config).optimizer.learning_rate == rate
 
 
-@pytest.mark.parametrize("every", [1, pytest.param(3, marks=pytest.mark.long), None])
+@pytest.mark.parametrize("every", [*(pytest.param(every, marks=pytest.mark.long) for every in (1, 3)), None])
 def test_settings_of_saving_may_change_between_starts(data, tmp_path, every):
     output = tmp_path / "run"
     crashed(data, output, 4, "--checkpoint.every=4", "--checkpoint.params_every=2")

@@ -15,7 +15,7 @@ from grit_jax.data.pipeline import Pipeline
 from grit_jax.data.records import Record, RecordError
 from grit_jax.data.sources import find_files
 from grit_jax.data.streams import all_streams
-from grit_jax.data.streams.base import Role, RowPlan, Stream
+from grit_jax.data.streams.stream import Role, RowPlan, Stream
 from grit_jax.datatools.stats import as_lines, measure
 from grit_jax.datatools.validate import validate
 from grit_jax.errors import InputError
@@ -28,7 +28,7 @@ from grit_jax.text import prompts
 from grit_jax.text.tokenizer import Tokenizer
 from grit_jax.train.loop import Trainer
 from grit_jax.train.objectives import trained_objectives
-from grit_jax.train.objectives.base import Losses, Objective, Parts
+from grit_jax.train.objectives.objective import Losses, Objective, Parts
 from tests.commands import ROOT, TINY, write_data
 
 BYTES = Tokenizer.load("bytes")
@@ -183,6 +183,7 @@ def test_it_resumes_bit_for_bit(data, whole, tmp_path):
         }
 
 
+@pytest.mark.long
 def test_the_numbers_do_not_depend_on_the_mesh(data, whole, tmp_path):
     plain = trained(config(data, tmp_path / "run", "--train.steps=1", "--mesh.data=1", "--mesh.fsdp=8"))
     assert np.isclose(plain[0]["loss/plain"], whole[0]["loss/plain"], rtol=1e-5)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from grit_jax.config import Config
-from grit_jax.data.streams.base import Stream
 from grit_jax.data.streams.embedding import EmbeddingStream
 from grit_jax.data.streams.generative import GenerativeStream
+from grit_jax.data.streams.stream import Stream
 
 STREAMS: dict[str, type[EmbeddingStream] | type[GenerativeStream]] = {
     stream.name: stream for stream in (EmbeddingStream, GenerativeStream)

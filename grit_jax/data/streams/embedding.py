@@ -12,7 +12,7 @@ from grit_jax.config import Config, Pooling
 from grit_jax.data.batch import EmbeddingBatch, max_segments
 from grit_jax.data.packing import ranges
 from grit_jax.data.records import EmbeddingRecord
-from grit_jax.data.streams.base import PlannedRows, Ranks, Role, RowPlan, Samples, Stream
+from grit_jax.data.streams.stream import PlannedRows, Ranks, Role, RowPlan, Samples, Stream
 from grit_jax.text import prompts
 from grit_jax.text.prompts import Prompt
 from grit_jax.text.tokenizer import Tokenizer

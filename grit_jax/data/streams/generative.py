@@ -10,7 +10,7 @@ from grit_jax.config import Config, LossConfig
 from grit_jax.data.batch import GenerativeBatch
 from grit_jax.data.packing import ranges
 from grit_jax.data.records import GenerativeRecord
-from grit_jax.data.streams.base import PlannedRows, Ranks, Role, RowPlan, Samples, Stream
+from grit_jax.data.streams.stream import PlannedRows, Ranks, Role, RowPlan, Samples, Stream
 from grit_jax.text import prompts
 from grit_jax.text.prompts import Prompt
 from grit_jax.text.tokenizer import Tokenizer

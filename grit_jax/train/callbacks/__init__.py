@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from grit_jax.config import Config
 from grit_jax.inference.model import GritModel
 from grit_jax.train.callbacks.bad_batches import BadBatches
-from grit_jax.train.callbacks.base import Callback
+from grit_jax.train.callbacks.callback import Callback
 from grit_jax.train.callbacks.details import Details
 from grit_jax.train.callbacks.display import Display
 from grit_jax.train.callbacks.evaluation import Evaluation

@@ -12,7 +12,7 @@ from grit_jax import files
 from grit_jax.runs import folder
 from grit_jax.runs.logs import LineWriter, read_lines
 from grit_jax.runs.spikes import WINDOW, Spikes
-from grit_jax.train.callbacks.base import Callback, Run
+from grit_jax.train.callbacks.callback import Callback, Run
 
 
 class BadBatches(Callback):

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from grit_jax.parallel import sharding
-from grit_jax.train.callbacks.base import Callback, Run
+from grit_jax.train.callbacks.callback import Callback, Run
 from grit_jax.train.health import GRAM, health_figures
 from grit_jax.train.step import TOKEN_LOSSES, Metrics
 

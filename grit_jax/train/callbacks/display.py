@@ -10,7 +10,7 @@ import jax
 import rich.console
 import rich.progress
 
-from grit_jax.train.callbacks.base import Callback, Run
+from grit_jax.train.callbacks.callback import Callback, Run
 
 
 class Display(Callback):

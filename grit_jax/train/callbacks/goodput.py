@@ -13,7 +13,7 @@ from grit_jax import files
 from grit_jax.runs import folder
 from grit_jax.runs.goodput import Clock, goodput_of
 from grit_jax.runs.logs import LineWriter, read_lines
-from grit_jax.train.callbacks.base import Callback, Phase, Run
+from grit_jax.train.callbacks.callback import Callback, Phase, Run
 
 _WRITE_SECONDS = 30.0  # between lines of goodput.jsonl
 

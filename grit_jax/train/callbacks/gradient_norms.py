@@ -9,7 +9,7 @@ import jax
 
 from grit_jax.data.batch import Batch
 from grit_jax.model.transformer import Params
-from grit_jax.train.callbacks.base import Callback, Run
+from grit_jax.train.callbacks.callback import Callback, Run
 
 GradientNorm = Callable[[Params, Params, Batch], jax.Array]
 

@@ -12,7 +12,7 @@ import jax
 from grit_jax import files
 from grit_jax.data.batch import Batch
 from grit_jax.runs import folder
-from grit_jax.train.callbacks.base import Callback, Run
+from grit_jax.train.callbacks.callback import Callback, Run
 from grit_jax.train.step import Metrics
 
 

@@ -11,7 +11,7 @@ from grit_jax.checkpoints.checkpoint import Checkpoints
 from grit_jax.config import CheckpointConfig
 from grit_jax.parallel.distributed import in_first_process, wait_for_all
 from grit_jax.runs import folder
-from grit_jax.train.callbacks.base import Callback, Run
+from grit_jax.train.callbacks.callback import Callback, Run
 
 
 class Saving(Callback):

@@ -17,7 +17,7 @@ from grit_jax.config import LoggingConfig, dump_config
 from grit_jax.errors import InputError, install
 from grit_jax.runs import folder
 from grit_jax.runs.logs import LineWriter
-from grit_jax.train.callbacks.base import Callback, Run
+from grit_jax.train.callbacks.callback import Callback, Run
 
 Log = Callable[[int, Mapping[str, float]], None]  # takes a step and its metrics
 

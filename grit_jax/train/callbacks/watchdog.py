@@ -9,7 +9,7 @@ import jax
 
 from grit_jax import files
 from grit_jax.runs import folder, watchdog
-from grit_jax.train.callbacks.base import Callback, Phase, Run
+from grit_jax.train.callbacks.callback import Callback, Phase, Run
 
 _UNTIMED = ("compile", "evaluation")  # may take any time
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from grit_jax.config import Config
 from grit_jax.data.streams import STREAMS, trained_streams
-from grit_jax.train.objectives.base import Objective
 from grit_jax.train.objectives.embedding import ContrastiveObjective
 from grit_jax.train.objectives.generative import NextTokenObjective
+from grit_jax.train.objectives.objective import Objective
 
 OBJECTIVES = {"embedding": ContrastiveObjective, "generative": NextTokenObjective}
 

@@ -10,13 +10,13 @@ import jax.numpy as jnp
 
 from grit_jax.config import Config
 from grit_jax.data.batch import EmbeddingBatch, max_segments
-from grit_jax.data.streams.base import Stream
+from grit_jax.data.streams.stream import Stream
 from grit_jax.losses.contrastive import contrastive_loss, resolve_negatives
 from grit_jax.model.pooling import vectors_of
 from grit_jax.model.transformer import Transformer
 from grit_jax.parallel.sharding import split_axes
 from grit_jax.train.health import health_parts
-from grit_jax.train.objectives.base import Inputs, Losses, Objective, Parts
+from grit_jax.train.objectives.objective import Inputs, Losses, Objective, Parts
 
 _TEXTS = ("batch", "activation_embed")
 
@@ -80,12 +80,11 @@ class ContrastiveObjective(Objective):
             f"use a multiple of {shards}"
         )
 
-    def facts(self, num_shards: int, embed_dim: int) -> dict[str, Any]:
-        """How the negatives are computed."""
+    def negatives(self, num_shards: int, embed_dim: int) -> str:
+        """`dense`, `gathered` or `ring`."""
         queries = self._data.embedding_batch
         width = self._settings.projection_dim or embed_dim
-        form = resolve_negatives(self._loss.negatives, queries, queries * self._data.group_size, width, num_shards)
-        return {"negatives": form}
+        return resolve_negatives(self._loss.negatives, queries, queries * self._data.group_size, width, num_shards)
 
 
 def _own_texts(vectors: jax.Array, slots: jax.Array) -> jax.Array:

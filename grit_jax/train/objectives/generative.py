@@ -7,10 +7,10 @@ import jax.numpy as jnp
 
 from grit_jax.config import Config
 from grit_jax.data.batch import GenerativeBatch
-from grit_jax.data.streams.base import Stream
+from grit_jax.data.streams.stream import Stream
 from grit_jax.losses.language import next_token_loss
 from grit_jax.model.transformer import Transformer
-from grit_jax.train.objectives.base import Losses, Objective, Parts
+from grit_jax.train.objectives.objective import Losses, Objective, Parts
 
 
 class NextTokenObjective(Objective):

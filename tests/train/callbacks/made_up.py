@@ -9,7 +9,7 @@ import numpy as np
 from grit_jax.config import Config, MeshConfig, ModelConfig, TrainConfig, TransformerConfig
 from grit_jax.data.pipeline import FileSamples
 from grit_jax.parallel import sharding
-from grit_jax.train.callbacks.base import Callback, Run
+from grit_jax.train.callbacks.callback import Callback, Run
 from grit_jax.train.health import GRAM
 from grit_jax.train.step import TOKEN_LOSSES
 

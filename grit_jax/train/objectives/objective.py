@@ -9,7 +9,7 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from grit_jax.data.streams.base import Stream
+from grit_jax.data.streams.stream import Stream
 from grit_jax.model.transformer import Transformer
 
 Metrics = dict[str, jax.Array]
@@ -124,6 +124,6 @@ class Objective(abc.ABC):
         """Why a mesh cannot take its batches, given the sizes of the axes that split them; None where it can."""
         return None
 
-    def facts(self, num_shards: int, embed_dim: int) -> dict[str, Any]:
-        """Its figures for `plan` by name, on a mesh with `num_shards` batch shards."""
-        return {}
+    def negatives(self, num_shards: int, embed_dim: int) -> str | None:
+        """The form in which it computes negatives on a mesh with `num_shards` batch shards; None where it has none."""
+        return None

@@ -4,7 +4,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from grit_jax.train.callbacks.base import Callback
+from grit_jax.train.callbacks.callback import Callback
 from tests.train.callbacks import made_up
 
 
