@@ -2,8 +2,8 @@
 
     python benchmarks/checkpoint.py
 
-Saves weights and AdamW's moments of the benchmarks' model. `blocking_seconds` is the time until training may go on,
-`writing_seconds` the time until the checkpoint is on disk; compare with the time of a step (train_step.py).
+Saves weights and AdamW's moments of the benchmarks' model. `blocking_seconds` is the time until training may continue,
+`writing_seconds` the time until the checkpoint is on disk; compare both with the time of a step (train_step.py).
 """
 
 from __future__ import annotations

@@ -1,25 +1,25 @@
-"""The claim of GRIT at a small scale: one model of both skills against a model of each, trained on the same samples.
+"""GRIT's claim at a small scale: one model with both skills against one model for each, trained on the same samples.
 
     python benchmarks/claim.py                                  one seed: within an hour on two CPU cores
-    python benchmarks/claim.py --seeds 0 1 2 --ablations        all of it; a night
-    python benchmarks/claim.py --train.steps=20                 settings of the config can be changed
+    python benchmarks/claim.py --seeds 0 1 2 --ablations        everything; a night
+    python benchmarks/claim.py --train.steps=20                 changes settings of the config
     python benchmarks/claim.py --config configs/claim/large.yaml --output runs/claim_large      for a GPU
 
 It needs the package's extra `evaluate`.
-A run that was stopped goes on where it was, with the same settings. Of each file of --data's train/ a twentieth of the
-records is held out, by a hash of the query or the first turn. The unified, the embedding-only and the generation-only
+A stopped run continues where it was, with the same settings. A twentieth of the records of each file in --data's
+train/ is held out, by a hash of the query or the first turn. The unified, the embedding-only and the generation-only
 model of a seed begin with the same weights and see the same samples of their streams in the same order.
 
-Fixed before any of it was run: the figure of embedding is the mean nDCG@10 of medquad, wordnet_wsd and scifact, that of
-generation the loss per token on held-out answers; models are equivalent where the 95 % interval of the relative
-difference lies within 2 %.
+Fixed before the first run: the figure of embedding is the mean nDCG@10 of medquad, wordnet_wsd and scifact, that of
+generation the loss per token on held-out answers; models are equivalent if the 95 % interval of the relative difference
+lies within 2 %.
 
-Intervals are of the paired bootstrap over examples and, where there are several, seeds. Several seeds also have
-Student's interval of the mean of their differences, and the wider of the two counts.
+Intervals come from the paired bootstrap over examples and, if there are several, seeds. Several seeds also have
+Student's interval of the mean of their differences; the wider of the two counts.
 
 Keeps the result of every model in --output/results, writes --output/claim.json and prints its tables in Markdown. With
---page docs/claim.md the tables go into that page, and results, figures and plots into docs/claim. Where results are
-copied to --output/results first, those models are not trained again: so published results are checked, or continued on
+--page docs/claim.md the tables go into that page, and results, figures and plots into docs/claim. Models whose results
+are copied to --output/results beforehand are not trained again: this checks published results, or continues them on
 another machine.
 """
 
@@ -86,7 +86,7 @@ _ONE_IN = 20
 _VOCAB_SIZE = 8192
 _STEPS = "train.steps"
 _ABLATION_STEPS = 100
-_KEPT = ("metric", "main_score", "interval", "chance")  # of what the report says of a task
+_KEPT = ("metric", "main_score", "interval", "chance")  # entries of the report on a task
 _PATHS = ("model.tokenizer", "data.train", "data.validation", "train.output")
 _MAY_DIFFER = tuple(key for key in MAY_DIFFER if key != _STEPS)
 
@@ -128,7 +128,7 @@ def _training(folder: Path) -> list[Path]:
 
 
 def digest(paths: Iterable[Path]) -> str:
-    """Of the content of files, in the order of their paths."""
+    """Digest of the content of files, in the order of their paths."""
     found = hashlib.sha256()
     for path in sorted(paths):
         found.update(bytes.fromhex(files.sha256(path)))
@@ -136,19 +136,19 @@ def digest(paths: Iterable[Path]) -> str:
 
 
 def split(data: Path, output: Path) -> None:
-    """Writes the records of each file to `train/` and, a twentieth of them, to `held_out/`."""
+    """Splits the records of each file between `train/` and, a twentieth of them, `held_out/`."""
     for path in _training(data):
         source = open_source(path)
         parts: dict[str, list[bytes]] = {"train": [], "held_out": []}
         for number, record in enumerate(source):
             parts["held_out" if _held_out(record) else "train"].append(source.lines(number, number + 1)[0].rstrip())
         for part, lines in parts.items():
-            if lines:  # a twentieth of a small file may be nothing
+            if lines:  # a twentieth of a small file may be empty
                 _write_lines(output / part / path.parent.name / f"{path.name.split('.')[0]}.jsonl", lines)
 
 
 def key(record: Record) -> str:
-    """What decides on which side of the split a record is: its query, or its first turn."""
+    """The text that decides on which side of the split a record is: its query, or its first turn."""
     return record.query.text if isinstance(record, EmbeddingRecord) else record.texts()[0]
 
 
@@ -166,7 +166,7 @@ def _made(path: Path) -> Path:
 
 
 def suite_of(name: str, data: Path, output: Path) -> Suite:
-    """A suite of configs/claim with what the split holds out."""
+    """A suite of configs/claim, with the records that the split holds out."""
     suite = load_suite(CONFIGS / name, data=data / "eval")
     held_out = Perplexity(HELD_OUT, str(output / "data/held_out/generative"))
     gsm8k = Perplexity(GSM8K, str(output / "data/gsm8k_test.jsonl"))
@@ -175,12 +175,12 @@ def suite_of(name: str, data: Path, output: Path) -> Suite:
 
 @dataclasses.dataclass(frozen=True)
 class Study:
-    """What every model has in common.
+    """The setup that all models share.
 
     Attributes:
       config: Config file of the models.
-      settings: Settings of the config that are changed in all of them.
-      output: Folder of everything; `prepare` has filled it.
+      settings: Changes to the config for all of them.
+      output: Folder of everything, which `prepare` has filled.
     """
 
     config: Path
@@ -200,7 +200,7 @@ class Study:
         """Trains a model, or takes it as it is at the start, evaluates it and keeps the result; once.
 
         Raises:
-          InputError: It was trained or measured with other settings.
+          InputError: The model was trained or measured with other settings.
         """
         text = dump_config(load_config(self.config, _options({**self.settings, "train.seed": seed, **changes})))
         marks = {task.name: fingerprint(task, suite, "") for task in suite.tasks}
@@ -220,7 +220,7 @@ class Study:
             folder,
         )
         given = parse_config(text, _options(dict(zip(_PATHS, paths, strict=True))))
-        if (folder / CONFIG).exists():  # the trainer compares all else
+        if (folder / CONFIG).exists():  # the trainer compares everything else
             steps = load_config(folder / CONFIG).train.steps
             if steps != given.train.steps:
                 raise InputError(
@@ -293,17 +293,17 @@ def measure_bm25(suite: Suite, results: Path) -> None:
 
 
 def known_ablations() -> dict[str, dict[str, Any]]:
-    """What each ablation changes."""
+    """The changes of each ablation."""
     return yaml.safe_load((CONFIGS / "ablations.yaml").read_text())
 
 
 def ablation_steps(change: Mapping[str, Any], baseline: int) -> int:
-    """Steps of an ablation that sees as many samples as so many steps of the baseline."""
+    """Steps of an ablation that sees as many samples as `baseline` steps of the baseline."""
     return max(1, change.get(_STEPS, _ABLATION_STEPS) * baseline // _ABLATION_STEPS)
 
 
 def main() -> None:
-    """Trains, measures, compares and reports."""
+    """Trains, measures, compares and prints."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=_ROOT.parent / "shared/data", help="folder with train/ and eval/")
     parser.add_argument("--config", type=Path, default=CONFIGS / "unified.yaml", help="of the models (%(default)s)")

@@ -1,7 +1,7 @@
-"""What the claim's script keeps of each model it measures, and the comparison, tables and plot that are made of it.
+"""The results that the claim's script keeps of each model, and the comparison, tables and plot made from them.
 
-A folder of results has `SEED/MODEL.json` of every model and `bm25.json`. A report needs nothing else, so that a
-published one can be computed again, and continued on another machine, without the models.
+A folder of results has `SEED/MODEL.json` for every model, and `bm25.json`. Nothing else is needed to compute published
+figures again, or to continue on another machine, without the models.
 """
 
 from __future__ import annotations
@@ -38,20 +38,20 @@ Scores = dict[str, dict[str, Any]]
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """A model that was trained and measured.
+    """The result of training and measuring a model.
 
     Attributes:
       config: Its config as YAML, without paths.
-      data: Digest of what it was trained on, and of its tokenizer.
-      devices: What it was trained with.
+      data: Digest of its training data and tokenizer.
+      devices: The devices that it was trained on.
       marks: Digests of the tasks: their settings and data.
-      tasks: Of each task the metric, the main score, its interval and, where there is one, the score of chance.
-      examples: Of the held-out answers, and the primary tasks and their variants, what each example contributes to the
+      tasks: For each task the metric, the main score, its interval and, if there is one, the score of chance.
+      examples: For the held-out answers, and the primary tasks and their variants, each example's contribution to the
         main score.
-      losses: Of each stream the steps that had samples of it, and the losses there.
-      tokens: It was trained on.
-      training_seconds: Steps alone, compilation included.
-      wall_seconds: Training and evaluation; None where it was stopped in between.
+      losses: For each stream the steps with samples of it, and the losses there.
+      tokens: Number of training tokens.
+      training_seconds: Time of the steps, compilation included.
+      wall_seconds: Time of training and evaluation; None if stopped in between.
     """
 
     config: str
@@ -68,7 +68,7 @@ class Result:
 
 @dataclasses.dataclass(frozen=True)
 class KeywordSearch:
-    """BM25 on the retrieval tasks: digests of the tasks, and scores as a `Result` has them."""
+    """BM25 on the retrieval tasks: digests of the tasks, and scores as in `Result`."""
 
     marks: dict[str, str]
     tasks: Scores
@@ -76,7 +76,7 @@ class KeywordSearch:
 
 @dataclasses.dataclass(frozen=True)
 class Figure:
-    """What models are compared by: the mean of some tasks' scores."""
+    """A number to compare models by: the mean of some tasks' scores."""
 
     name: str
     tasks: tuple[str, ...]
@@ -97,12 +97,12 @@ LOSS = Figure("loss per token", (HELD_OUT,), loss_per_token, smaller_is_better=T
 
 
 def ablation(name: str) -> str:
-    """The model's name of an ablation."""
+    """The name of an ablation's model."""
     return f"{_ABLATION}{name}"
 
 
 def read_result(results: Path, seed: int, name: str) -> Result | None:
-    """What was kept of a model; None where it has not been measured.
+    """A model's stored result; None if it has not been measured.
 
     Raises:
       InputError: The file is something else.
@@ -111,12 +111,12 @@ def read_result(results: Path, seed: int, name: str) -> Result | None:
 
 
 def write_result(results: Path, seed: int, name: str, result: Result) -> None:
-    """Keeps a model's result."""
+    """Stores a model's result."""
     _write(results / str(seed) / f"{name}.json", result)
 
 
 def read_bm25(results: Path) -> KeywordSearch | None:
-    """What was kept of keyword search; None where it has not been measured.
+    """The stored result of keyword search; None if it has not been measured.
 
     Raises:
       InputError: The file is something else.
@@ -125,7 +125,7 @@ def read_bm25(results: Path) -> KeywordSearch | None:
 
 
 def write_bm25(results: Path, found: KeywordSearch) -> None:
-    """Keeps what keyword search has found."""
+    """Stores the result of keyword search."""
     _write(results / _BM25, found)
 
 
@@ -144,16 +144,16 @@ def _write(path: Path, kept: Result | KeywordSearch) -> None:
 
 
 def summarize(results: Path, seeds: Sequence[int], ablations: Iterable[str]) -> dict[str, Any]:
-    """What claim.json holds.
+    """The content of claim.json.
 
     Args:
-      results: Folder with a result of every model.
-      seeds: What is compared.
-      ablations: Those of the first seed that have been measured are shown, in this order.
+      results: Folder with the result of every model.
+      seeds: The seeds to compare.
+      ablations: Names of ablations; those measured with the first seed are shown, in this order.
 
     Raises:
-      InputError: Keyword search or a seed's model has not been measured, or a model on other tasks or data than the
-        others.
+      InputError: Keyword search or a seed's model has not been measured, or a model has other tasks or data than the
+        rest.
     """
     models = {name: {seed: _needed(results, seed, name) for seed in seeds} for name in (UNTRAINED, *MODELS)}
     first = {name: by_seed[seeds[0]] for name, by_seed in models.items()}
@@ -224,7 +224,7 @@ def _ablation(result: Result, baseline: Result, figures: Sequence[Figure]) -> di
 
 
 def _variants(baseline: Result) -> dict[str, Any]:
-    """The same of the primary tasks when they are measured in other ways, by what is behind their names."""
+    """The same for variants of the primary tasks, by the suffix of their names."""
     others = [name.removeprefix(PRIMARY[0]) for name in baseline.tasks if name.startswith(f"{PRIMARY[0]} ")]
     found = {}
     for variant in others:
@@ -241,7 +241,7 @@ def _needed(results: Path, seed: int, name: str) -> Result:
 
 
 def tables(summary: Mapping[str, Any]) -> dict[str, str]:
-    """The summary's tables in Markdown, by what they show."""
+    """The summary's tables in Markdown, by name."""
     seeds = len(summary["seeds"])
     several = seeds > 1
     claim = markdown_table(
@@ -302,7 +302,7 @@ def _bounds(of: Sequence[float]) -> str:
 
 
 def _cell(found: Sequence[Mapping[str, Any]]) -> str:
-    """Mean over seeds of the score and of the bounds of its interval over examples, and what that says of chance."""
+    """Mean over seeds of the score and of its interval's bounds over examples, and how it compares with chance."""
     score, low, high = np.mean([[one["main_score"], *one["interval"]] for one in found], axis=0)
     chance = found[0].get("chance")
     mark = "" if chance is None or low > chance else " below chance" if high < chance else " at chance"

@@ -1,4 +1,4 @@
-"""What the benchmarks share: the model, the texts, the PyTorch side's weights, timing and the report."""
+"""Shared parts of the benchmarks: the model, the texts, the PyTorch side's weights, timing and output."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ ARCHITECTURE = TransformerConfig(
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
-    """Arguments of every benchmark, its module's docstring above them."""
+    """Arguments of every benchmark, below its module's docstring."""
     result = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     result.add_argument(
         "--data",
@@ -54,7 +54,7 @@ def parser(description: str | None) -> argparse.ArgumentParser:
 
 
 def read_lines(folder: Path, stream: str) -> dict[str, list[str]]:
-    """The lines of a stream's files by file name, the file with most lines first."""
+    """The lines of a stream's files by file name, longest file first."""
     files = {}
     for path in sorted((folder / stream).glob("*.jsonl*")):
         with gzip.open(path, "rt") if path.suffix == ".gz" else path.open() as file:
@@ -102,14 +102,14 @@ def load_torch(folder: Path) -> Any:
 
 
 class Seconds(NamedTuple):
-    """Median time of a side: on the clock, and of the processors, which says more on a machine that others use."""
+    """Median time of a side: wall time, and processor time, which says more on a shared machine."""
 
     clock: float
     processor: float
 
 
 def alternate(sides: Mapping[str, Callable[[], Any]], repeats: int) -> tuple[dict[str, Seconds], dict[str, Any]]:
-    """Times the sides, run in turn after one run that is not counted, and returns what their first runs gave."""
+    """Times the sides, run in turn after one uncounted run, and returns the results of their first runs."""
     results = {name: side() for name, side in sides.items()}
     times: dict[str, list[Seconds]] = {name: [] for name in sides}
     for _ in range(repeats):
@@ -121,7 +121,7 @@ def alternate(sides: Mapping[str, Callable[[], Any]], repeats: int) -> tuple[dic
 
 
 def speeds(seconds: Mapping[str, Seconds], tokens: int) -> dict[str, float]:
-    """Tokens per second, and the ratio of ours to PyTorch's where both were measured, also in processor time."""
+    """Tokens per second, and the ratio of ours to PyTorch's if both were measured, in processor time too."""
     result = {f"{name}_tokens_per_second": round(tokens / value.clock, 1) for name, value in seconds.items()}
     if "torch" in seconds:
         for part in Seconds._fields:

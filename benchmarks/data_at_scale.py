@@ -5,21 +5,21 @@
     python benchmarks/data_at_scale.py --real-rows 10000000
 
 - `index`: records and tokens tokenized per second and core, from files to mapped arrays on the disk, in this process,
-  and the bytes that a token takes there: its own, and with lengths, spans and all else;
-- `lines`: how fast the lines of a JSONL file are found;
+  and the bytes that a token takes there: its own, and with lengths, spans and everything else;
+- `lines`: how fast it finds the lines of a JSONL file;
 - `fill`: batches from the files of --data, of 32 x (256 + 2 x 512) + 8 x 512 tokens (the limits of data_pipeline.py)
   and of the paper's 2048 x (256 + 2 x 2048) + 256 x 2048, on one device and dealt to 64: the share of their tokens that
-  is no padding, with rows rounded up to the buckets, and records and tokens per second and core;
-- `first_batch`: seconds from nothing but the index to the first batch, of a run that starts at step 0 or 1,000,000;
-- `scheduled`: with so many synthetic rows in the index (4 records in 5 with one negative, the rest without), the
-  anonymous memory that the schedule takes and what stays after batches, the seconds to open index and schedule and to
-  the first batch, and milliseconds of the processor a step, planned alone and filled too, at steps 0 and 1,000,000 of
-  2048 queries. Mapped pages are not counted: the system may drop them. Texts have 20 to 399 tokens: 10,000,000 rows
-  take 13 GB in --folder;
-- `tokenized`, with --real-rows: as many records, of which each is a numbered query of --data with one positive, from
-  one JSONL file to an index and a first batch: the time and memory of its processes, and its size.
+  is not padding, with rows rounded up to the buckets, and records and tokens per second and core;
+- `first_batch`: seconds from the token index to the first batch, for a run that starts at step 0 or 1,000,000;
+- `scheduled`: with --rows synthetic records in the index (4 in 5 with one negative, the rest without), the anonymous
+  memory that the schedule takes and that stays after batches, the seconds to open index and schedule and to the first
+  batch, and processor milliseconds per step, only planned and also filled, at steps 0 and 1,000,000 of 2048 queries.
+  Mapped pages do not count: the system may drop them. Texts have 20 to 399 tokens: 10,000,000 rows take 13 GB in
+  --folder;
+- `tokenized`, with --real-rows: as many records, each a numbered query of --data with one positive, from one JSONL file
+  to an index and a first batch: time and memory of the processes, and the size of the index.
 
-Speeds per core are by processor time, so they hold on a machine that others use.
+Speeds per core are by processor time, so they hold on a shared machine.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ LIMITS = {
 
 
 def index_speed(data: Path, tokenizer: Tokenizer, most: int) -> dict[str, float]:
-    """Records and tokens per second of one core, with the first so many records of each file, and bytes a token."""
+    """Records and tokens per second of one core, with the first `most` records of each file, and bytes per token."""
     seconds = 0.0
     indexes = []
     with tempfile.TemporaryDirectory() as folder:
@@ -100,7 +100,7 @@ def line_speed(megabytes: int) -> dict[str, float]:
 
 
 def fill(data: Path, tokenizer: Tokenizer, devices: int, config: DataConfig, steps: int) -> dict[str, Any]:
-    """Share that is no padding, and speeds per core."""
+    """Share that is not padding, and speeds per core."""
     train = [str(data / "embedding"), str(data / "generative")]
     run = Config(data=dataclasses.replace(config, train=train), train=TrainConfig(steps=2 * LATE))
     every_shard = HostShare(tuple(range(devices)), devices)
@@ -127,7 +127,7 @@ def fill(data: Path, tokenizer: Tokenizer, devices: int, config: DataConfig, ste
 
 
 def first_batch(data: Path, tokenizer: Tokenizer, start: int) -> float:
-    """Seconds to the first batch, with the tokens counted before."""
+    """Seconds to the first batch, with tokens already counted."""
     train = [str(data / "embedding"), str(data / "generative")]
     _, limits = LIMITS["benchmark"]
     run = Config(data=dataclasses.replace(limits, train=train), train=TrainConfig(steps=2 * LATE))
@@ -169,7 +169,7 @@ def write_index(folder: Path, rows: int) -> None:
 
 
 def anonymous_mebibytes() -> float:
-    """Memory of this process that is no mapped file."""
+    """Memory of this process other than mapped files."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("RssAnon"):
             return int(line.split()[1]) / 1024
@@ -177,7 +177,7 @@ def anonymous_mebibytes() -> float:
 
 
 def scheduled(rows: int, parent: Path | None) -> dict[str, float]:
-    """Memory and times of schedule and batches over many rows, in a process that has nothing else."""
+    """Memory and times of schedule and batches over many records, in a process with nothing else."""
     folder = Path(tempfile.mkdtemp(dir=parent))
     try:
         write = multiprocessing.get_context("spawn").Process(target=write_index, args=(folder / "index", rows))
@@ -223,7 +223,7 @@ def scheduled(rows: int, parent: Path | None) -> dict[str, float]:
 
 
 def tokenized(rows: int, data: Path, tokenizer: Tokenizer, parent: Path | None) -> dict[str, float]:
-    """A file of real texts from nothing to its first batch, by the clock and by the time of all its processors."""
+    """A file of real texts from nothing to its first batch, in wall time and in the time of all processors."""
     paths = sources.find_files([str(data / "embedding")])
     every = [sources.open_source(path) for path in paths]
     records = [json.loads(line) for source in every for line in source.lines(0, len(source))]
@@ -281,7 +281,7 @@ def main() -> None:
     if args.real_rows:
         common.report({"tokenized": tokenized(args.real_rows, args.data, tokenizer, args.folder)})
         return
-    # The first in a process whose heap has not grown yet.
+    # First, while the heap of the process has not grown yet.
     values: dict[str, Any] = {"scheduled": [scheduled(rows, args.folder) for rows in args.rows]}
     values |= {"lines": line_speed(256), "index": index_speed(args.data, tokenizer, args.records)}
     values["fill"] = {

@@ -3,8 +3,8 @@
     python benchmarks/encode.py
 
 Passages are drawn from the positives and negatives of all files of --data, tokenizing included. PyTorch sorts them by
-length and pads each batch of --torch-batch to its longest. `vector_difference` is the largest difference of a number in
-the unit vectors of both sides.
+length and pads each batch of --torch-batch to its longest. `vector_difference` is the largest difference between
+numbers of both sides' unit vectors.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ LIMIT = 512
 
 
 def passages(data: Path, count: int) -> list[str]:
-    """Passages of as many records, each once."""
+    """The distinct passages of `count` records."""
     records = common.sample_records(data, "embedding", count)
     draw = random.Random(0)
     return [draw.choice(record["pos"] + record["neg"])[1] for record in records]

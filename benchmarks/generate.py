@@ -3,8 +3,8 @@
     python benchmarks/generate.py --batch 1
     python benchmarks/generate.py --batch 8
 
-Prompts are the beginnings of passages of --data; no answer ends early, PyTorch uses `generate` with its default cache.
-`same_answers` counts the prompts to which both sides give the same text.
+Prompts are the beginnings of passages of --data; no completion ends early; PyTorch uses `generate` with its default
+cache. `same_answers` counts the prompts that both sides complete alike.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def prompts(data: Path, tokenizer: Tokenizer, count: int) -> list[str]:
 
 
 def in_torch(model: Any, tokenizer: Tokenizer, texts: list[str], new_tokens: int) -> Callable[[], list[str]]:
-    """A function that answers the prompts in PyTorch."""
+    """A function that completes the prompts in PyTorch."""
     import torch
 
     model.eval()

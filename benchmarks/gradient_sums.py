@@ -1,9 +1,9 @@
-"""What is lost when the gradients of many devices are added up in bfloat16, beside float32.
+"""The error of summing the gradients of many devices in bfloat16 instead of float32.
 
     python benchmarks/gradient_sums.py
 
 Prints one JSON object: for each number of devices the relative error of their summed gradient, whose parts every device
-rounds to bfloat16 once. `bfloat16` rounds again after every device, as a ring of them does; `float32` does not.
+rounds to bfloat16 once. `bfloat16` rounds again after every device, as a ring does; `float32` does not.
 """
 
 import argparse
@@ -41,7 +41,7 @@ def gradients(num_devices: int) -> np.ndarray:
 
 
 def errors(parts: np.ndarray) -> dict[str, float]:
-    """The relative error of each way to add up the parts."""
+    """The relative error of each way to sum the parts."""
     exact = parts.sum(axis=0, dtype=np.float64)
     rounded = parts.astype(ml_dtypes.bfloat16)
     sums = {

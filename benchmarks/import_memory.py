@@ -3,9 +3,9 @@
     python benchmarks/import_memory.py --gigabytes 4
 
 Writes a Llama folder of random bfloat16 weights in 1 GB shards, imports it in a process of its own and prints one JSON
-object: what reading it onto the devices takes beyond the destination arrays, which are float32 and on CPU in host
-memory too, and what writing the checkpoint takes, which copies one parameter (all layers of it) at a time. Exit code 1
-when reading takes more than 1 GiB plus the largest tensor.
+object: the memory for reading it onto the devices beyond the destination arrays, which are float32 and on CPU in host
+memory too, and for writing the checkpoint, which copies one parameter (all its layers) at a time. Exit code 1 if
+reading takes more than 1 GiB plus the largest tensor.
 """
 
 import argparse
@@ -70,7 +70,7 @@ def peak_memory() -> int:
 
 
 def child(source: str, out: str) -> None:
-    """Does what `import-hf` does and prints the peak resident memory before, after reading and after writing."""
+    """Imports like `import-hf`, and prints the peak resident memory before, after reading and after writing."""
     import jax
 
     from grit_jax.checkpoints.checkpoint import CheckpointMetadata, save_params

@@ -1,11 +1,11 @@
-"""The contrastive loss and its gradient: time and memory of each form, and PyTorch's beside them.
+"""The contrastive loss and its gradient: time and memory of each form, next to PyTorch's.
 
     python benchmarks/loss_at_scale.py                       # on this machine's CPU, 1 and 8 virtual devices
     python benchmarks/loss_at_scale.py --topology v5p:4x4x4  # memory of a pod's batch on 64 chips (v5p-128), compiled
 
-Prints one JSON object. On CPU all forms take turns with PyTorch's dense InfoNCE (where torch is installed), and times
-are medians; `temp_mib` is what the compiler allocates on a device beyond inputs and outputs. Virtual devices share the
-same cores: 8 of them show what a form costs, not what it gains.
+Prints one JSON object. On CPU all forms take turns with PyTorch's dense InfoNCE (if torch is installed), and times are
+medians; `temp_mib` is what the compiler allocates on a device beyond inputs and outputs. Virtual devices share the same
+cores: 8 of them show what a form costs, not what it gains.
 """
 
 import argparse

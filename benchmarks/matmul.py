@@ -1,9 +1,9 @@
-"""Float32 matrix products of the benchmark's model here and in PyTorch: the ground under the other ratios.
+"""Float32 matrix products of the benchmark's model here and in PyTorch, on which the other ratios rest.
 
     python benchmarks/matmul.py
-    python benchmarks/matmul.py --tokens 8   # as when 8 answers are written together
+    python benchmarks/matmul.py --tokens 8   # as when 8 completions are written together
 
-For each projection of the model: GFLOP/s of the product, of its gradient by the input and of that by the weights.
+For each projection of the model: GFLOP/s of the product, and of its gradients by the input and by the weights.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What benchmarks put into the documentation's pages: tables between marks, and drawings beside the page."""
+"""Puts results of benchmarks into the documentation: tables between marks in a page, and drawings beside it."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ def print_tables(tables: Mapping[str, str]) -> None:
 
 
 def publish(page: Path, tables: Mapping[str, str], *paths: Path) -> None:
-    """Puts tables into a page, and copies files and folders to the folder beside it that has its name.
+    """Puts tables into a page, and copies files and folders to the folder of its name beside it.
 
-    Each table goes between `<!-- NAME -->` and `<!-- end of NAME -->`, in place of what was there.
+    Each table replaces the text between `<!-- NAME -->` and `<!-- end of NAME -->`.
 
     Raises:
       InputError: The page has no such marks; nothing is changed.
@@ -42,7 +42,7 @@ def publish(page: Path, tables: Mapping[str, str], *paths: Path) -> None:
         before, found, rest = text.partition(begin)
         _, also_found, after = rest.partition(end)
         if not (found and also_found):
-            raise InputError(f"{page}: has no place for the table {name}; write {begin} and {end} into it")
+            raise InputError(f"{page}: has no marks for the table {name}; write {begin} and {end} into it")
         text = f"{before}{begin}\n\n{table}\n{end}{after}"
     files.write_text(page, text)
     folder = page.with_suffix("")
@@ -55,7 +55,7 @@ def publish(page: Path, tables: Mapping[str, str], *paths: Path) -> None:
 
 
 def draw_differences(panel: Any, found: Mapping[str, Mapping[str, Any]], *, margin: float | None = None) -> None:
-    """Draws relative differences with their intervals, over the margin where there is one."""
+    """Draws relative differences with their intervals, over the margin if there is one."""
     for row, one in enumerate(found.values()):
         for bounds, width in ((one["interval"], 3), (one.get("run_interval"), 1)):
             if bounds:

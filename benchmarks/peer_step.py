@@ -1,11 +1,11 @@
-"""Our generative-only 7B step beside a peer's pretraining step: the same TPUs, compiler and judge.
+"""Our generative-only 7B step next to a peer's pretraining step: the same TPUs, compiler and judge.
 
     python benchmarks/peer_step.py --judge ../shared/tpu/hlocost.py
     python benchmarks/peer_step.py --judge ../shared/tpu/hlocost.py --rows v5e-64:4:offload
 
-A row is a topology, the texts of 2048 tokens on each chip and what a layer recomputes. The peer's figures stand in
-../shared/tpu/README.md. A row takes some minutes. `peak_gib` is the compiler's; where arrays are kept in the host's
-memory it is arguments and temporaries, as the compiler's own peak counts the host's too.
+A row is a topology, the number of 2048-token texts on each chip, and what a layer recomputes. The peer's figures are in
+../shared/tpu/README.md. A row takes some minutes. `peak_gib` is the compiler's; with arrays in the host's memory it is
+arguments and temporaries, as the compiler's own peak counts the host's too.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def measure(row: str, judge: Any) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Prints one JSON object a row."""
+    """Prints one JSON object per row."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--judge", type=Path, required=True, help="hlocost.py")
     parser.add_argument("--rows", nargs="+", default=_ROWS, metavar="TOPOLOGY:TEXTS:REMAT", help="(%(default)s)")

@@ -4,16 +4,16 @@
     python benchmarks/rag.py quality runs/claim/0/unified --limit 300 --page docs/rag.md
 
 `latency` answers from a store of one document with a model of random weights, 58 million parameters with a vocabulary
-of 32,000, whose tokens are bytes. One side grows while the other is one token: the document, of which keys and values
-are read from the store, or the query, which is embedded for the search anyway. Time runs from the query to the written
-tokens: embedding, search, reading of files and prompts, writing. Tokens are written eight at a time, so that one takes
-as long as eight.
+of 32,000, whose tokens are bytes. One side grows while the other is one token: the document, whose keys and values come
+from the store, or the query, which is embedded for the search anyway. Time runs from the query to the written tokens:
+embedding, search, reading files and prompts, writing. Tokens are written eight at a time, so one takes as long as
+eight.
 
 `quality` asks the questions of XQuAD and MedQuAD with every method; queries are embedded with the instructions of
 configs/claim/suite.yaml. A gold answer of XQuAD is a span of the judged passage, of MedQuAD the first sentence of the
 judged answer. `match` is whether the output contains a gold answer, `loss` the loss per token of the first gold answer
 after `The answer is`, `found` whether the judged document is the one used. Losses are compared in pairs, question by
-question, with those of what a method is to replace.
+question, with those of the method that a method replaces.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ STORES = {
     "int8": ("--caches=int8",),
     "second": ("--caches=float32", "--cache-form=second"),
 }
-_AT_ONCE = 16  # answers that are written together
+_AT_ONCE = 16  # answers written together
 _NEW_TOKENS = 16
 
 
@@ -72,11 +72,11 @@ class Side(NamedTuple):
     """A way to an answer.
 
     Attributes:
-      method: How query and document come to the model.
-      store: Which store is answered from.
-      positions: Of a cached text after another.
-      causal: Whether documents have been read causally before they are used.
-      against: The side whose loss its loss is compared with.
+      method: How query and document reach the model.
+      store: The store to answer from.
+      positions: Positions of a cached text after another.
+      causal: Whether documents are read causally before use.
+      against: The side to compare its loss with.
     """
 
     method: RagMethod
@@ -86,7 +86,7 @@ class Side(NamedTuple):
     against: str | None = None
 
     def prepare(self, rag: Rag, query: str, instruction: str = "") -> Prepared:
-        """What an answer goes on from."""
+        """The prompt of an answer."""
         options: Any = {"method": self.method, "positions": self.positions, "instruction": instruction}
         prepared = rag.prepare(query, **options)
         if self.causal and rag.read_causally():
@@ -124,7 +124,7 @@ GROWING = {
 
 
 def index(model: Path, corpus: Path, store: Path, *options: str) -> Store:
-    """A store that `grit-jax index` makes, or has made."""
+    """A store by `grit-jax index`, made now or earlier."""
     if grit_jax(["index", str(model), str(corpus), str(store), *options]):
         raise SystemExit(f"{store}: not made")
     return Store(store)
@@ -151,7 +151,7 @@ def random_model(folder: Path, longest: int) -> Path:
 
 
 def timed(side: Side, rag: Rag, engine: Engine, query: str) -> tuple[float, ...]:
-    """Seconds until so many tokens as in `WRITTEN` are there."""
+    """Seconds until each number of tokens in `WRITTEN` is written."""
     started, seconds, written = time.perf_counter(), {}, 0
     prepared = side.prepare(rag, query)
     engine.submit(Continuation(prepared.tokens, max(WRITTEN), prefix=prepared.prefix))
@@ -196,7 +196,7 @@ def latency(output: Path, lengths: Sequence[int], repeats: int) -> list[dict[str
 
 
 def plot_latency(path: Path, found: Sequence[dict[str, Any]]) -> None:
-    """Draws seconds against the length of what grows, and against the number of written tokens."""
+    """Draws seconds against the length of the growing side, and against the number of written tokens."""
     from matplotlib.figure import Figure
 
     colours = dict(zip(("float32", "without", "int8", "bfloat16"), COLOURS, strict=True))
@@ -222,7 +222,7 @@ def plot_latency(path: Path, found: Sequence[dict[str, Any]]) -> None:
 
 
 def plot_quality(path: Path, measured: dict[str, dict[str, Any]]) -> None:
-    """Draws how far the loss of each side is from that of what it replaces."""
+    """Draws the difference of each side's loss to that of the side it replaces."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13, 4.5), layout="constrained")
@@ -234,7 +234,7 @@ def plot_quality(path: Path, measured: dict[str, dict[str, Any]]) -> None:
 
 
 class Question(NamedTuple):
-    """A question, its gold answers and the ids of the documents that are judged to hold one."""
+    """A question, its gold answers and the ids of the documents judged to hold one."""
 
     text: str
     answers: list[str]
@@ -309,7 +309,7 @@ def figures(
 def quality(
     model_folder: Path, data: Path, output: Path, *, limit: int | None, max_length: int
 ) -> dict[str, dict[str, Any]]:
-    """Figures with 95 % intervals by collection and side, of losses also the difference to another side's."""
+    """Figures with 95 % intervals by collection and side; for losses also the difference to another side's."""
     model, result = GritModel.load(model_folder), {}
     tasks = load_suite(CONFIGS / "suite.yaml", data=data).tasks
     instructions = {task.name: task.instruction or "" for task in tasks if isinstance(task, Retrieval)}
@@ -341,7 +341,7 @@ def quality(
 
 
 def latency_table(found: Sequence[dict[str, Any]]) -> str:
-    """Seconds, a row for each side and length."""
+    """Seconds, one row per side and length."""
     return markdown_table(
         ["growing", "tokens", "keys and values", *(f"seconds to {count}" for count in WRITTEN)],
         (
@@ -353,7 +353,7 @@ def latency_table(found: Sequence[dict[str, Any]]) -> str:
 
 
 def quality_table(measured: dict[str, Any]) -> str:
-    """Figures of a collection with their intervals, a row for each side."""
+    """Figures of a collection with their intervals, one row per side."""
 
     def cell(one: dict[str, Any]) -> str:
         return f"{one['value']:.3f} ({one['interval'][0]:.3f} to {one['interval'][1]:.3f})"
@@ -373,7 +373,7 @@ def quality_table(measured: dict[str, Any]) -> str:
 
 
 def tables(command: str, found: Any) -> dict[str, str]:
-    """What a command found in Markdown, by the names of its tables."""
+    """A command's results as Markdown tables, by name."""
     if command == "latency":
         return {command: latency_table(found)}
     return {name: quality_table(sides) for name, sides in found.items()}

@@ -1,14 +1,14 @@
-"""Load on the server: clients that embed and chat at once, and the same work by the library.
+"""Load on the server: clients that embed and chat at once, and the same work done by the library.
 
     python benchmarks/serve.py                          64 clients for two minutes
     python benchmarks/serve.py --clients 8 --seconds 20
 
-Half of the clients embed 1 to 4 passages of --data at a time, half ask for answers of 16 to 64 tokens to its
-instructions; each sends its next request when the last is answered. `grit-jax serve` runs in a process of its own, the
-clients in this one on the same cores. Afterwards the library embeds and answers the same, one call of `encode` and then
-`generate`'s engine with as many rows as the server has, and every response is compared: vectors to 1e-4, answers by
-their text; a difference, or a program that was compiled under load, is an error at the end. `overhead` is the server's
-time over the library's, less 1.
+Half of the clients embed 1 to 4 passages of --data at a time, half ask for completions of 16 to 64 tokens to its
+instructions; each sends its next request on the response to the last. `grit-jax serve` runs in its own process, the
+clients in this one on the same cores. Afterwards the library does the same work, by one call of `encode` and then by
+`generate`'s engine with as many rows as the server has, and every response is compared: vectors to 1e-4, completions by
+their text; a difference, or a program compiled under load, is an error at the end. `overhead` is the server's time over
+the library's, less 1.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ class Done(NamedTuple):
     """A request and its response.
 
     Attributes:
-      texts: What was embedded, or the one message that was answered.
-      max_tokens: Of the answer; 0 of embeddings.
-      result: Vectors, or the answer.
-      tokens: Embedded or written.
-      first: Seconds to the first text of an answer.
-      seconds: To the whole response.
+      texts: The embedded texts, or the one message.
+      max_tokens: Most tokens of the completion; 0 for embeddings.
+      result: Vectors, or the completion.
+      tokens: Tokens embedded or written.
+      first: Seconds to the first text of a completion.
+      seconds: Seconds to the whole response.
     """
 
     texts: list[str]
@@ -56,7 +56,7 @@ class Done(NamedTuple):
 
 
 class Process:
-    """`grit-jax serve` on a free port, for as long as the block."""
+    """`grit-jax serve` on a free port for the duration of the block."""
 
     def __init__(self, model: Path):
         with socket.socket() as probe:
@@ -82,7 +82,7 @@ class Process:
         self._process.wait()
 
     def memory(self, field: str) -> float:
-        """A figure of the process in MB: VmRSS, what it holds now; VmHWM, the most that it held."""
+        """A figure of the process in MB: VmRSS, its present memory, or VmHWM, its largest."""
         lines = Path(f"/proc/{self._process.pid}/status").read_text().splitlines()
         return next(int(line.split()[1]) / 1000 for line in lines if line.startswith(field))
 
@@ -93,7 +93,7 @@ class Process:
 
 
 async def load(address: str, model: str, passages: Sequence[str], questions: Sequence[str], args: Any) -> list[Done]:
-    """What all clients were answered."""
+    """The responses to all clients."""
     deadline, done = time.perf_counter() + args.seconds, []
 
     async def embed(client: openai.AsyncOpenAI, draw: random.Random) -> Done:
@@ -134,7 +134,7 @@ def texts(data: Path, limit: int) -> tuple[list[str], list[str]]:
 
 
 def by_library(model: GritModel, done: Sequence[Done]) -> tuple[Iterator[np.ndarray], list[str]]:
-    """The same results: vectors of each embedding request, and the answers."""
+    """The same results by the library: vectors of each embedding request, and the completions."""
     embedded, asked = [one for one in done if not one.max_tokens], [one for one in done if one.max_tokens]
     vectors = model.encode([text for one in embedded for text in one.texts])
     ends = itertools.accumulate(len(one.texts) for one in embedded)

@@ -2,9 +2,9 @@
 
     python benchmarks/stop_time.py [--gigabytes-per-second 1]
 
-A stop waits for the step in flight, at most a whole one, and for the save. Seconds of a step stand in the first lines
-of each config: `grit-jax plan` predicts them, every text at its limit. Those of a save are computed: the bytes of the
-state, spread over the hosts of one copy, at a write rate that is assumed. Prints a Markdown table.
+A stop waits for the step in flight, at most a whole one, and for the save. The first lines of each config give the
+seconds of a step, predicted by `grit-jax plan` with every text at its limit. Those of a save are computed: the bytes of
+the state, spread over the hosts of one copy, at an assumed write rate. Prints a Markdown table.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from grit_jax.model.transformer import abstract_model, abstract_params
 from grit_jax.plan.program import planned_config
 from grit_jax.plan.topology import parse_topology
 
-NOTICE_SECONDS = 30  # ahead of the end of a spot machine, on Google Cloud
+NOTICE_SECONDS = 30  # before a spot machine ends, on Google Cloud
 HEARD_SECONDS = 1  # until every process knows
-STATE_BYTES = 12  # of a parameter: itself and AdamW's two moments, in float32
-CHIPS_PER_HOST = 4  # of slices of several hosts
+STATE_BYTES = 12  # per parameter: itself and AdamW's two moments, in float32
+CHIPS_PER_HOST = 4  # in slices of several hosts
 
 
 def row(path: Path, rate: float) -> str:

@@ -1,10 +1,10 @@
-"""What the types of a store cost in exactness, and the time of exact search.
+"""The precision lost by each dtype of a store, and the time of exact search.
 
     python benchmarks/store.py
 
-Vectors are random directions of unit length; each query is one of them with as much noise, so that its best score is
-about 0.7. `score_error` is the difference of scores to those of float32 vectors, `kept` the share of the ten best of
-float32 that are among the ten best.
+Vectors are random directions of unit length; each query is one of them with as much noise, so its best score is about
+0.7. `score_error` is the difference of scores to those of float32 vectors, `kept` the share of float32's ten best that
+stay among the ten best.
 """
 
 from __future__ import annotations

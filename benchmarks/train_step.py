@@ -39,13 +39,13 @@ from grit_jax.train.state import TrainState, abstract_state, new_state, sharding
 from grit_jax.train.step import JointObjective, make_train_step
 
 QUERIES, CONVERSATIONS, LIMIT = 32, 8, 512
-Text = tuple[np.ndarray, np.ndarray]  # tokens, and what each is weighed with in pooling or in the loss
+Text = tuple[np.ndarray, np.ndarray]  # tokens, and the weight of each in pooling or in the loss
 
 
 def write_data(folder: Path, source: Path, *, steps: int, at_limits: bool) -> None:
-    """Writes the records of `steps` steps, their texts beyond the limits if asked for.
+    """Writes the records of `steps` steps, with texts beyond the limits if `at_limits`.
 
-    An embedding batch comes from one file, so every one of the `steps` largest gives one.
+    An embedding batch comes from one file, so each of the `steps` largest files gives one.
     """
 
     def lengthened(text: str) -> str:
@@ -81,7 +81,7 @@ def embedding_texts(batch: EmbeddingBatch) -> tuple[list[Text], list[Text]]:
 
 
 def conversations(batch: GenerativeBatch) -> list[Text]:
-    """The conversations of a packed batch; a weight is that of the token after."""
+    """The conversations of a packed batch; each weight is that of the next token."""
     places = [(row, segment) for row, ids in enumerate(batch.segment_ids) for segment in range(1, ids.max() + 1)]
     found = [(row, batch.segment_ids[row] == segment) for row, segment in places]
     return [(batch.tokens[row, here], batch.loss_weights[row, here]) for row, here in found]

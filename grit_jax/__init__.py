@@ -14,7 +14,7 @@ __all__ = ["GritModel", "Trainer", "__version__"]
 
 
 def __getattr__(name: str) -> Any:
-    # Imported when it is asked for: the command line must start without JAX.
+    # Imported on first use: the command line must start without JAX.
     if name == "GritModel":
         from grit_jax.inference.model import GritModel
 

@@ -1,14 +1,14 @@
-"""What is wrong with what a user gave."""
+"""Errors in a user's input, and helpers for their messages."""
 
 from collections.abc import Sequence
 
 
 class InputError(ValueError):
-    """Something the user gave is wrong; the message names it and the remedy (exit code 2)."""
+    """The user's input is wrong; the message names the fault and the remedy (exit code 2)."""
 
 
 class NotFiniteError(InputError):
-    """What a model computes is not finite: its weights are damaged, or too large for the type it computes in."""
+    """A model's results are not finite: its weights are damaged, or too large for the dtype it computes in."""
 
 
 def listed(items: Sequence[str], *, separator: str = "; ", most: int = 8) -> str:

@@ -1,8 +1,8 @@
-"""Files on a disk or in a gs:// or other bucket: written whole, read as they are now, retried when a failure may pass.
+"""Files on a disk or in a gs:// or other bucket: written whole, read uncached, retried after temporary failures.
 
 A lost connection, a store's 429 or 5xx, and a disk's EIO or ESTALE are retried a few times with growing waits, each
-with a logged warning; a missing or forbidden file raises at once. On a disk `retrying` does that, in a bucket its
-client: 6 times within half a minute, or within 4 minutes if the store accepts calls and does not respond.
+with a logged warning; a missing or forbidden file raises at once. On a disk `retrying` does so, in a bucket its client:
+6 times within half a minute, or within 4 minutes if the store accepts calls but does not respond.
 """
 
 from __future__ import annotations
@@ -40,15 +40,15 @@ _PASSING = {
 _VERSIONS = ("generation", "ETag", "etag", "mtime", "LastModified")  # stores' names for the version of an object
 
 _log = logging.getLogger(__name__)
-_asked_for = contextvars.ContextVar("asked_for", default="a bucket")  # also in the client's own thread
+_asked_for = contextvars.ContextVar("asked_for", default="a bucket")  # used in the client's own thread too
 
 
 class DeniedError(OSError):
-    """A bucket may not be read or written with the credentials found here, or there are none."""
+    """The credentials found here, if any, do not allow reading or writing a bucket."""
 
 
 class UnreachableError(Exception):
-    """A disk or a bucket failed several times in a way that may pass.
+    """A disk or a bucket failed several times in a way that may be temporary.
 
     Not an OSError, so that handlers of missing or forbidden files do not catch it.
     """
@@ -60,7 +60,7 @@ def is_bucket(path: PathLike) -> bool:
 
 
 def join(folder: PathLike, *names: str) -> str:
-    """The path of something in a folder."""
+    """The path of an entry of a folder."""
     return "/".join([os.fspath(folder).rstrip("/"), *names])
 
 
@@ -68,7 +68,7 @@ def retrying(path: PathLike, action: Callable[[], T]) -> T:
     """The result of `action`, which reads or writes `path` and may be repeated.
 
     Raises:
-      UnreachableError: It failed every time in a way that may pass; the message names the path.
+      UnreachableError: It failed every time in a way that may be temporary; the message names the path.
       OSError: It failed in another way.
     """
     begun, tries = time.monotonic(), 0
@@ -100,7 +100,7 @@ def _described(error: BaseException) -> str:
 
 
 def _is_denied(error: Exception) -> bool:
-    """Whether a bucket's client reports 401 or 403."""
+    """Whether a bucket's client met a 401 or 403."""
     return str(getattr(error, "code", "")) == "401" or (
         isinstance(error, OSError) and str(error).startswith("Forbidden")
     )
@@ -116,12 +116,12 @@ def _may_pass(error: Exception) -> bool:
 
 
 def _retried(path: PathLike, local: Callable[[], T], remote: Callable[[Any, str], T]) -> T:
-    """`retrying` of `local`, or, in a bucket, of `remote` with what `opened_store` gives."""
+    """`retrying` of `local` or, in a bucket, of `remote` with the results of `opened_store`."""
     return retrying(path, (lambda: remote(*opened_store(path))) if is_bucket(path) else local)
 
 
 def read_bytes(path: PathLike) -> bytes | None:
-    """The content of a file, None if there is none."""
+    """The content of a file; None if there is none."""
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):
         return _retried(path, lambda: Path(path).read_bytes(), lambda store, key: store.cat_file(key))
     return None
@@ -151,7 +151,7 @@ def refuse_special(path: PathLike) -> None:
     """Checks that a path on a disk is a file, a folder or nothing.
 
     Raises:
-      OSError: It is a pipe, a socket or a device: opening it may block for ever, and it cannot be read twice.
+      OSError: It is a pipe, a socket or a device: opening it may block forever, and it cannot be read twice.
     """
     if is_special(path):
         raise OSError("it is a pipe, a socket or a device, not a file")
@@ -168,7 +168,7 @@ def sha256(path: PathLike) -> str:
 
 
 class _Pieces(io.RawIOBase):
-    """Tracks its own offset, so that a read that failed can be repeated from there."""
+    """Tracks its own offset, so that a failed read can be repeated from there."""
 
     def __init__(self, path: PathLike, file: Any):
         self._path, self._file, self._offset = path, file, 0
@@ -275,7 +275,7 @@ def remove(path: PathLike) -> None:
 def move(source: PathLike, target: PathLike) -> None:
     """Moves a folder to a path where there is none, on the same disk or bucket.
 
-    On a disk that is atomic; in a bucket every object is copied before the first is removed.
+    On a disk this is atomic; in a bucket every object is copied before the first is removed.
 
     Raises:
       OSError: It is missing or cannot be moved.
@@ -289,7 +289,7 @@ def move(source: PathLike, target: PathLike) -> None:
 
 
 def forget_listings(path: PathLike) -> None:
-    """Makes clients of other libraries in this process, such as Orbax's, list a bucket anew."""
+    """Makes clients of other libraries in this process, such as Orbax's, list a bucket again."""
     if is_bucket(path):
         for client in type(opened_store(path)[0])._cache.values():
             client.invalidate_cache()
@@ -325,7 +325,7 @@ def exists(path: PathLike) -> bool:
 
 
 def version(path: PathLike) -> tuple[Any, ...]:
-    """A value that differs for other paths, and for the same after its file has changed.
+    """A value that differs between paths, and changes with a file.
 
     Raises:
       FileNotFoundError: There is none.
@@ -371,13 +371,13 @@ def opened_store(path: PathLike) -> tuple[Any, str]:
     import fsspec
 
     options = _gcs_options() if is_gcs(path) else {}
-    # Others write into the folder too, which a cached listing would hide.
+    # Others write to the folder too, which a cached listing would hide.
     return fsspec.core.url_to_fs(os.fspath(path), use_listings_cache=False, **options)
 
 
 @functools.cache
 def _gcs_options() -> dict[str, Any]:
-    """Options with which the client, which retries by itself, logs that and does not wait for ever."""
+    """Options with which the client logs its own retries and does not wait forever."""
     import aiohttp
 
     async def failed(session: Any, context: Any, request: aiohttp.TraceRequestExceptionParams) -> None:
@@ -391,7 +391,7 @@ def _gcs_options() -> dict[str, Any]:
     trace = aiohttp.TraceConfig()
     trace.on_request_exception.append(failed)
     trace.on_request_end.append(answered)
-    # It prints tracebacks of errors that are raised here and reported in a line.
+    # It prints tracebacks of errors that are raised here and logged in one line.
     logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
     timeout = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_SECONDS, sock_read=_SILENT_SECONDS)
     return {"requests_timeout": timeout, "session_kwargs": {"trace_configs": [trace]}}

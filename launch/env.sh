@@ -6,9 +6,9 @@
 export JAX_PLATFORMS=tpu,cpu
 
 # Compiled programs are kept in the bucket. A 7B step takes minutes to compile, and a new node has an empty disk: without
-# the cache every preemption costs them again. Programs are keyed by what is compiled, with which options, for which chips,
-# so that runs can share one folder.
+# the program cache every preemption costs them again. A program's key holds its content, options and chips, so runs can
+# share one folder.
 if [[ -n ${GRIT_BUCKET:-} ]]; then export JAX_COMPILATION_CACHE_DIR="$GRIT_BUCKET/compiled"; fi
 
-# Log lines leave the process as they are printed, and not when a buffer is full.
+# Log lines leave the process when printed, not when a buffer is full.
 export PYTHONUNBUFFERED=1

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What happens on a host. run.sh, pod.sh and prepare.sh call this over ssh; it needs nobody to stay connected.
+# The work on a host. run.sh, pod.sh and prepare.sh call this over ssh; nobody needs to stay connected.
 #
 #   host.sh install EXTRAS     this commit and its requirements in .venv, once
 #   host.sh fetch ...          grit-jax fetch, on the CPU
@@ -37,7 +37,7 @@ install() {
   exec 9>"$root/.install.lock"
   flock 9
   if [[ -e $root/.installed ]]; then return; fi
-  # The system's Python may be older than what the package needs; uv brings one where it is.
+  # The system's Python may be too old for the package; uv brings one if installed.
   export PATH=$HOME/.local/bin:$PATH
   command -v uv >/dev/null || python3 -m pip install --quiet --user --constraint "$root/constraints.txt" uv
   uv venv --quiet --allow-existing --python '>=3.11,<3.14' "$root/.venv"
@@ -47,7 +47,7 @@ install() {
 
 doctor() {
   environment
-  # Hosts wait for each other; one that never comes must not hold the others for ever.
+  # Hosts wait for each other; one that never comes must not hold the others forever.
   timeout 1800 "$root/.venv/bin/grit-jax" doctor --selftest --checkpoint "$GRIT_BUCKET/launch/$GRIT_NAME/doctor"
 }
 
@@ -56,7 +56,7 @@ fetch() {
   JAX_PLATFORMS=cpu "$root/.venv/bin/grit-jax" fetch "$@"
 }
 
-# The lock is held by the training and all its processes, and by nothing else: it is free when they are gone, however.
+# Only the training and its processes hold the lock: it is free once they are gone, however they ended.
 running() { ! flock --shared --nonblock "$run/lock" true; }
 
 start() {
@@ -72,7 +72,7 @@ train() {
   echo "$(hostname) $(date -u +%FT%TZ) $(basename "$root")"
   (echo "$BASHPID" >"$run/pid" && exec "$root/.venv/bin/grit-jax" train "$1") || code=$?
   echo "$code" >"$run/code"
-  # A pod is deleted when its run has ended; what its hosts printed stays in the bucket.
+  # A pod is deleted when its run has ended; its hosts' output stays in the bucket.
   log=$GRIT_BUCKET/launch/$GRIT_NAME/logs/$(hostname)-$(date -u +%Y%m%dT%H%M%SZ).log
   timeout 300 gcloud storage cp --quiet "$run/log" "$log" || echo "the log could not be copied to $log"
 }

@@ -1,14 +1,12 @@
 # shellcheck shell=bash
-# What launch/run.sh, launch/pod.sh and launch/prepare.sh share: options, how commands are shown and run, the questions to
-# gcloud, and how hosts get the source.
-#
-# Nothing is remembered between two calls. Whether a pod is there is gcloud's to say; whether this project made it, its
-# label grit_run=NAME; what the run has done, its folder in the bucket; whether a host trains, a lock on that host.
-#
-# Messages never repeat an argument that may be a secret's value: neither that of --secret, nor a word out of place.
+# Shared by launch/run.sh, launch/pod.sh and launch/prepare.sh: options, showing and running commands, queries to gcloud,
+# and how hosts get the source.
+# Nothing is remembered between calls. gcloud says whether a pod exists; its label grit_run=NAME, whether this project
+# made it; the run's folder in the bucket, what the run has done; a lock on a host, whether the host trains.
+# Messages never repeat an argument that may be a secret's value: neither that of --secret, nor a stray word.
 set -euo pipefail
 if ((BASH_VERSINFO[0] < 5)); then echo "error: bash 5 or newer is needed, this is $BASH_VERSION" >&2 && exit 2; fi
-export CLOUDSDK_CORE_DISABLE_PROMPTS=1 # a question would wait for ever
+export CLOUDSDK_CORE_DISABLE_PROMPTS=1 # a question would wait forever
 
 name='' zone='' project='' dry_run=0 connect_flags=() nodes=() secrets=()
 bin=${GRIT_BIN:-${root:?}/.venv/bin}
@@ -20,7 +18,7 @@ die() {
 
 say() { if ((!dry_run)); then printf '%(%H:%M:%S)T %s\n' -1 "$*" >&2; fi; }
 
-# Words as a shell reads them back.
+# Words quoted so that a shell reads them back.
 quoted() {
   local word line=''
   for word; do
@@ -30,8 +28,8 @@ quoted() {
   printf '%s\n' "$line"
 }
 
-# Takes "--key value" and "--key=value" apart, calls the script's own `option KEY`, which may read $value, and leaves
-# NAME in $name and what follows "--" in $rest. A key that takes a value says so by calling `needs_value`.
+# Splits "--key value" and "--key=value", calls the script's own `option KEY`, which may read $value, and leaves NAME in
+# $name and the words after "--" in $rest. A key that takes a value calls `needs_value`.
 rest=() value='' has_value=0
 parse() {
   local key
@@ -69,7 +67,7 @@ parse() {
   if ((dry_run)); then exec 3>&1; fi
 }
 
-# Checks NAME and --zone, and leaves the flags that every gcloud command takes in $common.
+# Checks NAME and --zone, and leaves the flags of every gcloud command in $common.
 check_place() {
   [[ -n $name ]] || die "NAME is missing; see --help"
   [[ $name =~ ^[a-z]([-a-z0-9]{0,50}[a-z0-9])?$ ]] ||
@@ -81,8 +79,8 @@ check_place() {
   fi
 }
 
-# Checks --config and --bucket, and that there is a program to read the config with.
-# shellcheck disable=SC2154 # the scripts that call this have them
+# Checks --config and --bucket, and that there is a program to read the config.
+# shellcheck disable=SC2154 # set by the calling scripts
 check_config() {
   [[ -n $config ]] || die "--config is missing; see --help"
   [[ -n $bucket ]] || die "--bucket is missing; see --help"
@@ -91,8 +89,8 @@ check_config() {
   if [[ $config == -* ]]; then config=./$config; fi
 }
 
-# Checks the pairs of --secret. The commands that carry them are printed, and stand in the lists of processes of this
-# machine and of the hosts: what may be a value goes no further than this.
+# Checks the pairs of --secret. Commands with them are printed, and appear in the process lists of this machine and the
+# hosts, so anything that may be a value is refused here.
 check_secrets() {
   local pair word wanted='--secret takes VARIABLE=NAME, NAME being that of a secret in Secret Manager'
   for pair in "${secrets[@]}"; do
@@ -106,18 +104,18 @@ check_secrets() {
   done
 }
 
-# Whether a word is rather a secret than the name of one: begun as tokens are, or long and without a pause.
+# Whether a word looks like a secret rather than the name of one: begins like a token, or is long and unbroken.
 looks_secret() {
   [[ $1 =~ ^(hf_|sk-|gh[a-z]_|github_pat_|glpat-|xox[a-z]-|AKIA|AIza|ya29|wandb_v1_) ]] ||
     [[ $1 =~ [A-Za-z0-9]{24} && $1 =~ [0-9] ]]
 }
 
-# Whether a word is a number that arithmetic takes for what it says: 08 is no number to bash, and more digits overflow.
+# Whether a word is a number that arithmetic reads correctly: 08 is not a number to bash, and more digits overflow.
 is_count() { [[ $1 =~ ^(0|[1-9][0-9]{0,8})$ ]]; }
 
-# Leaves in $paths what launch/prepare.sh brings for the config, such as data/medi2; ends the script when the config is
-# refused. Each path ends with a NUL: it may hold anything else.
-# shellcheck disable=SC2034,SC2154 # paths is for the scripts; they have set config
+# Leaves in $paths the paths that launch/prepare.sh fills for the config, such as data/medi2; ends the script if the
+# config is refused. Each path ends with a NUL, as it may hold anything else.
+# shellcheck disable=SC2034,SC2154 # the scripts use paths and set config
 find_paths() {
   mapfile -d '' -t paths < <("$bin/python" "$root/launch/config.py" --fetched "$config" "${rest[@]}")
   wait "$!" || exit
@@ -128,18 +126,18 @@ needs_value() {
   took_value=1
 }
 
-# Prints a command as it can be typed: to stdout in a dry run, else to stderr.
+# Prints a command as one would type it: to stdout in a dry run, else to stderr.
 show() { echo "+ $(quoted "$@")" >&3; }
 
-# Shows and runs a command of gcloud. 1 is a failure that may pass, 2 one that will not: nobody is logged in, a permission
-# is missing, or a name or a flag is wrong. What gcloud says comes first, then what to do about it.
+# Shows and runs a gcloud command. 1 is a temporary failure, 2 a permanent one: nobody is logged in, a permission is
+# missing, or a name or a flag is wrong. gcloud's message comes first, then the remedy.
 try() {
   if ((!dry_run)); then show "$@"; fi
   quietly "$@"
 }
 
-# The same, shown in a dry run only: for questions that are asked again and again. The answer to what is not there is
-# empty, so that it cannot be taken for a failure, nor a failure for it.
+# The same, shown only in a dry run: for queries made again and again. A query for something missing gives an empty
+# answer, so that it cannot be taken for a failure, nor a failure for it.
 quietly() {
   local errors code=0
   if ((dry_run)); then
@@ -154,7 +152,7 @@ quietly() {
     *" tpu-vm ssh "*) ;; # mostly the words of what ran on the host
     *ALREADY_EXISTS*" create "* | *"already exists"*" create "*) return 0 ;; # by a call whose answer was lost
     *NOT_FOUND*" delete "*) return 0 ;;
-    # Before the login: where a token cannot be renewed for want of a network, gcloud says to log in, too.
+    # Before the login: if the network fails while a token is renewed, gcloud says to log in, too.
     *"Max retries exceeded"* | *"Failed to resolve"* | *"network connectivity"* | *"onnection refused"* | \
       *"onnection reset"* | *"onnection aborted"* | *"timed out"*)
       echo "gcloud does not reach Google from this machine; that may pass" >&2
@@ -174,11 +172,11 @@ quietly() {
   return 1
 }
 
-# What is at a gs:// address, one a line; nothing where nothing is.
+# The objects at a gs:// address, one per line; nothing if there are none.
 listed() { quietly gcloud storage ls "$1"; }
 
-# STATE,OWNER,TYPE of the queued resource NAME; nothing when there is none. A list is asked for, not a
-# description: "there is none" is then an empty answer and cannot be taken for a failure of the network.
+# STATE,OWNER,TYPE of the queued resource NAME; nothing if there is none. This asks for a list, not a description: "there
+# is none" is then an empty answer and cannot be taken for a network failure.
 request() {
   quietly gcloud compute tpus queued-resources list "${common[@]}" --filter="name~/$name\$" \
     --format='value[separator=","](state.state,tpu.nodeSpec[0].node.labels.grit_run,tpu.nodeSpec[0].node.acceleratorType.basename())'
@@ -193,15 +191,15 @@ list_nodes() {
 }
 
 # The gcloud command that runs COMMAND on hosts of a node: `to NODE WORKER COMMAND`, WORKER a number or all; leaves it in
-# $ssh. A node that is created again under its name has new host keys, and one that is gone closes no connection.
+# $ssh. A node created again under its name has new host keys, and a node that is gone closes no connection.
 to() {
   ssh=(gcloud compute tpus tpu-vm ssh "$1" "${common[@]}" --worker="$2" --strict-host-key-checking=no
     --ssh-flag=-oServerAliveInterval=30 "${connect_flags[@]}" --command="$3")
 }
 
-# Runs a command on every host of every slice at once: `on_hosts try COMMAND`, or `quietly`; fails when it fails on one.
-# One gcloud call for each node, and not `queued-resources ssh`: that one leaves out nodes which it cannot reach and
-# keeps the exit codes of workers under their number alone, over all nodes.
+# Runs a command on every host of every slice at once: `on_hosts try COMMAND`, or `quietly`; fails if one host fails.
+# One gcloud call per node, not `queued-resources ssh`: that leaves out nodes that it cannot reach, and keeps the exit
+# codes of workers only by their number, across all nodes.
 on_hosts() {
   local node pid code=0 pids=()
   for node in "${nodes[@]}"; do
@@ -217,15 +215,15 @@ on_hosts() {
   return "$code"
 }
 
-# Connects the terminal to hosts of a node: what they print is seen as it comes.
+# Connects the terminal to hosts of a node, to show their output as it comes.
 connect() {
   to "$@"
   show "${ssh[@]}"
   if ((!dry_run)); then "${ssh[@]}"; fi
 }
 
-# The commit that hosts install, in $commit, and where it is put in the bucket, in $archive.
-# shellcheck disable=SC2154 # the scripts have set root and bucket
+# The commit that hosts install, in $commit, and its address in the bucket, in $archive.
+# shellcheck disable=SC2154 # the scripts set root and bucket
 find_source() {
   commit=$(git -C "$root" rev-parse HEAD) || die "$root is no clone with a commit; hosts install a commit: git clone"
   if [[ -n $(git -C "$root" status --porcelain --untracked-files=no) ]]; then
@@ -234,7 +232,7 @@ find_source() {
   archive=$bucket/launch/source/$commit.tar.gz
 }
 
-# Puts it there. Hosts need no access to the repository: that may be private, or have this commit on this machine only.
+# Uploads it. Hosts need no access to the repository, which may be private, or have this commit only on this machine.
 upload_source() {
   if ((dry_run)); then
     echo "+ $(quoted git -C "$root" archive --format=tar.gz "$commit") | $(quoted gcloud storage cp - "$archive")"
@@ -243,7 +241,7 @@ upload_source() {
   fi
 }
 
-# The command line that brings it from there to a host.
+# The command line that fetches it from there to a host.
 unpack_source() {
   local into=grit-jax/$commit fetch
   fetch="gcloud storage cat $(quoted "$archive") | tar -xzC $into"
@@ -253,10 +251,10 @@ unpack_source() {
 # The command line of launch/host.sh on a host.
 host() { echo "bash grit-jax/current/launch/host.sh $(quoted "$@")"; }
 
-# What every host does, one line each; a host on which nothing is installed yet does nothing.
+# The state of every host, one line each; a host without an installation does nothing.
 results() { on_hosts quietly "if [ -e grit-jax/current ]; then $(host result); else echo new none; fi"; }
 
-# Deletes the request and its nodes, or the plain VM. Only for what is labelled as this run's.
+# Deletes the request and its nodes, or the plain VM; only those labelled as this run's.
 delete_pod() {
   if (($1)); then
     try gcloud compute tpus queued-resources delete "$name" "${common[@]}" --force --quiet

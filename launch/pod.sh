@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Looks at, stops and deletes what launch/run.sh has made.
+# Inspects, stops and deletes pods made by launch/run.sh.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
 # shellcheck source=launch/lib.sh

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Fills a bucket with what a config trains from: its model and data sets, from the Hugging Face Hub.
+# Fills a bucket with a config's model and data sets, from the Hugging Face Hub.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
 # shellcheck source=launch/lib.sh
@@ -62,7 +62,7 @@ fetch_for() {
 if [[ -z $name ]]; then
   for path in "${paths[@]}"; do
     fetch_for "$path"
-    # On the CPU, whose memory is the larger one.
+    # On the CPU, which has more memory.
     command=(env JAX_PLATFORMS=cpu "$bin/grit-jax" fetch "${fetch[@]}")
     show "${command[@]}"
     if ((!dry_run)); then "${command[@]}"; fi

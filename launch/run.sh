@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains on a TPU pod from first to last step: plans, creates, installs, tests, trains, and begins again where that helps.
+# Trains on a TPU pod from first to last step: plans, creates, installs, tests, trains, and starts over if that helps.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
 # shellcheck source=launch/lib.sh
@@ -87,7 +87,7 @@ find_source
 uploaded_config=$bucket/launch/$name/config.yaml
 make_config=("$bin/python" "$root/launch/config.py" "$config" "$folder" "${rest[@]}")
 
-# Two of these for one run would both create and delete.
+# Two of these scripts for one run would both create and delete.
 if ((!dry_run)); then
   exec 8>"${TMPDIR:-/tmp}/grit-jax-$UID-$name.lock"
   flock --nonblock 8 || die "another launch/run.sh looks after $name on this machine; launch/pod.sh logs shows what it does"
@@ -101,7 +101,7 @@ failures=0 newest=-1
 ours=0 # whether there is a pod of this run, as far as is known
 seen=0 # whether it has been on gcloud's list since it was made
 
-# Ends the script, and the pod with it unless it is to be kept.
+# Ends the script, and deletes the pod unless it is to be kept.
 finish() {
   say "$2"
   if ((ours && !keep)); then
@@ -112,11 +112,11 @@ finish() {
   exit "$1"
 }
 
-# What follows a failure: `failed CODE WHAT`. 2 ends the run; after others it waits, each time longer, and returns 1.
+# Handles a failure: `failed CODE WHAT`. 2 ends the run; after other codes it waits, longer each time, and returns 1.
 failed() {
   local pause step
   if (($1 == 2)); then finish 2 "$2; trying again would not help"; fi
-  # Whoever makes progress is not failing: a run that is preempted every hour goes on for as long as it takes.
+  # A run that makes progress is not failing: one preempted every hour goes on for as long as it takes.
   step=$(newest_step) || step=$newest
   if ((step > newest)); then newest=$step failures=0; fi
   failures=$((failures + 1))
@@ -128,7 +128,7 @@ failed() {
   return 1
 }
 
-# Step of the newest checkpoint in the bucket, 0 without one; fails when the bucket cannot be asked.
+# Step of the newest checkpoint in the bucket, 0 without one; fails if the bucket cannot be read.
 newest_step() {
   local found step
   found=$(listed "$folder/checkpoints/") || return
@@ -138,7 +138,7 @@ newest_step() {
 
 # --- the pod ----------------------------------------------------------------------------------------------------------
 
-# STATE,OWNER,TYPE of the pod as a whole, nothing when it is not there.
+# STATE,OWNER,TYPE of the whole pod; nothing if it does not exist.
 look() {
   if ((plain)); then
     quietly gcloud compute tpus tpu-vm list "${common[@]}" --filter="name~/$name\$" \
@@ -148,7 +148,7 @@ look() {
   fi
 }
 
-# Asks for the pod. Made twice, it is the same pod: the second call is told that it is there.
+# Requests the pod. A second request for it changes nothing: gcloud answers that it exists.
 create() {
   local track=() flags=(--accelerator-type="$type" --labels=grit_run="$name")
   if ((spot)); then flags+=(--spot); fi
@@ -163,8 +163,8 @@ create() {
     "${flags[@]}" "${create_flags[@]}"
 }
 
-# Ends the script when a node that is to be made is there already and another's: the request would fail, and it is not for
-# this script to find out what deleting such a request does to the node.
+# Ends the script if a node of the pod already exists and belongs to somebody else: the request would fail, and deleting
+# such a request might harm that node.
 refuse_strangers() {
   local names=$name found
   if ((slices > 1)); then names+='-[0-9]+'; fi
@@ -175,14 +175,14 @@ refuse_strangers() {
   fi
 }
 
-# Deletes what will not come back: `replace WHY`; the next round creates it again.
+# Deletes a pod that will not come back: `replace WHY`; the next round creates it again.
 replace() {
   say "$name: $1; making it again"
   delete_pod $((!plain)) || failed $? "$name cannot be deleted" || return
   ours=0 seen=0
 }
 
-# Returns when all nodes are ready, and leaves their names in $nodes; 1 when the round is to begin again.
+# Returns when all nodes are ready, and leaves their names in $nodes; 1 if the round must begin again.
 provision() {
   local found state owner its_type said='' looks=0
   while true; do
@@ -202,7 +202,7 @@ provision() {
     fi
     case $state in
       '')
-        # What is preempted stays on the list until it is deleted.
+        # A preempted node stays on the list until it is deleted.
         if ((seen)); then
           ours=0
           finish 1 "somebody else has deleted $name; not making it again"
@@ -246,7 +246,7 @@ provision() {
   done
 }
 
-# Whether all nodes of a list are ready and well; leaves their names in $nodes.
+# Whether all nodes of a list are ready and healthy; leaves their names in $nodes.
 all_ready() {
   nodes=()
   local node state health
@@ -265,7 +265,7 @@ install() {
   on_hosts try "$(unpack_source) && $(host install "$extras")"
 }
 
-# Runs a command of launch/host.sh that wants to know the run.
+# Runs a command of launch/host.sh that needs facts of the run.
 on_hosts_of_run() {
   local settings=(GRIT_NAME="$name" GRIT_BUCKET="$bucket" GRIT_SECRETS="${secrets[*]}")
   on_hosts try "env $(quoted "${settings[@]}") $(host "$@")"
@@ -275,14 +275,14 @@ start_training() {
   on_hosts_of_run start "$uploaded_config" || failed 1 "training cannot be started on all hosts"
 }
 
-# Trains, or goes on watching a training that runs, until it has ended; 1 when the round is to begin again.
-# Whatever goes wrong on a host may have gone wrong because the host is gone: what it was, the next round finds out.
+# Trains, or follows a running training, until it has ended; 1 if the round must begin again. Anything that goes wrong on
+# a host may mean that the host is gone: the next round finds out.
 train() {
   local found codes logs="what every host printed is in $bucket/launch/$name/logs"
   found=$(results) || failed 1 "not all hosts answer" || return
   if [[ $found == *" running "* ]]; then
     say "$name trains already"
-    # A start that did not reach all hosts: those that it reached wait for the others.
+    # A start did not reach all hosts; those that it reached wait for the others.
     if grep -q ' none$' <<<"$found"; then start_training || return; fi
   else
     install || failed 1 "the package cannot be installed on all hosts" || return
@@ -290,7 +290,7 @@ train() {
     start_training || return
   fi
   while true; do
-    # Worker 0 of the first slice is process 0, which prints for all. The connection may end before the training does.
+    # Worker 0 of the first slice is process 0, which prints for all. The connection may end before the training.
     connect "${nodes[0]}" 0 "$(host follow)" 8>&- || true
     found=$(results) || failed 1 "hosts are gone, or do not answer" || return
     if ((dry_run)); then return; fi
@@ -305,12 +305,12 @@ train() {
   failed 1 "training broke off; $logs"
 }
 
-# --- the whole of it --------------------------------------------------------------------------------------------------
+# --- the run ----------------------------------------------------------------------------------------------------------
 
-# Reading the config asks and changes nothing, so a dry run does it too: what is refused here, is refused there.
+# Reading the config queries and changes nothing, so a dry run does it too and refuses the same configs.
 show "${make_config[@]}"
 resolved=$("${make_config[@]}")
-# What launch/prepare.sh brings has to be there before anything is rented.
+# The data of launch/prepare.sh must exist before anything is rented.
 find_paths
 for path in "${paths[@]}"; do
   found=$(listed "$bucket/$path/fetch.json")

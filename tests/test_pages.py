@@ -28,7 +28,7 @@ def test_tables_go_between_their_marks_and_files_beside_the_page(tmp_path):
 def test_a_page_without_marks_is_refused_and_stays_as_it_is(tmp_path, text):
     page = tmp_path / "page.md"
     page.write_text(whole := f"<!-- one -->\n<!-- end of one -->\n{text}")
-    with pytest.raises(InputError, match=r"page\.md: has no place for the table two; write <!-- two -->"):
+    with pytest.raises(InputError, match=r"page\.md: has no marks for the table two; write <!-- two -->"):
         pages.publish(page, {"one": "| 1 |\n", "two": "| 2 |\n"})
     assert page.read_text() == whole and not (tmp_path / "page").exists()
 

@@ -27,12 +27,12 @@ from grit_jax.text.tokenizer import Tokenizer
 
 # The parts of a checkpoint, which can be read one by one.
 _PARAMS, _OPTIMIZER = "params", "optimizer"
-_METRICS = ("metrics", "metrics")  # where Orbax writes the metrics of a checkpoint
+_METRICS = ("metrics", "metrics")  # path in a checkpoint where Orbax writes its metrics
 
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointMetadata:
-    """What a checkpoint holds beside its arrays.
+    """The content of a checkpoint besides its arrays.
 
     Attributes:
       architecture: Resolved shape of the model.
@@ -58,10 +58,10 @@ class Checkpoints:
 
     Args:
       folder: Holds one sub-folder per step; created by the first writer.
-      keep: Which checkpoints are kept; None keeps all.
-      timeout_seconds: How long the processes of a run wait for each other while they save; None for Orbax's default.
-      read_only: Whether nothing is written or removed: half a checkpoint may be a live run's save in progress.
-      confirm: Called in process 0 when a checkpoint is written, before it is committed; raises to prevent that.
+      keep: Which checkpoints to keep; None keeps all.
+      timeout_seconds: How long the processes of a run wait for each other while saving; None for Orbax's default.
+      read_only: Whether to write and remove nothing: half a checkpoint may be a live run's save in progress.
+      confirm: Called in process 0 when a checkpoint is written but not committed; raises to prevent the commit.
     """
 
     def __init__(
@@ -91,17 +91,17 @@ class Checkpoints:
         metadata: CheckpointMetadata,
         metrics: Mapping[str, float] | None = None,
     ) -> None:
-        """Starts saving. The arrays may be overwritten when this returns; `wait` returns when they are on disk.
+        """Starts saving. Once this returns, the arrays may be overwritten; once `wait` returns, they are on disk.
 
-        If the step has a complete checkpoint already, nothing is saved: replacing it would first delete it, and a crash
+        If the step already has a complete checkpoint, nothing is saved: replacing it would first delete it, and a crash
         would leave neither. The step may be lower than existing ones.
 
         Args:
           step: Step of this state.
           params: Parameters.
-          opt_state: State of the optimizer; None saves parameters alone.
+          opt_state: State of the optimizer; None saves only parameters.
           metadata: The metadata.
-          metrics: What the best checkpoints are chosen by.
+          metrics: Metrics by which the best checkpoints are chosen.
 
         Raises:
           OSError: The previous save failed, for example because the disk is full.
@@ -112,8 +112,8 @@ class Checkpoints:
             return
         parts = {_PARAMS: params} | ({} if opt_state is None else {_OPTIMIZER: opt_state})
         about, ranked_by = dataclasses.asdict(metadata), cast(Any, metrics and dict(metrics))
-        # `force`: Orbax refuses steps below the newest one. `overwrite`, with nothing to delete here, keeps it from
-        # reading when every checkpoint was made, which fails if one is damaged.
+        # Without `force` Orbax refuses steps below the newest one. `overwrite`, with nothing to delete here, keeps it
+        # from reading when every checkpoint was made, which fails if one is damaged.
         save = functools.partial(
             self._saver.save_checkpointables_async,
             metrics=ranked_by, custom_metadata=about, force=True, overwrite=True,
@@ -143,7 +143,7 @@ class Checkpoints:
     def _guarded(self, step: int, save):
         try:
             return save()
-        except Exception as error:  # orbax and tensorstore raise many kinds
+        except Exception as error:  # orbax and tensorstore raise many types
             reason = " ".join(str(error).split())
             steps = self.steps()
             kept = f"the last good checkpoint is step {steps[-1]}" if steps else "no checkpoint is kept yet"
@@ -199,10 +199,10 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _readable(self, step: int) -> Generator[None]:
-        jax.devices()  # fails here, and not as damage, if JAX cannot use the platform
+        jax.devices()  # if JAX cannot use the platform, fail here and not as damage
         try:
             yield
-        except Exception as error:  # orbax, tensorstore and json raise many kinds
+        except Exception as error:  # orbax, tensorstore and json raise many types
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
             others = ", ".join(str(other) for other in self.steps() if other != step) or "none"
             raise DamagedCheckpointError(
@@ -211,7 +211,7 @@ class Checkpoints:
 
 
 def _saver(folder: epath.Path, keep: CheckpointConfig | None, timeout_seconds: int | None) -> ocp.training.Checkpointer:
-    """Orbax's part in saving: it removes half-written checkpoints and reads none, as they may be damaged."""
+    """Orbax's checkpointer: it removes half-written checkpoints and reads none, as they may be damaged."""
     context = None
     if timeout_seconds is not None:
         context = ocp.Context()
@@ -325,9 +325,9 @@ def open_checkpoint(path: str | PathLike[str], step: int | None = None) -> Pretr
 
 
 def save_params(folder: str | PathLike[str], params: Params, metadata: CheckpointMetadata) -> None:
-    """Writes a checkpoint folder with parameters alone, as step 0, and waits for it.
+    """Writes a checkpoint folder with only parameters, as step 0, and waits for it.
 
-    It copies at most the largest parameter at a time, for hosts whose memory the parameters nearly fill.
+    It copies at most the largest parameter at a time, for hosts whose memory is nearly full of parameters.
     """
     context = ocp.Context()
     context.memory.write_concurrent_bytes = 1 + max(leaf.nbytes for leaf in jax.tree.leaves(params))

@@ -1,8 +1,7 @@
 """Checksums of checkpoints. Orbax has no settings for them, so two of its functions are extended here.
 
-Arrays are stored with a CRC-32C of each chunk, beside those of OCDBT's nodes and zarr's indexes; TensorStore checks
-whatever it reads. Digests of the other files, which are small, are written last, to `DIGESTS`. Checkpoints without them
-open too.
+Arrays are stored with a CRC-32C of each chunk, besides those of OCDBT's nodes and zarr's indexes; TensorStore checks
+whatever it reads. Digests of the other, small files are written last, to `DIGESTS`. Checkpoints without them open too.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from grit_jax import files
 DIGESTS = "digests.json"
 _CHECKED = re.compile(r"d|ocdbt\.process_\d+")  # folders of arrays, which TensorStore checks
 _METADATA = "custom metadata"  # key of the digest of a checkpoint's metadata
-_CHANGING = "_CHECKPOINT_METADATA"  # Orbax rewrites it from its own threads, also after digests are made
+_CHANGING = "_CHECKPOINT_METADATA"  # Orbax rewrites it from its own threads, even after digests are made
 
 _array_metadata, _commit = tensorstore_utils._build_zarr3_metadata, atomicity.on_commit_callback
 _before_commit: dict[str, tuple[Any, Callable[[], None]]] = {}  # by the final folder of a checkpoint
@@ -51,7 +50,7 @@ atomicity.on_commit_callback = _checked_commit  # ty: ignore[invalid-assignment]
 
 @contextlib.contextmanager
 def committing(checkpoint: files.PathLike, metadata: Any, confirm: Callable[[], None]) -> Generator[None]:
-    """While a checkpoint is saved: process 0 writes its digests and calls `confirm` before the commit.
+    """Around saving a checkpoint: process 0 writes its digests and calls `confirm` before the commit.
 
     `metadata` is the checkpoint's, as JSON values.
     """

@@ -56,7 +56,7 @@ def load_params(pretrained: Pretrained, mesh: Mesh, dtype: DTypeLike = jnp.float
     """Reads a model's parameters onto a mesh, split as for training and inference.
 
     Raises:
-      InputError: The stored weights are not of this model, or the mesh does not divide them.
+      InputError: The stored weights are not this model's, or the mesh does not divide them.
     """
     model = abstract_model(pretrained.architecture, pretrained.embedding.projection_dim)
     return pretrained.load(sharding.shardings(mesh, abstract_params(model), param_axes(model)), dtype)

@@ -29,14 +29,14 @@ from grit_jax.text.prompts import POSITIONS, RAG_METHODS
         help="how the model reads query and documents (%(default)s)",
     ),
     QUERY_INSTRUCTION,
-    number("--k", "N", "documents that are used", 1),
+    number("--k", "N", "documents to use", 1),
     argument(
         "--positions", choices=POSITIONS, default="own",
-        help="of a cached text after another: its own, or shifted behind the other (%(default)s)",
+        help="positions of a cached text after another: its own, or shifted behind the other (%(default)s)",
     ),
     number("--max-new-tokens", "N", "most tokens", 64),
     STOP,
-    flag("--json", "print an object a query, with whole documents"),
+    flag("--json", "print one object per query, with whole documents"),
     examples="""\
   grit-jax answer runs/mine stores/faq --query "how do I reset my password?"
   grit-jax answer runs/mine stores/news --query "who won the election?" --method document_first --k 3 --json

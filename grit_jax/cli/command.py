@@ -1,4 +1,4 @@
-"""How commands declare themselves, and what several of them share."""
+"""How commands declare themselves, and arguments and helpers that several share."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ _DOCUMENT_WIDTH = 100  # characters
 
 
 class Argument(NamedTuple):
-    """An argument of a command: what `ArgumentParser.add_argument` takes, and the range of a number."""
+    """An argument of a command: parameters of `ArgumentParser.add_argument`, and the range of a number."""
 
     names: tuple[str, ...]
     options: dict[str, Any]
     allowed: Range | None
 
     def check(self, args: argparse.Namespace) -> None:
-        """Checks a parsed value; raises `InputError` where it is out of range."""
+        """Checks a parsed value; raises `InputError` if it is out of range."""
         if self.allowed:
             (name,) = self.names
             require(name, getattr(args, name.lstrip("-").replace("-", "_")), self.allowed)
@@ -45,7 +45,7 @@ def repeated(name: str, metavar: str, help: str) -> Argument:
 
 
 def number(name: str, metavar: str, help: str, default: float | None = None, allowed: Range = POSITIVE) -> Argument:
-    """Declares a number of its default's type, which the help shows; without a default a whole number."""
+    """Declares a number of its default's type, which the help shows; a whole number without a default."""
     shown = help if default is None else f"{help} (%(default)s)"
     kind = int if default is None else type(default)
     return argument(name, type=kind, default=default, metavar=metavar, allowed=allowed, help=shown)
@@ -57,12 +57,12 @@ class Command:
 
     Attributes:
       help: What it does, in a line.
-      run: Takes its arguments and returns the exit code; None where there are tools, of which one runs.
-      arguments: What it takes; those in a tuple exclude each other.
-      overrides: Beginning of the `--section.key=value` arguments that it takes, such as `--mesh.`; empty for any, None
-        for none. `run` finds them as `args.overrides`.
+      run: Takes its arguments and returns the exit code; None for a command that only has tools.
+      arguments: Its arguments; those in a tuple exclude each other.
+      overrides: Prefix of the `--section.key=value` arguments that it takes, such as `--mesh.`; empty for any, None for
+        none. `run` gets them as `args.overrides`.
       tools: Its sub-commands by name.
-      examples: Calls of it, one a line, for its help.
+      examples: Sample calls for its help, one per line.
     """
 
     help: str
@@ -85,7 +85,7 @@ class Command:
                 tool.add_to(tools.add_parser(name, help=tool.help, description=tool.help, allow_abbrev=False))
 
     def execute(self, args: argparse.Namespace, overrides: list[str], name: str) -> int:
-        """Checks parsed arguments, and what the parser left over, and runs the command or the tool named among them.
+        """Checks parsed and leftover arguments, and runs the command, or the tool that they name.
 
         Raises:
           InputError: A number is out of range, or an argument is unknown.
@@ -105,7 +105,7 @@ class Command:
 def command(
     help: str, *arguments: Argument | tuple[Argument, ...], overrides: str | None = None, examples: str = ""
 ) -> Callable[[Callable[[argparse.Namespace], int]], Command]:
-    """Makes a `Command` of the function that runs it."""
+    """Turns the function that runs a command into a `Command`."""
     return lambda run: Command(help, run, arguments, overrides, examples=examples)
 
 
@@ -120,20 +120,20 @@ JSON = flag("--json", "print one JSON object and nothing else")
 
 
 def refuse_empty(queries: Iterable[str]) -> None:
-    """Raises `InputError` where a query is blank."""
+    """Raises `InputError` if a query is blank."""
     for query in queries:
         if not query.strip():
             raise InputError(f"query {query!r} is empty; leave it out")
 
 
 def shortened(text: str) -> str:
-    """The beginning of a text that fits into a line."""
+    """As much of a text's beginning as fits on a line."""
     return textwrap.shorten(text, _DOCUMENT_WIDTH, placeholder=" ...")
 
 
 @contextmanager
 def progress_bar(what: str, total: int | None = None) -> Generator[Callable[[int], None]]:
-    """Yields a function that advances a bar on stderr; shows none where that is no terminal."""
+    """Yields a function that advances a bar on stderr; shows none if that is not a terminal."""
     import rich.console
     import rich.progress
 

@@ -24,7 +24,7 @@ _OUTPUT = argument("output", metavar="OUTPUT", help=".jsonl, .jsonl.gz or .array
 _CONFIG = (
     argument("--tokenizer", default="bytes", metavar="T", help="folder, file, Hub id or `bytes` (%(default)s)"),
     argument(
-        "--config", metavar="CONFIG.yaml", help="take limits and batches from there; --data.key=value changes them"
+        "--config", metavar="CONFIG.yaml", help="take limits and batches from here; --data.key=value changes them"
     ),
 )
 
@@ -49,12 +49,12 @@ def _tokenizer(source: str) -> Tokenizer:
 
 
 @command(
-    "read every record: malformed ones, duplicates, texts of evaluation sets",
+    "read every record: find malformed ones, duplicates and texts of evaluation sets",
     _PATHS,
-    flag("--skip-bad", "exit with 0 where malformed records are all there is"),
-    repeated("--against", "PATH", "evaluation set that must not occur: BEIR folder, or .jsonl, .txt, .tsv"),
-    number("--ngram", "N", "words in a row that count; 0 for whole texts only", 13, NOT_NEGATIVE),
-    argument("--report", metavar="FILE.json", help="write all findings there"),
+    flag("--skip-bad", "exit with 0 if malformed records are the only problem"),
+    repeated("--against", "PATH", "evaluation set that the data must not contain: BEIR folder, or .jsonl, .txt, .tsv"),
+    number("--ngram", "N", "consecutive words that count as a match; 0 for whole texts only", 13, NOT_NEGATIVE),
+    argument("--report", metavar="FILE.json", help="write all findings here"),
 )
 def _validate(args: argparse.Namespace) -> int:
     from grit_jax.data.sources import find_files
@@ -103,10 +103,10 @@ def _validate(args: argparse.Namespace) -> int:
 
 
 @command(
-    "rows, tokens, lengths and how full packed rows are, under limits",
+    "count records and tokens, and show lengths and how full packed rows are under limits",
     _PATHS,
     *_CONFIG,
-    argument("--plot", metavar="FILE.png", help="draw lengths, files and fill there"),
+    argument("--plot", metavar="FILE.png", help="draw lengths, files and fill here"),
     overrides="",
 )
 def _stats(args: argparse.Namespace) -> int:
@@ -123,7 +123,7 @@ def _stats(args: argparse.Namespace) -> int:
 
 
 @command(
-    "other formats to GRIT rows, and JSONL to ArrayRecord",
+    "convert other formats to GRIT records, and JSONL to ArrayRecord",
     argument("source", metavar="SOURCE", help="file, or folder of BEIR and GRIT data"),
     _OUTPUT,
     argument(
@@ -133,8 +133,8 @@ def _stats(args: argparse.Namespace) -> int:
     ),
     argument("--instruction", default="", help="instruction of queries (beir, triples)"),
     argument("--split", default="train", help="beir: which qrels (%(default)s)"),
-    argument("--min-score", type=float, metavar="S", help="triples: leave out rows with a smaller score"),
-    flag("--skip-bad", "leave malformed rows out and count them"),
+    argument("--min-score", type=float, metavar="S", help="triples: leave out records with a lower score"),
+    flag("--skip-bad", "leave malformed records out and count them"),
 )  # fmt: skip
 def _convert(args: argparse.Namespace) -> int:
     from grit_jax.datatools import convert
@@ -152,9 +152,9 @@ def _convert(args: argparse.Namespace) -> int:
         "grit": lambda: convert.grit(args.source),
     }[args.format]()
     written = write_records(output, rows, skip_bad=args.skip_bad)
-    print(f"{output}: {written.count:,} rows")
+    print(f"{output}: {written.count:,} records")
     for fault, count, examples in (written.bad | written.left_out).values():
-        print(f"left out {count:,} rows: {fault}; for example {examples[0]}")
+        print(f"left out {count:,} records: {fault}; for example {examples[0]}")
     return 0
 
 
@@ -163,7 +163,7 @@ def _convert(args: argparse.Namespace) -> int:
     _PATHS,
     *_CONFIG,
     number("--count", "N", "records", 3),
-    number("--seed", "SEED", "another seed, other records", 0, FINITE),
+    number("--seed", "SEED", "seed of the choice of records", 0, FINITE),
     overrides="",
 )
 def _sample(args: argparse.Namespace) -> int:
@@ -187,18 +187,18 @@ def _sample(args: argparse.Namespace) -> int:
 
 
 @command(
-    "give queries hard negatives by BM25, or by a model on all devices of all hosts",
+    "give queries hard negatives found by BM25, or by a model on all devices of all hosts",
     argument("source", metavar="SOURCE", help="file of embedding records; their passages are searched"),
     _OUTPUT,
     argument("--model", metavar="MODEL", help="run folder, checkpoint or Hugging Face folder (default: BM25)"),
     argument("--corpus", metavar="FILE.jsonl", help='more passages: {"text": ..., "title": ...} a line'),
     number("--count", "N", "negatives of a query", 1),
-    argument("--range", default="1-100", metavar="A-B", help="ranks they are taken from (%(default)s)"),
+    argument("--range", default="1-100", metavar="A-B", help="ranks to take them from (%(default)s)"),
     number(
-        "--ceiling", "X", "leave out what scores over X of the query's lowest positive; 0 for nothing", 0.95,
+        "--ceiling", "X", "leave out passages that score over X of the query's lowest positive; 0 for none", 0.95,
         NOT_NEGATIVE,
     ),
-    flag("--draw", "draw from the ranks at random, instead of the best"),
+    flag("--draw", "draw from the ranks at random instead of taking the best"),
     flag("--keep", "keep the record's own negatives before the mined ones"),
     number("--seed", "SEED", "of --draw", 0, FINITE),
     number("--query-max-length", "N", "tokens of a query", 256),
@@ -245,13 +245,13 @@ def _mine(args: argparse.Namespace) -> int:
     done: list[Mined] = []
     with progress_bar("mining", len(source)) as progress:
         rows = mine(source, passages, searcher, mining, done=done.append, progress=progress)
-        if not first_process:  # it takes part in the search, and the first one writes
+        if not first_process:  # it takes part in the search; the first one writes
             for _ in rows:
                 pass
             return 0
         written = write_records(output, rows)
     print(
-        f"{output}: {written.count:,} rows over {len(passages):,} passages; {done[0].short:,} got fewer than "
+        f"{output}: {written.count:,} records over {len(passages):,} passages; {done[0].short:,} got fewer than "
         f"{args.count} negatives; {done[0].over_ceiling / written.count:,.1f} passages a query are over the ceiling"
     )
     return 0
@@ -260,12 +260,12 @@ def _mine(args: argparse.Namespace) -> int:
 def _range(text: str) -> tuple[int, int]:
     first, _, last = text.partition("-")
     if not (first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
-        raise InputError(f"--range={text} is no range of ranks; write it as 10-100")
+        raise InputError(f"--range={text} is not a range of ranks; write it as 10-100")
     return int(first), int(last)
 
 
 run = Command(
-    "check, measure, convert and look at training data, and mine hard negatives",
+    "check, measure, convert and inspect training data, and mine hard negatives",
     tools={
         "validate": _validate, "stats": _stats, "convert": _convert, "sample": _sample, "mine-negatives": _mine,
     },

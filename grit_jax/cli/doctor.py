@@ -19,8 +19,8 @@ from grit_jax.runs.checks import Check, print_checks
 
 
 @command(
-    "show what JAX finds on this machine, what is probably wrong, and whether the numbers are right",
-    flag("--selftest", "compare kernels, a sharded step, losses and a checkpoint with plain ones"),
+    "show what JAX finds on this machine, likely problems, and whether the numbers are right",
+    flag("--selftest", "compare kernels, a sharded step, losses and a checkpoint with references"),
     argument("--checkpoint", metavar="PATH", help="where --selftest writes (default: a temporary folder)"),
     JSON,
     examples="""\
@@ -30,7 +30,7 @@ from grit_jax.runs.checks import Check, print_checks
 """,
 )
 def run(args: argparse.Namespace) -> int:
-    """Inspects and tests; 1 when there is a problem or a check fails. In a job, process 0 alone prints."""
+    """Inspects and tests; 1 if there is a problem or a check fails. In a job, only process 0 prints."""
     if args.checkpoint and not args.selftest:
         raise InputError(f"--checkpoint={args.checkpoint} is where --selftest writes; add --selftest")
 

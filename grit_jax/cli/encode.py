@@ -13,11 +13,11 @@ from grit_jax.errors import InputError
 @command(
     "embed the texts of a file",
     MODEL,
-    argument("--input", required=True, help='.jsonl with {"text": ...} a line, or .txt with one text a line'),
+    argument("--input", required=True, help='.jsonl with {"text": ...} per line, or .txt with one text per line'),
     argument("--output", required=True, help="float32 .npy, one row per text"),
     argument("--instruction", default="", help="instruction of the texts; read, not pooled"),
-    number("--batch-tokens", "N", "tokens per batch (default: what suits the device)"),
-    number("--max-length", "N", "tokens kept of a text (default: the model's limit)"),
+    number("--batch-tokens", "N", "tokens per batch (default: chosen for the device)"),
+    number("--max-length", "N", "most tokens of a text, the rest is cut (default: the model's limit)"),
     examples="""\
   grit-jax encode runs/quickstart --input docs.txt --output docs.npy
   grit-jax encode runs/quickstart --input queries.jsonl --output queries.npy \\
@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def read_texts(path: Path, *, option: str = "--input") -> list[str]:
-    """The texts of a .jsonl or .txt file, a line each; blank lines are skipped, as everywhere.
+    """The texts of a .jsonl or .txt file, one per line; blank lines are skipped, as everywhere.
 
     Raises:
       InputError: The file is missing, empty or has another suffix, or a line is malformed or empty.

@@ -10,11 +10,11 @@ from grit_jax.errors import InputError
 
 
 @command(
-    "measure a model on the tasks of a suite: search, similarity, classification, answers, programs, likelihood",
+    "measure a model on the tasks of a suite: search, similarity, classification, completions, programs, likelihood",
     MODEL,
     argument("--suite", required=True, metavar="FILE.yaml", help="names the tasks and their data"),
-    argument("--data", metavar="DIR", help="what its paths are relative to (default: the suite's folder)"),
-    argument("--output", metavar="REPORT.json", help="report to write; its tasks that are unchanged are kept"),
+    argument("--data", metavar="DIR", help="folder to which its paths are relative (default: the suite's)"),
+    argument("--output", metavar="REPORT.json", help="report to write; unchanged tasks in it are kept"),
     argument("--examples", metavar="DIR", help="folder for each example's share of a task's score, TASK.npy"),
     STEP,
     examples="""\

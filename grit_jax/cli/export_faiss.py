@@ -10,7 +10,7 @@ from grit_jax.errors import InputError
 
 
 @command(
-    "write a store as an index of FAISS",
+    "write a store as a FAISS index",
     STORE,
     argument("output", metavar="OUT.faiss", help="an IndexFlatIP; the ids go to OUT.faiss.ids.jsonl"),
     examples="  grit-jax export-faiss stores/news news.faiss\n",

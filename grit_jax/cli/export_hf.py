@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="(%(default)s)"),
     argument(
         "--prompt", action="append", default=[], metavar="NAME=INSTRUCTION",
-        help="instruction of a named prompt of sentence-transformers, beside query and document; may be repeated",
+        help="instruction of a named prompt of sentence-transformers, besides query and document; may be repeated",
     ),
     flag("--no-verify", "do not compare with PyTorch's numbers"),
     examples="""\
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 """,
 )  # fmt: skip
 def run(args: argparse.Namespace) -> int:
-    """Exports a model and compares the folder with PyTorch where that is installed."""
+    """Exports a model and compares the folder with PyTorch if that is installed."""
     instructions = parse_prompts(args.prompt)
 
     import jax.numpy as jnp
@@ -82,7 +82,7 @@ def read_origin(source: str, step: int | None) -> Origin:
     """How a run was made, from its folder and that of the model it began with, without paths.
 
     Args:
-      source: Run folder; anything else is known by its name on the Hub alone.
+      source: Run folder; anything else is known only by its name on the Hub.
       step: Its checkpoint; None for the newest.
     """
     from grit_jax.hf.hub import is_hub_id

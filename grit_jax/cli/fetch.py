@@ -12,7 +12,7 @@ _ARGUMENTS = (
     argument("output", metavar="OUTPUT", help="new folder, on a disk or in a bucket"),
     argument("--revision", metavar="R", help="branch, tag or commit"),
     argument("--downloads", metavar="DIR", help="folder for downloads (default: grit_jax/fetch in the user's cache)"),
-    flag("--keep-downloads", "keep downloads when all is done"),
+    flag("--keep-downloads", "keep downloads after the end"),
 )
 
 
@@ -27,7 +27,7 @@ def _fetch(args: argparse.Namespace) -> int:
 
 
 run = Command(
-    "bring a model or a data set from the Hugging Face Hub to where training reads it",
+    "copy a model or a data set from the Hugging Face Hub to where training reads it",
     tools={
         "model": Command(
             "download, check and import a model as a checkpoint",

@@ -24,7 +24,7 @@ from grit_jax.config.ranges import FINITE, NOT_NEGATIVE, SHARE
 """,
 )
 def run(args: argparse.Namespace) -> int:
-    """Prints a completion as the model writes it."""
+    """Prints a completion while the model writes it."""
     from grit_jax.inference.model import GritModel
 
     pieces = GritModel.load(args.model).stream(

@@ -13,25 +13,25 @@ from grit_jax.text.prompts import CACHE_FORMS
 
 
 @command(
-    "embed a corpus into a store that can be searched; run again, it resumes or adds what is new",
+    "embed a corpus into a searchable store; run again to resume or to add new documents",
     MODEL,
     argument(
         "corpus", metavar="CORPUS", nargs="+",
-        help='.jsonl, .jsonl.gz or .jsonl.zst with {"_id": ..., "title": ..., "text": ...} a line, or folders',
+        help='.jsonl, .jsonl.gz or .jsonl.zst with {"_id": ..., "title": ..., "text": ...} per line, or folders',
     ),
     argument("store", metavar="STORE", help="folder on a disk, shared by all processes"),
     argument("--dtype", choices=DTYPES, help="type of the vectors (default: float32)"),
     argument("--instruction", help="instruction of the documents; read, not pooled (default: none)"),
-    number("--max-length", "N", "tokens kept of a document (default: the model's limit)"),
+    number("--max-length", "N", "most tokens of a document, the rest is cut (default: the model's limit)"),
     argument(
         "--caches", choices=DTYPES,
         help="keep the documents' keys and values too, in this type, for grit-jax answer (default: none)",
     ),
     argument(
         "--cache-form", choices=CACHE_FORMS,
-        help="whether a document is read first, or second, after a cached query (default: first)",
+        help="whether the model reads a document first, or second, after a cached query (default: first)",
     ),
-    number("--shard-rows", "N", "documents of a shard, which a killed command repeats", 4096),
+    number("--shard-rows", "N", "documents of a shard; a killed command repeats at most one", 4096),
     overrides="--distributed.",
     examples="""\
   grit-jax index runs/mine beir/scifact stores/scifact

@@ -58,12 +58,12 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
-    if isinstance(sys.stdout, io.TextIOWrapper):  # a notebook's is none
-        sys.stdout.reconfigure(errors="backslashreplace")  # keys of a row and names of files may be no text
+    if isinstance(sys.stdout, io.TextIOWrapper):  # not so in a notebook
+        sys.stdout.reconfigure(errors="backslashreplace")  # a record's keys and file names may not be valid text
     args, overrides = make_parser().parse_known_args(argv)
     platforms = os.environ.get("JAX_PLATFORMS")
     found = {kind for kind, patterns in DEVICE_FILES.items() if any(map(glob.glob, patterns))}
-    # An installed TPU library would search and complain.
+    # Without a TPU, an installed TPU library would search for one and complain.
     quiet = ({} if "TPU" in found else LIBTPU_WITHOUT_TPU) | ({} if found else {"JAX_PLATFORMS": "cpu"})
     os.environ.update(quiet | os.environ)
     try:
@@ -87,11 +87,11 @@ def _unusable_platform(error: Exception, platforms: str | None) -> str | None:
     """Why JAX cannot use the platforms that the user or JAX itself has chosen; None for any other error.
 
     Args:
-      error: What a command raised.
+      error: The error that a command raised.
       platforms: The user's JAX_PLATFORMS.
     """
     reason = " ".join(str(error).split())
-    # JAX asserts, without a word, that CUDA and ROCm have devices.
+    # JAX asserts, without a message, that CUDA and ROCm have devices.
     silent = (
         isinstance(error, AssertionError)
         and not reason

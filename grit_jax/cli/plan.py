@@ -16,13 +16,13 @@ _FILL = Range("must be over 0 and at most 1", lambda value: 0 < value <= 1)
 
 
 @command(
-    "compile a config's train step for a TPU topology, without a TPU: does it fit, what will it cost",
+    "compile a config's train step for a TPU topology, without a TPU: does it fit, what does it cost",
     argument("config", metavar="CONFIG", help="YAML file; --section.key=value changes it"),
     argument("--topology", required=True, metavar="NAME", help="such as v5p-128 or v5litepod-256"),
     number("--slices", "N", "slices of that topology", 1, FINITE),
     (
-        number("--fill", "F", "share of their limits that texts have", 1.0, _FILL),
-        argument("--data", metavar="PATH", help="texts have the lengths of this data, a folder in GRIT's format"),
+        number("--fill", "F", "average length of texts as a share of their limits", 1.0, _FILL),
+        argument("--data", metavar="PATH", help="take the lengths of texts from this folder of GRIT data"),
     ),
     JSON,
     (
@@ -40,7 +40,7 @@ _FILL = Range("must be over 0 and at most 1", lambda value: 0 < value <= 1)
 """,
 )
 def run(args: argparse.Namespace) -> int:
-    """Plans a config; 0 when it fits, 3 when it does not."""
+    """Plans a config; 0 if it fits, 3 if it does not."""
     config = load_config(args.config, args.overrides)
 
     from grit_jax.data.streams import trained_streams
@@ -60,16 +60,16 @@ def run(args: argparse.Namespace) -> int:
         found = outline.make_outline(config, topology, lengths)
         print(json.dumps(outline.as_json(found)) if args.json else "\n".join(outline.as_lines(found)))
         return 0 if found.may_fit else _DOES_NOT_FIT
-    report = {}
+    recommended = {}
     if args.search:
         from grit_jax.plan.tuning import tune
 
         found = tune(config, topology, lengths, most=args.compile, say=lambda line: print(line, file=sys.stderr))
-        plan, config, report = found.plan, found.config, {"recommended": found.overrides}
+        plan, config, recommended = found.plan, found.config, {"recommended": found.overrides}
     else:
         plan = make_plan(config, topology, lengths)
     if args.json:
-        print(json.dumps(report | as_json(plan)))
+        print(json.dumps(recommended | as_json(plan)))
     else:
-        print("\n".join([*as_lines(plan, config), *report.get("recommended", [])]))
+        print("\n".join([*as_lines(plan, config), *recommended.get("recommended", [])]))
     return 0 if plan.fits else _DOES_NOT_FIT

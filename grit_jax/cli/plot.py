@@ -17,7 +17,7 @@ from grit_jax.cli.command import RUN, argument, command
 """,
 )
 def run(args: argparse.Namespace) -> int:
-    """Draws what is logged so far."""
+    """Draws the metrics logged so far."""
     from grit_jax import files
     from grit_jax.runs import folder
     from grit_jax.runs.plot import plot_run

@@ -14,7 +14,7 @@ from grit_jax.cli.command import argument, command, flag
     argument("repository", metavar="ORG/NAME", help="model on the Hub; created if missing"),
     flag("--private", "make a new repository private"),
     argument("--revision", metavar="BRANCH", help="branch; created if missing"),
-    argument("--message", default="Upload a GRIT model", help="of the commit (%(default)s)"),
+    argument("--message", default="Upload a GRIT model", help="commit message (%(default)s)"),
     examples="""\
   grit-jax push-hf my-model my-name/my-model --private
   grit-jax push-hf my-model my-name/my-model --revision step-200
@@ -26,7 +26,7 @@ def run(args: argparse.Namespace) -> int:
 
     address = push(
         args.folder, args.repository, private=args.private, revision=args.revision, message=args.message,
-        report=lambda line: print(line, file=sys.stderr),
+        tell=lambda line: print(line, file=sys.stderr),
     )  # fmt: skip
     print(address)
     return 0

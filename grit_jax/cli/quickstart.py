@@ -9,7 +9,7 @@ from grit_jax.cli.command import argument, command, flag
 
 
 @command(
-    "from the docstrings on this machine to a model that searches and writes, in minutes",
+    "train a model that searches and writes on this machine's docstrings, in minutes",
     argument("--output", default="runs/quickstart", metavar="DIR", help="run folder (%(default)s)"),
     flag("--fresh", "remove an earlier quickstart there and train again"),
     overrides="",  # on top of configs/quickstart.yaml
@@ -19,10 +19,10 @@ from grit_jax.cli.command import argument, command, flag
 """,
 )
 def run(args: argparse.Namespace) -> int:
-    """Runs the quickstart; 75 when a signal stopped it after a checkpoint."""
+    """Runs the quickstart; 75 if a signal stopped it after a checkpoint."""
     from grit_jax.quickstart.job import run_quickstart
 
     if run_quickstart(Path(args.output), fresh=args.fresh, overrides=args.overrides):
         return 0
-    print("stopped, and training is saved: run the same command to go on")
+    print("stopped, and training is saved: run the same command to continue")
     return 75

@@ -26,11 +26,11 @@ from grit_jax.errors import InputError
     "find the documents of a store that answer queries",
     MODEL_OF_STORE,
     STORE,
-    repeated("--query", "TEXT", "what to search"),
-    argument("--queries", metavar="FILE", help='.jsonl with {"text": ...} a line, or .txt with one a line'),
+    repeated("--query", "TEXT", "text to search for"),
+    argument("--queries", metavar="FILE", help='.jsonl with {"text": ...} per line, or .txt with one per line'),
     QUERY_INSTRUCTION,
-    number("--k", "N", "documents of each query", 10),
-    flag("--json", "print an object a query, with whole texts"),
+    number("--k", "N", "documents per query", 10),
+    flag("--json", "print one object per query, with whole texts"),
     examples="""\
   grit-jax search runs/mine stores/news --query "who won the election?" --instruction "Find the answer"
   grit-jax search runs/mine stores/scifact --queries questions.txt --k 100 --json > found.jsonl

@@ -21,23 +21,23 @@ _KEY = "GRIT_JAX_API_KEY"
     "answer embedding and chat requests over HTTP, as OpenAI's API does, with one copy of a model",
     MODEL,
     argument("--index", metavar="STORE", help="folder from grit-jax index, for search and answers from it"),
-    number("--causal-mb", "N", "MiB for keys and values of documents read causally in idle time", 0, NOT_NEGATIVE),
+    number("--causal-mb", "N", "MiB for keys and values of documents, read causally in idle time", 0, NOT_NEGATIVE),
     argument("--name", help="what clients call the model (default: the folder's name)"),
-    argument("--host", default="127.0.0.1", help="address to listen at (%(default)s)"),
-    number("--port", "PORT", "port to listen at", 8000, FINITE),
+    argument("--host", default="127.0.0.1", help="address to listen on (%(default)s)"),
+    number("--port", "PORT", "port to listen on", 8000, FINITE),
     repeated("--allow-host", "NAME", "another name that clients, such as a proxy, call this server by, * for any"),
     number("--max-length", "N", "tokens of prompt and completion, or of a text (default: the model's, up to 4096)"),
-    number("--rows", "N", "completions of up to 512 tokens that are written at a time, fewer of longer ones", 16),
+    number("--rows", "N", "completions of up to 512 tokens written at a time, fewer if longer", 16),
     number("--queue", "N", "requests that may wait", 256),
     number("--max-body", "BYTES", "largest request", 8 << 20),
-    number("--timeout", "S", "seconds of a request", 300.0),
-    number("--drain", "S", "seconds that requests get to finish after SIGTERM", 30),
+    number("--timeout", "S", "seconds that a request may take", 300.0),
+    number("--drain", "S", "seconds for requests to finish after SIGTERM", 30),
     argument(
         "--prompts", metavar="FILE",
         help='JSON {"name": "instruction"}; embedding requests may name one as prompt_name',
     ),
     argument(
-        "--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="of weights (default: %(default)s)"
+        "--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="dtype of weights (%(default)s)"
     ),
     overrides="--mesh.",
     examples=f"""\
@@ -70,13 +70,13 @@ def run(args: argparse.Namespace) -> int:
     for host in args.allow_host:
         check_host(host, source="--allow-host")
     listening = _bound(args.host, args.port)
-    # Of libraries only errors; `force` because JAX has set up its own handler.
+    # Only errors of libraries; `force` because JAX has set up its own handler.
     logging.basicConfig(format="%(message)s", level=logging.ERROR, force=True)
     logging.getLogger("grit_jax").setLevel(logging.INFO)
     model = GritModel.load(args.model, mesh=mesh, dtype=args.dtype)
     limit = model.architecture.max_length
     if (args.max_length or 0) > limit:
-        raise InputError(f"--max-length={args.max_length} is over the model's {limit}; choose that at most")
+        raise InputError(f"--max-length={args.max_length} is over the model's {limit}; choose at most that")
     name = args.name or Path(args.model).resolve().name
     limits = Limits(
         max_length=args.max_length or min(limit, 4096), rows=args.rows, queue=args.queue,
@@ -90,10 +90,10 @@ def run(args: argparse.Namespace) -> int:
     address = f"http://{args.host}:{listening.getsockname()[1]}"
     print(
         f"{name} at {address} once it is ready; weights {server.weights_bytes / 1e6:,.1f} MB, "
-        f"keys and values of answers {server.cache_bytes / 1e6:,.1f} MB",
+        f"KV caches {server.cache_bytes / 1e6:,.1f} MB",
         flush=True,
     )
-    # Having finished its requests, uvicorn raises the signal again, for this handler: such a stop is no failure.
+    # Having finished its requests, uvicorn raises the signal again, for this handler: such a stop is not a failure.
     signal.signal(signal.SIGTERM, lambda *_: None)
     config = uvicorn.Config(
         server.app, http=StrictProtocol, log_config=None, access_log=False, timeout_graceful_shutdown=args.drain

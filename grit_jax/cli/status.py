@@ -9,7 +9,7 @@ from grit_jax.cli.command import JSON, RUN, command
 
 
 @command(
-    "show how a run is doing: step, losses, speed, goodput, checkpoint, whether it lives, time left",
+    "show how a run is doing: step, losses, speed, goodput, checkpoint, whether it is alive, time left",
     RUN,
     JSON,
     examples="""\

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 """,
 )
 def run(args: argparse.Namespace) -> int:
-    """Trains; 0 when all steps are done, 75 when stopped and saved, 1 when the numbers broke down."""
+    """Trains; 0 if all steps are done, 75 if stopped and saved, 1 if updates are no longer finite."""
     from grit_jax.config import load_config
 
     config = load_config(args.config, args.overrides)
@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"done: {config.train.output} holds {trainer.step} steps")
         return 0
     saved = f"{config.train.output} is saved at step {trainer.step}" if trainer.step else "no step is done yet"
-    print(f"stopped; {saved}: run the same command to go on")
+    print(f"stopped; {saved}: run the same command to continue")
     return 75
 
 

@@ -12,9 +12,9 @@ from grit_jax.runs.checks import TOLERANCE, print_checks
 
 
 @command(
-    "compare PyTorch's numbers with ours on an exported folder",
+    "compare PyTorch's numbers on an exported folder with this package's",
     argument("folder", metavar="FOLDER", help="Hugging Face folder"),
-    argument("--texts", metavar="FILE", help=".jsonl or .txt, one text a line (default: built-in texts)"),
+    argument("--texts", metavar="FILE", help=".jsonl or .txt, one text per line (default: built-in texts)"),
     number("--tolerance", "X", "largest absolute difference", TOLERANCE),
     examples="""\
   grit-jax verify-export my-model

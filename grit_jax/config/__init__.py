@@ -1,4 +1,4 @@
-"""What a model is and every setting of a run: dataclasses, read from YAML and `--section.key=value`."""
+"""The model's shape and every setting of a run: dataclasses, read from YAML and `--section.key=value`."""
 
 from __future__ import annotations
 

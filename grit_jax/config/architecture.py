@@ -1,4 +1,4 @@
-"""What a model is: the shape of its transformer, and how its vectors are made."""
+"""A model's configuration: the shape of its transformer, and how it makes vectors."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ Pooling = Literal["mean", "weighted_mean", "cls", "last_token"]
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """Stretches rotary positions beyond the length of a model's first training.
+    """Stretches rotary positions beyond the length that a model was first trained on.
 
     Attributes:
       kind: `linear` divides every frequency by `factor`; `llama3` divides the slow ones only, with a ramp between.
       factor: Divisor of the frequencies.
-      low_frequency_factor: `llama3`: waves longer than `original_length / low_frequency_factor` are divided.
-      high_frequency_factor: `llama3`: waves shorter than `original_length / high_frequency_factor` are kept.
-      original_length: `llama3`: length of the first training, in tokens.
+      low_frequency_factor: `llama3`: divide frequencies of waves longer than `original_length / low_frequency_factor`.
+      high_frequency_factor: `llama3`: keep waves shorter than `original_length / high_frequency_factor`.
+      original_length: `llama3`: length that the model was first trained on, in tokens.
     """
 
     kind: Literal["linear", "llama3"] = "linear"
@@ -52,7 +52,7 @@ class TransformerConfig:
       family: Hugging Face `model_type` that the model is exported as.
       vocab_size: Rows of the embedding table; 0 takes the tokenizer's size.
       embed_dim: Width of the residual stream.
-      mlp_dim: Width of the gated MLP, of one expert where there are experts.
+      mlp_dim: Width of the gated MLP, or of one expert.
       num_layers: Transformer blocks.
       num_heads: Query heads.
       num_kv_heads: Key and value heads; divides `num_heads`.
@@ -63,7 +63,7 @@ class TransformerConfig:
       local_rope_theta: Base in layers with a window, never stretched; null for `rope_theta`.
       norm_epsilon: Epsilon of every RMSNorm.
       norm_offset: Added to every stored norm scale, such as 1 where scales are stored around 0.
-      activation: Of the gated MLP.
+      activation: Nonlinearity of the gated MLP.
       qkv_bias: Whether query, key and value have biases.
       qk_norm: Whether each head's queries and keys are normalised before the rotation.
       post_norms: Whether the outputs of attention and MLP are normalised.
@@ -71,12 +71,12 @@ class TransformerConfig:
       attention_scale_dim: Query-key products are divided by its square root; null means `head_dim`.
       attention_soft_cap: Bound of attention scores, by tanh; null for none.
       logit_soft_cap: Bound of logits, by tanh; null for none.
-      sliding_window: Keys a causal query sees, itself included; null for all of them.
-      windowed_layers: For each layer whether it has the window; empty if all have it.
+      sliding_window: Number of keys that a causal query sees, itself included; null for all.
+      windowed_layers: For each layer, whether it has the window; empty if all have it.
       window_bidirectional: Whether a bidirectional query sees only keys at most `sliding_window` away.
       tie_embeddings: Whether the output head is the embedding table.
       num_experts: Experts of every MLP; 0 for a dense MLP.
-      experts_per_token: Experts that a token is sent to.
+      experts_per_token: Experts that each token goes to.
     """
 
     family: FamilyName = "llama"
@@ -127,7 +127,7 @@ class TransformerConfig:
                 f"model.architecture.experts_per_token={self.experts_per_token} is not between 1 and "
                 f"num_experts={self.num_experts}"
             )
-        # Stored as JSON and YAML, lists and mappings come back.
+        # JSON and YAML give lists and mappings back.
         object.__setattr__(self, "windowed_layers", tuple(self.windowed_layers))
         if isinstance(self.rope_scaling, dict):
             object.__setattr__(self, "rope_scaling", RopeScaling(**self.rope_scaling))
@@ -141,11 +141,11 @@ class TransformerConfig:
 
     @property
     def layer_windows(self) -> tuple[bool, ...]:
-        """For each layer whether it has the sliding window."""
+        """For each layer, whether it has the sliding window."""
         return self.windowed_layers or (self.sliding_window is not None,) * self.num_layers
 
     def resolve(self, vocab_size: int) -> TransformerConfig:
-        """The same architecture with `vocab_size` and `head_dim` filled in where they are 0.
+        """The same architecture with `vocab_size` and `head_dim` filled in if they are 0.
 
         Raises:
           InputError: The embedding table has fewer rows than the tokenizer has tokens, or heads of odd width.
@@ -163,7 +163,7 @@ class TransformerConfig:
 
 @dataclass(frozen=True)
 class EmbeddingConfig:
-    """How hidden states become a vector; stored with the weights.
+    """How hidden states become vectors; stored with the weights.
 
     Attributes:
       attention: Attention of the embedding pass.

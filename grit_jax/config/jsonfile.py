@@ -1,4 +1,4 @@
-"""JSON files of other programs, read key by key with type and range; errors name file, key and value."""
+"""Reads JSON files of other programs, checking each key's type and range; errors name file, key and value."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from grit_jax.errors import InputError
 REMEDY = "correct it or copy the file again"
 SIZE = Range("must be from 1 to 2147483647", lambda value: 1 <= value < 1 << 31)
 
-_NEEDED: Any = object()  # the default of a key that must be there
+_NEEDED: Any = object()  # the default of a required key
 _SHORT = reprlib.Repr()
 _LONGEST_NAME = 120  # characters
 _SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 2, 60, 60
@@ -26,7 +26,7 @@ def shown(value: Any) -> str:
 
 
 def named(name: str) -> str:
-    """A name from a file in an error message, as `shown` where it is long or not printable."""
+    """A name from a file in an error message; as in `shown` if it is long or not printable."""
     return name if name.isprintable() and len(name) <= _LONGEST_NAME else shown(name)
 
 
@@ -52,7 +52,7 @@ def read(path: files.PathLike) -> Section:
     """The object of a JSON file, on a disk or in a bucket.
 
     Raises:
-      InputError: It is missing, cannot be read, or is not what `parse` takes.
+      InputError: It is missing, cannot be read, or is not valid for `parse`.
     """
     try:
         files.refuse_special(path)
@@ -67,7 +67,7 @@ def read(path: files.PathLike) -> Section:
 class Section:
     """An object of a JSON file.
 
-    An absent key has its `default`, or is an error without one; `null=True` lets it be null.
+    A missing key takes its `default`, or is an error without one; `null=True` allows null.
 
     Attributes:
       values: Its keys and raw values.
@@ -81,13 +81,13 @@ class Section:
         return key in self.values
 
     def names(self) -> list[str]:
-        """Its keys, checked to be of whole characters."""
+        """Its keys; checks that they hold whole characters."""
         for key in self.values:
             self._refuse_half_characters(key, key)
         return list(self.values)
 
     def error(self, key: str, problem: str) -> InputError:
-        """The error of a key's value: file, key, value, then `problem`."""
+        """The error for a key's value: file, key, value, then `problem`."""
         return InputError(f"{self.source}: {self._named(key)}={shown(self.values.get(key))} {problem}")
 
     def _named(self, key: str) -> str:
@@ -142,7 +142,7 @@ class Section:
         value = self._typed(key, dict, "an object with keys", default, null)
         return Section(value, source=self.source, prefix=f"{self._prefix}{key}.") if isinstance(value, dict) else value
 
-    def _typed(self, key: str, kinds: Any, what: str, default: Any, null: bool) -> Any:
+    def _typed(self, key: str, types: Any, what: str, default: Any, null: bool) -> Any:
         if key not in self.values:
             if default is _NEEDED:
                 raise InputError(f"{self.source}: {self._named(key)} is missing; add it or copy the file again")
@@ -150,12 +150,12 @@ class Section:
         value = self.values[key]
         if value is None and null:
             return None
-        if not isinstance(value, kinds) or (isinstance(value, bool) and kinds is not bool):
+        if not isinstance(value, types) or (isinstance(value, bool) and types is not bool):
             raise self.error(key, f"must be {what}{' or null' if null else ''}; {REMEDY}")
         return value
 
-    def _number(self, key: str, kinds: Any, what: str, allowed: Range, default: Any, null: bool) -> Any:
-        value = self._typed(key, kinds, what, default, null)
+    def _number(self, key: str, types: Any, what: str, allowed: Range, default: Any, null: bool) -> Any:
+        value = self._typed(key, types, what, default, null)
         if key in self.values and value is not None and (fault := allowed.fault(value)):
             raise self.error(key, f"{fault}; {'null is allowed too; ' if null else ''}{REMEDY}")
         return value
@@ -164,4 +164,4 @@ class Section:
         try:
             (value or "").encode()
         except UnicodeEncodeError as error:
-            raise self.error(key, f"holds half of a surrogate pair, which is no character; {REMEDY}") from error
+            raise self.error(key, f"holds half of a surrogate pair, not a character; {REMEDY}") from error

@@ -1,7 +1,7 @@
 """Configs from YAML and `--section.key=value`, and back.
 
-A config file holds one mapping per section of `Config`. Values given on the command line win over the file, and the
-file wins over the defaults.
+A config file holds one mapping per section of `Config`. Values on the command line override the file, and the file
+overrides the defaults.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from grit_jax.errors import InputError
 T = TypeVar("T")
 
 _LONGEST_MESSAGE = 500  # characters of a library's message, which may quote a whole value
-_LARGEST = (1 << 63) - 1  # of any whole number
+_LARGEST = (1 << 63) - 1  # any whole number
 
 
 def load_config(path: str | os.PathLike[str], overrides: list[str] | None = None) -> Config:
@@ -62,14 +62,14 @@ def parse_config(text: str, overrides: list[str] | None = None, *, source: str =
     except (jsonargparse.ArgumentError, ValueError, OverflowError) as error:
         blamed = source
         if overrides:
-            parse_config(text, source=source)  # blames the file where the file alone is wrong
+            parse_config(text, source=source)  # blames the file if the file alone is wrong
             blamed = "command line"
         raise InputError(f"{blamed}: {_one_line(error)}") from error
 
 
 @functools.cache
 def _parser(section: type, *, takes_file: bool = False) -> Any:
-    """The parser of a section, which takes longer to build than to use."""
+    """The parser of a section, cached as it takes longer to build than to use."""
     import jsonargparse
 
     parser = jsonargparse.ArgumentParser(exit_on_error=False, allow_abbrev=False)
@@ -84,10 +84,10 @@ def _one_line(error: Exception | str) -> str:
 
 
 def parse_mapping(text: str, *, source: str) -> dict[str, Any]:
-    """The mapping in a YAML text, which is empty for an empty text.
+    """The mapping in a YAML text; empty for an empty text.
 
     Raises:
-      InputError: Malformed YAML, or no mapping; the message starts with `source` and the line.
+      InputError: Malformed YAML, or not a mapping; the message starts with `source` and the line.
     """
     import yaml
 
@@ -135,7 +135,7 @@ def dump_config(config: Config) -> str:
 
 
 def config_differences(old: Config, new: Config, *, ignore: tuple[str, ...] = ()) -> list[str]:
-    """Lines `key: old -> new` for every value that differs, leaving out keys that start with one of `ignore`."""
+    """Lines `key: old -> new` for every value that differs, except keys that start with one of `ignore`."""
     old_values, new_values = flat_values(old), flat_values(new)
     return [
         f"{key}: {old_values.get(key)!r} -> {new_values.get(key)!r}"
@@ -179,18 +179,18 @@ def _check_section(values: Any, section: Any, source: str, where: str, *, may_be
     _check_keys(values, section, source, f"{where}.")
 
 
-# Keys in configs of earlier runs: the value that means what every run does now, and the reason; None for any value.
+# Removed keys in configs of earlier runs: the value that equals today's behaviour (None: any value), and the reason.
 _REMOVED = {
-    "model.generative_attention": ("causal", "the generative pass is causal, else a token would see its own target"),
+    "model.generative_attention": ("causal", "the generative pass is causal, or a token would see its own target"),
     "data.workers": None,
 }
 
 
 def _drop_removed(mapping: dict[str, Any], source: str) -> bool:
-    """Removes such keys from a mapping; whether there were any.
+    """Removes keys in `_REMOVED` from a mapping, and returns whether there were any.
 
     Raises:
-      InputError: One has another value.
+      InputError: Such a key has another value.
     """
     found = False
     for key in _REMOVED:
@@ -203,7 +203,7 @@ def _drop_removed(mapping: dict[str, Any], source: str) -> bool:
 
 
 def _is_removed(override: str) -> bool:
-    """Whether an override is of a removed key; raises as `_drop_removed`."""
+    """Whether an override sets a removed key; raises as `_drop_removed` does."""
     key, _, value = override.removeprefix("--").partition("=")
     if key in _REMOVED:
         _check_removed(key, value, "command line")
@@ -213,7 +213,7 @@ def _is_removed(override: str) -> bool:
 def _check_removed(key: str, value: Any, source: str) -> None:
     allowed, reason = _REMOVED[key] or (value, "")
     if value != allowed:
-        raise InputError(f"{source}: {key}={value} is not possible any more: {reason}; remove the key")
+        raise InputError(f"{source}: {key}={value} is no longer possible: {reason}; remove the key")
 
 
 def _check_override(override: str) -> None:

@@ -1,4 +1,4 @@
-"""Which numbers a setting may have, and the message of one that is out of range."""
+"""Ranges of numeric settings, and the messages of values outside them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from grit_jax.errors import InputError
 
 
 class Range(NamedTuple):
-    """The numbers that a setting may have; as metadata of an annotation, `require_fields` checks it.
+    """The numbers that a setting may have; `require_fields` checks those in the metadata of annotations.
 
     Attributes:
       text: The requirement, such as `must be positive`.
@@ -26,7 +26,7 @@ class Range(NamedTuple):
         return self.text
 
     def fault(self, value: float) -> str | None:
-        """The requirement that a number does not meet, which may be to be finite; None for a number in the range."""
+        """The requirement that a number fails, be it only finiteness; None for a number in the range."""
         if not isinstance(value, int) and not math.isfinite(value):  # an int may be too large for a float
             return FINITE.text
         return None if self.holds(value) else self.text
@@ -38,7 +38,7 @@ NOT_NEGATIVE = Range("must be 0 or more", lambda value: value >= 0)
 SHARE = Range("must be from 0 to 1", lambda value: 0 <= value <= 1)
 BELOW_ONE = Range("must be 0 or more, and less than 1", lambda value: 0 <= value < 1)
 SEED = Range("must be from 0 to 4294967295", lambda value: 0 <= value < 1 << 32)  # JAX's random keys have 32 bits
-# Timers of Python and of JAX take no more.
+# Python's and JAX's timers take no more.
 SECONDS = Range("must be positive and at most 1000000000", lambda value: 0 < value <= 1_000_000_000)
 
 PositiveInt = Annotated[int, POSITIVE]
@@ -54,7 +54,7 @@ def require(key: str, value: float | None, allowed: Range, remedy: str = "") -> 
     """Checks that a setting's value is None or in its range.
 
     Raises:
-      InputError: It is outside of the range, infinite or not a number; the message ends with the remedy.
+      InputError: It is out of range, infinite or not a number; the message ends with the remedy.
     """
     if value is not None and (fault := allowed.fault(value)):
         raise InputError(f"{key}={value} {fault}{remedy and '; '}{remedy}")
@@ -69,7 +69,7 @@ def require_fields(section: str, settings: Any) -> None:
     """Checks that the annotations of a dataclass allow its fields' values: their `Literal` or range, and finite floats.
 
     Args:
-      section: Begins the keys in messages.
+      section: Prefix of the keys in messages.
       settings: The dataclass.
 
     Raises:

@@ -29,18 +29,18 @@ Negatives = Literal["auto", "dense", "gathered", "ring"]
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """What is trained and in which precision.
+    """The model to train, its precision and its kernels.
 
     Attributes:
       init: Run folder, checkpoint or Hugging Face folder to start from; null trains from scratch.
-      tokenizer: Folder, `tokenizer.json` or `bytes`; null takes the tokenizer of `init`, or bytes from scratch.
-      architecture: Shape of a model trained from scratch; with `init` the shape comes from there.
+      tokenizer: Folder, `tokenizer.json` or `bytes`; null takes the tokenizer of `init`, or bytes without `init`.
+      architecture: Shape of a model trained from scratch; `init` brings its own.
       embedding: Embedding pass and pooling.
-      compute_dtype: Type of activations; `auto` is float32 on CPU and bfloat16 elsewhere. Weights stay float32.
+      compute_dtype: Dtype of activations; `auto` is float32 on CPU and bfloat16 elsewhere. Weights stay float32.
       attention_kernel: `dense`, `blockwise` (CPU), `splash` (TPU), `cudnn` (GPU), or `auto` for the device's own.
       expert_kernel: Multiplies tokens sorted by expert: `ragged_dot`, `megablox` (TPU), or `auto` for the device's own.
       remat: What a layer recomputes in the backward pass: `none`; `full`, all but its input; `dots`, all but matrix
-        products and attention; `offload`, as `full` with the inputs kept in host memory.
+        products and attention; `offload`, like `full`, with the inputs in host memory.
       layer_rows: Most rows that a device sends through a layer at once, which bounds the memory inside a layer; null
         for all. Weights are still gathered, and gradients reduced, once per layer.
       compiler_options: XLA's options for the training step, by name; null for those of the device's kind, `{}` for
@@ -66,12 +66,12 @@ class ModelConfig:
 class StageConfig:
     """A stage of a curriculum: a range of steps with its own choice of files.
 
-    Within a stage no record repeats before all of its file are used; the next stage starts anew.
+    Within a stage no record repeats before all records of its file are used; the next stage starts over.
 
     Attributes:
-      steps: Its length; null for the last stage, which lasts to the end of the run.
+      steps: Its length; null for the last stage, which runs to the end.
       files: Names of its files, such as `a.jsonl` or `easy-*`; empty for all of `data.train`.
-      num_samples: Samples an epoch takes from a file, on top of `data.num_samples`.
+      num_samples: Samples that an epoch takes from a file, on top of `data.num_samples`.
     """
 
     steps: PositiveInt | None = None
@@ -81,17 +81,17 @@ class StageConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Training data and how it is cut into batches.
+    """Training data, and how to cut it into batches.
 
     Attributes:
       train: File or folder, or a list of them, on a disk or in a bucket; folders are searched for .jsonl, .jsonl.gz,
         .jsonl.zst, .array_record and .arrayrecord.
       validation: The same, for evaluation losses.
       held_out: Share of the records of `train` that are never trained on and are evaluated with `validation`. Chosen by
-        the query or the conversation, so that records that ask the same stay together.
-      skip_bad: Whether malformed records are left out, counted and reported; otherwise the first one stops the run.
-      num_samples: Samples an epoch takes from a file, by file name; files not named are used whole.
-      curriculum: Stages with their own files, one after the other; empty for all files all the time.
+        query or conversation, so that records with the same question stay together.
+      skip_bad: Whether to skip malformed records and count them; otherwise the first one stops the run.
+      num_samples: Samples that an epoch takes from a file, by file name; files not named are used whole.
+      curriculum: Successive stages with their own files; empty for all files all the time.
       query_max_length: Limit of a query with its instruction, in tokens.
       passage_max_length: Limit of a passage with its instruction, in tokens.
       generative_max_length: Limit of a conversation, in tokens.
@@ -100,8 +100,8 @@ class DataConfig:
       generative_batch: Conversations per step, over all devices.
       packing: Whether a row holds many texts (true) or one.
       row_buckets: Most buckets of row counts per stream; each is compiled once.
-      exclude_duplicates: Whether passages equal to the query's own positive, and positives of equal queries, are left
-        out of its negatives.
+      exclude_duplicates: Whether to leave passages equal to a query's own positive, and positives of equal queries, out
+        of its negatives.
     """
 
     train: str | list[str] = field(default_factory=list)
@@ -126,9 +126,9 @@ class DataConfig:
         for number, stage in enumerate(self.curriculum, start=1):
             key, last = f"data.curriculum[{number - 1}]", number == len(self.curriculum)
             if last and stage.steps is not None:
-                raise InputError(f"{key} goes on to the end: leave its steps out")
+                raise InputError(f"{key} runs to the end: leave its steps out")
             if not last and stage.steps is None:
-                raise InputError(f"{key} has no steps; only the last stage goes on")
+                raise InputError(f"{key} has no steps; only the last stage may leave them out")
             require_fields(key, stage)
             _require_counts(f"{key}.num_samples", stage.num_samples)
 
@@ -148,12 +148,12 @@ class LossConfig:
       sub_batch_samples: Samples of one sub-batch of `mixed`; null takes the whole batch as one.
       temperature: Temperature of the contrastive softmax.
       negatives: How queries are scored against the passages of all devices: `dense` (all at once), `gathered` (tiles
-        with a share of every device's passages), `ring` (each device's passages sent round) or `auto`, by size. It
+        with a share of every device's passages), `ring` (each device's passages sent round) or `auto`, by size. This
         changes memory, not numbers.
       embedding_weight: Factor of the contrastive loss.
       generative_weight: Factor of the LM loss.
       router_weight: Factor of the experts' balance loss in the generative pass.
-      embedding_router_weight: The same in the embedding pass; 0 only reports it.
+      embedding_router_weight: The same in the embedding pass; 0 only measures it.
     """
 
     type: Literal["mixed", "token", "token_mean"] = "mixed"
@@ -178,7 +178,7 @@ class OptimizerConfig:
       learning_rate: Peak rate.
       schedule: Decay after warm-up: `linear` or `cosine`, to zero at the last step; or `constant`.
       warmup_ratio: Share of the steps spent warming up from 0, rounded up.
-      warmup_steps: The same as a number of steps; wins over `warmup_ratio`.
+      warmup_steps: The same as a number of steps; overrides `warmup_ratio`.
       b1: Adam's first decay rate.
       b2: Adam's second decay rate.
       epsilon: Adam's epsilon; with 0 an update may be infinite, and is then skipped.
@@ -209,18 +209,17 @@ class TrainConfig:
       output: Run folder.
       steps: Optimizer steps.
       seed: Seed of weights and data order; from 0 to 4294967295.
-      mode: Streams that are trained: `unified`, `embedding` or `generative`.
+      mode: Streams to train: `unified`, `embedding` or `generative`.
       trainable: Patterns of the paths of trained parameters, such as `layers.mlp.*`; the others are frozen, and need
         neither gradient nor optimizer state.
-      frozen_dtype: Type of frozen parameters, in memory and in checkpoints.
-      embedding_chunks: Chunks in which the embedding rows are processed; it changes memory, not numbers.
+      frozen_dtype: Dtype of frozen parameters, in memory and in checkpoints.
+      embedding_chunks: Chunks in which a device processes its embedding rows; changes memory, not numbers.
       generative_chunks: The same for the generative rows.
       eval_every: Steps between evaluation losses on `data.validation`; null evaluates after the last step only.
-      max_skipped: Updates skipped in a row, because loss, gradient or update is not finite, that stop the run.
+      max_skipped: Number of updates skipped in a row (loss, gradient or update not finite) that stops the run.
       watchdog_seconds: Longest time of a step without compilation and evaluation; beyond it the process dumps the
-        stacks of all threads and ends. null waits for ever.
-      preemption_notices: Whether a preemption notice of Google Cloud's metadata server saves and stops the run, as
-        SIGTERM does.
+        stacks of all threads and ends. Null waits forever.
+      preemption_notices: Whether a notice of Google Cloud's metadata server saves and stops the run, as SIGTERM does.
     """
 
     output: str = "run"
@@ -253,7 +252,7 @@ class ScorecardConfig:
 
     Attributes:
       suite: Suite file, as for `grit-jax evaluate`; null for none.
-      data: Folder that the suite's paths are relative to; null for the suite's own.
+      data: Folder to which the suite's paths are relative; null for the suite's own.
       every: Steps between measurements; the last step is always measured.
       embedding_weight: Share of the embedding tasks in `scorecard/both`, from 0 to 1.
     """
@@ -273,14 +272,14 @@ class CheckpointConfig:
 
     Attributes:
       every: Steps between checkpoints; the last step is always saved.
-      keep: Newest checkpoints that are kept.
-      keep_every: Checkpoints at multiples of this step are kept for ever; null for none.
-      keep_best: Best checkpoints that are kept, by `best_metric`.
+      keep: Number of newest checkpoints to keep.
+      keep_every: Keep checkpoints at multiples of this step forever; null for none.
+      keep_best: Number of best checkpoints to keep, by `best_metric`.
       best_metric: A metric of metrics.jsonl, such as `validation/loss/generative` or `scorecard/both`; a checkpoint
-        whose step has none is not among the best.
+        whose step lacks it is not among the best.
       best_is: Whether the best is the smallest or the largest value.
-      params_every: Steps between checkpoints of the parameters alone, all kept, in `params/` of the run folder; they
-        take a third of the space, open like any other and cannot be resumed from. Null writes none.
+      params_every: Steps between checkpoints of only the parameters, all kept, in `params/` of the run folder; they
+        take a third of the space and open like any other, but a run cannot resume from them. Null writes none.
       timeout_seconds: How long hosts wait for each other to save before the run ends.
     """
 
@@ -302,7 +301,7 @@ class CheckpointConfig:
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """Devices along each mesh axis; one of them may be -1 to take what is left.
+    """Devices along each mesh axis; one of them may be -1 to take the rest.
 
     Attributes:
       data: Replicas of the weights.
@@ -322,18 +321,17 @@ COPIES = MeshConfig(data=-1, fsdp=1)  # whole weights on each device, or on each
 
 @dataclass(frozen=True)
 class LoggingConfig:
-    """What is measured besides the losses, and where metrics go besides metrics.jsonl.
+    """Measurements besides the losses, and where metrics go besides metrics.jsonl.
 
     Attributes:
       tensorboard: Write TensorBoard events into the run folder (needs the `tensorboard` extra).
       wandb: Weights & Biases project; null for none (needs the `wandb` extra).
       trackio: trackio project; null for none (needs the `trackio` extra).
-      every: Steps between lines on an output that is no terminal.
-      details_every: Steps between measurements of the embeddings' health and of each generative file's loss; null for
-        none.
+      every: Steps between lines when the output is not a terminal.
+      details_every: Steps between measurements of embedding health and of each generative file's loss; null for none.
       gradient_ratio_every: Steps between measurements of each objective's gradient norm, which cost about one step
         each; null for none.
-      spike_threshold: Robust z-score at which a loss is reported as a spike; null for no reports.
+      spike_threshold: Robust z-score at which a loss counts as a spike; null to detect none.
       profile: First and last step that the profiler traces into the run folder; null for none.
     """
 
@@ -354,13 +352,13 @@ class LoggingConfig:
 
 @dataclass(frozen=True)
 class DistributedConfig:
-    """The processes of a run. On TPU they find each other; elsewhere these settings say how.
+    """The processes of a run. On TPU they find each other; elsewhere these settings tell them how.
 
     Attributes:
-      coordinator: `host:port` of the first process; null where there is one process, and on TPU.
+      coordinator: `host:port` of the first process; null for a single process, and on TPU.
       num_processes: Number of processes.
-      process_id: Index of this one.
-      timeout_seconds: Silence of a process after which the others give up.
+      process_id: Index of this process.
+      timeout_seconds: Seconds of a process's silence after which the others give up.
     """
 
     coordinator: str | None = None
@@ -385,7 +383,7 @@ class DistributedConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """One run."""
+    """The settings of one run."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)

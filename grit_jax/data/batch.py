@@ -1,7 +1,7 @@
-"""One training step's input: for every stream, packed rows that hold many texts each.
+"""The input of one training step: for every stream, packed rows that hold many texts each.
 
 A batch maps the names of streams to named tuples of arrays. Fields in `per_row` have one entry a row, and a host holds
-its own rows of them; it holds all of the others. `segment_ids` number the texts of a row from 1; 0 is padding.
+only its own rows of them; other fields it holds whole. `segment_ids` number the texts of a row from 1; 0 is padding.
 `positions` restart at 0 with every text. Named tuples are pytrees, so importing them does not import JAX.
 """
 
@@ -29,8 +29,8 @@ class EmbeddingBatch(NamedTuple):
       query_slots: int32 [queries].
       passage_slots: int32 [queries * group_size].
       query_weights: float32 [queries]; weight of each query's loss, 0 for a filler that completes a batch.
-      passage_ids: int32 [queries * group_size]; passages with equal ids are never each other's negatives, and those
-        with -1, fillers, nobody's.
+      passage_ids: int32 [queries * group_size]; passages with equal ids are never each other's negatives; fillers have
+        -1 and are nobody's.
     """
 
     per_row = ("tokens", "segment_ids", "positions", "pool_weights")
@@ -90,7 +90,7 @@ def max_segments(row_length: int) -> int:
 
 
 def sizes(first: int, last: int, *, growth: int) -> list[int]:
-    """`first`, `growth` times that, and so on, and `last`: the few sizes to compile programs for."""
+    """`first`, `growth` times that, and so on up to `last`: the few sizes to compile programs for."""
     found = [min(first, last)]
     while found[-1] < last:
         found.append(min(growth * found[-1], last))

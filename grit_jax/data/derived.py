@@ -17,9 +17,9 @@ from grit_jax.data.text_files import read_blocks
 from grit_jax.errors import InputError
 
 FOLDER = ".grit_index"
-MAKE_ROOM = "make room there, or set XDG_CACHE_HOME to a folder that has"
-CHANGED = "has changed since the file was indexed; start again, so that it is indexed anew"
-_FORMAT = 5  # raised when the layout of what is stored, or the format of prompts, changes
+MAKE_ROOM = "make room there, or set XDG_CACHE_HOME to a folder with room"
+CHANGED = "has changed since the file was indexed; start again to index it anew"
+_FORMAT = 5  # raised when the stored layout or the format of prompts changes
 
 Version = tuple[Any, ...]
 
@@ -47,7 +47,7 @@ def refuse_changed(path: epath.Path, before: Version) -> None:
 
 
 def entry(path: epath.Path, version: Version, *more: Any) -> str:
-    """The name of what is derived from a version of a file and from `more`."""
+    """The name of a file derived from a version of a file and from `more`."""
     return f"{_of_version(path, version)}{_digits(more, 8)}"
 
 
@@ -76,7 +76,7 @@ def _digits(value: Any, number: int) -> str:
 
 
 def remove_stale(path: epath.Path, version: Version) -> None:
-    """Removes what was derived from other versions of a file, or in other formats; open memory maps stay valid."""
+    """Removes files derived from other versions of a file, or in other formats; open memory maps stay valid."""
     for folder in (path.parent / FOLDER, *local_folders(path)):
         for name in files.names(folder):
             entry = name.removeprefix(".")  # of a partial file
@@ -85,14 +85,14 @@ def remove_stale(path: epath.Path, version: Version) -> None:
 
 
 def remove_plain(path: epath.Path, version: Version) -> None:
-    """Removes what served only to read a file: its plain copy, and its line offsets."""
+    """Removes the files that only served to read a data file: its plain copy and its line offsets."""
     for folder in local_folders(path):
         for name in (_copy_name(path, version), lines_name(path, version)):
             remove(folder / name)
 
 
 def remove(entry: epath.Path | Path) -> None:
-    """Removes a file or a folder where that is possible; it need not exist."""
+    """Removes a file or a folder if possible; it need not exist."""
     with contextlib.suppress(OSError, files.UnreachableError):
         if not files.is_folder(entry):
             files.remove(entry)
@@ -104,7 +104,7 @@ def remove(entry: epath.Path | Path) -> None:
 
 
 def local_folders(path: epath.Path) -> list[Path]:
-    """Local folders for what is derived from a file: beside it, then in the user's cache folder."""
+    """Local folders for files derived from a data file: beside it, then in the user's cache folder."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "grit_jax" / "index"
     return [cache] if files.is_bucket(path) else [Path(path).parent / FOLDER, cache]
 
@@ -113,7 +113,7 @@ def local_file(path: epath.Path, version: Version) -> Path:
     """A plain local file with the content of a version of `path`: itself, or a copy decompressed or fetched once.
 
     Raises:
-      InputError: The file is missing, damaged or of another version, or there is no room for the copy.
+      InputError: The file is missing, damaged or has another version, or there is no room for the copy.
     """
     if not files.is_bucket(path) and path.suffix not in (".gz", ".zst"):
         return Path(path)
@@ -126,17 +126,17 @@ def local_file(path: epath.Path, version: Version) -> Path:
         try:
             with files.replacing(copy) as file:
                 file.writelines(read_blocks(path))
-                refuse_changed(path, version)  # else the copy would be of another
+                refuse_changed(path, version)  # or the copy would be of another version
             return copy
         except OSError as error:
             problem = error
     raise InputError(
-        f"{path}: no room for a plain copy of it ({problem}); set XDG_CACHE_HOME to a folder that has"
+        f"{path}: no room for a plain copy of it ({problem}); set XDG_CACHE_HOME to a folder with room"
     ) from problem
 
 
 def can_write(folder: epath.Path) -> bool:
-    """Whether files can be written to a folder, which is made.
+    """Whether files can be written to a folder, which is created if missing.
 
     Raises:
       UnreachableError: The folder cannot be reached.

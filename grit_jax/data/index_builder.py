@@ -47,7 +47,7 @@ from grit_jax.errors import InputError
 from grit_jax.text.tokenizer import Tokenizer
 
 _TRIES = 3
-_SAMPLE = 64  # records of a file to estimate its number of tokens from
+_SAMPLE = 64  # records of a file from which its number of tokens is estimated
 _MARGIN = 1.25  # by which the estimate may be too low
 _GIB = 1 << 30
 _log = logging.getLogger(__name__)
@@ -60,7 +60,7 @@ _ARRAYS: dict[str, Any] = {
     "hashes": np.int64,
     "span_starts": np.int64,
     "spans": np.dtype((np.int32, 2)),
-    "lines": np.int64,  # only if they are not 1, 2, 3 ...
+    "lines": np.int64,  # only if they are not 1, 2, 3, ...
 }
 _TOKEN_ARRAYS: dict[str, Any] = {"token_starts": np.int64, "endings": np.uint8}
 
@@ -73,11 +73,11 @@ def build_indexes(
     skip_bad: bool = False,
     tokens: bool = True,
 ) -> list[IndexedFile]:
-    """Tokenizes files, or opens the indexes that an earlier call with the same arguments made.
+    """Tokenizes files, or opens the token indexes that an earlier call with the same arguments made.
 
-    Shards are written as they are made, so an interrupted call continues. They go to `.grit_index/` beside the file,
-    where hosts that see the same folder or bucket share them, or to the user's cache folder if the former is read-only
-    or full. The arrays of a file in a bucket are always mapped from the latter. A file is opened only if an index is
+    Each shard is written once made, so an interrupted call can continue. Shards go to `.grit_index/` beside the file,
+    where hosts that see the same folder or bucket share them, or to the user's cache folder if that one is read-only or
+    full. The arrays of a file in a bucket are always mapped from the cache folder. A file is opened only if an index is
     missing.
 
     Args:
@@ -85,7 +85,7 @@ def build_indexes(
       tokenizer: The model's.
       streams: Streams that may read the files; each file is tokenized for those of its type of records.
       skip_bad: Whether malformed records are left out and counted.
-      tokens: Whether tokens are kept, or lengths alone.
+      tokens: Whether to store tokens, or lengths alone.
 
     Returns:
       The files in their order, grouped by `Record.numbered_with`.
@@ -204,7 +204,7 @@ class _Builder:
         if not writable:
             raise InputError(
                 f"{self.path}: neither {beside} nor {folders[-1]} can be written to; "
-                "set XDG_CACHE_HOME to a folder that can"
+                "set XDG_CACHE_HOME to a folder that can be"
             )
         shared = files.is_bucket(self.path) and derived.can_write(beside)
         shards = f"{self._name}.shards"
@@ -230,7 +230,7 @@ class _Builder:
         )
 
     def shards(self, number: int) -> list[Shard]:
-        """The shards of the file, whose reading has this index."""
+        """The shards of the file; `number` is the index of its reading."""
         size = len(self.reading.source)
         return [
             Shard(number, start, min(start + SHARD, size), self._shards / f"{start:012d}.npz", self._tokens)
@@ -255,7 +255,7 @@ class _Builder:
             self._clean_up()
 
     def _clean_up(self) -> None:
-        """Removes what the finished index replaces, also partial work of other hosts."""
+        """Removes what the finished index replaces, including partial work of other hosts."""
         if not files.is_bucket(self._shards):  # hosts that start later read a bucket's shards
             derived.remove(self._shards)
         for folder in derived.local_folders(self.path):
@@ -271,14 +271,14 @@ def _sample(source: Source) -> list[int]:
 
 
 def _most_tokens(reading: Reading, tokenizer: Tokenizer) -> int:
-    """The tokens of a file if each byte is one, by a sample of its lines."""
+    """Tokens of a file if every byte were one, estimated from a sample of its lines."""
     source = reading.source
     sample = _sample(source)
     return len(source) * sum(len(source.lines(index, index + 1)[0]) for index in sample) // len(sample)
 
 
 def _estimated_tokens(reading: Reading, tokenizer: Tokenizer) -> int:
-    """A generous estimate of the tokens of a file, by a sample of its records."""
+    """A generous estimate of a file's tokens, from a sample of its records."""
     sample = _sample(reading.source)
     found = [tokenize_range(reading, index, index + 1, tokenizer, tokens=False) for index in sample]
     return int(_MARGIN * len(reading.source) * sum(int(columns.lengths.sum()) for columns in found) / len(sample))
@@ -302,7 +302,7 @@ class _ArrayFile:
         self._num_rows += len(rows)
 
     def close(self) -> None:
-        """Returns when all is on the disk."""
+        """Closes the file; returns when everything is on disk."""
         self._file.seek(0)
         self._write_header()
         self._file.flush()

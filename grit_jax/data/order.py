@@ -1,4 +1,4 @@
-"""The endless order in which a stream takes samples from its files, as a function of the index in it."""
+"""The endless order in which a stream takes samples from its files, as a function of the index in that order."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from grit_jax.data.shuffle import shuffled
 from grit_jax.data.streams.stream import Samples, Stream
 from grit_jax.data.usable import UsableFile
 
-_ORDER, _FILE, _POOL, _BATCH = range(3, 7)  # names of random streams; those below are the schedule's
+_ORDER, _FILE, _POOL, _BATCH = range(3, 7)  # names of random streams; lower numbers are the schedule's
 
 
 class _Draws(NamedTuple):
-    """Samples as indices of files, and indices in these files' endless shuffles, int [samples] each."""
+    """Samples as indices of files, and indices in these files' endless shuffles; int [samples] each."""
 
     file: np.ndarray
     index: np.ndarray
@@ -48,7 +48,7 @@ class Order:
         self.epoch_size = int(self._ends[-1])
 
     def batch(self, k: int) -> Samples:
-        """Batch `k`: of one file where `Stream.one_file` asks for that and the file can fill it, else a mixture."""
+        """Batch `k`: from one file where `Stream.one_file` asks for that and the file can fill it, else a mixture."""
         return self._samples(self._draws(k))
 
     def files_of_batch(self, k: int) -> list[int]:
@@ -66,10 +66,10 @@ class Order:
         return _Draws(file, epoch * self._sizes[file] + index - (self._ends - self._sizes)[file])
 
     def _of_one_file(self, k: int, batch: int) -> _Draws:
-        """Batch `k`, of one file where that is possible.
+        """Batch `k`, from one file where possible.
 
-        Of the endless sequence of epochs, batch k holds samples k * batch to (k + 1) * batch. So an epoch starts with
-        the `head` that completes the last batch of the previous one, and ends with the `tail` that begins the first
+        Batch k holds samples k * batch to (k + 1) * batch of the endless sequence of epochs. So an epoch starts with
+        the `head` that completes the last batch of the previous epoch, and ends with the `tail` that begins the first
         batch of the next.
         """
         if self.epoch_size < batch:
@@ -91,7 +91,7 @@ class Order:
         return _Draws(np.full(batch, file), first + np.arange(batch))
 
     def _one_file_batches(self, epoch: int, batch: int) -> np.ndarray:
-        """int64 [files]: an epoch's batches of each file alone. The samples left over fill at least the head."""
+        """int64 [files]: an epoch's one-file batches of each file. The samples left over fill at least the head."""
         batches = self._sizes // batch
         head = -epoch * self.epoch_size % batch
         if self.epoch_size - batches.sum() * batch < head:

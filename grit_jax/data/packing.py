@@ -11,7 +11,7 @@ _SLACK = 0.05  # share of padding rows that buckets may add
 
 
 class Packing(NamedTuple):
-    """The rows that texts go to.
+    """Where each text goes.
 
     Attributes:
       num_rows: Number of rows.
@@ -35,7 +35,7 @@ def pack(lengths: np.ndarray, *, row_length: int, max_segments: int) -> Packing:
       max_segments: Most texts in a row.
     """
     row, offset, segment = (np.zeros(len(lengths), np.int32) for _ in range(3))
-    by_space: list[list[int]] = [[] for _ in range(row_length + 1)]  # rows by the tokens they have left
+    by_space: list[list[int]] = [[] for _ in range(row_length + 1)]  # rows by the number of tokens that still fit
     fullest_with = np.zeros(row_length + 1, bool)  # which of those lists hold a row
     segments: list[int] = []
     for text in np.argsort(-lengths, kind="stable"):
@@ -56,7 +56,7 @@ def pack(lengths: np.ndarray, *, row_length: int, max_segments: int) -> Packing:
 
 
 class FilledRows(NamedTuple):
-    """Rows of texts, with 0 where there is none.
+    """Rows of texts, with 0 in positions without a token.
 
     Attributes:
       tokens: int32 [rows, length].
@@ -79,9 +79,9 @@ def fill_rows(tokens: np.ndarray, lengths: np.ndarray, packing: Packing, *, row_
     """Fills rows with packed texts.
 
     Args:
-      tokens: int [tokens]; of the texts in order.
+      tokens: int [tokens]; tokens of the texts, in order.
       lengths: int [texts]; tokens of each.
-      packing: Of the texts.
+      packing: Where each text goes.
       row_length: Tokens of a row.
     """
     indices = ranges(packing.row * np.int64(row_length) + packing.offset, lengths)
@@ -105,13 +105,13 @@ def _spread(values: np.ndarray, indices: np.ndarray, shape: tuple[int, int]) -> 
 
 
 def kept_indices(starts: np.ndarray, whole: np.ndarray, lengths: np.ndarray, endings: np.ndarray) -> np.ndarray:
-    """Indices of the tokens that stay of texts that are cut as by `TokenizedPrompt.cut`: int64 [sum of lengths].
+    """Indices of the tokens left by cutting texts as `TokenizedPrompt.cut` does: int64 [sum of lengths].
 
     Args:
       starts: int64 [texts]; index of each text's first token in a flat array.
       whole: int [texts]; tokens of the whole text.
-      lengths: int [texts]; tokens that stay, at most all.
-      endings: int [texts]; tokens at the end that stay.
+      lengths: int [texts]; tokens left, at most all.
+      endings: int [texts]; how many of these are the text's last tokens.
     """
     kept = ranges(starts, lengths)
     endings = np.minimum(endings, lengths)
@@ -151,7 +151,7 @@ def choose_buckets(needed: np.ndarray, *, multiple: int, limit: int) -> tuple[in
 
 
 def _best_buckets(sizes: np.ndarray, counts: np.ndarray, number: int) -> tuple[int, list[int]]:
-    """The rows of all steps with the best `number` sizes, and these, by dynamic programming over the sorted sizes."""
+    """The rows of all steps under the best `number` sizes, and those sizes; dynamic programming over sorted sizes."""
     steps = np.concatenate([[0], np.cumsum(counts)])
     best: list[tuple[int, list[int]]] = [(0, [])] + [
         (int(steps[i]) * int(sizes[i - 1]), [int(sizes[i - 1])]) for i in range(1, len(sizes) + 1)

@@ -28,7 +28,7 @@ class FileSamples(NamedTuple):
       stream: The stream that takes them.
       dataset: Short name of the file; see `dataset_names`.
       file: Its path.
-      records: Their indices in the file, blank lines and malformed records not counted.
+      records: Their indices in the file, not counting blank lines and malformed records.
       lines: Their lines, or entries, from 1.
     """
 
@@ -40,7 +40,7 @@ class FileSamples(NamedTuple):
 
 
 class _Files(NamedTuple):
-    """Data files, and their indexes by their numbers for each stream."""
+    """Data files, and for each stream their token indexes by file number."""
 
     indexed: list[IndexedFile]
     indexes: dict[str, dict[int, TokenIndex]]
@@ -83,7 +83,7 @@ class Pipeline:
         )
 
     def host_facts(self) -> dict[str, str]:
-        """What must be the same on every host: the order of its files, and their content."""
+        """What must be equal on every host: the order and the content of its files."""
         facts = {}
         for key, files in (("data.train", self._training), ("data.validation", self._validation)):
             facts[key] = ", ".join(file.index.name for file in files.indexed)
@@ -92,7 +92,7 @@ class Pipeline:
         return facts
 
     def samples(self, step: int) -> list[FileSamples]:
-        """The records that step `step`, counted from 0, takes of each file."""
+        """The records that step `step`, counted from 0, takes from each file."""
         return [
             file
             for stream in self._streams
@@ -106,13 +106,13 @@ class Pipeline:
     ) -> dict[str, float]:
         """The losses of a step's files, as `STREAM/FILE`.
 
-        For a stream with token losses, the mean loss of each file's tokens (`file_losses`). For a stream whose batches
-        come from one file, the batch's loss under that file's name, or `mixed` if the batch has several files.
+        A stream with token losses gives the mean loss of each file's tokens (`file_losses`). A stream whose batches
+        come from one file gives the batch's loss under that file's name, or `mixed` if the batch has several files.
 
         Args:
           step: The step, counted from 0.
           losses: Loss of each stream.
-          token_losses: Losses of each stream's tokens, of the streams that have them.
+          token_losses: Losses of a stream's tokens, for the streams that have them.
         """
         found = {}
         for stream in self._streams:
@@ -164,7 +164,7 @@ def planned_rows(plan: RowPlan, indexes: Mapping[int, TokenIndex], share: HostSh
     mine = np.flatnonzero(own_row[plan.row] >= 0)
     mine = mine[np.argsort(plan.file[mine], kind="stable")]
     lengths = plan.length[mine].astype(np.int64)
-    # One file after the other; a host's rows may all be without a text.
+    # File by file; none of a host's rows may hold a text.
     parts = [(np.zeros(0, np.uint8), np.zeros((0, 2), np.int32), np.zeros(0, np.int64))]
     for file in np.unique(plan.file[mine]).tolist():
         index, own = indexes[file], mine[plan.file[mine] == file]
@@ -189,7 +189,7 @@ def file_samples(
 
 
 def file_losses(rows: RowPlan, token_losses: np.ndarray, names: Sequence[str]) -> dict[str, float]:
-    """Mean loss of the scored tokens of each file of a batch, weighted as in the batch's loss, in nats, by file name.
+    """Mean loss of each file's scored tokens in a batch, by file name; in nats, weighted as in the batch's loss.
 
     Args:
       rows: The batch's texts in their rows.
@@ -203,7 +203,7 @@ def file_losses(rows: RowPlan, token_losses: np.ndarray, names: Sequence[str]) -
 
 
 def dataset_names(paths: Sequence[str | os.PathLike[str]]) -> list[str]:
-    """Short names that tell files apart: without the folders that all share, and without suffixes."""
+    """Short names that tell files apart, without shared folders and suffixes."""
     parts = [without_suffix(os.fspath(path)).split("/") for path in paths]
     folders = list(zip(*(part[:-1] for part in parts)))  # as deep as the shallowest file
     shared = next((depth for depth, names in enumerate(folders) if len(set(names)) > 1), len(folders))

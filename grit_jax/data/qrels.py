@@ -16,7 +16,7 @@ _ENDINGS = (".tsv", ".jsonl", ".txt", ".trec", ".qrels")
 
 
 class Judgement(NamedTuple):
-    """How well a document answers a query: it does where the score, a finite number, is over 0."""
+    """How well a document answers a query; a positive score, always finite, says that it does."""
 
     query: str
     document: str
@@ -33,8 +33,8 @@ def read_qrels(path: Path) -> Iterator[Entry[Judgement]]:
     """The judgements of a file.
 
     Each line of a .jsonl file is `{"query-id", "corpus-id", "score"}`. Other files have these columns, in the order of
-    the header if there is one, or TREC's: query, an unused number, document and score. Columns are separated by tabs,
-    or by spaces where a line has no tab.
+    their header if they have one, or TREC's: query, an unused number, document and score. Tabs separate columns, or
+    spaces where a line has no tab.
 
     Raises:
       InputError: The file cannot be read, or its header lacks a column.

@@ -12,14 +12,14 @@ from typing import Any, ClassVar, NamedTuple, Self
 from grit_jax.errors import InputError
 from grit_jax.text.prompts import stripped
 
-_EXAMPLES = 3  # messages kept of each fault
+_EXAMPLES = 3  # messages kept for each fault
 
 
 class RecordError(InputError):
     """A malformed record.
 
     Attributes:
-      fault: In a few words, the same for all records that have it.
+      fault: A few words, the same for all records with this fault.
       where: File and line; empty until `located` fills it in.
     """
 
@@ -28,7 +28,7 @@ class RecordError(InputError):
         self.fault, self.message, self.where = fault, message, where
 
     def __str__(self) -> str:
-        """File, line and what is wrong there."""
+        """File, line and fault."""
         return f"{self.where}: {self.message}" if self.where else self.message
 
 
@@ -46,7 +46,7 @@ class BadRecords(NamedTuple):
     """Malformed records with the same fault.
 
     Attributes:
-      fault: In a few words.
+      fault: A few words.
       count: Number of records.
       examples: Messages of the first few, with file and line.
     """
@@ -67,14 +67,14 @@ class BadRecords(NamedTuple):
 
 
 def add_bad(found: dict[str, BadRecords], *more: BadRecords) -> None:
-    """Adds records to those found before them, by fault."""
+    """Adds records, by fault, to those found before."""
     for fault, count, examples in more:
         before = found.get(fault, BadRecords(fault, 0, ()))
         found[fault] = BadRecords(fault, before.count + count, (*before.examples, *examples)[:_EXAMPLES])
 
 
 class EmbeddingText(NamedTuple):
-    """A text and the instruction it is embedded with; the instruction may be empty."""
+    """A text and the instruction to embed it with, which may be empty."""
 
     instruction: str
     text: str
@@ -84,9 +84,9 @@ class Record(abc.ABC):
     """The content of one line; each subclass is a type of record.
 
     Attributes:
-      name: That of the stream that trains on it.
+      name: The name of the stream that trains on it.
       keys: The JSON keys that identify it, for messages.
-      numbered_with: Files are numbered by this first, so a new type of record leaves the numbers of other files alone.
+      numbered_with: Files are numbered in this order first, so a new type of record changes no other file's number.
     """
 
     name: ClassVar[str]
@@ -116,7 +116,7 @@ class Record(abc.ABC):
         return self.texts()
 
     def comparable(self) -> dict[str, str]:
-        """Parts, by name, that are equal in near-duplicates."""
+        """Parts, by name, that near-duplicates have in common."""
         return {}
 
 
@@ -148,7 +148,8 @@ class EmbeddingRecord(Record):
         """
         for key in ("pos", "neg"):
             if not isinstance(row.setdefault(key, []), list):
-                raise RecordError(f'"{key}" is no list', f'"{key}" is {_shown(row[key])}; it must be a list of texts')
+                message = f'"{key}" is {_shown(row[key])}; it must be a list of texts'
+                raise RecordError(f'"{key}" is not a list', message)
         if not row["pos"]:
             raise RecordError('no "pos"', '"pos" is missing or empty; every query needs a passage that answers it')
         return cls(
@@ -162,7 +163,7 @@ class EmbeddingRecord(Record):
         return [text.text for text in (self.query, *self.positives, *self.negatives)]
 
     def vocabulary(self) -> list[str]:
-        """Query and positives with their instructions; most negatives are the positive of another record."""
+        """Query and positives with their instructions; most negatives are another record's positive."""
         return [text for pair in (self.query, *self.positives) for text in pair]
 
     def comparable(self) -> dict[str, str]:
@@ -197,7 +198,7 @@ class GenerativeRecord(Record):
             return cls(turns)
         if not isinstance(turns, list) or not all(isinstance(turn, str) for turn in turns):
             message = f'"text" is {_shown(turns)}; it must be a string or a list of strings'
-            raise RecordError('"text" is no text', message)
+            raise RecordError('"text" is not a text', message)
         if not turns or len(turns) % 2:
             message = f'"text" has {len(turns)} turns; user and assistant turns come in pairs'
             raise RecordError("turns not in pairs", message)
@@ -227,7 +228,7 @@ def parse_record(line: str | bytes, where: str, record_types: Sequence[type[Reco
             if record_type.reads(row):
                 return record_type.parse(row)
         keys = " or ".join(record_type.keys for record_type in record_types)
-        message = f"keys {_shown(sorted(row))} are of neither stream; use {keys}"
+        message = f"keys {_shown(sorted(row))} belong to neither stream; use {keys}"
         raise RecordError("keys of neither stream", message)
 
 
@@ -280,13 +281,13 @@ def _json(line: str | bytes) -> Any:
     text = _text(line) if isinstance(line, bytes) else line
     try:
         value = json.loads(text, object_pairs_hook=_unique_keys)
-        if "\\u" in text:  # a JSON escape may stand for half a surrogate pair, which no tokenizer takes
+        if "\\u" in text:  # a JSON escape may be half a surrogate pair, which no tokenizer accepts
             json.dumps(value, ensure_ascii=False).encode()
     except RecursionError as error:
         message = "lists or objects are nested too deeply; each line must be one flat object"
         raise RecordError("nested too deeply", message) from error
     except UnicodeEncodeError as error:
-        message = f"\\u{ord(error.object[error.start]):04x} is half of a surrogate pair and no character; remove it"
+        message = f"\\u{ord(error.object[error.start]):04x} is half of a surrogate pair, not a character; remove it"
         raise RecordError("half a surrogate pair", message) from error
     except RecordError:
         raise
@@ -300,7 +301,7 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(row) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
-        raise RecordError("a key twice", f"key {_shown(twice)} is there twice; keep one of them")
+        raise RecordError("a key twice", f"key {_shown(twice)} appears twice; keep one of them")
     return row
 
 

@@ -1,7 +1,7 @@
-"""The content of every step: a pure function of seed, files and step number.
+"""The content of every step, a pure function of seed, files and step number.
 
-From the indexes alone, without reading a token, it decides which texts a step takes, how they are packed and weighted:
-the same on every host, and without earlier steps.
+From the token indexes alone, without reading a token, the schedule decides which texts a step takes and how they are
+packed and weighted. Every host gets the same result, and no step depends on earlier ones.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ _LAWS = 2  # raised when the same settings give other batches
 _SAMPLED_STEPS = 64  # steps whose packing decides the row buckets
 _PICK = 2  # name of the random stream that picks texts of records; those of `Order` follow
 
-StepPlan = dict[str, Any]  # what `Stream.plan` gives, by the stream's name
+StepPlan = dict[str, Any]  # results of `Stream.plan`, by the stream's name
 
 
 class _Stage(NamedTuple):
-    """A range of steps, from `first` to `last`, exclusive, or to the end; `orders` are by the names of streams."""
+    """Steps from `first` to `last`, exclusive (None: to the end); `orders` are by stream name."""
 
     first: int
     last: int | None
@@ -43,10 +43,10 @@ class Schedule:
 
     Args:
       files: The training files.
-      streams: The streams to train; files of others give no samples.
-      data: Sampling.
+      streams: The streams to train; other streams' files give no samples.
+      data: How to sample.
       train: Seed and mode.
-      num_shards: Number of equal parts that a batch's rows are divided into.
+      num_shards: Number of equal parts into which a batch's rows are divided.
 
     Attributes:
       buckets: Row counts of each stream's batches.
@@ -82,9 +82,9 @@ class Schedule:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """Identifies the data: equal if every file holds the same records, tokenized and cut in the same way.
+        """Identifies the data: equal if every file holds the same records, tokenized and cut alike.
 
-        It has three parts, as `Fingerprint` has; see `same_data`.
+        It has the three parts of `Fingerprint`; see `same_data`.
         """
         texts = [str(_LAWS), *(file.fingerprint() for file in self._files)]
         structure = [file.index.fingerprint.structure for file in self._files]
@@ -131,9 +131,9 @@ class Schedule:
         return [*lines, *dropped_lines(self._files)]
 
     def held_out_steps(self) -> list[StepPlan]:
-        """Plans that hold every held-out record once, as `validation_steps`.
+        """Plans that hold every held-out record once, like those of `validation_steps`.
 
-        Unlike there, a batch may have records of several files, as few of each are held out.
+        Here a batch may hold records of several files, since each file has few of them.
         """
         batches = []
         for files in self._by_stream.values() if self._data.held_out else ():
@@ -159,7 +159,7 @@ class Schedule:
         for pattern in stage.files:
             if not fnmatch.filter(names, pattern):
                 raise InputError(
-                    f"{where}.files names {pattern!r}, which is no file of data.train; {_hint(pattern, names)}"
+                    f"{where}.files names {pattern!r}, which is not a file of data.train; {_hint(pattern, names)}"
                 )
         orders = {}
         for stream in self._streams:
@@ -188,7 +188,7 @@ class Schedule:
         return next(stage for stage in self._stages if stage.last is None or k < stage.last)
 
     def _order(self, k: int, name: str) -> tuple[Order, int]:
-        """The order of a stream at step `k`, and the index of the step in it."""
+        """The order of a stream at step `k`, and the index of the step's batch in it."""
         stage = self._stage(k)
         return stage.orders[name], k - stage.first
 
@@ -196,7 +196,7 @@ class Schedule:
         needed = []
         for stage in self._stages:
             epoch = -(-stage.orders[stream.name].epoch_size // stream.batch_size)
-            # An epoch, or more when that is short, but no step of another stage.
+            # An epoch, more if it is short, but no step of another stage.
             steps = min(max(_SAMPLED_STEPS, epoch), (stage.last or np.inf) - stage.first)
             for k in np.unique(np.linspace(stage.first, stage.first + steps - 1, _SAMPLED_STEPS).astype(int)).tolist():
                 needed.append(self._plan(k, stream.name).rows.num_rows)
@@ -210,7 +210,7 @@ class Schedule:
 
 
 def same_data(recorded: str, fingerprint: str) -> bool:
-    """Whether a recorded fingerprint is that of the present data; older runs recorded only the first parts of it."""
+    """Whether a recorded fingerprint matches the present data; older runs recorded only its first parts."""
     return f"{fingerprint}-".startswith(f"{recorded}-")
 
 
@@ -228,9 +228,9 @@ def validation_steps(
 
     Args:
       files: The validation files.
-      streams: The streams to train; files of others are left out.
+      streams: The streams to train; other streams' files are left out.
       limit: Most row counts of a stream's batches.
-      num_shards: Number of equal parts that a batch's rows are divided into.
+      num_shards: Number of equal parts into which a batch's rows are divided.
     """
     batches = []
     for file in files:
@@ -260,7 +260,7 @@ def dropped_lines(files: Sequence[UsableFile]) -> list[str]:
 
 
 def _cut(samples: Samples, size: int) -> list[Samples]:
-    """Pieces of at most `size` samples."""
+    """The samples in pieces of at most `size`."""
     starts = range(0, len(samples.file), size)
     return [Samples(*(part[start : start + size] for part in samples)) for start in starts]
 
@@ -278,9 +278,9 @@ def _evaluation_plans(batches: Sequence[tuple[StreamFiles, Samples]], *, limit: 
 
 
 def _dealt(plan: Any, buckets: tuple[int, ...], pieces: int) -> Any:
-    """The plan with its rows rounded up to a bucket and dealt out in turn to equal pieces: chunks on devices.
+    """The plan with its rows rounded up to a bucket and dealt in turn to equal pieces, the chunks on devices.
 
-    Packing puts long texts in the first rows and padding in the last; dealt, every piece has its share of both.
+    Packing puts long texts in the first rows and padding in the last; dealing gives every piece its share of both.
     """
     rows: RowPlan = plan.rows
     num_rows = round_up(rows.num_rows, buckets)
@@ -291,7 +291,7 @@ def _dealt(plan: Any, buckets: tuple[int, ...], pieces: int) -> Any:
 def _check_num_samples(key: str, num_samples: dict[str, int], names: Sequence[str]) -> None:
     for name in num_samples:
         if name not in names:
-            raise InputError(f"{key} names {name!r}, which is no file of data.train; {_hint(name, names)}")
+            raise InputError(f"{key} names {name!r}, which is not a file of data.train; {_hint(name, names)}")
 
 
 def _hint(name: str, names: Sequence[str]) -> str:

@@ -12,13 +12,13 @@ _ROUNDS = 5
 def shuffled(indices: np.ndarray, size: int, *key: int | np.ndarray) -> np.ndarray:
     """The numbers at some indices of a random order of `range(size)`.
 
-    A Feistel network permutes the numbers of the smallest even number of bits that holds `size`; results from `size` on
-    go through it again until they are below (Black and Rogaway, 2002, "cycle walking").
+    A Feistel network permutes the numbers with the smallest even number of bits that holds `size`; a result of `size`
+    or more goes through it again until it is below (Black and Rogaway, 2002, "cycle walking").
 
     Args:
       indices: int [indices], each in `range(size)`.
       size: Length of the order.
-      key: Numbers that identify the order. An array, int [indices], identifies one for each index.
+      key: Numbers that identify the order. An array, int [indices], gives each index an order of its own.
 
     Returns:
       int64 [indices].

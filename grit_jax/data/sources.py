@@ -86,7 +86,7 @@ def _resolved(path: epath.Path) -> str:
 
 
 def refuse_twins(paths: Sequence[epath.Path], suffixes: tuple[str, ...]) -> None:
-    """Checks that no two files differ in their suffixes alone, as a file and its compressed copy do.
+    """Checks that no two files differ only in their suffixes, as a file and its compressed copy do.
 
     Raises:
       InputError: Two do.
@@ -99,7 +99,7 @@ def refuse_twins(paths: Sequence[epath.Path], suffixes: tuple[str, ...]) -> None
 
 
 def without_suffix(path: str, suffixes: tuple[str, ...] = SUFFIXES) -> str:
-    """A path without the longest of some suffixes that it has."""
+    """A path without the longest of these suffixes that it ends in."""
     return path.removesuffix(max(filter(path.endswith, suffixes), key=len, default=""))
 
 
@@ -111,11 +111,11 @@ def open_source(
     record_type: type[Record] | None = None,
     version: derived.Version | None = None,
 ) -> Source:
-    """Opens a file that `find_files` gave.
+    """Opens a file that `find_files` found.
 
     Args:
       path: The file.
-      skip_bad: Whether the first record may be malformed; the first good one then tells the type.
+      skip_bad: Whether the first record may be malformed; the first well-formed one then tells the type.
       record_types: The types of records that the file may hold, one of them in each file.
       record_type: The type, if known.
       version: The version that the file must have; None for its present one.
@@ -157,7 +157,7 @@ class Source(abc.ABC):
             raise InputError(f"{path}: the file is empty; remove it or put records in it")
 
     def refuse_changed(self) -> None:
-        """Checks that the file is as it was when it was opened.
+        """Checks that the file has not changed since it was opened.
 
         Raises:
           InputError: It has changed.
@@ -197,12 +197,12 @@ class Source(abc.ABC):
             yield record
 
     def checked(self) -> Iterator[Record | RecordError]:
-        """All records; for malformed ones, what is wrong."""
+        """All records; an error in place of each malformed one."""
         for start in range(0, len(self), RECORDS_AT_ONCE):
             yield from self.records(start, min(start + RECORDS_AT_ONCE, len(self)))
 
     def records(self, start: int, stop: int) -> Iterator[Record | RecordError]:
-        """Records `start` to `stop`, exclusive; for malformed ones and those of another type, what is wrong."""
+        """Records `start` to `stop`, exclusive; an error in place of each malformed one or one of another type."""
         for index, line in enumerate(self.lines(start, stop), start):
             record = self._parsed(index, line)
             if isinstance(record, Record) and not isinstance(record, self.record_type):
@@ -255,7 +255,7 @@ class JsonlSource(Source):
         return int(self._offsets[1, index]) if len(self._offsets) > 1 else index + 1
 
     def _kept_line_offsets(self) -> np.ndarray:
-        """`_line_offsets`, memory-mapped from what an earlier call found."""
+        """`_line_offsets`, memory-mapped from an earlier call's file."""
         name = derived.lines_name(self.path, self.version)
         paths = [folder / name for folder in derived.local_folders(self.path)]
         for path in paths:
@@ -310,7 +310,7 @@ def _mapped(path: Path) -> bytes | mmap.mmap:
 
 
 def _line_offsets(data: bytes | mmap.mmap) -> np.ndarray:
-    """Offset of every line that is not blank, int64 [1, lines]; with its number, from 1, where there are blank ones."""
+    """Offset of every line that is not blank, int64 [1, lines]; [2, lines] with line numbers if some are blank."""
     starts, numbers, num_lines, any_blank = [], [], 0, False
     begin = 0
     while begin < len(data):
@@ -323,7 +323,7 @@ def _line_offsets(data: bytes | mmap.mmap) -> np.ndarray:
         found = found[found < len(block)]
         keep = np.ones(len(found), bool)
         first = block[found]
-        if _IS_BLANK[first].any():  # else no line without a byte order mark can be blank
+        if _IS_BLANK[first].any():  # otherwise only a line with a byte order mark can be blank
             keep = np.add.reduceat(~_IS_BLANK[block], found, dtype=np.int64) > 0
         for line in np.flatnonzero(first == BOM[0]).tolist():
             stop = found[line + 1] if line + 1 < len(found) else len(block)

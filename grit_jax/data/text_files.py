@@ -1,10 +1,10 @@
-"""Text files, plain or compressed, on a disk or in a bucket: their lines, and the rows of JSONL, JSON, TSV and CSV.
+"""Text files, plain or compressed, on a disk or in a bucket: their lines, and the entries of JSONL, JSON, TSV and CSV.
 
 A line ends at a line feed and nowhere else: U+2028, U+0085, form feeds and lone carriage returns are text. A carriage
-return before the line feed belongs to the ending. A byte order mark at the start of any line is dropped, as files that
-were joined have several. A line of white space is blank; readers skip it but count it.
+return before the line feed belongs to the ending. A byte order mark at the start of any line is dropped, since
+concatenated files have several. A line of white space is blank; readers skip it but count it.
 
-Rows come as entries: file and line with the value, or the `RecordError` that says why the row cannot be read.
+Each entry is file and line with the value, or the `RecordError` that says why the line cannot be read.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ BLANK = b" \t\r\n\v\f"  # what a blank line may hold
 BOM = codecs.BOM_UTF8
 _BLOCK = 1 << 22  # bytes decompressed at a time
 _JSON_SPACE = " \t\r\n"
-_CARRIAGE_RETURN = "\udc0d"  # in its place while csv reads, which ends rows at it; no text has this
+_CARRIAGE_RETURN = "\udc0d"  # stands for it in csv, which would end a row there; no text has this
 
 T = TypeVar("T")
 Row = dict[str, Any]
@@ -119,7 +119,7 @@ def read_text_lines(path: str | os.PathLike[str]) -> Iterator[Entry[str]]:
 
 
 def read_text(path: str | os.PathLike[str]) -> str:
-    """The whole text of a file, its lines ended by line feeds alone.
+    """The whole text of a file, its lines ended only by line feeds.
 
     Raises:
       InputError: It cannot be read.
@@ -141,7 +141,7 @@ def sound(entries: Iterable[Entry[T]]) -> Iterator[tuple[str, T]]:
 
 
 def converted(entries: Iterable[Entry[Any]], convert: Callable[[Any], T]) -> Iterator[Entry[T]]:
-    """The entries with their values converted; a `RecordError` that `convert` raises takes the place of its entry."""
+    """The entries with their values converted; a `RecordError` that `convert` raises replaces its entry."""
     for entry in entries:
         yield entry if isinstance(entry, RecordError) else _attempt(*entry, convert)
 
@@ -157,10 +157,10 @@ def _attempt(where: str, value: Any, convert: Callable[[Any], T]) -> Entry[T]:
 def read_objects(path: Path | epath.Path) -> Iterator[Entry[Row]]:
     """The objects of a JSONL file, line by line, or of a .json file that holds one list of them.
 
-    Their places are `path:line`, or `path:entry` in a list.
+    They are located as `path:line`, or `path:entry` in a list.
 
     Raises:
-      InputError: The file cannot be read, or holds JSON that is no list.
+      InputError: The file cannot be read, or holds JSON other than a list.
     """
     return converted(read_values(path), require_object)
 
@@ -208,7 +208,7 @@ def read_cells(path: Path, known: frozenset[str]) -> Iterator[Entry[Cells]]:
       known: Column names, in lower case; a first row that holds two of them is a header.
 
     Raises:
-      InputError: The file cannot be read, its header names a column twice, or a quote is not closed.
+      InputError: The file cannot be read, its header names a column twice, or a quote is never closed.
     """
     rows = iter(_csv_rows(path) if unpacked_name(path).endswith(".csv") else _tsv_rows(path))
     header: list[str] | None = None
@@ -252,7 +252,7 @@ def _csv_rows(path: Path) -> Iterator[Entry[list[str]]]:
             return
         except csv.Error as error:
             if "unexpected end of data" in str(error):
-                raise InputError(f"{where}: a quote that begins in this row is not closed; close it") from error
+                raise InputError(f"{where}: a quote that opens in this row is never closed; close it") from error
             yield RecordError("not valid CSV", f"not valid CSV ({error}); correct the quotes of the row", where)
             continue
         cells = [cell.replace(_CARRIAGE_RETURN, "\r") for cell in cells]

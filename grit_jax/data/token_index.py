@@ -1,4 +1,4 @@
-"""The token index of a data file: the tokens of its texts, and all that the schedule needs to know of them."""
+"""The token index of a data file: the tokens of its texts, and all that the schedule needs to know about them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from grit_jax.data.packing import kept_indices, ranges
 from grit_jax.data.records import BadRecords
 from grit_jax.data.streams.stream import Stream
 
-CHECKED_BYTES = 4096  # of tokens share a checksum: the least that a disk reads
+CHECKED_BYTES = 4096  # of tokens share a checksum; a disk reads no fewer
 _META = "meta.json"
 
 
@@ -27,9 +27,9 @@ class Fingerprint(NamedTuple):
     """Digests of a file's content.
 
     Attributes:
-      texts: Of the formatted texts, in order, and their numbers of tokens.
-      structure: Of the texts' records, roles (query, positive, negative) and pooled or scored tokens.
-      tokens: Of the tokens, and how many stay at the end of a text that is cut; empty without tokens.
+      texts: Digest of the formatted texts, in order, and their numbers of tokens.
+      structure: Digest of the texts' records, roles (query, positive, negative) and pooled or scored tokens.
+      tokens: Digest of the tokens, and of how many stay at the end of a text that is cut; empty without tokens.
     """
 
     texts: str
@@ -37,7 +37,7 @@ class Fingerprint(NamedTuple):
     tokens: str = ""
 
 
-# The arrays that each part of a `Fingerprint` is a digest of.
+# The arrays from which each part of a `Fingerprint` is computed.
 _FINGERPRINTED = {
     "texts": ("hashes", "lengths"),
     "structure": ("text_starts", "num_positives", "span_starts", "spans"),
@@ -52,17 +52,16 @@ class TokenIndex:
 
     Attributes:
       path: The file.
-      record_name: That of its type of records.
+      record_name: The name of its type of record.
       text_starts: int64 [records + 1]; texts of record r are `text_starts[r]:text_starts[r + 1]`: query, positives,
         negatives; or one conversation.
       num_positives: int32 [records]; 0 for a conversation.
       lengths: int32 [texts]; tokens of the formatted text, untruncated.
-      hashes: int64 [texts]; of the formatted text.
+      hashes: int64 [texts]; hash of the formatted text.
       span_starts: int64 [texts + 1]; spans of text t are `span_starts[t]:span_starts[t + 1]`.
       spans: int32 [spans, 2]; token ranges that are pooled or scored.
-      lines: int64 [records]; line or entry of each record in the file, from 1; None if they are 1, 2, 3 ...
-      tokens: uint8, uint16 or uint32 [tokens]; of all texts in order. This and the next three are None in an index of
-        lengths alone.
+      lines: int64 [records]; line or entry of each record in the file, from 1; None if they are 1, 2, 3, ...
+      tokens: uint8, uint16 or uint32 [tokens]; of all texts in order. Without tokens, this and the next three are None.
       token_starts: int64 [texts + 1]; tokens of text t are `token_starts[t]:token_starts[t + 1]`.
       endings: uint8 [texts]; tokens that stay at the end of a text that is cut.
       checksums: uint32 [blocks]; CRC-32 of every 4096 bytes of the tokens.
@@ -119,7 +118,7 @@ class TokenIndex:
           lengths: int [texts]; tokens that stay of each, at most all.
 
         Raises:
-          UnreachableError: The tokens on disk are damaged; the next start makes them anew.
+          UnreachableError: The tokens on disk are damaged; the next start makes them again.
         """
         assert self.tokens is not None
         assert self.token_starts is not None
@@ -131,7 +130,7 @@ class TokenIndex:
         return np.asarray(self.tokens)[kept]
 
     def spans_of(self, texts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The spans of texts in order, int32 [spans, 2], and the number of each text's, int64 [texts]."""
+        """The spans of texts in order, int32 [spans, 2], and how many each text has, int64 [texts]."""
         starts = np.asarray(self.span_starts[texts])
         counts = np.asarray(self.span_starts[texts + 1]) - starts
         return np.asarray(self.spans[ranges(starts, counts)]), counts
@@ -142,13 +141,13 @@ class TokenIndex:
         if self.folder:
             return Fingerprint(*read_meta(self.folder)["fingerprint"])
         digests = Digests(tokens=self.tokens is not None)
-        # Arrays of starts have a 0 before all others.
+        # Arrays of starts begin with a 0.
         digests.update({name: getattr(self, name)[1:] if name in STARTS else getattr(self, name) for name in digests})
         return digests.fingerprint()
 
     @functools.cached_property
     def _checked(self) -> np.ndarray:
-        """Bool [blocks]: which this process has compared with their checksums."""
+        """Bool [blocks]: which ones this process has compared with their checksums."""
         return np.zeros_like(self.checksums, bool)
 
     def _check(self, blocks: np.ndarray) -> None:
@@ -161,9 +160,9 @@ class TokenIndex:
         if np.any(checksums(self.tokens, blocks) != self.checksums[blocks]):
             try:
                 (self.folder / _META).unlink()
-                remedy = "they are made anew at the next start"
+                remedy = "the next start makes them again"
             except OSError as error:
-                remedy = f"remove it, so that they are made anew ({error})"
+                remedy = f"remove it; the next start then makes them again ({error})"
             raise files.UnreachableError(
                 f"{self.folder}: tokens of {self.path} are damaged (tokens.npy differs from its checksums); {remedy}"
             )
@@ -200,7 +199,7 @@ def num_targets(
       index: The file's.
       limits: Most tokens of all texts, or of each.
       texts: Which texts.
-      first: Position of the first token in a text that counts.
+      first: Position of the first token of a text that counts.
     """
     if isinstance(texts, slice):
         start, stop, _ = texts.indices(len(index.lengths))
@@ -263,7 +262,7 @@ class Digests:
             digest.update(columns[name].tobytes())
 
     def fingerprint(self) -> Fingerprint:
-        """Of all records added."""
+        """The fingerprint of all records added."""
         return Fingerprint(**{part: self._joined(names) for part, names in self._parts.items()})
 
     def _joined(self, names: Sequence[str]) -> str:

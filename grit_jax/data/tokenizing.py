@@ -33,7 +33,7 @@ T = TypeVar("T")
 
 SHARD = 8192  # records tokenized and written at a time
 _TWO_PROCESSES_FROM = 4 * SHARD  # records; starting processes for fewer takes longer than tokenizing them
-_REPORT_EVERY = 30  # seconds
+_PROGRESS_SECONDS = 30
 
 
 def tokenize_records(
@@ -46,7 +46,7 @@ def tokenize_records(
 
 
 class Reading(NamedTuple):
-    """A file, and the stream as which it is read."""
+    """A file, and the stream that reads it."""
 
     source: Source
     stream: Stream
@@ -60,7 +60,7 @@ class Shard(NamedTuple):
       start: First record.
       stop: Last record, exclusive.
       path: The file to write.
-      tokens: Whether tokens are kept, or lengths alone.
+      tokens: Whether to store tokens, or lengths alone.
     """
 
     reading: int
@@ -74,14 +74,14 @@ class Columns(NamedTuple):
     """The content of a range of records; texts, spans, tokens and endings are as in `TokenIndex`.
 
     Attributes:
-      lines: int64 [records]; of the well-formed records.
+      lines: int64 [records]; line or entry of each well-formed record.
       text_counts: int32 [records].
       num_positives: int32 [records].
       lengths: int32 [texts].
       hashes: int64 [texts].
       span_counts: int32 [texts].
       spans: int32 [spans, 2].
-      tokens: uint8, uint16 or uint32 [tokens]; empty if lengths alone are kept.
+      tokens: uint8, uint16 or uint32 [tokens]; empty if only lengths are stored.
       endings: uint8 [texts].
       bad: uint8 [bytes]; the malformed records' `BadRecords` as JSON.
     """
@@ -121,7 +121,7 @@ def read_shard(path: epath.Path) -> Columns | None:
     try:
         with np.load(io.BytesIO(content)) as stored:
             return Columns(*(stored[name] for name in Columns._fields))
-    except Exception:  # numpy and zipfile, which compares checksums, raise many types
+    except Exception:  # numpy and zipfile (which compares checksums) raise many types
         return None
 
 
@@ -146,7 +146,7 @@ def make_shards(shards: Sequence[Shard], readings: Sequence[Reading], tokenizer:
 
 
 def tokenize_range(reading: Reading, start: int, stop: int, tokenizer: Tokenizer, *, tokens: bool = True) -> Columns:
-    """Tokenizes records `start` to `stop`, exclusive; malformed ones are left out and named in `bad`."""
+    """Tokenizes records `start` to `stop`, exclusive; malformed ones are left out and listed in `bad`."""
     (source, stream), kept = reading, token_type(tokenizer)
     columns: dict[str, list[Any]] = {name: [] for name in Columns._fields}
     bad: dict[str, BadRecords] = {}
@@ -199,7 +199,7 @@ def _make_shard(shard: Shard, readings: Sequence[Reading], tokenizer: Tokenizer)
     if columns is None:
         reading = readings[shard.reading]
         columns = tokenize_range(reading, shard.start, shard.stop, tokenizer, tokens=shard.tokens)
-        reading.source.refuse_changed()  # else the shard would mix two versions
+        reading.source.refuse_changed()  # or the shard would mix two versions
         content = io.BytesIO()
         np.savez(content, allow_pickle=False, **columns._asdict())
         try:
@@ -233,7 +233,7 @@ def _make_in_processes(
     command = [sys.executable, "-c", "from grit_jax.data.tokenizing import serve; serve()"]
     settings = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "TOKENIZERS_PARALLELISM": "false"}
     started: list[subprocess.Popen[bytes]] = []
-    own = threading.local()  # each thread has a process
+    own = threading.local()  # each thread has its own process
 
     def make(shard: Shard) -> tuple[BadRecords, ...]:
         request = pickle.dumps(shard)
@@ -259,7 +259,7 @@ def _make_in_processes(
     pool = ThreadPoolExecutor(processes)
     try:
         made = as_completed([pool.submit(make, shard) for shard in shards])
-        for future in _with_reports(made, len(shards), f"tokenizing {num_records:,} records, {processes} processes"):
+        for future in _with_progress(made, len(shards), f"tokenizing {num_records:,} records, {processes} processes"):
             refuse_bad(future.result(), skip_bad)
     except BaseException:
         pool.shutdown(wait=False, cancel_futures=True)
@@ -269,18 +269,18 @@ def _make_in_processes(
     finally:
         pool.shutdown()
         for process in started:
-            with contextlib.suppress(OSError), process:  # closes its pipes, at which it ends
+            with contextlib.suppress(OSError), process:  # closing its pipes ends it
                 pass
 
 
-def _with_reports(items: Iterable[T], total: int, what: str) -> Iterator[T]:
+def _with_progress(items: Iterable[T], total: int, what: str) -> Iterator[T]:
     """The items; now and then prints progress to stderr."""
-    started = reported = time.monotonic()
+    started = printed = time.monotonic()
     for number, item in enumerate(items, start=1):
         yield item
         now = time.monotonic()
-        if now - reported >= _REPORT_EVERY:
-            reported = now
+        if now - printed >= _PROGRESS_SECONDS:
+            printed = now
             left = (now - started) / number * (total - number)
             print(f"{what}: {number / total:.0%}, {left / 60:.0f} min left", file=sys.stderr, flush=True)
 

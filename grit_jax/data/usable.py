@@ -1,4 +1,4 @@
-"""The records that a stream can use, and facts about their texts, from the indexes of its files."""
+"""The records that a stream can use, and facts about their texts, from the token indexes of its files."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ class UsableFile:
 
     Args:
       file: The file.
-      held_out: Share of the records that is held out.
+      held_out: Share of the records to hold out.
 
     Attributes:
       number: The file's number among all files.
       index: The file's texts.
       stream: The stream.
       dropped: Number of unusable records by reason.
-      held_out: int64; the held-out records, which are usable otherwise.
+      held_out: int64 [held out]; the held-out records, which would be usable.
     """
 
     def __init__(self, file: IndexedFile, *, held_out: float):
@@ -44,7 +44,7 @@ class UsableFile:
             kept_back.append(start + np.flatnonzero(within & held))
             self.dropped["empty text"] += int(np.sum(~whole))
             self.dropped[self.stream.no_room] += int(np.sum(whole & ~within))
-        # Most records are usable, so only the others are stored: the number of usable ones before each.
+        # Most records are usable, so only the others are stored, each as the number of usable ones before it.
         numbers, self.held_out = (np.concatenate([np.zeros(0, np.int64), *parts]) for parts in (left_out, kept_back))
         self._usable_before = numbers - np.arange(len(numbers))
 
@@ -62,7 +62,7 @@ class UsableFile:
         return Samples(np.full(self.num_usable, self.number), self.records(np.arange(self.num_usable)))
 
     def fingerprint(self) -> str:
-        """Equal for files with the same texts of which the same records are usable, whatever their structure."""
+        """Equal for files with the same texts and the same usable records, whatever their structure."""
         digest = hashlib.sha256(b"" if len(self._usable_before) else b"all")
         for start in range(0, self.num_usable if len(self._usable_before) else 0, _RECORDS_AT_ONCE):
             usable = self.records(np.arange(start, min(start + _RECORDS_AT_ONCE, self.num_usable)))
@@ -82,7 +82,7 @@ class UsableFile:
         return np.asarray(self.index.hashes[first]) < share * 2.0**HASH_BITS
 
     def _usable(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-        """Bool [records] each: which of records `start` to `stop` are usable within the limits, and without any."""
+        """Bool [records] twice: which of records `start` to `stop` are usable within the limits, and without limits."""
         texts, counts, text = self.index.texts_of(start, stop)
         first = np.cumsum(counts) - counts
         positives = np.asarray(self.index.num_positives[start:stop])

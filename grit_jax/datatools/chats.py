@@ -24,27 +24,27 @@ _SHAREGPT_ROLES = {
     "bing": "assistant",
     "bard": "assistant",
 }
-_SYSTEM = ("system", "system_prompt", "system_message")  # keys of a row
-# Keys whose values, unless 1, say that a row or a message is not trained on like others.
-_ROW_WEIGHTS, _ANSWER_WEIGHTS = ("weight", "kto_tag"), ("weight", "train", "loss")
+_SYSTEM = ("system", "system_prompt", "system_message")  # keys of a record
+# Keys whose values, unless 1, say that a record or a message is not trained on like others.
+_ROW_WEIGHTS, _MESSAGE_WEIGHTS = ("weight", "kto_tag"), ("weight", "train", "loss")
 _NO_ANSWER = ("user", "human", *SYSTEM_ROLES)
-_NO_PLACE = ("tools", "functions", "image", "images", "video", "videos", "audio", "audios")  # of a row
+_UNSUPPORTED = ("tools", "functions", "image", "images", "video", "videos", "audio", "audios")  # of a record
 _CALLS = ("tool_calls", "function_call")  # of a message
 _ABSENT = (None, False, "", "[]", [], {})
 
 
 def alpaca(source: Path) -> Iterator[Entry[Row]]:
-    """Rows with `instruction`, `input` (may be empty) and `output`; optionally `system` and `history`, pairs."""
+    """Records with `instruction`, `input` (may be empty) and `output`; optionally `system` and `history`, pairs."""
     return _converted(source, _alpaca_messages)
 
 
 def sharegpt(source: Path) -> Iterator[Entry[Row]]:
-    """Rows with `conversations`: a list of `{"from": "human" | "gpt" | "system", "value": text}`."""
+    """Records with `conversations`: a list of `{"from": "human" | "gpt" | "system", "value": text}`."""
     return _converted(source, _sharegpt_messages)
 
 
 def openai(source: Path) -> Iterator[Entry[Row]]:
-    """Rows with `messages`: a list of `{"role": "user" | "assistant" | "system", "content": text or parts}`."""
+    """Records with `messages`: a list of `{"role": "user" | "assistant" | "system", "content": text or parts}`."""
     return _converted(source, _openai_messages)
 
 
@@ -73,11 +73,11 @@ def _converted(source: Path, messages: Callable[[Row], Messages]) -> Iterator[En
 
 
 def _conversation(row: Row, messages: Messages) -> Row:
-    """The GRIT row of a foreign row with these messages."""
+    """The GRIT record of a foreign record with these messages."""
     _refuse_weights(row, _ROW_WEIGHTS, "the row")
-    for key in _NO_PLACE:
+    for key in _UNSUPPORTED:
         if row.get(key) not in _ABSENT:
-            raise RecordError("no place for its keys", f'"{key}" is given, for which GRIT\'s format has no place')
+            raise RecordError("keys that GRIT cannot hold", f'"{key}" is given, which GRIT\'s format cannot hold')
     system = [("system", row[key]) for key in _SYSTEM if row.get(key) is not None]
     return {"text": _turns([*system, *messages])}
 
@@ -109,18 +109,16 @@ def _parts(row: Row, key: str, keys: str) -> list[Row]:
         raise RecordError(f"no {key}", f'"{key}" must be a list of objects with {keys}')
     for number, part in enumerate(parts, start=1):
         if part.get("role", part.get("from")) not in _NO_ANSWER:
-            _refuse_weights(part, _ANSWER_WEIGHTS, f"message {number}")
+            _refuse_weights(part, _MESSAGE_WEIGHTS, f"message {number}")
         if any(part.get(key) not in _ABSENT for key in _CALLS):
-            raise RecordError(
-                "a call of a tool", f"message {number} calls a tool, for which GRIT's format has no place"
-            )
+            raise RecordError("a call of a tool", f"message {number} calls a tool, which GRIT's format cannot hold")
     return parts
 
 
 def _refuse_weights(thing: Row, keys: Sequence[str], what: str) -> None:
     for key in keys:
         if thing.get(key) not in (None, 1):
-            message = f'"{key}" of {what} is {thing[key]!r:.60}; in GRIT\'s format every answer is scored alike'
+            message = f'"{key}" of {what} is {thing[key]!r:.60}; in GRIT\'s format every assistant turn is scored alike'
             raise RecordError("a weight", message)
 
 

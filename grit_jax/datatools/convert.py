@@ -1,6 +1,6 @@
-"""Foreign data sets as GRIT rows: BEIR folders, pairs and triples, conversations, and GRIT files themselves.
+"""Foreign data sets as GRIT records: BEIR folders, pairs and triples, conversations, and GRIT files themselves.
 
-Every row is converted as its authors mean it, refused with file and line, or left out and counted.
+Every record is converted as its authors mean it, refused with file and line, or left out and counted.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def beir(source: Path, *, instruction: str, split: str) -> Rows:
     qrels = find_qrels(source, split)
     if qrels is None:
         raise InputError(f"{source / 'qrels' / f'{split}.tsv'}: cannot be read: there is no such file")
-    judged: dict[str, dict[str, tuple[str, Judgement]]] = {}  # with their places, by query and document
+    judged: dict[str, dict[str, tuple[str, Judgement]]] = {}  # with file and line, by query and document
     contradicted: dict[str, tuple[str, Judgement]] = {}  # by query
     for entry in read_qrels(qrels):
         if isinstance(entry, RecordError):
@@ -110,11 +110,11 @@ def triples(source: Path, *, instruction: str, min_score: float | None) -> Rows:
 
     Args:
       source: The file.
-      instruction: Of the queries.
-      min_score: Rows with a smaller score are left out.
+      instruction: Instruction of the queries.
+      min_score: Lowest score of a record to convert.
 
     Raises:
-      InputError: The file cannot be read, half of its header is not known, or `min_score` is missing or out of place.
+      InputError: The file cannot be read, half of its header is unknown, or `min_score` is missing or not applicable.
     """
 
     def convert(row: Any) -> Row:
@@ -131,7 +131,7 @@ def triples(source: Path, *, instruction: str, min_score: float | None) -> Rows:
 
 
 def grit(source: Path) -> Rows:
-    """GRIT rows as they are, from any file or folder that training reads.
+    """GRIT records as they are, from any file or folder that training reads.
 
     Raises:
       InputError: There is no such file.
@@ -166,7 +166,7 @@ def _table_rows(source: Path) -> Iterator[Entry[Any]]:
             known = [cell.strip().lower() for cell in cells if cell.strip().lower() in _COLUMNS]
             if not number and known:
                 raise InputError(
-                    f"{where}: looks like a header, of which {known[0]!r} alone is known; name a query "
+                    f"{where}: looks like a header, but only {known[0]!r} is known; name a query "
                     f"({', '.join(_QUERY)}) and a positive ({', '.join(_POSITIVE)})"
                 )
             if any("\t" in cell for cell in cells):
@@ -176,14 +176,14 @@ def _table_rows(source: Path) -> Iterator[Entry[Any]]:
 
 
 def _listed(row: list[Any], instruction: str, min_score: float | None) -> Row:
-    """A row of texts without names."""
+    """The record of a list of texts without names."""
     if len(row) < 2:
         raise RecordError("too few texts", f"has {len(row)} texts; at least a query and a positive are needed")
     numbers = [cell for cell in row if isinstance(cell, str) and _is_number(cell)]
     if len(numbers) == len(row) or (numbers and len(row) > 2):
         raise RecordError("a number for a text", f"{numbers[0]!r} is a score or an id, not a text; name the columns")
     if min_score is not None:
-        raise RecordError("no score", "has texts without names, and so no score, which --min-score asks for")
+        raise RecordError("no score", "has texts without names, so it has no score, which --min-score needs")
     return _embedding_row(row[0], [row[1]], row[2:], instruction)
 
 
@@ -220,12 +220,12 @@ def _is_number(text: str) -> bool:
 
 
 def _embedding_row(query: Any, positives: list[Any], negatives: list[Any], instruction: str) -> Row:
-    """The row of a query with its instruction, and of passages without.
+    """The record of a query with its instruction, and of passages without one.
 
-    A passage is a text, or an object with `text` and perhaps `title`. Negatives that are null or blank are dropped.
+    A passage is a text, or an object with `text` and optionally `title`. Negatives that are null or blank are dropped.
 
     Raises:
-      RecordError: The query or a positive is blank, or a negative is a positive too.
+      RecordError: The query or a positive is blank, or a negative is also a positive.
     """
     found = [_passage(value) for value in positives]
     for what, text in (("query", query), *(("positive", text) for _, text in found)):
@@ -244,7 +244,7 @@ def _passage(value: Any) -> list[Any]:
 
 
 def _titled(row: Row) -> Any:
-    """Title and text of a passage; `text` alone if it is no string."""
+    """Title and text of a passage; `text` alone if it is not a string."""
     title, text = row.get("title"), row.get("text")
     if title is not None and not isinstance(title, str):
         raise RecordError("no title", f'"title" is {title!r:.60}; it must be a text')

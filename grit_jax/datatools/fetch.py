@@ -69,12 +69,12 @@ def fetch_model(
       output: New checkpoint folder.
       revision: Branch, tag or commit; None for the main branch.
       downloads: Folder on a disk for downloads.
-      keep: Whether downloads stay at the end.
-      tell: Called with lines for people.
+      keep: Whether to keep downloads at the end.
+      tell: Called with progress messages.
 
     Raises:
       InputError: The Hub refuses, the model is not supported, or `output` holds something else or is being written.
-      UnreachableError: The Hub, the disk or the bucket failed in a way that may pass.
+      UnreachableError: The Hub, the disk or the bucket failed in a way that may be temporary.
     """
     work = _begin("model", repository, output, revision, downloads, tell)
     if work is None:
@@ -107,18 +107,18 @@ def fetch_data(
       output: New folder.
       revision: Branch, tag or commit; None for the set's default.
       downloads: Folder on a disk for downloads.
-      keep: Whether downloads stay at the end; otherwise each goes once it is copied.
-      tell: Called with lines for people.
+      keep: Whether to keep downloads at the end; otherwise each is removed once copied.
+      tell: Called with progress messages.
 
     Raises:
       InputError: There is no such set, the Hub refuses, a file is not GRIT data, or `output` holds something else or is
         being written.
-      UnreachableError: The Hub, the disk or the bucket failed in a way that may pass.
+      UnreachableError: The Hub, the disk or the bucket failed in a way that may be temporary.
     """
     if name == "e5s":
         raise InputError("e5s was never released; take medi2, which the configs train on, or medi2bge (docs/fetch.md)")
     if name not in DATA_SETS:
-        raise InputError(f"{name}: not a set that is known; known are {', '.join(DATA_SETS)}")
+        raise InputError(f"{name}: not a known data set; known are {', '.join(DATA_SETS)}")
     known = DATA_SETS[name]
     work = _begin("dataset", known.repository, output, revision or known.revision, downloads, tell)
     if work is None:
@@ -162,7 +162,7 @@ class _Work:
         return path
 
     def record(self, name: str, **more: Any) -> None:
-        """Records in the manifest that a file is done, and facts about it."""
+        """Notes in the manifest that a file is done, with facts about it."""
         self.manifest["files"][name] |= more
         _write(files.join(self._output, BEGUN), self.manifest)
 
@@ -187,7 +187,7 @@ def _begin(
                 "another folder"
             )
         if done:
-            tell(f"{output}: {name} is there already, at {manifest['commit']}")
+            tell(f"{output}: {name} is already there, at {manifest['commit']}")
             return None
     elif files.names(output):
         raise InputError(f"{output} exists and is not empty; choose another folder")
@@ -231,7 +231,7 @@ def _exact_dtype(folder: Path) -> Any:
 
 
 def _read(path: str) -> dict[str, Any] | None:
-    """A manifest, None if there is none.
+    """A manifest; None if there is none.
 
     Raises:
       InputError: It is damaged.
@@ -241,15 +241,15 @@ def _read(path: str) -> dict[str, Any] | None:
         return None
     try:
         manifest = json.loads(content)
-        for key, kind in _MANIFEST.items():
-            if not isinstance(manifest[key], kind):
+        for key, value_type in _MANIFEST.items():
+            if not isinstance(manifest[key], value_type):
                 raise TypeError(f"{key} is {manifest[key]!r:.60}")
         if not all(isinstance(entry, dict) for entry in manifest["files"].values()):
             raise TypeError("files are not all described")
         return manifest
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(
-            f"{path}: is damaged ({type(error).__name__}: {error}); remove all of its folder to fetch anew"
+            f"{path}: is damaged ({type(error).__name__}: {error}); remove all of its folder to fetch again"
         ) from error
 
 

@@ -20,7 +20,7 @@ _POSITIVE_WORDS = ("entailment", "duplicate", "paraphrase", "equivalent")
 _OTHER_WORDS = (
     "neutral", "contradiction", "not_entailment", "not_duplicate", "not_paraphrase", "not_equivalent",
 )  # fmt: skip
-_NO_WORDS = ("-", "hidden")  # annotators disagree, or the test set's labels are kept back
+_NO_WORDS = ("-", "hidden")  # annotators disagree, or the test set's labels are withheld
 # Labels that are numbers, of pairs of a premise and a hypothesis: the order of SNLI, MNLI, ANLI and XNLI.
 _NLI = ("entailment", "neutral", "contradiction")
 _NOT_LABELLED = "there is no label"
@@ -33,18 +33,18 @@ def require_positive_pair(row: Row, min_score: float | None) -> None:
     mean what their authors say. Another number is a score.
 
     Args:
-      row: By column, in lower case.
+      row: The record's values by column name in lower case.
       min_score: Smallest score of a positive.
 
     Raises:
-      LeftOut: It is no positive.
-      RecordError: A label or score is expected, and the row holds none.
-      InputError: There are scores and no `min_score`, or labels and one.
+      LeftOut: It is not a positive.
+      RecordError: A label or score is expected, and the record has none.
+      InputError: There are scores but no `min_score`, or labels and a `min_score`.
     """
     there = [key for key in COLUMNS if key in row and (key != "quality" or "#1 string" in row)]
     if not there:
         if min_score is not None:
-            message = f"has no score, which --min-score asks for; it is under {', '.join(_SCORES)}"
+            message = f"has no score, which --min-score needs; it is under {', '.join(_SCORES)}"
             raise RecordError("no score", message)
         return
     key = next((key for key in there if key in _SCORES and min_score is not None), there[0])
@@ -54,7 +54,7 @@ def require_positive_pair(row: Row, min_score: float | None) -> None:
 
 
 def _reason(row: Row, key: str, min_score: float | None) -> str | None:
-    """Why the value under a key says that the second text is no positive; None where it is one."""
+    """Why the value under a key says that the second text is not a positive; None if it is one."""
     value = row[key]
     word = value.strip().lower() if isinstance(value, str) else None
     if word in (*_POSITIVE_WORDS, *_OTHER_WORDS, *_NO_WORDS):
@@ -63,13 +63,13 @@ def _reason(row: Row, key: str, min_score: float | None) -> str | None:
     number = _number(key, value)
     if key in _BINARY or (key == "label" and {"question1", "question2"} <= row.keys()):
         labels = ("labelled as not the same", None)
-        min_score = None if min_score is not None and 0 < min_score <= 1 else min_score  # which means the same
+        min_score = None if min_score is not None and 0 < min_score <= 1 else min_score  # equivalent
     elif key == "gold_label" or (key in _CLASSES and {"premise", "hypothesis"} <= row.keys()):
         labels = (None, *(f"labelled {name}" for name in _NLI[1:]))
     elif min_score is None:
         raise InputError(
-            "the rows have scores, and a low one says that the second text is no positive; "
-            "give --min-score to say from which on it is"
+            "the records have scores, and a low one says that the second text is not a positive; "
+            "give --min-score, the lowest score of a positive"
         )
     else:
         return f"{key} under {min_score:g}" if number < min_score else None
@@ -87,9 +87,9 @@ def _number(key: str, value: Any) -> float:
             return number
     except (ValueError, OverflowError):
         pass
-    raise RecordError("no score", f'"{key}" is {value!r:.60}; it must be a finite number or a label that is known')
+    raise RecordError("no score", f'"{key}" is {value!r:.60}; it must be a finite number or a known label')
 
 
 def _refuse_min_score(key: str, min_score: float | None) -> None:
     if min_score is not None:
-        raise InputError(f'"{key}" holds labels, whose meaning is known, and no scores; leave --min-score out')
+        raise InputError(f'"{key}" holds labels of known meaning, not scores; leave --min-score out')

@@ -1,4 +1,4 @@
-"""Hard negatives: passages that keyword search or a model ranks high, and that do not answer the query."""
+"""Hard negatives: passages that keyword search or a model ranks high but that do not answer the query."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ if TYPE_CHECKING:
     from grit_jax.inference.model import GritModel
 
 _QUERIES_AT_ONCE, _PASSAGES_AT_ONCE = 256, 16384
-_GATHERED_BYTES = 1 << 28  # of scores, which every device holds while they are gathered
+_GATHERED_BYTES = 1 << 28  # of scores, which every device holds while gathering them
 
 
 class Mining(NamedTuple):
     """The settings of mining.
 
     Attributes:
-      count: Negatives of a query.
+      count: Negatives per query.
       first: Best rank to take, from 1, among the allowed passages.
       last: Worst rank to take.
       ceiling: Passages that score more than this share of the query's lowest positive are left out as possible
         unlabelled positives (positive-aware mining of NV-Retriever, Moreira et al. 2024); None leaves out none.
-      draw: Whether `count` are drawn at random from the ranks; else the best are taken.
-      keep: Whether the record's own negatives stay, before the mined ones.
-      seed: Of the draws.
+      draw: Whether to draw `count` of the ranks at random instead of taking the best.
+      keep: Whether to keep the record's own negatives, before the mined ones.
+      seed: Seed of the draws.
     """
 
     count: int = 1
@@ -50,7 +50,7 @@ class Mined(NamedTuple):
     """The outcome of mining.
 
     Attributes:
-      short: Queries with fewer negatives than asked for.
+      short: Queries with fewer negatives than `Mining.count`.
       over_ceiling: Passages over the ceiling, of all queries.
     """
 
@@ -62,7 +62,7 @@ class Passages:
     """The distinct passages of a file of records by index, read on demand.
 
     Args:
-      source: Records whose positives and negatives are searched.
+      source: Records whose positives and negatives to search.
       corpus: JSONL with more passages, `text` and optionally `title`, as in a BEIR folder.
 
     Raises:
@@ -113,7 +113,7 @@ class Passages:
         return self._digest.hexdigest()[:16]
 
     def indices(self, texts: Iterable[EmbeddingText]) -> list[int]:
-        """The indices of texts, without those that are no passage."""
+        """The indices of those texts that are passages."""
         return [self._indices[key] for key in map(_key, texts) if key in self._indices]
 
 
@@ -121,7 +121,7 @@ class Searcher(Protocol):
     """Scores queries against all passages."""
 
     def scores(self, queries: Sequence[EmbeddingText]) -> np.ndarray:
-        """float32 [queries, passages]."""
+        """Scores, float32 [queries, passages]."""
         ...
 
 
@@ -132,7 +132,7 @@ class KeywordSearcher:
         self._index = Bm25([passages[number].text for number in range(len(passages))])
 
     def scores(self, queries: Sequence[EmbeddingText]) -> np.ndarray:
-        """float32 [queries, passages]."""
+        """Scores, float32 [queries, passages]."""
         scores = self._index.scores([query.text for query in queries])
         return np.where(scores > 0, scores, -np.inf)
 
@@ -140,14 +140,14 @@ class KeywordSearcher:
 class ModelSearcher:
     """Exact search with a model's vectors, on all of its devices.
 
-    In a job of many processes, which must all make the same calls, each embeds and searches a share of the passages
-    with a model on its own devices, and gets all scores.
+    In a job of many processes all must make the same calls; each embeds and searches a share of the passages with a
+    model on its own devices, and gets all scores.
 
     Args:
       model: The model that embeds.
       passages: The passages to search.
-      max_lengths: Tokens kept of a query and of a passage.
-      progress: Called with numbers of passages embedded by this process.
+      max_lengths: Most tokens to keep of a query and of a passage.
+      progress: Called with numbers of passages that this process has embedded.
     """
 
     def __init__(
@@ -170,7 +170,7 @@ class ModelSearcher:
         self._passages = Searchable(np.concatenate(blocks))
 
     def scores(self, queries: Sequence[EmbeddingText]) -> np.ndarray:
-        """float32 [queries, passages]; cosines where the model's vectors have unit length."""
+        """Scores, float32 [queries, passages]; cosines if the model's vectors have unit length."""
         from grit_jax.parallel.distributed import gathered, own_share
 
         mine = [queries[number] for number in own_share(len(queries))]
@@ -190,13 +190,13 @@ def mine(
     done: Callable[[Mined], None] = lambda _: None,
     progress: Callable[[int], None] = lambda _: None,
 ) -> Iterator[tuple[str, Row]]:
-    """The records with mined negatives, in their order; the same call gives the same.
+    """The records with mined negatives, in their order; equal calls give equal results.
 
     A passage equal to the query or to a positive of an equal query is never a negative.
 
     Args:
       source: The records.
-      passages: Those of the records.
+      passages: The passages of the records.
       searcher: Ranks the passages.
       mining: The settings.
       done: Called at the end.
@@ -237,15 +237,15 @@ def choose(
       scores: float32 [passages].
       mining: The settings.
       own: The query's positives.
-      excluded: Passages that are never taken.
-      number: The record's; draws depend on it and the seed.
+      excluded: Passages never to take.
+      number: Number of the record; draws depend on it and the seed.
     """
     allowed = scores.astype(np.float32, copy=True)
     allowed[list(excluded)] = -np.inf
     above = 0
     if mining.ceiling is not None and own:
         limit = float(np.min(scores[list(own)]))
-        # A share of a negative score is less than the score, too.
+        # A share of a negative score must be lower than the score, too.
         limit -= abs(limit) * (1 - mining.ceiling) if np.isfinite(limit) else 0
         over = allowed > limit
         above = int(over.sum())
@@ -253,7 +253,7 @@ def choose(
     most = min(mining.last, len(allowed))
     best = np.argpartition(-allowed, most - 1)[:most] if most < len(allowed) else np.arange(len(allowed))
     border = np.min(allowed[best])
-    # Ties are broken by index, also with passages that argpartition left out.
+    # Ties are broken by index, even with passages that argpartition left out.
     ranked = np.flatnonzero(allowed >= border) if np.isfinite(border) else np.flatnonzero(np.isfinite(allowed))
     ranked = ranked[np.lexsort((ranked, -allowed[ranked]))][mining.first - 1 : mining.last]
     if mining.draw:
@@ -271,7 +271,7 @@ def _key(text: EmbeddingText) -> int:
 
 
 def _encode(model: GritModel, texts: Sequence[EmbeddingText], max_length: int) -> np.ndarray:
-    """float32 [texts, embed]; each with its own instruction."""
+    """Vectors of texts, float32 [texts, embed], each with its own instruction."""
     vectors: np.ndarray | None = None
     for instruction in dict.fromkeys(text.instruction for text in texts):
         # An empty query, which training drops, has no direction.

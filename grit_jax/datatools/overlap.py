@@ -1,4 +1,4 @@
-"""Finds texts of evaluation sets in training data: whole, or as many words in a row."""
+"""Finds texts of evaluation sets in training data: whole, or a number of consecutive words."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ class Match(NamedTuple):
     Attributes:
       evaluation: Its file and line.
       training: File and line of its first occurrence.
-      whole: Whether the training text has the same words; else they share words in a row.
-      document: Whether it is a document of a corpus, which training may contain.
+      whole: Whether the training text has the same words; otherwise they share consecutive words.
+      document: Whether it is a corpus document, which training data may contain.
     """
 
     evaluation: str
@@ -61,10 +61,10 @@ class EvaluationTexts:
     """The texts of evaluation sets, as hashes.
 
     Args:
-      paths: Files (.jsonl, .txt with a text a line, .tsv; or with .gz), or folders of them. A folder in BEIR layout
+      paths: Files (.jsonl, .txt with a text per line, .tsv; or with .gz), or folders of them. A folder in BEIR layout
         gives its documents, which are found only whole, and the queries of the test split's judgements, or all queries
         if there are none. Other files give every text of four words or more.
-      ngram: Words in a row that count as an occurrence; 0 for whole texts only.
+      ngram: Consecutive words that count as an occurrence; 0 for whole texts only.
 
     Attributes:
       counts: Texts by file.
@@ -106,7 +106,7 @@ class EvaluationTexts:
         if not self._ngram or not len(self._parts[0]) or len(text_of_word) < self._ngram:
             return
         parts = _rolling(_hashes([word for of_text in words for word in of_text]), self._ngram)
-        # Not over the end of a text.
+        # Not across the end of a text.
         inside = np.flatnonzero(text_of_word[: len(parts)] == text_of_word[self._ngram - 1 :])
         for part, found in _hits(parts[inside], *self._parts):
             self._add(found, where(owners[text_of_word[inside[part]]]), whole=False)

@@ -18,7 +18,7 @@ from grit_jax.files import replacing
 
 
 class LeftOut(RecordError):
-    """A sound row that says nothing to train on, such as a pair labelled as unrelated."""
+    """A well-formed record with nothing to train on, such as a pair labelled as unrelated."""
 
     def __init__(self, fault: str, where: str = ""):
         super().__init__(fault, "", where)
@@ -33,8 +33,8 @@ class Written(NamedTuple):
 
     Attributes:
       count: Number of records written.
-      bad: Malformed rows that were left out, by fault.
-      left_out: Sound rows that were left out, by reason.
+      bad: Malformed records left out, by fault.
+      left_out: Well-formed records left out, by reason.
     """
 
     count: int
@@ -43,15 +43,15 @@ class Written(NamedTuple):
 
 
 def write_records(path: Path, rows: Iterable[Entry[Row]], *, skip_bad: bool = False) -> Written:
-    """Writes GRIT rows to a .jsonl, .jsonl.gz or ArrayRecord file, which appears once all of them are written.
+    """Writes GRIT records to a .jsonl, .jsonl.gz or ArrayRecord file, which appears once all are written.
 
     Args:
       path: The file.
-      rows: Each with its origin; `LeftOut` is counted, other errors are faults.
-      skip_bad: Whether faulty rows, and rows that are no GRIT records, are left out and counted.
+      rows: The records' JSON objects, each with file and line; a `LeftOut` is counted, other errors are faults.
+      skip_bad: Whether to leave out and count faulty objects, and those that are not GRIT records.
 
     Raises:
-      InputError: The suffix is another, there is no row, or one is bad and `skip_bad` is false.
+      InputError: The suffix is unknown, there is no record, or one is bad and `skip_bad` is false.
     """
     count, bad, left_out = 0, dict[str, BadRecords](), dict[str, BadRecords]()
     with _writer(path) as write:
@@ -65,13 +65,13 @@ def write_records(path: Path, rows: Iterable[Entry[Row]], *, skip_bad: bool = Fa
                 add_bad(left_out, BadRecords.of(reason))
             except RecordError as error:
                 if not skip_bad:
-                    raise InputError(f"{error} (--skip-bad leaves such rows out and counts them)") from error
+                    raise InputError(f"{error} (--skip-bad leaves such records out and counts them)") from error
                 add_bad(bad, BadRecords.of(error))
         if not count:
             reasons = [
-                f"{some.count:,} rows: {some.fault}, as {some.examples[0]}" for some in (bad | left_out).values()
+                f"{some.count:,} records: {some.fault}, as {some.examples[0]}" for some in (bad | left_out).values()
             ]
-            raise InputError(f"{path}: there is no row to write{'; left out ' if reasons else ''}{'; '.join(reasons)}")
+            raise InputError(f"{path}: no record to write{'; left out ' if reasons else ''}{'; '.join(reasons)}")
     return Written(count, bad, left_out)
 
 
@@ -80,7 +80,7 @@ def _line(where: str, row: Row) -> bytes:
     try:
         encoded = line.encode()
     except UnicodeEncodeError as error:
-        message = "half of a surrogate pair is no character"
+        message = "half of a surrogate pair is not a character"
         raise RecordError("half a surrogate pair", message, where) from error
     parse_record(line, where)
     return encoded

@@ -30,10 +30,10 @@ class Shown(NamedTuple):
 
     Attributes:
       role: Its role in the record, such as query, positive, negative or conversation.
-      pieces: What the model reads of it, special tokens included.
+      pieces: The parts that the model reads, special tokens included.
       tokens: Number of tokens that the model reads.
       counted: How many of these are pooled or scored.
-      cut: Number of tokens over the limit, which it does not read.
+      cut: Number of tokens over the limit, which the model does not read.
     """
 
     role: str
@@ -64,11 +64,11 @@ def draw(config: Config, tokenizer: Tokenizer, *, count: int, seed: int) -> Iter
             left -= 1
             yield source.where(index), show(record, streams, tokenizer)
         elif not data.skip_bad:
-            raise InputError(f"{record} (--data.skip_bad=true passes over such records)") from record
+            raise InputError(f"{record} (--data.skip_bad=true skips such records)") from record
 
 
 def show(record: Record, streams: Sequence[Stream], tokenizer: Tokenizer) -> list[Shown]:
-    """The texts of a record as the first stream that reads it has them, cut at their limits."""
+    """The texts of a record as the first stream for it reads them, cut at their limits."""
     stream = next(stream for stream in streams if isinstance(record, stream.record))
     texts = stream.prompts(record, tokenizer)
     number = np.arange(len(texts))

@@ -28,7 +28,7 @@ _LONGEST = 1 << 14  # longer texts count as this long in percentiles
 _EDGES = np.unique(np.round(2 ** np.arange(0, 14.01, 0.25)).astype(int))  # of the plot's bars: quarters of octaves
 _PERCENTILES = (50, 90, 99)
 
-_LIMITED = {"query": "queries", "positive": "passages", "negative": "passages"}  # in the plot; others get an s
+_LIMITED = {"query": "queries", "positive": "passages", "negative": "passages"}  # plurals in the plot; others get an s
 _COLORS = {"query": "#4c78a8", "positive": "#54a24b", "negative": "#e45756", "conversation": "#b279a2"}
 _OTHER_COLOR = "#9d755d"
 _SHOWN_FILES = 16
@@ -42,7 +42,7 @@ class Lengths:
       texts: Number of texts.
       tokens: Tokens of all of them.
       counts: int64 [16385]; texts by length.
-      longest: Tokens of the longest.
+      longest: Tokens of the longest text.
       cut: Texts over their limit.
       limit: Their limit.
       targets: Pooled or scored tokens within the limit.
@@ -85,7 +85,7 @@ class Fill:
       rows: Mean rows of a step.
       row_length: Tokens of a row.
       tokens: Mean tokens of a step.
-      texts: Mean texts of a step; without packing each has a row.
+      texts: Mean texts of a step; without packing each has its own row.
       epoch_steps: Steps of an epoch.
     """
 
@@ -108,7 +108,7 @@ class Fill:
 
 @dataclasses.dataclass(frozen=True)
 class Stats:
-    """All files; `fills` are by stream, and `notes` are lines for people."""
+    """All files; `fills` are by stream, and `notes` are lines to show."""
 
     files: tuple[FileStats, ...]
     fills: dict[str, Fill]
@@ -130,7 +130,7 @@ def measure(config: Config, tokenizer: Tokenizer, streams: Sequence[Stream] | No
 
     Args:
       config: The settings.
-      tokenizer: The model's.
+      tokenizer: The model's tokenizer.
       streams: Streams that may read the files; None for those of this package.
 
     Raises:
@@ -143,7 +143,7 @@ def measure(config: Config, tokenizer: Tokenizer, streams: Sequence[Stream] | No
     streams = [stream for stream in streams if any(file.stream is stream for file in indexed)]
     try:
         schedule = Schedule(indexed, streams, data=data, train=config.train, num_shards=1)
-    except InputError as error:  # the limits leave nothing: the lengths say why
+    except InputError as error:  # the limits leave no text; the lengths say why
         return Stats(files, {}, (str(error),))
     return Stats(files, _fills(schedule, files, streams), tuple(schedule.summary()))
 
@@ -199,10 +199,10 @@ def _fills(schedule: Schedule, files: Sequence[FileStats], streams: Sequence[Str
 
 
 def as_lines(stats: Stats) -> Iterator[str]:
-    """The figures as lines for people."""
+    """The figures as lines of text."""
     width = max(len("all files"), *(len(file.name) for file in stats.files))
     yield (
-        f"{'file':<{width}}  {'kind':<12}  {'texts':>11}  {'tokens':>14}  {'mean':>6}  "
+        f"{'file':<{width}}  {'role':<12}  {'texts':>11}  {'tokens':>14}  {'mean':>6}  "
         + "  ".join(f"{f'{share} %':>6}" for share in _PERCENTILES)
         + f"  {'longest':>8}  {'limit':>6}  {'cut':>7}"
     )
@@ -219,7 +219,7 @@ def as_lines(stats: Stats) -> Iterator[str]:
     for stream, fill in stats.fills.items():
         yield (
             f"{stream}: {fill.texts:,.0f} texts and {fill.tokens:,.0f} tokens a step in {fill.rows:,.1f} rows of "
-            f"{fill.row_length:,}: {fill.packed:.1%} are no padding (one text a row: {fill.unpacked:.1%})"
+            f"{fill.row_length:,}: {fill.packed:.1%} are not padding (one text per row: {fill.unpacked:.1%})"
         )
     yield from stats.notes
 
@@ -266,7 +266,7 @@ def _plot_lengths(axis: Axes, stats: Stats, colors: dict[str, str]) -> None:
     axis.set_xscale("log", base=2)
     axis.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     axis.set_xlim(4, longest * 1.15)
-    axis.set(xlabel="tokens of a text", ylabel="% of the texts of its kind", title="Lengths")
+    axis.set(xlabel="tokens of a text", ylabel="% of the texts with this role", title="Lengths")
     axis.legend(frameon=False, loc="upper left")
 
 
@@ -278,8 +278,8 @@ def _plot_files(axis: Axes, shown: Sequence[FileStats], rest: Sequence[FileStats
         left += tokens
     for y, file, end in zip(bars, shown, left, strict=True):
         axis.annotate(
-            f"{_short(file.tokens)}, {_short(file.records)} rows", (end, y), xytext=(4, 0), textcoords="offset points",
-            va="center", fontsize=8,
+            f"{_short(file.tokens)}, {_short(file.records)} records", (end, y), xytext=(4, 0),
+            textcoords="offset points", va="center", fontsize=8,
         )  # fmt: skip
     axis.set_yticks(bars, [_clipped(file.name) for file in shown])
     axis.invert_yaxis()
@@ -301,7 +301,7 @@ def _plot_fills(axis: Axes, fills: dict[str, Fill]) -> None:
             fontsize=9, color="white" if inside else "black",
         )  # fmt: skip
     axis.set_xticks(np.arange(len(names)), names, fontsize=8)
-    axis.set(ylim=(0, 100), ylabel="% of a batch that is no padding", title="Fill")
+    axis.set(ylim=(0, 100), ylabel="% of a batch that is not padding", title="Fill")
 
 
 def _short(value: float) -> str:

@@ -26,7 +26,7 @@ class Duplicates:
     """Records that repeat an earlier one.
 
     Attributes:
-      what: What is compared.
+      what: The parts compared.
       count: Number of records that repeat one.
       examples: The first few, each as a line that names both.
     """
@@ -44,7 +44,7 @@ class FileCheck:
       path: The file.
       stream: Its stream; None if it cannot be opened.
       records: Number of well-formed records.
-      bad: Malformed ones.
+      bad: Malformed records.
       problem: Why it cannot be opened.
     """
 
@@ -57,7 +57,7 @@ class FileCheck:
 
 @dataclasses.dataclass(frozen=True)
 class Validation:
-    """Everything found."""
+    """All findings."""
 
     files: tuple[FileCheck, ...]
     duplicates: tuple[Duplicates, ...]
@@ -77,11 +77,11 @@ def validate(
     progress: Callable[[int], None] = lambda _: None,
     streams: Sequence[type[Stream]] = tuple(STREAMS.values()),
 ) -> Validation:
-    """Reads every record of the files once, keeping 32 bytes of each to find equal ones.
+    """Reads every record of the files once, keeping 32 bytes of each to find duplicates.
 
     Args:
       paths: The files.
-      against: Evaluation texts that must not occur.
+      against: Evaluation texts that the files must not contain.
       progress: Called with numbers of records read.
       streams: Streams that may read the files.
     """
@@ -135,7 +135,7 @@ class _Seen:
             self._numbers[what].append(self._ends[-2] + index)
 
     def duplicates(self) -> tuple[Duplicates, ...]:
-        """What occurs more than once."""
+        """Records that occur more than once."""
         found = []
         for what, hashes in self._hashes.items():
             _, first, inverse = np.unique(np.frombuffer(hashes, np.int64), return_index=True, return_inverse=True)

@@ -1,4 +1,4 @@
-"""Batches of given texts in given rows, made without the data pipeline."""
+"""Batches of given texts in given rows, without the data pipeline."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ class Layout(NamedTuple):
     """Texts in rows.
 
     Attributes:
-      order: int [texts]; indices of the texts, row by row; what follows is in this order.
+      order: int [texts]; indices of the texts, row by row; the other fields are in this order.
       lengths: int [texts]; tokens of each text.
-      packing: Where each text is.
+      packing: Where each text goes.
       rows: The filled rows.
     """
 

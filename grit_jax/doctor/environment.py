@@ -33,7 +33,7 @@ class Devices:
       platform: JAX's platform: `tpu`, `gpu` or `cpu`.
       kind: JAX's `device_kind`.
       count: Their number in all processes.
-      memory_bytes: Memory of one device that JAX may use; None where unknown.
+      memory_bytes: Memory of one device that JAX may use; None if unknown.
     """
 
     platform: str
@@ -47,8 +47,8 @@ class Environment:
     """Facts of this process and its machine.
 
     Attributes:
-      versions: Installed version of Python and of each package, None for one that is not installed.
-      fitting: Version specifiers that the installed jax has for other packages.
+      versions: Versions of Python and of each package; None if not installed.
+      fitting: The installed jax's version specifiers for other packages.
       device_files: Device files of this machine, by type of accelerator.
       platforms: The environment variable JAX_PLATFORMS.
       lock: Why libtpu's lock file cannot be taken; None if it can be, or does not exist.
@@ -84,7 +84,7 @@ class Problem:
 
 @dataclasses.dataclass(frozen=True)
 class _Support:
-    """JAX's support of an accelerator: names in JAX_PLATFORMS, packages of which one is needed, the extra with them."""
+    """JAX's support for an accelerator: names in JAX_PLATFORMS, alternative packages, and the extra with them."""
 
     platforms: tuple[str, ...]
     packages: tuple[str, ...]
@@ -110,7 +110,7 @@ def inspect() -> Environment:
 
         devices, error = _devices(), None
         process_index, process_count = jax.process_index(), jax.process_count()
-    except Exception as reason:  # of many types: packages that do not fit, devices in use
+    except Exception as reason:  # has many types: incompatible packages, devices in use
         devices, error = (), " ".join(f"{type(reason).__name__}: {reason}".split())
         process_index, process_count = 0, 1
     return Environment(
@@ -139,7 +139,7 @@ def _version(package: str) -> str | None:
 def _fitting() -> dict[str, str]:
     """The requirements of jax's own metadata on the packages that depend on its version."""
     required = (Requirement(line) for line in importlib.metadata.requires("jax") or ())
-    # The first line of a package is that of the installation without extras.
+    # A package's first requirement is that of an installation without extras.
     return {need.name: str(need.specifier) for need in reversed(list(required)) if need.name in ("jaxlib", "libtpu")}
 
 

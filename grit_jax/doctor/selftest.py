@@ -64,7 +64,7 @@ class _Measurement:
 
 
 def selftest(folder: str | PathLike[str]) -> Iterator[Check]:
-    """Runs the checks one after the other.
+    """Runs the checks one after another.
 
     Args:
       folder: Where to write a checkpoint, in a temporary subfolder. All processes must see it.
@@ -79,7 +79,7 @@ def selftest(folder: str | PathLike[str]) -> Iterator[Check]:
 def _run(item: _Measurement) -> Check:
     try:
         difference, reason = item.measure(), ""
-    except Exception as error:  # what compilers and file systems raise is of many types
+    except Exception as error:  # compilers and file systems raise many types
         difference, reason = np.inf, f", {type(error).__name__}: {' '.join(str(error).split())[:300]}"
     difference = float(np.max(gathered(np.asarray(difference, np.float32))))
     return Check(
@@ -106,7 +106,7 @@ def _own_execution() -> Execution:
 def _attention() -> Iterator[_Measurement]:
     """The device's kernel against the dense one in float32; on a CPU also the TPU's kernel, interpreted."""
     own = _own_execution()
-    # A compiled kernel should see many blocks; interpreting takes long, and so does the dense kernel on a CPU.
+    # A compiled kernel should see many blocks; interpreting is slow, and so is the dense kernel on a CPU.
     kernels = [(own, 4096)]
     if own.attention == "blockwise":
         kernels = [(own, 512), (dataclasses.replace(own, attention="splash", interpret=True), 128)]
@@ -131,7 +131,7 @@ def _compare_attention(own: Execution, length: int, *, causal: bool, window: int
     rows = lay_out([np.ones(size, np.int32) for size in sizes], [[0, 1, 2]], length).rows
     segments, positions = jnp.asarray(rows.segment_ids), jnp.asarray(rows.positions)
     mask = AttentionMask.of_rows(segments, positions, causal=causal, window=window)
-    real = segments[:, :, None, None] > 0  # kernels mask by distance in the row, which padding has not
+    real = segments[:, :, None, None] > 0  # kernels mask by distance in the row, which is meaningless for padding
     cotangent *= real
 
     @functools.partial(jax.jit, static_argnums=0)
@@ -237,7 +237,7 @@ def _update(mesh: Mesh) -> dict[str, float]:
 
 @functools.cache
 def _random_params(architecture: TransformerConfig) -> Any:
-    """Random weights on the host; the model's own initialisation takes ten seconds to compile."""
+    """Random weights, made on the host, as the model's own initialisation takes ten seconds to compile."""
     rng = np.random.default_rng(0)
 
     def draw(like):
@@ -342,7 +342,7 @@ def _compare_checkpoint(folder: epath.Path) -> float:
         if folder.exists():
             folder.rmtree()
 
-    in_first_process(remove)  # of a self-test that was killed
+    in_first_process(remove)  # left by a self-test that was killed
     try:
         with contextlib.closing(Checkpoints(folder)) as checkpoints:
             checkpoints.save(0, params, None, CheckpointMetadata(_architecture(), EmbeddingConfig(), {}))

@@ -43,7 +43,7 @@ _PROMPT = re.compile(r"(?:<\|user\|>\n(?P<instruction>.+)\n)?<\|embed\|>\n", re.
 
 @dataclasses.dataclass(frozen=True)
 class _Ours:
-    """This package's numbers by instruction, which is empty for none."""
+    """This package's numbers by instruction, '' for none."""
 
     ids: Mapping[str, list[list[int]]]
     starts: Mapping[str, list[int]]
@@ -67,10 +67,10 @@ def verify(folder: str | Path, texts: Sequence[str] = SAMPLE_TEXTS) -> Iterator[
       texts: Texts to compare, each with and without an instruction.
 
     Yields:
-      The checks; only the first where the tokens differ, as nothing else can be compared then.
+      The checks; only the first if the tokens differ, as nothing else can be compared then.
 
     Raises:
-      InputError: PyTorch's packages are missing, the folder is no export, or a text is too long.
+      InputError: PyTorch's packages are missing, the folder is not an export, or a text is too long.
     """
     folder = Path(folder)
     if missing := missing_packages():
@@ -95,7 +95,7 @@ def verify(folder: str | Path, texts: Sequence[str] = SAMPLE_TEXTS) -> Iterator[
 
 
 def _silence_libraries() -> None:
-    """Disables progress bars and reports of unused weights: the comparison finds missing ones."""
+    """Silences progress bars and warnings of unused weights; the comparison finds missing ones."""
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()

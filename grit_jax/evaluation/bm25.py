@@ -1,4 +1,4 @@
-"""Keyword search: a baseline of retrieval, and what negatives are mined with."""
+"""Keyword search, for a retrieval baseline and for mining negatives."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Bm25:
     """BM25 with the defaults of bm25s.
 
     Args:
-      documents: Texts to search; no query finds one without a word.
+      documents: Texts to search; no query finds a text without words.
     """
 
     def __init__(self, documents: Sequence[str]):
@@ -26,7 +26,7 @@ class Bm25:
             self._retriever.index(corpus, show_progress=False)
 
     def scores(self, queries: Sequence[str]) -> np.ndarray:
-        """float32 [queries, documents]; 0 where they share no word."""
+        """Scores, float32 [queries, documents]; 0 where the two share no word."""
         scores = np.zeros((len(queries), self._size), np.float32)
         if self._retriever:
             words: Any = _library().tokenize(list(queries), show_progress=False, return_ids=False)
@@ -37,10 +37,10 @@ class Bm25:
 
 
 def _library() -> ModuleType:
-    """bm25s without its debugging messages; imported late, as that runs a program of JAX."""
+    """bm25s without its debugging messages; imported late, as the import runs a JAX program."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "IProgress not found")  # a notebook without widgets; no bar is shown anyway
         import bm25s
 
-    logging.getLogger("bm25s").setLevel(logging.WARNING)  # the import asks for all of them
+    logging.getLogger("bm25s").setLevel(logging.WARNING)  # the import enables all of them
     return bm25s

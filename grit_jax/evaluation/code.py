@@ -1,4 +1,4 @@
-"""Programs that the model writes, run against tests."""
+"""The task of writing programs, which are run against tests."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from grit_jax.evaluation.reading import EvaluationRecord, read_records
 from grit_jax.evaluation.scores import pass_at_k
 from grit_jax.evaluation.task import Outcome, Session, Task
 
-# What bigcode-evaluation-harness has before every Python program, but for numpy, which is not there when programs run.
+# The imports that bigcode-evaluation-harness puts before every Python program, except numpy, which the sandbox lacks.
 _IMPORTS = """import math
 import re
 import sys
@@ -39,15 +39,15 @@ class Code(Task):
     """Whether programs pass their tests: pass@k.
 
     `path` is a .jsonl file in HumanEval's or HumanEvalPack's format. `complete` continues `prompt` as it is;
-    `synthesize` asks for what `instruction` says, in a completion that begins with `declaration`, and runs what
-    HumanEvalSynthesize (OctoPack, arXiv 2308.07124) takes of it: the lines before the first that is neither blank nor
-    indented, after common imports of the standard library.
+    `synthesize` sends `instruction` and begins the completion with `declaration`. Of that it runs, after common imports
+    of the standard library, what HumanEvalSynthesize (OctoPack, arXiv 2308.07124) does: the lines before the first that
+    is neither blank nor indented.
 
     Attributes:
-      form: How the model is prompted.
+      form: How to prompt the model.
       samples: Programs for each problem.
-      k: Numbers of samples of which one must pass; the first gives the main score.
-      temperature: Of the sampling.
+      k: Values of k in pass@k; the first gives the main score.
+      temperature: Temperature of the sampling.
       top_p: Probability of the nucleus to sample from.
       max_new_tokens: Most tokens of a program.
       stop: A program ends before the first of these.
@@ -122,11 +122,11 @@ def indented(completion: str) -> str:
 def program_test(record: EvaluationRecord, key: str, imports: str = "") -> sandbox.ProgramTest:
     """The test of a record's programs.
 
-    Of the record it sees what precedes the function, such as imports and helpers, and of a program the function alone.
+    The test sees the record's text before the function, such as imports and helpers, and only a program's function.
 
     Args:
       record: A problem.
-      key: Of the text that its programs begin with.
+      key: Key of the text that its programs begin with.
       imports: Code before that text.
 
     Raises:

@@ -19,13 +19,13 @@ class Comparison(NamedTuple):
     """A score of two models, each the mean over its training runs of the mean over tasks.
 
     Attributes:
-      value: Of the first.
-      reference: Of the second.
+      value: Score of the first.
+      reference: Score of the second.
       difference: (value - reference) / reference.
       interval: 95 % interval of the difference by the bootstrap.
       by_run: The difference in each training run.
-      run_interval: 95 % interval of the mean of `by_run` by Student's t, as of a paired test; None for one run. The
-        bootstrap's is too narrow where there are few runs: for three it draws from three.
+      run_interval: 95 % interval of the mean of `by_run` by Student's t, as in a paired test; None for one run. With
+        few runs the bootstrap's is too narrow: for three it draws from three.
     """
 
     value: float
@@ -38,8 +38,7 @@ class Comparison(NamedTuple):
     def verdict(self, margin: float, *, smaller_is_better: bool = False) -> str:
         """`equivalent`, `better`, `worse` or `undecided`.
 
-        Equivalent where every interval lies within the relative margin; else better or worse where all lie on one side
-        of zero.
+        Equivalent if every interval lies within the relative margin; better or worse if all lie on one side of zero.
         """
         lows, highs = zip(self.interval, self.run_interval or self.interval, strict=True)
         low, high = min(lows), max(highs)
@@ -53,17 +52,17 @@ class Comparison(NamedTuple):
 def compare(runs: Runs, reference: Runs, score: Callable[[np.ndarray], float] = mean, *, seed: int = 0) -> Comparison:
     """Compares two models by the paired percentile bootstrap, which resamples the same examples for both.
 
-    Where there are several training runs it resamples these too, in pairs: runs of one index begin with the same
-    weights. With one run the interval says nothing about others.
+    It resamples several training runs too, in pairs: runs of one index begin with the same weights. With one run the
+    interval says nothing about others.
 
     Args:
       runs: Contributions to the first model's scores.
       reference: The same of the second; arrays of one index have the same examples.
       score: Computes the score of a task from its contributions.
-      seed: Of the draws.
+      seed: Seed of the draws.
 
     Raises:
-      InputError: The two were not scored on the same examples, or the second scores 0, which nothing is relative to.
+      InputError: The two were not scored on the same examples, or the second scores 0: no relative difference.
     """
     shapes = {tuple(task.shape for task in run) for run in (*runs, *reference)}
     if len(runs) != len(reference) or len(shapes) != 1:

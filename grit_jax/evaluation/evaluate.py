@@ -49,7 +49,7 @@ def evaluate(
 ) -> dict[str, Entry]:
     """Evaluates a model on every task of a suite; prints progress and a table.
 
-    A task of an earlier report in `output` is kept if its settings, data, seed and model are the same, and the files
+    A task of an earlier report in `output` is kept if its settings, data, seed and model are the same and the files
     that it wrote beside the report are unchanged.
 
     Args:
@@ -64,11 +64,11 @@ def evaluate(
       The entry of each task in the report.
 
     Raises:
-      InputError: Data are missing or malformed, or `output` exists and is no report.
+      InputError: Data are missing or malformed, or `output` exists and is not a report.
     """
     for task in suite.tasks:
         if isinstance(task, AlpacaEval) and output is None:
-            raise InputError(f"task {task.name!r} only writes answers; give --output, beside which they go")
+            raise InputError(f"task {task.name!r} only writes completions; give --output, beside which they go")
     weights = model.fingerprint()
     fingerprints = {task.name: fingerprint(task, suite, weights) for task in suite.tasks}  # opens all files first
     earlier = read_report(output) if output else {}

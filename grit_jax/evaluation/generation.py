@@ -1,4 +1,4 @@
-"""Tasks whose answers the model writes: compared with targets, or kept for an outside judge."""
+"""Tasks of completions, which are compared with targets or kept for an outside judge."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from grit_jax.evaluation.retrieval import texts_by_id
 from grit_jax.evaluation.task import Outcome, Session, Task
 
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
-_RULE = "-----\n"  # below the head of a file of few-shot examples
+_RULE = "-----\n"  # ends the head of a file of few-shot examples
 
 Comparison = Literal["number", "text", "span"]
 
@@ -30,7 +30,7 @@ Comparison = Literal["number", "text", "span"]
 class ExactMatch(PromptedTask):
     """Share of completions that match their target.
 
-    `path` is a .jsonl file. `shots_path` is another, or a folder of text files named after the groups, with their
+    `path` is a .jsonl file. `shots_path` is another, or a folder of text files, named after the groups, with their
     examples written out. A completion that exceeds the model's length is wrong, and counted.
 
     Attributes:
@@ -38,7 +38,7 @@ class ExactMatch(PromptedTask):
       example_key: Key of the answer in a few-shot example, such as a chain of thought; null for `answer_key`. Examples
         of the form `{"text": [user, assistant]}` are taken as they are.
       passages: Corpus in BEIR layout whose document `doc` of each record is `{passage}` in the template; null for none.
-      compare: What is compared: the last `number`, the `text` after "answer is", or a `span` as SQuAD does.
+      compare: What to compare: the last `number`, the `text` after "answer is", or a `span` as SQuAD does.
       max_new_tokens: Most tokens of a completion.
       stop: A completion ends before the first of these.
     """
@@ -55,7 +55,7 @@ class ExactMatch(PromptedTask):
         require_positive("max_new_tokens", self.max_new_tokens)
         if self._shots_folder and (self.shots or not self.group):
             raise InputError(
-                f"shots_path={self.shots_path} is a folder with the examples of each group: give group, the rows' "
+                f"shots_path={self.shots_path} is a folder with the examples of each group: give group, the records' "
                 "key of it, and leave shots out, as all examples are shown"
             )
 
@@ -90,7 +90,7 @@ class ExactMatch(PromptedTask):
         return [f"{question}\n{answer}" for question, answer in zip(self.questions(records), answers, strict=True)]
 
     def examples_by_group(self) -> dict[str, list[str]]:
-        """The few-shot examples of each group, also those of a folder."""
+        """The few-shot examples of each group, including those of a folder."""
         if not self._shots_folder:
             return super().examples_by_group()
         return {file.stem: written_examples(file) for file in _text_files(self._shots_folder)}
@@ -135,7 +135,7 @@ def _text_files(folder: Path) -> list[Path]:
 
 
 def written_examples(path: Path) -> list[str]:
-    """The few-shot examples of a text file, one a paragraph, without a head above a line `-----`.
+    """The few-shot examples of a text file, one per paragraph, without a head above a line `-----`.
 
     Raises:
       InputError: The file cannot be read, or is not UTF-8.
@@ -146,9 +146,9 @@ def written_examples(path: Path) -> list[str]:
 
 @dataclasses.dataclass(frozen=True)
 class AlpacaEval(Task):
-    """Completions in AlpacaEval's format, for its judge; there is no score.
+    """Completions in AlpacaEval's format, for its judge; gives no score.
 
-    `path` is its .json file or a .jsonl file, with `instruction` and perhaps `dataset`.
+    `path` is its .json file or a .jsonl file, with `instruction` and optionally `dataset`.
 
     Attributes:
       generator: Name of the model in the file of completions.
@@ -182,9 +182,8 @@ class AlpacaEval(Task):
 def is_right(completion: str, targets: Sequence[str], comparison: Comparison) -> bool:
     """Whether a completion agrees with one of the targets.
 
-    `number` compares the last number, `text` what follows the last "answer is" up to the end of the line (the first
-    line without that), and `span` the first line, without case, punctuation and articles. A completion without any of
-    it is wrong.
+    `number` compares the last number; `text` the rest of the line after the last "answer is", or the first line without
+    it; `span` the first line, without case, punctuation and articles. A completion without that part is wrong.
     """
     given = extracted(completion, comparison)
     return given not in (None, "") and any(given == extracted(target, comparison) for target in targets)
@@ -197,7 +196,7 @@ def contains(completion: str, targets: Sequence[str]) -> bool:
 
 
 def extracted(text: str, comparison: Comparison) -> Any:
-    """The part of a text that is compared; see `is_right`."""
+    """The part of a text to compare; see `is_right`."""
     match comparison:
         case "number":
             numbers = _NUMBER.findall(text)

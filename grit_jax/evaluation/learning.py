@@ -31,7 +31,7 @@ def _sklearn(module: str) -> Any:
 @dataclasses.dataclass(frozen=True)
 class _LearningTask(EmbeddingTask):
     def __post_init__(self):
-        _sklearn("base")  # raises when a suite is read, before any task has run
+        _sklearn("base")  # raises while a suite is read, before any task has run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,8 +88,8 @@ class Classification(_LearningTask):
 class Clustering(_LearningTask):
     """Mini-batch k-means with as many clusters as labels: mean v-measure over sets.
 
-    `path` is a .jsonl file. A record with lists `sentences` and `labels` is a set; records of `text` and `label` are
-    one set together.
+    `path` is a .jsonl file. A record with lists `sentences` and `labels` is a set; records of `text` and `label`
+    together are one set.
     """
 
     def evaluate(self, session: Session) -> Outcome:
@@ -99,7 +99,7 @@ class Clustering(_LearningTask):
         found = [(labels, self._clusters(session, texts, labels)) for texts, labels in sets]
         if len(found) > 1:
             return Outcome("v_measure", np.array([v_measure(*pair) for pair in found]))
-        # Of one set the examples are its texts.
+        # With one set, its texts are the examples.
         return Outcome("v_measure", np.stack(found[0], axis=1), lambda x: v_measure(*x.T))
 
     def _clusters(self, session: Session, texts: list[str], labels: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Tasks of the likelihood that the model assigns to texts: multiple choice and perplexity."""
+"""Tasks on the likelihood that the model assigns to texts: multiple choice and perplexity."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ from grit_jax.text.prompts import TokenizedPrompt
 from grit_jax.text.tokenizer import Tokenizer
 
 _LETTERS = string.ascii_uppercase
-_LETTER_TOKENS = 2  # of a letter with the space before it, where a tokenizer has both apart
+_LETTER_TOKENS = 2  # of a letter and the space before it, if a tokenizer splits them
 
 
 @dataclasses.dataclass(frozen=True)
 class MultipleChoice(PromptedTask):
     """Accuracy of the choice whose letter is likeliest.
 
-    `path` is a .jsonl file with `question`, `choices` and `answer`, a letter or a number from 0; `shots_path` another.
-    In the template `{choices}` are the lettered choices. Contexts that are too long lose their beginning.
+    `path` is a .jsonl file with `question`, `choices` and `answer`, a letter or a number from 0; `shots_path` is
+    another. In the template, `{choices}` stands for the lettered choices. Too long contexts lose their beginning.
     """
 
     template: str = "{question}\n{choices}\nAnswer:"
@@ -91,12 +91,12 @@ def _target(record: EvaluationRecord) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Perplexity(Task):
-    """Loss per scored token of GRIT generative records, in nats: what the assistant says, or all of a plain text.
+    """Loss per scored token of GRIT generative records, in nats: of the assistant's turns, or all of a plain text.
 
     `path` is a file or folder in GRIT's format. Records are cut on the right, as in training.
 
     Attributes:
-      max_length: Tokens kept of a record; null for the model's limit.
+      max_length: Most tokens to keep of a record; null for the model's limit.
     """
 
     max_length: int | None = None

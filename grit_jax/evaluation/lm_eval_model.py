@@ -27,14 +27,14 @@ class LMEvalModel(LM):
     """Scores and completes lm-eval's requests.
 
     Contexts follow BOS as they are; with `--apply_chat_template` they are GRIT's user messages. A context that is too
-    long for the model loses its first tokens; of a continuation that is too long only the last tokens are scored. White
-    space at the end of a context counts as the continuation's, as in the harness's own models, but not the line break
-    after the assistant's marker.
+    long for the model loses its first tokens; a continuation that is too long is scored on its last tokens only. White
+    space at the end of a context counts as the continuation's, as in the harness's own models, except for the line
+    break after the assistant's marker.
 
     Args:
       pretrained: Run folder, checkpoint or Hugging Face folder, or a model.
       step: Checkpoint of a run; None takes the newest.
-      seed: Of sampled completions.
+      seed: Seed of sampled completions.
       **_: Arguments that the harness gives every model, such as batch size and device; ignored.
     """
 
@@ -53,15 +53,15 @@ class LMEvalModel(LM):
         return found
 
     def _split(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
-        """Splits where scoring begins: before white space at a context's end, and at the last tokens that fit."""
+        """Splits pairs where scoring begins: before white space at a context's end, or at the last tokens that fit."""
         bos, num_bos = self._model.tokenizer.bos, int(self._model.tokenizer.bos_id is not None)
         most = self._model.architecture.max_length - num_bos - 1
         texts = [context + continuation for context, continuation in pairs]
         split = []
         encodings = self._model.tokenizer.encode_batch([bos + text for text in texts])
         for (context, _), text, (_, starts) in zip(pairs, texts, encodings, strict=True):
-            start = len(context if prompts.awaits_answer(context) else context.rstrip())
-            if len(starts) > most:  # a character of several tokens is scored whole or not at all
+            start = len(context if prompts.awaits_completion(context) else context.rstrip())
+            if len(starts) > most:  # score a character of several tokens whole or not at all
                 start = max(start, int(starts[starts > starts[-most - 1]][0]) - len(bos))
             split.append((text[:start], text[start:]))
         return split
@@ -138,11 +138,11 @@ class LMEvalModel(LM):
         return self._model.tokenizer.fingerprint
 
     def _fitting(self, context: str, room: int) -> str:
-        """The context without the first tokens that leave no room for a completion."""
+        """The context, cut at its beginning to leave room for a completion."""
         limit = self._model.architecture.max_length - room
         while (over := int(self._model.prompt_lengths([context], raw=True)[0]) - limit) > 0:
             starts = self._model.tokenizer.encode(context).starts
-            # A character may be several tokens, and what is left be more tokens than it was before.
+            # A character may be several tokens, and the rest may become more tokens than before.
             context = context[max(1, starts[over]) :] if over < len(starts) else ""
         return context
 

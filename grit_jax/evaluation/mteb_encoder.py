@@ -30,14 +30,14 @@ class MtebEncoder(AbsEncoder):
     """Embeds mteb's texts: `mteb.evaluate(MtebEncoder(model), tasks)`.
 
     Queries and symmetric texts carry their task's instruction, documents none. mteb stores results by name, the model's
-    fingerprint, `max_length` and the instructions, so results of different settings stay apart.
+    fingerprint, `max_length` and the instructions, which keeps results of different settings apart.
 
     Args:
       model: The model to evaluate.
       name: Its name in mteb, `owner/name`.
-      instructions: Instruction by task name; None takes the package's, one for each of MTEB's 56 English tasks. A task
+      instructions: Instructions by task name; None takes the package's, one for each of MTEB's 56 English tasks. A task
         without one takes mteb's own prompt.
-      max_length: Tokens kept of a text, instruction included.
+      max_length: Most tokens to keep of a text, instruction included.
     """
 
     def __init__(
@@ -87,9 +87,9 @@ def register(path: str | Path, *, name: str | None = None, **options: Any) -> st
     """Registers a run folder, a checkpoint or a Hugging Face folder for `mteb.get_model(name)`.
 
     Args:
-      path: Of the model.
+      path: Path of the model.
       name: `owner/name`; None takes `grit_jax/` and the folder's name.
-      **options: Of `MtebEncoder`.
+      **options: Further arguments of `MtebEncoder`.
 
     Returns:
       The name.

@@ -34,7 +34,7 @@ def fill(template: str, record: EvaluationRecord, more: Mapping[str, str] | None
 
 
 class Prompts(NamedTuple):
-    """Users' messages.
+    """The prompts of some records: users' messages.
 
     Attributes:
       messages: One for each record.
@@ -53,11 +53,11 @@ class PromptedTask(Task):
       instruction: First paragraph of every prompt; `{key}` is the record's value.
       template: The question; `{key}` is the record's value.
       prefix: How the model's answer begins.
-      limit: Records to draw of each group, by the suite's seed; null for all.
-      group: Key of the records that names their group; null for one group.
-      shots: Examples before each question, the first of `shots_path`, of the record's group where there are groups;
-        null for all of them. A prompt that is too long for the model loses its last examples.
-      shots_path: File with examples, some for every group. A record that is an example is not a question.
+      limit: Records to draw from each group, by the suite's seed; null for all.
+      group: Key that names a record's group; null for a single group.
+      shots: Number of examples before each question: the first ones in `shots_path`, of the record's group if there are
+        groups; null for all. A prompt that is too long for the model loses its last examples.
+      shots_path: File with examples for every group. A record used as an example is not a question.
     """
 
     instruction: str = ""
@@ -70,7 +70,7 @@ class PromptedTask(Task):
 
     def __post_init__(self):
         for key in ("limit", "shots"):
-            require_positive(key, getattr(self, key), "leave it out for all rows")
+            require_positive(key, getattr(self, key), "leave it out for all records")
         if self.shots and not self.shots_path:
             raise InputError(f"shots={self.shots} needs shots_path, a file with examples")
 
@@ -101,7 +101,7 @@ class PromptedTask(Task):
             examples = {record.where for group in self._example_records().values() for record in group}
             records = [record for record in records if record.where not in examples]
             if not records:
-                raise InputError(f"{self.path}: every row is an example; lower shots")
+                raise InputError(f"{self.path}: every record is an example; lower shots")
         if self.limit is None:
             return records
         groups = [self.group_of(record) for record in records]

@@ -29,7 +29,7 @@ class EvaluationRecord(NamedTuple):
     values: dict[str, Any]
 
     def get(self, key: str, *types: type) -> Any:
-        """The value of a key, a string where no types are given.
+        """The value of a key; a string if no types are given.
 
         Raises:
           InputError: The key is missing, or its value has another type.
@@ -55,7 +55,7 @@ class EvaluationRecord(NamedTuple):
         return values
 
     def one_or_more(self, key: str, *types: type) -> list[str]:
-        """`strings`, or a list of the one value that is there as text; errors as of `strings` and `get`."""
+        """`strings`, or a list of the single value as text; errors as in `strings` and `get`."""
         return self.strings(key) if isinstance(self.values.get(key), list) else [str(self.get(key, *types))]
 
     def numbers(self, key: str) -> list[float]:
@@ -70,10 +70,10 @@ class EvaluationRecord(NamedTuple):
         return values
 
     def number(self, key: str) -> float:
-        """A finite number, also as text, as TSV files hold it.
+        """A finite number, or its text, as in TSV files.
 
         Raises:
-          InputError: The value is not one.
+          InputError: The value is something else.
         """
         value = self.get(key, str, int, float)
         try:
@@ -117,7 +117,7 @@ def read_records(path: Path, *columns: str) -> list[EvaluationRecord]:
             raise InputError(f"{where}: the first row is no header; it must name {', '.join(columns)}, tabs between")
         records.append(EvaluationRecord(where, values))
     if not records:
-        raise InputError(f"{file}: the file is empty; put rows in it")
+        raise InputError(f"{file}: the file is empty; put records in it")
     return records
 
 

@@ -1,4 +1,4 @@
-"""The report: main scores with bootstrap intervals, kept as long as nothing that they depend on has changed."""
+"""The report: main scores with bootstrap intervals, kept until something that they depend on changes."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from grit_jax.evaluation.task import Outcome, Task, mean
 
 Entry = dict[str, Any]
 
-_NOT_SETTINGS = {"name", *PATHS}  # what the files hold counts, not where they are
+_NOT_SETTINGS = {"name", *PATHS}  # the content of files counts, not their paths
 _TYPE_NAMES = {task_type: name for name, task_type in TYPES.items()}
 
 
 def interval(outcome: Outcome, seed: int) -> tuple[float, float]:
     """The main score's 95 % interval by the percentile bootstrap over examples (Efron, 1979), 1000 draws.
 
-    Where the score is no mean, the bias of the draws is subtracted: examples that are drawn twice agree with
-    themselves, which lifts a v-measure by more than its spread. It is clipped to the score's bounds.
+    If the score is not a mean, the bias of the draws is subtracted: examples drawn twice agree with themselves, which
+    lifts a v-measure by more than its spread. The interval is clipped to the score's bounds.
     """
     generator, examples = np.random.default_rng(seed), outcome.examples
     draws = [
@@ -64,7 +64,7 @@ def fingerprint(task: Task, suite: Suite, model: str) -> str:
         if field.name not in _NOT_SETTINGS
     }  # fmt: skip
     about: list[Any] = [type(task).__name__, settings, suite.max_length, suite.seed, model, version("grit-jax")]
-    if shots := getattr(task, "shots_path", None):  # records of `path` may be examples; files are named after groups
+    if shots := getattr(task, "shots_path", None):  # records of `path` may be examples; file names are those of groups
         about += [shots == task.path, [file.name for file in task.files() if file.parent == Path(shots)]]
     digest = hashlib.sha256(json.dumps(about).encode())
     for path in map(existing, task.files()):
@@ -73,10 +73,10 @@ def fingerprint(task: Task, suite: Suite, model: str) -> str:
 
 
 def read_report(path: Path) -> dict[str, Entry]:
-    """The tasks of an earlier report; none where there is none.
+    """The tasks of an earlier report; none without one.
 
     Raises:
-      InputError: The file is no report.
+      InputError: The file is not a report.
     """
     text = files.read_text(path)
     if text is None:
@@ -84,7 +84,7 @@ def read_report(path: Path) -> dict[str, Entry]:
     try:
         return dict(json.loads(text)["tasks"])
     except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"--output {path}: is there and is no report; choose another file") from error
+        raise InputError(f"--output {path}: exists and is not a report; choose another file") from error
 
 
 def write_report(path: Path, tasks: dict[str, Entry], about: dict[str, Any]) -> None:

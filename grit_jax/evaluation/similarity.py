@@ -1,4 +1,4 @@
-"""Tasks of pairs: semantic similarity, pair classification, and summaries against human ones."""
+"""Tasks on pairs: semantic similarity, pair classification, and summaries against human ones."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def _precisions(examples: np.ndarray) -> list[float]:
 
 @dataclasses.dataclass(frozen=True)
 class Summarization(EmbeddingTask):
-    """Machine summaries judged by their likeness to human ones, by the protocol of MTEB's SummEval.
+    """Machine summaries judged by their similarity to human ones, by the protocol of MTEB's SummEval.
 
     `path` is a .jsonl file with lists `machine_summaries`, `relevance` (a score for each of them) and
     `human_summaries`. A machine summary's score is its largest cosine with a human one; the main score is the mean over
@@ -100,5 +100,5 @@ class Summarization(EmbeddingTask):
             if np.ptp(gold) and np.ptp(best):
                 correlations.append(spearman(best, gold))
         if not correlations:
-            raise InputError(f"{self.path}: in every row 'relevance' or the similarity is constant; nothing to rank")
+            raise InputError(f"{self.path}: in every record 'relevance' or the similarity is constant; nothing to rank")
         return Outcome("cosine_spearman", np.array(correlations), bounds=_CORRELATION)

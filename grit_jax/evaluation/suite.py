@@ -46,8 +46,8 @@ class Suite:
 
     Attributes:
       tasks: In the order of the file, with resolved paths.
-      max_length: Tokens kept of an embedded text.
-      seed: Of all random draws.
+      max_length: Most tokens to keep of an embedded text.
+      seed: Seed of all random draws.
     """
 
     tasks: tuple[Task, ...]
@@ -68,16 +68,16 @@ class _Settings:
 def load_suite(path: str | Path, *, data: str | Path | None = None) -> Suite:
     """Reads a suite.
 
-    The file has `tasks`, a list of mappings with `name`, `type`, `path` and the settings of their type; and perhaps
+    The file has `tasks`, a list of mappings with `name`, `type`, `path` and the settings of their type; optionally
     `instructions` (`mteb`, or a YAML file of instructions by task name), `max_length` and `seed`.
 
     Args:
       path: The file.
-      data: Folder that the tasks' paths are relative to; None for the file's own.
+      data: Folder to which the tasks' paths are relative; None for the file's own.
 
     Raises:
       InputError: The file is missing or malformed, a key is unknown (with a suggestion), a value has the wrong type, a
-        name is not unique or cannot be a file's, or `instructions` lacks an embedding task.
+        name is not unique or cannot name a file, or `instructions` lacks an embedding task.
     """
     path = Path(path)
     data = Path(data) if data else path.parent

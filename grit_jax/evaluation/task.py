@@ -1,4 +1,4 @@
-"""What all task types share: the base classes, the session that runs them and the outcome that they return."""
+"""The base classes of tasks, the session that they run in and the outcome that they return."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import numpy as np
 from grit_jax.inference.model import GritModel, Messages
 from grit_jax.inference.scorer import Likelihoods
 
-_BATCH_SIZE = 32  # prompts that are completed together
+_BATCH_SIZE = 32  # prompts completed together
 
 
 def mean(examples: np.ndarray) -> float:
@@ -27,7 +27,7 @@ class Outcome:
     """The result of a task.
 
     Attributes:
-      metric: Name of the main score; None where there is none.
+      metric: Name of the main score; None without one.
       examples: float64 [examples] or [examples, columns]; what each example contributes to the main score. Intervals
         come from resampling examples.
       score: Computes the main score from contributions.
@@ -56,12 +56,12 @@ class Progress:
 
 @dataclasses.dataclass(frozen=True)
 class Session:
-    """A model and what all tasks of a suite share.
+    """The model and settings that all tasks of a suite share.
 
     Attributes:
       model: The model to evaluate.
-      max_length: Tokens kept of an embedded text, instruction included.
-      seed: Of all random draws.
+      max_length: Most tokens to keep of an embedded text, instruction included.
+      seed: Seed of all random draws.
       progress: Receives the progress of the running task.
     """
 
@@ -71,7 +71,7 @@ class Session:
     progress: Progress = dataclasses.field(default_factory=Progress)
 
     def generator(self, *numbers: int) -> np.random.Generator:
-        """A random generator of the suite's seed and further numbers."""
+        """A random generator seeded with the suite's seed and further numbers."""
         return np.random.default_rng([self.seed, *numbers])
 
     def embed(self, texts: Sequence[str], instruction: str | None = None) -> np.ndarray:
@@ -109,17 +109,17 @@ class Session:
         top_p: float = 1.0,
         sample: int = 0,
     ) -> list[str | None]:
-        """What the model writes after each prompt; None where prompt and completion exceed the model's length.
+        """The completion of each prompt; None if the two exceed the model's length.
 
         Args:
-          prompts: Users' messages, or texts to continue where `raw`.
+          prompts: Users' messages, or texts to continue if `raw`.
           max_new_tokens: Most tokens of a completion.
-          prefixes: How each completion begins; not part of the result.
+          prefixes: The beginning of each completion; not part of the result.
           stop: A completion ends before the first of these strings.
-          raw: Whether prompts are continued as they are.
+          raw: Whether to continue prompts as they are.
           temperature: 0 takes the likeliest token each time.
           top_p: Probability of the nucleus to sample from.
-          sample: Number of the draw; another number gives other completions.
+          sample: Number of the draw; other numbers give other completions.
         """
         prefixes = prefixes or [""] * len(prompts)
         lengths = self.model.prompt_lengths(prompts, prefix=prefixes, raw=raw)
@@ -142,7 +142,7 @@ class Session:
 
 
 def undersample(groups: Sequence[str] | np.ndarray, most: int, generator: np.random.Generator) -> np.ndarray:
-    """Indices of `most` random examples of each group, or of all of a smaller one, in random order; int [drawn]."""
+    """Indices of `most` random examples of each group (all of a smaller group), in random order; int [drawn]."""
     drawn, chosen = Counter[str](), []
     for i in generator.permutation(len(groups)).tolist():
         drawn[groups[i]] += 1
@@ -157,7 +157,7 @@ class Task(abc.ABC):
 
     Attributes:
       name: Its name in the report.
-      path: Its data: a file, or a folder where the type says so.
+      path: Its data: a file, or a folder for some types.
     """
 
     name: str
@@ -178,11 +178,11 @@ class Task(abc.ABC):
 
 @dataclasses.dataclass(frozen=True)
 class EmbeddingTask(Task):
-    """A task of embeddings.
+    """A task on embeddings.
 
     Attributes:
-      instruction: Of the texts, in retrieval and reranking of the queries; null takes it from the suite's
-        `instructions`, or none where the suite has none.
+      instruction: Instruction of the texts, or of the queries in retrieval and reranking; null takes the one in the
+        suite's `instructions`, or none if the suite has none.
     """
 
     instruction: str | None = None

@@ -1,4 +1,4 @@
-"""What a model family is: tables in the words of Hugging Face, read without JAX."""
+"""A model family as tables in Hugging Face's words; needs no JAX."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from typing import Any, Literal
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """A parameter and the stored tensors that it is made of.
+    """A parameter and the stored tensors that make it up.
 
     Attributes:
       name: Name in the safetensors file; `{layer}` and `{expert}` stand for the indices of the parameter's first dims.
       path: Path of the parameter.
-      in_dims: Input dims of a matrix product, before the output dims: torch stores [out, in], flattened, where the
-        parameter is [in..., out...]. None for a tensor that is stored as it is, 0 for a bias.
+      in_dims: Number of input dims of a matrix product: torch stores [out, in], flattened, for a parameter [in...,
+        out...]. None for a tensor stored as it is, 0 for a bias.
     """
 
     name: str
@@ -59,17 +59,17 @@ class Family:
 
     Attributes:
       model_class: Class of transformers that opens the folder.
-      tensors: Every parameter, in the order in which it is written.
-      fixed: Fields that follow from the family alone.
-      keys: Fields and their keys in config.json, beside those that all families share. An absent key has the field's
+      tensors: Every parameter, in the order of writing.
+      fixed: Fields that the family determines.
+      keys: Fields and their keys in config.json, besides those that all families share. An absent key has the field's
         value in `defaults`; families without the field refuse the key.
       defaults: Values of absent keys where they differ from those of `TransformerConfig`.
-      aliases: Fields and a second key of theirs, which must agree with the first.
-      constants: Keys that are written with one value.
-      activation: Key of the activation and its value where it is absent.
+      aliases: Fields and their second keys, which must agree with the first ones.
+      constants: Keys always written with the same value.
+      activation: Key of the activation, and its value if absent.
       windows: Which layers have the sliding window: `none`, `all`, the last ones if a switch is on (`optional`), or a
         pattern (`layers`).
-      window_period: Every n-th layer of a pattern sees everything, unless `layer_types` says otherwise: n, or its key
+      window_period: n if every n-th layer of a pattern sees everything, unless `layer_types` says otherwise; or n's key
         and default.
       remote_code: Whether `modeling_grit.py` makes old versions of transformers embed with this family.
       eager: Whether transformers needs eager attention.
@@ -94,7 +94,7 @@ class Family:
 
     @property
     def feature_keys(self) -> set[str]:
-        """Keys of config.json that not every family has and this one does."""
+        """Keys of config.json that this family has but not all families do."""
         windows = set() if self.windows == "none" else {"sliding_window"}
         switch = {"use_sliding_window"} if self.windows == "optional" else set()
         period = {self.window_period[0]} if isinstance(self.window_period, tuple) else set()

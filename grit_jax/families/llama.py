@@ -1,4 +1,4 @@
-"""Llama 2 and 3, and every model of their layout. The tables of the other families are made of its rows."""
+"""Llama 2 and 3, and every model of their layout. The other families' tables reuse its rows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reads and writes config.json, as the tables of the families say."""
+"""Reads and writes config.json by the tables of the families."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ _REQUIRED: Mapping[str, tuple[Any, ...]] = {
     "attention_multiplier": (None,), "clip_qkv": (None,), "quantization_config": (None,), "per_layer_config": (None,),
 }  # fmt: skip
 
-# The ranges of fields; any other size may be as large as that of an array. Far beyond any model, they keep a damaged
-# file from making this package count to its end.
+# The ranges of fields; any other size may be as large as an array's. They lie far beyond any model, and keep a damaged
+# file from occupying this package forever.
 _MANY = Range("must be from 1 to 10000", lambda value: 1 <= value <= 10_000)
 _FIRST_LAYER = Range("must be from 0 to 2147483647", lambda value: 0 <= value < 1 << 31)
 _EPSILON = Range("must be positive and at most 1", lambda value: 1e-30 < value <= 1)
@@ -58,8 +58,8 @@ def read_config(config: Mapping[str, Any], *, source: str) -> TransformerConfig:
     """The architecture that a config.json describes.
 
     Raises:
-      InputError: It names a family or a feature that is not supported, lacks a key, has a value of another type or out
-        of range, or contradicts itself.
+      InputError: It names an unsupported family or feature, lacks a key, has a value of the wrong type or out of range,
+        or contradicts itself.
     """
     section = Section(config, source=source)
     name: Any = section.choice("model_type", FAMILIES)
@@ -94,7 +94,7 @@ def read_config(config: Mapping[str, Any], *, source: str) -> TransformerConfig:
 
 
 def _is_one_of(value: Any, allowed: tuple[Any, ...]) -> bool:
-    """`value in allowed`, but 0 is not False and 1 is not True."""
+    """`value in allowed`, except that 0 is not False and 1 is not True."""
     return any(isinstance(value, bool) == isinstance(other, bool) and value == other for other in allowed)
 
 
@@ -115,7 +115,7 @@ def _read_heads(section: Section, family: Family, embed_dim: int, num_heads: int
 
 
 def _read_windows(section: Section, family: Family, num_layers: int) -> dict[str, Any]:
-    """`sliding_window` and, where layers differ, `windowed_layers`."""
+    """`sliding_window` and, if layers differ, `windowed_layers`."""
     window = section.integer("sliding_window", default=family.defaults.get("sliding_window"), null=True)
     uses = section.flag("use_sliding_window", default=False)
     if family.windows == "none" or (family.windows == "optional" and not uses):
@@ -168,7 +168,7 @@ def _read_rope_key(section: Section, key: str, family: Family) -> dict[str, Any]
     local_key = family.keys.get("local_rope_theta")
     if _LAYER_TYPES.keys() & rope.values.keys():  # one entry per type of layer
         if not local_key or key != "rope_parameters" or rope.values.keys() - _LAYER_TYPES.keys():
-            raise section.error(key, "has entries for kinds of layers, which are not supported there")
+            raise section.error(key, "has entries for types of layers, which are not supported there")
         local = rope.section("sliding_attention", default=None, null=True) or local
         rope = rope.section("full_attention", default=None, null=True) or Section({}, source=section.source)
         if _rope_type(local) != "default":
@@ -186,7 +186,7 @@ def _read_rope_key(section: Section, key: str, family: Family) -> dict[str, Any]
 
 
 def _read_theta(section: Section, key: str, rope: Section, default: float) -> float:
-    """A base, which may be among the rope parameters, beside them, or both if they agree."""
+    """A base, found among the rope parameters, beside them, or in both if they agree."""
     outer = section.number(key, _BASE, default=None)
     inner = rope.number("rope_theta", _BASE, default=None)
     if None not in (outer, inner) and outer != inner:
@@ -210,7 +210,7 @@ def _read_scaling(section: Section, rope: Section) -> RopeScaling | None:
 
 
 def _rope_type(rope: Section) -> Any:
-    """`default`, which scales nothing, or the kind of a RopeScaling; checks that its keys are there and no others."""
+    """`default`, which scales nothing, or the `kind` of a RopeScaling; checks that it has exactly its keys."""
     older = rope.text("type", default="default")
     rope_type = rope.text("rope_type", default=older)
     if "type" in rope and older != rope_type:

@@ -26,12 +26,12 @@ _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
 
 
 def is_hub_id(name: str | os.PathLike[str]) -> bool:
-    """Whether `name` reads as `org/name` or `org/name@revision` and is no path on this machine."""
+    """Whether `name` reads as `org/name` or `org/name@revision` and is not a path on this machine."""
     return bool(_ID.fullmatch(str(name))) and not epath.Path(name).exists()
 
 
 def snapshot(name: str) -> Path:
-    """The local copy of a model on the Hub, downloaded unless it is in huggingface_hub's cache.
+    """The local copy of a model on the Hub, downloaded unless huggingface_hub's cache has it.
 
     Args:
       name: `org/name`, or `org/name@revision` with a branch, tag or commit.
@@ -52,7 +52,7 @@ def snapshot(name: str) -> Path:
             )
     except InputError:
         raise
-    except Exception as error:  # the errors of its HTTP library are not huggingface_hub's own
+    except Exception as error:  # errors of the HTTP library are not huggingface_hub's own
         raise InputError(
             f"{name}: not a folder here, not in the cache, and the Hub cannot be reached ({type(error).__name__}); "
             "check the name and the network"
@@ -70,8 +70,8 @@ class RemoteFile(NamedTuple):
     Attributes:
       name: Path in the repository.
       size: Bytes.
-      sha256: Of its content, for large files.
-      git_sha1: Of its git blob, for other files.
+      sha256: Digest of its content, for large files.
+      git_sha1: Digest of its git blob, for other files.
     """
 
     name: str
@@ -87,7 +87,7 @@ class Repository(NamedTuple):
       repo_type: Model or dataset.
       name: `org/name`.
       commit: All 40 digits.
-      licence: As its card states it, if it does.
+      licence: The licence that its card states, if any.
       page: Its address.
       files: All files.
     """
@@ -128,7 +128,7 @@ def look_up(repo_type: RepoType, name: str, revision: str | None = None) -> Repo
 
 
 def download(repository: Repository, file: RemoteFile, folder: Path) -> tuple[Path, str]:
-    """Downloads a file of a repository to `folder`, unless it is there, and returns its path and sha256.
+    """Downloads a file of a repository to `folder`, unless it is already there, and returns its path and sha256.
 
     Raises:
       InputError: The licence has not been accepted.
@@ -153,7 +153,7 @@ def download(repository: Repository, file: RemoteFile, folder: Path) -> tuple[Pa
     if found != wanted:
         path.unlink()
         raise UnreachableError(
-            f"{name}: {file.name} came damaged: its {sum_name} is {found}, the Hub says {wanted}; it is removed"
+            f"{name}: {file.name} arrived damaged: its {sum_name} is {found}, the Hub says {wanted}; it is removed"
         )
     return path, sha256.hexdigest()
 
@@ -174,7 +174,7 @@ def _refusals(
       repo_type: Model or dataset.
       repository: `org/name`.
       revision: Branch, tag or commit.
-      name: What the user wrote; None for `repository`.
+      name: The name that the user wrote; None for `repository`.
       unknown: Message for a repository that the Hub does not have.
     """
     from huggingface_hub import errors
@@ -201,18 +201,18 @@ def _refusals(
 def asking(
     what: str, repo_type: RepoType, repository: str, revision: str | None, *, token: str = "read it"
 ) -> Generator[None]:
-    """Turns errors of a request to the Hub into permanent and passing ones.
+    """Turns errors of a request to the Hub into permanent and temporary ones.
 
     Args:
       what: Subject of the messages.
       repo_type: Model or dataset.
       repository: `org/name`.
       revision: Branch, tag or commit.
-      token: What a token must be allowed to do.
+      token: What the access token must be allowed to do.
 
     Raises:
-      InputError: The Hub refuses, or may not be asked.
-      UnreachableError: It does not answer, or cannot answer now.
+      InputError: The Hub refuses, or HF_HUB_OFFLINE is set.
+      UnreachableError: The Hub does not answer, or cannot answer now.
     """
     from huggingface_hub import errors
 
@@ -223,9 +223,9 @@ def asking(
         raise
     except errors.OfflineModeIsEnabled as error:
         raise InputError(f"{what}: HF_HUB_OFFLINE is set, so the Hub is not asked; unset it") from error
-    except Exception as error:  # the errors of its HTTP library are not huggingface_hub's own
+    except Exception as error:  # errors of the HTTP library are not huggingface_hub's own
         while isinstance(error, RuntimeError) and isinstance(error.__cause__, Exception):
-            error = error.__cause__  # of an upload of several files
+            error = error.__cause__  # when several files are uploaded
         status, said = None, str(error)
         if isinstance(error, errors.HfHubHTTPError):
             status, said = error.response.status_code, error.server_message or said

@@ -45,7 +45,7 @@ CHAT_TEMPLATE = (
 
 @dataclasses.dataclass(frozen=True)
 class Origin:
-    """How a model was made, as far as it is known.
+    """How a model was made, as far as known.
 
     Attributes:
       base_model: Id on the Hub, or name, of the model that training began with.
@@ -84,7 +84,7 @@ _GRITLM_PIECES = ("<s>", "▁<", "<", "|", "embed", ">", "<0x0A>", "user")
 
 
 def has_sentence_pooling(embedding: EmbeddingConfig) -> bool:
-    """Whether sentence-transformers has this pooling; its weighted mean counts from the start of the prompt."""
+    """Whether sentence-transformers has this pooling; its weighted mean starts at the beginning of the prompt."""
     return embedding.pooling in _POOLING_KEYS
 
 
@@ -95,7 +95,7 @@ def loses_window(architecture: TransformerConfig, embedding: EmbeddingConfig) ->
 
 
 def max_embedding_length(architecture: TransformerConfig, embedding: EmbeddingConfig) -> int:
-    """Tokens up to which transformers' embedding pass equals ours; its window reaches W tokens to either side."""
+    """Length up to which transformers' embedding pass equals ours; its window reaches W tokens to either side."""
     window = architecture.sliding_window if loses_window(architecture, embedding) else None
     return architecture.max_length if window is None else min(architecture.max_length, window + 1)
 
@@ -134,7 +134,7 @@ def sentence_files(
     files["1_Pooling/config.json"] = {
         "word_embedding_dimension": architecture.embed_dim,
         **{key: pooling == embedding.pooling for pooling, key in _POOLING_KEYS.items()},
-        # The first token of a prompt is part of the prompt.
+        # `cls` pools the first token, which is part of the prompt.
         "include_prompt": embedding.pooling == "cls",
     }
     files[SENTENCE_FILE] = {
@@ -165,7 +165,7 @@ def model_card(
     instructions: Mapping[str, str],
     origin: Origin = UNKNOWN,
 ) -> str:
-    """The folder's README.md: what the model is and how each tool uses it."""
+    """The folder's README.md: a description of the model, and how to use it in each tool."""
     bidirectional, family = embedding.attention == "bidirectional", FAMILIES[architecture.family]
     sentence, remote = has_sentence_pooling(embedding), remote_code(architecture) is not None
     limit = max_embedding_length(architecture, embedding)
@@ -249,7 +249,7 @@ def _template(name: str) -> str:
 
 
 def _render(template: str, blocks: Mapping[str, bool], values: Mapping[str, Any]) -> str:
-    """Fills in `$value`; lines from `%% block` to the next `%%` are kept if the block is; those of `%% all` always."""
+    """Fills in `$value`; keeps lines from `%% block` to the next `%%` if `blocks` has it true; `%% all` always."""
     lines, kept = [], True
     for line in template.splitlines():
         if line.startswith("%% "):

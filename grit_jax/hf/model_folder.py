@@ -40,7 +40,7 @@ def is_folder(path: str | os.PathLike[str]) -> bool:
 
 
 def open_folder(path: str | os.PathLike[str]) -> Pretrained:
-    """The model of a Hugging Face folder; `load` reads the weights, and no code of the folder is run.
+    """The model of a Hugging Face folder; `load` reads the weights, and never runs code of the folder.
 
     Raises:
       InputError: A file is missing or malformed, a feature is not supported, or tensors are missing, unknown, of
@@ -54,7 +54,7 @@ def open_folder(path: str | os.PathLike[str]) -> Pretrained:
         embedding = _read_embedding(jsonfile.read(folder / GRIT_CONFIG_FILE))
     tensors.weight_files(folder)
     try:
-        # Some tokenizers have more entries than the model has rows, Gemma 3's among them.
+        # Some tokenizers, such as Gemma 3's, have more entries than the model has rows.
         tokenizer = Tokenizer.load(folder).with_rows(architecture.vocab_size)
         architecture = architecture.resolve(tokenizer.vocab_size)
     except InputError as error:
@@ -128,8 +128,8 @@ def save_folder(
       out: New folder; an earlier export there is replaced.
       pretrained: The model.
       params: Its parameters.
-      dtype: Type of the stored weights.
-      max_shard_bytes: Largest safetensors file.
+      dtype: Dtype of the stored weights.
+      max_shard_bytes: Size limit of a safetensors file.
       instructions: Instructions of sentence-transformers' named prompts; `query` and `document` have none by default.
       origin: How the model was made, for the model card.
 

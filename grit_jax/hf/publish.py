@@ -1,4 +1,4 @@
-"""Uploads the files of an export to the Hugging Face Hub, and no others that lie in its folder."""
+"""Uploads the files of an export to the Hugging Face Hub, and no others in its folder."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from etils import epath
 from grit_jax.errors import InputError
 from grit_jax.hf import hub, tensors
 
-# What export-hf writes, and files of tokenizers and licences.
+# The files that export-hf writes, and those of tokenizers and licences.
 _MODULE = "[0-9]*_*"  # a folder of sentence-transformers, such as 1_Pooling
 _PARTS = (
     "README.md", "LICENSE*", "NOTICE*",
@@ -34,17 +34,17 @@ def push(
     private: bool = False,
     revision: str | None = None,
     message: str = "Upload a GRIT model",
-    report: Callable[[str], Any] = print,
+    tell: Callable[[str], Any] = print,
 ) -> str:
     """Uploads an exported folder and returns its address; after an interruption it sends only what is missing.
 
     Args:
-      folder: What `export-hf` wrote.
+      folder: A folder that `export-hf` wrote.
       repository: `org/name`; created if missing.
-      private: Whether a new repository is private.
+      private: Whether to make a new repository private.
       revision: Branch, created if missing; None for the main one.
-      message: Of the commit.
-      report: Called with a line about files that are left out.
+      message: Commit message.
+      tell: Called with a line about files left out.
 
     Raises:
       InputError: `folder` is not a whole export, or the Hub refuses.
@@ -58,7 +58,7 @@ def push(
     parts, left_out = _sorted_out(folder)
     _check_whole(folder, parts, left_out)
     if left_out:
-        report(f"left out: {', '.join(left_out)}")
+        tell(f"left out: {', '.join(left_out)}")
     api = huggingface_hub.HfApi()
     with hub.asking(repository, "model", repository, revision, token="write to it"):
         api.create_repo(repository, private=private, exist_ok=True)
@@ -72,7 +72,7 @@ def push(
 
 
 def _sorted_out(folder: Path) -> tuple[list[str], list[str]]:
-    """Paths in a folder that belong to an export, and the others, with a reason unless it is their name."""
+    """Paths in a folder that belong to an export, and the others, with a reason if it is not their name."""
     parts, left_out = [], []
     root = folder.resolve()
     for entry in _entries(folder):

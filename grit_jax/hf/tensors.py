@@ -1,7 +1,6 @@
 """Streams tensors between safetensors files and the mesh, one at a time.
 
-Headers say where each tensor's bytes are, so that every process reads only those that its devices hold, from a disk or
-a bucket.
+Headers say where each tensor's bytes are, so a process reads only those that its devices need, from a disk or bucket.
 """
 
 from __future__ import annotations
@@ -39,14 +38,14 @@ WEIGHTS_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 # The output head of a model whose head is its embedding table.
 TIED_HEAD = Tensor(HEAD, ("embedding",))
 
-# The linear embedding head is ours alone and has a file of its own.
+# The linear embedding head exists only here and has a file of its own.
 PROJECTION_FILE = "projection.safetensors"
 PROJECTION = (
     Tensor("projection.weight", ("projection", "kernel"), 1),
     Tensor("projection.bias", ("projection", "bias"), 0),
 )
 
-_IGNORED_SUFFIXES = ("rotary_emb.inv_freq",)  # buffers of older folders, which follow from the config
+_IGNORED_SUFFIXES = ("rotary_emb.inv_freq",)  # buffers in older folders, which the config determines
 _FILE_NAME = re.compile(r"[\w-][\w.-]*\.safetensors")
 _COUNT = Range("must be from 0 to 9223372036854775807", lambda value: 0 <= value < 1 << 63)
 _LONGEST_HEADER = 100_000_000  # bytes, as in the safetensors library
@@ -59,7 +58,7 @@ _DTYPES = {
 
 
 def model_tensors(architecture: TransformerConfig, embedding: EmbeddingConfig) -> list[Tensor]:
-    """Every parameter of a model, as it is stored."""
+    """Every parameter of a model, as stored."""
     tied, tensors = architecture.tie_embeddings, FAMILIES[architecture.family].tensors
     own = [tensor for tensor in tensors if not (tied and tensor.path == ("head",))]
     return own + (list(PROJECTION) if embedding.projection_dim else [])
@@ -73,7 +72,7 @@ def get(tree: Any, path: tuple[str, ...]) -> Any:
 
 
 class StoredTensor(NamedTuple):
-    """Where a tensor's values are: from byte `offset` of a safetensors file on, row-major."""
+    """Where a tensor's values are: row-major from byte `offset` of a safetensors file."""
 
     file: epath.Path
     offset: int
@@ -81,7 +80,7 @@ class StoredTensor(NamedTuple):
     shape: tuple[int, ...]
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """Reads values `start` to `stop` of the flattened tensor and nothing else; float64 becomes float32."""
+        """Reads only values `start` to `stop` of the flattened tensor; float64 becomes float32."""
         values = np.empty(stop - start, self.dtype)
         wanted: Any = values.view(np.uint8).data
         with files.open_binary(self.file) as stream:
@@ -135,12 +134,12 @@ def weight_files(folder: epath.Path) -> list[str]:
 def stored_tensors(folder: epath.Path, *, projection: bool = False) -> dict[str, StoredTensor]:
     """Every tensor of a folder's `weight_files`, from their headers.
 
-    Names lose a `model.` that a wrapper added, as in the reference's training checkpoints, and gain one where the model
-    was saved without its output head, as transformers' AutoModel does.
+    Names lose a `model.` that a wrapper added, as in the reference's training checkpoints, and gain one if the model
+    was saved without its output head, as by transformers' AutoModel.
 
     Args:
       folder: Model folder.
-      projection: Whether the embedding head is read too.
+      projection: Whether to read the embedding head too.
 
     Raises:
       InputError: A file is missing, cut short or not safetensors, or two hold the same tensor.
@@ -194,7 +193,7 @@ def _read_entries(header: jsonfile.Section, file: epath.Path, begin: int, size: 
             continue
         entry = header.section(name)
         if unknown := sorted(entry.values.keys() - {"dtype", "shape", "data_offsets"}):
-            raise entry.error(unknown[0], "is no part of the format")
+            raise entry.error(unknown[0], "is not part of the format")
         dtype = _DTYPES[entry.choice("dtype", _DTYPES)]
         shape = tuple(entry.integers("shape", _COUNT))
         start, end = entry.integers("data_offsets", _COUNT, length=2)
@@ -219,7 +218,7 @@ def check_tensors(source: str, tensors: dict[str, StoredTensor], wanted: Sequenc
       InputError: Tensors are missing, unknown or of another shape; the message names them.
     """
     count = sum(tensor.num_stored(get(shapes, tensor.path).shape) for tensor in wanted)
-    if count > 2 * len(tensors) + _FEW:  # a damaged file may describe millions
+    if count > 2 * len(tensors) + _FEW:  # a damaged file may describe millions of tensors
         raise InputError(
             f"{source}: config.json describes {count} tensors, the weights are {len(tensors)}; copy both again"
         )
@@ -242,10 +241,10 @@ def check_tensors(source: str, tensors: dict[str, StoredTensor], wanted: Sequenc
 def load_param(
     tensor: Tensor, stored: dict[str, StoredTensor], shape: tuple[int, ...], target: Any, dtype: DTypeLike
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """A parameter of a shape, NamedSharding and type, and whether the values of each of its stored tensors are finite.
+    """A parameter of a given shape, NamedSharding and dtype, and whether each of its stored tensors is finite.
 
-    Each stored tensor is read as a flat array split over all devices, which cast, transpose and move it to its part of
-    the parameter. At most two of them are in flight.
+    Each stored tensor is read as a flat array split over all devices, which cast, transpose and move it into its part
+    of the parameter. At most two are in flight.
     """
     flat, replicated = sharding.flat(target.mesh), sharding.replicated(target.mesh)
     write = jax.jit(functools.partial(_write_part, tensor, shape), donate_argnums=0, out_shardings=(target, replicated))
@@ -294,7 +293,7 @@ def write_tensors(folder: Path, stem: str, tensors: Iterator[tuple[str, np.ndarr
         file.touch()
         mode = stat.S_IMODE(file.stat().st_mode)
         safetensors.numpy.save_file(pending, file, metadata={"format": "pt"})
-        file.chmod(mode)  # that of any other file; the library's lets nobody else read it
+        file.chmod(mode)  # as for any other file; the library's mode lets nobody else read it
         pending.clear()
 
     for name, value in tensors:

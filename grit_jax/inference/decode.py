@@ -14,13 +14,13 @@ from grit_jax.model.transformer import Cache, KVCache, Params, Transformer, bind
 from grit_jax.parallel.execution import Execution
 from grit_jax.parallel.sharding import constrain
 
-TOP_LOGPROBS = 20  # likeliest tokens whose log p comes with each sampled one
+TOP_LOGPROBS = 20  # likeliest tokens whose log p accompanies each sampled token
 
 Values = Any  # an array of JAX or NumPy
 
 
 class DecodeState(NamedTuple):
-    """What the rows of a batch have read: keys and values, and the logits of the next token, float32."""
+    """State of the rows of a batch: keys and values of the tokens read, and float32 logits of the next token."""
 
     cache: Cache
     logits: Float[Array, "rows vocab"]
@@ -30,10 +30,10 @@ class Sampling(NamedTuple):
     """How the next tokens of some rows are chosen.
 
     Attributes:
-      seeds: uint32 [batch]; a token's draw depends on its row's seed and its position alone.
+      seeds: uint32 [batch]; a token's draw depends only on its row's seed and its position.
       temperature: float32 [batch]; 0 takes the likeliest token.
-      top_p: float32 [batch]; probability of the nucleus that is drawn from.
-      logprobs: Whether log p of the tokens is computed.
+      top_p: float32 [batch]; probability of the nucleus to draw from.
+      logprobs: Whether to compute log p of the tokens.
     """
 
     seeds: Values
@@ -43,7 +43,7 @@ class Sampling(NamedTuple):
 
 
 class Logprobs(NamedTuple):
-    """Log p of sampled tokens and of the likeliest ones, at temperature 1; zeros where they are not wanted.
+    """Log p of sampled tokens and of the likeliest ones, at temperature 1; zeros if not wanted.
 
     Attributes:
       chosen: float32 [batch, steps].
@@ -58,7 +58,7 @@ class Logprobs(NamedTuple):
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames=("rows", "slots", "dtype"))
 def empty_state(model: Transformer, params: Params, *, rows: int, slots: int, dtype: jnp.dtype) -> DecodeState:
-    """A state of rows of up to `slots` tokens that have read nothing; its layers are stacked as those of `params`."""
+    """An empty state for rows of up to `slots` tokens, its layers stacked or listed as those of `params`."""
     config = model.config
 
     def zeros():
@@ -71,7 +71,7 @@ def empty_state(model: Transformer, params: Params, *, rows: int, slots: int, dt
 
 @functools.partial(jax.jit, donate_argnames="state")
 def clear(state: DecodeState, row: Int[Array, ""]) -> DecodeState:
-    """Empties a row for its next text, which sees nothing old, but 0 times a value that is not finite is not 0."""
+    """Empties a row for its next text: masked values must still be finite, as 0 times infinity is not 0."""
     before = (slice(None),) * _dim_of_rows(state.cache)
     return _placed(state._replace(cache=jax.tree.map(lambda x: x.at[(*before, row)].set(0), state.cache)))
 
@@ -91,10 +91,10 @@ def extend(
     Args:
       model: Abstract model.
       params: Its parameters.
-      state: What has been read; donated.
+      state: The state before; donated.
       tokens: Padded on the right.
       starts: Tokens that each row has read before.
-      lengths: Tokens that each row reads now; 0 leaves it as it is.
+      lengths: Tokens that each row reads now; 0 leaves the row as it is.
       rows: Indices of the rows in the state; None for all of them. An index beyond the state is padding.
     """
     model, part = bind(model, params), _take(state, rows)
@@ -134,14 +134,14 @@ def decode(
     Args:
       model: Abstract model.
       params: Its parameters.
-      state: What has been read; donated.
+      state: The state before; donated.
       lengths: Tokens that each row has read.
-      sampling: How tokens are chosen.
-      rows: As of `extend`.
+      sampling: How to choose tokens.
+      rows: As in `extend`.
       steps: Number of tokens.
 
     Returns:
-      The tokens, -1 where logits are not finite, and their log p, whole on every device; and the new state.
+      The tokens (-1 where logits are not finite) and their log p, both whole on every device, and the new state.
     """
     bound, part = bind(model, params), _take(state, rows)
     output_layer = bound.output_layer(_dtype(part.cache))
@@ -181,7 +181,7 @@ def sample(
         kept = before < top_p
         threshold = jnp.min(jnp.where(kept, descending, jnp.inf))
         drawn = jax.random.categorical(key, jnp.where(scaled >= threshold, scaled, -jnp.inf))
-        return jnp.where(jnp.sum(kept) > 1, drawn, likeliest)  # of one, and of none where top_p is 0
+        return jnp.where(jnp.sum(kept) > 1, drawn, likeliest)  # one, or none if top_p is 0
 
     greedy = jnp.argmax(logits, axis=-1)
 
@@ -208,7 +208,7 @@ def _advance(
 ) -> tuple[Float[Array, "batch length embed"], Cache]:
     """Hidden states of `tokens`, which see the cache up to their own position.
 
-    Slot p holds position p, so values beyond a row's end are overwritten before a token sees them; those beyond the
+    Slot p holds position p, so values beyond a row's end are overwritten before a token sees them; values beyond the
     last slot are dropped.
     """
     slots = jnp.arange(jax.tree.leaves(cache)[0].shape[-3])[None]

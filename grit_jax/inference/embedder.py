@@ -1,4 +1,4 @@
-"""Embeds tokenized texts, many to a row, or one to a row where keys and values are kept."""
+"""Embeds tokenized texts, many to a row, or one to a row to keep its keys and values."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ class Encoded(NamedTuple):
 
     Attributes:
       vectors: float32 [texts, embed].
-      num_tokens: Tokens that were read.
-      num_truncated: Texts that were cut to the maximum length.
+      num_tokens: Tokens read.
+      num_truncated: Texts cut to the maximum length.
     """
 
     vectors: np.ndarray
@@ -39,11 +39,11 @@ class Encoded(NamedTuple):
 
 
 class Cached(NamedTuple):
-    """What the embedding pass makes of one text.
+    """The result of the embedding pass for one text.
 
     Attributes:
       vector: float32 [embed].
-      cache: Rotated keys, and values, of its tokens, numpy [layers, tokens, kv_heads, head_dim].
+      cache: Rotated keys, and values, of its tokens; numpy [layers, tokens, kv_heads, head_dim].
     """
 
     vector: np.ndarray
@@ -51,10 +51,10 @@ class Cached(NamedTuple):
 
 
 class StartedEmbedding(NamedTuple):
-    """A batch that the device embeds.
+    """A batch that the device is embedding.
 
     Attributes:
-      indices: Of the texts in it.
+      indices: Indices of the texts in it.
       slots: Index of each text's vector in the flattened output.
       output: float32 [rows, segments, embed], which the device may still be computing.
     """
@@ -90,7 +90,7 @@ class Embedder:
         return vectors
 
     def start(self, texts: Sequence[TokenizedPrompt], batch_tokens: int | None) -> Iterator[StartedEmbedding]:
-        """Gives the device one batch after the other without waiting for the vectors."""
+        """Gives the device one batch after another without waiting for the vectors."""
         for packed in self._runner.packed([text.tokens for text in texts], batch_tokens):
             indices, rows = packed.texts.tolist(), packed.rows
             weights = rows.spread(_pool_weights([texts[index] for index in indices], self._settings.pooling))
@@ -99,7 +99,7 @@ class Embedder:
     def with_caches(
         self, texts: Sequence[TokenizedPrompt], attention: Attention | None, batch_tokens: int | None
     ) -> Iterator[tuple[int, Cached]]:
-        """Yields the index, vector, keys and values of each text; texts of like length share a batch."""
+        """Yields the index, vector, keys and values of each text; texts of similar length share a batch."""
         runner = self._runner
         settings = dataclasses.replace(self._settings, attention=attention or self._settings.attention)
         lengths = np.array([runner.row_length(len(text.tokens)) for text in texts], np.int64)

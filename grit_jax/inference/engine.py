@@ -1,8 +1,8 @@
-"""Continuous batching: texts join a batch and leave it while others are being written.
+"""Continuous batching: texts join and leave a batch while others are being completed.
 
 A lane is a batch of rows with caches of one length; a text goes to the shortest lane that holds it. A step reads a
-bounded number of tokens of new prompts, then writes a block of tokens of every text that has been read. There are few
-shapes: after `Engine.warm_up` nothing is compiled.
+bounded number of tokens of new prompts, then writes a block of tokens for every text that has been read. Shapes are
+few: after `Engine.warm_up` nothing is compiled.
 """
 
 from __future__ import annotations
@@ -31,26 +31,26 @@ from grit_jax.inference.decode import (
 from grit_jax.inference.runner import ModelRunner, bucket
 from grit_jax.model.transformer import KVCache
 
-BLOCK = 8  # tokens of a text that are written in one call of the device
+BLOCK = 8  # tokens of a text written in one device call
 
-_SHORTEST_READ, _LONGEST_READ = 32, 512  # tokens of a prompt that are read in one call
-_GROWTH = 4  # from one number of computed rows to the next
+_SHORTEST_READ, _LONGEST_READ = 32, 512  # tokens of a prompt read in one call
+_GROWTH = 4  # ratio of successive numbers of computed rows
 
 Finish = Literal["stop", "length", "failed"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Continuation:
-    """A text and how it is continued.
+    """A text and how to continue it.
 
     Attributes:
-      tokens: int32 [tokens]; what is read, at least one.
-      max_new_tokens: Most tokens that are written.
+      tokens: int32 [tokens]; the text, at least one token.
+      max_new_tokens: Most tokens to write.
       temperature: 0 takes the likeliest token each time.
-      top_p: Probability of the nucleus that is drawn from; its likeliest token is always in it.
+      top_p: Probability of the nucleus to draw from; the likeliest token is always in it.
       seed: Seed of the draws; tokens do not depend on the rest of the batch.
-      logprobs: Whether log p of the tokens is wanted.
-      prefix: Keys and values of what is before `tokens`, numpy [layers, tokens, kv_heads, head_dim]; None for nothing.
+      logprobs: Whether to return log p of the tokens.
+      prefix: Keys and values before `tokens`, numpy [layers, tokens, kv_heads, head_dim]; None without any.
 
     Raises:
       InputError: A number is out of its range.
@@ -65,7 +65,7 @@ class Continuation:
     prefix: KVCache | None = None
 
     def __post_init__(self):
-        require("max_new_tokens", self.max_new_tokens, NOT_NEGATIVE, "there is no number for no limit")
+        require("max_new_tokens", self.max_new_tokens, NOT_NEGATIVE, "it cannot be unlimited")
         require("temperature", self.temperature, NOT_NEGATIVE)
         require("top_p", self.top_p, SHARE)
 
@@ -76,18 +76,18 @@ class Continuation:
 
     @property
     def num_slots(self) -> int:
-        """Tokens that its row holds at the end."""
+        """Most tokens that its row will hold."""
         return self.num_cached + len(self.tokens) + self.max_new_tokens
 
 
 class Block(NamedTuple):
-    """The tokens that a step has written of a text.
+    """The tokens that a step has written for a text.
 
     Attributes:
       continuation: Which text.
       tokens: int32 [tokens], without the end-of-sequence token.
-      logprobs: Of these tokens, where they are wanted.
-      finish: Why the text has ended; None while it has not. `failed` means logits that are not finite.
+      logprobs: Log p of these tokens, if wanted.
+      finish: Why the text ended; None while it goes on. `failed` means logits that are not finite.
     """
 
     continuation: Continuation
@@ -109,7 +109,7 @@ class Engine:
     Where the mesh spans several processes, all of them make the same calls.
 
     Args:
-      runner: The model; its `batch_tokens` limit how much a lane reads before it writes in a step.
+      runner: The model; its `batch_tokens` limit how many tokens a lane reads in a step before it writes.
       eos_id: Token that ends a text.
       lanes: Sizes, shortest slots first; rows are rounded up to a multiple of what the mesh splits a batch into.
       fewer_rows: Whether a lane that uses few of its rows computes only some of them. That is faster, and takes a
@@ -129,7 +129,7 @@ class Engine:
 
     @property
     def num_active(self) -> int:
-        """Texts that are read or written."""
+        """Texts being read or written."""
         return sum(len(lane.active) for lane in self._lanes)
 
     @property
@@ -169,7 +169,7 @@ class Engine:
         return next(index for index, lane in enumerate(self._lanes) if lane.size.slots >= continuation.num_slots)
 
     def submit(self, continuation: Continuation) -> None:
-        """Queues a text for its lane; errors as of `lane`."""
+        """Queues a text for its lane; errors as in `lane`."""
         self._lanes[self.lane(continuation)].waiting.append(continuation)
 
     def cancel(self, continuation: Continuation) -> None:
@@ -197,8 +197,8 @@ class _Row:
     """A row in use.
 
     Attributes:
-      index: In the lane.
-      continuation: What is in it.
+      index: Its index in the lane.
+      continuation: The text in it.
       length: Tokens whose keys and values it holds.
       num_read: Tokens of the prompt among them.
       num_written: Tokens after the prompt.
@@ -216,13 +216,13 @@ class _Row:
 
 
 class _Call:
-    """Rows that one call of the device computes: all of the lane, or those of `rows` and padding.
+    """Rows that one device call computes: all of the lane, or `rows` and padding.
 
     Attributes:
-      size: Number of rows that are computed.
-      slots: Index, among these, of each row that the call is for.
-      resting: Rows in use that are computed without need and must keep what they hold.
-      indices: int32 [size]; indices of the computed rows in the lane, None for all of them.
+      size: Number of computed rows.
+      slots: Index among these of each of `rows`.
+      resting: Rows in use that are computed only incidentally and must keep their state.
+      indices: int32 [size]; indices of the computed rows in the lane; None for all rows.
     """
 
     def __init__(self, lane: _Lane, rows: Sequence[_Row], size: int):
@@ -244,7 +244,7 @@ class _Call:
 
 
 class _Started(NamedTuple):
-    """Rows whose next block the device writes, by their index in it."""
+    """Rows whose next block the device is writing, with their indices in the call."""
 
     slots: list[tuple[int, _Row]]
     tokens: jax.Array
@@ -260,7 +260,7 @@ class _Lane:
         self.active: dict[Continuation, _Row] = {}
         self._free = list(reversed(range(size.rows)))
         self._used: set[int] = set()  # rows that a text has been in
-        # The numbers of rows that a call may compute: it takes the smallest that is enough.
+        # The numbers of rows that a call may compute; it takes the smallest that suffices.
         self._row_counts = sizes(fewest_rows, size.rows, growth=_GROWTH)
         self._started: _Started | None = None
         self._dtype = np.dtype(runner.execution.dtype)
@@ -342,7 +342,7 @@ class _Lane:
     def _read(self, unread: list[_Row]) -> int:
         """Reads the next tokens of the prompts that have waited longest, and returns how many, padding included.
 
-        Of the shapes that are compiled, it takes the one that pads least.
+        Of the compiled shapes, it takes the one that pads least.
         """
         calls = []
         for rows in reversed([rows for rows in self._row_counts if rows <= self._enough(len(unread))]):
@@ -400,6 +400,6 @@ class _Lane:
         return next(rows for rows in self._row_counts if rows >= count)
 
     def _read_lengths(self, rows: int) -> list[int]:
-        """Lengths that `rows` rows are read with."""
+        """Lengths in which `rows` rows are read."""
         longest = max(_SHORTEST_READ, min(_LONGEST_READ, self.size.slots, self._runner.batch_tokens // rows))
         return [_SHORTEST_READ * 2**k for k in range((longest // _SHORTEST_READ).bit_length())]

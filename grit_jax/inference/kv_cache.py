@@ -1,4 +1,4 @@
-"""Keys and values of the embedding pass: made with the vectors, and concatenated for a prefix."""
+"""Keys and values of the embedding pass: computed with the vectors, and concatenated for a prefix."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def embed_with_cache(
     settings: EmbeddingConfig,
     execution: Execution,
 ) -> tuple[Float[Array, "batch out"], KVCache]:
-    """Vectors of texts, one a row, float32, and a cache of all tokens; whole on every device.
+    """Vectors of texts, one per row, float32, and a KV cache of all tokens; both whole on every device.
 
     `segment_ids` is 1 for the tokens of a text and 0 for padding, whose keys and values are arbitrary.
     """
@@ -46,10 +46,10 @@ def concatenate(caches: list[KVCache], config: TransformerConfig, *, corrected: 
     """Keys and values of several texts, one after the other; None without a text.
 
     Args:
-      caches: Numpy [layers, tokens, kv_heads, head_dim], each of a text that was read from position 0.
+      caches: Numpy [layers, tokens, kv_heads, head_dim] each, of texts read from position 0.
       config: Shape of the model that read them.
-      corrected: Whether the keys of each text are rotated to the positions after the texts before it. Otherwise every
-        text keeps its own positions, as in the paper's two-cache variants.
+      corrected: Whether to rotate each text's keys to positions after the preceding texts. Otherwise every text keeps
+        its own positions, as in the paper's two-cache variants.
     """
     if not caches:
         return None
@@ -61,7 +61,7 @@ def concatenate(caches: list[KVCache], config: TransformerConfig, *, corrected: 
 
 
 def _rotated(keys: np.ndarray, by: int, config: TransformerConfig) -> np.ndarray:
-    """Keys moved on by `by` positions: rotations add up under every scaling. XLA would compile for every length."""
+    """Keys moved on by `by` positions: rotations add up under every scaling. In NumPy, as XLA compiles per length."""
     full, local = rotations(jnp.full((1, 1), by), config)
     by_layer = [local if windowed and local is not None else full for windowed in config.layer_windows]
     cos, sin = (np.stack([np.asarray(one[part])[0] for one in by_layer])[:, :, None] for part in (0, 1))

@@ -42,14 +42,14 @@ class GritModel:
     Args:
       params: Parameters, placed on `mesh`.
       architecture: Resolved shape.
-      embedding: How vectors are made.
+      embedding: How it makes vectors.
       tokenizer: The model's tokenizer.
       mesh: Where it runs.
       execution: How it computes.
 
     Attributes:
       architecture: Resolved shape.
-      embedding: How vectors are made.
+      embedding: How it makes vectors.
       tokenizer: The model's tokenizer.
       runner: The parameters on the mesh.
     """
@@ -83,9 +83,9 @@ class GritModel:
         Args:
           path: Where the model is.
           step: Checkpoint to take; None takes the newest.
-          mesh: How it is spread over the devices; None puts a copy on each.
-          devices: Where it runs; None takes all.
-          dtype: Type of weights and activations; `auto` is float32 on CPU and bfloat16 elsewhere.
+          mesh: How to spread it over the devices; None puts a copy on each.
+          devices: Where to run it; None takes all.
+          dtype: Dtype of weights and activations; `auto` is float32 on CPU and bfloat16 elsewhere.
 
         Raises:
           InputError: There is no model, or it does not fit the mesh.
@@ -99,7 +99,7 @@ class GritModel:
 
     @property
     def params(self) -> Params:
-        """Parameters, as the device computes with them."""
+        """The parameters, in the form that the device computes with."""
         return self.runner.params
 
     @property
@@ -140,18 +140,18 @@ class GritModel:
         batch_tokens: int | None = None,
         progress: Callable[[int], None] = _ignore,
     ) -> Encoded:
-        """Embeds texts and counts what was read.
+        """Embeds texts, and counts tokens and truncated texts.
 
         Args:
-          texts: What is embedded.
-          instruction: For all of them; it is read but not pooled.
-          max_length: Tokens kept of each formatted text; None is the model's limit.
-          batch_tokens: Tokens that go through the model at a time, padding included; None takes what suits the device.
-          progress: Called with the number of texts that each batch finished.
+          texts: The texts to embed.
+          instruction: The instruction of all texts, read but not pooled.
+          max_length: Most tokens to keep of a formatted text; None for the model's limit.
+          batch_tokens: Tokens that go through the model at a time, padding included; None chooses for the device.
+          progress: Called with the number of texts in each finished batch.
 
         Raises:
-          InputError: A text is empty, the instruction leaves no room for it, it holds a token that the model has no
-            embedding of, or its vector is not finite; the message gives its index. Or a number is not positive.
+          InputError: A text, whose index the message gives, is empty, has no room after the instruction, holds a token
+            that the model has no embedding for, or gets a vector that is not finite. Or a number is not positive.
         """
         limit = self._limit(max_length)
         tokenized = self.embedding_prompts(texts, instruction=instruction, max_length=limit)
@@ -171,15 +171,15 @@ class GritModel:
         attention: Attention | None = None,
         batch_tokens: int | None = None,
     ) -> list[Cached]:
-        """Embeds texts and keeps the keys and values of the pass, from which generation can go on.
+        """Embeds texts and keeps the keys and values of the pass, from which generation can continue.
 
         Args:
-          texts: What is embedded; errors as of `encode_with_counts`.
+          texts: The texts to embed; errors as in `encode_with_counts`.
           instruction: Its keys and values are kept too.
-          max_length: Tokens kept of each formatted text.
+          max_length: Most tokens to keep of a formatted text.
           form: Whether a text begins with BOS, or comes `second`, after the keys and values of another.
-          attention: Of the pass; None is the model's own, which vectors are made for.
-          batch_tokens: As of `encode_with_counts`.
+          attention: Attention of the pass; None for the model's own, which its vectors were trained with.
+          batch_tokens: As in `encode_with_counts`.
         """
         read = self.embedding_prompts(texts, instruction=instruction, max_length=max_length, form=form)
         kept = [prompt.cut(self._limit(max_length)) for prompt in read]
@@ -197,7 +197,7 @@ class GritModel:
     ) -> list[prompts.TokenizedPrompt]:
         """Formats and tokenizes texts for embedding without cutting them.
 
-        Arguments and errors as of `encode_with_caches`; messages count texts from `first` on.
+        Arguments and errors as in `encode_with_caches`; messages count texts from `first` on.
         """
         _require_strings(texts)
         opening = prompts.opening(form, bos=self.tokenizer.bos)
@@ -226,7 +226,7 @@ class GritModel:
         return self._embedder.embed(texts, batch_tokens, progress)
 
     def start_embedding(self, texts: Sequence[prompts.TokenizedPrompt]) -> Iterator[StartedEmbedding]:
-        """`embed` for a caller with other work: gives the device one batch after the other without waiting for it."""
+        """`embed` for a caller with other work: gives the device one batch after another without waiting for it."""
         return self._embedder.start(texts, None)
 
     def embed_with_caches(
@@ -247,7 +247,7 @@ class GritModel:
         return self._embedder.warm_up(max_length, progress)
 
     def _limit(self, max_length: int | None) -> int:
-        """Tokens that are kept of a text."""
+        """Most tokens of a text."""
         require_positive("max_length", max_length, "leave it out for the model's limit")
         return min(max_length or self.architecture.max_length, self.architecture.max_length)
 
@@ -261,17 +261,17 @@ class GritModel:
         batch_tokens: int | None = None,
         progress: Callable[[int], None] = _ignore,
     ) -> Likelihoods:
-        """How likely each continuation is after its context. Contexts that are too long lose their first tokens.
+        """How likely each continuation is after its context; a context that is too long loses its first tokens.
 
         A context with several continuations of one token is read once.
 
         Args:
           contexts: Conversations, as `generate` takes them.
-          continuations: What follows each; a token that starts in it is scored.
-          prefix: What completions begin with, before the continuation.
-          raw: Whether a context that is a string is read as it is, after BOS, and not as a user's message.
-          batch_tokens: As of `encode_with_counts`.
-          progress: Called with the number of pairs that each batch finished.
+          continuations: The text after each context; tokens that start in it are scored.
+          prefix: The beginning of the completion, before the continuation.
+          raw: Whether to read a string context as it is, after BOS, rather than as a user's message.
+          batch_tokens: As in `encode_with_counts`.
+          progress: Called with the number of pairs in each finished batch.
 
         Raises:
           InputError: No token starts in a continuation, or it is longer than the model's limit.
@@ -303,14 +303,14 @@ class GritModel:
         batch_tokens: int | None = None,
         progress: Callable[[int], None] = _ignore,
     ) -> Likelihoods:
-        """How likely the spans of texts are, given what is before them.
+        """How likely the spans of texts are, given the tokens before them.
 
-        Logits are made for the scored tokens only. Texts that differ in their last token alone are read once.
+        Only the logits of scored tokens are computed. Texts that differ only in their last token are read once.
 
         Args:
-          texts: What is read; the tokens of their spans are scored, but never a text's first token.
-          batch_tokens: As of `encode_with_counts`.
-          progress: Called with the number of texts that each batch finished.
+          texts: The texts; the tokens of their spans are scored, but never a text's first token.
+          batch_tokens: As in `encode_with_counts`.
+          progress: Called with the number of texts in each finished batch.
 
         Raises:
           InputError: A text has nothing before its scored tokens, or more tokens than the model's limit.
@@ -352,11 +352,11 @@ class GritModel:
           messages: A user's message, a list of `{"role", "content"}`, or a list of either.
           max_new_tokens: Most tokens of a completion.
           temperature: 0 takes the likeliest token each time.
-          top_p: Probability of the nucleus that is drawn from; 0, or very little, leaves the likeliest token.
-          seed: Seed of the draws; a completion does not depend on the others of its batch.
+          top_p: Probability of the nucleus to draw from; 0 leaves only the likeliest token.
+          seed: Seed of the draws; a completion does not depend on the rest of its batch.
           stop: The completion ends before this string, or the first of several.
-          raw: Whether a string is continued as it is, after one BOS, and not taken for a user's message.
-          prefix: What the completion begins with, or each of a list; it is not returned.
+          raw: Whether to continue a string as it is, after one BOS, rather than take it for a user's message.
+          prefix: The beginning of the completion, or of each of a list; it is not returned.
 
         Returns:
           The completion without its end-of-sequence token, or a list of completions.
@@ -394,7 +394,7 @@ class GritModel:
     def prompt_tokens(
         self, messages: Sequence[Messages], *, prefix: str | Sequence[str] = "", raw: bool = False
     ) -> list[np.ndarray]:
-        """What `generate` reads, int32 [tokens] of each message; arguments as there."""
+        """The prompts that `generate` reads, int32 [tokens] each; arguments as there."""
         prefixes = [prefix] * len(messages) if isinstance(prefix, str) else prefix
         texts = [self._prompt(one, prefix=begin, raw=raw) for one, begin in zip(messages, prefixes, strict=True)]
         return [encoding.ids for encoding in self.tokenizer.encode_batch(texts)]
@@ -402,7 +402,7 @@ class GritModel:
     def prompt_lengths(
         self, messages: Sequence[Messages], *, prefix: str | Sequence[str] = "", raw: bool = False
     ) -> np.ndarray:
-        """Tokens of what `generate` reads, int64 [messages]; arguments as there."""
+        """Number of tokens of each prompt that `generate` reads, int64 [messages]; arguments as there."""
         return np.array([len(tokens) for tokens in self.prompt_tokens(messages, prefix=prefix, raw=raw)], np.int64)
 
     def _prompt(self, messages: Messages, *, prefix: str, raw: bool) -> str:
@@ -412,7 +412,7 @@ class GritModel:
         return prompts.generation(messages, bos=self.tokenizer.bos, eos=self.tokenizer.eos, prefix=prefix)
 
     def write(self, texts: Sequence[Continuation], *, stop: str | Sequence[str] = ()) -> Iterator[list[str]]:
-        """Yields the new text of every completion, block by block; arguments and errors as of `generate`."""
+        """Yields the new text of every completion, block by block; arguments and errors as in `generate`."""
         longest = max(text.num_slots for text in texts)
         slots = min(bucket(longest, at_least=64), self.architecture.max_length)
         engine = self.engine([LaneSize(bucket(len(texts), at_least=1), slots)])
@@ -423,11 +423,11 @@ class GritModel:
         return Engine(self.runner, eos_id=self.tokenizer.eos_id, lanes=lanes, fewer_rows=fewer_rows)
 
     def fingerprint(self, *, rounded: bool = False) -> str:
-        """Names weights, shape, settings and tokenizer: equal for equal ones on devices of the same type.
+        """Identifies weights, shape, settings and tokenizer: equal for equal ones on devices of one type.
 
         Args:
-          rounded: Whether weights are compared in bfloat16: then it is equal on devices of every type, and also for
-            weights that differ by less.
+          rounded: Whether to compare weights in bfloat16. The fingerprint is then equal on devices of every type, and
+            for weights that differ by less.
         """
         sums = self.runner.checksums(rounded=rounded)
         about = [repr(self.architecture), repr(self.embedding), self.tokenizer.fingerprint, *sums]
@@ -435,7 +435,7 @@ class GritModel:
 
 
 def _require_list(texts: Any, what: str) -> None:
-    """Refuses a string, whose characters are no texts."""
+    """Refuses a string, whose characters are not texts."""
     if isinstance(texts, str):
         raise InputError(f"{what} is one string, {texts!r:.60}; give a list of them")
 

@@ -1,4 +1,4 @@
-"""A model's parameters on a mesh, and the batches that go through it there."""
+"""A model's parameters on a mesh, and the batches that go through it."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class PackedTexts(NamedTuple):
 
 
 class ModelRunner:
-    """What runs a model: its parameters on a mesh, and the few shapes that its programs are compiled for.
+    """A model's parameters on a mesh, and the few shapes that its programs are compiled for.
 
     Attributes:
       params: Parameters; a list of layers on CPU, stacked layers elsewhere.
@@ -59,16 +59,16 @@ class ModelRunner:
         self.shortest_row = max(64, execution.row_unit)
 
     def row_length(self, num_tokens: int) -> int:
-        """Length of the row that a text of `num_tokens` is read in."""
+        """Length of the row for a text of `num_tokens`."""
         return bucket(num_tokens, at_least=self.shortest_row)
 
     def row_lengths(self, max_length: int) -> list[int]:
-        """Lengths of the rows that texts of up to `max_length` tokens are read in."""
+        """Lengths of the rows for texts of up to `max_length` tokens."""
         return sizes(self.shortest_row, self.row_length(max_length), growth=2)
 
     def full_batch(self, row_length: int, batch_tokens: int | None) -> int:
         """Rows that go through the model at a time."""
-        require_positive("batch_tokens", batch_tokens, "leave it out for what suits the device")
+        require_positive("batch_tokens", batch_tokens, "leave it out to let the device decide")
         return max(1, (batch_tokens or self.batch_tokens) // (row_length * self.shards)) * self.shards
 
     def packed(self, texts: Sequence[np.ndarray], batch_tokens: int | None) -> Iterator[PackedTexts]:
@@ -76,11 +76,11 @@ class ModelRunner:
         if not len(texts):
             return
         lengths = np.array([len(tokens) for tokens in texts], np.int64)
-        # Attention costs what its rows are long, so short texts get short rows: twice as long, to fill them well.
+        # Attention costs more in longer rows, so short texts get short rows, twice their length, which fill well.
         longest = self.row_length(int(lengths.max()))
         row_lengths = np.array([min(2 * self.row_length(int(length)), longest) for length in lengths])
         if lengths.sum() <= (batch_tokens or self.batch_tokens):
-            row_lengths[:] = longest  # one batch: several would leave more of their rows empty
+            row_lengths[:] = longest  # one batch: several would leave more rows empty
         for row_length in np.unique(row_lengths).tolist():
             of_length = np.flatnonzero(row_lengths == row_length)
             most = max_segments(row_length)
@@ -98,7 +98,7 @@ class ModelRunner:
                 )  # fmt: skip
 
     def checksums(self, *, rounded: bool) -> list[int]:
-        """A number for each parameter that changes with any bit or order of its values; `rounded` to bfloat16."""
+        """A number for each parameter that changes with any bit and the order of its values; `rounded` to bfloat16."""
         with jax.set_mesh(self.mesh):
             return [int(leaf) for leaf in jax.tree.leaves(jax.device_get(_checksums(self.params, rounded=rounded)))]
 
@@ -126,7 +126,7 @@ def bucket(size: int, *, at_least: int) -> int:
 
 
 def one_behind(batches: Iterator[T]) -> Iterator[T]:
-    """Yields each batch once the device has the next, so that it works while the host takes this one's results."""
+    """Yields each batch once the device has the next, so that it works while the host takes results."""
     earlier: list[T] = []
     for batch in batches:
         yield from earlier

@@ -27,7 +27,7 @@ class Likelihoods(NamedTuple):
       values: float64 [texts]; sum of log p of the scored tokens, in nats.
       num_tokens: int64 [texts]; scored tokens.
       greedy: bool [texts]; whether each scored token is the likeliest one.
-      num_truncated: Texts that were cut to the model's limit.
+      num_truncated: Texts cut to the model's limit.
     """
 
     values: np.ndarray
@@ -37,7 +37,7 @@ class Likelihoods(NamedTuple):
 
 
 class _Batch(NamedTuple):
-    """Scores that the device computes: the text of each, its log p, if it is the likeliest; and number of texts."""
+    """Scores being computed: of each the text, log p, and whether it is the likeliest; and the number of texts."""
 
     owners: list[int]
     scores: jax.Array
@@ -59,7 +59,7 @@ class Scorer:
         for index, (tokens, spans, _) in enumerate(texts):
             if not 1 < len(tokens) <= self._max_length or not np.any(spans[:, 1] > 1):
                 raise InputError(
-                    f"text {index} has {len(tokens)} tokens; a text has 2 to {self._max_length}, of which any but the "
+                    f"text {index} has {len(tokens)} tokens; a text has 2 to {self._max_length}, and any but the "
                     "first can be scored"
                 )
             prefixes.setdefault(tokens[:-1].tobytes(), []).append(index)
@@ -75,7 +75,7 @@ class Scorer:
     def _start(
         self, texts: Sequence[TokenizedPrompt], prefixes: Mapping[bytes, list[int]], batch_tokens: int | None
     ) -> Iterator[_Batch]:
-        """Gives the device one batch after the other."""
+        """Gives the device one batch after another."""
         runner, members = self._runner, list(prefixes.values())
         for packed in runner.packed([np.frombuffer(key, np.int32) for key in prefixes], batch_tokens):
             owners, indices, targets = [], [], []

@@ -1,4 +1,4 @@
-"""Writes the completions of a batch of texts."""
+"""Generates the completions of a batch of texts."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def write(
     Args:
       engine: An idle engine.
       tokenizer: The model's tokenizer.
-      texts: What the completions continue.
+      texts: The texts to continue.
       stop: A completion ends before this string, or the first of several.
 
     Raises:

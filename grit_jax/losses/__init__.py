@@ -1,1 +1,1 @@
-"""What streams minimise."""
+"""The losses of the streams."""

@@ -1,14 +1,14 @@
-"""The contrastive loss of the global batch, with all its scores at once or in tiles spread over the mesh.
+"""The contrastive loss of the global batch, its scores computed all at once or in tiles over the mesh.
 
 Every form has the same value and gradient:
 
 - `dense`, the reference, holds the scores of a device's queries with all passages.
-- `gathered` gathers a slice of every device's passages, scores it, and goes on to the next slices.
-- `ring` sends each device's passages round the devices while the previous ones are scored.
+- `gathered` gathers and scores one slice of every device's passages after another.
+- `ring` sends each device's passages round the devices while scoring the previous ones.
 
-In the tiled forms, the last two, a device holds scores of its own queries with one tile of passages. They compute
-scores again in the backward pass, where a passage's gradient goes to the device that owns it: as a sum over the
-devices, or with the passage round the ring.
+In `gathered` and `ring`, the tiled forms, a device holds the scores of its own queries with one tile of passages. The
+backward pass computes scores again, and a passage's gradient goes to the device that owns it: as a sum over the
+devices, or round the ring with the passage.
 """
 
 from __future__ import annotations
@@ -82,10 +82,10 @@ def contrastive_loss(
 def resolve_negatives(
     negatives: Negatives, num_queries: int, num_passages: int, embed_dim: int, shards: int
 ) -> Literal["dense", "gathered", "ring"]:
-    """The form for `loss.negatives` when the batch is split over `shards` devices.
+    """The form that `loss.negatives` means when the batch is split over `shards` devices.
 
     `auto` is `dense` while all passages and a device's scores take at most `DENSE_BYTES` in float32, then `ring` if
-    every device owns at least a tile of passages, else `gathered`. One device alone has no ring.
+    every device owns at least a tile of passages, else `gathered`. A single device has no ring.
     """
     if negatives == "auto":
         if 4 * num_passages * (num_queries // shards + embed_dim) <= DENSE_BYTES:
@@ -122,7 +122,7 @@ def _excess(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _nll(visit, query, target, positive_ids, passage, passage_ids):
-    """log(1 + sum over negatives of exp(score - target)): the positive, no negative of its own, is the 1."""
+    """log(1 + sum over negatives of exp(score - target)); the 1 is the positive."""
 
     def update(nll, passage, passage_ids):
         excess = _excess(query, target, positive_ids, passage, passage_ids)
@@ -167,7 +167,7 @@ def _tiles(update: Update, state: Any, passage: jax.Array, passage_ids: jax.Arra
 
 
 def _gathered(update, state, *block, tile):
-    """Visits a slice of every device's passages at a time; the slices' gradient is summed where they belong."""
+    """Visits a slice of every device's passages at a time, and sums the slices' gradients on their own devices."""
     axes = split_axes("batch")
     gather = functools.partial(jax.lax.all_gather, axis_name=axes, tiled=True)
     scatter = functools.partial(jax.lax.psum_scatter, axis_name=axes, tiled=True)
@@ -180,7 +180,7 @@ def _gathered(update, state, *block, tile):
 
 
 def _ring(update, state, *block, tile):
-    """Visits the devices' passages one device after the other; their gradient travels with them."""
+    """Visits the devices' passages, device by device; their gradient travels with them."""
     axes = split_axes("batch")
     shards = jax.lax.axis_size(axes)
     neighbours = [(i, (i + 1) % shards) for i in range(shards)]
@@ -189,7 +189,7 @@ def _ring(update, state, *block, tile):
         return jax.tree.map(lambda x: jax.lax.ppermute(x, axes, neighbours), tree)
 
     def step(carry, _):
-        # Sending does not wait for this block's scores, which hide the transfer.
+        # Sending does not wait for this block's scores; computing them hides the transfer.
         state, block, gradient = carry
         following, received = send((block, gradient))
         state, contribution = _tiles(update, state, *block, tile=tile)

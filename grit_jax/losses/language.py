@@ -1,4 +1,4 @@
-"""The next-token loss. Weights come with the batch: nothing is averaged here."""
+"""The next-token loss. The batch brings the weights; nothing is averaged here."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ def next_token_loss(
     loss_weights: Float[Array, "batch length"],
     block: int | None = None,
 ) -> tuple[Float[Array, ""], Float[Array, "batch length"]]:
-    """sum(loss_weights * -log p(target)), with logits made for up to `block` tokens at a time.
+    """sum(loss_weights * -log p(target)), computing logits of up to `block` tokens at a time.
 
     Also returns -log p(target) of every token, 0 where the weight is 0; no gradient flows through it.
 
-    Value and gradient are made together, block by block, so that logits are computed once and only one block of them
-    exists. Tokens with a weight come first and blocks without any are skipped: prompts and padding cost no logits. By
-    default a block has 1024 tokens, or an eighth of all if that is less.
+    Value and gradient are computed together, block by block, so that logits are computed once and only one block of
+    them exists. Tokens with a weight come first, and blocks without any are skipped: prompts and padding cost no
+    logits. By default a block has 1024 tokens, or an eighth of all tokens if that is less.
     """
     order = jnp.argsort(loss_weights.reshape(-1) == 0, stable=True)
     number = num_chunks(len(order), block or min(1024, -(-len(order) // 8)))
@@ -46,7 +46,7 @@ def next_token_loss(
 
 
 def _block_nll(logits: Logits, output_weights, hidden, targets, loss_weights):
-    """The weighted sum of a block, and its summands without weights."""
+    """The weighted sum of a block's losses, and the losses without weights."""
     scores = constrain(logits(hidden, output_weights), "tokens", "activation_vocab")
     nll = _nll(scores, targets)
     return jnp.sum(loss_weights * nll), nll
@@ -89,7 +89,7 @@ def _weighted_nll_forward(logits, output_weights, *blocks):
 
     def value_and_gradient(*block):
         (value, nll), (weights, hidden) = differentiate(output_weights, *block)
-        # Many blocks add up: in float32.
+        # In float32, as many blocks add up.
         return (value, weights.astype(wide(weights))), (hidden, nll.astype(block[-1].dtype))
 
     zero = (jnp.zeros((), wide(blocks[0])), jnp.zeros(output_weights.shape, wide(output_weights)))
@@ -100,7 +100,7 @@ def _weighted_nll_forward(logits, output_weights, *blocks):
 
 def _weighted_nll_backward(logits, gradients, cotangents):
     cotangent, _ = cotangents
-    # Rounded after the product only: bfloat16 would change a loss weight.
+    # Rounded only after the product: bfloat16 would change a loss weight.
     weights, hidden, nll = ((cotangent * gradient).astype(gradient.dtype) for gradient in gradients)
     return weights, hidden, None, nll
 
@@ -115,7 +115,7 @@ def target_log_likelihoods(
     *,
     block: int = 1024,
 ) -> tuple[Float[Array, " targets"], Bool[Array, " targets"]]:
-    """Log p(target) by the hidden state before it, and whether the target is the likeliest token.
+    """Log p(target) given the hidden state before it, and whether the target is the likeliest token.
 
     `logits` maps hidden states to logits, up to `block` targets at a time.
     """

@@ -1,1 +1,1 @@
-"""The transformer: attention, layers, pooling and decoding."""
+"""The transformer: attention, layers and pooling."""

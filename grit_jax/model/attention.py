@@ -40,9 +40,9 @@ class AttentionMask:
       query_segments: int32 [batch, length], or None when a row is one text.
       key_segments: int32 [batch, keys], or None.
       causal: Whether later keys are hidden.
-      window: Keys a causal query sees, itself included, or farthest key of a bidirectional one; None for all.
-      packed: Whether rows of consecutive texts attend to themselves, so that distances of positions in a text are
-        distances in the row, which kernels use.
+      window: Keys that a causal query sees, itself included, or the farthest key of a bidirectional one; None for all.
+      packed: Whether rows of consecutive texts attend to themselves: then distances within a text equal distances
+        within the row, on which kernels rely.
     """
 
     query_positions: Int[Array, "*pieces batch length"]
@@ -90,8 +90,8 @@ def attention(
 ) -> Float[Array, "batch length heads head_dim"]:
     """Grouped-query attention; query head `n` reads key/value head `n // (heads // kv_heads)`.
 
-    Scores are `scale` times the products of queries and keys, bounded to `soft_cap` by tanh if it is given. Softmax is
-    float32. All kernels agree up to rounding.
+    Scores are `scale` times the products of queries and keys, bounded by `soft_cap` with tanh if it is given. Softmax
+    is float32. All kernels agree up to rounding.
 
     Raises:
       InputError: The kernel does not support the arguments.
@@ -106,7 +106,7 @@ def attention(
 
 
 def _dense(query: Array, key: Array, value: Array, mask: AttentionMask, *, scale, soft_cap) -> Array:
-    """All scores at once, under any mask: the reference.
+    """The reference: all scores at once, under any mask.
 
     The heads of a group are folded into the query dim: each key/value head is one batched matrix product.
     """
@@ -128,12 +128,12 @@ def _dense(query: Array, key: Array, value: Array, mask: AttentionMask, *, scale
 
 
 def _splash(query: Array, key: Array, value: Array, mask: AttentionMask, *, scale, soft_cap, execution) -> Array:
-    """JAX's splash attention for TPU, which skips blocks that causality or the window hide."""
+    """JAX's splash attention for TPU, which skips blocks hidden by causality or the window."""
     length = query.shape[1]
     if length % execution.row_unit:
         raise InputError(
             f"rows of {length} tokens: splash attention needs a multiple of {execution.row_unit}; "
-            "choose such data.*_max_length, or model.attention_kernel=dense"
+            "choose data.*_max_length accordingly, or model.attention_kernel=dense"
         )
 
     def on_device(query, key, value, segments):
@@ -154,20 +154,20 @@ def _splash(query: Array, key: Array, value: Array, mask: AttentionMask, *, scal
 
 
 def _split(kernel: Callable[..., Array], query: Array, key: Array, value: Array, mask: AttentionMask) -> Array:
-    """Runs a kernel of queries, keys, values and segments on each device's rows and heads."""
+    """Runs a kernel on each device's rows and heads; it takes queries, keys, values and segments."""
     rows, heads = ("batch", "length"), ("batch", "length", "activation_heads", "head_dim")
     split = on_devices(kernel, in_axes=(heads, heads, heads, rows), out_axes=heads)
     return split(query, key, value, mask.query_segments)
 
 
 def _blockwise(query: Array, key: Array, value: Array, mask: AttentionMask, *, scale, soft_cap) -> Array:
-    """Tiles in plain JAX, without hidden ones."""
+    """Tiles in plain JAX; hidden ones are skipped."""
     kernel = functools.partial(blockwise_attention, causal=mask.causal, window=mask.window, soft_cap=soft_cap)
     return _split(kernel, query * scale, key, value, mask)
 
 
 def _splash_mask(mask: AttentionMask, length: int) -> splash_attention_mask.Mask:
-    """The part of the mask that all rows share; segments are another argument of the kernel."""
+    """The part of the mask that all rows share; the kernel takes segments separately."""
     shape = (length, length)
     if mask.window is not None:
         sides = (mask.window - 1, 0) if mask.causal else (mask.window, mask.window)
@@ -178,7 +178,7 @@ def _splash_mask(mask: AttentionMask, length: int) -> splash_attention_mask.Mask
 def _block_sizes(length: int) -> splash_attention_kernel.BlockSizes:
     """The largest tiles that divide the length and fit a TPU core's vector memory.
 
-    With 1024 queries, a kernel without a window takes 16.6 of the 16 MiB there.
+    With 1024 queries, a kernel without a window would take 16.6 MiB of the 16 there.
     """
 
     def divisor(limit):
@@ -195,6 +195,6 @@ def _block_sizes(length: int) -> splash_attention_kernel.BlockSizes:
 def _cudnn(query: Array, key: Array, value: Array, mask: AttentionMask, *, scale, soft_cap) -> Array:
     """CuDNN's flash attention for NVIDIA GPUs, in bfloat16 or float16; the mask is shared by all heads."""
     if soft_cap is not None:
-        raise InputError("model.attention_kernel=cudnn has no soft cap; use dense for this family")
+        raise InputError("model.attention_kernel=cudnn supports no soft cap; use dense for this family")
     visible = mask.materialize()[:, None]
     return jax.nn.dot_product_attention(query, key, value, mask=visible, scale=scale, implementation="cudnn")

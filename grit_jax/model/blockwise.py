@@ -1,6 +1,6 @@
-"""Attention of packed rows in tiles, hidden ones skipped; in plain JAX, for CPUs.
+"""Attention of packed rows in tiles, skipping hidden ones; in plain JAX, for CPUs.
 
-The softmax over tiles is that of FlashAttention (Dao et al., arXiv 2205.14135): memory is linear in the row length.
+The softmax over tiles follows FlashAttention (Dao et al., arXiv 2205.14135): memory is linear in the row length.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from jaxtyping import Array, Float, Int
 from grit_jax.parallel.execution import ATTENTION, num_chunks, wide
 
 _TILE = 64
-_SCORES = 64  # rows * heads in one tile: their scores are a megabyte, which a core's cache holds
+_SCORES = 64  # rows * heads in one tile: their scores take a megabyte, which fits a core's cache
 
 
 @dataclasses.dataclass(frozen=True)
 class _Tiles:
-    """The mask and the tiling. Arrays are [groups of rows * tiles of a row, rows, kv_heads, tokens, head_dim].
+    """The mask and the tiling. Arrays are [row groups * tiles per row, rows, kv_heads, tokens, head_dim].
 
-    In queries, the dim of tokens holds the heads of a group one after the other.
+    In queries, the tokens dim holds the heads of a group one after another.
     """
 
     causal: bool
@@ -47,7 +47,7 @@ class _Tiles:
         return group * number + query, group * number + key, jnp.sum(seen)
 
     def scores(self, query: Array, key: Array, segments: Array, i: Array, j: Array) -> tuple[Array, Array]:
-        """Scores of a pair of tiles [rows, kv_heads, queries, keys], -inf for hidden keys; and the soft cap's slope."""
+        """Scores of a pair of tiles [rows, kv_heads, queries, keys], -inf for hidden keys, and the soft cap's slope."""
         scores = jnp.einsum("rkqh,rksh->rkqs", query[i], key[j], preferred_element_type=wide(query))
         slope = jnp.ones((), scores.dtype)
         if self.soft_cap is not None:
@@ -74,9 +74,9 @@ def blockwise_attention(
     window: int | None,
     soft_cap: float | None,
 ) -> Float[Array, "rows length heads head_dim"]:
-    """Attention, masked as in `AttentionMask`, of rows whose segments ascend, with padding (0) at their ends.
+    """Attention, masked as in `AttentionMask`, of rows with ascending segments and padding (0) at their ends.
 
-    Queries are scaled already. Products have the type of the arguments, softmax and sums are float32.
+    Queries are already scaled. Products have the arguments' dtype; softmax and sums are float32.
     """
     rows, length, heads, head_dim = query.shape
     kv_heads, tile = key.shape[2], min(_TILE, length)
@@ -157,5 +157,5 @@ _attend.defvjp(_attend_forward, _attend_backward)
 
 
 def _product(subscripts: str, weights: Array, x: Array) -> Array:
-    """The product of a tile's weights and `x`, in the type of `x`, summed in that of the weights."""
+    """The product of a tile's weights and `x`, in the dtype of `x`, summed in that of the weights."""
     return jnp.einsum(subscripts, weights.astype(x.dtype), x, preferred_element_type=weights.dtype)

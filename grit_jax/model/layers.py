@@ -1,4 +1,4 @@
-"""Layers of the decoder. Each parameter has its shape, initialiser and logical axes where it is created."""
+"""Layers of the decoder. A parameter's shape, initialiser and logical axes stand where it is created."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from grit_jax.parallel.sharding import constrain, gather
 
 
 class Linear(nnx.Module):
-    """A matrix product over the last dims of the input, with float32 weights, computed in the input's type.
+    """A matrix product over the last dims of the input, with float32 weights, computed in the input's dtype.
 
-    `in_dims` and `out_dims` map each dim's logical axis to its size. Weights start normal with variance
-    `scale**2 / fan_in`.
+    `in_dims` and `out_dims` map each dim's logical axis to its size. Initial weights are normal with
+    variance `scale**2 / fan_in`.
     """
 
     def __init__(
@@ -45,18 +45,18 @@ class Linear(nnx.Module):
         kernel = self.kernel[...].astype(x.dtype)
         out_shape = (*x.shape[: x.ndim - self.num_in_dims], *kernel.shape[self.num_in_dims :])
         fan_in = math.prod(kernel.shape[: self.num_in_dims])
-        # One plain matrix product over all tokens: weight gradients that contract over two dims run slower.
+        # One plain matrix product over all tokens: weight gradients that contract over two dims are slower.
         out = (x.reshape(-1, fan_in) @ kernel.reshape(fan_in, -1)).reshape(out_shape)
         if self.bias is None:
             return out
-        # Added in float32, so that its gradient, a sum over all tokens, is one of float32.
+        # Added in float32, so that its gradient, a sum over all tokens, is float32 too.
         return (out.astype(wide(x)) + self.bias[...]).astype(x.dtype)
 
 
 class RMSNorm(nnx.Module):
     """Root-mean-square normalisation over the last dim, of size `dim`, in float32, with a learned scale.
 
-    The scale is stored less `config.norm_offset`.
+    The stored scale has `config.norm_offset` subtracted.
     """
 
     def __init__(self, config: TransformerConfig, dim: int):
@@ -64,7 +64,7 @@ class RMSNorm(nnx.Module):
         self.scale = nnx.Param(jnp.full(dim, 1.0 - self.offset, jnp.float32), axes=("norm",))
 
     def __call__(self, x: Float[Array, "... embed"]) -> Float[Array, "... embed"]:
-        """Normalises and scales; the result has the type of `x`."""
+        """Normalises and scales; the result has the dtype of `x`."""
         full = x.astype(wide(x))
         full = full * jax.lax.rsqrt(jnp.mean(jnp.square(full), axis=-1, keepdims=True) + self.epsilon)
         return (full * (self.offset + self.scale[...])).astype(x.dtype)
@@ -89,7 +89,7 @@ class GatedMLP(nnx.Module):
     def __call__(
         self, x: Float[Array, "batch length embed"], real: Bool[Array, "batch length"], execution: Execution
     ) -> tuple[Float[Array, "batch length embed"], None]:
-        """The addition to the residual stream; None stands for the router's sums of `ExpertMLP`."""
+        """The addition to the residual stream; None in place of `ExpertMLP`'s router sums."""
         del real, execution  # for experts only
         hidden = constrain(self.activation(self.gate(x)) * self.up(x), "batch", "length", "activation_mlp")
         return self.down(hidden), None
@@ -98,7 +98,7 @@ class GatedMLP(nnx.Module):
 def gathered(module: Any, dtype: jnp.dtype) -> Any:
     """A module with its parameters gathered from all devices.
 
-    Pieces travel in `dtype`, in which they are used. The result has the parameters' own type, in which gradients are
+    Pieces travel in `dtype`, in which they are used. The result has the parameters' own dtype, in which gradients are
     summed over uses and devices.
     """
 
@@ -117,7 +117,7 @@ def rotation(
     """Cosines and sines of the rotary embedding (Su et al., arXiv 2104.09864), float32."""
     frequencies = theta ** (-np.arange(0, head_dim, 2) / head_dim)
     if scaling is not None:
-        # Share of the unscaled frequency: none under `linear`; under `llama3` all for fast waves, with a ramp.
+        # Share of the unscaled frequency: none under `linear`; under `llama3` all for high frequencies, with a ramp.
         kept: np.ndarray | float = 0.0
         if scaling.kind == "llama3":
             low, high = scaling.low_frequency_factor, scaling.high_frequency_factor

@@ -1,4 +1,4 @@
-"""Mixture of experts: each token goes to its `experts_per_token` likeliest experts; none is dropped."""
+"""Mixture of experts: each token goes to its `experts_per_token` likeliest experts; no token is dropped."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class RouterStats(NamedTuple):
     """Sums over tokens for the balance loss; they add up over layers, chunks and devices.
 
     Attributes:
-      choices: float32 [experts_per_token, experts]; tokens whose k-th choice is the expert.
+      choices: float32 [experts_per_token, experts]; number of tokens whose k-th choice is the expert.
       probabilities: float32 [experts]; sum of the router's probabilities.
       tokens: float32 scalar; number of tokens.
     """
@@ -33,7 +33,7 @@ class RouterStats(NamedTuple):
 
 
 class ExpertMLP(nnx.Module):
-    """Gated MLPs, `num_experts` of them, and the router that weighs them (Mixtral, arXiv 2401.04088)."""
+    """`num_experts` gated MLPs, and the router that weights them (Mixtral, arXiv 2401.04088)."""
 
     def __init__(self, config: TransformerConfig, *, key: PRNGKeyArray, out_scale: float):
         router_key, gate_key, up_key, down_key = jax.random.split(key, 4)
@@ -58,12 +58,12 @@ class ExpertMLP(nnx.Module):
     ) -> tuple[Float[Array, "batch length embed"], RouterStats]:
         """What the experts add to the residual stream, and the router's sums over the `real` tokens.
 
-        Padding is sent to no expert. The router computes in float32, like its softmax.
+        Padding goes to no expert. The router computes in float32, like its softmax.
         """
         with jax.default_matmul_precision("highest"):
             logits = self.router(x.astype(wide(x)))
         probabilities, num_experts = jax.nn.softmax(logits), logits.shape[-1]
-        # The chosen experts' probabilities over their sum, whose gradient is exactly 0 where there is one.
+        # The chosen experts' probabilities over their sum; with a single choice the gradient is exactly 0.
         largest, chosen = jax.lax.top_k(logits, self.experts_per_token)
         weights = jax.nn.softmax(largest)
         one_hot = jax.nn.one_hot(chosen, num_experts, dtype=jnp.float32)
@@ -88,12 +88,12 @@ class ExpertMLP(nnx.Module):
         rows = ("batch", "length", "activation_embed")
         widths = ("experts", "whole", "mlp"), ("experts", "whole", "mlp"), ("experts", "mlp", "whole")
         mix = on_devices(on_device, in_axes=(rows, rows, rows, *widths), out_axes=rows)
-        # Tokens enter in float32, so that their gradient, like what leaves, is summed over the devices in float32.
+        # Tokens enter in float32, so that their gradient, like the output, is summed over the devices in float32.
         return mix(x.astype(wide(x)), chosen, weights, *kernels)
 
 
 class _SortOrder(NamedTuple):
-    """The order of sorted rows, which are copies of tokens: a token has one for each of its choices.
+    """The order of sorted rows: copies of tokens, one for each of a token's choices.
 
     Attributes:
       order: int32 [sorted]; the copy in each row, where copy `t * per_token + k` is the k-th of token t.
@@ -105,7 +105,7 @@ class _SortOrder(NamedTuple):
 
 
 def _sort_order(group: Int[Array, "tokens per_token"], num_groups: int) -> tuple[_SortOrder, Int[Array, " num_groups"]]:
-    """The order of copies sorted by group, and the groups' sizes; copies of other groups have no row."""
+    """The order of copies sorted by group, and the groups' sizes; copies outside the groups have no row."""
     sizes = jnp.bincount(group.reshape(-1), length=num_groups + 1)[:num_groups].astype(jnp.int32)
     order = jnp.argsort(group.reshape(-1))
     row = jnp.argsort(order).astype(jnp.int32)
@@ -120,10 +120,10 @@ def _dispatched(multiply, x, chosen, weights, *, num_local: int):
     by_device, sizes = _sort_order(chosen.reshape(-1, per_token), shards * num_local)
     rows = _sort(tokens, by_device)
     if shards > 1:
-        # How many of every device's copies are for each expert, [device, expert], and go from where to where.
+        # How many of every device's copies go to each expert, [device, expert], and from which device to which.
         sizes = jax.lax.all_gather(sizes, axes).reshape(shards, shards, num_local)
         counts, here = jnp.sum(sizes, axis=2), jax.lax.axis_index(axes)
-        # No token goes to the same expert twice, and no device gets more than all tokens of all devices.
+        # No token goes to the same expert twice, so no device gets more than this.
         size = shards * len(tokens) * min(per_token, num_local)
         received = _all_to_all(rows, counts, (len(rows), size), axes)
         block = jnp.searchsorted(jnp.cumsum(sizes[:, here]), jnp.arange(size), side="right")
@@ -134,7 +134,7 @@ def _dispatched(multiply, x, chosen, weights, *, num_local: int):
     else:
         rows = multiply(rows, sizes)
     weights = _sort(weights.reshape(-1, 1), by_device._replace(row=by_device.row.reshape(-1, 1)))
-    # Weighed in float32: a weight's gradient is a sum over the whole width.
+    # Weighted in float32: a weight's gradient is a sum over the whole width.
     return _sum_copies((rows * weights).astype(x.dtype), by_device).reshape(x.shape)
 
 
@@ -156,17 +156,17 @@ def _grouped_product(
     if len(rows) % execution.row_unit:
         raise InputError(
             f"{len(rows)} tokens for experts: megablox needs a multiple of {execution.row_unit}; "
-            "choose such data.*_max_length, or model.expert_kernel=ragged_dot"
+            "choose data.*_max_length accordingly, or model.expert_kernel=ragged_dot"
         )
     return megablox.gmm(rows, kernels, sizes, rows.dtype, _megablox_tiles, interpret=execution.interpret)
 
 
 def _megablox_tiles(rows: int, contracted: int, out: int) -> tuple[int, int, int]:
-    """Tiles of a grouped product: the largest that divide the rows, and widths that fit a TPU core's vector memory."""
+    """Tiles of a grouped product: the tallest that divide the rows, as wide as fits a TPU core's vector memory."""
     return next(tile for tile in (512, 256, 128) if rows % tile == 0), min(contracted, 1024), min(out, 1024)
 
 
-# Sorting and summing are each other's transposes. Stated here, both are gathers in the backward pass too, and not
+# Sorting and summing are each other's transposes. Saying so makes both of them gathers in the backward pass too, not
 # scatters, which TPUs run row by row.
 
 
@@ -190,12 +190,12 @@ _sum_copies.defvjp(lambda copies, by: (_sum_copies(copies, by), by), lambda by, 
 def _all_to_all(
     rows: Float[Array, "sent width"], counts: Int[Array, "shards shards"], sizes: tuple[int, int], axes: tuple[str, ...]
 ) -> Float[Array, "received width"]:
-    """Sends `counts[i, j]` rows from device i to device j, in the order of receivers; they arrive in that of senders.
+    """Sends `counts[i, j]` rows from device i to device j, ordered by receiver; they arrive ordered by sender.
 
     Args:
       rows: This device's rows.
       counts: The same on every device.
-      sizes: Number of `rows`, and most that a device receives; the rest of the result is zero.
+      sizes: Number of `rows`, and most rows that a device receives; the rest of the result is zero.
       axes: The mesh axes of the devices.
     """
     here, size = jax.lax.axis_index(axes), sizes[1]

@@ -26,7 +26,7 @@ def pool(
 
 
 def normalize(x: Float[Array, "... embed"]) -> Float[Array, "... embed"]:
-    """Unit length over the last dim; a zero vector stays zero."""
+    """Scales to unit length over the last dim; a zero vector stays zero."""
     return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(jnp.square(x), axis=-1, keepdims=True), 1e-24))
 
 
@@ -39,7 +39,7 @@ def vectors_of(
     num_segments: int,
     settings: EmbeddingConfig,
 ) -> Float[Array, "batch num_segments out"]:
-    """Vectors of texts, float32: pooled, projected if the model has a head, normalised if the settings say so.
+    """Vectors of texts, float32: pooled, projected if the model has a head, normalised if `settings` say so.
 
     The head is linear and pool weights sum to 1, so projecting after pooling equals projecting every token.
     """

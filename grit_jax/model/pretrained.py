@@ -16,10 +16,10 @@ class Pretrained:
 
     Attributes:
       architecture: Resolved shape of the transformer.
-      embedding: How its vectors are made.
+      embedding: How it makes vectors.
       tokenizer: Its tokenizer.
-      load: `load(shardings, dtype)` reads the parameters, as nested as `abstract_params`, in that type, float32 by
-        default, each placed by the sharding at the same path.
+      load: `load(shardings, dtype)` reads the parameters in that dtype (float32 by default), nested as in
+        `abstract_params`, each placed by the sharding at the same path.
     """
 
     architecture: TransformerConfig

@@ -24,7 +24,7 @@ Params = dict[str, Any]
 
 
 class KVCache(NamedTuple):
-    """Rotated keys, and values, of every layer, JAX or NumPy; slot `p` holds the token at position `p`.
+    """Rotated keys, and values, of every layer (JAX or NumPy arrays); slot `p` holds the token at position `p`.
 
     Attributes:
       keys: [layers, batch, slots, kv_heads, head_dim].
@@ -47,10 +47,10 @@ class Context:
     """What all layers of one call share; cut into pieces with the rows.
 
     Attributes:
-      mask: Who sees whom in layers with the sliding window.
+      mask: Which keys a query sees in layers with the sliding window.
       real: Which tokens are not padding.
-      full: Rotation of layers that see everything.
-      local: Rotation of layers with the window; None where it is the same.
+      full: Rotation of layers without the window.
+      local: Rotation of layers with the window; None if it is the same.
       execution: How the call computes.
     """
 
@@ -201,7 +201,7 @@ class Transformer(nnx.Module):
     def mask(
         self, segment_ids: Int[Array, "batch length"], positions: Int[Array, "batch length"], *, causal: bool
     ) -> AttentionMask:
-        """The mask of packed rows, with this model's sliding window if the pass has it."""
+        """The mask of packed rows, with this model's sliding window if it applies to the pass."""
         window = self.config.sliding_window if causal or self.config.window_bidirectional else None
         return AttentionMask.of_rows(segment_ids, positions, causal=causal, window=window)
 
@@ -224,7 +224,7 @@ class Transformer(nnx.Module):
 
     def embed(self, tokens: Int[Array, "batch length"], dtype: jnp.dtype) -> Float[Array, "batch length embed"]:
         """Embedded tokens, in `dtype`."""
-        # Looked up before rounding, so that the gradient of a token is summed in float32.
+        # Looked up before rounding, so that a token's gradient is summed in float32.
         x = gathered(self.embedding, dtype)[...][tokens].astype(dtype)
         if self.config.scale_embedding:
             x = x * jnp.asarray(self.config.embed_dim**0.5, dtype)
@@ -239,7 +239,7 @@ class Transformer(nnx.Module):
     def hidden(
         self, x: Float[Array, "batch length embed"], mask: AttentionMask, execution: Execution = PLAIN
     ) -> tuple[Float[Array, "batch length embed"], RouterStats | None]:
-        """Hidden states after the final norm from embedded tokens, and the routers' sums if there are experts.
+        """Hidden states, after the final norm, of embedded tokens, and the routers' sums if there are experts.
 
         The mask's query positions are the tokens' rotary positions.
         """
@@ -264,7 +264,7 @@ class Transformer(nnx.Module):
     def with_cache(
         self, tokens: Int[Array, "batch length"], mask: AttentionMask, cache: Cache, execution: Execution
     ) -> tuple[Float[Array, "batch length embed"], Cache]:
-        """Hidden states after the final norm of tokens that attend to `cache`, and the cache with them written in."""
+        """Hidden states, after the final norm, of tokens that attend to `cache`, and the cache with them written in."""
 
         def step(x, layer_and_cache, context, windowed):
             layer, cache = layer_and_cache
@@ -276,7 +276,7 @@ class Transformer(nnx.Module):
         return self.final_norm(x), cache
 
     def _scan(self, step, x: Array, layers: Any, mask: AttentionMask, execution: Execution) -> tuple[Array, Any]:
-        """Takes `x` through `step(x, layer, context, windowed)`; other results are stacked or a list like `layers`."""
+        """Takes `x` through `step(x, layer, context, windowed)`; other results are stacked or listed like `layers`."""
         segments = mask.query_segments
         real = jnp.ones(x.shape[:2], bool) if segments is None else segments > 0
         context = Context(mask, real, *rotations(mask.query_positions, self.config), execution)
@@ -327,7 +327,7 @@ def init_params(config: TransformerConfig, key: PRNGKeyArray, projection_dim: in
 def split_layers(params: Params) -> Params:
     """Parameters with a list of layers in place of stacked ones; `bind` takes both.
 
-    Layers then run without a scan, in which XLA on CPU copies every layer's weights out of the stack: that costs more
+    Layers then run without a scan, in which XLA on CPU copies every layer's weights out of the stack, at a higher cost
     than a decoding step. Compiling takes longer.
     """
     leaves, structure = jax.tree.flatten(params["layers"])

@@ -1,4 +1,4 @@
-"""Facts of accelerator chips: memory, peaks and bandwidths, from their makers' specifications."""
+"""Specifications of accelerator chips, as published by their makers: memory, peak FLOP/s and bandwidths."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ T = TypeVar("T")
 
 GIB = 1 << 30
 
-# Device files of accelerators: /dev/vfio/vfio is there without any, /dev/dxg is a GPU under Windows.
+# Device files of accelerators; /dev/vfio/vfio exists without any, /dev/dxg is a GPU under Windows.
 DEVICE_FILES = {
     "TPU": ("/dev/accel*", "/dev/vfio/[0-9]*"),
     "NVIDIA GPU": ("/dev/nvidia[0-9]*", "/dev/nvidiactl", "/dev/dxg"),
     "AMD GPU": ("/dev/kfd",),
 }
 
-# The environment of libtpu on a machine without a TPU: no query for a TPU host's metadata, no lock against other
-# processes, and the host that it would otherwise miss.
+# The environment of libtpu on a machine without a TPU: it queries no TPU host's metadata, takes no lock against other
+# processes, and finds the host settings that it would otherwise miss.
 LIBTPU_WITHOUT_TPU = {
     "TPU_SKIP_MDS_QUERY": "1",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
@@ -92,12 +92,12 @@ _PEAK_FLOPS = {chip.device_kind: chip.peak_flops for chip in CHIPS.values()} | {
 
 
 def peak_flops(device_kind: str) -> float | None:
-    """Peak dense bfloat16 FLOP/s of a device by JAX's `device_kind`, or None where it is unknown."""
+    """Peak dense bfloat16 FLOP/s of a device by JAX's `device_kind`; None if unknown."""
     return _of_device(_PEAK_FLOPS, device_kind)
 
 
 def memory_bytes(device_kind: str) -> int | None:
-    """Memory for programs on a TPU by JAX's `device_kind`, or None where it is unknown."""
+    """Bytes of memory for programs on a TPU by JAX's `device_kind`; None if unknown."""
     return _of_device({chip.device_kind: chip.hbm_bytes for chip in CHIPS.values()}, device_kind)
 
 

@@ -1,4 +1,4 @@
-"""The processes of a run: starting, agreeing, stopping together, and ending when one of them is gone."""
+"""The processes of a run: they start, agree and stop together, and end when one of them is gone."""
 
 from __future__ import annotations
 
@@ -31,20 +31,20 @@ _AGREE_POLL_SECONDS = 0.05  # between polls whether all have published their pro
 def start(config: DistributedConfig) -> None:
     """Joins the processes of the run; call it before anything uses a device.
 
-    From then on a process that is silent for `timeout_seconds`, dead or stuck, ends all others with an error, and an
-    uncaught error ends its process at once: a normal exit waits for threads, and those of a save wait for the other
-    processes.
+    From then on a process that is silent for `timeout_seconds`, dead or stuck, ends all others with an error. An
+    uncaught error ends its process at once, as a normal exit would wait for threads, and a save's threads wait for the
+    other processes.
 
     Raises:
       InputError: The others cannot be reached at the given address.
-      RuntimeError: The hosts of a TPU do not find each other.
+      RuntimeError: The hosts of a TPU cannot find each other.
     """
     on_tpu = any(glob.glob(pattern) for pattern in DEVICE_FILES["TPU"])
     if config.coordinator is None and not on_tpu:
         return
     if not on_tpu:
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    # This service would swallow the first SIGTERM, also where nothing handles it.
+    # This service would swallow the first SIGTERM even if nothing handles it.
     jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(
@@ -70,17 +70,17 @@ def _leave(*error: Any) -> None:
         sys.__excepthook__(*error)
         sys.stdout.flush()
         sys.stderr.flush()
-    finally:  # also when the log's disk is full
+    finally:  # even if the log's disk is full
         os._exit(1)
 
 
 class JointStop:
-    """Stops all processes after the same unit of work, once any of them is to stop. A context manager.
+    """Stops all processes after the same unit of work, once any of them is asked to. A context manager.
 
-    All processes begin units of work, such as steps, in the same order, and call `proceed` before each. Once one is to
-    stop, every process publishes through the coordination service how many units it has begun, and begins no other
-    before all have: the largest number is the last unit for all. A thread of each process does that, so that one whose
-    main thread waits for devices takes part too.
+    All processes begin units of work, such as steps, in the same order, and call `proceed` before each. Once one is
+    asked to stop, every process publishes through the coordination service how many units it has begun, and begins no
+    other until all have published: the largest number is the last unit for all. A thread in each process does this, so
+    that a process whose main thread waits for devices takes part too.
 
     Args:
       asked: Set, in any process, to stop the run.
@@ -106,7 +106,7 @@ class JointStop:
             self._thread.join()
 
     def proceed(self) -> bool:
-        """Whether the next unit of work may begin: the same in every process, and once false always false."""
+        """Whether the next unit of work may begin: the same in every process, and false for good once false."""
         if not self._thread:
             return not self._asked.is_set()
         if self._asked.is_set():
@@ -136,7 +136,7 @@ class JointStop:
         self._agreed.set()
 
     def _published(self) -> list[int]:
-        """How many units processes have begun, of those that have published it."""
+        """The numbers of begun units that processes have published."""
         try:
             return [int(value) for _, value in self._client.key_value_dir_get(self._folder)]
         except jax.errors.JaxRuntimeError:  # the service is unreachable; if it stays so, JAX ends the process
@@ -144,7 +144,7 @@ class JointStop:
 
 
 def in_first_process(action: Callable[[], T]) -> T | None:
-    """The result of `action` in process 0, None in the others, which wait; its InputError is raised in all."""
+    """The result of `action` in process 0; None in the others, which wait. Its InputError is raised in all."""
     result, message = None, ""
     if jax.process_index() == 0:
         try:
@@ -160,7 +160,7 @@ def in_every_process(action: Callable[[], T]) -> T:
     """The result of `action` here, once it has succeeded in every process.
 
     Raises:
-      InputError: It raised one in some process; this process's own comes first, else the first of the others.
+      InputError: It raised one in some process; this process raises its own, or else the first of the others.
     """
     try:
         result, message = action(), ""
@@ -178,8 +178,8 @@ def in_every_process(action: Callable[[], T]) -> T:
 def require_same(facts: Mapping[str, str]) -> None:
     """Returns when all processes have the same facts.
 
-    Every host computes batches and programs from what it reads itself, its config and its data above all. Where these
-    differ, the hosts train on garbage, or wait for each other forever.
+    Every host computes batches and programs from its own config and data. If these differ, the hosts train on garbage
+    or wait for each other forever.
 
     Args:
       facts: Values by name.
@@ -226,9 +226,9 @@ def wait_for_all() -> None:
 
 
 def own_share(size: int) -> list[int]:
-    """Indices of this process's share of `size` things: equally many in every process, padded with the last one.
+    """Indices of this process's share of `size` items: equally many in every process, padded with the last item.
 
-    In process order the shares are all things in order, and then the padding.
+    Joined in process order, the shares are all items in order, then the padding.
     """
     each = -(-size // jax.process_count())
     first = jax.process_index() * each

@@ -1,6 +1,6 @@
-"""How the model computes: types, kernels and rematerialisation.
+"""How the model computes: dtypes, kernels and rematerialisation.
 
-Only the types change the numbers, beyond the order of sums.
+Apart from the order of sums, only dtypes change the numbers.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ class Execution:
     """Settings of one call of the model.
 
     Attributes:
-      dtype: Type of the activations.
-      attention: Kernel of packed rows; with a cache attention is always dense.
-      experts: Kernel of the grouped matrix products of experts.
+      dtype: Dtype of the activations.
+      attention: Kernel for packed rows; with a KV cache attention is always dense.
+      experts: Kernel for the experts' grouped matrix products.
       remat: What a layer recomputes in the backward pass.
       layer_rows: Most rows that pass through a layer at once; None for all.
       interpret: Whether to interpret Pallas kernels, which runs them on any device, slowly.
@@ -42,10 +42,10 @@ class Execution:
         return 128 if self.attention == "splash" or self.experts == "megablox" else 1
 
 
-# The reference: every other setting gives its numbers, up to the rounding of its type.
+# The reference: every other setting gives the same numbers, up to the rounding of its dtype.
 PLAIN = Execution(jnp.dtype("float32"))
 
-# Kernels of a single platform.
+# Kernels that run on a single platform.
 _PLATFORMS = {"splash": "tpu", "megablox": "tpu", "cudnn": "gpu"}
 
 # Names of values in a layer that may be saved for the backward pass.
@@ -53,7 +53,7 @@ LAYER_INPUT, ATTENTION = "layer_input", "attention"
 
 
 def rematerialized(layer: Callable, remat: Remat) -> Callable:
-    """`layer`, saving for the backward pass what `remat` says; Python's own bools stay static arguments."""
+    """`layer`, saving for the backward pass what `remat` says; arguments that are Python bools stay static."""
     if remat == "none":
         return layer
     policies = jax.checkpoint_policies
@@ -78,9 +78,10 @@ def rematerialized(layer: Callable, remat: Remat) -> Callable:
 
 
 def map_chunks(function: Callable[[Any], Any], rows: Any, num_chunks: int) -> Any:
-    """Applies `function` to `num_chunks` chunks of a tree of rows, one after the other, and stacks the results.
+    """Applies `function` to `num_chunks` chunks of a tree of rows, one after another, and stacks the results.
 
-    The backward pass recomputes each chunk of several: memory depends on the chunk, the gradient is the whole batch's.
+    If there are several chunks, the backward pass recomputes each: memory depends on the chunk, while the gradient is
+    the whole batch's.
     """
     if num_chunks == 1:
         return jax.tree.map(lambda x: x[None], function(rows))
@@ -103,7 +104,7 @@ def execution(config: ModelConfig, platform: str) -> Execution:
     for key in ("attention_kernel", "expert_kernel"):
         needed = _PLATFORMS.get(kernel := getattr(config, key), platform)
         if needed != platform:
-            raise InputError(f"model.{key}={kernel} runs on {needed} devices, and these are {platform}; set it to auto")
+            raise InputError(f"model.{key}={kernel} needs {needed} devices, but these are {platform}; set it to auto")
     experts: ExpertKernel = "megablox" if platform == "tpu" else "ragged_dot"
     return Execution(
         dtype=compute_dtype(config.compute_dtype, platform),
@@ -123,12 +124,12 @@ def _attention(platform: str) -> AttentionKernel:
 
 
 def compute_dtype(name: Literal["auto", "float32", "bfloat16"], platform: str) -> jnp.dtype:
-    """The type of activations: `auto` is float32 on CPU, where bfloat16 is slow, and bfloat16 elsewhere."""
+    """The dtype of activations: `auto` is float32 on CPU, where bfloat16 is slow, and bfloat16 elsewhere."""
     if name == "auto":
         name = "float32" if platform == "cpu" else "bfloat16"
     return jnp.dtype(name)
 
 
 def wide(x: jax.Array) -> jnp.dtype:
-    """The type for values that need range and precision beside activations `x`: float32, or float64 for float64."""
+    """The dtype for values that need more range and precision than activations `x`: float32, or float64 for float64."""
     return jnp.promote_types(x.dtype, jnp.float32)

@@ -46,7 +46,7 @@ LOGICAL_AXES: Mapping[str, str | tuple[str, ...] | None] = {
     "activation_vocab": "tensor",
 }
 
-# Parameter dims that are sharded to save memory: every device gathers them before it computes.
+# Parameter dims sharded only to save memory: every device gathers them before it computes.
 _STORAGE_AXES = ("embed", "expert_embed")
 
 
@@ -72,7 +72,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
 def _arranged(sizes: Sequence[int], devices: Sequence[jax.Device]) -> np.ndarray:
     """The devices arranged in a mesh of these sizes; slices of a multislice job are the outer part of `data`."""
     slices: dict[int, list[jax.Device]] = {}
-    for device in devices:  # other platforms' hosts have slice numbers too
+    for device in devices:  # on other platforms, hosts have slice numbers too
         slices.setdefault(getattr(device, "slice_index", 0) if device.platform == "tpu" else 0, []).append(device)
     if sizes[0] % len(slices):
         raise InputError(
@@ -145,9 +145,9 @@ def flat(mesh: Mesh) -> NamedSharding:
 
 
 def spread(mesh: Mesh, shapes: Any) -> Any:
-    """Shardings that spread one copy of a tree of arrays over all devices, for conversion and not for computing.
+    """Shardings that spread one copy of a tree of arrays over all devices, for conversion rather than computation.
 
-    Each array is sharded along its first dim that all devices divide, and replicated without one.
+    Each array is sharded along its first dim that the number of devices divides, and replicated if it has none.
     """
 
     def sharding(shape):
@@ -160,7 +160,7 @@ def spread(mesh: Mesh, shapes: Any) -> Any:
 def constrain(x: jax.Array, *axes: str) -> jax.Array:
     """Constrains the sharding of `x` over the mesh of `jax.set_mesh`; without a mesh returns `x`.
 
-    Inside `on_devices` only its remaining mesh axes are used.
+    Inside `on_devices` only the remaining mesh axes are used.
     """
     free = _free_axes(MESH_AXES)
     return jax.lax.with_sharding_constraint(x, _spec_over(free, axes)) if free else x
@@ -169,8 +169,8 @@ def constrain(x: jax.Array, *axes: str) -> jax.Array:
 def on_devices(function: Callable, *, in_axes: Any, out_axes: Any, over: Sequence[str] = MESH_AXES) -> Callable:
     """`function` run by every device on its own shards, with collectives over the mesh axes `over`.
 
-    `jax.shard_map` by logical axes. Returns `function` itself without a mesh, inside a call over these axes, or where
-    each of them has one device and others remain.
+    `jax.shard_map` by logical axes. Returns `function` itself without a mesh, inside a call over these axes, or if each
+    of them has one device and other axes remain.
 
     Args:
       function: Runs on each device.
@@ -179,26 +179,26 @@ def on_devices(function: Callable, *, in_axes: Any, out_axes: Any, over: Sequenc
       over: Mesh axes; the compiler chooses the sharding over the others.
     """
     free, mesh = _free_axes(over), jax.sharding.get_abstract_mesh()
-    # The compiler refuses sums over axes of one device beside axes that it shards itself.
+    # The compiler refuses sums over axes of one device together with axes that it shards itself.
     if not free or (free != _free_axes(MESH_AXES) and all(mesh.shape[name] == 1 for name in free)):
         return function
     in_specs, out_specs = jax.tree.map(functools.partial(_spec_over, free), (in_axes, out_axes), is_leaf=_is_axes)
-    # Pallas calls do not declare over which mesh axes their results vary, so that is not checked.
+    # Not checked, as Pallas calls do not declare over which mesh axes their results vary.
     return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, axis_names=set(free), check_vma=False)
 
 
 def split_axes(axis: str) -> tuple[str, ...]:
-    """The mesh axes of a dim with logical axis `axis` that the enclosing `on_devices` runs over."""
+    """The mesh axes that shard logical axis `axis` and that the enclosing `on_devices` runs over."""
     manual = jax.sharding.get_abstract_mesh().manual_axes
     return tuple(name for name in mesh_axes(axis) if name in manual)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def gather(x: jax.Array, axes: tuple[str, ...], dtype: jnp.dtype) -> jax.Array:
-    """Gathers the dims of a parameter that are sharded for storage alone, given a device's shard and its logical axes.
+    """Gathers a parameter's dims that are sharded only for storage, given a device's shard and its logical axes.
 
-    Shards are sent in `dtype`; the result has the type of `x`, in which its gradient is summed over the devices. A
-    parameter without such dims is `x` itself.
+    Shards are sent in `dtype`; the result has the dtype of `x`, in which its gradient is summed over the devices.
+    Without such dims the result is `x` itself.
     """
     if not any(axis in _STORAGE_AXES for axis in axes):
         return x
@@ -210,7 +210,7 @@ def gather(x: jax.Array, axes: tuple[str, ...], dtype: jnp.dtype) -> jax.Array:
 
 
 def _gather_backward(axes, _dtype, _residuals, change):
-    # JAX itself would sum in `dtype`: in bfloat16, over all devices of a pod.
+    # JAX itself would sum in `dtype`: possibly in bfloat16, over all devices of a pod.
     def shard(whole, dim, names):
         return jax.lax.psum_scatter(whole, names, scatter_dimension=dim, tiled=True)
 
@@ -223,7 +223,7 @@ gather.defvjp(lambda x, axes, dtype: (gather(x, axes, dtype), None), _gather_bac
 def _over_storage_dims(
     function: Callable[[jax.Array, int, tuple[str, ...]], jax.Array], x: jax.Array, axes: Sequence[str]
 ) -> jax.Array:
-    """`function(x, dim, mesh axes)` of every dim that the enclosing `on_devices` shards for storage alone.
+    """Applies `function(x, dim, mesh axes)` to every dim that the enclosing `on_devices` shards only for storage.
 
     It also runs over the remaining mesh axes, over which the compiler would gather `x` first.
     """
@@ -251,7 +251,7 @@ def _is_axes(leaf: Any) -> bool:
 def host_share(mesh: Mesh, process: int | None = None) -> HostShare:
     """The shards of a batch on the devices of a process, for any order of the mesh's devices.
 
-    The TPU runtime's order is that of the torus: the shards of a host are seldom neighbours.
+    The TPU runtime orders devices along the torus, so a host's shards are seldom neighbours.
 
     Args:
       mesh: The device mesh.
@@ -265,7 +265,7 @@ def host_share(mesh: Mesh, process: int | None = None) -> HostShare:
 
 
 def _start(index: tuple[slice, ...], size: int) -> int:
-    """Start of a device's shard in an array's first dim, which is `size` long."""
+    """Start of a device's shard in an array's first dim, of length `size`."""
     return index[0].indices(size)[0]
 
 
@@ -313,7 +313,7 @@ def _field_sharding(mesh: Mesh, per_row: bool) -> NamedSharding:
 
 
 def _map_fields(function: Callable[[Any, bool], Any], batch: Batch) -> Batch:
-    """The batch with `function(value, per_row)` of every field; `per_row` is whether it has one entry a row."""
+    """The batch with `function(value, per_row)` applied to every field; `per_row`: whether it has one entry per row."""
     return {
         name: type(stream)(*(function(value, field in stream.per_row) for field, value in stream._asdict().items()))
         for name, stream in batch.items()

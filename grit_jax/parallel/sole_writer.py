@@ -15,21 +15,21 @@ def refuse_other_writers(folder: files.PathLike) -> None:
     """Returns when nobody else writes to a folder; writes nothing.
 
     Raises:
-      InputError: A writer lives, in every process of the job.
+      InputError: Another writer is alive; raised in every process of the job.
     """
     in_first_process(lambda: refuse_living(folder))
 
 
 def _nothing() -> None:
-    """Checks nothing: the other processes learn of a lost lock from process 0."""
+    """No check: the other processes learn of a lost lock from process 0."""
 
 
 class SoleWriter(NamedTuple):
     """The lock's checks in one process of the job.
 
     Attributes:
-      check: `WriterLock.check` in process 0, to be called before every piece of work.
-      confirm: `WriterLock.confirm` in process 0, to be called before every write that counts.
+      check: `WriterLock.check` in process 0; call it before every piece of work.
+      confirm: `WriterLock.confirm` in process 0; call it before every write that counts.
     """
 
     check: Callable[[], None] = _nothing
@@ -41,7 +41,7 @@ def sole_writer(folder: files.PathLike) -> Generator[SoleWriter]:
     """Holds the lock of a folder.
 
     Raises:
-      InputError: A writer lives, in every process of the job.
+      InputError: Another writer is alive; raised in every process of the job.
     """
     lock = in_first_process(lambda: WriterLock(folder))
     try:

@@ -15,12 +15,12 @@ _OPCODES = (
     "reduce-scatter",
 )  # fmt: skip
 
-# A collective runs as rings in both directions over at most two torus axes, as XLA:TPU's own strategies do
-# ("StrategyRing", "2D plane" in its text). Rings are assumed closed and both axes free, which is optimistic for a group
-# along one axis.
+# A collective runs as rings in both directions over at most two torus axes, like XLA:TPU's own strategies
+# ("StrategyRing", "2D plane" in its text). Assuming closed rings and both axes free is optimistic for a group along one
+# axis.
 _RING_AXES = 2
-# Times that a ring carries the array: an all-reduce is a reduce-scatter and an all-gather; in an all-to-all over n
-# chips an element passes n/4 links on average, in a gather n.
+# How often a ring carries the array: an all-reduce is a reduce-scatter and an all-gather; in an all-to-all over n chips
+# an element passes n/4 links on average, in a gather n.
 _PASSES = {"all-to-all": 1 / 4, "ragged-all-to-all": 1 / 4, "all-reduce": 2}
 
 Network = Literal["ici", "dcn", "host"]
@@ -31,10 +31,10 @@ class Transfer:
     """One collective on one device.
 
     Args:
-      opcode: XLA's name; reduce-scatter also where XLA:TPU writes an all-reduce whose result is sliced at once.
+      opcode: XLA's name; reduce-scatter also if XLA:TPU writes an all-reduce whose result is sliced at once.
       network: ici within a slice, dcn between slices, host to and from the host's memory.
-      num_bytes: Bytes of the whole array: what is gathered, reduced, permuted or copied.
-      seconds: Time when nothing else uses the network.
+      num_bytes: Bytes of the whole array that is gathered, reduced, permuted or copied.
+      seconds: Time if nothing else uses the network.
     """
 
     opcode: str
@@ -59,7 +59,7 @@ def collectives_within(module: Module, computation: Computation) -> Iterator[tup
 
 
 def transfer(computation: Computation, instruction: Instruction, topology: Topology) -> Transfer:
-    """Prices a collective within a slice; across slices XLA:TPU makes transfers between hosts: `slice_transfer`."""
+    """Prices a collective within a slice; across slices XLA:TPU makes transfers between hosts (`slice_transfer`)."""
     chip = topology.chip
     opcode = instruction.opcode.removesuffix("-start")
     operand = sum(array.num_bytes for source in computation.operands(instruction) for array in source.arrays)
@@ -80,16 +80,16 @@ def crosses_slices(instruction: Instruction) -> bool:
 
 
 def rendezvous(instruction: Instruction) -> str:
-    """The name under which a send and the receive of its result find each other."""
+    """The name that a send shares with the receive of its result."""
     return instruction.attribute("_xla_host_transfer_rendezvous") or instruction.name
 
 
 def slice_transfer(computation: Computation, send: Instruction, topology: Topology) -> Transfer:
-    """Prices what one device sends to its peers in the other slices, by the collective that the text names."""
+    """Prices one device's sends to its peers in other slices, by the collective that the text names."""
     opcode = (send.attribute("_xla_megascale_transfer_type") or "").lower().replace("_", "-")
     num_bytes = computation.operands(send)[0].num_bytes
     others = topology.num_slices - 1
-    # Copies of what is sent that leave (and reach) a device.
+    # How many copies of the sent data leave (and reach) a device.
     passes = {
         "all-reduce": 2 * others / topology.num_slices,
         "reduce-scatter": others / topology.num_slices,
@@ -112,12 +112,12 @@ def _is_sliced(computation: Computation, value: Instruction) -> bool:
 
 @dataclass(frozen=True)
 class TransferTotal:
-    """Transfers of one opcode on a network, of a device in a run of the program.
+    """One device's transfers of one opcode on one network, in a run of the program.
 
     Args:
-      opcode: As in Transfer.
-      network: As in Transfer.
-      overlapped: Whether it runs beside other work, between a start and a done.
+      opcode: As in `Transfer`.
+      network: As in `Transfer`.
+      overlapped: Whether other work runs meanwhile, between a start and a done.
       count: Number of runs.
       num_bytes: Bytes of the whole arrays.
       seconds: Time that it takes.

@@ -1,9 +1,9 @@
 """Time of a program compiled for a TPU, estimated from its schedule.
 
 The estimate runs the program's instructions in order on a clock. Work of the TensorCore adds the compiler's own
-`estimated_cycles`; Pallas kernels, which it does not know, add their FLOPs at an assumed efficiency; a collective
-occupies its network from its start, and adds what is left of it where its result is awaited. Loop bodies count once for
-each iteration. Trust the ratio of two programs for one chip more than the seconds.
+`estimated_cycles`; Pallas kernels, unknown to the compiler, add their FLOPs at an assumed efficiency; a collective
+occupies its network from its start, and adds the time left when its result is awaited. Loop bodies count once per
+iteration. Trust the ratio of two programs for one chip more than the seconds.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from grit_jax.plan.traffic import crosses_to_host, hbm_bytes, moved_bytes
 # Share of the peak that a Pallas kernel reaches: assumed, not measured. Splash attention's softmax between its two
 # products keeps the matrix units waiting.
 KERNEL_EFFICIENCY = 0.5
-# Bytes per second and direction between a chip and its host's memory: PCIe, as "How to Scale Your Model" takes it.
+# Bytes per second and direction between a chip and its host's memory: PCIe, as in "How to Scale Your Model".
 HOST_BANDWIDTH = 15e9
 
 _ASYNC_START, _ASYNC_DONE = "AsyncCollectiveStart", "AsyncCollectiveDone"
@@ -41,15 +41,15 @@ _ASYNC_START, _ASYNC_DONE = "AsyncCollectiveStart", "AsyncCollectiveDone"
 class Cost:
     """The cost of one run of a program for each device. Times are seconds.
 
-    `total_seconds` is `compute_seconds + attention_seconds + kernel_seconds + exposed_seconds`; the times of HBM and of
-    the networks pass beside those.
+    `total_seconds` is `compute_seconds + attention_seconds + kernel_seconds + exposed_seconds`; HBM and the networks
+    work at the same time.
 
     Attributes:
-      total_seconds: From the first instruction to the last.
-      compute_seconds: The TensorCore's work that the compiler estimates, with the HBM that it waits for.
+      total_seconds: Time from the first instruction to the last.
+      compute_seconds: The TensorCore's work as the compiler estimates it, including waits for HBM.
       attention_seconds: Splash attention's kernels.
       kernel_seconds: Other Pallas kernels.
-      exposed_seconds: Waiting for a network while nothing else is done.
+      exposed_seconds: Waiting for a network with nothing else to do.
       hbm_seconds: HBM's traffic at full bandwidth: a lower bound of the total.
       ici_seconds: Transfers between the chips of a slice, hidden or not.
       dcn_seconds: Transfers between slices, hidden or not.
@@ -59,7 +59,7 @@ class Cost:
       hbm_bytes: Bytes read and written in HBM.
       collectives: The table of transfers, by opcode, network and whether they overlap.
       unknown_loops: Loops with an unknown number of iterations, counted as one.
-      unknown_kernels: Names of Pallas kernels with unknown FLOPs, counted by their HBM traffic alone.
+      unknown_kernels: Names of Pallas kernels with unknown FLOPs, counted only by their HBM traffic.
     """
 
     total_seconds: float
@@ -84,7 +84,7 @@ def estimate(text: str, topology: Topology, *, expert_fill: float = 1.0) -> Cost
 
     Args:
       text: `compiled.as_text()` of a program compiled for `devices(topology)`.
-      topology: What it was compiled for.
+      topology: The topology that it was compiled for.
       expert_fill: Share of the rows of grouped matrix products that hold tokens; shapes are those of the worst case.
 
     Raises:
@@ -117,7 +117,7 @@ def estimate(text: str, topology: Topology, *, expert_fill: float = 1.0) -> Cost
 
 @dataclass
 class _Totals:
-    """Sums over a computation and its callees; `carrying` is the time of the fusions that carry on each channel."""
+    """Sums over a computation and its callees; `carrying`: time of fusions that carry on a collective, by channel."""
 
     numbers: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     carrying: dict[str, float] = field(default_factory=lambda: defaultdict(float))
@@ -165,11 +165,11 @@ class _Clock:
         self._pending.setdefault(name, []).append((moved, end))
 
     def rename(self, name: str, new: str) -> None:
-        """Lets another instruction stand for the transfers of one."""
+        """Hands an instruction's transfers over to another."""
         self._pending[new] = self._pending.pop(name, [])
 
     def wait(self, name: str, *, overlapped: bool = True) -> None:
-        """Waits for the transfers of an instruction; those of an earlier iteration of a loop are over."""
+        """Waits for the transfers of an instruction; those of an earlier loop iteration are over."""
         for moved, end in self._pending.pop(name, []):
             self.record(moved, max(0.0, end - self.totals.seconds), overlapped=overlapped)
 
@@ -193,7 +193,7 @@ class _Clock:
     def close(self) -> _Totals:
         """Ends the computation.
 
-        Transfers that the next iteration of a loop awaits hide behind this one, but an iteration is no shorter than
+        Transfers that the next loop iteration awaits hide behind this one, but an iteration takes at least as long as
         its transfers on one network.
         """
         for channel in list(self._spread):
@@ -222,7 +222,7 @@ class _Estimator:
         self.module, self.topology, self.expert_fill = module, topology, expert_fill
         self._done: dict[str, _Totals] = {}
         # XLA:TPU spreads a collective over fusions: one starts it, one ends it, and those between that contain the same
-        # collective, in a nested loop too, carry it on beside their own work.
+        # collective, in a nested loop too, carry it on during their own work.
         self._spread = {
             _channel(collective)
             for computation in module.computations.values()
@@ -275,7 +275,7 @@ class _Estimator:
             clock.work("compute", self._cycles_seconds(instruction))
 
     def _run_called(self, instruction: Instruction, clock: _Clock) -> None:
-        """A loop counts its body once for each iteration, a conditional its longest branch."""
+        """Counts a loop's body once per iteration, and a conditional's longest branch."""
         if instruction.opcode == "while":
             trips = trip_count(self.module, instruction)
             clock.totals.numbers["unknown_loops"] += trips is None
@@ -287,7 +287,7 @@ class _Estimator:
             clock.totals.add(max(branches, key=lambda totals: totals.seconds))
 
     def _run_kernel(self, computation: Computation, kernel: Instruction, clock: _Clock) -> None:
-        """A kernel takes as long as its products at the assumed efficiency or as its traffic, whichever is longer."""
+        """A kernel takes as long as its products at the assumed efficiency or its traffic, whichever is longer."""
         chip, flops = self.topology.chip, kernel_flops(kernel, computation)
         if flops is None:
             clock.totals.unknown_kernels.add(kernel.name)
@@ -316,7 +316,7 @@ class _Estimator:
         clock.wait(fusion.name, overlapped=False)
 
     def _transfers(self, instruction: Instruction) -> list[tuple[Instruction, Transfer]]:
-        """The collectives in what an instruction calls, with their prices."""
+        """The collectives in the computations that an instruction calls, with their prices."""
         within = collectives_within(self.module, self.module.called(instruction))
         return [(collective, transfer(inner, collective, self.topology)) for inner, collective in within]
 

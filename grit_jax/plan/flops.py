@@ -86,10 +86,10 @@ def is_grouped(kernel: Instruction) -> bool:
 
 
 def kernel_flops(kernel: Instruction, computation: Computation) -> int | None:
-    """FLOPs of a Pallas kernel's matrix products, or None where they are unknown.
+    """FLOPs of a Pallas kernel's matrix products; None if unknown.
 
-    Splash attention's follow from its shapes. Other kernels carry their `pallas_call(cost_estimate=...)`, which of
-    megablox, and of the kernels that XLA:TPU makes of `ragged_dot`, follows from the shapes.
+    Splash attention's follow from its shapes. Other kernels carry their `pallas_call(cost_estimate=...)`; those of
+    megablox and of the kernels that XLA:TPU makes of `ragged_dot` follow from the shapes.
     """
     arrays = [operand.arrays[0] for operand in computation.operands(kernel)]
     if is_attention(kernel):
@@ -104,10 +104,11 @@ _SPLASH_PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4, "fused": 5}
 
 
 def _splash_flops(kernel: Instruction, arrays: list[Array]) -> int:
-    """Every block of scores that the mask does not hide entirely is computed in full.
+    """Every block of scores that the mask does not hide entirely counts in full.
 
-    The text lacks the mask. Its table of blocks is an operand, which a window makes narrower. Positions are another,
-    beside the two of segment ids, where the mask is computed from them: one with a whole table is assumed causal.
+    The text lacks the mask. An operand holds its table of blocks, which a window makes narrower. If the mask is
+    computed from positions, these are another operand, besides the two of segment ids; such a mask with a whole table
+    is assumed causal.
     """
     query, key = [array for array in arrays if re.match("b?f", array.dtype) and len(array.dims) >= 3][:2]
     phase = re.search(r"_(fwd|dq|dkv)", kernel.name)
@@ -131,6 +132,6 @@ def _splash_flops(kernel: Instruction, arrays: list[Array]) -> int:
 
 
 def _block_size(kernel: Instruction, key: str, length: int) -> int:
-    """A block size from a splash kernel's metadata; the whole length where it is missing."""
+    """A block size from a splash kernel's metadata; the whole length if it is missing."""
     found = re.search(rf'\\"{key}\\": (\d+)', kernel.attributes)
     return int(found[1]) if found else length

@@ -2,7 +2,7 @@
 
 The text is `compiled.as_text()`: scheduled HLO, in which the order of instructions is the order of execution. XLA
 describes its syntax at https://openxla.org/xla/operation_semantics and in `hlo_parser.cc`; only what a cost estimate
-needs is parsed, the rest of an instruction stays text.
+needs is parsed; the rest of an instruction stays text.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _BITS = {"pred": 8, "bf16": 16, "c64": 64, "c128": 128}
 _ELEMENT = r"pred|bf16|c64|c128|[suf]\d+\w*"
 
 _ARRAY = re.compile(rf"\b({_ELEMENT})\[([\d,]*)\](?:\{{([^{{}}]*)\}})?")
-_END = re.compile(r'^\}(, execution_thread="\w+")?$')  # some computations run beside the main ones
+_END = re.compile(r'^\}(, execution_thread="\w+")?$')  # some computations run alongside the main ones
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{$")
 _INSTRUCTION = re.compile(r"^  (?:ROOT )?%?[\w.\-]+ = ")
 # name = type opcode(operands) attributes; no type holds " word(", and operands nest parentheses once at most.
@@ -68,12 +68,12 @@ class Instruction:
     """One instruction.
 
     Args:
-      name: Unique in its computation.
+      name: Name, unique in its computation.
       opcode: Such as fusion or all-gather-start.
       arrays: The result's arrays; a tuple's leaves in order.
       operands: Names of instructions of the same computation.
       literal: The text between the parentheses, such as a constant's value.
-      attributes: The text after them.
+      attributes: The text after the parentheses.
       is_root: Whether it is its computation's result.
     """
 
@@ -86,12 +86,12 @@ class Instruction:
     is_root: bool
 
     def attribute(self, key: str) -> str | None:
-        """The value of `key=value` where it is a name, a number or a string; without % and quotes."""
+        """The value of `key=value` if it is a name, a number or a string; without % and quotes."""
         found = re.search(rf'\b{key}=%?"?([\w.\-]+)', self.attributes)
         return found and found[1]
 
     def dims_attribute(self, key: str) -> tuple[int, ...]:
-        """The value of `key={1,2}`; empty where the key is missing."""
+        """The value of `key={1,2}`; empty if the key is missing."""
         found = re.search(rf"\b{key}=\{{([\d,]*)\}}", self.attributes)
         return _numbers(found[1]) if found else ()
 
@@ -137,7 +137,7 @@ class Computation:
         return {name: tuple(takers) for name, takers in users.items()}
 
     def operands(self, instruction: Instruction) -> list[Instruction]:
-        """The instructions that one of this computation takes."""
+        """The operands of an instruction of this computation."""
         return [self.instructions[name] for name in instruction.operands]
 
 
@@ -215,7 +215,7 @@ def _numbers(text: str) -> tuple[int, ...]:
 
 
 def trip_count(module: Module, loop: Instruction) -> int | None:
-    """Iterations of a while loop, or None where the text does not say.
+    """Iterations of a while loop; None if the text does not say.
 
     The compiler writes `known_trip_count` for some loops. Other loops of a scan count from 0 by a constant step to a
     constant limit in the condition.
@@ -237,7 +237,7 @@ def trip_count(module: Module, loop: Instruction) -> int | None:
 
 
 def _counter_step(body: Computation, index: int) -> int | None:
-    """The constant that a loop's body adds to its variable `index`; None where it is not constant."""
+    """The constant that a loop's body adds to its variable `index`; None if it is not constant."""
     if body.root.opcode != "tuple":
         return None
     value = body.instructions[body.root.operands[index]]

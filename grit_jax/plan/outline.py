@@ -1,4 +1,4 @@
-"""The outline of a step, traced within seconds and not compiled: do all its parts fit together?"""
+"""The outline of a step, traced in seconds instead of compiled: do all its parts fit together?"""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from grit_jax.train.setup import set_up
 
 @dataclass(frozen=True)
 class Outline:
-    """A step that was traced and not compiled.
+    """A step that was traced but not compiled.
 
     Attributes:
       topology: The devices that it was traced for.
@@ -44,10 +44,10 @@ def make_outline(
     """Traces the step for the topology.
 
     Args:
-      config: With its architecture resolved (`planned_config`).
+      config: Config with its architecture resolved (`planned_config`).
       topology: The devices to trace for.
-      lengths: Of the texts of a step.
-      streams: As of `Trainer`.
+      lengths: Lengths of the texts of a step.
+      streams: As in `Trainer`.
 
     Raises:
       InputError: libtpu is missing, or mesh, batch, lengths and model do not fit together.
@@ -78,6 +78,6 @@ def as_lines(outline: Outline) -> Iterator[str]:
     mesh = ", ".join(f"mesh.{axis}={size}" for axis, size in outline.mesh.items() if size > 1) or "one device"
     yield f"{outline.topology.num_chips} chips of {outline.topology.libtpu_name} as {mesh}"
     yield f"a step: {outline.work.tokens:,} tokens in {described_rows(outline.work)}"
-    verdict = "without --no-compile the compiler says what is needed" if outline.may_fit else "DOES NOT FIT"
+    verdict = "leave out --no-compile to see the whole need" if outline.may_fit else "DOES NOT FIT"
     needed, limit = outline.state_bytes / GIB, outline.topology.chip.hbm_bytes / GIB
     yield f"memory of a device: {needed:.2f} of {limit:.2f} GiB for state and gradients alone: {verdict}"

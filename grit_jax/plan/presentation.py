@@ -15,7 +15,7 @@ from grit_jax.plan.work import described_rows, rows_by_stream
 def as_json(plan: Plan) -> dict[str, Any]:
     """The plan as one object; bytes are those of one device, times are seconds."""
     cost, chip = plan.cost, plan.topology.chip
-    report = {
+    values = {
         "fits": plan.fits,
         "topology": plan.topology.libtpu_name,
         "slices": plan.topology.num_slices,
@@ -42,9 +42,9 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "compile_seconds": plan.compile_seconds,
     }
     if cost is None:
-        return report
+        return values
     parts = ("compute", "attention", "kernel", "exposed", "hbm", "ici", "dcn", "host")
-    return report | {
+    return values | {
         "seconds": {part: getattr(cost, f"{part}_seconds") for part in parts},
         "collectives": [
             {
@@ -90,7 +90,7 @@ def as_lines(plan: Plan, config: Config) -> Iterator[str]:
             f"{cost.kernel_seconds:.2f}, exposed transfers {cost.exposed_seconds:.2f}"
         )
         yield (
-            f"  beside those: HBM {cost.hbm_seconds:.2f} s, ICI {cost.ici_seconds:.2f}, DCN {cost.dcn_seconds:.2f}, "
+            f"  meanwhile: HBM {cost.hbm_seconds:.2f} s, ICI {cost.ici_seconds:.2f}, DCN {cost.dcn_seconds:.2f}, "
             f"host {cost.host_seconds:.2f}"
         )
         for total in cost.collectives:
@@ -107,7 +107,7 @@ def as_lines(plan: Plan, config: Config) -> Iterator[str]:
 
 
 def advice(plan: Plan, config: Config) -> str:
-    """What dominates the memory of a plan that does not fit, and which setting to change."""
+    """The largest part of the memory of a plan that does not fit, and the setting to change."""
     if plan.state_bytes >= plan.topology.chip.hbm_bytes:
         return (
             f"state and gradients alone need {_gib(plan.state_bytes)} GiB of a device: use more chips, or raise "

@@ -31,17 +31,17 @@ class Plan:
 
     Attributes:
       topology: The devices that it is compiled for.
-      parameters: Of the model.
+      parameters: Parameters of the model.
       work: The content of the step.
-      steps: Of the whole run.
+      steps: Steps of the whole run.
       state_bytes: Parameters, optimizer state and one gradient: the least that the step needs.
-      negatives: The form of the contrastive loss, None without one.
-      argument_bytes: State and batch; None where the step was too large to compile.
+      negatives: The form of the contrastive loss; None without one.
+      argument_bytes: State and batch; None if the step was too large to compile.
       temporary_bytes: Peak of other buffers, without those of donated arguments; None likewise.
-      peak_bytes: Peak of all buffers; with arrays in the host's memory the sum of arguments and temporaries, an upper
+      peak_bytes: Peak of all buffers; with arrays in the host's memory, the sum of arguments and temporaries, an upper
         bound, as the compiler's own number includes the host's.
       host_bytes: Arrays in the host's memory.
-      largest: Descriptions of the largest buffers, where the step was too large to compile.
+      largest: Descriptions of the largest buffers if the step was too large to compile.
       cost: The estimate of its time; None likewise.
       compile_seconds: Time of the compilation.
     """
@@ -93,7 +93,7 @@ class Plan:
 def planned_config(config: Config) -> Config:
     """The config with its architecture resolved as in training.
 
-    Model and tokenizer are read only where `model.architecture` lacks a `vocab_size`.
+    Model and tokenizer are read only if `model.architecture` lacks a `vocab_size`.
 
     Raises:
       InputError: They cannot be read, or have another architecture.
@@ -113,7 +113,7 @@ def planned_config(config: Config) -> Config:
 
 
 def planned_mesh(config: Config, topology: Topology) -> jax.sharding.Mesh:
-    """The config's mesh of a topology's devices.
+    """The config's mesh on a topology's devices.
 
     Raises:
       InputError: libtpu is missing, or the mesh has another number of devices.
@@ -127,10 +127,10 @@ def make_plan(
     """Compiles the step for the topology.
 
     Args:
-      config: With its architecture resolved (`planned_config`).
+      config: Config with its architecture resolved (`planned_config`).
       topology: The devices to compile for.
-      lengths: Of the texts of a step.
-      streams: As of `Trainer`.
+      lengths: Lengths of the texts of a step.
+      streams: As in `Trainer`.
 
     Raises:
       InputError: libtpu is missing, or the config does not fit the mesh.
@@ -172,7 +172,7 @@ def make_plan(
 
 
 def _expert_fill(architecture: TransformerConfig, mesh: jax.sharding.Mesh) -> float:
-    """Share of the rows for tokens of a device's experts that hold one, if experts get equally many tokens."""
+    """Share of the rows for a device's experts that hold a token, if experts get equally many tokens."""
     if not architecture.num_experts:
         return 1.0
     shards, per_token = sharding.axis_size(mesh, "experts"), architecture.experts_per_token
@@ -194,7 +194,7 @@ _UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 def _used_bytes(message: str) -> int | None:
     """Bytes that a step needs, from the compiler's message that a device's memory is too small; None for another error.
 
-    The wording varies, but always names the need and the smaller limit.
+    The wording varies, but names the need and the smaller limit.
     """
     summary = message.partition("Largest program allocations")[0]
     if not re.search(r"ran out of memory (in memory space|on) hbm", summary, re.IGNORECASE):

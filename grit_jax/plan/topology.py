@@ -1,4 +1,4 @@
-"""Google Cloud's names of TPU slices, and the abstract devices that libtpu compiles for."""
+"""Google Cloud's names for TPU slices, and the abstract devices that libtpu compiles for."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ _SHAPES = {
         "v6e": _SHAPES_2D,
     }.items()
 }
-# Other names that Google Cloud gives a version.
+# Other names of Google Cloud for a version.
 _ALIASES = {"v5litepod": "v5e"}
 
-# Optical switches close a dimension of a 3-D slice to a ring where every dimension is a multiple of a cube's side;
-# a 2-D slice has a ring along each side of the whole pod.
+# Optical switches close a dimension of a 3-D slice into a ring if every dimension is a multiple of a cube's side; a 2-D
+# slice has a ring along each side of the whole pod.
 _CUBE_SIDE, _POD_SIDE_2D = 4, 16
 
 
@@ -46,7 +46,7 @@ class Topology:
     Args:
       chip: The chip of every device.
       shape: Chips of a slice along each torus axis.
-      num_slices: Slices.
+      num_slices: Number of slices.
     """
 
     chip: Chip
@@ -88,7 +88,7 @@ def parse_topology(name: str, *, slices: int = 1) -> Topology:
 
     Args:
       name: Such as v5p-128 or v5litepod-256. v4 and v5p names count TensorCores, v5e and v6e names count chips.
-      slices: Slices of that type.
+      slices: Number of slices of that type.
 
     Raises:
       InputError: The name is not one of `topology_names()`, or `slices` is less than 1.
@@ -106,17 +106,17 @@ def parse_topology(name: str, *, slices: int = 1) -> Topology:
 
 
 def devices(topology: Topology) -> list[jax.Device]:
-    """The abstract devices of a topology, to build a mesh of and compile for; no TPU is needed.
+    """The abstract devices of a topology, to build a mesh from and compile for; needs no TPU.
 
-    Devices are ordered slice by slice. Sets the environment that libtpu reads when it is loaded, so this comes before
-    anything else that loads it; and keeps JAX on the CPU unless JAX_PLATFORMS says otherwise.
+    Devices are ordered slice by slice. Sets the environment that libtpu reads on loading, so call this before anything
+    else loads it; and keeps JAX on the CPU unless JAX_PLATFORMS says otherwise.
 
     Raises:
       InputError: libtpu is not installed.
     """
     if importlib.util.find_spec("libtpu") is None:
         raise InputError(f"compiling for {topology.libtpu_name} needs libtpu (no TPU is needed); {install('tpu')}")
-    for key, value in LIBTPU_WITHOUT_TPU.items():  # the topology is given in the call, whatever host this names
+    for key, value in LIBTPU_WITHOUT_TPU.items():  # the call gives the topology, whatever host this names
         os.environ.setdefault(key, value)
     import jax
     from jax.experimental import topologies

@@ -13,7 +13,7 @@ _FREE = (
 )  # fmt: skip
 # Instructions that read only the part of their first operand that they return.
 _SLICES = ("slice", "dynamic-slice", "gather")
-# Instructions that move data between memories, at once or, with -start, beside other work.
+# Instructions that move data between memories, at once or, with -start, during other work.
 _COPIES = ("copy", "slice", "dynamic-slice", "dynamic-update-slice")
 
 

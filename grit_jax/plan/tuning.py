@@ -1,4 +1,4 @@
-"""Tuning: the fastest settings that fit, ranked by a formula, of which the best few are compiled."""
+"""Tuning: finds the fastest settings that fit by ranking with a formula and compiling the best few."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from grit_jax.plan.work import Lengths, planned_work
 from grit_jax.train.objectives import trained_objectives
 from grit_jax.train.setup import partition_of
 
-# Share of a device's memory that the formula may fill: it ignores programs, fragmentation and collectives' buffers.
+# Share of a device's memory that the formula may fill, as it ignores programs, fragmentation and collectives' buffers.
 _HEADROOM = 0.9
 # Widths of one token inside a layer in the backward pass, in units of (embed, heads, mlp), counted by hand.
 _INSIDE = (8, 8, 6)
 _ACTIVATION_BYTES = 2  # bfloat16
-_TRAINED_BYTES = 12  # of a parameter that is trained: itself and two moments, float32
+_TRAINED_BYTES = 12  # of a trained parameter: itself and two moments, float32
 
 
 class Candidate(NamedTuple):
@@ -48,7 +48,7 @@ class Candidate(NamedTuple):
 
 
 class Tuned(NamedTuple):
-    """The recommended settings; their plan does not fit where no compiled one did."""
+    """The recommended settings; their plan does not fit if no compiled one did."""
 
     plan: Plan
     config: Config
@@ -59,10 +59,10 @@ def tune(config: Config, topology: Topology, lengths: Lengths, *, most: int, say
     """Compiles up to `most` candidates, the fastest by the formula first, and recommends the fastest that fits.
 
     Args:
-      config: With its architecture resolved.
-      topology: What to compile for.
-      lengths: Of the texts of a step.
-      most: Programs to compile.
+      config: Config with its architecture resolved.
+      topology: The devices to compile for.
+      lengths: Lengths of the texts of a step.
+      most: Most programs to compile.
       say: Receives a line for each of them.
 
     Raises:
@@ -82,7 +82,7 @@ def tune(config: Config, topology: Topology, lengths: Lengths, *, most: int, say
 
 
 def rank(candidate: Candidate, topology: Topology) -> tuple[bool, float, float]:
-    """Sorting key: what fits first, then the least work, then the least memory."""
+    """Sorting key: candidates that fit first, then the least work, then the least memory."""
     fits = candidate.memory_bytes <= _HEADROOM * topology.chip.hbm_bytes
     return not fits, candidate.work, candidate.memory_bytes
 

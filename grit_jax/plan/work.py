@@ -73,9 +73,9 @@ def planned_work(architecture: TransformerConfig, objectives: Sequence[Objective
     """A step with texts of these lengths.
 
     Args:
-      architecture: Resolved.
-      objectives: Of the training.
-      shards: Equal parts of the rows of a batch.
+      architecture: Resolved architecture.
+      objectives: Objectives of the training.
+      shards: Number of equal parts into which a batch's rows are divided.
       texts: Lengths of the texts of a step.
     """
     rows, pairs, through_head = {}, 0.0, 0
@@ -93,7 +93,7 @@ def planned_work(architecture: TransformerConfig, objectives: Sequence[Objective
 
 
 def rows_by_stream(work: Work) -> dict[str, int]:
-    """Rows of every stream; 0 for one that is not trained."""
+    """Rows of every stream; 0 for an untrained one."""
     return dict.fromkeys(STREAMS, 0) | work.rows
 
 

@@ -1,1 +1,1 @@
-"""The quickstart: from the docstrings on this machine to a model that searches and writes."""
+"""The quickstart: trains a model that searches and writes on this machine's docstrings."""

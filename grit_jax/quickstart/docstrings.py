@@ -1,6 +1,6 @@
 """Training and held-out data from docstrings, which every machine with this package has.
 
-Sources are the Python standard library and the run-time numeric packages, parsed and never imported. Each documented
+Sources are the Python standard library and the run-time numeric packages, parsed but never imported. Each documented
 module, class or function is an object; objects, not texts, are split into train and held-out.
 """
 
@@ -23,7 +23,7 @@ import numpy as np
 
 from grit_jax.errors import InputError
 
-# Run-time requirements and their own, so that every installation sees the same texts.
+# Run-time requirements and their requirements, so that every installation sees the same texts.
 PACKAGES = ("numpy", "scipy", "jax", "flax", "optax", "orbax", "grain", "tensorstore", "ml_dtypes", "matplotlib")
 _SKIPPED_FOLDERS = {"test", "tests", "testing", "_test", "idlelib", "lib2to3", "site-packages", "pydoc_data", "vendor"}
 
@@ -72,20 +72,20 @@ class DocumentedObject(NamedTuple):
 
     @property
     def held_out(self) -> bool:
-        """Whether the object is held out of training; depends on its name alone."""
+        """Whether the object is held out of training; depends only on its name."""
         digest = hashlib.sha256(self.name.encode()).digest()
         return int.from_bytes(digest[:4]) < _HELD_OUT * 2**32
 
 
 def write_corpus(folder: Path, roots: Iterable[tuple[str, Path]] | None = None) -> dict[str, int]:
-    """Writes GRIT data and a retrieval task, and returns counts of them.
+    """Writes GRIT data and a retrieval task, and returns their counts.
 
     `train/` and `validation/` hold embedding and generative JSONL; `retrieval/` is in BEIR layout: held-out
     descriptions over the documentation of held-out objects.
 
     Args:
       folder: The folder to write.
-      roots: As of `collect_objects`.
+      roots: As in `collect_objects`.
     """
     objects = collect_objects(roots)
     train = [thing for thing in objects if not thing.held_out]
@@ -129,7 +129,7 @@ def package_roots(packages: Iterable[str]) -> Iterator[tuple[str, Path]]:
     """Pairs of name and source folder of installed packages, for `collect_objects`.
 
     Raises:
-      InputError: One is not installed, or is a single module.
+      InputError: A package is not installed, or is a single module.
     """
     for package in packages:
         spec = importlib.util.find_spec(package)

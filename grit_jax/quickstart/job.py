@@ -49,7 +49,7 @@ def run_quickstart(
     fresh: bool = False,
     overrides: list[str] | None = None,
 ) -> bool:
-    """Does the whole job in `output`, or shows the result of an earlier one.
+    """Runs the whole quickstart in `output`, or shows an earlier result.
 
     Args:
       output: Run folder.
@@ -58,10 +58,10 @@ def run_quickstart(
       overrides: `--section.key=value` on top of configs/quickstart.yaml.
 
     Returns:
-      False when a signal stopped training after a checkpoint, from which the next call resumes.
+      False if a signal stopped training after a checkpoint, from which the next call resumes.
 
     Raises:
-      InputError: `output` holds something else, or a package is not installed.
+      InputError: `output` holds other files, or a package is not installed.
     """
     console = rich.console.Console(highlight=False, soft_wrap=True)
     report_file = output / "report.json"
@@ -145,7 +145,7 @@ def run_quickstart(
 
 
 def config_file(name: str) -> Path:
-    """A file of `configs/`: in a checkout beside the package, in an installed wheel inside it."""
+    """A file of `configs/`: beside the package in a checkout, inside it in an installed wheel."""
     package = Path(str(resources.files("grit_jax")))
     inside = package / "configs" / name
     return inside if inside.exists() else package.parent / "configs" / name
@@ -158,7 +158,7 @@ def _remove(output: Path) -> None:
 
 
 def _corpus(output: Path, packages: Sequence[str] | None, console: rich.console.Console) -> dict[str, int]:
-    """Writes data and tokenizer, unless an interrupted run has; returns the counts of the data."""
+    """Writes data and tokenizer, unless an interrupted run has done so; returns the counts of the data."""
     counts_file = output / "data/counts.json"
     if not counts_file.exists():
         console.print(

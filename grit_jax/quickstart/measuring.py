@@ -62,7 +62,7 @@ def model_scores(
     Args:
       model: The model to measure.
       task: Queries and documents.
-      instruction: Of the queries.
+      instruction: Instruction of the queries.
       max_lengths: Most tokens of a query and of a document.
     """
     queries = model.encode(task.queries, instruction=instruction, max_length=max_lengths[0])

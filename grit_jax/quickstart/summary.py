@@ -10,7 +10,7 @@ from rich.markup import escape
 
 
 def show_summary(report: dict[str, Any]) -> None:
-    """Prints the content of a report.json for people."""
+    """Prints the content of a report.json as a table."""
     console = rich.console.Console(highlight=False)
     console.rule("quickstart")
     corpus = report["corpus"]

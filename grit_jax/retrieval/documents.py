@@ -1,4 +1,4 @@
-"""Documents of corpus files: BEIR's layout, one JSON object a line."""
+"""Documents of corpus files in BEIR's layout: one JSON object per line."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def titled(title: Any, text: Any) -> str:
 
 
 def find_corpus(paths: Sequence[str]) -> list[epath.Path]:
-    """The files that `paths` name; in a folder with a `corpus.jsonl`, packed or not, only files of that name.
+    """The files that `paths` name; in a folder with a `corpus.jsonl`, compressed or not, only files of that name.
 
     Raises:
       InputError: A path does not exist or is not JSONL.
@@ -62,7 +62,7 @@ def read_corpus(path: epath.Path) -> Iterator[tuple[str, Document]]:
     """The documents of a file, each with its file and line; a document without an id gets one from its text.
 
     Raises:
-      InputError: The file cannot be read, or a row is malformed.
+      InputError: The file cannot be read, or a line is malformed.
     """
     for where, row in sound(read_objects(path)):
         document = parse_document(row, where, id_required=False)
@@ -70,12 +70,12 @@ def read_corpus(path: epath.Path) -> Iterator[tuple[str, Document]]:
 
 
 def parse_document(row: Mapping[str, Any], where: str, *, id_required: bool) -> Document:
-    """The document of a row; a title, and an id that is not required, may be missing or null.
+    """The document of a parsed line; a title, and an id that is not required, may be missing or null.
 
     Args:
-      row: Keys and values.
+      row: Keys and values of the line.
       where: File and line, for messages.
-      id_required: Whether the row must have an `_id`.
+      id_required: Whether the line must have an `_id`.
 
     Raises:
       InputError: A value is missing or not a string.

@@ -14,8 +14,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from grit_jax.data.batch import sizes
 
 _QUERIES_AT_ONCE = 256
-_SMALLEST_K, _GROWTH = 16, 8  # of the first program, and the factor from one program to the next
-_PASSAGES_AT_ONCE = 16384  # of a device: converted to float32 and sorted at a time
+_SMALLEST_K, _GROWTH = 16, 8  # `k` of the first program, and the factor from one program to the next
+_PASSAGES_AT_ONCE = 16384  # that a device converts to float32 and sorts at a time
 
 
 class _Rows(Protocol):
@@ -29,13 +29,13 @@ class _Rows(Protocol):
 
 
 class Searchable:
-    """Vectors of passages in their own type, a share of them on each device of this process.
+    """Vectors of passages in their stored dtype, a share of them on each device of this process.
 
-    Inner products are float32, of float32 queries and the exact values of the vectors.
+    Inner products are float32, computed from float32 queries and the exact values of the vectors.
 
     Args:
       vectors: float32, bfloat16 or int8 [passages, embed].
-      scales: float32 [passages], the factor of each int8 vector; None for other types.
+      scales: float32 [passages], the factor of each int8 vector; None for other dtypes.
     """
 
     def __init__(self, vectors: _Rows, scales: _Rows | None = None):
@@ -47,7 +47,7 @@ class Searchable:
         self._passages = tuple(self._split(rows, share) for rows in (vectors, scales) if rows is not None)
 
     def _split(self, rows: _Rows, share: int) -> jax.Array:
-        """`rows`, padded with zeros, `share` on each device; the host holds those of one device at a time."""
+        """`rows`, padded with zeros, `share` on each device; the host holds one device's share at a time."""
         pieces = []
         for index, device in enumerate(self._mesh.devices.flat):
             piece = np.zeros((share, *rows.shape[1:]), rows.dtype)
@@ -64,16 +64,16 @@ class Searchable:
         Args:
           queries: float32 [queries, embed].
         """
-        with jax.set_mesh(self._mesh):  # not the caller's
+        with jax.set_mesh(self._mesh):  # not the caller's mesh
             scores = jax.jit(_products)(self._replicated(queries), *self._passages)
         return np.asarray(scores)[: len(queries), : self._size]
 
     def top_k(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """The passages with the largest inner products, best first; of equal ones the smaller index comes first.
+        """The passages with the largest inner products, best first; ties go to the smaller index.
 
         Args:
           queries: float32 [queries, embed].
-          k: Their number; at most all passages.
+          k: Number of passages to find, at most all.
 
         Returns:
           Inner products, float32 [queries, k], and indices of passages, int32 [queries, k].
@@ -96,11 +96,11 @@ class Searchable:
                 progress(1)
 
     def _compiled_ks(self) -> list[int]:
-        """The few numbers of passages that programs find; `top_k` cuts what one finds to any number."""
+        """The few values of `k` to compile programs for; `top_k` truncates their results to any number."""
         return sizes(_SMALLEST_K, self._size, growth=_GROWTH)
 
     def _replicated(self, queries: np.ndarray) -> jax.Array:
-        rows = 1 << max(3, (len(queries) - 1).bit_length())  # a handful of shapes to compile for
+        rows = 1 << max(3, (len(queries) - 1).bit_length())  # so that few shapes are compiled
         padded = np.pad(queries, ((0, rows - len(queries)), (0, 0)))
         return jax.device_put(padded, NamedSharding(self._mesh, PartitionSpec()))
 
@@ -113,7 +113,7 @@ def _products(queries: jax.Array, passages: jax.Array, scales: jax.Array | None 
 
 @functools.partial(jax.jit, static_argnames=("k", "size"))
 def _best(queries: jax.Array, *passages: jax.Array, k: int, size: int) -> tuple[jax.Array, jax.Array]:
-    """Finds each device's best, then the best of these; the scores of all passages are never gathered."""
+    """Finds each device's best passages, then the best of these, without gathering the scores of all passages."""
     passages_axis = PartitionSpec("passages")
 
     @functools.partial(
@@ -129,7 +129,7 @@ def _best(queries: jax.Array, *passages: jax.Array, k: int, size: int) -> tuple[
             number, block_passages = step
             indices = first + number * block + jnp.arange(block, dtype=jnp.int32)
             scores = jnp.where(indices < size, _products(queries, *block_passages), -jnp.inf)
-            # Smaller indices come first, and of equal scores `top_k` takes the first.
+            # Smaller indices come first, and `top_k` takes the first of equal scores.
             scores = jnp.concatenate([best[0], scores], axis=1)
             indices = jnp.concatenate([best[1], jnp.broadcast_to(indices, (len(queries), block))], axis=1)
             scores, columns = jax.lax.top_k(scores, k)

@@ -15,7 +15,7 @@ _ROWS_AT_ONCE = 65536
 
 
 def export_faiss(store: Store, path: Path) -> Path:
-    """Writes an `IndexFlatIP` of a store's values and, beside it, each row's id: a JSON string a line.
+    """Writes an `IndexFlatIP` of a store's values and, beside it, each row's id, a JSON string per line.
 
     FAISS holds all vectors in memory, in float32.
 

@@ -1,7 +1,7 @@
 """Makes a store from a corpus, and adds to it.
 
-First the documents are distributed over shards, then each shard is embedded by itself. So the bits of a vector depend
-on the devices of one process, but neither on interruptions nor on how many processes share the work.
+Documents are first distributed over shards; each shard is then embedded by itself. So the bits of a vector depend on
+the devices of one process, but neither on interruptions nor on the number of processes.
 """
 
 from __future__ import annotations
@@ -44,13 +44,13 @@ from grit_jax.text.prompts import CacheForm, stripped
 
 @dataclasses.dataclass(frozen=True)
 class Wanted:
-    """Settings that a user chooses; None takes the store's, or a new store's default.
+    """Settings that a user chooses; None takes the store's setting, or the default for a new store.
 
     Attributes:
-      dtype: Type of the vectors; float32 by default.
+      dtype: Dtype of the vectors; float32 by default.
       instruction: The documents' instruction; empty by default.
-      max_length: Most tokens read of a document; the model's limit by default.
-      caches: Type of the keys and values to keep, from the same pass as the vectors; none by default.
+      max_length: Most tokens of a document; the model's limit by default.
+      caches: Dtype of the keys and values to keep, from the same pass as the vectors; none by default.
       cache_form: How documents begin there; `first` by default.
     """
 
@@ -66,7 +66,7 @@ def sole_indexer(folder: str | Path) -> Generator[SoleWriter]:
     """Locks a store, or a new folder for one.
 
     Raises:
-      InputError: Another writer lives, or the folder holds other things, is in a bucket or cannot be written.
+      InputError: Another writer is alive, or the folder holds other files, is in a bucket or cannot be written.
     """
     refuse_bucket(folder)
     in_first_process(lambda: refuse_other_folder(Path(folder)))
@@ -74,7 +74,7 @@ def sole_indexer(folder: str | Path) -> Generator[SoleWriter]:
         with sole_writer(folder) as writer:
             yield writer
     except OSError as error:
-        raise InputError(f"{folder}: cannot be written ({error}); what is finished is kept, run it again") from error
+        raise InputError(f"{folder}: cannot be written ({error}); finished parts are kept; run it again") from error
 
 
 def add_documents(
@@ -88,9 +88,9 @@ def add_documents(
     writer: SoleWriter,
     progress: Callable[[int], None] = lambda _: None,
 ) -> Manifest:
-    """Writes the documents that a store lacks into new shards, still without vectors.
+    """Writes the documents that a store lacks into new shards, without vectors yet.
 
-    Process 0 does that, and finds the vectors that an interrupted call made; the others wait for it.
+    Process 0 does this, and finds the vectors that an interrupted call made; the others wait.
 
     Args:
       folder: The locked store.
@@ -103,7 +103,7 @@ def add_documents(
       progress: Called with numbers of documents.
 
     Raises:
-      InputError: The store is another model's or has other settings, a row is malformed, an id has two texts, or the
+      InputError: The store has another model or other settings, a line is malformed, an id has two texts, or the
         processes have different models.
     """
 
@@ -116,7 +116,7 @@ def add_documents(
             settings = old
         manifest = Manifest(settings, manifest.parts if manifest else [])
         writer.confirm()
-        write_manifest(folder, manifest)  # from now on, all files there are the store's
+        write_manifest(folder, manifest)  # from now on, all files there belong to the store
         store_files.remove_unnamed(folder, manifest)
         manifest = store_files.with_finished(folder, manifest)
         if part := _new_part(folder, manifest, corpus, shard_rows, progress):
@@ -132,13 +132,13 @@ def add_documents(
 def add_vectors(
     folder: Path, model: GritModel, *, writer: SoleWriter, progress: Callable[[int], None] = lambda _: None
 ) -> Manifest:
-    """Makes the vectors that a store lacks: each process makes a share of them, and process 0 updates the manifest.
+    """Computes the vectors that a store lacks: each process a share of them; process 0 updates the manifest.
 
     Args:
       folder: The locked store, after `add_documents`.
       model: Its model, on this process's own devices.
       writer: From `sole_indexer`.
-      progress: Called with numbers of documents that this process has embedded.
+      progress: Called with the number of documents that this process has embedded since the last call.
 
     Raises:
       InputError: The model's vectors are not finite, or the processes do not share the folder.
@@ -195,7 +195,7 @@ def _encode_with_caches(
 
 
 def own_rows(manifest: Manifest) -> int:
-    """Number of vectors that this process makes."""
+    """Number of vectors that this process computes."""
     return sum(manifest.shards[index].rows for index in _own_shards(manifest))
 
 
@@ -219,11 +219,11 @@ def _settings(model: GritModel, name: str, wanted: Wanted, old: Settings | None)
     asked = dataclasses.asdict(wanted)
     chosen = {key: defaults[key] if value is None else value for key, value in asked.items()}
     if wanted.cache_form and not chosen["caches"]:
-        raise InputError(f"--cache-form={wanted.cache_form} is about keys and values, which are not kept; add --caches")
+        raise InputError(f"--cache-form={wanted.cache_form} needs keys and values, which are not kept; add --caches")
     limit = model.architecture.max_length
     chosen["instruction"] = stripped(chosen["instruction"])
     chosen["max_length"] = min(chosen["max_length"] or limit, limit)
-    # Embedding one text checks that the instruction leaves room, before anything is written.
+    # Embedding one text checks that the instruction leaves room before anything is written.
     one = model.encode(["text"], instruction=chosen["instruction"], max_length=chosen["max_length"])
     return Settings(name, model.fingerprint(rounded=True), one.shape[1], **chosen)
 
@@ -243,7 +243,7 @@ def _refuse_other_settings(folder: Path, old: Settings, new: Settings) -> None:
 def _new_part(
     folder: Path, manifest: Manifest, corpus: Sequence[epath.Path], shard_rows: int, progress: Callable[[int], None]
 ) -> Part | None:
-    """Reads the files with new content and writes their documents; None if there are no such files."""
+    """Reads the files with new content and writes their documents; None if no file has any."""
     known = {file.sha256 for part in manifest.parts for file in part.files}
     new: dict[str, epath.Path] = {}
     versions: dict[epath.Path, derived.Version] = {}
@@ -258,7 +258,7 @@ def _new_part(
     documents, first, shards = reader.new_documents(new.values()), len(manifest.shards), []
     while some := list(itertools.islice(documents, shard_rows)):
         shards.append(Shard(len(some), store_files.write_documents(folder, first + len(shards), some)))
-    for path, version in versions.items():  # otherwise the checksum could be of another content
+    for path, version in versions.items():  # or the checksum could belong to other content
         derived.refuse_changed(path, version)
     if not manifest.shards and not shards:
         raise InputError(f"{', '.join(map(str, new.values()))}: no document with a text; name a corpus that has some")
@@ -275,7 +275,7 @@ class _Reader:
     Attributes:
       num_documents: Documents read.
       num_empty: Documents without text.
-      num_repeated: Documents whose text is already a row.
+      num_repeated: Documents whose text a row already has.
       duplicates: New ids of repeated documents, each with the row of its text.
     """
 

@@ -1,10 +1,10 @@
-"""The file of a shard's keys and values: those of all its documents' tokens, one document after the other.
+"""The file of a shard's keys and values: those of all its documents' tokens, document by document.
 
 It is a safetensors file, written and read piece by piece. For n tokens it holds
 
     ends                      int64 [rows]; where each document ends, in tokens
     keys, values              [n, layers, kv_heads, head_dim] in the store's dtype
-    key_scales, value_scales  float32 [n, layers, kv_heads], beside int8
+    key_scales, value_scales  float32 [n, layers, kv_heads], only for int8
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ _SAFETENSORS = {"float32": ("F32", 4), "bfloat16": ("BF16", 2), "int8": ("I8", 1
 def writing(
     path: Path, lengths: Sequence[int], architecture: TransformerConfig, dtype: Dtype
 ) -> Generator[Callable[[int, KVCache], None]]:
-    """Gives a function that writes the keys and values of a row; the file appears when all rows are written.
+    """Yields a function that writes the keys and values of a row; the file appears when all rows are written.
 
     Args:
       path: The file.
       lengths: Tokens of each row.
       architecture: Shape of the model.
-      dtype: Type that keys and values are rounded to.
+      dtype: Dtype to round keys and values to.
     """
     ends = np.cumsum(lengths, dtype=np.int64)
     token_shape = architecture.num_layers, architecture.num_kv_heads, architecture.head_dim
@@ -62,7 +62,7 @@ def writing(
 
 
 def read(path: Path, row: int) -> KVCache:
-    """The stored keys and values of a row, float32 [layers, tokens, kv_heads, head_dim]; reads nothing else."""
+    """The stored keys and values of one row, float32 [layers, tokens, kv_heads, head_dim]; reads no other row."""
     with safetensors.safe_open(path, "np") as file:
         tokens = _tokens(file, row)
         names: set[str] = {*file.keys()} - {"ends"}

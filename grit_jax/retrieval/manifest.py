@@ -1,4 +1,4 @@
-"""A store's manifest: its settings, what has been read, and its shards with their checksums."""
+"""A store's manifest: its settings, the corpus files read, and its shards with their checksums."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ from grit_jax.text.prompts import CacheForm
 
 FORMAT = 1
 MANIFEST = "manifest.json"
-PARTIAL = re.compile(r"\..+\.[0-9a-f]{8}\.partial")  # of `files.replacing`, left by a killed process
+PARTIAL = re.compile(r"\..+\.[0-9a-f]{8}\.partial")  # files of `files.replacing` that a killed process left
 
 
 class DamagedError(InputError):
-    """A file of a store is missing, or does not hold what was written."""
+    """A file of a store is missing or damaged."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """How all vectors of a store are made.
+    """How to make the vectors of a store.
 
     Attributes:
       model: The model's name on the command line.
-      fingerprint: Identifies its weights, shape and tokenizer, see `GritModel.fingerprint`.
-      embed_dim: Numbers of a vector.
-      dtype: Type of the stored vectors.
+      fingerprint: Identifies its weights, shape and tokenizer; see `GritModel.fingerprint`.
+      embed_dim: Width of a vector.
+      dtype: Dtype of the stored vectors.
       instruction: The documents' instruction.
-      max_length: Most tokens read of a document.
-      caches: Type of the stored keys and values; None for none.
-      cache_form: How a document begins there, see `prompts.opening`.
+      max_length: Most tokens of a document.
+      caches: Dtype of the stored keys and values; None for none.
+      cache_form: How a document begins there; see `prompts.opening`.
     """
 
     model: str
@@ -51,15 +51,15 @@ class Settings:
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """Consecutive rows, whose data lies in files of their own.
+    """Consecutive rows, stored in files of their own.
 
     Attributes:
       rows: Their number.
       documents: sha256 of the file of documents.
       vectors: sha256 of the file of vectors; None until it is made.
       caches: sha256 of the file of keys and values, if there is one.
-      tokens: Tokens that were read.
-      truncated: Documents that were cut.
+      tokens: Tokens read.
+      truncated: Documents cut.
     """
 
     rows: int
@@ -72,7 +72,7 @@ class Shard:
 
 @dataclasses.dataclass(frozen=True)
 class CorpusFile:
-    """A file that documents came from, identified by its content."""
+    """A file of documents, identified by its content."""
 
     path: str
     sha256: str
@@ -80,13 +80,13 @@ class CorpusFile:
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """What one run of `grit-jax index` added.
+    """The documents that one run of `grit-jax index` added.
 
     Attributes:
       files: Corpus files that it read.
       documents: Documents in them.
       empty: Documents without text, which are left out.
-      repeated: Documents whose text is already a row.
+      repeated: Documents whose text a row already has.
       duplicates: sha256 of the file with the ids of repeated documents; None if none has an id of its own.
       shards: The new rows.
     """
@@ -101,7 +101,7 @@ class Part:
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
-    """What a store holds, in the order of its rows."""
+    """The content of a store, in the order of its rows."""
 
     settings: Settings
     parts: list[Part]
@@ -118,17 +118,17 @@ class Manifest:
 
     @property
     def num_rows(self) -> int:
-        """All documents."""
+        """Number of documents."""
         return sum(shard.rows for shard in self.shards)
 
     @property
     def num_embedded(self) -> int:
-        """Documents with vectors."""
+        """Number of documents with vectors."""
         return sum(shard.rows for shard in self.shards if shard.vectors)
 
     @property
     def num_tokens(self) -> int:
-        """Tokens read for these vectors."""
+        """Number of tokens read for these vectors."""
         return sum(shard.tokens for shard in self.shards)
 
 
@@ -140,7 +140,7 @@ def refuse_bucket(folder: str | Path) -> None:
     """
     if files.is_bucket(folder):
         raise InputError(
-            f"{folder}: a store is read in place and must be on a disk; name a folder there, copy it later"
+            f"{folder}: a store is read in place, so it must be on a disk; name a folder there, and copy it later"
         )
 
 
@@ -148,34 +148,34 @@ def refuse_other_folder(folder: Path) -> None:
     """Checks that a store is or can begin in a folder.
 
     Raises:
-      InputError: `folder` holds other things.
+      InputError: `folder` holds other files.
     """
     found = set(files.names(folder))
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder}: is a file; a store is a folder")
     other = sorted(name for name in found - {lock.NAME, lock.CLAIM} if not PARTIAL.fullmatch(name))
     if MANIFEST not in found and other:
-        raise InputError(f"{folder}: holds {other[0]} and no {MANIFEST}, so it is no store; name another folder")
+        raise InputError(f"{folder}: holds {other[0]} and no {MANIFEST}, so it is not a store; name another folder")
 
 
 def refuse_other_model(folder: Path, settings: Settings, fingerprint: str, name: str) -> None:
     """Checks that a model has the fingerprint of the one that made a store; `name` is for messages.
 
     Raises:
-      InputError: It has another.
+      InputError: It has another fingerprint.
     """
     if fingerprint != settings.fingerprint:
         raise InputError(
             f"{folder}: made by {settings.model} (fingerprint {settings.fingerprint}), and {name} has other weights; "
-            "their vectors cannot be compared: name that model, or index the corpus anew"
+            "their vectors cannot be compared: name that model, or index the corpus again"
         )
 
 
 def read_manifest(folder: Path) -> Manifest | None:
-    """The manifest, None if there is none.
+    """The manifest; None if there is none.
 
     Raises:
-      InputError: It is damaged or of a later version.
+      InputError: It is damaged or from a later version.
     """
     path = folder / MANIFEST
     text = files.read_text(path)
@@ -192,7 +192,7 @@ def read_manifest(folder: Path) -> Manifest | None:
     except InputError:
         raise
     except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path}: damaged ({error!r}); put it back from a copy, or make the store anew") from error
+        raise InputError(f"{path}: damaged ({error!r}); put it back from a copy, or make the store again") from error
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:

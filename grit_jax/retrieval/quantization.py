@@ -1,4 +1,4 @@
-"""How a store keeps numbers: float32, bfloat16, or int8 with a scale for each run of them."""
+"""How a store keeps numbers: float32, bfloat16, or int8 with a scale for each vector of them."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ _LARGEST = 127
 
 
 def quantize(values: np.ndarray, dtype: Dtype) -> tuple[np.ndarray, np.ndarray | None]:
-    """Rounds values to a type; int8 has one scale for each run of the last dim.
+    """Rounds values to a dtype; int8 has one scale for each vector of the last dim.
 
-    An int8 value is off by up to half a scale, which is 1/254 of the largest value of its run.
+    An int8 value is off by up to half a scale, which is 1/254 of the largest value of its vector.
 
     Args:
       values: float32 [..., numbers].
-      dtype: The type.
+      dtype: The dtype.
 
     Returns:
-      The values in that type, and for int8 the scales, float32 [...], else None.
+      The values in that dtype, and the scales, float32 [...], for int8, else None.
     """
     if dtype == "int8":
         scales = np.abs(values).max(axis=-1) / np.float32(_LARGEST)
@@ -37,7 +37,7 @@ def pack(vectors: np.ndarray, dtype: Dtype) -> dict[str, np.ndarray]:
 
     Args:
       vectors: float32 [rows, embed].
-      dtype: The type they are rounded to.
+      dtype: The dtype to round them to.
     """
     values, scales = quantize(vectors, dtype)
     return {"vectors": values} if scales is None else {"vectors": values, "scales": scales}

@@ -1,7 +1,7 @@
-"""Answers from a store: the model reads the documents anew, or continues the keys and values of their embedding pass.
+"""Answers from a store: the model reads the documents again, or continues the keys and values of their embedding pass.
 
-`prompts.rag` is the text of a prompt and of what follows a cached text. A bidirectional embedding pass gives other keys
-and values than a causal pass over the same tokens, so the answers differ; they agree for a model with a causal
+`prompts.rag` gives the text of a prompt, and the text after a cached one. A bidirectional embedding pass gives other
+keys and values than a causal pass over the same tokens, so the answers differ; they agree for a model with a causal
 embedding pass, or once `Rag.read_causally` has read the document.
 """
 
@@ -29,13 +29,13 @@ from grit_jax.text.prompts import Positions, RagMethod
 
 
 class Prepared(NamedTuple):
-    """What an answer continues.
+    """The prompt that an answer continues.
 
     Attributes:
-      prefix: Keys and values, numpy [layers, tokens, kv_heads, head_dim]; None for none.
+      prefix: Its cached keys and values, numpy [layers, tokens, kv_heads, head_dim]; None for none.
       text: The text after them.
       tokens: int32 [tokens] of the text.
-      hits: The documents used, best first.
+      hits: The documents that it uses, best first.
     """
 
     prefix: KVCache | None
@@ -49,9 +49,9 @@ class Answered(NamedTuple):
 
     Attributes:
       text: The answer, after `The answer is`.
-      hits: The documents used, best first.
+      hits: The documents that it uses, best first.
       num_cached: Tokens with cached keys and values.
-      num_read: Tokens that were read.
+      num_read: Tokens read.
     """
 
     text: str
@@ -63,13 +63,13 @@ class Answered(NamedTuple):
 class Rag:
     """Answers queries from a store with the model that made it.
 
-    One thread at a time may use it, except to read the documents of hits.
+    Only one thread at a time may use it, except to read the documents of hits.
 
     Args:
       model: The model.
       store: The store.
       name: The model's name, for messages.
-      causal_bytes: Memory for keys and values of documents that have been read causally; the last used are kept.
+      causal_bytes: Memory for keys and values of documents read causally; the last used are kept.
 
     Attributes:
       retriever: Finds documents.
@@ -87,11 +87,11 @@ class Rag:
 
     @property
     def methods(self) -> list[RagMethod]:
-        """The methods for which the store has what they need."""
+        """The methods that the store supports."""
         return [method for method in prompts.RAG_METHODS if self._lack(method) is None]
 
     def warm_up(self, max_length: int, progress: Callable[[int], None]) -> None:
-        """Compiles what `prepare` needs for queries of up to `max_length` tokens; `progress` counts the programs."""
+        """Compiles the programs of `prepare` for queries of up to `max_length` tokens; `progress` counts them."""
         passes: list[tuple[Attention | None, int]] = [(None, max_length)]
         if self._causal.limit:
             passes.append(("causal", self._store.settings.max_length))
@@ -115,21 +115,20 @@ class Rag:
         positions: Positions = "own",
         max_length: int | None = None,
     ) -> Prepared:
-        """Finds documents and assembles what an answer continues.
+        """Finds documents and assembles the prompt.
 
-        The query's keys and values, where a method uses them, come from the pass that embeds it for the search.
+        If a method uses the query's keys and values, they come from the pass that embeds it for the search.
 
         Args:
           query: The query.
           method: How query and documents reach the model.
           instruction: The query's instruction for its embedding; part of a cached query.
           k: Number of documents.
-          positions: Of a cached text after another: its `own`, as in the paper, or `corrected`.
-          max_length: Most tokens of the documents' keys and values; longer ones are not loaded. None for any number.
+          positions: Positions of a cached text after another: its `own`, as in the paper, or `corrected`.
+          max_length: Most tokens of the documents' keys and values, checked before loading; None for no limit.
 
         Raises:
-          InputError: The query is empty, the store lacks keys and values that the method needs, or the documents are
-            too long.
+          InputError: The query is empty, the store lacks keys and values for the method, or the documents are too long.
         """
         require_positive("k", k)
         parts = prompts.cached_parts(method)
@@ -160,7 +159,7 @@ class Rag:
         return Prepared(prefix, text, self._model.tokenizer.encode(text).ids, hits)
 
     def answer(self, prepared: Prepared, *, max_new_tokens: int = 64, stop: str | Sequence[str] = ()) -> Answered:
-        """Writes an answer by greedy decoding.
+        """Writes the answer by greedy decoding.
 
         Args:
           prepared: From `prepare`.
@@ -176,13 +175,13 @@ class Rag:
 
     @property
     def num_waiting(self) -> int:
-        """Used documents that wait to be read causally."""
+        """Number of used documents that wait to be read causally."""
         return len(self._causal.waiting)
 
     def read_causally(self) -> bool:
-        """Reads one used document causally, so that later answers from it equal those without a cache.
+        """Reads one used document causally, so that later answers from it equal those without a KV cache.
 
-        That takes as long as reading the document in a prompt; a server does it while it has no requests.
+        This takes as long as reading the document in a prompt; a server does it while it has no requests.
 
         Returns:
           Whether there was one.
@@ -201,19 +200,19 @@ class Rag:
         return True
 
     def _cache(self, row: int) -> KVCache:
-        """Keys and values of a document, of a causal pass if there has been one."""
+        """Keys and values of a document, from a causal pass if there has been one."""
         if found := self._causal.get(row):
             return found
         cache, config = self._store.cache(row), self._model.architecture
         expected = config.num_layers, self._store.cache_length(row), config.num_kv_heads, config.head_dim
         if {cache.keys.shape, cache.values.shape} != {expected}:
-            raise DamagedError(f"{self._store.folder}: keys and values of row {row} are not of this model's shape")
-        if self._store.settings.cache_form == "first":  # a second text would be read after the query
+            raise DamagedError(f"{self._store.folder}: keys and values of row {row} do not have this model's shape")
+        if self._store.settings.cache_form == "first":  # a `second` text would be read after the query
             self._causal.request(row, cache)
         return cache
 
     def _passage(self, document: Document) -> str:
-        """The text that the store's model read of a document, without the tokenizer's `ending`."""
+        """A document's text as the store's model read it, without the tokenizer's `ending`."""
         settings, tokenizer = self._store.settings, self._model.tokenizer
         opening = prompts.opening(settings.cache_form, bos=tokenizer.bos)
         prompt = prompts.embedding(document.embedded, settings.instruction, bos=opening)
@@ -222,7 +221,7 @@ class Rag:
         return prompt.text[prompt.spans[0][0] : end]
 
     def _lack(self, method: RagMethod) -> str | None:
-        """What the store lacks for a method, and the remedy; None for nothing."""
+        """What the store lacks for a method, and the remedy; None if it lacks nothing."""
         if "document" not in prompts.cached_parts(method):
             return None
         settings, needed = self._store.settings, prompts.document_form(method)
@@ -236,7 +235,7 @@ class Rag:
 
 
 class _CausalMemory:
-    """The last used keys and values of a causal pass that fit, by row.
+    """The last used keys and values of causal passes that fit the limit, by row.
 
     Attributes:
       limit: Most bytes.
@@ -254,7 +253,7 @@ class _CausalMemory:
         return self._caches.get(row)
 
     def request(self, row: int, like: KVCache) -> None:
-        """Requests a row whose keys and values are as large as these, if they fit at all."""
+        """Requests a row whose keys and values are as large as `like`, if they fit at all."""
         if _num_bytes(like) <= self.limit:
             self.waiting[row] = None
 

@@ -20,7 +20,7 @@ class Hit(NamedTuple):
     """A document that a search found.
 
     Attributes:
-      score: Inner product of its stored vector and the query's.
+      score: Inner product of its stored vector with the query's.
       row: Its row in the store.
       document: The document.
       duplicates: Ids of other documents with the same text.
@@ -33,7 +33,7 @@ class Hit(NamedTuple):
 
 
 def as_json(hits: Sequence[Hit]) -> list[dict[str, Any]]:
-    """Hits as commands print them, with the document's keys in the corpus."""
+    """Hits as commands print them, under the keys of corpus files."""
     return [
         {"rank": rank, "score": hit.score, **hit.document.fields, "same_text": hit.duplicates}
         for rank, hit in enumerate(hits, start=1)
@@ -44,7 +44,7 @@ class Retriever:
     """Exact search with all vectors of a store on the devices of this process.
 
     Args:
-      model: The model that made them.
+      model: The model that made the vectors.
       store: The store.
       name: The model's name, for messages.
 
@@ -61,12 +61,12 @@ class Retriever:
         self._vectors = Searchable(store.vectors, store.scales)
 
     def find(self, queries: Sequence[str], *, instruction: str = "", k: int = 10) -> list[list[Hit]]:
-        """The best documents of each query, best first; of equal scores the smaller row comes first.
+        """The best documents of each query, best first; ties go to the smaller row.
 
         Args:
           queries: The queries.
           instruction: Their instruction.
-          k: Documents of each query; at most all of the store.
+          k: Documents per query, at most all of the store.
 
         Raises:
           InputError: A query is empty, the instruction leaves no room for it, or `k` is not positive.

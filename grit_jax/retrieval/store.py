@@ -20,7 +20,7 @@ from grit_jax.retrieval.store_files import data_file
 
 
 class ShardedRows:
-    """A tensor of all shards as one array [rows, ...]; slicing it reads from disk."""
+    """A tensor of all shards as one array [rows, ...]; slicing reads from disk."""
 
     def __init__(self, paths: Sequence[Path], ends: np.ndarray, name: str):
         self._paths, self._ends, self._name = paths, ends, name
@@ -43,17 +43,14 @@ class ShardedRows:
 class Store:
     """A finished store, for reading.
 
-    Args:
-      folder: Where it is.
-
     Attributes:
-      folder: Where it is.
+      folder: The store's folder.
       settings: How its vectors were made.
-      vectors: [rows, embed] in the type of the settings.
+      vectors: [rows, embed] in the dtype of the settings.
       scales: float32 [rows] for int8, else None.
 
     Raises:
-      InputError: There is none, it is unfinished, or a file is missing or damaged.
+      InputError: There is no store, it is unfinished, or a file is missing or damaged.
     """
 
     def __init__(self, folder: str | Path):
@@ -61,13 +58,13 @@ class Store:
         self.folder = Path(folder)
         manifest = read_manifest(self.folder)
         if manifest is None:
-            raise InputError(f"{folder}: no {MANIFEST}, so it is no store; make one with grit-jax index")
+            raise InputError(f"{folder}: no {MANIFEST}, so it is not a store; make one with grit-jax index")
         if not manifest.shards:
             raise InputError(f"{folder}: holds no documents; name a corpus to grit-jax index")
         if manifest.unfinished:
             raise InputError(
                 f"{folder}: {len(manifest.unfinished)} of {len(manifest.shards)} shards have no vectors yet; run the "
-                "same grit-jax index again, which resumes"
+                "same grit-jax index again to resume"
             )
         self.settings, self._manifest = manifest.settings, manifest
         self._verify(caches=False)
@@ -108,7 +105,7 @@ class Store:
         return found
 
     def check_caches(self) -> None:
-        """Compares the files of keys and values with their checksums, which opening a store does not.
+        """Compares the files of keys and values with their checksums, which opening a store does not do.
 
         Raises:
           InputError: The store has none, or a file is missing or damaged.
@@ -131,7 +128,7 @@ class Store:
             return kv_file.read(path, index)
 
     def cache_length(self, row: int) -> int:
-        """Tokens of `cache`; errors as there."""
+        """Number of tokens in `cache`; errors as there."""
         path, index = self._locate_cache(row)
         with _reading(path, row):
             return kv_file.length(path, index)
@@ -150,17 +147,17 @@ class Store:
         return ShardedRows(paths, self._ends, tensor)
 
     def _verify(self, *, caches: bool) -> None:
-        """Compares the files of keys and values, or all others, with their checksums."""
+        """Compares either the files of keys and values or all others with their checksums."""
         named = store_files.data_files(self.folder, self._manifest)
         store_files.verify({path: sha for path, sha in named.items() if path.name.startswith("caches") == caches})
 
 
 @contextmanager
 def _reading(path: Path, row: int) -> Generator[None]:
-    """Turns whatever a reader raises on damaged bytes into one error."""
+    """Turns any error that a reader raises on damaged bytes into a `DamagedError`."""
     try:
         yield
     except Exception as error:
         raise DamagedError(
-            f"{path}: row {row} cannot be read: {error!r}; put the file back from a copy, or make the store anew"
+            f"{path}: row {row} cannot be read: {error!r}; put the file back from a copy, or make the store again"
         ) from error

@@ -1,13 +1,13 @@
 """The files of a store.
 
-    manifest.json              see `manifest`; a shard without vectors has no checksum of them
-    documents-00000.jsonl      the documents of a shard, {"_id", "title", "text"} a line
+    manifest.json              see `manifest`; has no checksum of vectors not made yet
+    documents-00000.jsonl      the documents of a shard, {"_id", "title", "text"} per line
     vectors-00000.safetensors  their vectors, the scales of int8, and the ends of the lines: row n is line n
     caches-00000.safetensors   keys and values of the pass that made the vectors, if the settings ask for them
-    duplicates-00000.jsonl     ids of a part's documents that repeat the text of a row, {"_id", "row"} a line
+    duplicates-00000.jsonl     ids of a part's documents that repeat the text of a row, {"_id", "row"} per line
 
-Each file is written atomically. Rows are counted through all shards; shards and parts are only added. A store is on a
-disk, because it is read in place.
+Each file is written atomically. Rows are numbered through all shards; shards and parts are only ever added. A store
+must be on a disk, because it is read in place.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def data_file(folder: Path, content: Literal["documents", "vectors", "caches", "
 
 
 def data_files(folder: Path, manifest: Manifest) -> dict[Path, str | None]:
-    """The files that a manifest names, with their checksums; None until vectors are made."""
+    """The files that a manifest names, with their checksums; None for vectors not made yet."""
     named: dict[Path, str | None] = {}
     for index, shard in enumerate(manifest.shards):
         named[data_file(folder, "documents", index)] = shard.documents
@@ -57,7 +57,7 @@ def data_files(folder: Path, manifest: Manifest) -> dict[Path, str | None]:
 
 
 def remove_unnamed(folder: Path, manifest: Manifest) -> None:
-    """Removes what a killed process began and the manifest does not name."""
+    """Removes files that a killed process left and the manifest does not name."""
     named = {path.name for path in data_files(folder, manifest)}
     for name in files.names(folder):
         if PARTIAL.fullmatch(name) or (_DATA_FILE.fullmatch(name) and name not in named):
@@ -79,7 +79,7 @@ def read_documents(folder: Path, index: int, shard: Shard) -> list[Document]:
 
 
 def document_of_line(line: bytes) -> Document:
-    """The document of a line that `write_documents` wrote; a damaged line raises some exception."""
+    """The document of a line that `write_documents` wrote; a damaged line raises an arbitrary exception."""
     row = json.loads(line)
     document = Document(row["_id"], row["title"], row["text"])
     if not all(isinstance(field, str) for field in document):
@@ -108,13 +108,13 @@ def write_vectors(folder: Path, index: int, shard: Shard, tensors: dict[str, np.
 
     Args:
       folder: The store.
-      index: Of the shard.
-      shard: With its numbers of tokens and truncated documents.
+      index: Index of the shard.
+      shard: The shard, with its numbers of tokens and truncated documents.
       tensors: From `quantization.pack`.
     """
     lines = _read_lines(data_file(folder, "documents", index), shard.documents)
     tensors = tensors | {DOCUMENT_ENDS: np.cumsum([len(line) + 1 for line in lines], dtype=np.int64)}
-    # One entry: several would be written in any order.
+    # One entry, as several would be written in arbitrary order.
     metadata = {"encoded": json.dumps({"tokens": shard.tokens, "truncated": shard.truncated})}
     files.write_bytes(data_file(folder, "vectors", index), safetensors.numpy.save(tensors, metadata))
 
@@ -131,7 +131,7 @@ def with_finished(folder: Path, manifest: Manifest) -> Manifest:
                 with safetensors.safe_open(path, "np") as file:
                     metadata[content] = file.metadata()
         except (OSError, safetensors.SafetensorError):
-            return shards[index]  # missing, or cut by a disk that failed: made anew
+            return shards[index]  # missing, or cut short by a failed disk: made again
         checksums = {content: checksum(path) for content, path in paths.items()}
         return dataclasses.replace(shards[index], **json.loads(metadata["vectors"]["encoded"]), **checksums)
 
@@ -178,7 +178,7 @@ def _read_lines(path: Path, expected: str) -> list[bytes]:
     """The lines that `_write_lines` wrote, without their endings."""
     content = files.read_bytes(path)
     if content is None:
-        raise DamagedError(f"{path}: is missing; put it back from a copy, or make the store anew")
+        raise DamagedError(f"{path}: is missing; put it back from a copy, or make the store again")
     _compare(path, hashlib.sha256(content).hexdigest(), expected)
     return content.split(b"\n")[:-1]
 
@@ -186,5 +186,5 @@ def _read_lines(path: Path, expected: str) -> list[bytes]:
 def _compare(path: Path, found: str, expected: str | None) -> None:
     if found != expected:
         raise DamagedError(
-            f"{path}: differs from its checksum in {MANIFEST}; put it back from a copy, or make the store anew"
+            f"{path}: differs from its checksum in {MANIFEST}; put it back from a copy, or make the store again"
         )

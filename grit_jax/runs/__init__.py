@@ -1,1 +1,1 @@
-"""What a run writes for people, and how to read it: without JAX, anywhere, during the run."""
+"""The logs that a run writes, and how to read them: without JAX, anywhere, even during the run."""

@@ -1,4 +1,4 @@
-"""Checks, such as comparisons of numbers, and the lines that report them."""
+"""Checks, such as comparisons of numbers, and the lines that show them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Check:
 
     Attributes:
       target: What was checked.
-      difference: Largest difference of the compared numbers; infinite where they cannot be compared.
+      difference: Largest difference of the compared numbers; infinite if they cannot be compared.
       text: The outcome in words.
       tolerance: Largest difference that passes.
     """
@@ -33,17 +33,17 @@ class Check:
 
     @property
     def passed(self) -> bool:
-        """Whether the difference is tolerated; NaN is not."""
+        """Whether the difference is within the tolerance; NaN is not."""
         return self.difference <= self.tolerance
 
 
 def verdict(target: str, passed: bool, text: str) -> Check:
-    """A check that is no comparison of numbers."""
+    """A check that compares no numbers."""
     return Check(target, 0.0 if passed else math.inf, text)
 
 
 def checked(target: str, action: Callable[[], T], describe: Callable[[T], str]) -> tuple[Check, T | None]:
-    """The check that an action succeeds, and its result; None where it refuses an input or cannot read it."""
+    """The check that an action succeeds, and its result; None if it refuses an input or cannot read it."""
     try:
         result = action()
         return verdict(target, True, describe(result)), result

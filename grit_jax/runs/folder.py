@@ -1,4 +1,4 @@
-"""What a run leaves in its folder, besides the lock of `runs.lock`."""
+"""Names of the files in a run folder, besides the lock of `runs.lock`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PROFILE = "profile"
 TENSORBOARD = "tensorboard"
 PLOT = "plot.png"
 
-_COMMITTED = "commit_success.txt"  # what Orbax writes last in a bucket; on a disk it renames the folder
+_COMMITTED = "commit_success.txt"  # Orbax writes it last in a bucket; on a disk it renames the folder
 
 
 def stacks(process: int) -> str:
@@ -26,7 +26,7 @@ def stacks(process: int) -> str:
 
 
 def is_complete(checkpoint: files.PathLike) -> bool:
-    """Whether a checkpoint was written to its end; it is not opened, and may be damaged."""
+    """Whether a checkpoint was written to its end; does not open it, so it may be damaged."""
     if files.is_bucket(checkpoint):
         return _COMMITTED in files.names(checkpoint)
     return files.is_folder(checkpoint)

@@ -1,7 +1,7 @@
 """Where a run's time goes, over all its sessions: useful steps against everything else.
 
-A session is one process's run, from start to end. It appends its seconds by cause to `goodput.jsonl`, whose lines add
-up to the run's.
+A session is one process's work on a run, from start to end. It appends its seconds by cause to `goodput.jsonl`, whose
+lines add up to the run's.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ Cause = Literal[
     "startup",  # opening data and model before the first step of the run
     "compile",  # compiling the step
     "data",  # devices waiting for a batch
-    "checkpoint",  # saving, as far as steps wait for it
+    "checkpoint",  # saving, as long as steps wait for it
     "evaluation",  # evaluation and gradient norms
     "skipped",  # steps whose update was not finite
-    "restart",  # opening data, model and checkpoint after an end, and steps done again
+    "restart",  # opening data, model and checkpoint again, and repeated steps
     "down",  # no process running, between an end and the next start
 ]
 CAUSES: tuple[Cause, ...] = get_args(Cause)
@@ -38,11 +38,11 @@ class Clock:
         self.began, self.from_step = began, from_step
         self.session = time.time() - (time.monotonic() - began)
         self._spent: dict[str, float] = {}
-        self._inside = 0.0  # seconds already counted within the `spent` that is open
+        self._inside = 0.0  # seconds already counted within the open `spent`
 
     @contextmanager
     def spent(self, cause: Cause) -> Generator[None]:
-        """Counts the time inside for a cause, without what is counted within for another."""
+        """Counts the time inside for a cause, except time counted within for another."""
         outer, self._inside = self._inside, 0.0
         begun = time.monotonic()
         try:
@@ -75,7 +75,7 @@ class Goodput:
     """Where the time of a run went.
 
     Attributes:
-      seconds: By cause.
+      seconds: Seconds by cause.
       sessions: Number of processes that worked on the run.
     """
 
@@ -84,7 +84,7 @@ class Goodput:
 
     @property
     def wall_seconds(self) -> float:
-        """From the first start to the last sign of life."""
+        """Seconds from the first start to the last line of a log."""
         return sum(self.seconds.values())
 
     @property

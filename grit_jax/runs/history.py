@@ -18,12 +18,12 @@ Lines = Sequence[Mapping[str, Any]]
 
 
 class History(NamedTuple):
-    """The logs of a run so far, one mapping a line.
+    """The logs of a run so far, one mapping per line.
 
     Attributes:
-      metrics: By step.
+      metrics: Metrics of each step.
       bad_batches: Skipped updates and spikes.
-      times: Seconds by cause, of each session.
+      times: Seconds by cause, for each session.
     """
 
     metrics: Lines
@@ -37,7 +37,7 @@ class History(NamedTuple):
 
 
 def read_history(run: files.PathLike) -> History:
-    """Reads the logs of a run folder; those that are not there are empty."""
+    """Reads the logs of a run folder; missing ones are empty."""
     return History(*(read_lines(files.join(run, log)) for log in (folder.METRICS, folder.BAD_BATCHES, folder.GOODPUT)))
 
 
@@ -57,13 +57,13 @@ def running_mean(values: np.ndarray, width: int) -> np.ndarray:
 
 
 def file_losses(values: Mapping[str, Any], stream: str) -> dict[str, float]:
-    """Of a step's metrics, the loss of each file of a stream by its name."""
+    """The loss of each file of a stream, by its name, among a step's metrics."""
     start = f"loss/{stream}/"
     return {name.removeprefix(start): value for name, value in values.items() if name.startswith(start)}
 
 
 def scorecard_names(lines: Iterable[Mapping[str, Any]]) -> list[str]:
-    """Names of the scorecard's metrics in some lines, without `scorecard/`: those of whole skills last."""
+    """Names of the scorecard's metrics in some lines, without `scorecard/`; those of whole skills come last."""
     found = dict.fromkeys(name for line in lines for name in line if name.startswith("scorecard/"))
     names = [name.removeprefix("scorecard/") for name in found]
     return sorted(names, key=lambda name: name in (*STREAMS, "both"))

@@ -1,11 +1,11 @@
 """One living writer for a run folder: a lock file with a heartbeat, on a disk or in a bucket.
 
-The file names its writer and carries a count that a thread raises every few seconds. Another process takes the lock
-over when the writer is dead: at once where its process is gone from this machine, or when the heartbeat stands still
-for `LIMIT_SECONDS`. Stores have no common clock, so a recent time in the file is not believed; the count is watched.
-Every change of the file is a `swap`: of simultaneous ones one succeeds, and a writer that was thought dead renews
-nothing. It finds out at its next heartbeat, at the first `check` after a pause, and at `confirm`, before any important
-write.
+The file names its writer and carries a count that a thread raises every few seconds. Another process takes over the
+lock of a dead writer: at once if its process is gone from this machine, or when the heartbeat stands still for
+`LIMIT_SECONDS`. Stores have no common clock, so what counts is not a recent time in the file but a changing count.
+Every change of the file is a `swap`: of simultaneous ones only one succeeds, and a writer that was thought dead cannot
+renew its lock. It finds out at its next heartbeat, at the first `check` after a pause, and at `confirm`, before any
+important write.
 """
 
 from __future__ import annotations
@@ -41,8 +41,7 @@ class Writer:
       host: Name of its machine.
       machine: Identifies machine, boot and container, within which `pid` has a meaning.
       pid: Its process number.
-      process_started: When its process started, in the machine's ticks; tells it from a later process of the same
-        number.
+      process_started: When its process started, in the machine's ticks; a later process may have its number.
       started: When it took the lock, in seconds since 1970.
       beat: When it wrote this, in seconds since 1970.
       count: Heartbeats so far.
@@ -69,12 +68,12 @@ class Writer:
 
     @property
     def dead(self) -> bool:
-        """Whether its process is gone; False where that is not visible from here."""
+        """Whether its process is gone; False if that is not visible from here."""
         return self.here and _process_started(self.pid) != self.process_started
 
     @property
     def alive(self) -> bool:
-        """Whether its heartbeat is recent and its process not known to be gone."""
+        """Whether its heartbeat is recent and its process is not known to be gone."""
         return not self.dead and self.age < LIMIT_SECONDS
 
     def __str__(self) -> str:
@@ -89,23 +88,23 @@ def read_writer(folder: files.PathLike) -> Writer | None:
 
 
 def _named(content: bytes) -> Writer | None:
-    """The writer in a lock file; None where the file is none of ours."""
+    """The writer in a lock file; None if the file is not ours."""
     try:
         return Writer(**json.loads(content))
-    except (ValueError, TypeError):  # not ours, or of another version
+    except (ValueError, TypeError):  # not ours, or from another version
         return None
 
 
 def refuse_living(folder: files.PathLike, *, limit: float = LIMIT_SECONDS) -> swap.Seen | None:
-    """Checks that no other writer of a run folder lives.
+    """Checks that a run folder has no living writer.
 
-    Where only the heartbeat can tell, this watches it, for up to `limit` seconds after a writer's death.
+    If only the heartbeat can tell, this watches it, for up to `limit` seconds after a writer's death.
 
     Returns:
       The lock of a dead writer.
 
     Raises:
-      InputError: One lives.
+      InputError: There is one.
     """
     path = files.join(folder, NAME)
     seen = swap.look(path)
@@ -131,7 +130,7 @@ class WriterLock:
     """The lock of a run folder, held from construction to `release`.
 
     Raises:
-      InputError: Another writer lives.
+      InputError: Another writer is alive.
     """
 
     def __init__(self, folder: files.PathLike, *, beat: float = BEAT_SECONDS, limit: float = LIMIT_SECONDS):
@@ -144,20 +143,20 @@ class WriterLock:
         )
         self._lost: str | None = None  # to whom
         while not self._swap(refuse_living(folder, limit=limit), self._content):
-            continue  # another was faster: that one lives, or has ended
+            continue  # another was faster: it is alive, or has ended
         self._checked = _clock()
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
         self._thread.start()
 
     def check(self) -> None:
-        """Costs nothing, for every step; looks at the lock after a pause in which it may have been lost.
+        """For every step, at no cost: looks at the lock only after a pause in which it may have been lost.
 
         Raises:
           InputError: Another writer has taken the folder over.
         """
         if _clock() - self._checked > self._limit / 2:
-            with contextlib.suppress(OSError, files.UnreachableError):  # a store that is away does not stop a run
+            with contextlib.suppress(OSError, files.UnreachableError):  # an unreachable store does not stop a run
                 self._look()
         self._checked = _clock()
         if self._lost:
@@ -167,7 +166,7 @@ class WriterLock:
             )
 
     def confirm(self) -> None:
-        """As `check`, but always looks at the lock, so that the next write is the only writer's.
+        """Like `check`, but always looks at the lock, so that the next write is the only writer's.
 
         Raises:
           InputError: Another writer has taken the folder over.
@@ -187,7 +186,7 @@ class WriterLock:
 
     def _run(self) -> None:
         while not self._ended.wait(self._beat) and not self._lost:
-            # A network may be away for a while; the limit is several heartbeats.
+            # A network may fail for a while; the limit is several heartbeats.
             with contextlib.suppress(OSError, files.UnreachableError):
                 self._renew()
 
@@ -222,7 +221,7 @@ def _is_gone(claim: bytes) -> bool:
 
 
 def _clock() -> float:
-    """Seconds on a clock that also runs while the machine sleeps, where there is one."""
+    """Seconds on a clock that also runs while the machine sleeps, if there is one."""
     return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
 
 
@@ -231,7 +230,7 @@ def writer_lock(folder: files.PathLike) -> Generator[WriterLock]:
     """Holds a `WriterLock`.
 
     Raises:
-      InputError: Another writer lives.
+      InputError: Another writer is alive.
     """
     lock = WriterLock(folder)
     try:
@@ -253,15 +252,15 @@ def _machine() -> str:
     boot = Path("/proc/sys/kernel/random/boot_id")
     if boot.exists():
         parts.append(boot.read_text().strip())
-    with contextlib.suppress(OSError):  # not on other systems than Linux
+    with contextlib.suppress(OSError):  # only Linux has them
         parts.append(os.readlink("/proc/self/ns/pid"))
     return " ".join(parts)
 
 
 def _process_started(pid: int) -> int | None:
-    """When a process of this machine started, in ticks; 0 where only its existence is known, None when it is gone."""
+    """When a process of this machine started, in ticks; 0 if only its existence is known, None if it is gone."""
     try:
-        # After the name, which may contain anything, stand the state and, as 20th field, the start (man 5 proc).
+        # After the name, which may contain anything, come the state and, as 20th field, the start (man 5 proc).
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         return None if fields[0] == "Z" else int(fields[19])
     except (FileNotFoundError, ProcessLookupError):
@@ -271,6 +270,6 @@ def _process_started(pid: int) -> int | None:
         os.kill(pid, 0)
     except ProcessLookupError:
         return None
-    except PermissionError:  # another user's
+    except PermissionError:  # another user's process
         return 0
     return 0

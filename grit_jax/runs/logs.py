@@ -1,7 +1,7 @@
-"""Logs of a run: one JSON object a line, in one file on a disk, in parts in a bucket.
+"""Logs of a run: one JSON object per line, in one file on a disk, in parts in a bucket.
 
 An object store cannot append: there `metrics.jsonl` is `metrics-000000.jsonl`, `metrics-000001.jsonl` and so on, and
-the newest grows by being written again. Readers take both forms, also mixed.
+the newest is written again to grow. Readers accept both forms, even mixed.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class LineWriter:
         self._writer.write(_encode(line))
 
     def close(self) -> None:
-        """Writes what is left."""
+        """Writes the remaining lines."""
         self._writer.close()
 
 
@@ -51,7 +51,7 @@ def read_lines(path: files.PathLike) -> list[dict[str, Any]]:
 
 
 class _FileWriter:
-    """Creates the file with its first line, and leaves every line on the disk."""
+    """Creates the file with its first line, and syncs every line to the disk."""
 
     def __init__(self, path: Path):
         self._path = path
@@ -65,7 +65,7 @@ class _FileWriter:
 
         def append() -> None:
             nonlocal rest
-            while rest:  # a failed write is continued from where the disk has the text
+            while rest:  # continue a failed write from what the disk has
                 rest = rest[file.write(rest) :]
 
         files.retrying(self._path, append)
@@ -83,7 +83,7 @@ class _PartWriter:
         numbers = [number for name in _part_names(path) if (number := _part_number(path, name)) is not None]
         self._number = max(numbers, default=-1) + 1
         self._lines: list[str] = []
-        self._written = 0  # of the lines of this part
+        self._written = 0  # lines of this part already written
         self._lock, self._wake, self._closed = threading.Lock(), threading.Event(), False
         self._error: Exception | None = None
         self._thread = threading.Thread(target=self._run, name=f"log {path}", daemon=True)
@@ -174,7 +174,7 @@ def _decode(text: str) -> list[dict[str, Any]]:
 
 
 def _cut(path: files.PathLike, keep: Callable[[Line], bool]) -> None:
-    """Removes lines; an interruption loses none that should stay."""
+    """Removes lines; an interruption loses no line to keep."""
     for name, lines in _read_all(path).items():
         kept = "".join(_encode(line) for line in lines if keep(line))
         if kept == files.read_text(name):

@@ -25,7 +25,7 @@ from grit_jax.runs.history import (
 _TRAIN, _HELD_OUT, _OTHER, _BAD = "#2563a8", "#d97706", "#3f8f5f", "#c0392b"
 _MOST_FILES = 8
 
-_RIGHT = "#7d5ba6"  # of what has its own axis on the right
+_RIGHT = "#7d5ba6"  # of curves with their own axis on the right
 
 
 def plot_run(path: files.PathLike, out: files.PathLike) -> None:
@@ -157,7 +157,7 @@ def _scorecard(panel: Any, lines: Lines) -> None:
 
 
 def _file_losses(panel: Any, lines: Lines) -> None:
-    """Draws running means of the files with the highest losses, of the stream that has more files."""
+    """Draws running means of the highest file losses, for the stream with more files."""
     names = {stream: {name for line in lines for name in file_losses(line, stream)} for stream in STREAMS}
     stream = max(STREAMS, key=lambda name: len(names[name]))
     _dress(panel, f"loss by file, {stream}")

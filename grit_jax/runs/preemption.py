@@ -1,8 +1,8 @@
-"""Google Cloud's notice that a machine is about to be taken away.
+"""Google Cloud's notice that it is about to take a machine away.
 
-A spot or preemptible machine, also one with TPUs, has 30 seconds left after the notice of its metadata server. A
-machine that cannot migrate announces maintenance a minute or more ahead; such a notice from before this process began
-is ignored, or a restarted run would stop at once, again and again.
+A spot or preemptible machine, with TPUs or not, has 30 seconds left after the notice of its metadata server. A machine
+that cannot migrate announces maintenance a minute or more ahead; such a notice is ignored if older than this process,
+or a restarted run would stop at once, again and again.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def _ask(host: str, key: str, tag: str) -> tuple[str, str]:
     with _direct.open(request, timeout=2 * _ANSWER_SECONDS) as response:
         value, tag = response.read().decode().strip(), response.headers.get("ETag")
         if response.headers.get("Metadata-Flavor") != "Google" or not tag:
-            raise OSError(f"{host} is no metadata server")
+            raise OSError(f"{host} is not a metadata server")
         return value, tag
 
 

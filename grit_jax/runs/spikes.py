@@ -10,7 +10,7 @@ from collections.abc import Mapping
 WINDOW = 64
 _FEWEST = 16
 _SCALE = 1.4826  # of the median absolute deviation, to the standard deviation of a normal distribution
-_SMALLEST = 0.01  # scale, as a share of the median: a loss that hardly moves is not that precise
+_SMALLEST = 0.01  # scale, as a share of the median: smaller deviations of a loss that hardly moves mean nothing
 
 
 def robust_z(value: float, window: collections.deque[float]) -> float:
@@ -23,11 +23,11 @@ def robust_z(value: float, window: collections.deque[float]) -> float:
 class Spikes:
     """Finds the first step of each spike.
 
-    A batch of embedding data is compared with the last ones of its file where there are enough, and otherwise with
-    those of all files.
+    A batch of embedding data is compared with the last ones of its file if there are enough, and otherwise with those
+    of all files.
 
     Args:
-      threshold: Robust z-score from which on a loss is a spike.
+      threshold: Smallest robust z-score of a spike.
     """
 
     def __init__(self, threshold: float):
@@ -41,7 +41,7 @@ class Spikes:
         """Takes in a step's metrics.
 
         Returns:
-          Name of the loss, its value and its score when the step is a spike and the step before was none.
+          Name of the loss, its value and its score if the step is a spike and the one before was not.
         """
         found = None
         for stream in ("loss/embedding", "loss/generative"):

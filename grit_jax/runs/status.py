@@ -20,7 +20,7 @@ from grit_jax.runs.lock import Writer, read_writer
 RECENT = 20  # steps whose mean is shown
 _RECENT_OF_FILE = 5  # losses of a file, which are further apart
 _PACE = 50  # steps whose pace gives the time left
-_SILENT_SECONDS = 120.0  # without a step, after which a run is called silent
+_SILENT_SECONDS = 120.0  # without a step after which a run counts as silent
 _HEALTH = ("alignment", "uniformity", "mean_cosine", "effective_rank")
 
 
@@ -36,11 +36,11 @@ class Status:
         and health.
       goodput: Where the time went.
       checkpoint: Step of the newest complete checkpoint.
-      writer: Who holds the folder, dead or alive.
+      writer: The process that holds the folder, dead or alive.
       skipped: Skipped updates.
       spikes: Spikes, `step` and `text` of each.
-      seconds_left: At the pace of the last steps, including evaluations and saving; None without a pace.
-      idle_seconds: Since the last line of the log.
+      seconds_left: Time left at the pace of the last steps, including evaluations and saving; None without a pace.
+      idle_seconds: Time since the last line of the log.
     """
 
     folder: str
@@ -57,7 +57,7 @@ class Status:
 
     @property
     def alive(self) -> bool:
-        """Whether a process works on the run."""
+        """Whether a process is working on the run."""
         return self.writer is not None and self.writer.alive
 
     @property
@@ -70,7 +70,7 @@ def read_status(path: files.PathLike) -> Status:
     """Reads a run folder.
 
     Raises:
-      InputError: It is none.
+      InputError: It is not a run folder.
     """
     history = read_history(path)
     lines = history.metrics
@@ -78,7 +78,7 @@ def read_status(path: files.PathLike) -> Status:
     there = files.read_text(config) is not None
     writer = read_writer(path)
     if not there and not lines and writer is None:
-        raise InputError(f"{path} is no run folder: no {folder.CONFIG}, no {folder.METRICS}; name a train.output")
+        raise InputError(f"{path} is not a run folder: no {folder.CONFIG}, no {folder.METRICS}; name a train.output")
     steps = load_config(config).train.steps if there else None
     spikes = [line for line in history.bad_batches if line["reason"] == "spike"]
     return Status(
@@ -97,7 +97,7 @@ def read_status(path: files.PathLike) -> Status:
 
 
 def as_lines(status: Status) -> Iterator[str]:
-    """The status for people."""
+    """The status as lines of text."""
     share = f" of {status.steps:,} ({status.step / status.steps:.0%})" if status.steps else ""
     yield f"{status.folder}: step {status.step:,}{share}{_outlook(status)}"
     for name, text in _sections(status):
@@ -170,7 +170,7 @@ def _outlook(status: Status) -> str:
 
 
 def _recent(lines: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Means over the last steps; the last value of what few steps have, the mean of a file's last losses."""
+    """Means over the last steps; the last value of rare metrics, and the mean of a file's last losses."""
     values: dict[str, list[float]] = {}
     for line in lines:
         for name, value in line.items():

@@ -1,8 +1,8 @@
 """Compare and swap of a small file, on a disk or in gs://.
 
 In gs:// the store itself compares, by the object's generation. On a disk, a process first creates a claim beside the
-file with O_EXCL, which only one can on any disk and on NFS, then compares, and renames the claim to the file. So the
-file is always whole, and a claim that was removed meanwhile changes nothing.
+file with O_EXCL, at which only one can succeed on any disk and on NFS, then compares, and renames the claim to the
+file. So the file is always whole, and a claim that was removed meanwhile changes nothing.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from typing import NamedTuple
 
 from grit_jax import files
 
-_LOOK_SECONDS = 0.02  # between looks at another's claim
+_LOOK_SECONDS = 0.02  # between looks at another process's claim
 
 
 class Seen(NamedTuple):
-    """A file as it was once.
+    """A file as it was at one moment.
 
     Attributes:
       content: Its bytes.
@@ -32,7 +32,7 @@ class Seen(NamedTuple):
 
 
 def look(path: files.PathLike) -> Seen | None:
-    """The file as it is now; None without one."""
+    """The file as it is now; None if there is none."""
     if not files.is_gcs(path):
         content = files.read_bytes(path)
         return None if content is None else Seen(content)
@@ -52,7 +52,7 @@ def swap(
     path: files.PathLike, seen: Seen | None, content: bytes | None, claim: bytes, *,
     is_gone: Callable[[bytes], bool], limit: float,
 ) -> bool:  # fmt: skip
-    """Replaces what was seen by `content`.
+    """Replaces the file by `content` if it is still as seen.
 
     Args:
       path: The file.
@@ -60,10 +60,10 @@ def swap(
       content: The new content; None removes the file.
       claim: Names this process to others that change the file at the same moment.
       is_gone: Whether the process of a claim is known to be gone.
-      limit: Seconds after which another's claim is too old to wait for.
+      limit: Seconds after which another process's claim is too old to wait for.
 
     Returns:
-      False, with nothing changed, where the file is no longer what was seen.
+      False, with nothing changed, if the file is no longer as seen.
 
     Raises:
       OSError: It cannot be written.
@@ -86,7 +86,7 @@ def _swap_object(path: files.PathLike, seen: Seen | None, content: bytes | None)
             address = f"{store.base.removesuffix('storage/v1/')}upload/storage/v1/b/{bucket}/o"
             store.call("POST", address, uploadType="media", name=name, data=content, **condition)
     except FileExistsError:  # the client's error for status 412
-        now = look(path)  # it was this process itself if only the response was lost
+        now = look(path)  # this process may have written it and lost only the response
         return content is not None and now is not None and now.content == content
     except FileNotFoundError:
         return content is None and look(path) is None
@@ -105,7 +105,7 @@ def _swap_file(
         if content is None:
             path.unlink(missing_ok=True)
             return True
-        # Without the claim this process was too slow, and the file tells who came first.
+        # Without the claim this process was too slow; the file tells who came first.
         with contextlib.suppress(FileNotFoundError):
             os.rename(claimed, path)
         files.sync_folder(path.parent)
@@ -118,7 +118,7 @@ def _swap_file(
 
 
 def _claim(path: Path, content: bytes, is_gone: Callable[[bytes], bool], limit: float) -> None:
-    """Creates a claim once there is none of a living process."""
+    """Creates a claim once no living process has one."""
     other, since = None, time.monotonic()
     while True:
         try:

@@ -15,14 +15,14 @@ from typing import Self
 from grit_jax import files
 
 EXIT_CODE = 70
-_WRITE_SECONDS = 30.0  # for the stacks' file, whose disk or network may be what hangs
+_WRITE_SECONDS = 30.0  # for the stacks' file, whose disk or network may be the one that hangs
 _GRACE_SECONDS = 60.0
 
 
 class Watchdog:
-    """Dumps the stacks of all threads to stderr and to a file, and ends the process, when nothing happens for too long.
+    """Dumps the stacks of all threads to stderr and a file, and ends the process, if nothing happens for too long.
 
-    Where a thread blocks all others, a timer of the interpreter does so, with the stacks on stderr alone.
+    If a thread blocks all others, a timer of the interpreter does so, with the stacks only on stderr.
 
     Args:
       seconds: Longest time between two `beat`s; None watches nothing.
@@ -54,7 +54,7 @@ class Watchdog:
 
     @contextmanager
     def paused(self) -> Generator[None]:
-        """Stops the timer for what may take any time, such as compiling."""
+        """Stops the timer during work that may take any time, such as compiling."""
         self._rest()
         try:
             yield
@@ -75,8 +75,8 @@ class Watchdog:
 
     def _bark(self, seconds: float) -> None:
         print(
-            f"{self._what} has taken more than train.watchdog_seconds={seconds:g}: the process hangs and is ended; "
-            f"all threads' stacks follow and are in {self._path}. Run the same command again to go on from the last "
+            f"{self._what} has taken more than train.watchdog_seconds={seconds:g}: the process hangs and ends now; "
+            f"all threads' stacks follow and are in {self._path}. Run the same command again to resume from the last "
             "checkpoint; raise train.watchdog_seconds if steps do take that long.",
             file=sys.stderr,
             flush=True,
@@ -95,5 +95,5 @@ class Watchdog:
 
 
 def _stderr() -> int:
-    """The file descriptor of the process's standard error, even where `sys.stderr` is replaced."""
+    """The file descriptor of the process's standard error, even if `sys.stderr` is replaced."""
     return 2

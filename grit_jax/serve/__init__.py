@@ -1,1 +1,1 @@
-"""One process that searches and writes: an HTTP server of one model, with the interface of OpenAI."""
+"""One process that searches and writes: an HTTP server for one model, with OpenAI's interface."""

@@ -1,4 +1,4 @@
-"""The server: its endpoints around one model, and what it answers without the model."""
+"""The server: endpoints around one model, and pages that need no model."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ _PAGE_TYPES = {
 }
 _PAGE_HEADERS = {"content-security-policy": "default-src 'self'", "x-content-type-options": "nosniff"}
 _INSTRUCTION = "Find the text that answers the question"  # the page's example if the server has no instructions
-_QUERY_WORDS = 8  # of an untitled document, for the page's example query
+_QUERY_WORDS = 8  # words of an untitled document for the page's example query
 
 
 class Server:
@@ -48,7 +48,7 @@ class Server:
 
     Args:
       model: The model.
-      hosts: Names of the server beside this machine's own; see `KnownHosts`. The other arguments are `Service`'s.
+      hosts: Names of the server besides this machine's own; see `KnownHosts`. The other arguments are `Service`'s.
 
     Attributes:
       app: The ASGI application. Its lifespan starts and stops the model's thread, which compiles first.
@@ -80,9 +80,9 @@ class Server:
         counters.add_gauges(
             {
                 "weights_bytes": ("Memory of the weights", lambda: self.weights_bytes),
-                "cache_bytes": ("Memory of keys and values of answers", lambda: self.cache_bytes),
-                "answers_active": ("Answers that are read or written", lambda: self._engine.num_active),
-                "answers_waiting": ("Answers that wait for a row", lambda: scheduler.num_waiting),
+                "cache_bytes": ("Memory of the KV caches", lambda: self.cache_bytes),
+                "answers_active": ("Completions being read or written", lambda: self._engine.num_active),
+                "answers_waiting": ("Completions that wait for a row", lambda: scheduler.num_waiting),
                 "warm": ("Whether every program is compiled", lambda: float(self._is_warm)),
             }
         )
@@ -108,7 +108,7 @@ class Server:
             exception_handlers={HTTPException: http_error, RequestError: http_error},
             lifespan=self._lifespan,
         )
-        self.app.router.redirect_slashes = False  # the redirect's address may not be the one behind a proxy
+        self.app.router.redirect_slashes = False  # behind a proxy the redirect's address may be wrong
 
     @property
     def weights_bytes(self) -> int:
@@ -156,7 +156,7 @@ class Server:
     async def _page(self, request: Request) -> Response:
         name = request.path_params.get("name", "index.html")
         if name not in _PAGE_TYPES:
-            raise HTTPException(404, "there is no such file")
+            raise HTTPException(404, "no such file")
         content = resources.files("grit_jax.serve").joinpath("page", name).read_bytes()
         return Response(content, media_type=_PAGE_TYPES[name], headers=_PAGE_HEADERS)
 

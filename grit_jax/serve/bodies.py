@@ -1,4 +1,4 @@
-"""The bodies of requests: their size, alone and together, and the time they may take."""
+"""The bodies of requests: limits on their size, alone and together, and on their time."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from starlette.requests import Request
 from grit_jax.serve.request_errors import RequestError
 
 _SECONDS = 20.0  # for any body
-_BYTES_PER_SECOND = 100_000  # on average, beyond them
+_BYTES_PER_SECOND = 100_000  # on average, after those seconds
 
 
 @dataclasses.dataclass(eq=False)
@@ -22,7 +22,7 @@ class _Body:
     Attributes:
       deadline: When it must be complete.
       size: Bytes received.
-      dropped: Whether it has lost its memory to another body.
+      dropped: Whether its memory has gone to another body.
     """
 
     deadline: asyncio.Timeout
@@ -33,12 +33,11 @@ class _Body:
 class Bodies:
     """Memory for the bodies of all requests in progress.
 
-    When it is full, a new body takes the place of the one that has been arriving longest, so that slow clients keep
-    nobody out.
+    When it is full, a new body displaces the one that has been arriving longest, so that slow clients keep nobody out.
 
     Args:
-      most_bytes: Of one body.
-      all_bytes: Of all bodies together.
+      most_bytes: Limit of one body.
+      all_bytes: Limit of all bodies together.
       seconds: Most time for one body, however large.
     """
 
@@ -48,7 +47,7 @@ class Bodies:
 
     @asynccontextmanager
     async def read(self, request: Request) -> AsyncGenerator[bytes]:
-        """The body of a request, whose memory is free again after the block.
+        """The body of a request; its memory is free again after the block.
 
         Raises:
           RequestError: It is too large, arrives too slowly, or there is no memory for it.
@@ -66,7 +65,7 @@ class Bodies:
                         if not body.dropped:
                             body.deadline.reschedule(started + self._allowed(body.size))
             except TimeoutError:
-                raise RequestError(408, "the body comes too slowly; send it without a pause", "timeout") from None
+                raise RequestError(408, "the body arrives too slowly; send it without a pause", "timeout") from None
             finally:
                 self._arriving.remove(body)
             yield b"".join(pieces)

@@ -54,7 +54,7 @@ class Message(StrictModel):
 
     Attributes:
       role: Who speaks.
-      content: The text; an assistant's may be null.
+      content: The text; may be null for an assistant.
       name: Not used; the other fields must be empty.
     """
 
@@ -80,13 +80,13 @@ class Message(StrictModel):
 
 
 class Retrieval(StrictModel):
-    """How an answer uses the documents of the server's store; see `Rag.prepare`.
+    """How an answer uses documents from the server's store; see `Rag.prepare`.
 
     Attributes:
       method: How query and documents reach the model.
       k: Number of documents.
       instruction: The query's instruction for its embedding.
-      positions: Of a cached text after another.
+      positions: Positions of a cached text after another.
     """
 
     method: RagMethod = "document_cache"
@@ -96,17 +96,17 @@ class Retrieval(StrictModel):
 
 
 class ChatRequest(GenerationRequest):
-    """The request.
+    """A chat request.
 
     Attributes:
       messages: The conversation: system or developer first, then user and assistant in turn. The completion
         continues the last message if that is the assistant's.
       max_completion_tokens: The new name of `max_tokens`.
-      logprobs: Whether the response has the tokens' log p.
-      top_logprobs: Number of likeliest tokens beside each.
-      retrieval: How the message is answered from documents; null continues the conversation.
+      logprobs: Whether to return the tokens' log p.
+      top_logprobs: Number of likeliest tokens to return with each.
+      retrieval: How to answer the message from documents; null continues the conversation.
 
-    The fields from `metadata` to `parallel_tool_calls` are not used; those after them must ask for what happens anyway.
+    Fields from `metadata` to `parallel_tool_calls` are not used; later ones may only ask for the server's behaviour.
     """
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=_MOST_PARTS, fail_fast=True)]
@@ -118,7 +118,7 @@ class ChatRequest(GenerationRequest):
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
     parallel_tool_calls: bool | None = None
-    response_format: Annotated[Any, only({"type": "text"}, because="the model writes text of no set form")] = None
+    response_format: Annotated[Any, only({"type": "text"}, because="the model cannot be held to a format")] = None
     modalities: Annotated[Any, only(["text"], because="the model writes text only")] = None
     audio: Annotated[Any, only(because="the model writes text only")] = None
     tools: Annotated[Any, only([], because=_NO_TOOLS)] = None
@@ -171,12 +171,12 @@ async def _planned(service: Service, request: ChatRequest, caller: Caller) -> As
 
 
 async def _prepared(service: Service, messages: Sequence[Message], retrieval: Retrieval, caller: Caller) -> Prepared:
-    """What an answer from documents continues."""
+    """The prompt of an answer from documents."""
     rag = service.require_rag()
     if len(messages) != 1 or messages[0].role != "user":
-        raise RequestError(400, "messages: with retrieval a question is answered by itself; send one user message")
+        raise RequestError(400, "messages: with retrieval the question must stand alone; send one user message")
     query, how = messages[0].turn()["content"], retrieval.model_dump()
-    prompts = await service.embedding_prompts([query], retrieval.instruction)  # refuses what is too long
+    prompts = await service.embedding_prompts([query], retrieval.instruction)  # refuses a query that is too long
     max_length = service.limits.max_length
     found = await service.scheduler.call(lambda: rag.prepare(query, **how, max_length=max_length), caller)
     if retrieval.method != "none":

@@ -1,4 +1,4 @@
-"""The choices of a response, as OpenAI calls completions: how they are requested, generated and sent."""
+"""The choices (OpenAI's word for completions) of a response: how they are requested, generated and sent."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _no_penalty = only(0, 0.0, because="tokens are drawn without penalties")
 
 
 class StreamOptions(StrictModel):
-    """How a response is streamed.
+    """How to stream a response.
 
     Attributes:
       include_usage: Whether the last event has the numbers of tokens.
@@ -50,13 +50,13 @@ class GenerationRequest(ModelRequest):
     Attributes:
       max_tokens: Most new tokens of a choice.
       temperature: 0 takes the likeliest token each time.
-      top_p: Probability of the nucleus that tokens are drawn from.
+      top_p: Probability of the nucleus to draw tokens from.
       n: Choices of each prompt.
       stop: A choice ends before the first of these.
-      seed: Of the draws; choice i of a prompt has seed + i. Without it, choices differ from request to request.
-      stream: Whether the response is sent while it is generated.
-      stream_options: How; not used without `stream`.
-      user: Not used; the fields after it must ask for what happens anyway.
+      seed: Seed of the draws; choice i of a prompt has seed + i. Without it, choices differ from request to request.
+      stream: Whether to send the response while it is generated.
+      stream_options: How to stream; not used without `stream`.
+      user: Not used. Later fields may only ask for the server's behaviour.
     """
 
     max_tokens: Annotated[int, Field(ge=1)] | None = None
@@ -77,9 +77,9 @@ class Piece(NamedTuple):
     """A part of a choice, or all of it.
 
     Attributes:
-      index: Of the choice in the response.
+      index: Index of the choice in the response.
       text: The new text.
-      finish: Why the choice ends; None if it goes on.
+      finish: Why the choice ends; None if it continues.
       tokens: int32 [tokens]; the new tokens.
       logprobs: Their log p, if requested.
     """
@@ -96,10 +96,10 @@ class Form(abc.ABC):
     """How an endpoint writes choices.
 
     Attributes:
-      tokenizer: The model's.
-      top: Number of likeliest tokens beside each token.
-      id_prefix: Of a response's id.
-      object: What a response and an event call themselves.
+      tokenizer: The model's tokenizer.
+      top: Number of likeliest tokens to return with each token.
+      id_prefix: Prefix of a response's id.
+      object: Names in the `object` field of a response and of an event.
     """
 
     tokenizer: Tokenizer
@@ -116,7 +116,7 @@ class Form(abc.ABC):
         """A choice of an event, which may be the first of this choice."""
 
     def token_logprobs(self, piece: Piece) -> list[tuple[int, float, list[tuple[int, float]]]]:
-        """Each token, its log p, and the likeliest tokens with theirs."""
+        """Each token, its log p, and the likeliest tokens with their log p."""
         if piece.logprobs is None:
             return []
         chosen, likeliest, values = (x.tolist() for x in piece.logprobs)
@@ -124,7 +124,7 @@ class Form(abc.ABC):
         return list(zip(piece.tokens.tolist(), chosen, pairs, strict=True))
 
     def token_text(self, token: int) -> str:
-        r"""The text of a token; bytes that are only a part of a character become `bytes:\xf0\x9f`, as at OpenAI."""
+        r"""The text of a token; bytes of a partial character become `bytes:\xf0\x9f`, as at OpenAI."""
         content = self.tokenizer.token_bytes(token)
         try:
             return content.decode()
@@ -133,12 +133,12 @@ class Form(abc.ABC):
 
 
 class Planned(NamedTuple):
-    """What the engine generates for a request.
+    """The work of the engine for a request.
 
     Attributes:
       continuations: Every choice of the first prompt, then of the next.
-      num_tokens: Of the prompts, once each.
-      num_cached: Those of them with cached keys and values.
+      num_tokens: Tokens of the prompts, each counted once.
+      num_cached: Those with cached keys and values.
       fields: Further fields of the response.
     """
 
@@ -162,13 +162,13 @@ def plan(
     prefix: KVCache | None = None,
     fields: Mapping[str, Any] = MappingProxyType({}),
 ) -> Planned:
-    """Plans what the engine generates for a request.
+    """Plans the work of the engine for a request.
 
     Args:
       service: The model.
-      request: How text is generated.
+      request: How to generate text.
       prompts: int32 [tokens] each.
-      max_tokens: Most new tokens of a choice; None if the request does not say.
+      max_tokens: Most new tokens of a choice; None if not given.
       logprobs: Whether log p is requested.
       prefix: Keys and values before the prompts.
       fields: Further fields of the response.
@@ -182,7 +182,7 @@ def plan(
     if room < (max_tokens or 1):
         raise service.too_long(f"a prompt of {longest} tokens and {max_tokens or 1} new ones")
     if (count := len(prompts) * request.n) > service.limits.queue:
-        message = f"n: the request is for {count} answers; the limit is {service.limits.queue}"
+        message = f"n: the request is for {count} choices; the limit is {service.limits.queue}"
         raise RequestError(400, message, param="n")
     seed = secrets.randbits(32) if request.seed is None else request.seed
     most = max_tokens or min(room, _DEFAULT_NEW_TOKENS)
@@ -203,9 +203,9 @@ class Choices:
 
     Attributes:
       service: The model.
-      request: How they are generated.
-      planning: Gives what to generate, and holds what that needs.
-      form: How they are written.
+      request: How to generate them.
+      planning: Gives the work to do, and holds the memory that it needs.
+      form: How to write them.
       caller: Who sent the request.
     """
 

@@ -1,4 +1,4 @@
-"""The endpoint `/v1/completions`: raw texts are continued."""
+"""The endpoint `/v1/completions`: continues raw texts."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from grit_jax.serve.service import Service
 
 
 class CompletionRequest(GenerationRequest):
-    """The request.
+    """A completion request.
 
     Attributes:
       prompt: A text or several, or tokens of this model.
       max_tokens: Most new tokens of a choice.
-      logprobs: Number of likeliest tokens beside each; null sends no log p.
+      logprobs: Number of likeliest tokens to return with each; null for no log p.
 
-    The other fields must ask for what happens anyway.
+    The other fields may only ask for the server's behaviour.
     """
 
     prompt: Inputs
@@ -46,7 +46,7 @@ async def complete(service: Service, request: CompletionRequest, caller: Caller)
 
 
 def _prompts(service: Service, inputs: Inputs) -> list[np.ndarray]:
-    """The tokens of each input, after BOS; tokens that begin with BOS get no other."""
+    """The tokens of each input, after BOS; tokens that begin with BOS get no second one."""
     found = service.as_list(inputs)
     for index, one in enumerate(found):
         if isinstance(one, str):

@@ -16,10 +16,10 @@ class Counters:
     Attributes:
       requests: Requests by endpoint and status.
       seconds: Time from a request's head to the end of its response, by endpoint.
-      first_token_seconds: Time to the first token of a streamed answer.
+      first_token_seconds: Time to the first token of a streamed response.
       device_seconds: Time that the device's thread was busy, including waits for results, by work: `embed`, `write`,
         or `find` documents and their keys and values.
-      tokens: Tokens by what happened: `embedded`, `read` as prompts, taken from a `cached` prefix, or `written`.
+      tokens: Tokens by use: `embedded`, `read` as prompts, taken from a `cached` prefix, or `written`.
       compilations: Compiled programs.
     """
 
@@ -30,18 +30,18 @@ class Counters:
             "grit_jax_request_seconds", "Time of a request", ["endpoint"], registry=registry, buckets=_SECONDS
         )
         self.first_token_seconds = Histogram(
-            "grit_jax_first_token_seconds", "Time to the first token of a streamed answer", registry=registry,
+            "grit_jax_first_token_seconds", "Time to the first token of a streamed response", registry=registry,
             buckets=_SECONDS,
         )  # fmt: skip
         self.device_seconds = Counter(
             "grit_jax_device_seconds", "Time that the device's thread was busy", ["work"], registry=registry
         )
         self.tokens = Counter("grit_jax_tokens", "Tokens", ["kind"], registry=registry)
-        self.compilations = Counter("grit_jax_compilations", "Programs that were compiled", registry=registry)
+        self.compilations = Counter("grit_jax_compilations", "Compiled programs", registry=registry)
         jax.monitoring.register_event_duration_secs_listener(self._on_duration)
 
     def add_gauges(self, gauges: Mapping[str, tuple[str, Callable[[], float]]]) -> None:
-        """Adds numbers that are computed when they are read: by name, a help text and a function."""
+        """Adds numbers that are computed when read: a help text and a function by name."""
         for name, (help_text, function) in gauges.items():
             Gauge(f"grit_jax_{name}", help_text, registry=self._registry).set_function(function)
 

@@ -25,12 +25,12 @@ class EmbeddingRequest(ModelRequest):
 
     Attributes:
       input: A text or several, or tokens of this model.
-      encoding_format: How vectors are sent.
-      dimensions: Numbers of a vector; only the model's own.
+      encoding_format: How to send vectors.
+      dimensions: Width of a vector; only the model's own.
       user: Not used.
       instruction: The texts' instruction.
       prompt_name: Name of an instruction that the server knows.
-      truncate: Whether texts that are too long are cut instead of refused.
+      truncate: Whether to cut texts that are too long instead of refusing them.
     """
 
     input: Inputs
@@ -55,9 +55,9 @@ class RerankRequest(ModelRequest):
       query: The query.
       documents: The documents.
       top_n: Number of documents in the response; null for all.
-      return_documents: Whether the response has their texts.
+      return_documents: Whether to return their texts.
       instruction: The query's instruction.
-      truncate: Whether texts that are too long are cut instead of refused.
+      truncate: Whether to cut texts that are too long instead of refusing them.
     """
 
     query: str

@@ -1,4 +1,4 @@
-"""An ASGI application for POST requests: their body, clients that leave, responses whole and as events."""
+"""An ASGI application for POST requests: reads bodies, notices leaving clients, sends responses whole or as events."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ class Endpoint(Generic[T]):
 
     Attributes:
       service: The model and the server's limits.
-      request_type: What bodies are parsed to.
-      handle: From a request to an object, or to the objects of a stream.
-      skill: Whose queue requests wait in.
+      request_type: Type that bodies are parsed to.
+      handle: Turns a request into an object, or into the objects of a stream.
+      skill: Skill in whose queue requests wait.
     """
 
     service: Service
@@ -89,7 +89,7 @@ class _Responder:
     """Sends a response.
 
     Attributes:
-      keeps_alive: Whether the connection stays open; not while nobody reads the body that is arriving.
+      keeps_alive: Whether the connection stays open; false while nobody reads the arriving body.
     """
 
     def __init__(self, request: Request, send: Send):
@@ -125,8 +125,7 @@ class _Responder:
 def as_json(content: Mapping[str, Any]) -> bytes:
     """JSON of an object.
 
-    Lists, which may be iterators, are encoded item by item, so that a long response does not keep the interpreter from
-    other threads.
+    Lists, which may be iterators, are encoded item by item, so that a long response does not block other threads.
     """
 
     def encoded(value: Any) -> str:
@@ -141,7 +140,7 @@ async def _while_connected(receive: Receive, work: Awaitable[None]) -> None:
     """Awaits `work`, and cancels it when the client leaves.
 
     Raises:
-      ClientDisconnect: It has left.
+      ClientDisconnect: The client has left.
     """
 
     async def left() -> None:

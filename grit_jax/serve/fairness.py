@@ -1,6 +1,6 @@
 """Fair turns: clients take turns, and so do the requests of each client.
 
-A client is an address. A connection carries one request at a time, so requests also tell connections apart.
+A client is an address. A connection carries one request at a time, so a request also identifies its connection.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 
 class Caller(NamedTuple):
-    """A request that waits for something.
+    """A waiting request.
 
     Attributes:
       client: Address of the client.
@@ -27,9 +27,9 @@ class Caller(NamedTuple):
 
 
 class FairQueue(Generic[T]):
-    """Waiting items, each for the turn of its request.
+    """Items that wait for the turns of their requests.
 
-    The client that has waited longest has the next turn, for its request that has waited longest.
+    The client that has waited longest gets the next turn, for its request that has waited longest.
     """
 
     def __init__(self):
@@ -44,7 +44,7 @@ class FairQueue(Generic[T]):
         requests.setdefault(caller.request, deque()).append(item)
 
     def first(self, may: Callable[[Caller], bool] = lambda caller: True) -> Caller | None:
-        """The request whose turn it is, of those that `may` have one; None if there is none."""
+        """The request whose turn it is among those that `may` have one; None if there is none."""
         callers = (Caller(client, request) for client, requests in self._clients.items() for request in requests)
         return next(filter(may, callers), None)
 
@@ -61,7 +61,7 @@ class FairQueue(Generic[T]):
         return item
 
     def rotate(self, caller: Caller) -> None:
-        """Ends the turn of a request: it becomes the last of its client, and the client the last of all."""
+        """Ends the turn of a request: it goes last among its client's, and the client goes last."""
         if caller.request in (requests := self._clients.get(caller.client, OrderedDict())):
             requests.move_to_end(caller.request)
             self._clients.move_to_end(caller.client)

@@ -1,4 +1,4 @@
-"""What a request must bring before its body is read: strict and timely headers, a known host, a key, a type."""
+"""Requirements that a request must meet before its body is read: strict and timely headers, known host, key, type."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ _LENGTH = re.compile(rb"\n(content-length|transfer-encoding)[ \t]*:([^\r\n]*)", 
 class StrictConnection(h11.Connection):
     """A connection whose requests state the length of their body once.
 
-    h11 accepts a length that is stated twice, and one beside chunks. A proxy in front of this server may read such a
-    request differently, and then forward a part of its body as somebody else's request.
+    h11 accepts a length stated twice, or along with chunks. A proxy in front of this server may read such a request
+    differently, and then forward a part of its body as somebody else's request.
     """
 
     def next_event(self) -> Any:
         """The next event.
 
         Raises:
-          h11.RemoteProtocolError: As `h11.Connection` does, or a request states its length more than once.
+          h11.RemoteProtocolError: As in `h11.Connection`, or a request states its length more than once.
         """
         if self.their_state is h11.IDLE:
             received, _ = self.trailing_data
@@ -51,10 +51,10 @@ class StrictConnection(h11.Connection):
 
 
 class StrictProtocol(H11Protocol):
-    """uvicorn's HTTP/1.1 with strict heads; it closes a connection whose next head does not come in time.
+    """uvicorn's HTTP/1.1 with strict heads; closes a connection whose next head is late.
 
     Attributes:
-      head_seconds: The time for a head.
+      head_seconds: Time limit of a head.
     """
 
     head_seconds = 20.0
@@ -104,8 +104,8 @@ class StrictProtocol(H11Protocol):
 class KnownHosts:
     """Middleware that refuses requests whose Host is not a name of this server.
 
-    Otherwise a stranger's page, whose name is made to resolve to this server, could talk to it from a browser here. The
-    server's names are the loopback names, the address that a connection was made to, and the allowed ones.
+    Otherwise a stranger's page whose name resolves to this server could talk to it from a browser here. The server's
+    names are the loopback names, the address that a connection was made to, and the allowed ones.
 
     Args:
       app: Receives the other requests.
@@ -145,7 +145,7 @@ def check_api_key(key: str, *, source: str) -> None:
 
 
 def check_host(name: str, *, source: str) -> None:
-    """Refuses a name that no request could have as its Host; `source` as of `check_api_key`.
+    """Refuses a name that no request could have as its Host; `source` as in `check_api_key`.
 
     Raises:
       InputError: It has a scheme, a port or a path, or is empty.
@@ -170,7 +170,7 @@ def check_content_type(request: Request) -> None:
     """Refuses bodies not declared as JSON, which a foreign page could send without a preflight request.
 
     Raises:
-      RequestError: The type is another or missing, or the body is compressed.
+      RequestError: The type is wrong or missing, or the body is compressed.
     """
     media_type, _, parameters = ",".join(request.headers.getlist("content-type")).lower().partition(";")
     charset = parameters.replace(" ", "").replace('"', "")

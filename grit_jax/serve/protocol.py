@@ -1,8 +1,8 @@
-"""What requests and responses of all endpoints share, and how a body becomes a request.
+"""Fields that requests and responses of all endpoints share, and how a body becomes a request.
 
-Unknown fields are refused, and so are values that the model cannot follow: no wish of a client is ignored silently. A
-null field counts as left out. A parsed body can be many times as large as its bytes, and slow to parse, so its values
-are counted in the bytes first.
+Unknown fields are refused, and so are values that the model cannot honour: nothing that a client asks for is silently
+ignored. A null field counts as left out. A parsed body can be many times as large as its bytes, and slow to parse, so
+its values are counted in the bytes first.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from grit_jax.errors import listed
 from grit_jax.serve.request_errors import RequestError
 
 MOST_INPUTS = 2048  # texts of a request, as at OpenAI
-_MOST_VALUES = 400_000  # the most tokens as ids, and what is around them
-_MOST_KEYS = 20_000  # of all objects
+_MOST_VALUES = 400_000  # the most tokens as ids, and the values around them
+_MOST_KEYS = 20_000  # in all objects
 _DEEPEST = 32
 _LONGEST_NUMBER = 64  # characters
 _LONG_NUMBER = re.compile(rb"[-+.0-9eE]{%d}" % (_LONGEST_NUMBER + 1))
@@ -84,11 +84,11 @@ T = TypeVar("T", bound=ModelRequest)
 
 
 def only(*values: Any, because: str) -> AfterValidator:
-    """Accepts only values that ask for what happens anyway.
+    """Accepts only values that ask for the server's behaviour.
 
     Args:
       *values: These values.
-      because: Why there can be no others.
+      because: Why no others are possible.
     """
 
     def check(value: Any) -> Any:
@@ -100,7 +100,7 @@ def only(*values: Any, because: str) -> AfterValidator:
 
 
 def usage(read: int, written: int | None = None, cached: int = 0) -> dict[str, Any]:
-    """Numbers of tokens that were read, `cached` of them from stored keys and values, and written."""
+    """Numbers of tokens read (`cached` of them from stored keys and values) and written."""
     if written is None:
         return {"prompt_tokens": read, "total_tokens": read}
     details = {"prompt_tokens_details": {"cached_tokens": cached}}
@@ -108,7 +108,7 @@ def usage(read: int, written: int | None = None, cached: int = 0) -> dict[str, A
 
 
 def response_head(prefix: Literal["chatcmpl", "cmpl", "rerank"], model: str) -> dict[str, Any]:
-    """The fields that responses begin with; `prefix` is that of the id."""
+    """The first fields of responses; `prefix` begins the id."""
     return {"id": f"{prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
 
 
@@ -116,7 +116,7 @@ def parse(request_type: type[T], body: bytes) -> T:
     """The request of a body.
 
     Raises:
-      RequestError: The body is not JSON, or not such a request; the message names the fields.
+      RequestError: The body is not JSON, or not a valid request; the message names the fields.
     """
     _check_bounds(body)
     try:
@@ -138,13 +138,13 @@ def _message(error: Mapping[str, Any]) -> str:
 
 
 def _check_bounds(body: bytes) -> None:
-    """Refuses JSON that would take long to parse, judged by what is outside of its strings.
+    """Refuses JSON that would take long to parse, judged by the bytes outside its strings.
 
     Raises:
-      RequestError: It has too many values, is too deep, or has a number that is too long.
+      RequestError: It has too many values, is too deep, or has too long a number.
     """
     most_quotes = 2 * (_MOST_VALUES + _MOST_KEYS)
-    # Without escapes, every second piece between quotes is outside of a string.
+    # Without escapes, every second piece between quotes is outside a string.
     pieces = body.replace(rb"\\", b"").replace(rb"\"", b"").split(b'"', most_quotes)
     outside = b"".join(pieces[::2])
     num_values = outside.count(b",") + outside.count(b"[") + outside.count(b"{")

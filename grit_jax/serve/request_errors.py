@@ -42,7 +42,7 @@ class RequestError(Exception):
         return {"error": {"message": self.message, "type": error_type, "param": self.param, "code": self.code}}
 
     def response(self, **headers: str) -> Response:
-        """The response; where a later request may succeed it says when, in seconds."""
+        """The response; if a later request may succeed, it says when, in seconds."""
         if self.status in (429, 503):
             headers["retry-after"] = "1"
         content = json.dumps(self.content())
@@ -50,12 +50,12 @@ class RequestError(Exception):
 
 
 def not_finite(what: str) -> RequestError:
-    """The error for numbers of the model that are not finite."""
+    """The error for results of the model that are not finite."""
     return RequestError(500, f"the model gives {what} that is not finite; other requests are answered", "not_finite")
 
 
 def as_request_error(error: BaseException) -> RequestError:
-    """The error that a client sees; logs what the server's operator must know."""
+    """The error that a client sees; logs details for the server's operator."""
     match error:
         case RequestError():
             return error
@@ -71,7 +71,7 @@ def as_request_error(error: BaseException) -> RequestError:
             return RequestError(400, str(error))
         case TimeoutError():
             return RequestError(
-                503, "the answer took longer than the server's limit; ask for less, or later", "timeout"
+                503, "the response took longer than the server's limit; ask for less, or later", "timeout"
             )
         case _:
             _log.error("a request failed", exc_info=error)
@@ -79,7 +79,7 @@ def as_request_error(error: BaseException) -> RequestError:
 
 
 async def http_error(request: Request, error: Exception) -> Response:
-    """The response to an error outside of the endpoints, such as an unknown path."""
+    """The response to an error outside the endpoints, such as an unknown path."""
     if isinstance(error, HTTPException):
         error = RequestError(error.status_code, f"{request.method} {request.url.path[:100]}: {error.detail}")
     return as_request_error(error).response()

@@ -30,15 +30,15 @@ _log = logging.getLogger(__name__)
 Skill = Literal["embed", "write"]
 Work = Literal[Skill, "find"]
 
-_ROWS_PER_RESERVED = 8  # one of these rows of a lane is reserved from a request that has all others
+_ROWS_PER_RESERVED = 8  # one in this many rows of a lane is denied to a request that holds all others
 
 
 class _Stopped(Exception):
-    """The thread is to end."""
+    """Ends the thread."""
 
 
 class _EmbedJob:
-    """The texts of one request to embed: the vectors so far, and the number of texts without one."""
+    """The texts that one request embeds: the vectors so far, and the number of texts without one."""
 
     def __init__(self, num_texts: int, future: asyncio.Future[np.ndarray]):
         self.num_left, self.future = num_texts, future
@@ -54,16 +54,16 @@ class _Text(NamedTuple):
 
 
 class _Embedding(NamedTuple):
-    """Texts that the device embeds, and the batches that hold them."""
+    """Texts that the device is embedding, and their batches."""
 
     texts: list[_Text]
     batches: list[StartedEmbedding]
 
 
 class _LaneQueue:
-    """Completions that one lane of the engine writes, and those that wait for a row of it.
+    """Completions that a lane of the engine is writing, and those that wait for one of its rows.
 
-    A free row is given in turns. One request never has all rows of a lane with several: with many long completions it
+    Requests take turns to get a free row. No request ever has all rows of a lane with several: many long completions
     would keep the next request waiting until one of them ends.
     """
 
@@ -75,7 +75,7 @@ class _LaneQueue:
         self.waiting = FairQueue[Continuation]()
 
     def take(self) -> list[Continuation]:
-        """Takes the completions for which there is a row now."""
+        """Takes the completions that have a row now."""
         found = []
         while len(self._active) < self._rows and (caller := self.waiting.first(self._may_have_row)):
             continuation = self.waiting.pop(caller)
@@ -107,17 +107,17 @@ class _Sink(NamedTuple):
 class Scheduler:
     """Runs a model for requests of an event loop, in a thread of its own.
 
-    Each turn embeds one packed batch of the waiting texts and writes one block of each active completion, so neither
-    skill waits longer for the other. While the device does one of them, the thread takes the results of the other and
-    prepares its next call. Requests to a skill take turns, and so do their clients.
+    Each turn embeds one packed batch of the waiting texts and writes one block of each active completion, so no skill
+    waits longer for the other. While the device works on one, the thread takes the results of the other and prepares
+    its next call. Requests to a skill take turns, and so do their clients.
 
     An error of one request fails that request alone. An error of the device, whose state is then lost, fails all.
 
     Args:
-      model: Embeds.
-      engine: Writes.
+      model: The model, which embeds.
+      engine: Its engine, which writes.
       counters: The server's counters.
-      queue: Most requests to a skill that wait or are in progress.
+      queue: Most requests to a skill, waiting or in progress.
       prepare: Called first in the thread, with a function that it calls often so that `stop` can end it.
       idle: Called while there is nothing else to do; returns whether it did anything.
     """
@@ -152,7 +152,7 @@ class Scheduler:
         self._thread.start()
 
     def stop(self) -> None:
-        """Ends the thread after its turn, without the results of what is in progress."""
+        """Ends the thread after its turn, dropping the work in progress."""
         self._stopped = True
         self._command(lambda: None)
         self._thread.join()
@@ -164,9 +164,9 @@ class Scheduler:
 
     @contextmanager
     def admit(self, skill: Skill, client: str) -> Generator[None]:
-        """Counts a request among those to its skill that wait or are in progress.
+        """Counts a request among those to its skill, waiting or in progress.
 
-        A client without any is admitted up to twice the limit, so that another client cannot fill the queue.
+        A client without a request is admitted up to twice the limit, so that another client cannot fill the queue.
 
         Raises:
           RequestError: The queue is full.
@@ -200,7 +200,7 @@ class Scheduler:
             return await job.future
 
     async def write(self, continuation: Continuation, caller: Caller) -> AsyncGenerator[Block]:
-        """Blocks of a completion as they are written; ends it when the iterator is closed.
+        """Blocks of a completion as they are written; closing the iterator ends it.
 
         Raises:
           RequestError: The model has failed.
@@ -263,7 +263,7 @@ class Scheduler:
     def _fails_through(self, fail: Callable[[Exception], None]) -> Generator[None]:
         """Calls `fail` if the model fails meanwhile."""
         key = object()
-        self._failure_callbacks[key] = fail  # before the look at `failure`, which the thread sets before it calls these
+        self._failure_callbacks[key] = fail  # before reading `failure`, which the thread sets before it calls these
         try:
             if self.failure:
                 raise self.failure
@@ -297,7 +297,7 @@ class Scheduler:
                 self._finish_writing()
         except _Stopped:
             pass
-        except Exception:  # the device's, whose state is lost
+        except Exception:  # an error of the device, whose state is lost
             _log.exception("the model failed; every request is answered with 503 from now on")
             self.failure = RequestError(503, "the model has failed; see the server's log", "model_failed")
             for fail in list(self._failure_callbacks.values()):
@@ -334,9 +334,9 @@ class Scheduler:
             return True
 
     def _start_embedding(self) -> None:
-        """Gives the device the texts whose turn it is, as many as it takes at a time.
+        """Gives the device as many of the texts whose turn it is as it takes at a time.
 
-        A request with more texts then comes last, so that it does not keep the others waiting.
+        A request with more texts then goes last, so that it does not keep others waiting.
         """
         taken: list[_Text] = []
         num_tokens = 0
@@ -365,7 +365,7 @@ class Scheduler:
             vectors = [pair for batch in batches for pair in zip(batch.indices, batch.vectors(), strict=True)]
         for number, vector in vectors:
             job, index, prompt = texts[number]
-            # A number that is not finite spreads to the other texts of its packed row.
+            # A number that is not finite spreads to other texts in its packed row.
             job.vectors[index] = vector if np.isfinite(vector).all() else self._model.embed([prompt])[0]
             job.num_left -= 1
             if not job.num_left:
@@ -381,7 +381,7 @@ class Scheduler:
                 self._remove(block.continuation)
 
     def _remove(self, continuation: Continuation) -> None:
-        """Removes a completion, unless it has ended before."""
+        """Removes a completion, unless it has already ended."""
         if sink := self._sinks.pop(continuation, None):
             sink.lane.remove(continuation, sink.caller)
 

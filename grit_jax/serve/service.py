@@ -1,4 +1,4 @@
-"""What all endpoints work with: the model, its thread, its documents, and the limits of requests."""
+"""What all endpoints share: the model, its thread, its documents, and the limits of requests."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from grit_jax.serve.scheduler import Scheduler
 from grit_jax.text.prompts import TokenizedPrompt
 
 _SHORTEST_LANE, _LANE_GROWTH = 512, 4
-_CHARACTERS_AT_ONCE = 100_000  # tokenized before other requests have their turn
+_CHARACTERS_AT_ONCE = 100_000  # tokenized before other requests get a turn
 _MOST_TOKENS = 300_000  # of the texts of an embedding request, as at OpenAI
 
 
@@ -32,8 +32,8 @@ class Limits:
 
     Attributes:
       max_length: Tokens of a prompt and its completion, and of an embedded text.
-      rows: Completions of up to 512 tokens that are written at a time; fewer of longer ones.
-      queue: Requests to a skill that wait or are in progress.
+      rows: Completions of up to 512 tokens written at a time; fewer if longer.
+      queue: Requests to a skill, waiting or in progress.
       body_bytes: Bytes of a request.
       all_bodies: Bytes of all requests in progress, in units of `body_bytes`.
       seconds: Time of a request.
@@ -54,7 +54,7 @@ class Limits:
 
 @dataclasses.dataclass(frozen=True)
 class Service:
-    """What endpoints work with.
+    """The state that endpoints share.
 
     Attributes:
       model: The model.
@@ -66,8 +66,8 @@ class Service:
       scheduler: The model's thread.
       counters: The server's counters.
       bodies: Memory for the bodies of requests.
-      check_ready: Raises RequestError while the server takes no requests.
-      rag_rows: Bounds the documents' keys and values in memory to those of `limits.rows` requests.
+      check_ready: Raises RequestError until the server is ready.
+      rag_rows: Limits the documents' keys and values in memory to those of `limits.rows` requests.
     """
 
     model: GritModel
@@ -83,10 +83,10 @@ class Service:
     rag_rows: FairSemaphore
 
     def refuse_other_model(self, name: str | None) -> None:
-        """Checks that a request names this model, or none.
+        """Checks that a request names this model or none.
 
         Raises:
-          RequestError: It names another.
+          RequestError: It names another model.
         """
         if name not in (None, self.name):
             message = f"there is no model {name[:100]!r} here; ask for {self.name!r}"
@@ -103,7 +103,7 @@ class Service:
         return self.rag
 
     def as_list(self, inputs: Inputs) -> list[str | list[int]]:
-        """The inputs one by one, texts or tokens.
+        """The inputs as a list of texts or tokens.
 
         Raises:
           RequestError: A token is not one of this model's.
@@ -127,7 +127,7 @@ class Service:
         """Tokens of texts to embed.
 
         Raises:
-          RequestError: A text is too long and not to be truncated, or there are too many tokens.
+          RequestError: A text is too long and `truncate` is false, or there are too many tokens.
           InputError: A text is empty, or the instruction leaves no room for it.
         """
         limit, prompts, num_tokens = self.limits.max_length, [], 0
@@ -163,10 +163,10 @@ class Service:
         return vectors
 
     def refuse_huge(self, text: str, what: str) -> None:
-        """Refuses, before it is tokenized, a text that is too long whatever its tokens are.
+        """Refuses, before tokenizing it, a text that is too long whatever its tokens.
 
         Raises:
-          RequestError: It is.
+          RequestError: It is too long.
         """
         if len(text) > self._most_characters:
             raise self.too_long(f"{what} has {len(text)} characters")

@@ -1,4 +1,4 @@
-"""Turns tokens into text piece by piece, as they are written."""
+"""Turns tokens into text piece by piece, as the model writes them."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ class Detokenizer:
 
     Args:
       tokenizer: The model's tokenizer.
-      prompt_ids: int32 [tokens]; what is continued.
+      prompt_ids: int32 [tokens]; the prompt that it continues.
       stop: The completion ends before this string, or the first of several.
 
     Attributes:
-      done: Whether a stop string has ended it.
-      num_tokens: Its tokens, up to the one that completes a stop string.
+      done: Whether a stop string has ended the completion.
+      num_tokens: Number of its tokens, up to the one that completes a stop string.
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt_ids: np.ndarray, stop: str | Sequence[str]):
@@ -32,10 +32,10 @@ class Detokenizer:
         self._text, self._released, self.done, self.num_tokens = "", 0, False, 0
 
     def extend(self, tokens: np.ndarray, *, last: bool) -> str:
-        """Adds tokens, int32 [tokens], and returns the text that is certain by now; after the `last`, all of it."""
+        """Adds tokens, int32 [tokens], and returns the text now certain; after the `last`, all of it."""
         if self.done:
             return ""
-        # Token by token where there is a stop string, to find the one that completes it.
+        # Token by token if there is a stop string, to find the one that completes it.
         whole = self._decoded(tokens)
         stops = any(text in whole for text in self._stop)
         for some in np.split(tokens, len(tokens)) if stops and len(tokens) else [tokens]:
@@ -66,7 +66,7 @@ class Detokenizer:
 
 
 def _end_of(ids: list[int], tokenizer: Tokenizer) -> list[int]:
-    """The last few tokens, which decide on spaces after them; more if they begin within a character."""
+    """The last few tokens, which decide whether a space follows; more if they begin within a character."""
     length = _CONTEXT
     while length < len(ids) and tokenizer.decode(ids[-length:]).startswith(_UNFINISHED):
         length *= 2

@@ -1,4 +1,4 @@
-"""The GRIT text format, and which of its characters are pooled or scored.
+"""The GRIT text format, and which characters of it are pooled or scored.
 
 The markers are plain text. BOS and EOS are the model's own strings; they become single tokens.
 """
@@ -28,17 +28,17 @@ RagMethod = Literal[
     "document_query_cache",
 ]
 RAG_METHODS: tuple[RagMethod, ...] = get_args(RagMethod)
-# The opening of an embedding's text: BOS, or what separates it from another text read before it.
+# The opening of a text to embed: BOS, or the separator from another text read before it.
 CacheForm = Literal["first", "second"]
 CACHE_FORMS: tuple[CacheForm, ...] = get_args(CacheForm)
 SYSTEM_ROLES = ("system", "developer")
-# Whether a cached text after another keeps its own positions, or is moved behind the other.
+# Whether a cached text after another keeps its own positions or moves behind the other.
 Positions = Literal["own", "corrected"]
 POSITIONS: tuple[Positions, ...] = get_args(Positions)
 
 _AFTER = "Optionally using the prior context answer the query prior to it"
 _BEFORE = "Answer the prior query while optionally using the context prior to it"
-# What a method takes from the embedding pass, in order, and the user message after it.
+# The texts that a method takes from the embedding pass, in order, and the user message after them.
 _RAG: dict[RagMethod, tuple[tuple[Literal["query", "document"], ...], str]] = {
     "none": ((), "{query}"),
     "query_first": ((), f"{{query}}\n\n{{passage}}\n\n{_AFTER}"),
@@ -56,7 +56,7 @@ class Prompt(NamedTuple):
     Attributes:
       text: The text to tokenize, BOS included.
       spans: Character ranges [start, end) that are pooled (embedding) or scored (generation).
-      ending: Characters that stay at the end of a text that is cut: those of the tokenizer's `ending`.
+      ending: Number of characters that stay at the end of a cut text: those of the tokenizer's `ending`.
     """
 
     text: str
@@ -75,7 +75,7 @@ class TokenizedPrompt(NamedTuple):
     Attributes:
       tokens: int32 [tokens].
       spans: int32 [spans, 2]; token ranges [start, end). A token belongs to the span where it starts.
-      ending: Tokens that stay at the end of a text that is cut.
+      ending: Number of tokens that stay at the end of a cut text.
     """
 
     tokens: np.ndarray
@@ -83,13 +83,13 @@ class TokenizedPrompt(NamedTuple):
     ending: int = 0
 
     def kept(self, limit: int) -> np.ndarray:
-        """Indices of the tokens that stay in a cut, int [at most `limit`]: the first ones and the ending."""
+        """Indices of the tokens that a cut keeps, int [at most `limit`]: the first ones and the ending."""
         length = len(self.tokens)
         ending = min(self.ending, limit)
         return np.arange(length) if length <= limit else np.r_[: limit - ending, length - ending : length]
 
     def cut(self, limit: int) -> TokenizedPrompt:
-        """The `kept` tokens, with what is left of the spans."""
+        """The `kept` tokens and the rest of the spans."""
         if len(self.tokens) <= limit:
             return self
         spans = np.minimum(self.spans, limit)
@@ -104,7 +104,7 @@ def stripped(instruction: str) -> str:
 def embedding(text: str, instruction: str = "", *, bos: str, ending: str = "") -> Prompt:
     r"""`<s><|user|>\n{instruction}\n<|embed|>\n{text}`, or `<s><|embed|>\n{text}`; the text is pooled.
 
-    The instruction is `stripped`. The `ending` is the tokenizer's, follows the text and is pooled with it.
+    The instruction is `stripped`. The tokenizer's `ending` follows the text and is pooled with it.
     """
     instruction = stripped(instruction)
     head = f"{bos}{_USER}{instruction}\n{_EMBED}" if instruction else f"{bos}{_EMBED}"
@@ -115,8 +115,8 @@ def embedding(text: str, instruction: str = "", *, bos: str, ending: str = "") -
 def opening(form: CacheForm, *, bos: str) -> str:
     r"""The BOS of an `embedding` whose keys and values are kept: BOS itself, or `\n` after a first text.
 
-    The halves of `document_query_cache` both keep their BOS and are of the first form; the document of
-    `query_document_cache` is of the second.
+    Both texts of `document_query_cache` keep their BOS and have the first form; the document of `query_document_cache`
+    has the second.
     """
     return bos if form == "first" else "\n"
 
@@ -127,14 +127,14 @@ def cached_parts(method: RagMethod) -> tuple[Literal["query", "document"], ...]:
 
 
 def document_form(method: RagMethod) -> CacheForm:
-    """The form in which a method's document is embedded for its keys and values."""
+    """The form in which a method embeds the document for its keys and values."""
     return "second" if cached_parts(method) == ("query", "document") else "first"
 
 
 def rag(method: RagMethod, query: str, passage: str = "", *, bos: str) -> str:
     """The prompt after a method's keys and values, if any; the answer continues it.
 
-    It ends with `The answer is`. After keys and values it has no BOS.
+    The prompt ends with `The answer is`, and has no BOS after keys and values.
 
     Args:
       method: How query and passage reach the model.
@@ -166,7 +166,7 @@ def fold_system(messages: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
     r"""The conversation with its system messages in the first user message, as `{system}\n\n{user}`.
 
     System texts are stripped; blank ones are left out; several are joined by blank lines. `developer` is another name
-    of `system`. Without a system message the conversation is unchanged.
+    for `system`. Without a system message the conversation is unchanged.
 
     Args:
       messages: `{"role", "content"}` each; system messages come before all others.
@@ -198,8 +198,8 @@ def generation(messages: str | Sequence[Mapping[str, str]], *, bos: str, eos: st
     """The prompt that the assistant continues.
 
     Args:
-      messages: One user message, or alternating `{"role": "user" | "assistant", "content": str}`, a user's first and
-        last; system messages before them are folded in (`fold_system`).
+      messages: One user message, or alternating `{"role": "user" | "assistant", "content": str}`, the first and the
+        last by the user; system messages before them are folded in (`fold_system`).
       bos: The model's BOS.
       eos: The model's EOS.
       prefix: The beginning of the completion.
@@ -216,11 +216,11 @@ def generation(messages: str | Sequence[Mapping[str, str]], *, bos: str, eos: st
 
 
 def begun(text: str, *, bos: str) -> str:
-    """The text with BOS before it, unless it begins with that."""
+    """The text after BOS, unless it already begins with BOS."""
     return text if text.startswith(bos) else bos + text
 
 
-def awaits_answer(text: str) -> bool:
+def awaits_completion(text: str) -> bool:
     """Whether a text ends where the assistant's turn begins."""
     return text.endswith(_ASSISTANT)
 

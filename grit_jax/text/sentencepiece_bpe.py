@@ -12,25 +12,25 @@ _REMEDY = "open the model once with transformers' AutoTokenizer and save_pretrai
 
 
 def convert(model: bytes, *, source: str) -> tuple[tokenizers.Tokenizer, dict[str, str]]:
-    """The tokenizer of a BPE model as Llama, Mistral and Gemma have it, and its `bos_token` and `eos_token`.
+    """The tokenizer of a BPE model like those of Llama, Mistral and Gemma, and its `bos_token` and `eos_token`.
 
-    Token ids are those of transformers' conversion: control pieces are special tokens, after each of which the text
-    starts anew, with the model's prefix space if it has one.
+    Token ids are those of transformers' conversion: control pieces are special tokens, and after each the text starts
+    again, with the model's prefix space if it has one.
 
     Raises:
-      InputError: The bytes are no sentencepiece BPE model.
+      InputError: The bytes are not a sentencepiece BPE model.
     """
     from sentencepiece import sentencepiece_model_pb2
 
     proto = sentencepiece_model_pb2.ModelProto()  # ty: ignore[missing-attribute]  # made at run time
     try:
         proto.ParseFromString(model)
-    except Exception as error:  # protobuf's DecodeError, of which each implementation has its own
+    except Exception as error:  # protobuf's DecodeError; each implementation has its own
         raise InputError(f"{source}: not a sentencepiece model ({error}); copy it again") from error
-    kind = proto.trainer_spec.ModelType.Name(proto.trainer_spec.model_type)
+    model_type = proto.trainer_spec.ModelType.Name(proto.trainer_spec.model_type)
     normalizer = proto.normalizer_spec
-    if kind != "BPE":
-        raise InputError(f"{source}: a sentencepiece model of type {kind} is not converted, only BPE is; {_REMEDY}")
+    if model_type != "BPE":
+        raise InputError(f"{source}: sentencepiece models of type {model_type} are not converted, only BPE; {_REMEDY}")
     if normalizer.precompiled_charsmap or normalizer.remove_extra_whitespaces:
         raise InputError(f"{source}: sentencepiece normalisation {normalizer.name!r} is not converted; {_REMEDY}")
     pieces = [piece.piece for piece in proto.pieces]
@@ -55,7 +55,7 @@ def convert(model: bytes, *, source: str) -> tuple[tokenizers.Tokenizer, dict[st
 
 
 def _merges(vocab: dict[str, int], scores: dict[str, float]) -> list[tuple[str, str]]:
-    """Pairs of pieces that make a piece, the best score first."""
+    """Pairs of pieces that merge into a piece, best score first."""
     found = []
     for piece, score in scores.items():
         splits = [(piece[:at], piece[at:]) for at in range(1, len(piece))]

@@ -23,7 +23,7 @@ from grit_jax.text.sentencepiece_bpe import convert
 
 _TOKENIZER, _MODEL = "tokenizer.json", "tokenizer.model"
 _SETTINGS, _SPECIAL = "tokenizer_config.json", "special_tokens_map.json"
-_ROWS = "embedding_rows"  # our own key in the settings, if the embedding table is smaller than the vocabulary
+_ROWS = "embedding_rows"  # our own key in the settings, set if the embedding table is smaller than the vocabulary
 
 _LONGEST_REASON = 300  # characters of the library's message
 
@@ -51,16 +51,16 @@ class Encoding(NamedTuple):
 class Tokenizer:
     """A `tokenizers` tokenizer and its special strings.
 
-    `encode` adds no special token: prompts hold the BOS and EOS strings, which are tokens of their own. Other tools
+    `encode` adds no special token: prompts hold the BOS and EOS strings, which become tokens of their own. Other tools
     that read `files` add BOS and `ending`.
 
     Attributes:
       bos: Text of the first token of every sequence; empty if the model has none.
       eos: Text of the token that ends a completion.
-      ending: Text of the tokens that the model's own tokenizer appends to every text, as do embeddings here; mostly
-        empty.
+      ending: Text of the tokens that the model's own tokenizer appends to every text, as this package does to texts it
+        embeds; mostly empty.
       num_ending: Number of its tokens.
-      padding: Text of the special token with which other tools pad.
+      padding: Text of the special token that other tools pad with.
       rows: Rows of the model's embedding table if the tokenizer has more entries, else None.
     """
 
@@ -70,7 +70,7 @@ class Tokenizer:
         added = _ending(backend)
         first, last = [bos] if bos else [], [backend.id_to_token(token) or "" for token in added]
         if backend.encode("").ids != [*map(backend.token_to_id, first), *added]:
-            # Other users of the files get the BOS that our prompts contain.
+            # Other readers of the files get the BOS that our prompts contain.
             special: Any = [(token, backend.token_to_id(token)) for token in dict.fromkeys([*first, *last])]
             backend.post_processor = processors.TemplateProcessing(
                 single=[*first, "$A", *last],
@@ -82,7 +82,7 @@ class Tokenizer:
         self._backend, self.bos, self.eos, self.rows = backend, bos, eos, rows
 
     def with_rows(self, rows: int) -> Tokenizer:
-        """The same tokenizer for a model with a smaller embedding table: texts with later ids are refused.
+        """The same tokenizer for a model with a smaller embedding table, refusing texts with later ids.
 
         Raises:
           InputError: BOS, EOS or `ending` come later.
@@ -104,7 +104,7 @@ class Tokenizer:
         A folder's tokenizer.json has precedence over its tokenizer.model, which is converted.
 
         Raises:
-          InputError: Nothing usable is there.
+          InputError: There is no usable tokenizer.
         """
         if str(source) == "bytes":
             return _byte_tokenizer()
@@ -139,7 +139,7 @@ class Tokenizer:
         try:
             backend = tokenizers.Tokenizer.from_str(files[_TOKENIZER])
             backend.encode("")
-        except BaseException as error:  # the library raises plain Exception, and where its Rust panics not even that
+        except BaseException as error:  # the library raises plain Exception, or not even that if its Rust code panics
             if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
                 raise
             reason = textwrap.shorten(str(error), _LONGEST_REASON, placeholder=" ...")
@@ -181,7 +181,7 @@ class Tokenizer:
 
     @functools.cached_property
     def vocab_size(self) -> int:
-        """Largest id that texts may have, plus one."""
+        """Largest id that a text may contain, plus one."""
         entries = max(self._backend.get_vocab(with_added_tokens=True).values()) + 1
         return entries if self.rows is None else min(entries, self.rows)
 
@@ -192,7 +192,7 @@ class Tokenizer:
 
     @property
     def bos_id(self) -> int | None:
-        """Id of `bos`, None if there is none."""
+        """Id of `bos`; None if there is none."""
         return self._backend.token_to_id(self.bos) if self.bos else None
 
     @property
@@ -278,7 +278,7 @@ def _refuse_half_characters(text: str, i: int) -> None:
         text.encode()
     except UnicodeEncodeError as error:
         code = ord(text[error.start])
-        raise InputError(f"text {i}: \\u{code:04x} is half of a surrogate pair and no character; remove it") from error
+        raise InputError(f"text {i}: \\u{code:04x} is half of a surrogate pair, not a character; remove it") from error
 
 
 def _decoded(content: bytes, path: os.PathLike[str]) -> str:
@@ -289,7 +289,7 @@ def _decoded(content: bytes, path: os.PathLike[str]) -> str:
 
 
 def _special(settings: Sequence[jsonfile.Section], key: str) -> str:
-    """A special token, a string or an object, from the first file that has it; empty if it is null or in none."""
+    """A special token, a string or an object, from the first file that has it; empty if it is null or missing."""
     for section in settings:
         if isinstance(section.values.get(key), dict):
             return section.section(key).text("content")

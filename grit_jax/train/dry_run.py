@@ -1,6 +1,6 @@
 """What can be checked in seconds before an expensive start.
 
-Nothing is compiled. Nothing stays written but the token index of data, where a run to resume has data without one.
+Nothing is compiled. The only file left behind is a token index, made if the run to resume has data without one.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ _SAMPLED_RECORDS = 200  # of each file
 def dry_run(config: Config) -> Iterator[Check]:
     """Checks a config against this machine, its data and its run folder, one line each.
 
-    A check that depends on one that failed is left out.
+    A check is left out if one that it depends on failed.
     """
     yield from _data_checks(config)
     init, pretrained, tokenizer = config.model.init, None, None
@@ -101,7 +101,7 @@ def _data_checks(config: Config) -> Iterator[Check]:
             counts[source.record_type.name] += len(source)
         trained = trained_streams(config) if key == "data.train" else []
         missing = [stream.name for stream in trained if not counts[stream.record.name]]
-        text = ", ".join(f"{counts[of.name]:,} {of.name} records" for of in RECORD_TYPES if counts[of.name])
+        text = ", ".join(f"{counts[each.name]:,} {each.name} records" for each in RECORD_TYPES if counts[each.name])
         if missing:
             text += f"; no {missing[0]} file, and train.mode={config.train.mode} trains that stream"
         else:
@@ -175,7 +175,7 @@ def _memory_check(abstract: TrainState, mesh: jax.sharding.Mesh) -> Check:
     needed = f"{_gib(state)} of state and {_gib(gradient)} of gradients on each device"
     limit = device_memory(mesh.devices.flat[0], mesh.size)
     if limit is None:
-        return verdict("memory", True, f"{needed}; a device's memory is not known here")
+        return verdict("memory", True, f"{needed}; a device's memory is unknown here")
     rest = "activations come on top: grit-jax plan compiles the step and says how much"
     fits = state + gradient <= limit
     remedy = rest if fits else "use more devices, a larger mesh.fsdp, or a smaller model"
@@ -183,7 +183,7 @@ def _memory_check(abstract: TrainState, mesh: jax.sharding.Mesh) -> Check:
 
 
 def device_memory(device: jax.Device, num_devices: int) -> int | None:
-    """Bytes that a device may use, for a CPU device its share of the machine's memory; None where unknown."""
+    """Bytes that a device may use, for a CPU device its share of the machine's memory; None if unknown."""
     limit = (device.memory_stats() or {}).get("bytes_limit")
     if limit:
         return limit
@@ -194,7 +194,7 @@ def device_memory(device: jax.Device, num_devices: int) -> int | None:
 
 def _space_check(config: Config, abstract: TrainState) -> Check:
     size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract))
-    number = config.checkpoint.keep + config.checkpoint.keep_best + 1  # of which one is written before one is removed
+    number = config.checkpoint.keep + config.checkpoint.keep_best + 1  # one more: old ones go after a new one
     needed = f"{number} checkpoints of {_gib(size)}"
     if files.is_bucket(config.train.output):
         return verdict("space", True, f"{needed} in a bucket, which has no limit")

@@ -1,6 +1,6 @@
 """Whether embeddings use their space, measured on the vectors of a training batch.
 
-The step computes small float32 arrays, and the host the figures from them, where they are needed.
+The step computes small float32 arrays; the host derives the figures from them when they are needed.
 """
 
 from __future__ import annotations

@@ -64,7 +64,7 @@ class Trainer:
 
     Args:
       config: The run's settings.
-      scorecard: Measures the model as `config.scorecard` says; None where that names no suite.
+      scorecard: Measures the model as `config.scorecard` says; None if that names no suite.
       callbacks: Added to those of every run.
       streams: Objectives to train, each with its stream; None for those of `train.mode`.
 
@@ -74,7 +74,7 @@ class Trainer:
       mesh: The device mesh.
       data: The batches.
       streams: Names of the streams that are trained.
-      callbacks: What watches the run, in the order of `make_callbacks`; `fit` leaves out those removed before.
+      callbacks: The run's callbacks, in the order of `make_callbacks`; remove one before `fit` to leave it out.
       state: Parameters and optimizer state; `fit` replaces it with every step.
 
     Raises:
@@ -142,8 +142,7 @@ class Trainer:
         """Trains up to `train.steps`, saving on the way.
 
         Returns:
-          True when all steps are done, False when a signal or a preemption notice stopped the run after a last
-          checkpoint.
+          True if all steps are done, False if a signal or a preemption notice stopped the run after a last checkpoint.
 
         Raises:
           FloatingPointError: Loss, gradient or update was not finite `train.max_skipped` times in a row.

@@ -39,7 +39,7 @@ def model_flops(
 
 @dataclasses.dataclass
 class _Unread:
-    """A step that was started and is not read yet; `seconds` is set once it has ended."""
+    """A started step whose metrics have not been read; `seconds` is set once it has ended."""
 
     step: int
     metrics: Metrics

@@ -1,4 +1,4 @@
-"""What a config leaves open: the tokenizer, the architecture, and whether its run folder holds this run."""
+"""What a config leaves open: the tokenizer, the architecture, and whether the run folder holds this run."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def resolve_tokenizer(config: Config, pretrained: Pretrained | None) -> Tokenize
         if named.fingerprint != pretrained.tokenizer.fingerprint:
             raise InputError(
                 f"model.tokenizer={config.model.tokenizer!r} is not the tokenizer of model.init={config.model.init!r}; "
-                "remove model.tokenizer, the model's own is used then"
+                "remove model.tokenizer to use the model's own"
             )
     return pretrained.tokenizer
 
@@ -113,7 +113,7 @@ def embedding_changes(config: Config, pretrained: Pretrained) -> list[str]:
 def check_folder(config: Config) -> None:
     """Checks that `train.output` is new or holds the run of the resolved `config`.
 
-    Where a run ended before its first checkpoint, any config may start.
+    If the run there ended before its first checkpoint, any config may start.
 
     Raises:
       InputError: It holds another run; the message lists the differences.
@@ -139,7 +139,7 @@ def check_data(output: files.PathLike, recorded: str, fingerprint: str) -> None:
       fingerprint: Fingerprint of the data.
 
     Raises:
-      InputError: It was not.
+      InputError: It was trained on other data.
     """
     if not same_data(recorded, fingerprint):
         raise InputError(

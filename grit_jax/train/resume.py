@@ -1,4 +1,4 @@
-"""Resuming: a run goes on from its newest good checkpoint, and keeps the others."""
+"""Resuming: a run continues from its newest good checkpoint, and keeps the others."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def _read(
 def taken_over(
     output: files.PathLike, start: int, damaged: Mapping[int, str], about: CheckpointMetadata
 ) -> Generator[tuple[SoleWriter, list[str]]]:
-    """Holds the lock of a run folder, cleared of checkpoints in the way of the steps to repeat.
+    """Holds the lock of a run folder, after moving away checkpoints of the steps to repeat.
 
     Process 0 moves damaged checkpoints of these steps to `set_aside/`, and parameters in `params/` from another config
     or other data. Other parameters stay, as repeated steps have the same ones.
@@ -89,7 +89,7 @@ def taken_over(
       The lock and, in process 0, a line for each checkpoint moved.
 
     Raises:
-      InputError: A writer lives, or has saved since this process looked for the newest checkpoint.
+      InputError: Another writer is alive, or has saved since this process looked for the newest checkpoint.
     """
     with sole_writer(output) as writer:
         moved = distributed.in_first_process(lambda: _set_aside(output, start, damaged, about))
@@ -109,7 +109,7 @@ def _set_aside(output: files.PathLike, start: int, damaged: Mapping[int, str], a
     for step in _steps_after(start, params.folder):
         try:
             if not same_run(params.metadata(step), about):
-                found.append((folder.PARAMS, step, f"{params.folder / str(step)} is of another config or other data"))
+                found.append((folder.PARAMS, step, f"{params.folder / str(step)} comes from another config or data"))
         except DamagedCheckpointError as error:
             found.append((folder.PARAMS, step, str(error)))
     lines = []

@@ -92,7 +92,7 @@ def new_state(params: Params, optimizer: optax.GradientTransformation, partition
 def abstract_state(
     model: Transformer, optimizer: optax.GradientTransformation, mesh: Mesh, partition: Partition = EVERYTHING
 ) -> TrainState:
-    """Shapes and shardings of the whole state, without memory.
+    """Shapes and shardings of the whole state; allocates no memory.
 
     Raises:
       InputError: A parameter's dim is not divisible by the mesh.

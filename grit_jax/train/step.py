@@ -20,7 +20,7 @@ from grit_jax.train.objectives.objective import Losses, Metrics, Objective, Part
 from grit_jax.train.optimizer import updates_done
 from grit_jax.train.state import TrainState, merged
 
-TOKEN_LOSSES = "tokens/"  # begins the names of `Losses.of_tokens` among a step's metrics
+TOKEN_LOSSES = "tokens/"  # prefix of the names of `Losses.of_tokens` among a step's metrics
 
 _ROWS = ("batch", "length")
 
@@ -153,8 +153,7 @@ def make_train_step(
 
     Metrics are the scalars `loss`, its parts, the ratio of the first two streams' losses, `grad_norm` (before
     clipping), `learning_rate` of this update, `skipped` (1 or 0) and the counts of `JointObjective.work`, and the
-    objectives' measurements. They are replicated, except the tokens' losses, float32 [2, rows, length], which few steps
-    need.
+    objectives' measurements. They are replicated, except the rarely needed tokens' losses, float32 [2, rows, length].
     """
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:

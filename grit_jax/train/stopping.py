@@ -1,4 +1,4 @@
-"""Stopping soon: a run notices a signal, and has then queued no steps that it would have to wait for."""
+"""Prompt stopping: when a run notices a signal, it has queued no steps that it must wait for."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 _AHEAD_SECONDS = 1.0  # before the end of a step, when the next one is dispatched
-_LOOK_SECONDS = 0.02  # between looks at a step, for which devices may idle where it ends early
+_LOOK_SECONDS = 0.02  # between looks at a step; devices may idle this long if it ends early
 
 
 @contextmanager
@@ -38,7 +38,7 @@ def stop_signals() -> Generator[threading.Event]:
 def wait_for_turn(running: Any, ends: float, stop: threading.Event) -> None:
     """Returns when it is time to queue the next step: shortly before the running one ends, or when it has ended.
 
-    A queued step has to run, even if the run is stopped meanwhile.
+    A queued step must run, even if the run is stopped meanwhile.
 
     Args:
       running: An array of the running step; None without one.

@@ -61,7 +61,7 @@ def test_a_run_mines_negatives_for_its_own_data(run, tmp_path):
         arguments = ("--model", run, "--count", 2, "--ceiling", 0, "--query-max-length", 64)
         result = grit_jax("data", "mine-negatives", source, tmp_path / f"{name}.jsonl", *arguments)
         assert result.returncode == 0, result.stderr
-        assert "12 rows over 24 passages; 0 got fewer than 2 negatives" in result.stdout
+        assert "12 records over 24 passages; 0 got fewer than 2 negatives" in result.stdout
         assert result.stderr == ""
     rows = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
     assert all(len(row["neg"]) == 2 and row["pos"][0] not in row["neg"] for row in rows)
@@ -193,7 +193,7 @@ def test_unknown_arguments_exit_with_2(capsys):
         ("x.jsonl", '{"text": "a"}\n{"txt": "b"}\n', r'x.jsonl:2: no string under "text"'),
         ("x.jsonl", '{"text": ""}\n', r"x.jsonl:1: empty text"),
         ("x.jsonl", '\n{"text": "a\\ud83d"}\n', r"x.jsonl:2: \\ud83d is half of a surrogate pair"),
-        ("x.jsonl", '{"text": "a", "text": "b"}\n', r'x.jsonl:1: key "text" is there twice'),
+        ("x.jsonl", '{"text": "a", "text": "b"}\n', r'x.jsonl:1: key "text" appears twice'),
         ("x.txt", b"a\nb\xff\n", r"x.txt:2: byte 2 is not UTF-8"),
         ("x.txt", "\n \n", r"x.txt: the file is empty"),
     ],

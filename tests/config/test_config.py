@@ -77,7 +77,7 @@ def test_a_curriculum_survives_a_round_trip():
         ("data: {curriculum: [{files: [a]}, {files: [b]}]}", [], r"data.curriculum\[0\] has no steps; only the last"),
         ("data: {curriculum: [{steps: 2}, {}]}", [], r"data.curriculum\[1\] is {}; .* one of steps, files, num"),
         ("data: {curriculum: [{steps: many}, {steps: null}]}", [], "data.curriculum"),
-        ("data: {curriculum: [{steps: 3}]}", [], r"data.curriculum\[0\] goes on to the end: leave its steps out"),
+        ("data: {curriculum: [{steps: 3}]}", [], r"data.curriculum\[0\] runs to the end: leave its steps out"),
         ("data: {curriculum: [{steps: 0}, {steps: null}]}", [], r"data.curriculum\[0\].steps=0 must be positive"),
         ("model: {architecture: {num_heads: 3}}", [], "num_heads=3 is not a multiple of num_kv_heads=2"),
         ("optimizer: {b1: 1}", [], "optimizer.b1=1.0 must be 0 or more, and less than 1"),
@@ -183,8 +183,8 @@ def test_what_a_key_that_is_gone_could_do_is_refused(text, overrides, source):
     with pytest.raises(InputError) as error:
         parse_config(text, overrides, source="f.yaml")
     assert str(error.value) == (
-        f"{source}: model.generative_attention=bidirectional is not possible any more: the generative pass is causal, "
-        "else a token would see its own target; remove the key"
+        f"{source}: model.generative_attention=bidirectional is no longer possible: the generative pass is causal, "
+        "or a token would see its own target; remove the key"
     )
 
 

@@ -234,7 +234,7 @@ def test_the_report_names_each_stage():
     [
         (StageConfig(files=["e9.jsonl", "g*"]), r"data.curriculum\[0\].files names 'e9.jsonl'.*did you mean 'e"),
         (StageConfig(files=["e*"]), r"data.curriculum\[0\] has no usable generative record .*train.mode=unified"),
-        (StageConfig(num_samples={"x": 1}), r"data.curriculum\[0\].num_samples names 'x', which is no file"),
+        (StageConfig(num_samples={"x": 1}), r"data.curriculum\[0\].num_samples names 'x', which is not a file"),
     ],
 )
 def test_a_stage_without_files_is_refused(stage, message):

@@ -108,7 +108,7 @@ def test_damage_in_a_table_is_named_and_the_rows_after_it_are_read(tmp_path):
     assert str(second) == f"{path}:3: holds bytes that are not UTF-8"
     assert third == (f"{path}:4", {"query": "e\nf", "positive": "g"})
     path.write_text('query,positive\na,b\n"c,d\ne,f\n')
-    with pytest.raises(InputError, match=r"x.csv:3: a quote that begins in this row is not closed"):
+    with pytest.raises(InputError, match=r"x.csv:3: a quote that opens in this row is never closed"):
         list(read_cells(path, frozenset({"query", "positive"})))
     path.write_text("query,positive,query\na,b,c\n")
     with pytest.raises(InputError, match=r"x.csv:1: the header names 'query' twice"):
@@ -121,8 +121,8 @@ def test_a_list_in_a_json_file_is_checked_as_lines_are(tmp_path):
     first, second, third, fourth = read_objects(path)
     assert first == (f"{path}:1", {"a": 1})
     assert [str(entry).partition(": ")[2] for entry in (second, third, fourth)] == [
-        r"\ud83d is half of a surrogate pair and no character; remove it",
-        'key "a" is there twice; keep one of them',
+        r"\ud83d is half of a surrogate pair, not a character; remove it",
+        'key "a" appears twice; keep one of them',
         "found a JSON list; it must be an object",
     ]
     for content, message in (

@@ -244,7 +244,7 @@ def test_skipped_records_are_counted_by_kind_and_leave_the_others_their_numbers(
     found = {bad.fault: (bad.count, [message.split(":")[1] for message in bad.examples]) for bad in index.bad}
     assert found == {
         "not valid JSON": (3, ["1", "3", "6"]),
-        '"text" is no text': (1, ["4"]),
+        '"text" is not a text': (1, ["4"]),
         "of the other stream": (1, ["5"]),
     }
     assert build_index(path, BYTES, skip_bad=True).bad == index.bad
@@ -442,7 +442,7 @@ def test_without_room_nothing_is_made_and_folder_need_and_remedy_are_named(sourc
     assert re.fullmatch(
         rf"{source.path}: its tokens need about 0.00 GiB on a disk while they are made, and {tmp_path}/.grit_index has "
         rf"0.00 GiB and {tmp_path}/cache/grit_jax/index has 0.00 GiB left; make room there, or set XDG_CACHE_HOME to a "
-        r"folder that has",
+        r"folder with room",
         str(error.value),
     )
     assert not kept(tmp_path)

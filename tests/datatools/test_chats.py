@@ -81,7 +81,7 @@ def test_what_the_format_cannot_say_is_refused(tmp_path, change, kind):
     [{"tools": [{"type": "function"}]}, {"functions": [{}]}, {"images": ["a.png"]}, {"tools": '[{"name": "f"}]'}],
 )
 def test_rows_with_tools_or_images_are_refused(tmp_path, more):
-    assert outcome(tmp_path, "openai", openai(*PAIR, **more)) == "no place for its keys"
+    assert outcome(tmp_path, "openai", openai(*PAIR, **more)) == "keys that GRIT cannot hold"
 
 
 def test_a_row_that_is_not_trained_on_is_refused_and_full_weight_changes_nothing(tmp_path):

@@ -127,7 +127,7 @@ def test_a_model_comes_once_and_as_it_is_stored(world, folders, tmp_path):
     world.server.requests.clear()
     code, printed, _ = world.run("model", "org/model", output)
     assert (code, world.server.requests) == (0, [])
-    assert "is there already" in printed
+    assert "is already there" in printed
 
 
 def test_an_interrupted_model_goes_on_with_the_file_that_was_missing(world, folders, tmp_path):
@@ -146,7 +146,7 @@ def test_what_comes_damaged_is_refused_and_comes_again(world, folders, tmp_path,
     content = (folders / "model" / name).read_bytes()
     world.server.damaged[name] = content[:-1] + b" "
     code, _, errors = world.run("model", "org/model", tmp_path / "model")
-    assert (code, f"org/model: {name} came damaged" in errors, "run the same command again" in errors) == (
+    assert (code, f"org/model: {name} arrived damaged" in errors, "run the same command again" in errors) == (
         1,
         True,
         True,
@@ -164,7 +164,7 @@ def test_what_comes_damaged_is_refused_and_comes_again(world, folders, tmp_path,
         (["model", "org/nothing"], "org/nothing: not a model on the Hub"),
         (["model", "org/pickled"], "org/pickled: has no safetensors"),
         (["data", "e5s"], "e5s was never released; take medi2"),
-        (["data", "medi3"], "medi3: not a set that is known; known are medi, medi2, medi2bge, tulu2"),
+        (["data", "medi3"], "medi3: not a known data set; known are medi, medi2, medi2bge, tulu2"),
         (["data", "tulu2"], "not a dataset on the Hub"),
     ],
 )
@@ -203,7 +203,7 @@ def test_a_damaged_manifest_is_named_with_the_remedy(world, tmp_path, name, cont
     code, _, errors = world.run("data", "medi2", tmp_path / "medi2")
     assert (code, errors.count("\n"), world.server.requests) == (2, 1, [])
     assert f"{tmp_path / 'medi2' / name}: is damaged (" in errors
-    assert "remove all of its folder to fetch anew" in errors
+    assert "remove all of its folder to fetch again" in errors
 
 
 def test_a_file_of_which_not_all_is_known_is_copied_again(world, tmp_path):

@@ -87,9 +87,7 @@ def test_numbers_of_a_premise_and_a_hypothesis_are_entailment_neutral_and_contra
     assert outcome(tmp_path, lines(*rows), name="x.jsonl") == expected
     (tmp_path / "x.csv").write_text("premise,hypothesis,label\np,h,0\np,h,1.0\np,h,2\np,h,-1\n")
     assert outcome(tmp_path, (tmp_path / "x.csv").read_text(), name="x.csv") == NLI_KINDS
-    with pytest.raises(
-        InputError, match='"label" holds labels, whose meaning is known, and no scores; leave --min-score'
-    ):
+    with pytest.raises(InputError, match='"label" holds labels of known meaning, not scores; leave --min-score'):
         outcome(tmp_path, lines(*rows), name="x.jsonl", min_score=0.5)
 
 
@@ -132,7 +130,7 @@ def test_tables_without_names_hold_texts_alone(tmp_path):
     stsb = "main-captions\tMSRvid\t2012test\t0001\t5.000\tA plane, red.\tAn air plane.\n"
     assert outcome(tmp_path, stsb, name="x.csv") == [("refused", "tabs in a .csv")]
     assert outcome(tmp_path, stsb, min_score=4) == [("refused", "a number for a text")]
-    with pytest.raises(InputError, match=r"x.tsv:1: looks like a header, of which 'query' alone is known"):
+    with pytest.raises(InputError, match=r"x.tsv:1: looks like a header, but only 'query' is known"):
         outcome(tmp_path, table(("query", "document"), ("a", "b")))
 
 
@@ -165,12 +163,12 @@ def test_what_is_left_out_is_said(tmp_path, capsys):
     path.write_text(lines(*rows))
     assert main(["data", "convert", str(path), str(out), "--from", "triples", "--skip-bad"]) == 0
     assert capsys.readouterr().out.splitlines() == [
-        f"{out}: 1 rows",
-        f'left out 1 rows: no score; for example {path}:5: "label" is None; it must be a finite number or a label that '
-        "is known",
-        f"left out 2 rows: labelled neutral; for example {path}:2",
-        f"left out 1 rows: there is no label; for example {path}:4",
+        f"{out}: 1 records",
+        f'left out 1 records: no score; for example {path}:5: "label" is None; it must be a finite number or a known '
+        "label",
+        f"left out 2 records: labelled neutral; for example {path}:2",
+        f"left out 1 records: there is no label; for example {path}:4",
     ]
     path.write_text(lines(*rows[1:4]))
     assert main(["data", "convert", str(path), str(tmp_path / "none.jsonl"), "--from", "triples"]) == 2
-    assert f"there is no row to write; left out 2 rows: labelled neutral, as {path}:1" in capsys.readouterr().err
+    assert f"no record to write; left out 2 records: labelled neutral, as {path}:1" in capsys.readouterr().err

@@ -121,8 +121,8 @@ def test_a_model_mines_what_it_ranks_high(path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--range", "5"], "--range=5 is no range of ranks; write it as 10-100"),
-        (["--range", "9-3"], "--range=9-3 is no range"),
+        (["--range", "5"], "--range=5 is not a range of ranks; write it as 10-100"),
+        (["--range", "9-3"], "--range=9-3 is not a range"),
         (["--range", "1-2", "--count", "3"], "holds fewer ranks than --count=3"),
         (["--count", "0"], "--count=0 must be positive"),
         (["--ceiling", "-1"], "--ceiling=-1.0 must be 0 or more"),
@@ -137,7 +137,7 @@ def test_wrong_options_are_refused(path, tmp_path, arguments, message, capsys):
 def test_the_command_writes_grit_rows(path, tmp_path, capsys):
     out = tmp_path / "out.jsonl"
     assert main(["data", "mine-negatives", str(path), str(out), "--count", "1", "--ceiling", "0"]) == 0
-    assert "4 rows over 7 passages; 1 got fewer than 1 negatives" in capsys.readouterr().out
+    assert "4 records over 7 passages; 1 got fewer than 1 negatives" in capsys.readouterr().out
     assert sum(len(record.negatives) for record in open_source(out)) == 3
     (tmp_path / "g.jsonl").write_text('{"text": "a"}\n')
     with pytest.raises(InputError, match="negatives are those of embedding records"):

@@ -65,7 +65,7 @@ def test_the_fill_is_that_of_the_batches(folder):
 def test_limits_that_leave_nothing_are_explained(folder):
     stats = measure(Config(data=DataConfig(train=[str(folder)], generative_max_length=16)), BYTES)
     assert not stats.fills
-    assert "prompt leaves no room for the answer" in stats.notes[0]
+    assert "prompt leaves no room for a completion" in stats.notes[0]
     assert stats.total("conversation").cut == 12
 
 
@@ -75,7 +75,7 @@ def test_the_command_prints_a_table_and_draws(folder, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "more.jsonl" in out
     assert "all files" in out
-    assert "are no padding" in out
+    assert "are not padding" in out
     picture = matplotlib.image.imread(tmp_path / "s.png")
     assert picture.shape[1] > 1000
     assert 0.02 < np.mean(picture[..., :3].min(-1) < 0.9) < 0.6  # something is drawn, most is paper

@@ -51,7 +51,7 @@ def test_malformed_records_exit_with_2_and_are_all_counted(folder, capsys):
     assert main(["data", "validate", str(folder)]) == 2
     out = capsys.readouterr().out
     assert f"{folder / 'g.jsonl'}: 2 generative records, 3 malformed" in out
-    assert '2 "text" is no text' in out
+    assert '2 "text" is not a text' in out
     assert "g.jsonl:4: " in out
     assert "g.jsonl:6: " in out
     assert "h.jsonl: the file is empty" in out

@@ -69,7 +69,7 @@ def test_finished_tasks_are_kept_until_something_changes(model, tmp_path, capsys
         next(task for task in tasks if task["name"] == path.stem)["path"] = f"moved/{path.name}"
     assert kept(make(max_length=1024, seed=1), seed=1) == 2
     output.write_text("[]")
-    with pytest.raises(InputError, match="is there and is no report"):
+    with pytest.raises(InputError, match="exists and is not a report"):
         kept()
 
 

@@ -55,7 +55,7 @@ def test_bad_judgements_and_ids_are_named(tmp_path):
     with pytest.raises(InputError, match=r"test\.tsv: judges nothing"):
         read_collection(tmp_path, "test")
     write_jsonl(tmp_path / "queries.jsonl", [{"_id": "q1", "text": "a"}, {"_id": "q1", "text": "b"}])
-    with pytest.raises(InputError, match=r"queries\.jsonl:2: '_id' 'q1' comes a second time"):
+    with pytest.raises(InputError, match=r"queries\.jsonl:2: '_id' 'q1' appears a second time"):
         read_collection(tmp_path, "test")
     write_jsonl(tmp_path / "queries.jsonl", [{"_id": "q1", "txt": "a"}])
     with pytest.raises(
@@ -84,7 +84,7 @@ def test_an_id_that_comes_twice_names_two_documents_unless_it_is_judged(tmp_path
     after = read_collection(tmp_path, "test")
     assert sorted(after.documents.values()) == sorted([*before.documents.values(), "another"])
     write_jsonl(tmp_path / "corpus.jsonl.gz", [*rows, {"_id": "d1", "text": "another"}])
-    with pytest.raises(InputError, match=r"corpus\.jsonl\.gz:13: '_id' 'd1' comes a second time"):
+    with pytest.raises(InputError, match=r"corpus\.jsonl\.gz:13: '_id' 'd1' appears a second time"):
         read_collection(tmp_path, "test")
 
 

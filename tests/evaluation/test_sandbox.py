@@ -45,7 +45,8 @@ def test_a_program_passes_by_right_answers(confined):
     assert run("def f(n):\n    return n", SQUARE, LIMITS) == Verdict("failed", "AssertionError: no")
     assert run("def f(:", SQUARE, LIMITS).detail.startswith("SyntaxError: invalid syntax")
     assert run("def g(n):\n    return n * n", SQUARE, LIMITS) == Verdict("failed", "KeyError: 'f'")
-    assert run("def f(n):\n    return object()", SQUARE, LIMITS).detail.startswith("TypeError: object is no plain data")
+    verdict = run("def f(n):\n    return object()", SQUARE, LIMITS)
+    assert verdict.detail.startswith("TypeError: object is not plain data")
 
 
 def test_plain_data_crosses_as_it_is(confined):

@@ -32,7 +32,7 @@ STS = {"name": "x", "type": "sts", "path": "x.tsv"}
         ([], "tasks is empty"),
         ([{**STS, "type": "code", "k": [1, 30]}], r"k=\[1, 30\] must be numbers from 1 to samples=20"),
         ([{**STS, "type": "multiple_choice", "shots": 5}], "shots=5 needs shots_path"),
-        ([{**STS, "type": "exact_match", "limit": 0}], "limit=0 must be positive; leave it out for all rows"),
+        ([{**STS, "type": "exact_match", "limit": 0}], "limit=0 must be positive; leave it out for all records"),
         ([{**STS, "type": "exact_match", "max_new_tokens": 0}], "max_new_tokens=0 must be positive"),
         (
             [{**STS, "type": "exact_match", "shots_path": "."}],

@@ -231,7 +231,7 @@ def test_positions_are_read_as_transformers_reads_them(rope):
             "rope_theta=500000.0 contradicts rope_the",
         ),
         ({"rope_scaling": LINEAR | {"type": "dynamic"}}, "rope_scaling.rope_type='linear' contradicts type='dynamic'"),
-        ({"rope_parameters": PER_LAYER}, "rope_parameters=.* has entries for kinds of layers, which are not supported"),
+        ({"rope_parameters": PER_LAYER}, "rope_parameters=.* has entries for types of layers, which are not supported"),
         (
             GEMMA3 | {"rope_parameters": LINEAR},
             "rope_parameters=.* has no entries for sliding_attention and full_atten",

@@ -227,7 +227,7 @@ def test_one_stop_string_is_not_its_characters(model):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"max_new_tokens": -1}, "max_new_tokens=-1 must be 0 or more; there is no number for no limit"),
+        ({"max_new_tokens": -1}, "max_new_tokens=-1 must be 0 or more; it cannot be unlimited"),
         ({"temperature": -0.1}, "temperature=-0.1 must be 0 or more"),
         ({"temperature": float("nan")}, "temperature=nan must be a finite number"),
         ({"top_p": 1.5}, "top_p=1.5 must be from 0 to 1"),
@@ -243,9 +243,9 @@ def test_numbers_out_of_their_range_are_refused_when_text_is_written(model, opti
 @pytest.mark.parametrize("options", [{"batch_tokens": 0}, {"batch_tokens": -5}, {"max_length": 0}, {"max_length": -1}])
 def test_counts_of_embedding_and_scoring_are_positive(model, options):
     ((name, value),) = options.items()
-    with pytest.raises(InputError, match=f"{name}={value} must be positive; leave it out for"):
+    with pytest.raises(InputError, match=f"{name}={value} must be positive; leave it out to"):
         model.encode(TEXTS, **options)
-    with pytest.raises(InputError, match=f"{name}={value} must be positive; leave it out for"):
+    with pytest.raises(InputError, match=f"{name}={value} must be positive; leave it out to"):
         model.encode_with_caches(TEXTS, **options)
     if name == "batch_tokens":
         with pytest.raises(InputError, match=f"{name}={value} must be positive"):

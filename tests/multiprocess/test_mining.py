@@ -24,7 +24,7 @@ def test_two_processes_mine_what_one_does_and_the_first_one_writes(tmp_path):
     alone = grit_jax(*arguments("one.jsonl"), devices=2)
     assert alone.returncode == 0, alone.stderr
     outputs = launch.run_commands(*arguments("two.jsonl"))
-    assert "12 rows over 25 passages" in outputs[0][0] and "rows over" not in outputs[1][0]
+    assert "12 records over 25 passages" in outputs[0][0] and "records over" not in outputs[1][0]
     assert (tmp_path / "two.jsonl").read_bytes() == (tmp_path / "one.jsonl").read_bytes()
     assert all(len(record.negatives) == 3 for record in open_source(tmp_path / "two.jsonl"))
 

@@ -26,6 +26,6 @@ def test_gpus_before_ampere_attend_without_cudnn(monkeypatch, capabilities, kern
 )
 def test_a_kernel_of_another_platform_is_refused(key, kernel, needed, platform):
     config = ModelConfig(**{key: kernel})
-    message = f"model.{key}={kernel} runs on {needed} devices, and these are {platform}; set it to auto"
+    message = f"model.{key}={kernel} needs {needed} devices, but these are {platform}; set it to auto"
     with pytest.raises(InputError, match=message):
         execution(config, platform)

@@ -87,7 +87,7 @@ def test_settings_that_do_not_fit_are_refused(made, model, tmp_path):
     without = shutil.copytree(made / "none", tmp_path / "none")
     with pytest.raises(InputError, match="made without --caches, not 'int8'; leave --caches out"):
         index(without, model, corpus, caches="int8")
-    with pytest.raises(InputError, match="--cache-form=second is about keys and values, which are not kept; add --cac"):
+    with pytest.raises(InputError, match="--cache-form=second needs keys and values, which are not kept; add --cac"):
         index(tmp_path / "new", model, corpus, cache_form="second")
     with pytest.raises(InputError, match="none: made without keys and values; index the corpus into another folder wi"):
         Store(without).check_caches()

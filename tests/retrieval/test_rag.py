@@ -213,7 +213,7 @@ def test_the_command_answers_and_names_its_documents(tmp_path, capsys):
         (["--query", " "], "query ' ' is empty; leave it out"),
         (["--query", "x", "--k", "0"], "--k=0 must be positive"),
         (["--query", "x", "--max-new-tokens", "0"], "--max-new-tokens=0 must be positive"),
-        (["--query", "x"], "s: no manifest.json, so it is no store"),
+        (["--query", "x"], "s: no manifest.json, so it is not a store"),
     ],
 )
 def test_bad_input_is_one_clear_line_and_exit_code_2(arguments, message, capsys, monkeypatch, tmp_path):

@@ -200,15 +200,15 @@ def test_folders_that_are_no_stores_are_refused(grows, made, model, tmp_path):
     corpus = made / "corpus.jsonl"
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/documents-00000.jsonl").write_text("mine\n")
-    with pytest.raises(InputError, match=r"mine: holds documents-00000.jsonl and no manifest.json, so it is no store"):
+    with pytest.raises(InputError, match=r"holds documents-00000.jsonl and no manifest.json, so it is not a store"):
         index(tmp_path / "mine", model, corpus)
     with pytest.raises(InputError, match=r"corpus.jsonl: is a file; a store is a folder"):
         index(corpus, model, corpus)
-    with pytest.raises(InputError, match="gs://b/s: a store is read in place and must be on a disk"):
+    with pytest.raises(InputError, match="gs://b/s: a store is read in place, so it must be on a disk"):
         index("gs://b/s", model, corpus)
     with pytest.raises(InputError, match="gs://b/s: a store is read in place"):
         Store("gs://b/s")
-    with pytest.raises(InputError, match=r"mine: no manifest.json, so it is no store; make one with grit-jax index"):
+    with pytest.raises(InputError, match=r"mine: no manifest.json, so it is not a store; make one with grit-jax index"):
         Store(tmp_path / "mine")
     with writer_lock(grows), pytest.raises(InputError, match="store is being written by process"):
         index(grows, model, corpus)
@@ -298,7 +298,7 @@ def test_faiss_finds_what_exact_search_finds(made, model, tmp_path):
     [
         (["index", "m", "nowhere.jsonl", "s"], "nowhere.jsonl: no such file or folder"),
         (["index", "m", "c.txt", "s"], "c.txt: not a .jsonl"),
-        (["index", "m", "c.jsonl", "gs://b/s"], "gs://b/s: a store is read in place and must be on a disk"),
+        (["index", "m", "c.jsonl", "gs://b/s"], "gs://b/s: a store is read in place, so it must be on a disk"),
         (["index", "m", "c.jsonl", "s", "--shard-rows", "0"], "--shard-rows=0 must be positive"),
         (["index", "m", "c.jsonl", "s", "--max-length", "0"], "--max-length=0 must be positive"),
         (["index", "m", "c.jsonl", "s", "--data.train=x"], "index does not know --data.train=x"),
@@ -306,9 +306,9 @@ def test_faiss_finds_what_exact_search_finds(made, model, tmp_path):
         (["search", "m", "s", "--query", "x", "--k", "0"], "--k=0 must be positive"),
         (["search", "m", "s"], "there is nothing to search for; give --query or --queries"),
         (["search", "m", "s", "--query", " "], "query ' ' is empty; leave it out"),
-        (["search", "m", "s", "--query", "x"], "s: no manifest.json, so it is no store"),
+        (["search", "m", "s", "--query", "x"], "s: no manifest.json, so it is not a store"),
         (["export-faiss", "s", "x.index"], "x.index: must end in .faiss"),
-        (["export-faiss", "s", "x.faiss"], "s: no manifest.json, so it is no store"),
+        (["export-faiss", "s", "x.faiss"], "s: no manifest.json, so it is not a store"),
     ],
 )
 def test_bad_input_is_one_clear_line_and_exit_code_2(arguments, message, capsys, monkeypatch, tmp_path):

@@ -60,7 +60,7 @@ def test_json_is_one_object_that_keeps_every_number(tmp_path, capsys):
 
 
 def test_what_is_no_run_folder_is_refused(tmp_path):
-    with pytest.raises(InputError, match=r"is no run folder: no config.yaml, no metrics.jsonl; name a train.output"):
+    with pytest.raises(InputError, match=r"is not a run folder: no config.yaml, no metrics.jsonl; name a train.output"):
         read_status(tmp_path / "nothing")
 
 

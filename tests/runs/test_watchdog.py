@@ -25,7 +25,7 @@ def test_a_hanging_process_says_where_and_ends(tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == EXIT_CODE
     assert time.monotonic() - begun < 30
-    assert "step 7 has taken more than train.watchdog_seconds=0.3: the process hangs and is ended" in done.stderr
+    assert "step 7 has taken more than train.watchdog_seconds=0.3: the process hangs and ends now" in done.stderr
     stacks = (tmp_path / "run/stacks-0.txt").read_text()
     for text in (done.stderr, stacks):
         assert "in where_it_hangs" in text

@@ -77,7 +77,7 @@ def test_published_models_give_their_recorded_ids(shared):
 
 
 def test_other_models_are_refused_by_name(shared, tmp_path):
-    with pytest.raises(InputError, match="of type UNIGRAM is not converted, only BPE is; open the model once"):
+    with pytest.raises(InputError, match="of type UNIGRAM are not converted, only BPE; open the model once"):
         Tokenizer.load(shared / "data/tokenizers/t5_cc_all.32000.100extra.model")
     (tmp_path / "tokenizer.model").write_bytes(b"\xff\xff not a model")
     with pytest.raises(InputError, match=r"tokenizer.model: not a sentencepiece model"):

@@ -60,7 +60,7 @@ def test_a_good_start_passes_everything_and_leaves_nothing(data, tmp_path, capsy
         (["--mesh.fsdp=3"], "mesh", "do not multiply to the 8 devices found"),
         (["--model.tokenizer=nowhere"], "tokenizer", "no nowhere there"),
         (["--model.init=nowhere"], "model.init", "nowhere: nothing there"),
-        (["--model.attention_kernel=splash"], "shapes", "model.attention_kernel=splash runs on tpu devices"),
+        (["--model.attention_kernel=splash"], "shapes", "model.attention_kernel=splash needs tpu devices"),
         (["--data.passage_max_length=4096"], "shapes", "data.passage_max_length=4096 is over the model's 1024 tokens"),
     ],
 )

@@ -215,7 +215,7 @@ def test_the_other_streams_keep_their_batches_and_losses(data, tmp_path):
 
 
 def test_a_file_of_it_is_refused_where_nothing_reads_it(data, tmp_path):
-    with pytest.raises(InputError, match=r'a-plain.jsonl:1: keys \["plain"\] are of neither stream'):
+    with pytest.raises(InputError, match=r'a-plain.jsonl:1: keys \["plain"\] belong to neither stream'):
         Trainer(config(data, tmp_path / "run"))
 
 

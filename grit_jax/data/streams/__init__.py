@@ -1,4 +1,4 @@
-"""The host's side of the streams that steps consist of; `grit_jax.train.objectives` has the device's."""
+"""The host's side of the streams; `grit_jax.train.objectives` has the device's."""
 
 from __future__ import annotations
 

@@ -40,11 +40,7 @@ class EmbeddingPlan(NamedTuple):
 
 
 class EmbeddingStream(Stream):
-    """Texts that are pooled into vectors: those of a record are its query, positives and negatives.
-
-    Args:
-      config: The run's settings.
-    """
+    """Texts that are pooled into vectors: the query, positives and negatives of each record."""
 
     name = "embedding"
     record = EmbeddingRecord
@@ -74,7 +70,7 @@ class EmbeddingStream(Stream):
 
     @staticmethod
     def num_positives(record: EmbeddingRecord) -> int:
-        """Its positives."""
+        """Number of positives."""
         return len(record.positives)
 
     def limits(self, text: np.ndarray) -> np.ndarray:
@@ -95,7 +91,7 @@ class EmbeddingStream(Stream):
         return ok[first] & (sums[first + 1 + positives] > sums[first + 1])
 
     def plan(self, files: StreamFiles, samples: Samples, ranks: Ranks, *, summed: bool) -> EmbeddingPlan:
-        """Queries, positives and negatives of the samples; fillers make a short batch whole."""
+        """Queries, positives and negatives of the samples; fillers complete a short batch."""
         batch, group = self.batch_size, self._group_size
         texts = self._groups(files, samples, ranks)
         present = texts >= 0
@@ -150,7 +146,7 @@ class EmbeddingStream(Stream):
         return np.repeat([self._query_limit, self._passage_limit], [self.batch_size, passages])
 
     def empty(self, num_rows: int) -> EmbeddingBatch:
-        """Zeros of the batch's shapes and types."""
+        """Zeros of the batch's shapes and dtypes."""
 
         def zeros(dtype: type, *shape: int) -> np.ndarray:
             return np.broadcast_to(np.zeros((), dtype), shape)
@@ -167,7 +163,7 @@ def _with_positives_of_equal_queries(ids: np.ndarray) -> np.ndarray:
     """Ids of passages, [queries, group], that are also equal for positives of equal queries.
 
     Args:
-      ids: int [queries, 1 + group]; equal for equal texts, -1 for fillers; of query, positive and negatives.
+      ids: int [queries, 1 + group]; ids of query, positive and negatives, equal for equal texts, -1 for fillers.
     """
     size = ids.max() + 1
     queries, positives = ids[:, 0], ids[:, 1]
@@ -181,12 +177,12 @@ def pool_weights(spans: np.ndarray, lengths: np.ndarray | int, pooling: Pooling)
 
     Args:
       spans: int [texts, 2]; token range of each text, after BOS, instruction and markers.
-      lengths: int [texts]; tokens of the whole prompts after truncation, beyond the start of their spans.
-      pooling: `mean` of the text, `weighted_mean` with weights 1, 2, 3 ..., `last_token`, or `cls`, the first token
-        of the prompt.
+      lengths: int [texts]; tokens of the whole prompts after truncation, each longer than the start of its span.
+      pooling: `mean` of the text, `weighted_mean` with weights 1, 2, 3, ..., `last_token`, or `cls`, the first token of
+        the prompt.
 
     Returns:
-      float32 [sum of lengths], of the texts in order; those of each sum to 1.
+      float32 [sum of lengths], for the texts in order; each text's weights sum to 1.
     """
     lengths = np.broadcast_to(lengths, len(spans)).astype(np.int64)
     firsts = np.cumsum(lengths) - lengths

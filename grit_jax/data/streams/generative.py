@@ -1,4 +1,4 @@
-"""The generative stream: conversations, of which the assistant's turns are scored, and plain texts."""
+"""The generative stream: conversations, whose assistant turns are scored, and plain texts."""
 
 from __future__ import annotations
 
@@ -32,15 +32,11 @@ class GenerativePlan(NamedTuple):
 
 
 class GenerativeStream(Stream):
-    """Texts whose tokens are predicted from those before them: one of each record.
-
-    Args:
-      config: The run's settings.
-    """
+    """Texts whose tokens are predicted from those before them; one in each record."""
 
     name = "generative"
     record = GenerativeRecord
-    no_room = "prompt leaves no room for the answer"
+    no_room = "prompt leaves no room for a completion"
     first_target = 1  # a token is scored from the one before it
     code = 1
 
@@ -59,7 +55,7 @@ class GenerativeStream(Stream):
         return [prompts.conversation(record.turns, bos=tokenizer.bos, eos=tokenizer.eos)]
 
     def limits(self, text: np.ndarray) -> np.ndarray:
-        """int32 [texts]: a row."""
+        """int32 [texts]: the tokens of a row."""
         return np.full(len(text), self.row_length, np.int32)
 
     def roles(self, text: np.ndarray, positives: np.ndarray) -> list[Role]:
@@ -90,7 +86,7 @@ class GenerativeStream(Stream):
         return np.full(self.batch_size, self.row_length)
 
     def empty(self, num_rows: int) -> GenerativeBatch:
-        """Zeros of the batch's shapes and types."""
+        """Zeros of the batch's shapes and dtypes."""
         shape = num_rows, self.row_length
         ids, weights = (np.broadcast_to(np.zeros((), dtype), shape) for dtype in (np.int32, np.float32))
         return GenerativeBatch(*[ids] * 4, weights)

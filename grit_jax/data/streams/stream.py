@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class Samples(NamedTuple):
-    """A sequence of records: numbers of files, and indices of records in them, int [samples] each."""
+    """A sequence of records: file numbers, and indices of records in the files; int [samples] each."""
 
     file: np.ndarray
     record: np.ndarray
@@ -33,7 +33,7 @@ class RowPlan(NamedTuple):
       file: int32 [texts]; number of the file.
       record: int32 [texts]; index of the record in the file.
       text: int32 [texts]; index of the text in the record.
-      length: int32 [texts]; tokens that are kept.
+      length: int32 [texts]; tokens kept.
       row: int32 [texts].
       offset: int32 [texts].
       segment: int32 [texts], from 1.
@@ -50,11 +50,11 @@ class RowPlan(NamedTuple):
 
 
 class Role(NamedTuple):
-    """A role of texts in their records, for people.
+    """A role that texts have in their records, for display.
 
     Attributes:
-      name: Such as query.
-      mine: bool [texts]; which texts have it.
+      name: Its name, such as `query`.
+      mine: bool [texts]; which texts have this role.
       limit: Most tokens of such a text.
     """
 
@@ -81,7 +81,7 @@ class PlannedRows(NamedTuple):
     num_spans: np.ndarray
 
 
-# Gives a number for each text of some records: a record's positive and negatives are its usable ones of the smallest.
+# Gives each of some texts a number; a record's positive and negatives are the usable ones with the smallest numbers.
 Ranks = Callable[[int], np.ndarray]
 
 
@@ -98,7 +98,7 @@ class Stream(abc.ABC):
       row_length: Tokens of a row.
       num_chunks: Chunks in which a device's rows go through the model; it divides their number.
       packing: Whether a row may hold several texts.
-      limits_by_key: Most tokens of its texts, by config key.
+      limits_by_key: Most tokens of a text, by config key.
     """
 
     name: ClassVar[str]
@@ -114,7 +114,7 @@ class Stream(abc.ABC):
 
     @property
     def code(self) -> int:
-        """A seed of its random numbers, from its name, so that no stream changes the batches of another."""
+        """A seed for its random numbers, from its name, so that no stream changes another's batches."""
         return int.from_bytes(hashlib.blake2b(self.name.encode(), digest_size=6).digest())
 
     @abc.abstractmethod
@@ -122,7 +122,7 @@ class Stream(abc.ABC):
         """The texts of a record in the model's format."""
 
     def num_positives(self, record: Any) -> int:
-        """Number of positives, which follow the first text."""
+        """Number of a record's positives, which follow its first text."""
         return 0
 
     @abc.abstractmethod
@@ -151,8 +151,8 @@ class Stream(abc.ABC):
           files: The stream's files.
           samples: At most `batch_size`.
           ranks: Chooses among the texts of a record.
-          summed: Whether every loss weighs 1, as in evaluation, where callers divide sums by sums of weights; else
-            weights are those of training.
+          summed: Whether every loss weighs 1, as in evaluation, where callers divide sums by sums of weights; otherwise
+            training's weights apply.
         """
 
     @abc.abstractmethod
@@ -165,4 +165,4 @@ class Stream(abc.ABC):
 
     @abc.abstractmethod
     def empty(self, num_rows: int) -> Any:
-        """A batch of zeros that takes no memory, for its shapes and types."""
+        """A batch of zeros that takes no memory, for its shapes and dtypes."""

@@ -13,7 +13,7 @@ const METHODS = {
 };
 
 const SNIPPET_LENGTH = 260;
-const READY_MS = 1000; // between two looks at whether the server is ready
+const READY_MS = 1000; // between checks that the server is ready
 
 const $ = (id) => document.getElementById(id);
 
@@ -59,7 +59,7 @@ async function request(path, options = {}) {
   }
 }
 
-// Settled once the server can answer; what is asked before then waits for it.
+// Settles once the server is ready; earlier requests wait for it.
 let ready = Promise.resolve();
 
 async function untilReady() {
@@ -213,7 +213,7 @@ async function search() {
       duration(performance.now() - start),
     );
   } catch (error) {
-    // A newer search has taken the page over.
+    // A newer search has taken over the page.
     if (current !== searching) return;
     $("search-status").textContent = error.name === "AbortError" ? "Stopped." : "";
     if (error.name !== "AbortError") showError($("search-error"), error, search);
@@ -406,7 +406,7 @@ function tryExample() {
 
 async function loadModel() {
   ready = untilReady();
-  // Told here, and to whoever asks meanwhile.
+  // Shown here, and to requests made meanwhile.
   ready.catch((error) => showError($("notice"), error, loadModel));
   try {
     model = (await (await request("v1/models")).json()).data[0];

@@ -1,4 +1,4 @@
-"""What watches a training run, one file per concern; each may be left out."""
+"""Callbacks that watch a training run, one file per concern; each is optional."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ def make_callbacks(
     scorecard: Callable[[GritModel], Mapping[str, float]] | None,
     own: Iterable[Callback],
 ) -> list[Callback]:
-    """The callbacks of a run, in the order of their calls; they end in the opposite order.
+    """The callbacks of a run in the order of their calls; they end in reverse order.
 
-    First come those that add metrics, then those that read them: what is added is logged, a step whose metrics stop the
-    run is logged and not saved, and saving, which may take long, ends before the watchdog.
+    Callbacks that add metrics precede those that read them, so all metrics are logged; a step whose metrics stop the
+    run is logged but not saved; the watchdog still watches while the last save finishes.
 
     Args:
       config: The run's settings.

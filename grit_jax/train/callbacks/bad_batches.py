@@ -16,7 +16,7 @@ from grit_jax.train.callbacks.callback import Callback, Run
 
 
 class BadBatches(Callback):
-    """Reports bad steps, and writes their records to bad_batches.jsonl.
+    """Announces bad steps, and writes their records to bad_batches.jsonl.
 
     Args:
       spike_threshold: Robust z-score at which a loss is a spike; None for no spikes.
@@ -45,20 +45,20 @@ class BadBatches(Callback):
         """Judges a step.
 
         Raises:
-          FloatingPointError: It is the last of `max_skipped` in a row that were skipped.
+          FloatingPointError: The update is the last of `max_skipped` in a row to be skipped.
         """
         if not values["skipped"]:
             self._skipped = 0
             if spike := self._spikes.find(values):
                 name, value, score = spike
                 text = f"{name} is {value:.4g}, {score:.1f} deviations above the recent"
-                self._report(run, step, "spike", text, values)
+                self._announce(run, step, "spike", text, values)
             return
         self._skipped += 1
-        what = f"loss is {values['loss']:g} and the gradient's norm {values['grad_norm']:g}"
+        values_now = f"loss is {values['loss']:g} and the gradient's norm {values['grad_norm']:g}"
         if math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"]):
-            what += ", but the optimizer's update is not finite"
-        self._report(run, step, "not finite", f"{what}; the update is skipped", values)
+            values_now += ", but the optimizer's update is not finite"
+        self._announce(run, step, "not finite", f"{values_now}; the update is skipped", values)
         if self._skipped >= self._max_skipped:
             raise FloatingPointError(
                 f"{self._skipped} updates in a row were skipped, up to step {step}, because loss, gradient or update "
@@ -67,7 +67,7 @@ class BadBatches(Callback):
                 "optimizer.learning_rate, or raise optimizer.epsilon; checkpoints hold the state before them"
             )
 
-    def _report(self, run: Run, step: int, reason: str, text: str, values: Mapping[str, float]) -> None:
+    def _announce(self, run: Run, step: int, reason: str, text: str, values: Mapping[str, float]) -> None:
         run.say(f"step {step}: {text} (records in {folder.BAD_BATCHES})")
         if self._log:
             kept = {name: values[name] for name in values if name.startswith("loss") or name == "grad_norm"}

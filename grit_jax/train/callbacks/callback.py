@@ -23,7 +23,8 @@ Phase = Literal["data", "step", "compile", "evaluation", "checkpoint"]
 class Callback:
     """Watches a run, or does something besides training. Methods that are not overridden do nothing.
 
-    Each process of a run has its own callbacks, with the same calls in the same order; `due` must agree in all of them.
+    Each process of a run has its own callbacks, with the same calls in the same order; `due` must return the same in
+    all of them.
     """
 
     @contextmanager
@@ -46,14 +47,14 @@ class Callback:
         return False
 
     def step_ended(self, run: Run, step: int, values: dict[str, float]) -> None:
-        """After a step has ended; may add to its metrics. Unless the step is `due`, the next one runs already."""
+        """After a step has ended; may add to its metrics. Unless the step is `due`, the next one is already running."""
 
     def said(self, run: Run, text: str) -> None:
         """Takes a line for the user."""
 
 
 class Run:
-    """What callbacks get.
+    """A run, as its callbacks see it.
 
     Args:
       trainer: The run's trainer.
@@ -86,7 +87,7 @@ class Run:
 
     @contextmanager
     def aside(self, phase: Phase, what: str | None = None) -> Generator[None]:
-        """Around work that devices wait for: begins after the step in flight, and counts into no step's time."""
+        """Around work that devices wait for: begins after the step in flight, and is no part of any step's time."""
         self.meter.wait()
         with self._during(phase, what or f"{phase} after step {self.step}"):
             yield
@@ -121,9 +122,9 @@ class Run:
             yield
 
     def started(self, metrics: Metrics) -> None:
-        """Takes the metrics of the step in flight, and hands out those of the step before.
+        """Takes the metrics of the step in flight, and hands those of the step before to callbacks.
 
-        Where a callback needs the state after the step, its metrics follow at once.
+        If the step is `due`, its own metrics follow at once.
         """
         for callback in self.trainer.callbacks:
             callback.step_started(self, self.step, metrics)

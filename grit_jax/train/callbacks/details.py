@@ -15,10 +15,10 @@ from grit_jax.train.step import TOKEN_LOSSES, Metrics
 
 
 class Details(Callback):
-    """Adds the loss of a batch from one file under the file's name, and every few steps what takes longer.
+    """Adds a batch's loss under the name of its file if it has only one, and every few steps the slower measurements.
 
-    That is the health of the embeddings, and each file's loss in streams whose tokens have losses. Process 0 computes
-    them from arrays that all processes gather.
+    These are the health of the embeddings and, in streams whose tokens have losses, each file's loss. Process 0
+    computes them from arrays that all processes gather.
 
     Args:
       every: Steps between the longer measurements; None for none.
@@ -35,7 +35,7 @@ class Details(Callback):
         yield
 
     def step_started(self, run: Run, step: int, metrics: Metrics) -> None:
-        """Gathers before the next step starts, for whose end gathering would wait otherwise."""
+        """Gathers before the next step starts; later, gathering would wait for that step to end."""
         if self._every and (step % self._every == 0 or step == 1):
             self._gathered[step] = {name: self._whole(value) for name, value in metrics.items() if value.ndim}
 

@@ -14,7 +14,7 @@ from grit_jax.train.callbacks.callback import Callback, Run
 
 
 class Display(Callback):
-    """A live line on a terminal, a plain line every few steps elsewhere; on the first host alone.
+    """A live line on a terminal, a plain line every few steps elsewhere; on host 0 only.
 
     Args:
       every: Steps between plain lines.

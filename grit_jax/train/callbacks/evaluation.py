@@ -1,4 +1,4 @@
-"""What is measured of the model itself: losses on held-out data, a scorecard."""
+"""Measurements of the model itself: losses on held-out data, a scorecard."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Evaluation(Callback):
     """Adds a measurement to the metrics of every few steps and of the last one.
 
     Args:
-      every: Steps between measurements; None for the last step alone.
+      every: Steps between measurements; None for only the last step.
       measure: Measures the model as it is.
     """
 

@@ -30,7 +30,7 @@ class Goodput(Callback):
 
     @contextmanager
     def running(self, run: Run) -> Generator[None]:
-        """Opens the log in process 0, and completes it whatever ends the run."""
+        """Opens the log in process 0, and completes it however the run ends."""
         self._clock, self._starting = Clock(began=self._began, from_step=run.start), True
         self._earlier: list[dict[str, Any]] = []
         self._log: LineWriter | None = None

@@ -30,7 +30,7 @@ class Profile(Callback):
 
     @contextmanager
     def running(self, run: Run) -> Generator[None]:
-        """Ends the trace where the run ends within the window."""
+        """Ends the trace if the run ends within the window."""
         try:
             yield
         finally:
@@ -38,7 +38,7 @@ class Profile(Callback):
                 self._stop(run)
 
     def before_step(self, run: Run, step: int, batch: Batch) -> None:
-        """Starts with the window's first step, or the first of a resumed run within it."""
+        """Starts with the window's first step, or with the first step within it of a resumed run."""
         if self._window and not self._tracing and self._window[0] <= step <= self._window[1]:
             # The profiler writes only to disks.
             if files.is_bucket(run.trainer.folder):

@@ -17,7 +17,7 @@ from grit_jax.train.callbacks.callback import Callback, Run
 class Saving(Callback):
     """Writes a run's checkpoints, one at a time: Orbax's processes would confuse simultaneous ones.
 
-    Where another process writes to the run folder, no save begins, and one that has begun becomes no checkpoint.
+    While another process writes to the run folder, no save begins, and an unfinished one does not become a checkpoint.
 
     Args:
       config: What to save when, and what to keep.
@@ -28,7 +28,7 @@ class Saving(Callback):
 
     @contextmanager
     def running(self, run: Run) -> Generator[None]:
-        """Removes half-written checkpoints; at the end saves the last step, and waits until all is on disk."""
+        """Removes half-written checkpoints; at the end saves the last step, and waits until everything is on disk."""
         output, config = run.trainer.folder, self._config
         open_folder = partial(Checkpoints, timeout_seconds=config.timeout_seconds, confirm=run.confirm)
         self._states = open_folder(files.join(output, folder.CHECKPOINTS), keep=config)

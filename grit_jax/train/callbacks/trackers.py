@@ -46,15 +46,15 @@ class Trackers(Callback):
             log(step, values)
 
 
-# Packages of the trackers, by their keys in `logging`; the extra that installs one is named like the key.
+# The package of each tracker by its key in `logging`, which also names the extra that installs it.
 _PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb", "trackio": "trackio"}
 
 
 def check_trackers(config: LoggingConfig) -> list[str]:
-    """Names of a config's trackers; host 0, which uses them, imports them.
+    """Names of a config's trackers. Host 0, the only one to use them, imports their packages.
 
     Raises:
-      InputError: The package of one is not installed.
+      InputError: A tracker's package is not installed.
     """
     names = [name for name in _PACKAGES if getattr(config, name)]
     if jax.process_index() == 0:
@@ -75,7 +75,7 @@ def _imported(name: str, config: LoggingConfig) -> Any:
 def open_trackers(
     config: LoggingConfig, output: files.PathLike, *, resume_step: int, resolved: str
 ) -> Generator[list[Log]]:
-    """Opens metrics.jsonl and the trackers of a config, on host 0 alone, and closes them at the end.
+    """Opens metrics.jsonl and the trackers of a config, on host 0 only, and closes them at the end.
 
     A line of metrics.jsonl has the `time` of writing, in seconds since 1970. Trackers resume the run by its folder's
     name.
@@ -109,7 +109,7 @@ def _opened(
     name = os.path.basename(os.path.normpath(os.fspath(output)))
     common = {"name": name, "resume": "allow", "config": {"yaml": resolved}}
     if config.wandb:
-        directory = None if files.is_bucket(output) else str(output)  # it writes to disks alone
+        directory = None if files.is_bucket(output) else str(output)  # it only writes to disks
         wandb_run = _imported("wandb", config).init(project=config.wandb, id=name, dir=directory, **common)
         closing.callback(wandb_run.finish)
         yield lambda step, values: wandb_run.log(dict(values), step=step)

@@ -22,12 +22,7 @@ _TEXTS = ("batch", "activation_embed")
 
 
 class ContrastiveObjective(Objective):
-    """InfoNCE of queries against all passages of the global batch, over pooled vectors.
-
-    Args:
-      stream: The host's side.
-      config: The run's settings.
-    """
+    """InfoNCE of queries against all passages of the global batch, over pooled vectors."""
 
     uses_head = False
     split_axes = (_TEXTS, _TEXTS)
@@ -66,7 +61,7 @@ class ContrastiveObjective(Objective):
         return Losses(loss, metrics=health_parts(query, passage))
 
     def total_weight(self, batch: EmbeddingBatch) -> jax.Array:
-        """The queries' weights."""
+        """Sum of the queries' weights."""
         return jnp.sum(batch.query_weights)
 
     def problem(self, mesh_shape: dict[str, int]) -> str | None:

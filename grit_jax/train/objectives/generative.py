@@ -14,12 +14,7 @@ from grit_jax.train.objectives.objective import Losses, Objective, Parts
 
 
 class NextTokenObjective(Objective):
-    """The weighted sum of -log p(next token).
-
-    Args:
-      stream: The host's side.
-      config: The run's settings.
-    """
+    """The weighted sum of -log p(next token)."""
 
     router_metric = "loss/router"
     split_axes = ("whole", "batch", "length")
@@ -47,5 +42,5 @@ class NextTokenObjective(Objective):
         return Losses(sums, jax.lax.stop_gradient(split))
 
     def total_weight(self, batch: GenerativeBatch) -> jax.Array:
-        """The tokens' weights."""
+        """Sum of the tokens' weights."""
         return jnp.sum(batch.loss_weights)

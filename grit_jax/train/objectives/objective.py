@@ -49,7 +49,7 @@ class Losses:
 
     Attributes:
       loss: Scalar.
-      of_tokens: float32 [2, rows, length], weighted losses and weights of all tokens; None where tokens have none.
+      of_tokens: float32 [2, rows, length], weighted losses and weights of all tokens; None if tokens have none.
       metrics: Further measurements.
     """
 
@@ -61,14 +61,11 @@ class Losses:
 class Objective(abc.ABC):
     """A loss of one stream. The step runs the layers between `inputs` and `kept`.
 
-    Args:
-      stream: The host's side.
-
     Attributes:
       stream: The host's side.
-      weight: Of the loss in the minimised sum.
-      router_weight: Of the experts' balance loss in its pass.
-      router_metric: Metric of that balance loss.
+      weight: Weight of the loss in the minimised sum.
+      router_weight: Weight of the experts' balance loss of its forward pass.
+      router_metric: Name of that balance loss among the metrics.
       causal: Whether a token sees only those before it.
       uses_head: Whether its tokens go through the output head.
       split_axes: Tree of the logical axes of `Parts.split`.
@@ -85,12 +82,12 @@ class Objective(abc.ABC):
 
     @property
     def name(self) -> str:
-        """That of the stream."""
+        """The stream's name."""
         return self.stream.name
 
     @property
     def router_metric(self) -> str:
-        """Name of the balance loss of its pass."""
+        """Name of the balance loss of its forward pass."""
         return f"loss/router_{self.name}"
 
     def inputs(self, batch: Any) -> Inputs:
@@ -121,7 +118,7 @@ class Objective(abc.ABC):
         """Scalar sum of the weights in the loss."""
 
     def problem(self, mesh_shape: dict[str, int]) -> str | None:
-        """Why a mesh cannot take its batches, given the sizes of the axes that split them; None where it can."""
+        """Why a mesh cannot hold its batches, given the sizes of the axes that split them; None if it can."""
         return None
 
     def negatives(self, num_shards: int, embed_dim: int) -> str | None:
