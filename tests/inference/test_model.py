@@ -243,9 +243,10 @@ def test_numbers_out_of_their_range_are_refused_when_text_is_written(model, opti
 @pytest.mark.parametrize("options", [{"batch_tokens": 0}, {"batch_tokens": -5}, {"max_length": 0}, {"max_length": -1}])
 def test_counts_of_embedding_and_scoring_are_positive(model, options):
     ((name, value),) = options.items()
-    with pytest.raises(InputError, match=f"{name}={value} must be positive; leave it out to"):
+    remedy = {"batch_tokens": "to let the device decide", "max_length": "for the model's limit"}[name]
+    with pytest.raises(InputError, match=f"{name}={value} must be positive; leave it out {remedy}"):
         model.encode(TEXTS, **options)
-    with pytest.raises(InputError, match=f"{name}={value} must be positive; leave it out to"):
+    with pytest.raises(InputError, match=f"{name}={value} must be positive; leave it out {remedy}"):
         model.encode_with_caches(TEXTS, **options)
     if name == "batch_tokens":
         with pytest.raises(InputError, match=f"{name}={value} must be positive"):
