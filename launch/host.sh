@@ -9,7 +9,7 @@
 #   host.sh result             one line: running, ended CODE, stopped CODE (by `stop`), or none
 #   host.sh stop               SIGTERM: training saves and ends with 75
 #
-# doctor and start read GRIT_NAME, GRIT_TYPE, GRIT_SLICES, GRIT_BUCKET. They and fetch read GRIT_SECRETS: pairs
+# doctor and start read GRIT_NAME and GRIT_BUCKET. They and fetch read GRIT_SECRETS: pairs
 # VARIABLE=SECRET, where SECRET is the name of a secret in Secret Manager. Its value goes from there into the environment
 # and nowhere else.
 set -euo pipefail

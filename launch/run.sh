@@ -267,8 +267,7 @@ install() {
 
 # Runs a command of launch/host.sh that needs facts of the run.
 on_hosts_of_run() {
-  local settings=(GRIT_NAME="$name" GRIT_TYPE="$type" GRIT_SLICES="$slices" GRIT_BUCKET="$bucket"
-    GRIT_SECRETS="${secrets[*]}")
+  local settings=(GRIT_NAME="$name" GRIT_BUCKET="$bucket" GRIT_SECRETS="${secrets[*]}")
   on_hosts try "env $(quoted "${settings[@]}") $(host "$@")"
 }
 
@@ -323,8 +322,7 @@ done
 
 found=$(look)
 if [[ -z $found ]] && ((plan)); then
-  compiler_flags=$(export GRIT_TYPE=$type GRIT_SLICES=$slices && source "$root/launch/env.sh" && echo "$LIBTPU_INIT_ARGS")
-  command=(env LIBTPU_INIT_ARGS="$compiler_flags" "$bin/grit-jax" plan "$config" --topology "$type" --slices "$slices")
+  command=("$bin/grit-jax" plan "$config" --topology "$type" --slices "$slices")
   show "${command[@]}" "${rest[@]}"
   code=0
   if ((dry_run)); then

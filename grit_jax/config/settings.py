@@ -43,6 +43,8 @@ class ModelConfig:
         products and attention; `offload`, like `full`, with the inputs in host memory.
       layer_rows: Most rows that a device sends through a layer at once, which bounds the memory inside a layer; null
         for all. Weights are still gathered, and gradients reduced, once per layer.
+      compiler_options: XLA's options for the training step, by name; null for those of the device's kind, `{}` for
+        the compiler's defaults.
     """
 
     init: str | None = None
@@ -54,6 +56,7 @@ class ModelConfig:
     expert_kernel: Literal["auto"] | ExpertKernel = "auto"
     remat: Remat = "full"
     layer_rows: PositiveInt | None = None
+    compiler_options: dict[str, str] | None = None
 
     def __post_init__(self):
         require_fields("model", self)

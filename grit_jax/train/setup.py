@@ -8,11 +8,12 @@ from typing import Any, NamedTuple
 import optax
 from jax.sharding import Mesh
 
-from grit_jax.config import Config
+from grit_jax.config import Config, ModelConfig
 from grit_jax.data.streams.stream import Stream
 from grit_jax.errors import InputError
 from grit_jax.model.transformer import abstract_model, param_axes
 from grit_jax.parallel import sharding
+from grit_jax.parallel.chips import compiler_options
 from grit_jax.parallel.execution import execution
 from grit_jax.train.objectives import trained_objectives
 from grit_jax.train.objectives.objective import Objective
@@ -63,13 +64,24 @@ def set_up(config: Config, mesh: Mesh, objectives: Sequence[Objective] | None = 
     abstract = abstract_state(model, optimizer, mesh, partition)
     joint = JointObjective(model, objectives, execution(config.model, sharding.platform(mesh)))
     rate = learning_rate(config.optimizer, config.train.steps)
-    train_step = make_train_step(joint, optimizer, rate, shardings_of(abstract))
+    train_step = make_train_step(
+        joint, optimizer, rate, shardings_of(abstract), compiler_options=step_options(config.model, mesh)
+    )
     return Setup(partition, joint, optimizer, abstract, train_step)
 
 
 def partition_of(config: Config) -> Partition:
     """Which parameters a config trains."""
     return Partition(tuple(config.train.trainable), config.train.frozen_dtype)
+
+
+def step_options(config: ModelConfig, mesh: Mesh) -> dict[str, str]:
+    """XLA's options for the training step: the config's, or those of the mesh's chips."""
+    if config.compiler_options is not None:
+        return config.compiler_options
+    devices = list(mesh.devices.flat)
+    slices = {getattr(device, "slice_index", 0) for device in devices}
+    return compiler_options(devices[0].device_kind, len(slices))
 
 
 def _check_lengths(stream: Stream, limit: int) -> None:

@@ -142,8 +142,10 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     schedule: optax.Schedule,
     state_shardings: TrainState,
+    *,
+    compiler_options: dict[str, str] | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """Compiles `train_step(state, batch) -> (state, metrics)`; the old state's memory is reused.
+    """Compiles `train_step(state, batch) -> (state, metrics)`, with XLA's options; the old state's memory is reused.
 
     Only trained parameters are differentiated; frozen ones are returned unchanged. Where the loss, the gradient or the
     update is not finite, the update is skipped: parameters and optimizer state stay, including the schedule's count,
@@ -175,7 +177,9 @@ def make_train_step(
         return TrainState(state.step + 1, trainable, state.frozen, opt_state), metrics
 
     # None leaves the metrics' shardings as they are computed; a scalar has only one.
-    return jax.jit(train_step, donate_argnums=0, out_shardings=(state_shardings, None))
+    return jax.jit(
+        train_step, donate_argnums=0, out_shardings=(state_shardings, None), compiler_options=compiler_options
+    )
 
 
 def make_gradient_norm(objective: JointObjective) -> Callable[[Params, Params, Batch], jax.Array]:

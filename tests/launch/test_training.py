@@ -26,7 +26,7 @@ PROGRAM = f"""#!/bin/bash
 [[ $1 == train ]] || exit 0
 bucket="$FAKE_GCLOUD/bucket"
 gcloud storage cat "$2" | sed "s#gs://#$bucket/#" > "$HOME/config.yaml"
-export JAX_PLATFORMS=cpu LIBTPU_INIT_ARGS= JAX_COMPILATION_CACHE_DIR="$bucket/b/compiled"
+export JAX_PLATFORMS=cpu JAX_COMPILATION_CACHE_DIR="$bucket/b/compiled"
 {EXPORTS}
 exec {sys.executable} -c 'import sys; from grit_jax.cli.main import main; sys.exit(main())' train "$HOME/config.yaml" \\
   --distributed.coordinator="$(cat "$FAKE_GCLOUD/address")" --distributed.num_processes=2 \\
