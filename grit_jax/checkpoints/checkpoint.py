@@ -22,6 +22,7 @@ from grit_jax.config import CheckpointConfig, EmbeddingConfig, TransformerConfig
 from grit_jax.errors import InputError, listed
 from grit_jax.model.pretrained import Pretrained
 from grit_jax.model.transformer import Params, abstract_model, abstract_params
+from grit_jax.parallel.memory import ran_out
 from grit_jax.runs import folder as run_folder
 from grit_jax.text.tokenizer import Tokenizer
 
@@ -203,6 +204,8 @@ class Checkpoints:
         try:
             yield
         except Exception as error:  # orbax, tensorstore and json raise many types
+            if ran_out(error):
+                raise
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
             others = ", ".join(str(other) for other in self.steps() if other != step) or "none"
             raise DamagedCheckpointError(

@@ -16,6 +16,7 @@ from grit_jax.config.settings import (
     COPIES,
     AttentionKernel,
     CheckpointConfig,
+    CompilerOption,
     Config,
     DataConfig,
     DistributedConfig,

@@ -25,6 +25,7 @@ AttentionKernel = Literal["dense", "blockwise", "splash", "cudnn"]
 ExpertKernel = Literal["ragged_dot", "megablox"]
 Remat = Literal["none", "full", "dots", "offload"]
 Negatives = Literal["auto", "dense", "gathered", "ring"]
+CompilerOption = bool | int | str  # the compiler takes `true` of a flag, but not its text
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class ModelConfig:
     expert_kernel: Literal["auto"] | ExpertKernel = "auto"
     remat: Remat = "full"
     layer_rows: PositiveInt | None = None
-    compiler_options: dict[str, str] | None = None
+    compiler_options: dict[str, CompilerOption] | None = None
 
     def __post_init__(self):
         require_fields("model", self)

@@ -7,8 +7,6 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from grit_jax.data.batch import max_segments
-from grit_jax.data.packing import pack
 from grit_jax.data.streams.stream import RowPlan, Samples, Stream
 from grit_jax.data.token_index import IndexedFile, num_targets
 from grit_jax.text.prompts import HASH_BITS
@@ -122,8 +120,7 @@ class StreamFiles:
         """The texts packed into rows."""
         whole = self._per_text(samples, text, lambda f, r, t: f.index.lengths[f.index.text_starts[r] + t])
         length = np.minimum(whole, self.stream.limits(text))
-        most = max_segments(self.stream.row_length) if self.stream.packing else 1
-        packing = pack(length, row_length=self.stream.row_length, max_segments=most)
+        packing = self.stream.packed(length)
         where = (part.astype(np.int32) for part in (*samples, text))
         return RowPlan(packing.num_rows, *where, length, *packing[1:])
 

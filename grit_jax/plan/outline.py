@@ -11,7 +11,7 @@ from grit_jax.parallel.chips import GIB
 from grit_jax.plan.program import lower, planned_mesh
 from grit_jax.plan.topology import Topology
 from grit_jax.plan.work import Lengths, Work, described_rows, rows_by_stream
-from grit_jax.train.dry_run import state_and_gradient_bytes
+from grit_jax.train.memory import state_and_gradient_bytes
 from grit_jax.train.objectives.objective import Objective
 from grit_jax.train.setup import set_up
 

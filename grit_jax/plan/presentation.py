@@ -75,7 +75,7 @@ def as_lines(plan: Plan, config: Config) -> Iterator[str]:
     for buffer in plan.largest:
         yield f"  {buffer}"
     if not plan.fits:
-        yield f"  {advice(plan, config)}"
+        yield f"  {plan.advice(config.model)}"
     if cost is not None:
         yield (
             f"predicted: {cost.total_seconds:.2f} s a step, {plan.work.tokens / cost.total_seconds:,.0f} tokens/s, "
@@ -104,26 +104,6 @@ def as_lines(plan: Plan, config: Config) -> Iterator[str]:
             f"{KERNEL_EFFICIENCY:.0%} of the peak; experts with equally many tokens; networks at their full bandwidth"
         )
     yield f"compiled in {plan.compile_seconds:.0f} s"
-
-
-def advice(plan: Plan, config: Config) -> str:
-    """The largest part of the memory of a plan that does not fit, and the setting to change."""
-    if plan.state_bytes >= plan.topology.chip.hbm_bytes:
-        return (
-            f"state and gradients alone need {_gib(plan.state_bytes)} GiB of a device: use more chips, or raise "
-            "mesh.fsdp at the cost of mesh.data"
-        )
-    if plan.argument_bytes is not None and 2 * plan.argument_bytes > plan.peak_bytes:
-        return "the state dominates: use more chips, or raise mesh.fsdp at the cost of mesh.data"
-    model = config.model
-    if model.remat in ("none", "dots"):
-        return f"what layers keep dominates: set model.remat=full (it is {model.remat})"
-    rows = max(1, plan.work.rows_at_once // plan.topology.num_chips)
-    if model.layer_rows is None and rows > 1:
-        return f"activations dominate: set model.layer_rows={max(1, rows // 4)} ({rows} rows of a device go together)"
-    if model.remat == "full":
-        return "the inputs of layers dominate: set model.remat=offload, or double train.embedding_chunks"
-    return f"activations dominate: lower model.layer_rows (it is {model.layer_rows}), or use more chips"
 
 
 def _amount(number: float | None) -> str:

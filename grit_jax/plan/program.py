@@ -13,16 +13,16 @@ from typing import Any
 import jax
 
 from grit_jax.checkpoints.opening import open_model
-from grit_jax.config import Config, TransformerConfig
+from grit_jax.config import Config, ModelConfig, TransformerConfig
 from grit_jax.errors import InputError
 from grit_jax.parallel import sharding
 from grit_jax.plan.cost import Cost, estimate
 from grit_jax.plan.topology import Topology, devices
 from grit_jax.plan.work import Lengths, Work, planned_work
-from grit_jax.train.dry_run import state_and_gradient_bytes
+from grit_jax.train.memory import advice, rows_at_once, state_and_gradient_bytes, step_memory
 from grit_jax.train.objectives.objective import Objective
 from grit_jax.train.resolve import resolve_architecture, resolve_tokenizer
-from grit_jax.train.setup import Setup, set_up
+from grit_jax.train.setup import Setup, lower_step, option_problem, set_up
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,13 +33,13 @@ class Plan:
       topology: The devices that it is compiled for.
       parameters: Parameters of the model.
       work: The content of the step.
+      rows_at_once: Most rows of a device that pass through the model at once, by stream.
       steps: Steps of the whole run.
       state_bytes: Parameters, optimizer state and one gradient: the least that the step needs.
       negatives: The form of the contrastive loss; None without one.
       argument_bytes: State and batch; None if the step was too large to compile.
-      temporary_bytes: Peak of other buffers, without those of donated arguments; None likewise.
-      peak_bytes: Peak of all buffers; with arrays in the host's memory, the sum of arguments and temporaries, an upper
-        bound, as the compiler's own number includes the host's.
+      temporary_bytes: Peak of other buffers; None likewise.
+      peak_bytes: Peak of all buffers, as in `StepMemory`; of a step that was too large, what the compiler says of it.
       host_bytes: Arrays in the host's memory.
       largest: Descriptions of the largest buffers if the step was too large to compile.
       cost: The estimate of its time; None likewise.
@@ -49,6 +49,7 @@ class Plan:
     topology: Topology
     parameters: int
     work: Work
+    rows_at_once: dict[str, int]
     steps: int
     state_bytes: int
     negatives: str | None
@@ -64,6 +65,17 @@ class Plan:
     def fits(self) -> bool:
         """Whether a device's memory holds the step."""
         return self.cost is not None and self.peak_bytes <= self.topology.chip.hbm_bytes
+
+    def advice(self, model: ModelConfig) -> str:
+        """What dominates the memory of a step that does not fit, and the setting to change."""
+        return advice(
+            model,
+            self.rows_at_once,
+            limit=self.topology.chip.hbm_bytes,
+            state_bytes=self.state_bytes,
+            argument_bytes=self.argument_bytes,
+            peak_bytes=self.peak_bytes,
+        )
 
     @property
     def run_hours(self) -> float | None:
@@ -133,7 +145,7 @@ def make_plan(
       streams: As in `Trainer`.
 
     Raises:
-      InputError: libtpu is missing, or the config does not fit the mesh.
+      InputError: libtpu is missing, the config does not fit the mesh, or the compiler does not know an option.
     """
     mesh = planned_mesh(config, topology)
     setup = set_up(config, mesh, streams)
@@ -144,6 +156,9 @@ def make_plan(
     forms = (objective.negatives(shards, architecture.embed_dim) for objective in setup.objective.objectives)
     about: dict[str, Any] = {
         "topology": topology, "parameters": parameters, "work": work, "steps": config.train.steps,
+        "rows_at_once": {
+            each.name: rows_at_once(each.stream, work.rows[each.name], shards) for each in setup.objective.objectives
+        },
         "state_bytes": state_and_gradient_bytes(setup.abstract),
         "negatives": next(filter(None, forms), None),
     }  # fmt: skip
@@ -151,21 +166,17 @@ def make_plan(
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
+        if problem := option_problem(error, config.model):
+            raise InputError(problem) from error
         used = _used_bytes(str(error))
         if used is None:
             raise
         seconds = time.monotonic() - started
         return Plan(**about, peak_bytes=used, largest=_largest_buffers(str(error)), compile_seconds=seconds)
     seconds = time.monotonic() - started
-    memory: Any = compiled.memory_analysis()
-    arguments, temporaries = memory.argument_size_in_bytes, memory.temp_size_in_bytes
-    host = memory.host_temp_size_in_bytes
     return Plan(
         **about,
-        argument_bytes=arguments,
-        temporary_bytes=temporaries,
-        peak_bytes=arguments + temporaries if host else memory.peak_memory_in_bytes,
-        host_bytes=host,
+        **step_memory(compiled, sharding.platform(mesh))._asdict(),
         cost=estimate(compiled.as_text() or "", topology, expert_fill=_expert_fill(architecture, mesh)),
         compile_seconds=seconds,
     )
@@ -183,9 +194,7 @@ def lower(setup: Setup, mesh: jax.sharding.Mesh, lengths: Lengths) -> tuple[Work
     """The content of a step with texts of these lengths, and the step lowered for the devices of a mesh."""
     objectives, architecture = setup.objective.objectives, setup.objective.model.config
     work = planned_work(architecture, objectives, sharding.axis_size(mesh, "batch"), lengths)
-    batch = {objective.name: objective.stream.empty(work.rows[objective.name]) for objective in objectives}
-    with jax.set_mesh(mesh):
-        return work, setup.train_step.lower(setup.abstract, sharding.abstract_batch(mesh, batch))
+    return work, lower_step(setup, mesh, work.rows)
 
 
 _UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}

@@ -1,62 +1,67 @@
-"""Tuning: finds the fastest settings that fit by ranking with a formula and compiling the best few."""
+"""Tuning: finds the fastest settings that fit by compiling each program that it judges.
+
+A step is faster the less it recomputes, and the more rows go through a layer at once; both take memory. So the search
+takes the modes of rematerialisation from the least recomputation to the most, and bisects for the most rows with which
+each fits. The compiler says what fits, and the estimator which of the programs that fit is the fastest.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-import jax
-import jax.numpy as jnp
-
-from grit_jax.config import Config
+from grit_jax.config import Config, Remat
 from grit_jax.errors import InputError
-from grit_jax.model.transformer import abstract_model, abstract_params
 from grit_jax.parallel import sharding
 from grit_jax.parallel.chips import GIB
-from grit_jax.parallel.execution import num_chunks
-from grit_jax.plan.program import Plan, make_plan
-from grit_jax.plan.topology import Topology, devices
+from grit_jax.plan.program import Plan, make_plan, planned_mesh
+from grit_jax.plan.topology import Topology
 from grit_jax.plan.work import Lengths, planned_work
+from grit_jax.train.memory import rows_at_once
 from grit_jax.train.objectives import trained_objectives
-from grit_jax.train.setup import partition_of
+from grit_jax.train.setup import set_up
 
-# Share of a device's memory that the formula may fill, as it ignores programs, fragmentation and collectives' buffers.
-_HEADROOM = 0.9
-# Widths of one token inside a layer in the backward pass, in units of (embed, heads, mlp), counted by hand.
-_INSIDE = (8, 8, 6)
-_ACTIVATION_BYTES = 2  # bfloat16
-_TRAINED_BYTES = 12  # of a trained parameter: itself and two moments, float32
+# The share of a device's memory that a recommended step takes at most. The compiler sees one program: evaluation, other
+# row buckets and the gaps between arrays that outlive a step need the rest.
+TARGET = 0.9
 
-
-class Candidate(NamedTuple):
-    """Settings and their estimated cost.
-
-    Attributes:
-      config: The config with these settings.
-      overrides: The settings as command-line arguments.
-      memory_bytes: Peak of one device.
-      work: Time in forward passes: 3 for a step without recomputation on large products.
-    """
-
-    config: Config
-    overrides: list[str]
-    memory_bytes: float
-    work: float
+_REMATS: tuple[Remat, ...] = ("dots", "full", "offload")  # by what is computed, or fetched, again
 
 
 class Tuned(NamedTuple):
-    """The recommended settings; their plan does not fit if no compiled one did."""
+    """Settings, as a config and as command-line arguments, and their plan."""
 
     plan: Plan
     config: Config
     overrides: list[str]
 
+    @property
+    def fits(self) -> bool:
+        """Whether a device's memory holds the step and leaves the share that `TARGET` keeps free."""
+        return self.plan.fits and self.plan.peak_bytes <= TARGET * self.plan.topology.chip.hbm_bytes
+
+
+class Layout(NamedTuple):
+    """Settings that are tried only where nothing fits without them, and the values of `model.layer_rows` that differ.
+
+    Attributes:
+      config: The config with these settings.
+      overrides: The settings as command-line arguments.
+      limits: Values of `model.layer_rows` that make different programs, ascending; the last is None, for all rows.
+    """
+
+    config: Config
+    overrides: list[str]
+    limits: list[int | None]
+
+
+class _SpentError(Exception):
+    """As many programs are compiled as may be."""
+
 
 def tune(config: Config, topology: Topology, lengths: Lengths, *, most: int, say: Callable[[str], None]) -> Tuned:
-    """Compiles up to `most` candidates, the fastest by the formula first, and recommends the fastest that fits.
+    """Recommends the fastest of the compiled programs that fit; the one with the least memory if none does.
 
     Args:
       config: Config with its architecture resolved.
@@ -66,95 +71,145 @@ def tune(config: Config, topology: Topology, lengths: Lengths, *, most: int, say
       say: Receives a line for each of them.
 
     Raises:
-      InputError: No candidate fits the mesh.
+      InputError: No mesh divides the model and the batch.
     """
-    ranked = sorted(candidates(config, topology, lengths), key=lambda candidate: rank(candidate, topology))
-    if not ranked:
-        raise InputError(f"no mesh of {topology.num_chips} chips divides this model and batch")
-    found: list[Tuned] = []
-    for candidate in ranked[:most]:
-        plan = make_plan(candidate.config, topology, lengths)
-        found.append(Tuned(plan, candidate.config, candidate.overrides))
-        seconds = f"{plan.cost.total_seconds:.2f} s" if plan.cost else "not compiled to the end"
-        gib = plan.peak_bytes / GIB
-        say(f"{' '.join(candidate.overrides)}: {'fits' if plan.fits else 'does not fit'}, {gib:.2f} GiB, {seconds}")
-    return min(found, key=lambda each: (not each.plan.fits, each.plan.cost.total_seconds if each.plan.cost else 0))
+    compiled: dict[tuple[str, ...], Tuned] = {}
+
+    def judged(layout: Layout, remat: Remat, layer_rows: int | None) -> Tuned:
+        limit = "null" if layer_rows is None else layer_rows
+        overrides = [*layout.overrides, f"--model.remat={remat}", f"--model.layer_rows={limit}"]
+        key = tuple(overrides)
+        if key not in compiled:
+            if len(compiled) == most:
+                raise _SpentError
+            model = dataclasses.replace(layout.config.model, remat=remat, layer_rows=layer_rows)
+            changed = dataclasses.replace(layout.config, model=model)
+            compiled[key] = Tuned(make_plan(changed, topology, lengths), changed, overrides)
+            say(_described(compiled[key]))
+        return compiled[key]
+
+    try:
+        for layout in layouts(config, topology, lengths):
+            if _fitting(layout, judged) or _hopeless(compiled.values()):
+                break
+    except _SpentError:
+        say(f"{most} programs are compiled; --compile allows more")
+    return min(compiled.values(), key=_rank)
 
 
-def rank(candidate: Candidate, topology: Topology) -> tuple[bool, float, float]:
-    """Sorting key: candidates that fit first, then the least work, then the least memory."""
-    fits = candidate.memory_bytes <= _HEADROOM * topology.chip.hbm_bytes
-    return not fits, candidate.work, candidate.memory_bytes
+def _fitting(layout: Layout, judged: Callable[[Layout, Remat, int | None], Tuned]) -> bool:
+    """Whether a program of a layout fits; judges the fastest that do.
 
-
-def candidates(config: Config, topology: Topology, lengths: Lengths) -> Iterator[Candidate]:
-    """All combinations of mesh, chunks, rematerialisation and rows of a layer that the mesh allows."""
-    mesh_devices, state_bytes = devices(topology), _state_bytes(config)
-    options = itertools.product((1, 2, 4), (1, 2, 4, 8), ("dots", "full", "offload"), (None, 8, 4, 2, 1))
-    for tensor, chunks, remat, layer_rows in options:
-        changed = dataclasses.replace(
-            config,
-            mesh=dataclasses.replace(config.mesh, data=topology.num_slices, fsdp=-1, tensor=tensor),
-            model=dataclasses.replace(config.model, remat=remat, layer_rows=layer_rows),
-            train=dataclasses.replace(config.train, embedding_chunks=chunks),
+    A mode that recomputes more than another is worth having only with more rows at once.
+    """
+    fitting = 0  # of `layout.limits`, the first ones, in some mode
+    for remat in _REMATS:
+        fitting = bisected(
+            fitting, len(layout.limits), lambda i, remat=remat: judged(layout, remat, layout.limits[i]).fits
         )
+        if fitting == len(layout.limits):
+            break
+    return fitting > 0
+
+
+def bisected(low: int, high: int, fits: Callable[[int], bool]) -> int:
+    """How many of the first numbers fit, given that each number fits if a larger one does.
+
+    Asks for the least number first, as often none fits, then for the greatest, as often all do.
+
+    Args:
+      low: Where to begin: the result if this number does not fit.
+      high: Where to end: the result if all numbers below fit.
+      fits: Whether a number fits.
+    """
+    if low == high or not fits(low):
+        return low
+    if fits(high - 1):
+        return high
+    low, high = low + 1, high - 1
+    while low < high:
+        middle = (low + high) // 2
+        if fits(middle):
+            low = middle + 1
+        else:
+            high = middle
+    return low
+
+
+def _hopeless(compiled: Iterator[Tuned] | Sequence[Tuned]) -> bool:
+    """Whether even the state and one gradient are too much for the target; every layout splits them alike."""
+    plan = next(iter(compiled)).plan
+    return plan.state_bytes > TARGET * plan.topology.chip.hbm_bytes
+
+
+def _rank(tuned: Tuned) -> tuple[bool, float]:
+    cost = tuned.plan.cost
+    return (False, cost.total_seconds) if tuned.fits and cost else (True, tuned.plan.peak_bytes)
+
+
+def _described(tuned: Tuned) -> str:
+    plan = tuned.plan
+    limit = plan.topology.chip.hbm_bytes
+    verdict = "fits" if tuned.fits else f"over {TARGET:.0%}" if plan.fits else "does not fit"
+    seconds = f"{plan.cost.total_seconds:.2f} s" if plan.cost else "not compiled to the end"
+    return f"{' '.join(tuned.overrides)}: {verdict}, {plan.peak_bytes / GIB:.2f} of {limit / GIB:.2f} GiB, {seconds}"
+
+
+def layouts(config: Config, topology: Topology, lengths: Lengths) -> Iterator[Layout]:
+    """Meshes and chunks, from those that cost nothing to those that cost the most time.
+
+    The weights are sharded over all chips of a slice, and copied to every slice. Where a mesh has too little memory for
+    any program, the rows pass through the whole model in two, four and more chunks; only after the last of these come
+    meshes with twice as much tensor parallelism.
+
+    Raises:
+      InputError: No mesh divides the model and the batch.
+    """
+    problem = None
+    tensor = 1
+    while tensor <= topology.chips_per_slice:
+        mesh = dataclasses.replace(config.mesh, data=topology.num_slices, fsdp=-1, tensor=tensor)
+        on_mesh = dataclasses.replace(config, mesh=mesh)
         try:
-            mesh = sharding.make_mesh(changed.mesh, mesh_devices)
-        except InputError:
-            continue
-        shards = sharding.axis_size(mesh, "batch")
-        architecture = config.model.architecture
-        if (
-            config.data.embedding_batch % shards
-            or architecture.embed_dim % shards
-            or architecture.num_kv_heads % tensor
-        ):
-            continue
-        objectives = trained_objectives(changed)
-        planned = planned_work(architecture, objectives, shards, lengths)
-        rows = planned.rows_at_once // shards
-        if layer_rows is not None and layer_rows >= rows:
-            continue  # the same as all rows
-        overrides = [
-            f"--mesh.data={topology.num_slices}", "--mesh.fsdp=-1", f"--mesh.tensor={tensor}",
-            f"--train.embedding_chunks={chunks}", f"--model.remat={remat}",
-            f"--model.layer_rows={'null' if layer_rows is None else layer_rows}",
-        ]  # fmt: skip
-        memory = _memory(changed, tensor, shards, rows, state_bytes)
-        # A stream in chunks costs one more forward pass.
-        in_chunks = sum(planned.rows[each.name] for each in objectives if each.stream.num_chunks > 1)
-        again = in_chunks / sum(planned.rows.values())
-        work = 3 + {"dots": 0.1, "full": 1.0, "offload": 1.05}[remat] + again
-        # Tensor parallelism adds a collective to every product; smaller products took 1.11 times as long in two passes
-        # and 1.19 in four.
-        work *= (1 + 0.05 * (tensor - 1)) * (1 + 0.1 * math.log2(num_chunks(rows, layer_rows)))
-        yield Candidate(changed, overrides, memory, work)
+            abstract_mesh = planned_mesh(on_mesh, topology)
+            set_up(on_mesh, abstract_mesh)
+        except InputError as error:
+            problem = problem or error
+        else:
+            problem = None
+            shards = sharding.axis_size(abstract_mesh, "batch")
+            settings = [f"--mesh.data={mesh.data}", "--mesh.fsdp=-1", f"--mesh.tensor={tensor}"]
+            yield from _chunked(on_mesh, settings, shards, lengths)
+        tensor *= 2
+    if problem:
+        raise problem
 
 
-def _state_bytes(config: Config) -> float:
-    """Mean bytes of a parameter with its optimizer state, which frozen ones lack."""
-    shapes = abstract_params(abstract_model(config.model.architecture, config.model.embedding.projection_dim))
-    partition = partition_of(config)
-    trainable, frozen = (sum(leaf.size for leaf in jax.tree.leaves(part)) for part in partition.split(shapes))
-    frozen_bytes = jnp.dtype(partition.frozen_dtype).itemsize
-    return (_TRAINED_BYTES * trainable + frozen_bytes * frozen) / (trainable + frozen)
+def _chunked(config: Config, settings: Sequence[str], shards: int, lengths: Lengths) -> Iterator[Layout]:
+    """A mesh with one chunk, two, four and so on of the stream with the most rows, and as few of the others."""
+    whole = _rows(_with_chunks(config, dict.fromkeys(config.train.streams, 1)), shards, lengths)
+    limit = max(whole.values())
+    while limit:
+        chunks = {name: -(-rows // limit) for name, rows in whole.items()}
+        changed = _with_chunks(config, chunks)
+        overrides = [*settings, *(f"--train.{name}_chunks={number}" for name, number in chunks.items())]
+        yield Layout(changed, overrides, _limits(_rows(changed, shards, lengths).values()))
+        limit //= 2
 
 
-def _memory(config: Config, tensor: int, shards: int, rows: int, state_bytes: float) -> float:
-    """Peak bytes of a device: state, saved activations, activations inside one layer, gathered weights."""
-    architecture, remat = config.model.architecture, config.model.remat
-    embed = architecture.embed_dim
-    heads = (architecture.num_heads + 2 * architecture.num_kv_heads) * architecture.head_dim // tensor
-    experts = max(1, architecture.num_experts)
-    mlp = architecture.mlp_dim * (architecture.experts_per_token if architecture.num_experts else 1) // tensor
-    layer = embed * (heads + architecture.num_heads * architecture.head_dim // tensor)
-    layer += 3 * experts * embed * architecture.mlp_dim // tensor
-    table = architecture.vocab_size * embed // tensor
-    tokens = rows * max(config.data.embedding_row_length, config.data.generative_max_length)
-    kept = {"full": embed, "offload": 0, "dots": 2 * embed + 2 * heads + 2 * mlp}[remat]
-    inside = sum(count * width for count, width in zip(_INSIDE, (embed, heads, mlp), strict=True))
-    at_once = tokens * min(1.0, (config.model.layer_rows or rows) / rows)
-    state = state_bytes * (architecture.num_layers * layer + 2 * table) / shards
-    # A layer's weights and their gradient, and the output table's gradient in float32.
-    weights = _ACTIVATION_BYTES * 3 * layer + 8 * table
-    return state + weights + _ACTIVATION_BYTES * (architecture.num_layers * tokens * kept + at_once * inside)
+def _with_chunks(config: Config, chunks: Mapping[str, int]) -> Config:
+    changed = {f"{name}_chunks": number for name, number in chunks.items()}
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, **changed))
+
+
+def _rows(config: Config, shards: int, lengths: Lengths) -> dict[str, int]:
+    """Rows of a device that pass through the model at once, by stream."""
+    objectives = trained_objectives(config)
+    work = planned_work(config.model.architecture, objectives, shards, lengths)
+    return {each.name: rows_at_once(each.stream, work.rows[each.name], shards) for each in objectives}
+
+
+def _limits(rows: Iterator[int] | Sequence[int]) -> list[int | None]:
+    """Values of `model.layer_rows` that differ: as the pieces of a stream's rows are equal, they divide them."""
+    divisors = sorted({size for number in rows for size in range(1, number + 1) if number % size == 0})
+    return [*divisors[:-1], None]

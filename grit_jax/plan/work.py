@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -11,12 +10,12 @@ import numpy as np
 from grit_jax.checkpoints.opening import open_model
 from grit_jax.config import Config, TransformerConfig
 from grit_jax.data.index_builder import build_indexes
-from grit_jax.data.packing import pack
 from grit_jax.data.schedule import Schedule
 from grit_jax.data.sources import find_files
 from grit_jax.data.streams import STREAMS, readers
 from grit_jax.data.streams.stream import Stream
 from grit_jax.errors import InputError
+from grit_jax.train.memory import packed_rows, rows_at_once
 from grit_jax.train.metrics import model_flops
 from grit_jax.train.objectives.objective import Objective
 from grit_jax.train.resolve import resolve_tokenizer
@@ -81,14 +80,12 @@ def planned_work(architecture: TransformerConfig, objectives: Sequence[Objective
     rows, pairs, through_head = {}, 0.0, 0
     for objective in objectives:
         stream, tokens = objective.stream, texts[objective.name]
-        full = pack(tokens, row_length=stream.row_length, max_segments=stream.row_length).num_rows
-        multiple = stream.num_chunks * shards
-        rows[stream.name] = math.ceil(full / multiple) * multiple
+        rows[stream.name] = packed_rows(stream, tokens, shards)
         pairs += float(np.sum(np.square(tokens, dtype=float))) / (2 if objective.causal else 1)
         through_head += int(tokens.sum()) if objective.uses_head else 0
     total = sum(int(tokens.sum()) for tokens in texts.values())
     flops = model_flops(architecture, tokens=total, tokens_through_head=through_head, attention_pairs=pairs)
-    at_once = max(rows[objective.name] // objective.stream.num_chunks for objective in objectives)
+    at_once = shards * max(rows_at_once(each.stream, rows[each.name], shards) for each in objectives)
     return Work(rows, at_once, total, flops)
 
 

@@ -1,17 +1,17 @@
-"""What can be checked in seconds before an expensive start.
+"""What can be checked before an expensive start, all but the last within seconds.
 
-Nothing is compiled. The only file left behind is a token index, made if the run to resume has data without one.
+The last compiles the step. The only file left behind is a token index, made if the run to resume has data without one.
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
-import os
 import shutil
+import time
 import uuid
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +29,21 @@ from grit_jax.data.sources import Source, find_files, open_source
 from grit_jax.data.streams import trained_streams
 from grit_jax.model.pretrained import Pretrained
 from grit_jax.parallel import sharding
-from grit_jax.parallel.chips import GIB, memory_bytes
+from grit_jax.parallel.memory import device_memory, ran_out
 from grit_jax.runs import folder
 from grit_jax.runs.checks import Check, checked, verdict
 from grit_jax.runs.lock import read_writer
 from grit_jax.text.tokenizer import Tokenizer
 from grit_jax.train.callbacks.trackers import check_trackers
+from grit_jax.train.memory import (
+    advice,
+    device_bytes,
+    gib,
+    packed_rows,
+    rows_at_once,
+    state_and_gradient_bytes,
+    step_memory,
+)
 from grit_jax.train.resolve import (
     check_data,
     check_folder,
@@ -42,7 +51,7 @@ from grit_jax.train.resolve import (
     resolve_tokenizer,
     with_architecture,
 )
-from grit_jax.train.setup import set_up
+from grit_jax.train.setup import Setup, lower_step, option_problem, set_up
 from grit_jax.train.state import TrainState
 
 _SAMPLED_RECORDS = 200  # of each file
@@ -54,7 +63,7 @@ def dry_run(config: Config) -> Iterator[Check]:
     A check is left out if one that it depends on failed.
     """
     yield from _data_checks(config)
-    init, pretrained, tokenizer = config.model.init, None, None
+    init, pretrained, tokenizer, ready = config.model.init, None, None, None
     if init:
         check, pretrained = checked("model.init", lambda: open_model(init), lambda _: f"{init} can be read")
         yield check
@@ -73,13 +82,15 @@ def dry_run(config: Config) -> Iterator[Check]:
     check, mesh = checked("mesh", lambda: sharding.make_mesh(config.mesh), _described)
     yield check
     if tokenizer is not None and mesh is not None:
-        yield from _setup_checks(config, pretrained, tokenizer, mesh)
+        ready = yield from _setup_checks(config, pretrained, tokenizer, mesh)
     check, _ = checked(
         "logging", lambda: check_trackers(config.logging), lambda names: ", ".join(["metrics.jsonl", *names])
     )
     yield check
     yield _write_check(config.train.output)
     yield _writer_check(config.train.output)
+    if ready is not None and mesh is not None:
+        yield _step_check(*ready, mesh)
 
 
 def _data_checks(config: Config) -> Iterator[Check]:
@@ -122,21 +133,25 @@ def _sampled(path: Any, skip_bad: bool) -> Source:
 
 def _setup_checks(
     config: Config, pretrained: Pretrained | None, tokenizer: Tokenizer, mesh: jax.sharding.Mesh
-) -> Iterator[Check]:
-    def resolved() -> tuple[Config, TrainState]:
+) -> Generator[Check, None, tuple[Config, Setup] | None]:
+    """Checks the step's parts; returns them if a device's memory holds the state."""
+
+    def resolved() -> tuple[Config, Setup]:
         found = with_architecture(config, pretrained, tokenizer)
-        return found, set_up(found, mesh).abstract
+        return found, set_up(found, mesh)
 
     check, found = checked("shapes", resolved, lambda _: "batch, lengths and parameters fit the mesh and the model")
     yield check
-    if found:
-        config, abstract = found
-        yield _memory_check(abstract, mesh)
-        yield _space_check(config, abstract)
-        check, _ = checked(
-            "resume", lambda: _check_resume(config, tokenizer), lambda _: "train.output is new, or holds this run"
-        )
-        yield check
+    if found is None:
+        return None
+    config, setup = found
+    yield (memory := _memory_check(setup.abstract, mesh))
+    yield _space_check(config, setup.abstract)
+    check, _ = checked(
+        "resume", lambda: _check_resume(config, tokenizer), lambda _: "train.output is new, or holds this run"
+    )
+    yield check
+    return found if memory.passed else None
 
 
 def _check_resume(config: Config, tokenizer: Tokenizer) -> None:
@@ -159,49 +174,63 @@ def _described(mesh: jax.sharding.Mesh) -> str:
     return f"{mesh.size} x {mesh.devices.flat[0].device_kind} as {shape}"
 
 
-def device_bytes(tree: Any) -> int:
-    """Bytes of a tree of ShapeDtypeStructs on one device."""
-    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
-
-
-def state_and_gradient_bytes(abstract: TrainState) -> int:
-    """Bytes of parameters, optimizer state and one gradient on one device: the least that a step needs."""
-    return device_bytes(abstract) + device_bytes(abstract.trainable)
-
-
 def _memory_check(abstract: TrainState, mesh: jax.sharding.Mesh) -> Check:
     """Compares the least that a step needs with a device's memory."""
     state, gradient = device_bytes(abstract), device_bytes(abstract.trainable)
-    needed = f"{_gib(state)} of state and {_gib(gradient)} of gradients on each device"
+    needed = f"{gib(state)} of state and {gib(gradient)} of gradients on each device"
     limit = device_memory(mesh.devices.flat[0], mesh.size)
     if limit is None:
         return verdict("memory", True, f"{needed}; a device's memory is unknown here")
-    rest = "activations come on top: grit-jax plan compiles the step and says how much"
     fits = state + gradient <= limit
-    remedy = rest if fits else "use more devices, a larger mesh.fsdp, or a smaller model"
-    return verdict("memory", fits, f"{needed}, of {_gib(limit)}; {remedy}")
+    remedy = "" if fits else "; use more devices, a larger mesh.fsdp, or a smaller model"
+    return verdict("memory", fits, f"{needed}, of {gib(limit)}{remedy}")
 
 
-def device_memory(device: jax.Device, num_devices: int) -> int | None:
-    """Bytes that a device may use, for a CPU device its share of the machine's memory; None if unknown."""
-    limit = (device.memory_stats() or {}).get("bytes_limit")
-    if limit:
-        return limit
-    if device.platform == "cpu":
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // num_devices
-    return memory_bytes(device.device_kind)
+def _step_check(config: Config, setup: Setup, mesh: jax.sharding.Mesh) -> Check:
+    """Compiles the step for this machine, and estimates its memory; fails only where the compiler refuses an option.
+
+    Most texts are shorter than their limits, so a run may do with less memory than this.
+    """
+    began, shards = time.monotonic(), sharding.axis_size(mesh, "batch")
+    streams = {each.name: each.stream for each in setup.objective.objectives}
+    rows = {name: packed_rows(stream, stream.full_step(), shards) for name, stream in streams.items()}
+    arguments = peak = None
+    try:
+        memory = step_memory(lower_step(setup, mesh, rows).compile(), sharding.platform(mesh))
+    except jax.errors.JaxRuntimeError as error:
+        if problem := option_problem(error, config.model):
+            return verdict("step", False, problem)
+        if not ran_out(error):
+            raise
+        text = "more than a device's memory, says the compiler"
+    else:
+        arguments, peak = memory.argument_bytes, memory.peak_bytes
+        text = f"{gib(peak)} on each device, {gib(arguments)} of it state and batch"
+    text = f"estimate, with every text at its limit: {text}; compiled in {time.monotonic() - began:.0f} s"
+    limit = device_memory(mesh.devices.flat[0], mesh.size)
+    if peak is None or (limit is not None and peak > limit):
+        remedy = advice(
+            config.model,
+            {name: rows_at_once(stream, rows[name], shards) for name, stream in streams.items()},
+            limit=limit,
+            state_bytes=state_and_gradient_bytes(setup.abstract),
+            argument_bytes=arguments,
+            peak_bytes=peak,
+        )
+        text += f"; it may not fit: {remedy}"
+    return verdict("step", True, text)
 
 
 def _space_check(config: Config, abstract: TrainState) -> Check:
     size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract))
     number = config.checkpoint.keep + config.checkpoint.keep_best + 1  # one more: old ones go after a new one
-    needed = f"{number} checkpoints of {_gib(size)}"
+    needed = f"{number} checkpoints of {gib(size)}"
     if files.is_bucket(config.train.output):
         return verdict("space", True, f"{needed} in a bucket, which has no limit")
     free = shutil.disk_usage(_existing(config.train.output)).free
     fits = number * size <= free
     remedy = "" if fits else "; make room, lower checkpoint.keep, or choose another train.output"
-    return verdict("space", fits, f"{needed}, {_gib(free)} free{remedy}")
+    return verdict("space", fits, f"{needed}, {gib(free)} free{remedy}")
 
 
 def _write_check(output: str) -> Check:
@@ -229,7 +258,3 @@ def _writer_check(output: str) -> Check:
     if not writer.alive:
         return verdict("writer", True, f"a dead one is taken over: {writer}")
     return verdict("writer", False, f"train.output is being written by {writer}; end it or choose another one")
-
-
-def _gib(number: int) -> str:
-    return f"{number / GIB:,.2f} GiB" if number >= GIB / 100 else f"{number / (1 << 20):,.1f} MiB"

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 
 import grain
 import jax
@@ -25,6 +25,7 @@ from grit_jax.model.transformer import Params, init_params
 from grit_jax.parallel import distributed, sharding
 from grit_jax.parallel.distributed import JointStop
 from grit_jax.parallel.execution import execution
+from grit_jax.parallel.memory import ran_out
 from grit_jax.parallel.sole_writer import refuse_other_writers
 from grit_jax.runs import folder
 from grit_jax.runs.preemption import preemption_notices
@@ -32,11 +33,12 @@ from grit_jax.text.tokenizer import Tokenizer
 from grit_jax.train.callbacks import Callback, make_callbacks
 from grit_jax.train.callbacks.callback import Run
 from grit_jax.train.callbacks.trackers import check_trackers
+from grit_jax.train.memory import lack_of_memory, rows_at_once
 from grit_jax.train.objectives import trained_objectives
 from grit_jax.train.objectives.objective import Objective
 from grit_jax.train.resolve import check_folder, embedding_changes, host_facts, resolve_tokenizer, with_architecture
 from grit_jax.train.resume import newest_state, taken_over
-from grit_jax.train.setup import Setup, set_up
+from grit_jax.train.setup import Setup, option_problem, set_up
 from grit_jax.train.state import TrainState, new_state, shardings_of
 from grit_jax.train.step import make_eval_step, make_gradient_norm
 from grit_jax.train.stopping import stop_signals, wait_for_turn
@@ -78,7 +80,8 @@ class Trainer:
       state: Parameters and optimizer state; `fit` replaces it with every step.
 
     Raises:
-      InputError: The config, the data or the run folder is not usable; nothing is written.
+      InputError: The config, the data or the run folder is not usable, or no device holds the state; nothing is
+        written.
     """
 
     def __init__(
@@ -108,7 +111,8 @@ class Trainer:
         trained, share = [objective.stream for objective in objectives], sharding.host_share(self.mesh)
         self.data = distributed.in_every_process(lambda: Pipeline(config, self.tokenizer, trained, host_share=share))
         distributed.require_same(self.data.host_facts())
-        with jax.set_mesh(self.mesh):
+        self._objectives, self._abstract, self._rows = setup.objective.objectives, setup.abstract, {}
+        with self._explained(), jax.set_mesh(self.mesh):
             restored, self._damaged = newest_state(self.folder, setup.abstract, setup.partition, self.data.fingerprint)
             self.state = restored or self._initial(setup, pretrained)
 
@@ -133,6 +137,28 @@ class Trainer:
         make_state = jax.jit(new_state, static_argnums=(1, 2), donate_argnums=0, out_shardings=placed)
         return make_state(params, setup.optimizer, setup.partition)
 
+    @contextmanager
+    def _explained(self) -> Generator[None]:
+        """Around the devices' work: says what to change where they lack memory, or the compiler refuses an option."""
+        try:
+            yield
+        except jax.errors.JaxRuntimeError as error:
+            problem = option_problem(error, self.config.model)
+            if problem is None and ran_out(error):
+                problem = lack_of_memory(error, self.config.model, self._abstract, self.mesh, self._rows)
+            if problem is None:
+                raise
+            raise InputError(problem) from error
+
+    def _rows_at_once(self, batch: Batch) -> dict[str, int]:
+        """Rows of a device that pass through the model at once, by stream."""
+        shards = sharding.axis_size(self.mesh, "batch")
+        return {
+            each.name: rows_at_once(each.stream, len(each.inputs(batch[each.name]).tokens), shards)
+            for each in self._objectives
+            if each.name in batch
+        }
+
     @property
     def step(self) -> int:
         """Updates done."""
@@ -146,13 +172,15 @@ class Trainer:
 
         Raises:
           FloatingPointError: Loss, gradient or update was not finite `train.max_skipped` times in a row.
-          InputError: Another process writes to the run folder.
+          InputError: Another process writes to the run folder, a device's memory is too small, or the compiler refuses
+            an option of `model.compiler_options`.
         """
         config, start = self.config, self.step
         if start >= config.train.steps:
             return True
         self.folder.mkdir(parents=True, exist_ok=True)
         with (
+            self._explained(),
             taken_over(self.folder, start, self._damaged, self.metadata(start)) as (writer, moved),
             stop_signals() as signalled,
             preemption_notices(signalled) if config.train.preemption_notices else nullcontext(),
@@ -168,6 +196,7 @@ class Trainer:
             for _ in range(start, config.train.steps):
                 writer.check()
                 batch = sharding.place_batch(self.mesh, run.next_batch(batches))
+                self._rows = self._rows_at_once(batch)
                 wait_for_turn(run.meter.running, run.meter.ends, signalled)
                 if not stop.proceed():
                     break

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import optax
 from jax.sharding import Mesh
 
-from grit_jax.config import Config, ModelConfig
+from grit_jax.config import CompilerOption, Config, ModelConfig
 from grit_jax.data.streams.stream import Stream
 from grit_jax.errors import InputError
 from grit_jax.model.transformer import abstract_model, param_axes
@@ -20,6 +22,13 @@ from grit_jax.train.objectives.objective import Objective
 from grit_jax.train.optimizer import learning_rate, make_optimizer
 from grit_jax.train.state import Partition, TrainState, abstract_state, shardings_of
 from grit_jax.train.step import JointObjective, make_train_step
+
+# What XLA says of an option, and what it means.
+_OPTION_PROBLEMS = {
+    r"No such compile option: '(?P<name>[^']*)'": "the compiler for these devices has no option {name!r}",
+    r"Failed to parse '(?P<value>[^']*)' into flag (?P<name>\w+)": "{name}={value} is no value of that option",
+    r"While setting option (?P<name>\w+), '(?P<value>[^']*)' is not": "{name}={value} is no value of that option",
+}
 
 
 class Setup(NamedTuple):
@@ -70,18 +79,36 @@ def set_up(config: Config, mesh: Mesh, objectives: Sequence[Objective] | None = 
     return Setup(partition, joint, optimizer, abstract, train_step)
 
 
+def lower_step(setup: Setup, mesh: Mesh, rows: Mapping[str, int]) -> jax.stages.Lowered:
+    """The step, for batches of so many rows of each stream, ready to be compiled for the mesh's devices."""
+    batch = {each.name: each.stream.empty(rows[each.name]) for each in setup.objective.objectives}
+    with jax.set_mesh(mesh):
+        return setup.train_step.lower(setup.abstract, sharding.abstract_batch(mesh, batch))
+
+
 def partition_of(config: Config) -> Partition:
     """Which parameters a config trains."""
     return Partition(tuple(config.train.trainable), config.train.frozen_dtype)
 
 
-def step_options(config: ModelConfig, mesh: Mesh) -> dict[str, str]:
+def step_options(config: ModelConfig, mesh: Mesh) -> dict[str, CompilerOption]:
     """XLA's options for the training step: the config's, or those of the mesh's chips."""
     if config.compiler_options is not None:
-        return config.compiler_options
+        return dict(config.compiler_options)
     devices = list(mesh.devices.flat)
     slices = {getattr(device, "slice_index", 0) for device in devices}
-    return compiler_options(devices[0].device_kind, len(slices))
+    return dict(compiler_options(devices[0].device_kind, len(slices)))
+
+
+def option_problem(error: jax.errors.JaxRuntimeError, config: ModelConfig) -> str | None:
+    """Why the compiler refuses one of the step's options, and what to do; None for any other error."""
+    remedy = "correct it or leave it out"
+    if config.compiler_options is None:
+        remedy = "it is one of the chip's own, which another version of libtpu lacks: set model.compiler_options={}"
+    for pattern, problem in _OPTION_PROBLEMS.items():
+        if found := re.search(pattern, str(error)):
+            return f"model.compiler_options: {problem.format(**found.groupdict())}; {remedy}"
+    return None
 
 
 def _check_lengths(stream: Stream, limit: int) -> None:

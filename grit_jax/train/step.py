@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from grit_jax.config import CompilerOption
 from grit_jax.data.batch import Batch
 from grit_jax.losses.balance import balance_loss
 from grit_jax.model.moe import RouterStats
@@ -143,7 +144,7 @@ def make_train_step(
     schedule: optax.Schedule,
     state_shardings: TrainState,
     *,
-    compiler_options: dict[str, str] | None = None,
+    compiler_options: dict[str, CompilerOption] | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """Compiles `train_step(state, batch) -> (state, metrics)`, with XLA's options; the old state's memory is reused.
 

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
 
-from grit_jax.data.packing import FilledRows
+from grit_jax.data.batch import max_segments
+from grit_jax.data.packing import FilledRows, Packing, pack
 from grit_jax.data.records import Record
 from grit_jax.text.prompts import Prompt
 from grit_jax.text.tokenizer import Tokenizer
@@ -116,6 +117,11 @@ class Stream(abc.ABC):
     def code(self) -> int:
         """A seed for its random numbers, from its name, so that no stream changes another's batches."""
         return int.from_bytes(hashlib.blake2b(self.name.encode(), digest_size=6).digest())
+
+    def packed(self, lengths: np.ndarray) -> Packing:
+        """The rows of texts of these lengths, int [texts]."""
+        most = max_segments(self.row_length) if self.packing else 1
+        return pack(lengths, row_length=self.row_length, max_segments=most)
 
     @abc.abstractmethod
     def prompts(self, record: Any, tokenizer: Tokenizer) -> list[Prompt]:
