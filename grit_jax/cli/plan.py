@@ -26,10 +26,12 @@ _FILL = Range("must be over 0 and at most 1", lambda value: 0 < value <= 1)
     ),
     JSON,
     (
-        flag("--search", "rank chunks, rematerialisation and meshes, and compile the best few"),
+        flag(
+            "--search", "find the fastest rematerialisation and rows of a layer that fit, compiling each that is judged"
+        ),
         flag("--no-compile", "check in seconds that topology, mesh, batch and model fit together"),
     ),
-    number("--compile", "N", "programs that --search compiles", 3),
+    number("--compile", "N", "most programs that --search compiles", 12),
     overrides="",
     examples="""\
   grit-jax plan configs/gritlm_7b_v5p_128.yaml --topology v5p-128

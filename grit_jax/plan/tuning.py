@@ -8,7 +8,7 @@ each fits. The compiler says what fits, and the estimator which of the programs 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from grit_jax.config import Config, Remat
@@ -56,8 +56,8 @@ class Layout(NamedTuple):
     limits: list[int | None]
 
 
-class _SpentError(Exception):
-    """As many programs are compiled as may be."""
+class _EndError(Exception):
+    """Why no other program is compiled."""
 
 
 def tune(config: Config, topology: Topology, lengths: Lengths, *, most: int, say: Callable[[str], None]) -> Tuned:
@@ -81,19 +81,21 @@ def tune(config: Config, topology: Topology, lengths: Lengths, *, most: int, say
         key = tuple(overrides)
         if key not in compiled:
             if len(compiled) == most:
-                raise _SpentError
+                raise _EndError(f"{most} programs are compiled; --compile allows more")
             model = dataclasses.replace(layout.config.model, remat=remat, layer_rows=layer_rows)
             changed = dataclasses.replace(layout.config, model=model)
             compiled[key] = Tuned(make_plan(changed, topology, lengths), changed, overrides)
             say(_described(compiled[key]))
+            if compiled[key].plan.state_bytes > TARGET * topology.chip.hbm_bytes:  # every layout splits it alike
+                raise _EndError("state and gradients alone are too much for these chips")
         return compiled[key]
 
     try:
         for layout in layouts(config, topology, lengths):
-            if _fitting(layout, judged) or _hopeless(compiled.values()):
+            if _fitting(layout, judged):
                 break
-    except _SpentError:
-        say(f"{most} programs are compiled; --compile allows more")
+    except _EndError as end:
+        say(str(end))
     return min(compiled.values(), key=_rank)
 
 
@@ -102,12 +104,10 @@ def _fitting(layout: Layout, judged: Callable[[Layout, Remat, int | None], Tuned
 
     A mode that recomputes more than another is worth having only with more rows at once.
     """
-    fitting = 0  # of `layout.limits`, the first ones, in some mode
+    fitting, limits = 0, layout.limits  # how many of the limits fit in some mode: the first ones
     for remat in _REMATS:
-        fitting = bisected(
-            fitting, len(layout.limits), lambda i, remat=remat: judged(layout, remat, layout.limits[i]).fits
-        )
-        if fitting == len(layout.limits):
+        fitting = bisected(fitting, len(limits), lambda i, remat=remat: judged(layout, remat, limits[i]).fits)
+        if fitting == len(limits):
             break
     return fitting > 0
 
@@ -136,12 +136,6 @@ def bisected(low: int, high: int, fits: Callable[[int], bool]) -> int:
     return low
 
 
-def _hopeless(compiled: Iterator[Tuned] | Sequence[Tuned]) -> bool:
-    """Whether even the state and one gradient are too much for the target; every layout splits them alike."""
-    plan = next(iter(compiled)).plan
-    return plan.state_bytes > TARGET * plan.topology.chip.hbm_bytes
-
-
 def _rank(tuned: Tuned) -> tuple[bool, float]:
     cost = tuned.plan.cost
     return (False, cost.total_seconds) if tuned.fits and cost else (True, tuned.plan.peak_bytes)
@@ -165,8 +159,7 @@ def layouts(config: Config, topology: Topology, lengths: Lengths) -> Iterator[La
     Raises:
       InputError: No mesh divides the model and the batch.
     """
-    problem = None
-    tensor = 1
+    problem, found, tensor = None, False, 1
     while tensor <= topology.chips_per_slice:
         mesh = dataclasses.replace(config.mesh, data=topology.num_slices, fsdp=-1, tensor=tensor)
         on_mesh = dataclasses.replace(config, mesh=mesh)
@@ -176,12 +169,12 @@ def layouts(config: Config, topology: Topology, lengths: Lengths) -> Iterator[La
         except InputError as error:
             problem = problem or error
         else:
-            problem = None
+            found = True
             shards = sharding.axis_size(abstract_mesh, "batch")
             settings = [f"--mesh.data={mesh.data}", "--mesh.fsdp=-1", f"--mesh.tensor={tensor}"]
             yield from _chunked(on_mesh, settings, shards, lengths)
         tensor *= 2
-    if problem:
+    if problem and not found:
         raise problem
 
 
@@ -209,7 +202,7 @@ def _rows(config: Config, shards: int, lengths: Lengths) -> dict[str, int]:
     return {each.name: rows_at_once(each.stream, work.rows[each.name], shards) for each in objectives}
 
 
-def _limits(rows: Iterator[int] | Sequence[int]) -> list[int | None]:
+def _limits(rows: Collection[int]) -> list[int | None]:
     """Values of `model.layer_rows` that differ: as the pieces of a stream's rows are equal, they divide them."""
     divisors = sorted({size for number in rows for size in range(1, number + 1) if number % size == 0})
     return [*divisors[:-1], None]

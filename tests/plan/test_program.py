@@ -8,9 +8,9 @@ from grit_jax.cli import main as cli
 from grit_jax.config import Config, DataConfig, ModelConfig, TrainConfig, TransformerConfig
 from grit_jax.data.streams import trained_streams
 from grit_jax.errors import InputError
-from grit_jax.plan import program, tuning
+from grit_jax.plan import program
 from grit_jax.plan.cost import Cost
-from grit_jax.plan.presentation import advice, as_json, as_lines
+from grit_jax.plan.presentation import as_json, as_lines
 from grit_jax.plan.program import Plan, planned_config
 from grit_jax.plan.topology import parse_topology
 from grit_jax.plan.work import Work, lengths_at_limits, lengths_of_data, planned_work, rows_by_stream
@@ -51,7 +51,7 @@ FAILED = """RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 23.5
 def plan(**changes):
     about = {
         "topology": TOPOLOGY, "parameters": 1000, "work": Work({"embedding": 16, "generative": 8}, 16, 4096, 1e12),
-        "steps": 1800, "state_bytes": 1 << 30, "negatives": "dense",
+        "rows_at_once": {"embedding": 2, "generative": 1}, "steps": 1800, "state_bytes": 1 << 30, "negatives": "dense",
         "argument_bytes": 1 << 30, "temporary_bytes": 2 << 30, "peak_bytes": 3 << 30, "host_bytes": 0, "largest": (),
         "cost": None, "compile_seconds": 1.0,
     }  # fmt: skip
@@ -172,50 +172,7 @@ def test_a_plan_says_what_the_whole_run_costs():
     ],
 )
 def test_a_plan_that_does_not_fit_says_what_dominates_and_what_to_change(changes, model, said):
-    config = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, **model))
-    assert said in advice(plan(**changes), config)
-
-
-def test_the_search_ranks_what_fits_first_and_then_the_least_work(monkeypatch):
-    monkeypatch.setattr(tuning, "devices", lambda topology: jax.devices())
-    ranked = sorted(tuning.candidates(CONFIG, TOPOLOGY, at_limits()), key=lambda each: tuning.rank(each, TOPOLOGY))
-    assert "--model.remat=dots" in ranked[0].overrides
-    assert {"--train.embedding_chunks=1", "--model.layer_rows=null"} <= set(ranked[0].overrides)
-    limit = TOPOLOGY.chip.hbm_bytes
-    huge = [candidate._replace(memory_bytes=candidate.memory_bytes + limit) for candidate in ranked[:1]]
-    assert sorted([*huge, ranked[-1]], key=lambda each: tuning.rank(each, TOPOLOGY))[0] is ranked[-1]
-
-
-def test_the_search_knows_that_frozen_parameters_have_no_optimizer_state(monkeypatch):
-    monkeypatch.setattr(tuning, "devices", lambda topology: jax.devices())
-
-    def memory(**train):
-        config = dataclasses.replace(CONFIG, train=TrainConfig(**train))
-        return next(tuning.candidates(config, TOPOLOGY, at_limits(config))).memory_bytes
-
-    mlps = {"trainable": ["layers.mlp.*"]}
-    assert memory() > memory(**mlps) > memory(**mlps, frozen_dtype="bfloat16")
-
-
-def test_the_search_recommends_the_fastest_that_fits(monkeypatch):
-    class Cost:
-        def __init__(self, seconds):
-            self.total_seconds = seconds
-
-    tried = []
-
-    def compiled(config, topology, lengths):
-        tried.append(config)
-        seconds, peak = [(1.0, 99 << 30), (3.0, 1 << 30), (2.0, 1 << 30)][len(tried) - 1]
-        return plan(cost=Cost(seconds), peak_bytes=peak)
-
-    monkeypatch.setattr(tuning, "devices", lambda topology: jax.devices())
-    monkeypatch.setattr(tuning, "make_plan", compiled)
-    said = []
-    found = tuning.tune(CONFIG, TOPOLOGY, at_limits(), most=3, say=said.append)
-    assert found.plan.cost.total_seconds == 2.0
-    assert found.config is tried[2]
-    assert len(said) == 3
+    assert said in plan(**changes).advice(dataclasses.replace(CONFIG.model, **model))
 
 
 @pytest.mark.parametrize(("peak", "code"), [(1 << 30, 0), (99 << 30, 3)])
