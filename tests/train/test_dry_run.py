@@ -1,10 +1,11 @@
-"""What `train --dry-run` finds before anything is compiled."""
+"""What `train --dry-run` finds before anything is trained."""
 
 import json
 import shutil
 import sys
 from types import SimpleNamespace
 
+import jax
 import pytest
 
 from grit_jax.cli.main import main
@@ -14,6 +15,7 @@ from grit_jax.runs.lock import writer_lock
 from grit_jax.train import dry_run as module
 from grit_jax.train import loop
 from grit_jax.train.dry_run import dry_run
+from grit_jax.train.setup import lower_step
 from tests.commands import ROOT, TINY, train_arguments, write_data
 
 CHECKED = [
@@ -27,12 +29,31 @@ CHECKED = [
     "logging",
     "train.output",
     "writer",
+    "step",
 ]
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     return write_data(tmp_path_factory.mktemp("data"))
+
+
+class Lowered:
+    """Stands in for a step: compiles at once to one of 3 MiB of arguments and 5 MiB of temporaries, or fails."""
+
+    def __init__(self, failure=None):
+        self.failure = failure
+
+    def compile(self):
+        if self.failure:
+            raise jax.errors.JaxRuntimeError(self.failure)
+        size = {"argument_size_in_bytes": 3 << 20, "temp_size_in_bytes": 5 << 20, "host_temp_size_in_bytes": 0}
+        return SimpleNamespace(memory_analysis=lambda: SimpleNamespace(**size))
+
+
+@pytest.fixture(autouse=True)
+def compiles_at_once(monkeypatch):
+    monkeypatch.setattr(module, "lower_step", lambda *_: Lowered())
 
 
 def checks(data, output, *more):
@@ -140,6 +161,38 @@ def test_state_that_no_device_holds_and_checkpoints_that_no_disk_holds_are_found
     assert found["space"].startswith("3 checkpoints of")
 
 
+def test_a_step_is_estimated_with_every_text_at_its_limit(data, tmp_path, monkeypatch):
+    text = checks(data, tmp_path / "run")["step"].text
+    assert text.startswith(
+        "estimate, with every text at its limit: 8.0 MiB on each device, 3.0 MiB of it state and bat"
+    )
+    assert "may not fit" not in text
+    monkeypatch.setattr(module, "lower_step", lower_step)
+    real, wide = (
+        float(checks(data, tmp_path / "run", *more)["step"].text.split("limit: ")[1].split(" MiB")[0])
+        for more in ([], ["--model.architecture.mlp_dim=4096", "--train.mode=generative"])
+    )
+    assert 0 < real < wide
+
+
+@pytest.mark.parametrize("failure", [None, "RESOURCE_EXHAUSTED: Ran out of memory on HBM"])
+def test_a_step_that_may_not_fit_passes_with_what_to_lower(data, tmp_path, monkeypatch, failure):
+    monkeypatch.setattr(module, "lower_step", lambda *_: Lowered(failure))
+    monkeypatch.setattr(module, "device_memory", lambda *_: 7 << 20)
+    step = checks(data, tmp_path / "run")["step"]
+    assert step.passed
+    assert (
+        "; it may not fit: activations dominate: set model.layer_rows=1 (3 rows of a device go together)" in step.text
+    )
+
+
+def test_an_option_that_the_compiler_refuses_is_found(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "lower_step", lower_step)
+    found = failures(checks(data, tmp_path / "run", "--model.compiler_options={xla_cpu_enable_fast_math: maybe}"))
+    assert list(found) == ["step"]
+    assert "model.compiler_options: xla_cpu_enable_fast_math=maybe is no value of that option" in found["step"]
+
+
 def test_memory_is_that_of_the_shards(data, tmp_path):
     whole, split = (checks(data, tmp_path / "run", *mesh)["memory"].text for mesh in (["--mesh.data=8"], []))
     bytes_of = [float(text.split(" MiB of state")[0]) for text in (whole, split)]
@@ -162,14 +215,3 @@ def test_a_folder_that_cannot_be_written_is_found(data, tmp_path):
     (tmp_path / "file").write_text("")
     found = failures(checks(data, tmp_path / "file" / "run"))
     assert "cannot be written (NotADirectoryError" in found["train.output"]
-
-
-def test_device_memory_is_what_jax_says_or_the_chips_own():
-    def device(kind, platform, stats):
-        return SimpleNamespace(device_kind=kind, platform=platform, memory_stats=lambda: stats)
-
-    assert module.device_memory(device("TPU v5 lite", "tpu", {"bytes_limit": 7}), 1) == 7
-    assert module.device_memory(device("TPU v5 lite", "tpu", None), 1) == int(15.75 * 2**30)
-    assert module.device_memory(device("unheard of", "gpu", None), 1) is None
-    cpu = device("cpu", "cpu", None)
-    assert module.device_memory(cpu, 4) == pytest.approx(module.device_memory(cpu, 1) / 4, rel=1e-6)

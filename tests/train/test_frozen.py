@@ -18,8 +18,9 @@ from grit_jax.errors import InputError
 from grit_jax.inference.model import GritModel
 from grit_jax.model.transformer import abstract_model, abstract_params, init_params, param_axes
 from grit_jax.parallel import sharding
-from grit_jax.train.dry_run import dry_run, state_and_gradient_bytes
+from grit_jax.train.dry_run import dry_run
 from grit_jax.train.loop import Trainer
+from grit_jax.train.memory import state_and_gradient_bytes
 from grit_jax.train.optimizer import make_optimizer
 from grit_jax.train.setup import set_up
 from grit_jax.train.state import EVERYTHING, Partition, merged, new_state, shardings_of
