@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 @command(
     "train a model, or resume the run folder that train.output names",
     argument("config", metavar="CONFIG.yaml", help="config file"),
-    flag("--dry-run", "check data, model, mesh, memory, disk and run folder in seconds, and train nothing"),
+    flag("--dry-run", "check data, model, mesh, disk, run folder and the step's memory, and train nothing"),
     overrides="",
     examples="""\
   grit-jax train configs/tiny.yaml --data.train=data/ --train.output=runs/first

@@ -44,8 +44,8 @@ class ModelConfig:
         products and attention; `offload`, like `full`, with the inputs in host memory.
       layer_rows: Most rows that a device sends through a layer at once, which bounds the memory inside a layer; null
         for all. Weights are still gathered, and gradients reduced, once per layer.
-      compiler_options: XLA's options for the training step, by name; null for those of the device's kind, `{}` for
-        the compiler's defaults.
+      compiler_options: XLA's options for the training step, by name, such as `{xla_tpu_scoped_vmem_limit_kib: 98304}`;
+        null for those of the device's kind, `{}` for the compiler's defaults.
     """
 
     init: str | None = None

@@ -18,7 +18,8 @@ from grit_jax.text.tokenizer import Tokenizer
 
 # Keys that change no update, and those that may differ between a run folder's config and the one that resumes it.
 _CHANGES_NO_UPDATE = (
-    "train.output", "train.max_skipped", "train.watchdog_seconds", "train.preemption_notices", "loss.negatives",
+    "train.output", "train.max_skipped", "train.watchdog_seconds", "train.preemption_notices", "train.embedding_chunks",
+    "train.generative_chunks", "model.remat", "model.layer_rows", "model.compiler_options", "loss.negatives",
     "mesh.", "logging.", "scorecard.", "checkpoint.", "distributed.",
 )  # fmt: skip
 MAY_DIFFER = (*_CHANGES_NO_UPDATE, "train.steps")

@@ -11,6 +11,7 @@ import numpy as np
 import optax
 import pytest
 
+from grit_jax.checkpoints import checkpoint
 from grit_jax.checkpoints.checkpoint import (
     CheckpointMetadata,
     Checkpoints,
@@ -173,6 +174,20 @@ def test_a_damaged_checkpoint_is_named_and_others_stay_readable(tmp_path, damage
     assert again.metadata(1) == METADATA
     assert same(again.restore(1, abstract.params, abstract.opt_state)[0], state.params)
     gc.collect()  # here, not in the next test
+
+
+def test_a_checkpoint_for_which_there_is_no_memory_is_not_damaged(tmp_path, monkeypatch):
+    abstract, state = state_on(MeshConfig(8, 1, 1))
+    checkpoints = Checkpoints(tmp_path / "c")
+    checkpoints.save(1, state.params, state.opt_state, METADATA)
+    checkpoints.close()
+
+    def full(*_):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Attempting to allocate 1.00G. That was not possible.")
+
+    monkeypatch.setattr(checkpoint.ocp, "load_checkpointables", full)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="Attempting to allocate"):
+        Checkpoints(tmp_path / "c").restore(1, abstract.params, abstract.opt_state)
 
 
 def test_runs_folders_and_single_checkpoints_open(tmp_path):

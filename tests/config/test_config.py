@@ -253,3 +253,22 @@ def test_a_damaged_config_is_refused_or_read_as_it_is_written():
 @pytest.mark.long
 def test_ten_thousand_damaged_configs_are_refused_or_read_as_they_are_written():
     check_configs(10_000)
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides"),
+    [
+        ("model: {compiler_options: {xla_number: 98304, xla_flag: true, xla_word: fast}}", []),
+        ("", ["--model.compiler_options={xla_number: 98304, xla_flag: true, xla_word: fast}"]),
+        ("model: {compiler_options: {xla_number: 98304, xla_flag: true}}", ["--model.compiler_options.xla_word=fast"]),
+    ],
+)
+def test_compiler_options_have_the_values_that_yaml_gives_them(text, overrides):
+    config = parse_config(text, overrides)
+    assert repr(config.model.compiler_options) == "{'xla_number': 98304, 'xla_flag': True, 'xla_word': 'fast'}"
+    assert parse_config(dump_config(config)) == config
+
+
+def test_a_compiler_option_without_a_value_is_refused():
+    with pytest.raises(InputError, match=r"here\.yaml: .*model\.compiler_options"):
+        parse_config("model: {compiler_options: {xla_flag: }}", source="here.yaml")

@@ -148,6 +148,21 @@ def test_memory_that_runs_out_before_allocation_is_advice_and_exit_code_3(compil
     assert "peak 173.64 of 15.75 GiB: DOES NOT FIT" in capsys.readouterr().out
 
 
+def test_an_option_that_the_compiler_does_not_know_is_named_with_exit_code_2(compiler_says, capsys):
+    compiler_says("INVALID_ARGUMENT: No such compile option: 'xla_nope'")
+    arguments = ["plan", str(ROOT / "configs/tiny.yaml"), "--topology", "v5e-1"]
+    assert cli.main([*arguments, "--model.compiler_options={xla_nope: true}"]) == 2
+    assert (
+        "error: model.compiler_options: the compiler for these devices has no option 'xla_nope'"
+        in capsys.readouterr().err
+    )
+
+
+def test_a_row_holds_one_text_where_data_are_not_packed():
+    config = dataclasses.replace(CONFIG, data=dataclasses.replace(CONFIG.data, packing=False))
+    assert work_of(config, 8, at_limits()).rows == {"embedding": 16 + 32, "generative": 8}
+
+
 def test_another_error_of_the_compiler_is_raised(compiler_says):
     compiler_says("INTERNAL: Mosaic failed to compile a kernel of 12.5M")
     with pytest.raises(jax.errors.JaxRuntimeError, match="Mosaic"):

@@ -106,9 +106,7 @@ def test_another_error_of_a_step_stays_as_it_is(data, tmp_path, monkeypatch, mes
 
 def test_an_option_that_the_compiler_does_not_know_ends_a_run_with_its_name(data, tmp_path):
     trainer = Trainer(config(data, tmp_path / "run", "--model.compiler_options={xla_no_such_option: 3}"))
-    with pytest.raises(
-        InputError, match=r"model\.compiler_options: the compiler .* has no option 'xla_no_such_option'"
-    ):
+    with pytest.raises(InputError, match=r"model\.compiler_options: .* has no option 'xla_no_such_option'"):
         trainer.fit()
 
 
