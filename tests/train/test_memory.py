@@ -7,14 +7,14 @@ import jax
 import pytest
 
 from grit_jax.cli.main import main
-from grit_jax.config import load_config
+from grit_jax.config import dump_config, load_config
 from grit_jax.errors import InputError
 from grit_jax.parallel import sharding
 from grit_jax.train import loop
 from grit_jax.train.loop import Trainer
 from grit_jax.train.memory import packed_rows, rows_at_once, step_memory
 from grit_jax.train.objectives import trained_objectives
-from grit_jax.train.resolve import with_architecture
+from grit_jax.train.resolve import check_folder, with_architecture
 from grit_jax.train.setup import lower_step, set_up
 from tests.commands import ROOT, TINY, train_arguments, write_data
 
@@ -108,6 +108,19 @@ def test_an_option_that_the_compiler_does_not_know_ends_a_run_with_its_name(data
     trainer = Trainer(config(data, tmp_path / "run", "--model.compiler_options={xla_no_such_option: 3}"))
     with pytest.raises(InputError, match=r"model\.compiler_options: .* has no option 'xla_no_such_option'"):
         trainer.fit()
+
+
+def test_what_lowers_memory_may_change_when_a_run_resumes(data, tmp_path):
+    output = tmp_path / "run"
+    (output / "checkpoints/2").mkdir(parents=True)
+    (output / "config.yaml").write_text(dump_config(config(data, output)))
+    lower = [
+        "--model.remat=offload", "--model.layer_rows=1", "--train.embedding_chunks=2", "--train.generative_chunks=2",
+        "--model.compiler_options={}", "--mesh.fsdp=8",
+    ]  # fmt: skip
+    check_folder(config(data, output, *lower))
+    with pytest.raises(InputError, match=r"holds a run with another config \(model\.compute_dtype"):
+        check_folder(config(data, output, *lower, "--model.compute_dtype=bfloat16"))
 
 
 @pytest.mark.parametrize("more", [[], ["--train.embedding_chunks=2"], ["--data.packing=false"]])
