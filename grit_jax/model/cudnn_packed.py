@@ -6,7 +6,6 @@ function of JAX, so its limits are checked here and not left to its messages.
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -50,8 +49,8 @@ def cudnn_packed_attention(
     """
     from jax._src.cudnn.fused_attention_stablehlo import MaskType, dot_product_attention
 
-    rows, length, heads, head_dim = query.shape
     _check(query)
+    length, heads = query.shape[1:3]
     most = max(2, max_segments(length))  # a bound of 1 means rows of one text, without offsets
     offsets, lengths = text_spans(segment_ids, most)
     offsets = jnp.pad(offsets, ((0, 0), (0, 1)), constant_values=_NONE)
