@@ -53,7 +53,7 @@ class Size(NamedTuple):
     repeats: int
 
 
-def _architecture(**sizes: int) -> TransformerConfig:
+def _architecture(**sizes: Any) -> TransformerConfig:
     return TransformerConfig(family="mistral", tie_embeddings=False, **sizes).resolve(sizes["vocab_size"])
 
 
