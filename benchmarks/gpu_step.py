@@ -292,8 +292,7 @@ def step(size: Size) -> None:
         _say_step("step", size, seconds, work, jax.devices()[0].device_kind, kernel=kernel, texts=texts,
                   loss=float(metrics["loss"]), skipped=float(metrics["skipped"]))  # fmt: skip
 
-    kernels = reversed(_kernels()[1:])
-    _each("step", ({"texts": t, "kernel": k} for k in kernels for t in ("tenth", "limits")), run)
+    _each("step", ({"texts": t, "kernel": k} for k in _kernels()[1:] for t in ("tenth", "limits")), run)
 
 
 def profile(size: Size) -> None:
