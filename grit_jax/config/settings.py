@@ -21,7 +21,7 @@ from grit_jax.config.ranges import (
 )
 from grit_jax.errors import InputError
 
-AttentionKernel = Literal["dense", "blockwise", "splash", "cudnn"]
+AttentionKernel = Literal["dense", "blockwise", "splash", "cudnn", "cudnn_packed"]
 ExpertKernel = Literal["ragged_dot", "megablox"]
 Remat = Literal["none", "full", "dots", "offload"]
 Negatives = Literal["auto", "dense", "gathered", "ring"]
@@ -38,7 +38,8 @@ class ModelConfig:
       architecture: Shape of a model trained from scratch; `init` brings its own.
       embedding: Embedding pass and pooling.
       compute_dtype: Dtype of activations; `auto` is float32 on CPU and bfloat16 elsewhere. Weights stay float32.
-      attention_kernel: `dense`, `blockwise` (CPU), `splash` (TPU), `cudnn` (GPU), or `auto` for the device's own.
+      attention_kernel: `dense`, `blockwise` (CPU), `splash` (TPU), `cudnn` (GPU), `cudnn_packed` (GPU since Hopper), or
+        `auto` for the device's own.
       expert_kernel: Multiplies tokens sorted by expert: `ragged_dot`, `megablox` (TPU), or `auto` for the device's own.
       remat: What a layer recomputes in the backward pass: `none`; `full`, all but its input; `dots`, all but matrix
         products and attention; `offload`, like `full`, with the inputs in host memory.

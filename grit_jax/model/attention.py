@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from grit_jax.errors import InputError
 from grit_jax.model.blockwise import blockwise_attention
+from grit_jax.model.cudnn_packed import cudnn_packed_attention
 from grit_jax.parallel.execution import ATTENTION, PLAIN, Execution, wide
 from grit_jax.parallel.sharding import on_devices
 
@@ -102,6 +103,8 @@ def attention(
         return _splash(query, key, value, mask, scale=scale, soft_cap=soft_cap, execution=execution)
     if execution.attention == "blockwise":
         return _blockwise(query, key, value, mask, scale=scale, soft_cap=soft_cap)
+    if execution.attention == "cudnn_packed":
+        return _cudnn_packed(query, key, value, mask, scale=scale, soft_cap=soft_cap)
     return _cudnn(query, key, value, mask, scale=scale, soft_cap=soft_cap)
 
 
@@ -198,3 +201,17 @@ def _cudnn(query: Array, key: Array, value: Array, mask: AttentionMask, *, scale
         raise InputError("model.attention_kernel=cudnn supports no soft cap; use dense for this family")
     visible = mask.materialize()[:, None]
     return jax.nn.dot_product_attention(query, key, value, mask=visible, scale=scale, implementation="cudnn")
+
+
+def _cudnn_packed(query: Array, key: Array, value: Array, mask: AttentionMask, *, scale, soft_cap) -> Array:
+    """The same without a mask: cuDNN is told where texts begin."""
+    if soft_cap is not None:
+        raise InputError("model.attention_kernel=cudnn_packed supports no soft cap; use dense for this family")
+    length = query.shape[1]
+    # The farthest key of a text is length - 1 tokens away; a causal query's window counts itself.
+    if mask.window is not None and mask.window < length - (0 if mask.causal else 1):
+        raise InputError(
+            f"model.attention_kernel=cudnn_packed supports no sliding window, and model.architecture.sliding_window="
+            f"{mask.window} is less than rows of {length} tokens; use cudnn"
+        )
+    return _split(functools.partial(cudnn_packed_attention, scale=scale, causal=mask.causal), query, key, value, mask)

@@ -6,6 +6,7 @@ Apart from the order of sums, only dtypes change the numbers.
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -46,7 +47,7 @@ class Execution:
 PLAIN = Execution(jnp.dtype("float32"))
 
 # Kernels that run on a single platform.
-_PLATFORMS = {"splash": "tpu", "megablox": "tpu", "cudnn": "gpu"}
+_PLATFORMS = {"splash": "tpu", "megablox": "tpu", "cudnn": "gpu", "cudnn_packed": "gpu"}
 
 # Names of values in a layer that may be saved for the backward pass.
 LAYER_INPUT, ATTENTION = "layer_input", "attention"
@@ -99,12 +100,14 @@ def execution(config: ModelConfig, platform: str) -> Execution:
     """The execution settings of a run on a platform: `tpu`, `gpu` or `cpu`.
 
     Raises:
-      InputError: A kernel is for another platform.
+      InputError: A kernel is for another platform, or for newer devices or another JAX.
     """
     for key in ("attention_kernel", "expert_kernel"):
         needed = _PLATFORMS.get(kernel := getattr(config, key), platform)
         if needed != platform:
             raise InputError(f"model.{key}={kernel} needs {needed} devices, but these are {platform}; set it to auto")
+    if config.attention_kernel == "cudnn_packed":
+        _check_cudnn_packed()
     experts: ExpertKernel = "megablox" if platform == "tpu" else "ragged_dot"
     return Execution(
         dtype=compute_dtype(config.compute_dtype, platform),
@@ -117,10 +120,35 @@ def execution(config: ModelConfig, platform: str) -> Execution:
 
 def _attention(platform: str) -> AttentionKernel:
     """A platform's attention kernel; cuDNN's needs GPUs of compute capability 8 (Ampere) or newer."""
-    if platform == "gpu" and any(float(device.compute_capability) < 8 for device in jax.local_devices(backend="gpu")):
+    if platform == "gpu" and _compute_capability() < 8:
         return "dense"
     kernels: dict[str, AttentionKernel] = {"tpu": "splash", "gpu": "cudnn", "cpu": "blockwise"}
     return kernels[platform]
+
+
+def _compute_capability() -> float:
+    """The least of this process's GPUs."""
+    return min(float(device.compute_capability) for device in jax.local_devices(backend="gpu"))
+
+
+def _check_cudnn_packed() -> None:
+    """Refuses GPUs before Hopper, and a JAX whose private entrance to cuDNN takes no offsets."""
+    if (capability := _compute_capability()) < 9:
+        raise InputError(
+            f"model.attention_kernel=cudnn_packed needs GPUs of compute capability 9.0 (Hopper) or newer, "
+            f"but one has {capability}; set it to auto"
+        )
+    try:
+        from jax._src.cudnn.fused_attention_stablehlo import dot_product_attention
+
+        offsets = {"q_offsets", "kv_offsets"} <= inspect.signature(dot_product_attention).parameters.keys()
+    except ImportError:
+        offsets = False
+    if not offsets:
+        raise InputError(
+            f"model.attention_kernel=cudnn_packed: jax {jax.__version__} has no attention by cuDNN that takes offsets; "
+            "set it to cudnn, or install another jax"
+        )
 
 
 def compute_dtype(name: Literal["auto", "float32", "bfloat16"], platform: str) -> jnp.dtype:
