@@ -166,7 +166,7 @@ class Study:
     @functools.cached_property
     def base_digest(self) -> str | None:
         """Digest of the pretrained model's weights, config and tokenizer."""
-        return self.base and digest([*self.base.glob("*.safetensors"), *self.base.glob("*.json")])
+        return digest([*self.base.glob("*.safetensors"), *self.base.glob("*.json")]) if self.base else None
 
     def _paths(self, train_data: str | None, folder: Path) -> dict[str, Any]:
         """What the config leaves open: `_PATHS`."""

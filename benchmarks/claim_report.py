@@ -65,8 +65,11 @@ def summarize(claim: Claim, results: Path, seeds: Sequence[int]) -> dict[str, An
 
     config = parse_config(first.config)
     walls = {
-        str(seed): [by_seed[seed].wall_seconds for by_seed in models.values() if seed in by_seed] for seed in seeds
-    }
+        str(seed): [
+            wall for by_seed in models.values()
+            if seed in by_seed and (wall := by_seed[seed].wall_seconds) is not None
+        ] for seed in seeds
+    }  # fmt: skip
     summary: dict[str, Any] = {
         "seeds": list(seeds),
         "devices": sorted({result.devices for result in everyone.values()}),
@@ -75,7 +78,7 @@ def summarize(claim: Claim, results: Path, seeds: Sequence[int]) -> dict[str, An
         "conversations_per_step": config.data.generative_batch,
         "tokens": {name: _first(models[name]).tokens for name in MODELS if name in models},
         "training_seconds": {name: _first(models[name]).training_seconds for name in MODELS if name in models},
-        "wall_seconds": {seed: sum(known) for seed, known in walls.items() if len(known) == len(names) and all(known)},
+        "wall_seconds": {seed: sum(known) for seed, known in walls.items() if len(known) == len(names)},
         "margins": margins,
         "examples": {task: len(first.examples[task]) for task in claim.tasks},
         "claim": {figure.name: one for figure in claim.figures if (one := compared(figure))},
@@ -103,13 +106,13 @@ def _first(by_seed: Mapping[int, Result]) -> Result:
 
 
 def _refuse_different(results: Path, compared: Mapping[str, Result], tasks: Set[str]) -> None:
-    """Refuses models that were trained on other data, or measured on other tasks or data, than the first of them."""
+    """Refuses models of another base, training data or tasks than the first of them."""
     about = {name: (result.base, result.data, *map(result.marks.get, tasks)) for name, result in compared.items()}
     first, *_ = about
     if others := [name for name in about if about[name] != about[first]]:
         raise InputError(
-            f"{results}: {', '.join(others)}: trained or measured on other data or tasks than {first}; remove these "
-            "files and run the script again, or choose another --output"
+            f"{results}: {', '.join(others)}: started from another base, or trained or measured on other data or tasks "
+            f"than {first}; remove these files and run the script again, or choose another --output"
         )
 
 
