@@ -54,18 +54,19 @@ def publish(page: Path, tables: Mapping[str, str], *paths: Path) -> None:
             shutil.copy(path, folder)
 
 
-def draw_differences(panel: Any, found: Mapping[str, Mapping[str, Any]], *, margin: float | None = None) -> None:
-    """Draws relative differences with their intervals, over the margin if there is one."""
+def draw_differences(panel: Any, found: Mapping[str, Mapping[str, Any]]) -> None:
+    """Draws relative differences with their intervals, each over its margin if it has one."""
+    margins = [(row, 100 * one["margin"]) for row, one in enumerate(found.values()) if "margin" in one]
+    for row, margin in margins:
+        panel.fill_betweenx([row - 0.5, row + 0.5], -margin, margin, color="#dddddd", zorder=0, linewidth=0)
     for row, one in enumerate(found.values()):
         for bounds, width in ((one["interval"], 3), (one.get("run_interval"), 1)):
             if bounds:
                 panel.plot([100 * bound for bound in bounds], [row, row], color=COLOURS[0], linewidth=width)
         panel.plot(100 * one["difference"], row, "o", color=COLOURS[0], markersize=8)
-    if margin:
-        panel.axvspan(-100 * margin, 100 * margin, color="#dddddd", zorder=0)
     panel.axvline(0, color="#888888", linewidth=1)
     panel.set(yticks=range(len(found)), yticklabels=list(found), ylim=(len(found) - 0.5, -0.5))
-    panel.set_xlabel("relative difference, %" + (" (grey: margin)" if margin else ""))
+    panel.set_xlabel("relative difference, %" + (" (grey: margin)" if margins else ""))
 
 
 def save_drawing(path: Path, drawing: Figure) -> None:

@@ -11,8 +11,14 @@ from grit_jax.model.transformer import abstract_model, abstract_params
 from tests.commands import ROOT
 
 CLAIM = [ROOT / f"configs/claim/{name}.yaml" for name in ("unified", "large")]
-FILES = [*sorted((ROOT / "configs").glob("*.yaml")), *CLAIM]
-ABLATIONS = yaml.safe_load((ROOT / "configs/claim/ablations.yaml").read_text())
+FILES = [*sorted((ROOT / "configs").glob("*.yaml")), *CLAIM, ROOT / "configs/claim/pretrained.yaml"]
+# Of each config of the claim: its file of ablations, and the steps of the baseline that they are written for.
+ABLATED = {"unified": ("ablations", 100), "pretrained": ("pretrained_ablations", 120)}
+ABLATIONS = [
+    (config, steps, name, changes)
+    for config, (file, steps) in ABLATED.items()
+    for name, changes in yaml.safe_load((ROOT / f"configs/claim/{file}.yaml").read_text()).items()
+]
 PAPER = [path for path in FILES if path.name.startswith("gritlm_")]
 PLANNED = [*PAPER, ROOT / "configs/first_pod.yaml"]
 STEP_SECONDS = re.compile(r"takes a predicted ([\d.]+) s")
@@ -23,17 +29,15 @@ def test_every_config_loads(path):
     load_config(path)
 
 
-@pytest.mark.parametrize("name", ABLATIONS)
-def test_every_ablation_changes_the_config_of_the_claim_and_sees_as_many_samples(name):
-    base, changes = load_config(ROOT / "configs/claim/unified.yaml", ["--train.steps=100"]), ABLATIONS[name]
-    changed = load_config(
-        ROOT / "configs/claim/unified.yaml",
-        ["--train.steps=100", *(f"--{key}={value}" for key, value in changes.items())],
-    )
+@pytest.mark.parametrize(("config", "steps", "name", "changes"), ABLATIONS)
+def test_every_ablation_changes_the_config_of_the_claim_and_sees_as_many_samples(config, steps, name, changes):
+    path = ROOT / f"configs/claim/{config}.yaml"
+    base = load_config(path, [f"--train.steps={steps}"])
+    changed = load_config(path, [f"--train.steps={steps}", *(f"--{key}={value}" for key, value in changes.items())])
     assert (changed == base) == (not changes)
     for batch in ("embedding_batch", "generative_batch"):
         samples = changed.train.steps * getattr(changed.data, batch)
-        assert math.isclose(samples, 100 * getattr(base.data, batch), rel_tol=0.05)
+        assert math.isclose(samples, steps * getattr(base.data, batch), rel_tol=0.05)
 
 
 def test_the_larger_model_of_the_claim_sees_the_same_samples_in_each_step():
