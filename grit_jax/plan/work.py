@@ -35,12 +35,14 @@ class Work:
       rows_at_once: Most rows that pass through the model at once, all devices together.
       tokens: Tokens that are not padding.
       flops: Model FLOPs: forward and backward, without recomputation and padding.
+      places: Tokens that the rows have room for, padding included.
     """
 
     rows: dict[str, int]
     rows_at_once: int
     tokens: int
     flops: float
+    places: int
 
 
 def lengths_at_limits(streams: Sequence[Stream], fill: float = 1.0) -> Lengths:
@@ -78,18 +80,19 @@ def planned_work(architecture: TransformerConfig, objectives: Sequence[Objective
       shards: Number of equal parts into which a batch's rows are divided.
       texts: Lengths of the texts of a step.
     """
-    rows, pairs, through_head = {}, 0.0, 0
+    rows, pairs, through_head, places = {}, 0.0, 0, 0
     for objective in objectives:
         stream, tokens = objective.stream, texts[objective.name]
         full = pack(tokens, row_length=stream.row_length, max_segments=stream.row_length).num_rows
         multiple = stream.num_chunks * shards
         rows[stream.name] = math.ceil(full / multiple) * multiple
+        places += rows[stream.name] * stream.row_length
         pairs += float(np.sum(np.square(tokens, dtype=float))) / (2 if objective.causal else 1)
         through_head += int(tokens.sum()) if objective.uses_head else 0
     total = sum(int(tokens.sum()) for tokens in texts.values())
     flops = model_flops(architecture, tokens=total, tokens_through_head=through_head, attention_pairs=pairs)
     at_once = max(rows[objective.name] // objective.stream.num_chunks for objective in objectives)
-    return Work(rows, at_once, total, flops)
+    return Work(rows, at_once, total, flops, places)
 
 
 def rows_by_stream(work: Work) -> dict[str, int]:
