@@ -276,7 +276,7 @@ class _Estimator:
         elif opcode in THREADS and (inner := self._transfers(instruction)):
             for _, moved in inner:
                 clock.start(name, moved)
-        else:
+        elif not opcode.endswith("-start"):  # a prefetch goes on beside the work
             clock.work(*self._work(computation, instruction))
 
     def _run_called(self, instruction: Instruction, clock: _Clock) -> None:
@@ -302,7 +302,7 @@ class _Estimator:
     def _run_fusion(self, computation: Computation, fusion: Instruction, clock: _Clock) -> None:
         role, transfers = _async_role(self.module, fusion), self._transfers(fusion)
         kind, seconds = self._work(computation, fusion)
-        if transfers and fusion.config("estimated_cycles") is None:
+        if (transfers or role) and fusion.config("estimated_cycles") is None:
             seconds = 0.0  # nothing but the transfers
         for collective, moved in transfers:
             channel = _channel(collective)

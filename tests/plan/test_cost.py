@@ -30,7 +30,7 @@ def test_instructions_take_their_estimated_cycles():
 
 def test_trips_of_nested_loops_multiply():
     inner = counted_loop("inner", 3, f"%a = {WORK}")
-    dot = "%d = f32[8,8] dot(%p, %p), lhs_contracting_dims={}, rhs_contracting_dims={}"
+    dot = f"%d = f32[8,8] dot(%p, %p), lhs_contracting_dims={{}}, rhs_contracting_dims={{}}, {cycles(0)}"
     loop = "%w = (s32[], f32[8]) while(%s), condition=%inner_cond, body=%inner_body"
     outer = counted_loop("outer", 5, f"{loop}\n%b = {WORK}\n{dot}")
     entry = "ROOT %w = (s32[], f32[8]) while(%t), condition=%outer_cond, body=%outer_body"
@@ -243,6 +243,14 @@ def test_what_the_compiler_gives_no_cycles_takes_its_traffic():
 def test_work_in_vector_memory_takes_that_memorys_traffic():
     inside = f"{LARGE}{{1,0:S(1)}} negate(%n), {cycles(int(10 * MEMORY * CYCLES))}"
     assert kind_and_seconds(inside) == ("vector", pytest.approx(MEMORY / VMEM_SPEED))
+
+
+def test_a_prefetch_takes_no_time_of_its_own():
+    near = f"{LARGE}{{1,0:S(1)}}"
+    start = f"%s = ({near}, {LARGE}, u32[]) copy-start(%p)"
+    total = cost(f"%p = {LARGE} parameter(0)\n{start}\nROOT %d = {near} copy-done(%s)")
+    assert total.total_seconds == 0
+    assert total.hbm_bytes == 4 * 2048 * 1024
 
 
 SPARSE_CORE = f"""
