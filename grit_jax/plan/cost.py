@@ -35,8 +35,6 @@ from grit_jax.plan.traffic import crosses_to_host, moved_bytes, only_moves, traf
 
 # Share of HBM's bandwidth that vector work and copies reach: what published runs (docs/planning.md) leave for them.
 HBM_EFFICIENCY = 0.8
-# VMEM's bandwidth over HBM's: "about 22 times" in "How to Scale Your Model".
-VMEM_SPEED = 22
 # Instructions that visit memory in an order that depends on the data: the compiler's cycles, where it gives any, stand.
 _IRREGULAR = ("gather", "scatter", "sort")
 # Bytes per second and direction between a chip and its host's memory: PCIe, as in "How to Scale Your Model".
@@ -332,7 +330,7 @@ class _Estimator:
         seconds = memory if cycles is None else cycles / self.topology.chip.clock
         if matmul_flops(self.module, computation, instruction):
             return "products", seconds
-        if not self._is_irregular(instruction):
+        if not self._is_irregular(instruction) and memory >= self._memory_seconds(computation, instruction, VMEM):
             seconds = min(seconds, memory)
         return "copies" if only_moves(self.module, instruction) else "vector", seconds
 
@@ -342,7 +340,7 @@ class _Estimator:
             return any(self._is_irregular(inner) for inner in self.module.called(instruction))
         return instruction.opcode in _IRREGULAR
 
-    def _memory_seconds(self, computation: Computation, instruction: Instruction) -> float:
-        """Time to read and write what an instruction touches in HBM and VMEM."""
-        near, far = (traffic(self.module, computation, instruction, space) for space in (VMEM, HBM))
-        return (far + near / VMEM_SPEED) / (HBM_EFFICIENCY * self.topology.chip.hbm_bandwidth)
+    def _memory_seconds(self, computation: Computation, instruction: Instruction, space: int = HBM) -> float:
+        """Time that HBM takes to read and write as much as an instruction touches in a memory."""
+        num_bytes = traffic(self.module, computation, instruction, space)
+        return num_bytes / (HBM_EFFICIENCY * self.topology.chip.hbm_bandwidth)
