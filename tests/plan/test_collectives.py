@@ -32,9 +32,9 @@ def test_a_group_of_four_carries_three_quarters_along_one_axis(opcode, num_bytes
 
 # What XLA:TPU writes beside a collective.
 STRATEGIES = {
-    "one ring": 'debug":"\\nStrategyRing{colors:1 phases:1 cores:{4}}\\nType: 1D phase_count: 1',
-    "two axes": 'strategy":"StrategyND","debug":"\\nStrategyND{colors:2 phases:2 num_dims:2 dim_sizes:4,4}',
-    "three axes": 'emitter":"3DAllGatherOnMajorDim","debug":"',
+    "one ring": '"debug":"\\nStrategyRing{colors:1 phases:1 cores:{4}}\\nType: 1D phase_count: 1',
+    "two axes": '"strategy":"StrategyND","debug":"\\nStrategyND{colors:2 phases:2 num_dims:2 dim_sizes:4,4}',
+    "three axes": '"emitter":"3DAllGatherOnMajorDim","debug":"',
     "sparse cores": ",".join(f'"ring_dim":"ICI_RING_DIM_{axis}_TORUS"' for axis in "XYXY"),
     "nothing": "",
 }
@@ -44,6 +44,7 @@ STRATEGIES = {
     "topology, size, strategy, links",
     [
         ("v5p-128", 64, "three axes", 6),
+        ("v5p-128", 16, "three axes", 6),
         ("v5p-128", 64, "two axes", 4),
         ("v5p-128", 64, "sparse cores", 4),
         ("v5p-128", 64, "one ring", 2),
