@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
@@ -249,12 +249,12 @@ class _Estimator:
         if opcode in ("while", "call", "conditional"):
             self._run_called(instruction, clock)
         elif is_collective(instruction):
-            clock.start(name, self._transfer(computation, instruction))
+            clock.start(name, self._transfer(transfer, computation, instruction))
             if not opcode.endswith("-start"):
                 clock.wait(name, overlapped=False)
         elif opcode in ("send", "recv") and crosses_slices(instruction):
             if opcode == "send":
-                clock.start(rendezvous(instruction), slice_transfer(computation, instruction, self.topology))
+                clock.start(rendezvous(instruction), self._transfer(slice_transfer, computation, instruction))
         elif opcode == "recv-done":
             clock.wait(rendezvous(computation.operands(instruction)[0]))
         elif opcode.endswith("-done"):
@@ -318,11 +318,17 @@ class _Estimator:
     def _transfers(self, instruction: Instruction) -> list[tuple[Instruction, Transfer]]:
         """The collectives in the computations that an instruction calls, with their prices."""
         within = collectives_within(self.module, instruction)
-        return [(collective, self._transfer(inner, collective)) for inner, collective in within]
+        return [(collective, self._transfer(transfer, inner, collective)) for inner, collective in within]
 
-    def _transfer(self, computation: Computation, collective: Instruction) -> Transfer:
-        source = self.module.source(computation, collective)
-        return dataclasses.replace(transfer(computation, collective, self.topology), source=source)
+    def _transfer(
+        self,
+        price: Callable[[Computation, Instruction, Topology], Transfer],
+        computation: Computation,
+        instruction: Instruction,
+    ) -> Transfer:
+        """A transfer with its price and its source line."""
+        moved = price(computation, instruction, self.topology)
+        return dataclasses.replace(moved, source=self.module.source(computation, instruction))
 
     def _work(self, computation: Computation, instruction: Instruction) -> tuple[Kind, float]:
         """The kind and the time of an instruction of the TensorCore that is no kernel."""

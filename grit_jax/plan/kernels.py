@@ -18,9 +18,9 @@ from grit_jax.plan.hlo import Computation, Instruction
 # do not overlap with the products. Fixed with a run of attention almost alone: MaxText's Llama3.1-8B of 4M tokens and
 # heads of 256 computes at 81 % of a v5p's peak, its fused backward pass with five products.
 SCORE_OPERATIONS = 3.75
-# Share of the peak that grouped products reach on whole tiles: in MaxText's dropless Mixtral-8x7B, what is left of the
-# published step after all other work.
-GROUPED_EFFICIENCY = 0.8
+# Share of the peak that products in a kernel reach on whole tiles: what is left of the published step of MaxText's
+# dropless Mixtral-8x7B for its experts, after all other work.
+PRODUCT_EFFICIENCY = 0.8
 
 KernelKind = Literal["attention", "experts", "kernels"]
 
@@ -56,8 +56,8 @@ def kernel_work(kernel: Instruction, computation: Computation, chip: Chip, exper
     if is_grouped(kernel) and flops is not None:
         rows, groups = grouped_sizes(kernel, computation, flops)
         flops *= _executed_rows(rows, groups, expert_fill) / rows
-        return KernelWork("experts", flops, flops / (chip.peak_flops * GROUPED_EFFICIENCY))
-    return KernelWork("kernels", flops, (flops or 0) / chip.peak_flops)
+        return KernelWork("experts", flops, flops / (chip.peak_flops * PRODUCT_EFFICIENCY))
+    return KernelWork("kernels", flops, (flops or 0) / (chip.peak_flops * PRODUCT_EFFICIENCY))
 
 
 def _attention_seconds(flops: float, width: int, chip: Chip) -> float:

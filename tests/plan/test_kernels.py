@@ -3,7 +3,7 @@ import math
 import pytest
 
 from grit_jax.plan.hlo import parse_module
-from grit_jax.plan.kernels import GROUPED_EFFICIENCY, SCORE_OPERATIONS, kernel_work
+from grit_jax.plan.kernels import PRODUCT_EFFICIENCY, SCORE_OPERATIONS, kernel_work
 from grit_jax.plan.topology import parse_topology
 from tests.plan.programs import module
 
@@ -52,7 +52,7 @@ def test_a_grouped_product_computes_the_tile_at_each_boundary_twice(rows, tile):
     work = grouped(rows, 8)
     assert work.kind == "experts"
     assert work.flops == pytest.approx(2 * (rows + 7 * tile) * WIDTH * OUT)
-    assert work.seconds == pytest.approx(work.flops / (V5P.peak_flops * GROUPED_EFFICIENCY))
+    assert work.seconds == pytest.approx(work.flops / (V5P.peak_flops * PRODUCT_EFFICIENCY))
 
 
 @pytest.mark.parametrize("fill", [1.0, 0.5, 0.1])
