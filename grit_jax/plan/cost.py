@@ -34,11 +34,9 @@ from grit_jax.plan.topology import Topology
 from grit_jax.plan.traffic import crosses_to_host, moved_bytes, only_moves, traffic
 
 # Share of HBM's bandwidth that vector work and copies reach: what published runs (docs/planning.md) leave for them.
-HBM_EFFICIENCY = 0.8
+HBM_EFFICIENCY = 0.9
 # Instructions that visit memory in an order that depends on the data: the compiler's cycles, where it gives any, stand.
 _IRREGULAR = ("gather", "scatter", "sort")
-# Bytes per second and direction between a chip and its host's memory: PCIe, as in "How to Scale Your Model".
-HOST_BANDWIDTH = 15e9
 
 _ASYNC_START, _ASYNC_DONE = "AsyncCollectiveStart", "AsyncCollectiveDone"
 
@@ -264,7 +262,9 @@ class _Estimator:
         elif crosses_to_host(computation, instruction):
             num_bytes = moved_bytes(computation, instruction)
             source = self.module.source(computation, instruction)
-            clock.start(name, Transfer("copy", "host", num_bytes, num_bytes / HOST_BANDWIDTH, source))
+            clock.start(
+                name, Transfer("copy", "host", num_bytes, num_bytes / self.topology.chip.host_bandwidth, source)
+            )
             if not opcode.endswith("-start"):
                 clock.wait(name, overlapped=False)
         elif is_kernel(instruction):

@@ -1,6 +1,6 @@
 import pytest
 
-from grit_jax.plan.cost import HBM_EFFICIENCY, HOST_BANDWIDTH, KINDS, estimate
+from grit_jax.plan.cost import HBM_EFFICIENCY, KINDS, estimate
 from grit_jax.plan.topology import parse_topology
 from tests.plan.programs import BODY_OF_WORK, CYCLES, LINK, V5E, cost, counted_loop, cycles, module
 
@@ -173,8 +173,8 @@ def test_copies_to_the_hosts_memory_use_its_bus_and_overlap():
     """
     total = cost(entry, BODY_OF_WORK)
     assert [(row.opcode, row.network, row.count) for row in total.transfers] == [("copy", "host", 1)]
-    assert total.host_seconds == pytest.approx(4 * 8192 / HOST_BANDWIDTH)
-    assert total.seconds["exposed"] == pytest.approx(4 * 8192 / HOST_BANDWIDTH - SECONDS)
+    assert total.host_seconds == pytest.approx(4 * 8192 / V5E.chip.host_bandwidth)
+    assert total.seconds["exposed"] == pytest.approx(4 * 8192 / V5E.chip.host_bandwidth - SECONDS)
     assert total.hbm_bytes == 4 * 8192 + (8 + 64) * 4  # the layer, and what the work reads and writes
 
 
