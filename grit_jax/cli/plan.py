@@ -25,6 +25,7 @@ _FILL = Range("must be over 0 and at most 1", lambda value: 0 < value <= 1)
         argument("--data", metavar="PATH", help="take the lengths of texts from this folder of GRIT data"),
     ),
     JSON,
+    flag("--top", "show the seconds of each kind of work, and the source lines of transfers that nothing hides"),
     (
         flag(
             "--search", "find the fastest rematerialisation and rows of a layer that fit, compiling each that is judged"
@@ -73,5 +74,5 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(recommended | as_json(plan)))
     else:
-        print("\n".join([*as_lines(plan, config), *recommended.get("recommended", [])]))
+        print("\n".join([*as_lines(plan, config, top=args.top), *recommended.get("recommended", [])]))
     return 0 if plan.fits else _DOES_NOT_FIT

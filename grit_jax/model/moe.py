@@ -162,8 +162,13 @@ def _grouped_product(
 
 
 def _megablox_tiles(rows: int, contracted: int, out: int) -> tuple[int, int, int]:
-    """Tiles of a grouped product: the tallest that divide the rows, as wide as fits a TPU core's vector memory."""
-    return next(tile for tile in (512, 256, 128) if rows % tile == 0), min(contracted, 1024), min(out, 1024)
+    """Tiles of a grouped product, as wide as fits a TPU core's vector memory."""
+    return row_tile(rows), min(contracted, 1024), min(out, 1024)
+
+
+def row_tile(rows: int) -> int:
+    """Rows of a tile of a grouped product: the tallest that divides all rows."""
+    return next((tile for tile in (512, 256) if rows % tile == 0), 128)
 
 
 # Sorting and summing are each other's transposes. Saying so makes both of them gathers in the backward pass too, not

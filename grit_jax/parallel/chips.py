@@ -45,6 +45,10 @@ class Chip:
       dcn_bandwidth: Bytes per second and direction of a chip's share of its host's network cards.
       clock: Cycles per second of the TensorCore: peak_flops / (FLOPs per cycle of its matrix units).
       num_cores: TensorCores per chip, which work on one program together.
+      mxu_size: Rows and columns of a matrix unit.
+      vector_units: Units of 8 x 128 lanes of a core that work on elements; for v6e what attention takes in a published
+        run (docs/planning.md), as Google gives no number.
+      host_bandwidth: Bytes per second and direction between the chip and its host's memory.
       compiler_options: XLA's options for a training step beside its defaults, as Google's training recipes for the chip
         set them.
     """
@@ -59,7 +63,15 @@ class Chip:
     dcn_bandwidth: float
     clock: float
     num_cores: int
+    mxu_size: int = 128
+    vector_units: int = 4
+    host_bandwidth: float = 16e9
     compiler_options: Mapping[str, str] = field(default_factory=dict, hash=False)
+
+    @property
+    def vector_operations(self) -> float:
+        """Operations per second of the vector units on single elements."""
+        return self.num_cores * self.clock * self.vector_units * 8 * 128
 
 
 CHIPS = {
@@ -69,7 +81,7 @@ CHIPS = {
         Chip("v5e", "TPU v5 lite", int(15.75 * GIB), 197e12, 819e9, 45e9, 2, 3.125e9, 1.5e9, 1),
         Chip("v5p", "TPU v5", int(95.74 * GIB), 459e12, 2765e9, 90e9, 3, 6.25e9, 1.75e9, 2),
         Chip(
-            "v6e", "TPU v6 lite", int(31.25 * GIB), 918e12, 1638e9, 90e9, 2, 12.5e9, 1.75e9, 1,
+            "v6e", "TPU v6 lite", int(31.25 * GIB), 918e12, 1638e9, 90e9, 2, 12.5e9, 1.75e9, 1, 256, 8, 32e9,
             # More of the core's vector memory for one fusion, 96 MiB: larger tiles read less from HBM, whose bandwidth
             # is what a v6e runs out of first.
             {"xla_tpu_scoped_vmem_limit_kib": "98304"},

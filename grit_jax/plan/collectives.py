@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import operator
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -15,10 +18,8 @@ _OPCODES = (
     "reduce-scatter",
 )  # fmt: skip
 
-# A collective runs as rings in both directions over at most two torus axes, like XLA:TPU's own strategies
-# ("StrategyRing", "2D plane" in its text). Assuming closed rings and both axes free is optimistic for a group along one
-# axis.
-_RING_AXES = 2
+# Instructions that start work on another thread, such as a collective of the SparseCores, while this one goes on.
+THREADS = ("async-start", "call-start")
 # How often a ring carries the array: an all-reduce is a reduce-scatter and an all-gather; in an all-to-all over n chips
 # an element passes n/4 links on average, in a gather n.
 _PASSES = {"all-to-all": 1 / 4, "ragged-all-to-all": 1 / 4, "all-reduce": 2}
@@ -35,12 +36,14 @@ class Transfer:
       network: ici within a slice, dcn between slices, host to and from the host's memory.
       num_bytes: Bytes of the whole array that is gathered, reduced, permuted or copied.
       seconds: Time if nothing else uses the network.
+      source: The source line; empty if unknown.
     """
 
     opcode: str
     network: Network
     num_bytes: int
     seconds: float
+    source: str = ""
 
 
 def is_collective(instruction: Instruction) -> bool:
@@ -48,14 +51,15 @@ def is_collective(instruction: Instruction) -> bool:
     return instruction.opcode.removesuffix("-start") in _OPCODES
 
 
-def collectives_within(module: Module, computation: Computation) -> Iterator[tuple[Computation, Instruction]]:
-    """The collectives of a computation and of the fusions and calls in it, each with its own computation."""
-    for instruction in computation:
-        if is_collective(instruction):
-            yield computation, instruction
-        for key in ("calls", "to_apply"):
-            if instruction.opcode in ("fusion", "call", "async-start") and instruction.attribute(key):
-                yield from collectives_within(module, module.called(instruction, key))
+def collectives_within(module: Module, instruction: Instruction) -> Iterator[tuple[Computation, Instruction]]:
+    """The collectives that a fusion, a call or the start of a thread runs, each with its own computation."""
+    for key in ("calls", "to_apply"):
+        if instruction.opcode in ("fusion", "call", *THREADS) and instruction.attribute(key):
+            called = module.called(instruction, key)
+            for inner in called:
+                if is_collective(inner):
+                    yield called, inner
+                yield from collectives_within(module, inner)
 
 
 def transfer(computation: Computation, instruction: Instruction, topology: Topology) -> Transfer:
@@ -68,10 +72,31 @@ def transfer(computation: Computation, instruction: Instruction, topology: Topol
     if opcode == "all-reduce" and _is_sliced(computation, instruction):
         opcode = "reduce-scatter"
     size = len(replica_groups(instruction, topology.chips_per_slice)[0])
+    links = _links(instruction, size, topology) * chip.ici_bandwidth
     num_bytes = operand * size if opcode == "all-gather" else operand
-    links = 2 * min(chip.num_axes, _RING_AXES) * chip.ici_bandwidth
     seconds = _PASSES.get(opcode, 1) * num_bytes * (size - 1) / size / links
     return Transfer(opcode, "ici", num_bytes, seconds)
+
+
+def _links(collective: Instruction, size: int, topology: Topology) -> int:
+    """Links of a chip that a collective uses in each direction: two on every axis that is a ring, one on another.
+
+    The text names how many axes it takes, or a single ring through all chips, or SparseCores' rings along axes;
+    otherwise a group of `size` chips takes the fewest axes that hold it.
+    """
+    text = collective.attributes
+    if re.search('Type: 1D|"StrategyRing"|1DRing', text):
+        return 2
+    named = re.search(r'"emitter":"(\d)D|\bnum_dims:(\d)', text)
+    rings = set(re.findall(r"ICI_RING_DIM_(\w+?)_", text))
+    sides = sorted(zip(topology.shape, topology.wrap, strict=False), reverse=True)
+    axes = int(named[1] or named[2]) if named else len(rings) or _fewest_axes(size, [side for side, _ in sides])
+    return sum(2 if is_ring else 1 for side, is_ring in sides[:axes] if side > 1)
+
+
+def _fewest_axes(size: int, sides: list[int]) -> int:
+    held = itertools.accumulate(sides, operator.mul)
+    return next((axes for axes, chips in enumerate(held, start=1) if chips >= size), len(sides))
 
 
 def crosses_slices(instruction: Instruction) -> bool:
@@ -112,12 +137,13 @@ def _is_sliced(computation: Computation, value: Instruction) -> bool:
 
 @dataclass(frozen=True)
 class TransferTotal:
-    """One device's transfers of one opcode on one network, in a run of the program.
+    """One device's transfers of one opcode on one network, from one source line, in a run of the program.
 
     Args:
       opcode: As in `Transfer`.
       network: As in `Transfer`.
       overlapped: Whether other work runs meanwhile, between a start and a done.
+      source: As in `Transfer`.
       count: Number of runs.
       num_bytes: Bytes of the whole arrays.
       seconds: Time that it takes.
@@ -127,6 +153,7 @@ class TransferTotal:
     opcode: str
     network: Network
     overlapped: bool
+    source: str = ""
     count: int = 0
     num_bytes: int = 0
     seconds: float = 0.0

@@ -1,18 +1,22 @@
 """Time of a program compiled for a TPU, estimated from its schedule.
 
-The estimate runs the program's instructions in order on a clock. Work of the TensorCore adds the compiler's own
-`estimated_cycles`; Pallas kernels, unknown to the compiler, add their FLOPs at an assumed efficiency; a collective
-occupies its network from its start, and adds the time left when its result is awaited. Loop bodies count once per
-iteration. Trust the ratio of two programs for one chip more than the seconds.
+The estimate runs the program's instructions in order on a clock. Matrix products add the compiler's own
+`estimated_cycles`; vector work and copies add their traffic to memory, as the compiler's cycles are two to three times
+what published runs leave for them; Pallas kernels add the time of `kernels.py`; a collective occupies its network from
+its start, and adds the time left when its result is awaited. Loop bodies count once per iteration.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections import defaultdict
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Literal, get_args
 
 from grit_jax.plan.collectives import (
+    THREADS,
     Network,
     Transfer,
     TransferTotal,
@@ -23,33 +27,30 @@ from grit_jax.plan.collectives import (
     slice_transfer,
     transfer,
 )
-from grit_jax.plan.flops import is_attention, is_grouped, is_kernel, kernel_flops, matmul_flops
-from grit_jax.plan.hlo import Computation, Instruction, Module, parse_module, trip_count
+from grit_jax.plan.flops import is_kernel, matmul_flops
+from grit_jax.plan.hlo import HBM, VMEM, Computation, Instruction, Module, parse_module, trip_count
+from grit_jax.plan.kernels import KernelKind, kernel_work
 from grit_jax.plan.topology import Topology
-from grit_jax.plan.traffic import crosses_to_host, hbm_bytes, moved_bytes
+from grit_jax.plan.traffic import crosses_to_host, moved_bytes, only_moves, traffic
 
-# Share of the peak that a Pallas kernel reaches: assumed, not measured. Splash attention's softmax between its two
-# products keeps the matrix units waiting.
-KERNEL_EFFICIENCY = 0.5
-# Bytes per second and direction between a chip and its host's memory: PCIe, as in "How to Scale Your Model".
-HOST_BANDWIDTH = 15e9
+# Share of HBM's bandwidth that vector work and copies reach: what published runs (docs/planning.md) leave for them.
+HBM_EFFICIENCY = 0.9
+# Instructions that visit memory in an order that depends on the data: the compiler's cycles, where it gives any, stand.
+_IRREGULAR = ("gather", "scatter", "sort")
 
 _ASYNC_START, _ASYNC_DONE = "AsyncCollectiveStart", "AsyncCollectiveDone"
+
+Kind = Literal["products", KernelKind, "vector", "copies", "exposed"]
+KINDS: tuple[Kind, ...] = ("products", *get_args(KernelKind), "vector", "copies", "exposed")
 
 
 @dataclass(frozen=True)
 class Cost:
     """The cost of one run of a program for each device. Times are seconds.
 
-    `total_seconds` is `compute_seconds + attention_seconds + kernel_seconds + exposed_seconds`; HBM and the networks
-    work at the same time.
-
     Attributes:
-      total_seconds: Time from the first instruction to the last.
-      compute_seconds: The TensorCore's work as the compiler estimates it, including waits for HBM.
-      attention_seconds: Splash attention's kernels.
-      kernel_seconds: Other Pallas kernels.
-      exposed_seconds: Waiting for a network with nothing else to do.
+      seconds: Time of each kind of work, one after the other: matrix products of XLA, Pallas kernels of attention,
+        experts and others, vector work, copies on the chip, and waiting for a network with nothing else to do.
       hbm_seconds: HBM's traffic at full bandwidth: a lower bound of the total.
       ici_seconds: Transfers between the chips of a slice, hidden or not.
       dcn_seconds: Transfers between slices, hidden or not.
@@ -57,16 +58,12 @@ class Cost:
       matmul_flops: FLOPs of the matrix products in the program, recomputed ones included.
       kernel_flops: FLOPs of the matrix products in Pallas kernels.
       hbm_bytes: Bytes read and written in HBM.
-      collectives: The table of transfers, by opcode, network and whether they overlap.
+      transfers: The table of transfers, longest first.
       unknown_loops: Loops with an unknown number of iterations, counted as one.
       unknown_kernels: Names of Pallas kernels with unknown FLOPs, counted only by their HBM traffic.
     """
 
-    total_seconds: float
-    compute_seconds: float
-    attention_seconds: float
-    kernel_seconds: float
-    exposed_seconds: float
+    seconds: Mapping[Kind, float]
     hbm_seconds: float
     ici_seconds: float
     dcn_seconds: float
@@ -74,9 +71,14 @@ class Cost:
     matmul_flops: int
     kernel_flops: int
     hbm_bytes: int
-    collectives: tuple[TransferTotal, ...]
+    transfers: tuple[TransferTotal, ...]
     unknown_loops: int
     unknown_kernels: tuple[str, ...]
+
+    @property
+    def total_seconds(self) -> float:
+        """Time from the first instruction to the last."""
+        return sum(self.seconds.values())
 
 
 def estimate(text: str, topology: Topology, *, expert_fill: float = 1.0) -> Cost:
@@ -97,11 +99,7 @@ def estimate(text: str, topology: Topology, *, expert_fill: float = 1.0) -> Cost
         sum(total.seconds for total in transfers if total.network == name) for name in ("ici", "dcn", "host")
     )
     return Cost(
-        total_seconds=totals.seconds,
-        compute_seconds=numbers["compute"],
-        attention_seconds=numbers["attention"],
-        kernel_seconds=numbers["kernels"],
-        exposed_seconds=numbers["exposed"],
+        seconds={kind: numbers[kind] for kind in KINDS},
         hbm_seconds=numbers["hbm_bytes"] / topology.chip.hbm_bandwidth,
         ici_seconds=ici,
         dcn_seconds=dcn,
@@ -109,7 +107,7 @@ def estimate(text: str, topology: Topology, *, expert_fill: float = 1.0) -> Cost
         matmul_flops=int(numbers["matmul_flops"]),
         kernel_flops=int(numbers["kernel_flops"]),
         hbm_bytes=int(numbers["hbm_bytes"]),
-        collectives=transfers,
+        transfers=transfers,
         unknown_loops=int(numbers["unknown_loops"]),
         unknown_kernels=tuple(sorted(totals.unknown_kernels)),
     )
@@ -121,7 +119,7 @@ class _Totals:
 
     numbers: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     carrying: dict[str, float] = field(default_factory=lambda: defaultdict(float))
-    transfers: dict[tuple[str, Network, bool], TransferTotal] = field(default_factory=dict)
+    transfers: dict[tuple[str, Network, bool, str], TransferTotal] = field(default_factory=dict)
     unknown_kernels: set[str] = field(default_factory=set)
 
     def add(self, other: _Totals, times: int = 1) -> None:
@@ -134,13 +132,13 @@ class _Totals:
         self.unknown_kernels |= other.unknown_kernels
 
     def add_transfers(self, total: TransferTotal, times: int = 1) -> None:
-        key = (total.opcode, total.network, total.overlapped)
+        key = (total.opcode, total.network, total.overlapped, total.source)
         self.transfers[key] = self.transfers.get(key, TransferTotal(*key)).plus(total, times)
 
     @property
     def seconds(self) -> float:
         """Time on the clock."""
-        return sum(self.numbers[name] for name in ("compute", "attention", "kernels", "exposed"))
+        return sum(self.numbers[kind] for kind in KINDS)
 
 
 class _Clock:
@@ -153,9 +151,9 @@ class _Clock:
         self._pending: dict[str, list[tuple[Transfer, float]]] = {}
         self._spread: dict[str, Transfer] = {}
 
-    def work(self, part: str, seconds: float) -> None:
-        """Advances by a part's time."""
-        self.totals.numbers[part] += seconds
+    def work(self, kind: Kind, seconds: float) -> None:
+        """Advances by the time of some work."""
+        self.totals.numbers[kind] += seconds
 
     def start(self, name: str, moved: Transfer) -> None:
         """Starts a transfer, after those that occupy its network."""
@@ -175,7 +173,9 @@ class _Clock:
 
     def record(self, moved: Transfer, exposed: float, *, overlapped: bool) -> None:
         """Enters a transfer into the table and advances by its exposed time."""
-        total = TransferTotal(moved.opcode, moved.network, overlapped, 1, moved.num_bytes, moved.seconds, exposed)
+        total = TransferTotal(
+            moved.opcode, moved.network, overlapped, moved.source, 1, moved.num_bytes, moved.seconds, exposed
+        )
         self.totals.add_transfers(total)
         self.work("exposed", exposed)
 
@@ -228,7 +228,7 @@ class _Estimator:
             for computation in module.computations.values()
             for instruction in computation
             if instruction.opcode == "fusion" and _async_role(module, instruction)
-            for _, collective in collectives_within(module, module.called(instruction))
+            for _, collective in collectives_within(module, instruction)
         }
 
     def totals(self, computation: Computation) -> _Totals:
@@ -236,7 +236,7 @@ class _Estimator:
         if computation.name not in self._done:
             clock = _Clock()
             for instruction in computation:
-                clock.totals.numbers["hbm_bytes"] += hbm_bytes(self.module, computation, instruction)
+                clock.totals.numbers["hbm_bytes"] += traffic(self.module, computation, instruction)
                 clock.totals.numbers["matmul_flops"] += matmul_flops(self.module, computation, instruction)
                 self._run(computation, instruction, clock)
             self._done[computation.name] = clock.close()
@@ -247,12 +247,12 @@ class _Estimator:
         if opcode in ("while", "call", "conditional"):
             self._run_called(instruction, clock)
         elif is_collective(instruction):
-            clock.start(name, transfer(computation, instruction, self.topology))
+            clock.start(name, self._transfer(transfer, computation, instruction))
             if not opcode.endswith("-start"):
                 clock.wait(name, overlapped=False)
         elif opcode in ("send", "recv") and crosses_slices(instruction):
             if opcode == "send":
-                clock.start(rendezvous(instruction), slice_transfer(computation, instruction, self.topology))
+                clock.start(rendezvous(instruction), self._transfer(slice_transfer, computation, instruction))
         elif opcode == "recv-done":
             clock.wait(rendezvous(computation.operands(instruction)[0]))
         elif opcode.endswith("-done"):
@@ -261,18 +261,21 @@ class _Estimator:
             clock.rename(instruction.operands[0], name)
         elif crosses_to_host(computation, instruction):
             num_bytes = moved_bytes(computation, instruction)
-            clock.start(name, Transfer("copy", "host", num_bytes, num_bytes / HOST_BANDWIDTH))
+            source = self.module.source(computation, instruction)
+            clock.start(
+                name, Transfer("copy", "host", num_bytes, num_bytes / self.topology.chip.host_bandwidth, source)
+            )
             if not opcode.endswith("-start"):
                 clock.wait(name, overlapped=False)
         elif is_kernel(instruction):
             self._run_kernel(computation, instruction, clock)
         elif opcode == "fusion":
-            self._run_fusion(instruction, clock)
-        elif opcode == "async-start" and (inner := self._transfers(instruction)):
+            self._run_fusion(computation, instruction, clock)
+        elif opcode in THREADS and (inner := self._transfers(instruction)):
             for _, moved in inner:
                 clock.start(name, moved)
-        else:
-            clock.work("compute", self._cycles_seconds(instruction))
+        elif not opcode.endswith("-start"):  # a prefetch goes on beside the work
+            clock.work(*self._work(computation, instruction))
 
     def _run_called(self, instruction: Instruction, clock: _Clock) -> None:
         """Counts a loop's body once per iteration, and a conditional's longest branch."""
@@ -287,22 +290,19 @@ class _Estimator:
             clock.totals.add(max(branches, key=lambda totals: totals.seconds))
 
     def _run_kernel(self, computation: Computation, kernel: Instruction, clock: _Clock) -> None:
-        """A kernel takes as long as its products at the assumed efficiency or its traffic, whichever is longer."""
-        chip, flops = self.topology.chip, kernel_flops(kernel, computation)
-        if flops is None:
+        """A kernel takes as long as its computation or its traffic, whichever is longer."""
+        work = kernel_work(kernel, computation, self.topology.chip, self.expert_fill)
+        if work.flops is None:
             clock.totals.unknown_kernels.add(kernel.name)
-        flops = (flops or 0) * (self.expert_fill if is_grouped(kernel) else 1)
-        clock.totals.numbers["kernel_flops"] += flops
-        seconds = max(
-            flops / (chip.peak_flops * KERNEL_EFFICIENCY),
-            hbm_bytes(self.module, computation, kernel) / chip.hbm_bandwidth,
-        )
-        clock.work("attention" if is_attention(kernel) else "kernels", seconds)
+        clock.totals.numbers["kernel_flops"] += work.flops or 0
+        clock.work(work.kind, max(work.seconds, self._memory_seconds(computation, kernel)))
 
-    def _run_fusion(self, fusion: Instruction, clock: _Clock) -> None:
-        seconds = self._cycles_seconds(fusion)
-        role = _async_role(self.module, fusion)
-        for collective, moved in self._transfers(fusion):
+    def _run_fusion(self, computation: Computation, fusion: Instruction, clock: _Clock) -> None:
+        role, transfers = _async_role(self.module, fusion), self._transfers(fusion)
+        kind, seconds = self._work(computation, fusion)
+        if (transfers or role) and fusion.config("estimated_cycles") is None:
+            seconds = 0.0  # nothing but the transfers
+        for collective, moved in transfers:
             channel = _channel(collective)
             if channel not in self._spread:
                 clock.start(fusion.name, moved)
@@ -312,13 +312,41 @@ class _Estimator:
                 clock.gather(channel)
             else:
                 clock.totals.carrying[channel] += seconds
-        clock.work("compute", seconds)
+        clock.work(kind, seconds)
         clock.wait(fusion.name, overlapped=False)
 
     def _transfers(self, instruction: Instruction) -> list[tuple[Instruction, Transfer]]:
         """The collectives in the computations that an instruction calls, with their prices."""
-        within = collectives_within(self.module, self.module.called(instruction))
-        return [(collective, transfer(inner, collective, self.topology)) for inner, collective in within]
+        within = collectives_within(self.module, instruction)
+        return [(collective, self._transfer(transfer, inner, collective)) for inner, collective in within]
 
-    def _cycles_seconds(self, instruction: Instruction) -> float:
-        return (instruction.config("estimated_cycles") or 0) / self.topology.chip.clock
+    def _transfer(
+        self,
+        price: Callable[[Computation, Instruction, Topology], Transfer],
+        computation: Computation,
+        instruction: Instruction,
+    ) -> Transfer:
+        """A transfer with its price and its source line."""
+        moved = price(computation, instruction, self.topology)
+        return dataclasses.replace(moved, source=self.module.source(computation, instruction))
+
+    def _work(self, computation: Computation, instruction: Instruction) -> tuple[Kind, float]:
+        """The kind and the time of an instruction of the TensorCore that is no kernel."""
+        cycles, memory = instruction.config("estimated_cycles"), self._memory_seconds(computation, instruction)
+        seconds = memory if cycles is None else cycles / self.topology.chip.clock
+        if matmul_flops(self.module, computation, instruction):
+            return "products", seconds
+        if not self._is_irregular(instruction) and memory >= self._memory_seconds(computation, instruction, VMEM):
+            seconds = min(seconds, memory)
+        return "copies" if only_moves(self.module, instruction) else "vector", seconds
+
+    def _is_irregular(self, instruction: Instruction) -> bool:
+        """Whether an instruction, or one inside a fusion, visits memory in an order that depends on the data."""
+        if instruction.opcode == "fusion":
+            return any(self._is_irregular(inner) for inner in self.module.called(instruction))
+        return instruction.opcode in _IRREGULAR
+
+    def _memory_seconds(self, computation: Computation, instruction: Instruction, space: int = HBM) -> float:
+        """Time that HBM takes to read and write as much as an instruction touches in a memory."""
+        num_bytes = traffic(self.module, computation, instruction, space)
+        return num_bytes / (HBM_EFFICIENCY * self.topology.chip.hbm_bandwidth)

@@ -98,6 +98,19 @@ def kernel_flops(kernel: Instruction, computation: Computation) -> int | None:
     return 0 if whole_numbers else kernel.config("flops")
 
 
+def head_dim(kernel: Instruction, computation: Computation) -> int:
+    """Width of a head of splash attention's kernel."""
+    query, _ = _query_and_key([operand.arrays[0] for operand in computation.operands(kernel)])
+    return query.dims[-1]
+
+
+def grouped_sizes(kernel: Instruction, computation: Computation, flops: int) -> tuple[int, int]:
+    """Rows and groups of a grouped product: every row with one group's [width, out] kernel, or its gradient."""
+    arrays = [array for each in (*computation.operands(kernel), kernel) for array in each.arrays]
+    groups, width, out = next(array.dims for array in arrays if re.match("b?f", array.dtype) and len(array.dims) == 3)
+    return flops // (2 * width * out), groups
+
+
 # Products of [length, head_dim] with [head_dim, length], or of that size, per visible pair of blocks: scores and values
 # forward; scores, its gradient and one or two of dq, dk, dv backward (the fused backward makes all three).
 _SPLASH_PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4, "fused": 5}
@@ -110,7 +123,7 @@ def _splash_flops(kernel: Instruction, arrays: list[Array]) -> int:
     computed from positions, these are another operand, besides the two of segment ids; such a mask with a whole table
     is assumed causal.
     """
-    query, key = [array for array in arrays if re.match("b?f", array.dtype) and len(array.dims) >= 3][:2]
+    query, key = _query_and_key(arrays)
     phase = re.search(r"_(fwd|dq|dkv)", kernel.name)
     if phase is None:
         raise ValueError(f"unknown splash attention kernel {kernel.name}")
@@ -118,17 +131,20 @@ def _splash_flops(kernel: Instruction, arrays: list[Array]) -> int:
     if name == "dkv" and sum(array.size >= key.size and len(array.dims) >= 3 for array in kernel.arrays) == 3:
         name = "fused"
     suffix = "" if phase[1] == "fwd" else f"_{phase[1]}"
-    length, head_dim = query.dims[-2:]
     block_q, block_kv = (
         _block_size(kernel, f"block_{side}{suffix}", array.dims[-2]) for side, array in (("q", query), ("kv", key))
     )
-    rows, columns = -(-length // block_q), -(-key.dims[-2] // block_kv)
+    rows, columns = -(-query.dims[-2] // block_q), -(-key.dims[-2] // block_kv)
     blocks = min((math.prod(array.dims[-2:]) for array in arrays if array.dtype == "s8"), default=rows * columns)
     has_positions = sum(array.dtype == "s32" for array in arrays) % 2 == 1
     if has_positions and blocks == rows * columns:
         blocks = sum(min(columns, -(-(row + 1) * block_q // block_kv)) for row in range(rows))
     batch_and_heads = math.prod(query.dims[:-2])
-    return _SPLASH_PRODUCTS[name] * 2 * batch_and_heads * blocks * block_q * block_kv * head_dim
+    return _SPLASH_PRODUCTS[name] * 2 * batch_and_heads * blocks * block_q * block_kv * query.dims[-1]
+
+
+def _query_and_key(arrays: list[Array]) -> list[Array]:
+    return [array for array in arrays if re.match("b?f", array.dtype) and len(array.dims) >= 3][:2]
 
 
 def _block_size(kernel: Instruction, key: str, length: int) -> int:

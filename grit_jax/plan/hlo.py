@@ -12,7 +12,7 @@ import itertools
 import math
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -31,7 +31,14 @@ _PARTS = re.compile(
     re.DOTALL,
 )
 
+# The tables of source lines before the computations: `7 {file_name_id=2 function_name_id=3 line=57 ...}` and the like.
+_TABLES = ("FileNames", "FileLocations", "StackFrames")
+_TABLE_ROW = re.compile(r'^(\d+) (?:"(.*)"|\{(.*)\})$')
+
 _IOTA = r"\[([\d,]+)\](?:T\(([\d,]+)\))?"
+
+# How many producers of an instruction's operand to ask for the source line that it lacks.
+_SOURCE_STEPS = 6
 
 # Memory spaces of a layout, S(n), as XLA:TPU numbers them.
 HBM, VMEM, HOST = 0, 1, 5
@@ -45,11 +52,13 @@ class Array:
       dtype: XLA's name of the element type, such as bf16.
       dims: Sizes.
       space: Memory space: HBM, VMEM, HOST or one of the small ones.
+      tiled: Sizes as stored, outermost first: the innermost are whole tiles; empty if the text does not say.
     """
 
     dtype: str
     dims: tuple[int, ...]
     space: int = HBM
+    tiled: tuple[int, ...] = ()
 
     @property
     def size(self) -> int:
@@ -59,8 +68,16 @@ class Array:
     @property
     def num_bytes(self) -> int:
         """Bytes of the elements, without the padding of tiles."""
-        bits = _BITS.get(self.dtype) or int(re.findall(r"\d+", self.dtype)[0])
-        return -(-self.size * bits // 8)
+        return -(-self.size * self._bits // 8)
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes in memory, with the padding of tiles."""
+        return -(-math.prod(self.tiled) * self._bits // 8) if self.tiled else self.num_bytes
+
+    @property
+    def _bits(self) -> int:
+        return _BITS.get(self.dtype) or int(re.findall(r"\d+", self.dtype)[0])
 
 
 @dataclass(frozen=True)
@@ -105,6 +122,11 @@ class Instruction:
         """Bytes of the whole result."""
         return sum(array.num_bytes for array in self.arrays)
 
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of the whole result in memory, with the padding of tiles."""
+        return sum(array.stored_bytes for array in self.arrays)
+
 
 @dataclass(frozen=True)
 class Computation:
@@ -143,10 +165,23 @@ class Computation:
 
 @dataclass(frozen=True)
 class Module:
-    """A compiled program."""
+    """A compiled program; `frames` are its source lines, such as `grit_jax/model/layers.py:57`, by `stack_frame_id`."""
 
     computations: Mapping[str, Computation]
     entry: Computation
+    frames: Mapping[str, str] = field(default_factory=dict)
+
+    def source(self, computation: Computation, instruction: Instruction) -> str:
+        """The source line of an instruction; of what it takes, if the compiler made it; empty if unknown."""
+        for _ in range(_SOURCE_STEPS):
+            if line := self.frames.get(instruction.attribute("stack_frame_id") or ""):
+                return line
+            if found := re.search(r'source_file="([^"]*)" source_line=(\d+)', instruction.attributes):
+                return f"{_short(found[1])}:{found[2]}"
+            if not instruction.operands:
+                break
+            instruction = computation.instructions[instruction.operands[0]]
+        return ""
 
     def called(self, instruction: Instruction, key: str = "calls") -> Computation:
         """The computation that an instruction names in `key`: calls, to_apply, condition or body."""
@@ -166,13 +201,19 @@ def parse_module(text: str) -> Module:
       ValueError: The text has no entry computation.
     """
     computations: dict[str, Computation] = {}
-    entry, name, lines = None, None, []
+    tables: dict[str, dict[str, str]] = {name: {} for name in _TABLES}
+    entry, name, lines, table = None, None, [], None
     for line in text.splitlines():
         if name is None:
             header = _COMPUTATION.match(line)
             if header:
                 name, lines = header[2], []
                 entry = name if header[1] else entry
+            elif row := _TABLE_ROW.match(line):
+                if table in tables:
+                    tables[table][row[1]] = row[2] or row[3]
+            else:
+                table = line.strip() or table
         elif _END.match(line):
             parsed = [_parse_instruction(whole) for whole in lines]
             computations[name] = Computation(name, {instruction.name: instruction for instruction in parsed})
@@ -183,7 +224,24 @@ def parse_module(text: str) -> Module:
             lines[-1] += line  # attributes with line breaks
     if entry is None:
         raise ValueError("the text has no ENTRY computation: not the HLO of a compiled program")
-    return Module(computations, computations[entry])
+    return Module(computations, computations[entry], _frames(tables))
+
+
+def _frames(tables: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
+    """Source lines by stack frame, each the innermost of its stack."""
+
+    def fields(row: str) -> dict[str, str]:
+        return dict(pair.split("=") for pair in row.split())
+
+    files = {key: _short(path) for key, path in tables["FileNames"].items()}
+    locations = {key: fields(row) for key, row in tables["FileLocations"].items()}
+    lines = {key: f"{files[row['file_name_id']]}:{row['line']}" for key, row in locations.items()}
+    return {key: lines[fields(row)["file_location_id"]] for key, row in tables["StackFrames"].items()}
+
+
+def _short(path: str) -> str:
+    """A path from its package on."""
+    return re.sub(r".*/(site-packages/|(?=grit_jax/))", "", path)
 
 
 def _parse_instruction(line: str) -> Instruction:
@@ -206,8 +264,22 @@ def parse_arrays(text: str) -> tuple[Array, ...]:
     arrays = []
     for dtype, dims, layout in _ARRAY.findall(text):
         space = re.search(r"S\((\d+)\)", layout)
-        arrays.append(Array(dtype, _numbers(dims), int(space[1]) if space else HBM))
+        sizes = _numbers(dims)
+        arrays.append(Array(dtype, sizes, int(space[1]) if space else HBM, _tiled(sizes, layout)))
     return tuple(arrays)
+
+
+@functools.lru_cache(maxsize=4096)
+def _tiled(dims: tuple[int, ...], layout: str) -> tuple[int, ...]:
+    """Sizes as stored under a layout such as `1,0:T(8,128)(2,1)`: its dims from the innermost, and their tile."""
+    found = re.match(r"([\d,]+):T\(([\d,]+)\)", layout)
+    if not found:
+        return ()
+    sizes, tile = [dims[dim] for dim in reversed(_numbers(found[1]))], _numbers(found[2])
+    whole = len(sizes) - len(tile)
+    if whole < 0:
+        return ()
+    return (*sizes[:whole], *(-(-size // side) * side for size, side in zip(sizes[whole:], tile, strict=True)))
 
 
 def _numbers(text: str) -> tuple[int, ...]:

@@ -177,17 +177,19 @@ def make_plan(
     return Plan(
         **about,
         **step_memory(compiled, sharding.platform(mesh))._asdict(),
-        cost=estimate(compiled.as_text() or "", topology, expert_fill=_expert_fill(architecture, mesh)),
+        cost=estimate(compiled.as_text() or "", topology, expert_fill=_expert_fill(architecture, mesh, work)),
         compile_seconds=seconds,
     )
 
 
-def _expert_fill(architecture: TransformerConfig, mesh: jax.sharding.Mesh) -> float:
-    """Share of the rows for a device's experts that hold a token, if experts get equally many tokens."""
+def _expert_fill(architecture: TransformerConfig, mesh: jax.sharding.Mesh, work: Work) -> float:
+    """Share of the rows for a device's experts that hold a token: all get equally many, and no padding."""
     if not architecture.num_experts:
         return 1.0
     shards, per_token = sharding.axis_size(mesh, "experts"), architecture.experts_per_token
-    return per_token / (shards * min(per_token, architecture.num_experts // shards)) if shards > 1 else 1.0
+    # With experts on several devices, there are rows for the case that one device's experts get all tokens.
+    reserved = shards * min(per_token, architecture.num_experts // shards) if shards > 1 else per_token
+    return work.tokens / work.capacity * per_token / reserved
 
 
 def lower(setup: Setup, mesh: jax.sharding.Mesh, lengths: Lengths) -> tuple[Work, jax.stages.Lowered]:

@@ -34,12 +34,14 @@ class Work:
       rows_at_once: Most rows that pass through the model at once, all devices together.
       tokens: Tokens that are not padding.
       flops: Model FLOPs: forward and backward, without recomputation and padding.
+      capacity: Tokens that the rows have room for, padding included.
     """
 
     rows: dict[str, int]
     rows_at_once: int
     tokens: int
     flops: float
+    capacity: int
 
 
 def lengths_at_limits(streams: Sequence[Stream], fill: float = 1.0) -> Lengths:
@@ -77,16 +79,17 @@ def planned_work(architecture: TransformerConfig, objectives: Sequence[Objective
       shards: Number of equal parts into which a batch's rows are divided.
       texts: Lengths of the texts of a step.
     """
-    rows, pairs, through_head = {}, 0.0, 0
+    rows, pairs, through_head, capacity = {}, 0.0, 0, 0
     for objective in objectives:
         stream, tokens = objective.stream, texts[objective.name]
         rows[stream.name] = packed_rows(stream, tokens, shards)
+        capacity += rows[stream.name] * stream.row_length
         pairs += float(np.sum(np.square(tokens, dtype=float))) / (2 if objective.causal else 1)
         through_head += int(tokens.sum()) if objective.uses_head else 0
     total = sum(int(tokens.sum()) for tokens in texts.values())
     flops = model_flops(architecture, tokens=total, tokens_through_head=through_head, attention_pairs=pairs)
     at_once = shards * max(rows_at_once(each.stream, rows[each.name], shards) for each in objectives)
-    return Work(rows, at_once, total, flops)
+    return Work(rows, at_once, total, flops, capacity)
 
 
 def rows_by_stream(work: Work) -> dict[str, int]:

@@ -24,10 +24,44 @@ def price(opcode, shape="bf16[524288]", attributes="replica_groups=[2,4]<=[8]", 
         ("all-to-all", MEBIBYTE, 0.75 / 4 * MEBIBYTE),
     ],
 )
-def test_a_group_of_four_carries_three_quarters_over_two_axes_both_ways(opcode, num_bytes, carried):
+def test_a_group_of_four_carries_three_quarters_along_one_axis(opcode, num_bytes, carried):
     moved = price(opcode)
     assert (moved.opcode, moved.network, moved.num_bytes) == (opcode.removesuffix("-start"), "ici", num_bytes)
-    assert moved.seconds == pytest.approx(carried / (4 * LINK))
+    assert moved.seconds == pytest.approx(carried / LINK)
+
+
+# What XLA:TPU writes beside a collective.
+STRATEGIES = {
+    "one ring": '"debug":"\\nStrategyRing{colors:1 phases:1 cores:{4}}\\nType: 1D phase_count: 1',
+    "two axes": '"strategy":"StrategyND","debug":"\\nStrategyND{colors:2 phases:2 num_dims:2 dim_sizes:4,4}',
+    "three axes": '"emitter":"3DAllGatherOnMajorDim","debug":"',
+    "sparse cores": ",".join(f'"ring_dim":"ICI_RING_DIM_{axis}_TORUS"' for axis in "XYXY"),
+    "nothing": "",
+}
+
+
+@pytest.mark.parametrize(
+    "topology, size, strategy, links",
+    [
+        ("v5p-128", 64, "three axes", 6),
+        ("v5p-128", 16, "three axes", 6),
+        ("v5p-128", 64, "two axes", 4),
+        ("v5p-128", 64, "sparse cores", 4),
+        ("v5p-128", 64, "one ring", 2),
+        ("v5p-128", 64, "nothing", 6),
+        ("v5p-128", 16, "nothing", 4),
+        ("v5p-128", 4, "nothing", 2),
+        ("v5p-32", 16, "nothing", 3),  # 2 x 2 x 4: no axis is a ring
+        ("v5e-256", 256, "two axes", 4),
+        ("v5e-128", 128, "two axes", 3),  # 8 x 16: only the whole pod's side is a ring
+        ("v6e-64", 64, "nothing", 2),
+    ],
+)
+def test_a_collective_uses_the_links_along_the_axes_that_the_program_names(topology, size, strategy, links):
+    topology = parse_topology(topology)
+    groups = f"replica_groups=[{topology.num_chips // size},{size}]<=[{topology.num_chips}]"
+    moved = price("reduce-scatter", attributes=f"{groups}, {STRATEGIES[strategy]}", topology=topology)
+    assert moved.seconds == pytest.approx(MEBIBYTE * (size - 1) / size / (links * topology.chip.ici_bandwidth))
 
 
 def test_a_permute_uses_one_link_in_one_direction():

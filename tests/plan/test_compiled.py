@@ -1,6 +1,7 @@
 """The estimate of programs that libtpu compiles here."""
 
 import importlib.util
+import re
 import sys
 
 import pytest
@@ -50,7 +51,10 @@ def test_products_of_nested_loops_are_counted_as_often_as_they_run(compiled):
 
 def test_collectives_of_nested_loops_are_counted_as_often_as_they_run(compiled):
     total = estimate(compiled, parse_topology("v5e-4"))
-    counted = {row.opcode: (row.count, row.num_bytes) for row in total.collectives}
+    counted = {}
+    for row in total.transfers:
+        count, num_bytes = counted.get(row.opcode, (0, 0))
+        counted[row.opcode] = (count + row.count, num_bytes + row.num_bytes)
     runs, weight = CHUNKS * LAYERS, 2 * WIDTH * WIDTH
     # Weights are gathered for each of three passes; a gradient is reduced once, and the loss of each chunk.
     assert counted["all-gather"] == (3 * runs, 3 * runs * weight)
@@ -58,12 +62,18 @@ def test_collectives_of_nested_loops_are_counted_as_often_as_they_run(compiled):
     assert total.dcn_seconds == total.host_seconds == 0
 
 
-def test_the_total_is_that_of_an_independent_estimate(compiled, shared):
+def test_products_are_those_of_an_independent_estimate(compiled, shared):
     spec = importlib.util.spec_from_file_location("hlocost", shared / "tpu" / "hlocost.py")
     hlocost = importlib.util.module_from_spec(spec)
     limit = sys.getrecursionlimit()
     spec.loader.exec_module(hlocost)
     sys.setrecursionlimit(limit)
-    assert estimate(compiled, parse_topology("v5e-4")).total_seconds == pytest.approx(
-        hlocost.analyze(compiled, "v5e")["total_s"], rel=0.05
-    )
+    total, judged = estimate(compiled, parse_topology("v5e-4")), hlocost.analyze(compiled, "v5e")
+    assert total.matmul_flops == pytest.approx(judged["mm_flops"], rel=0.02)
+    assert total.seconds["products"] == pytest.approx(judged["mm_s"], rel=0.05)
+
+
+def test_every_transfer_of_a_compiled_program_has_its_source_line(compiled):
+    sources = {row.source for row in estimate(compiled, parse_topology("v5e-4")).transfers}
+    assert sources
+    assert all(re.fullmatch(r".*test_compiled\.py:\d+", source) for source in sources)

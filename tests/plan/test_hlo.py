@@ -11,7 +11,7 @@ from grit_jax.plan.hlo import (
     replica_groups,
     trip_count,
 )
-from tests.plan.programs import LOOP_BODY_OF_WORK, counted_loop, module
+from tests.plan.programs import BODY_OF_WORK, counted_loop, module
 
 
 def loop_of(limit, step=1, attributes=""):
@@ -46,7 +46,23 @@ def test_a_tuples_leaves_come_in_order_with_their_memory_spaces():
     spaces = (VMEM, HBM, HBM, HOST)
     dims = ((2, 8), (4,), (), (4,))
     dtypes = ("bf16", "f32", "s32", "f32")
-    assert parse_arrays(text) == tuple(map(Array, dtypes, dims, spaces))
+    tiled = ((8, 128), (), (), ())
+    assert parse_arrays(text) == tuple(map(Array, dtypes, dims, spaces, tiled))
+
+
+@pytest.mark.parametrize(
+    "text, num_bytes",
+    [
+        ("f32[4,256]{1,0:T(8,128)}", 4 * 8 * 256),
+        ("f32[4,256]{0,1:T(8,128)}", 4 * 256 * 128),  # the first dim is innermost
+        ("bf16[6,2048,64,64]{3,2,1,0:T(8,128)(2,1)}", 2 * 6 * 2048 * 64 * 128),
+        ("s32[300]{0:T(1024)}", 4 * 1024),
+        ("f32[4,256]{1,0}", 4 * 4 * 256),
+        ("f32[]{:T(128)}", 4),
+    ],
+)
+def test_an_array_is_stored_in_whole_tiles(text, num_bytes):
+    assert parse_arrays(text)[0].stored_bytes == num_bytes
 
 
 def test_attributes_over_several_lines_belong_to_one_instruction():
@@ -118,7 +134,7 @@ def test_replica_groups_in_an_unknown_form_are_refused():
 
 
 def test_a_computation_of_another_processor_ends_where_it_says_so():
-    text = module("ROOT %r = f32[8]{0} call(%p), to_apply=%beside", LOOP_BODY_OF_WORK.replace("%work", "%beside"))
+    text = module("ROOT %r = f32[8]{0} call(%p), to_apply=%beside", BODY_OF_WORK.replace("%work", "%beside"))
     text = text.replace("\n}\n\nENTRY", '\n}, execution_thread="sparsecore"\n\nENTRY')
     assert "sparsecore" in text
     assert set(parse_module(text).computations) == {"beside", "main"}

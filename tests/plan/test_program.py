@@ -5,11 +5,13 @@ import jax
 import pytest
 
 from grit_jax.cli import main as cli
-from grit_jax.config import Config, DataConfig, ModelConfig, TrainConfig, TransformerConfig
+from grit_jax.config import Config, DataConfig, MeshConfig, ModelConfig, TrainConfig, TransformerConfig
 from grit_jax.data.streams import trained_streams
 from grit_jax.errors import InputError
+from grit_jax.parallel.sharding import make_mesh
 from grit_jax.plan import program
-from grit_jax.plan.cost import Cost
+from grit_jax.plan.collectives import TransferTotal
+from grit_jax.plan.cost import KINDS, Cost
 from grit_jax.plan.presentation import as_json, as_lines
 from grit_jax.plan.program import Plan, planned_config
 from grit_jax.plan.topology import parse_topology
@@ -48,9 +50,30 @@ FAILED = """RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 23.5
 """
 
 
+COST = Cost(
+    seconds={kind: 0.5 if kind in ("products", "attention", "vector", "exposed") else 0.0 for kind in KINDS},
+    hbm_seconds=0.1,
+    ici_seconds=0.7,
+    dcn_seconds=0.0,
+    host_seconds=0.0,
+    matmul_flops=10,
+    kernel_flops=0,
+    hbm_bytes=5,
+    transfers=(
+        TransferTotal("all-gather", "ici", False, "grit_jax/model/layers.py:57", 64, 3 << 30, 0.4, 0.4),
+        TransferTotal("all-gather", "ici", False, "grit_jax/model/layers.py:61", 64, 1 << 30, 0.1, 0.1),
+        TransferTotal("all-reduce", "ici", False, "grit_jax/train/step.py:137", 1, 4, 1e-6, 1e-6),
+        TransferTotal("all-gather", "ici", True, "grit_jax/model/layers.py:57", 64, 1 << 30, 0.2, 0.0),
+    ),
+    unknown_loops=0,
+    unknown_kernels=(),
+)
+
+
 def plan(**changes):
     about = {
-        "topology": TOPOLOGY, "parameters": 1000, "work": Work({"embedding": 16, "generative": 8}, 16, 4096, 1e12),
+        "topology": TOPOLOGY, "parameters": 1000,
+        "work": Work({"embedding": 16, "generative": 8}, 16, 4096, 1e12, 4096),
         "rows_at_once": {"embedding": 2, "generative": 1}, "steps": 1800, "state_bytes": 1 << 30, "negatives": "dense",
         "argument_bytes": 1 << 30, "temporary_bytes": 2 << 30, "peak_bytes": 3 << 30, "host_bytes": 0, "largest": (),
         "cost": None, "compile_seconds": 1.0,
@@ -71,7 +94,7 @@ def test_texts_at_their_limits_are_packed_as_a_step_packs_them():
     # 16 queries of 64 share 4 rows of 256, 32 passages fill one each; 8 conversations fill one each.
     assert work.rows == {"embedding": 40, "generative": 8}
     tokens, generated = 16 * 64 + 32 * 256 + 8 * 128, 8 * 128
-    assert work.tokens == tokens
+    assert (work.tokens, work.capacity) == (tokens, 40 * 256 + 8 * 128)
     pairs = 16 * 64**2 + 32 * 256**2 + 8 * 128**2 / 2
     assert work.flops == model_flops(ARCHITECTURE, tokens=tokens, tokens_through_head=generated, attention_pairs=pairs)
 
@@ -124,7 +147,7 @@ def compiler_says(monkeypatch):
                 raise jax.errors.JaxRuntimeError(message)
 
         monkeypatch.setattr(program, "devices", lambda topology: jax.devices())
-        work = Work({"embedding": 40, "generative": 8}, 40, 4096, 1e12)
+        work = Work({"embedding": 40, "generative": 8}, 40, 4096, 1e12, 4096)
         monkeypatch.setattr(program, "lower", lambda *_: (work, Lowered()))
 
     return fail
@@ -170,10 +193,48 @@ def test_another_error_of_the_compiler_is_raised(compiler_says):
 
 
 def test_a_plan_says_what_the_whole_run_costs():
-    found = plan(cost=Cost(2.0, 1.0, 0.5, 0.0, 0.5, 0.1, 0.1, 0.0, 0.0, 10, 0, 5, (), 0, ()))
+    found = plan(cost=COST)
     assert "the whole run: 1,800 steps, 1.0 hours, 8.0 chip-hours" in "\n".join(as_lines(found, CONFIG))
     report = as_json(found)
     assert (report["steps"], report["predicted_run_hours"], report["predicted_chip_hours"]) == (1800, 1.0, 8.0)
+
+
+def test_the_top_names_every_kind_of_work_and_each_long_exposed_transfer(monkeypatch, capsys):
+    monkeypatch.setattr(program, "make_plan", lambda *_, **__: plan(cost=COST))
+    arguments = ["plan", str(ROOT / "configs/gritlm_7b_v5p_128.yaml"), "--topology", "v5p-128"]
+    assert cli.main(arguments) == 0
+    plain = capsys.readouterr().out
+    # Without it, the transfers of all lines together.
+    assert "all-gather (ici, synchronous): 128 x, 4.29 GB, 0.500 s, exposed 0.500" in plain
+    assert "layers.py" not in plain
+    assert cli.main([*arguments, "--top"]) == 0
+    top = capsys.readouterr().out.removeprefix(plain.rpartition("compiled in")[0])
+    assert [line.split() for line in top.splitlines() if "%" in line] == [
+        *([["0.500", "s", "25.0%", *name.split()] for name in (
+            "matrix products", "attention", "vector work", "exposed transfers")]),
+        *([["0.000", "s", "0.0%", *name.split()] for name in ("experts", "other kernels", "copies")]),
+        ["2.000", "s", "100.0%", "in", "all"],
+    ]  # fmt: skip
+    exposed = [line.strip() for line in top.splitlines() if "exposed at" in line]
+    assert [line.partition(":")[0] for line in exposed] == [
+        "0.400 s exposed at grit_jax/model/layers.py", "0.100 s exposed at grit_jax/model/layers.py"
+    ]  # fmt: skip
+    assert exposed[0].startswith("0.400 s exposed at grit_jax/model/layers.py:57: all-gather (ici, synchronous): 64 x")
+
+
+def test_the_seconds_of_the_report_add_up_to_the_step():
+    report = as_json(plan(cost=COST))
+    assert sum(report["seconds"].values()) == report["predicted_step_seconds"] == 2.0
+    exposed = sum(row["exposed_seconds"] for row in report["collectives"])
+    assert exposed == pytest.approx(report["seconds"]["exposed"], abs=1e-5)
+
+
+def test_padding_gets_no_expert():
+    experts = dataclasses.replace(ARCHITECTURE, num_experts=8)
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    for tokens, fill in ((4096, 1.0), (1024, 0.25)):
+        work = Work({"generative": 8}, 8, tokens, 1e12, 4096)
+        assert program._expert_fill(experts, mesh, work) == fill
 
 
 @pytest.mark.parametrize(
@@ -192,8 +253,7 @@ def test_a_plan_that_does_not_fit_says_what_dominates_and_what_to_change(changes
 
 @pytest.mark.parametrize(("peak", "code"), [(1 << 30, 0), (99 << 30, 3)])
 def test_the_command_prints_one_object_and_its_exit_code_says_whether_it_fits(monkeypatch, capsys, peak, code):
-    cost = Cost(2.0, 1.0, 0.5, 0.0, 0.5, 0.1, 0.1, 0.0, 0.0, 10, 0, 5, (), 0, ())
-    monkeypatch.setattr(program, "make_plan", lambda *_, **__: plan(cost=cost, peak_bytes=peak))
+    monkeypatch.setattr(program, "make_plan", lambda *_, **__: plan(cost=COST, peak_bytes=peak))
     arguments = ["plan", str(ROOT / "configs/gritlm_7b_v5p_128.yaml"), "--topology", "v5p-128", "--json"]
     assert cli.main(arguments) == code
     (line,) = capsys.readouterr().out.splitlines()
@@ -204,7 +264,7 @@ def test_the_command_prints_one_object_and_its_exit_code_says_whether_it_fits(mo
     ):  # fmt: skip
         assert report[key] is not None, key
     assert report["fits"] == (code == 0)
-    assert report == json.loads(json.dumps(as_json(plan(cost=cost, peak_bytes=peak))))
+    assert report == json.loads(json.dumps(as_json(plan(cost=COST, peak_bytes=peak))))
 
 
 @pytest.mark.parametrize(
