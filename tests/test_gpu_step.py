@@ -24,6 +24,7 @@ def run(tmp_path, *options):
     return [json.loads(line) for line in done.stdout.splitlines()], done.returncode
 
 
+@pytest.mark.long
 def test_every_section_runs_in_small_on_a_bare_machine_without_a_gpu(tmp_path):
     lines, code = run(tmp_path, "--toy")
     assert [line for line in lines if line.get("error")] == []

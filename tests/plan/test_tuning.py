@@ -55,7 +55,7 @@ class Compiler:
     def __call__(self, config, topology, lengths):
         self.configs.append(config)
         seconds, peak = self.seconds(config), int(self.share(config) * LIMIT)
-        cost = Cost(seconds, 1.0, 0.5, 0.0, 0.5, 0.1, 0.1, 0.0, 0.0, 10, 0, 5, (), 0, ())
+        cost = Cost({"products": seconds}, 0.1, 0.1, 0.0, 0.0, 10, 0, 5, (), 0, ())
         state = int(self.state * LIMIT)
         return plan(cost=cost if peak < 1.5 * LIMIT else None, peak_bytes=peak, state_bytes=state)
 
