@@ -112,6 +112,13 @@ def median_seconds(run: Callable[[], Any], repeats: int) -> float:
     return statistics.median(seconds[2:])
 
 
+def _waited(run: Callable[..., Any], *arrays: Any) -> Callable[[], Any]:
+    """A call of a compiled JAX function that waits for its result."""
+    import jax
+
+    return lambda: jax.block_until_ready(run(*arrays))
+
+
 def _kernels() -> tuple[str, ...]:
     """The attention kernels to compare, the reference first."""
     import jax
@@ -193,24 +200,19 @@ def matmul(size: Size) -> None:
             for key, dims in zip(jax.random.split(jax.random.key(0)), (shape[:2], shape[1:]), strict=True)
         )
         product = jax.jit(jnp.matmul)
-        seconds = median_seconds(lambda: product(left, right).block_until_ready(), 3 * size.repeats)  # noqa: B023
+        seconds = median_seconds(_waited(product, left, right), 3 * size.repeats)
         say("matmul", shape=shape, tflops=round(2 * np.prod(shape) / seconds / 1e12, 3))
 
 
 def attention_alone(size: Size) -> None:
     """Milliseconds of one layer's attention, forward, and forward and backward."""
-    import jax
-
     for tenth, ((rows, length), causal) in itertools.product(
         (True, False), ((size.embedding, False), (size.generative, True))
     ):
         arrays, segments, positions = _attention(size, rows, length, tenth=tenth)
         for kernel in _kernels()[1:]:
             passes = _passes(kernel, segments, positions, "bfloat16", causal=causal)
-            forward, both = (
-                median_seconds(lambda: jax.block_until_ready(run(*arrays)), 3 * size.repeats)  # noqa: B023
-                for run in passes
-            )
+            forward, both = (median_seconds(_waited(run, *arrays), 3 * size.repeats) for run in passes)
             say("attention", kernel=kernel, causal=causal, rows=len(segments), length=length,
                 texts="tenth" if tenth else "limits", forward_ms=round(1e3 * forward, 3),
                 forward_backward_ms=round(1e3 * both, 3))  # fmt: skip

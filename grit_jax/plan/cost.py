@@ -41,7 +41,7 @@ _IRREGULAR = ("gather", "scatter", "sort")
 _ASYNC_START, _ASYNC_DONE = "AsyncCollectiveStart", "AsyncCollectiveDone"
 
 Kind = Literal["products", KernelKind, "vector", "copies", "exposed"]
-KINDS: tuple[Kind, ...] = ("products", *get_args(KernelKind), "vector", "copies", "exposed")
+KINDS: tuple[Kind, ...] = get_args(Kind)
 
 
 @dataclass(frozen=True)
