@@ -1,1 +1,1 @@
-"""Checkpoints on a disk or in a bucket, and opening any model."""
+"""Checkpoints on a disk or in a bucket, opening any model, and merging models."""

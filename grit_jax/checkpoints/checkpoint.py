@@ -14,6 +14,7 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 from etils import epath
+from flax.traverse_util import flatten_dict, unflatten_dict
 from orbax.checkpoint import v1 as ocp
 
 from grit_jax import files
@@ -41,6 +42,7 @@ class CheckpointMetadata:
       tokenizer_files: `Tokenizer.files` of its tokenizer.
       config: Resolved config of the run as YAML; None for an imported model.
       data: Position in the training data.
+      merged: How a merged model was made, as `merging.merge` records it; empty for any other.
     """
 
     architecture: TransformerConfig
@@ -48,6 +50,7 @@ class CheckpointMetadata:
     tokenizer_files: dict[str, str]
     config: str | None = None
     data: dict[str, Any] = dataclasses.field(default_factory=dict)
+    merged: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 class DamagedCheckpointError(OSError):
@@ -173,7 +176,7 @@ class Checkpoints:
 
         Args:
           step: Which checkpoint.
-          params: Tree of ShapeDtypeStructs with shardings.
+          params: Tree of ShapeDtypeStructs with shardings; parameters without one are not read, and come back as `...`.
           opt_state: The same for the optimizer; None skips it.
 
         Raises:
@@ -189,8 +192,9 @@ class Checkpoints:
                 raise ValueError(f"the content of {', '.join(unread)} cannot be read")
         for part, tree in wanted.items():
             _check_matches(f"{self.folder / str(step)}: {part}", stored[part], tree)
+        asked = jax.tree.map(lambda leaf: ocp.PLACEHOLDER if leaf.sharding is None else leaf, wanted)
         with self._readable(step):
-            loaded = ocp.load_checkpointables(self.folder / str(step), wanted)
+            loaded = ocp.load_checkpointables(self.folder / str(step), asked)
             return loaded[_PARAMS], loaded.get(_OPTIMIZER)
 
     def _check_digests(self, step: int) -> str | None:
@@ -281,8 +285,8 @@ def _check_matches(where: str, stored: Any, wanted: Any) -> None:
 
 def _locate(path: epath.Path) -> tuple[epath.Path, int | None] | None:
     """The folder of checkpoints that `path` means, and the step if it names one; None if it is neither."""
-    if files.is_folder(path / "checkpoints"):
-        return path / "checkpoints", None
+    if files.is_folder(path / run_folder.CHECKPOINTS):
+        return path / run_folder.CHECKPOINTS, None
     if path.name.isdigit() and files.is_folder(path / _PARAMS):
         return path.parent, int(path.name)
     if any(name.isdigit() and files.is_folder(path / name / _PARAMS) for name in files.names(path)):
@@ -295,36 +299,76 @@ def is_checkpoint(path: str | PathLike[str]) -> bool:
     return _locate(epath.Path(path)) is not None
 
 
-def open_checkpoint(path: str | PathLike[str], step: int | None = None) -> Pretrained:
-    """The model of a run folder, a folder of checkpoints or one checkpoint; the newest step by default.
-
-    Raises:
-      InputError: There is no such checkpoint.
-    """
+def _listed(path: str | PathLike[str]) -> tuple[epath.Path, list[int], int | None]:
+    """A folder of checkpoints, its complete steps, and the step if `path` names one."""
     located = _locate(epath.Path(path))
     if located is None:
         raise InputError(f"{path}: no checkpoint there; name a run folder, a folder of checkpoints or one checkpoint")
     folder, named = located
-    checkpoints = Checkpoints(folder, read_only=True)
-    steps, step = checkpoints.steps(), named if step is None else step
+    steps = Checkpoints(folder, read_only=True).steps()
     if not steps:
         raise InputError(f"{path}: no complete checkpoint there; the run has not saved one yet")
+    return folder, steps, named
+
+
+def find_checkpoint(path: str | PathLike[str], step: int | None = None) -> epath.Path:
+    """One checkpoint of a run folder or a folder of checkpoints, the newest by default; a single one is itself.
+
+    Raises:
+      InputError: There is no such checkpoint.
+    """
+    folder, steps, named = _listed(path)
+    step = named if step is None else step
     if step is not None and step not in steps:
         raise InputError(f"{path}: no checkpoint of step {step}; there are steps {', '.join(map(str, steps))}")
-    step = steps[-1] if step is None else step
+    return folder / str(steps[-1] if step is None else step)
+
+
+def last_checkpoints(path: str | PathLike[str], count: int) -> list[epath.Path]:
+    """The last checkpoints of a run folder or a folder of checkpoints, in the order of their steps.
+
+    Raises:
+      InputError: There are fewer, or `path` is a single one.
+    """
+    folder, steps, named = _listed(path)
+    if named is not None:
+        raise InputError(f"{path} is one checkpoint; name its run folder, whose last {count} are wanted")
+    if count > len(steps):
+        there = ", ".join(map(str, steps))
+        raise InputError(f"{folder}: holds {len(steps)} checkpoints (of steps {there}), not {count}; ask for fewer")
+    return [folder / str(step) for step in steps[-count:]]
+
+
+def read_metadata(path: str | PathLike[str], step: int | None = None) -> CheckpointMetadata:
+    """The metadata of the checkpoint of `find_checkpoint`; raises as that and `Checkpoints.metadata` do."""
+    found = find_checkpoint(path, step)
+    return Checkpoints(found.parent, read_only=True).metadata(int(found.name))
+
+
+def open_checkpoint(path: str | PathLike[str], step: int | None = None) -> Pretrained:
+    """The model of the checkpoint of `find_checkpoint`; raises as that does."""
+    found = find_checkpoint(path, step)
+    checkpoints, step = Checkpoints(found.parent, read_only=True), int(found.name)
     metadata = checkpoints.metadata(step)
     model = abstract_model(metadata.architecture, metadata.embedding.projection_dim)
 
     def load(shardings: Any, dtype: Any = jnp.float32) -> Params:
-        shapes = jax.tree.map(
-            lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, dtype, sharding=sharding),
-            abstract_params(model),
-            shardings,
-        )
-        return checkpoints.restore(step, shapes, None)[0]
+        asked = flatten_dict(shardings)
+        wanted = {
+            name: jax.ShapeDtypeStruct(shape.shape, dtype, sharding=asked.get(name))
+            for name, shape in flatten_dict(abstract_params(model)).items()
+        }
+        params = flatten_dict(checkpoints.restore(step, unflatten_dict(wanted), None)[0])
+        return unflatten_dict({name: params[name] for name in asked})
 
     tokenizer = Tokenizer.from_files(metadata.tokenizer_files)
     return Pretrained(metadata.architecture, metadata.embedding, tokenizer, load)
+
+
+def refuse_used(folder: str | PathLike[str]) -> None:
+    """Raises `InputError` if the folder of a new checkpoint holds something."""
+    if files.exists(folder) and (not files.is_folder(folder) or files.names(folder)):
+        raise InputError(f"{folder} exists and is not empty; choose another folder")
 
 
 def save_params(folder: str | PathLike[str], params: Params, metadata: CheckpointMetadata) -> None:

@@ -79,19 +79,23 @@ def parse_prompts(given: Sequence[str]) -> dict[str, str]:
 
 
 def read_origin(source: str, step: int | None) -> Origin:
-    """How a run was made, from its folder and that of the model it began with, without paths.
+    """How a model was made, without paths: a run, by its folder and that of the model it began with; a merged model.
 
     Args:
-      source: Run folder; anything else is known only by its name on the Hub.
+      source: Run folder or checkpoint; anything else is known only by its name on the Hub.
       step: Its checkpoint; None for the newest.
     """
+    from grit_jax.checkpoints.checkpoint import is_checkpoint, read_metadata
     from grit_jax.hf.hub import is_hub_id
     from grit_jax.hf.interop import Origin
     from grit_jax.runs.logs import read_lines
 
     path = files.join(source, run_folder.CONFIG)
-    if is_hub_id(source) or not files.exists(path):
-        return Origin(base_model=source) if is_hub_id(source) else Origin()
+    if is_hub_id(source):
+        return Origin(base_model=source)
+    if not files.exists(path):
+        merged = read_metadata(source, step).merged if is_checkpoint(source) else {}
+        return Origin(merged=_parts(**merged)) if merged else Origin()
     config = load_config(path)
     if step is None:
         step = run_folder.last_checkpoint(source)
@@ -102,6 +106,20 @@ def read_origin(source: str, step: int | None) -> Origin:
     base, licence = _base(config.model.init) if config.model.init else (None, None)
     train = [config.data.train] if isinstance(config.data.train, str) else config.data.train
     return Origin(base, licence, tuple(_name(file) for file in train), step, figures)
+
+
+def _parts(models: Sequence[str], weights: Sequence[float], method: str) -> str:
+    """The record of a merged model as text, without paths."""
+    from grit_jax.hf.hub import is_hub_id
+
+    def shown(model: str) -> str:
+        if is_hub_id(model):
+            return model
+        folder, _, step = model.rpartition("/")
+        return f"{_name(folder.removesuffix('/' + run_folder.CHECKPOINTS))} {step}" if step.isdigit() else _name(model)
+
+    parts = [f"{shown(model)} (weight {weight:.3g})" for model, weight in zip(models, weights, strict=True)]
+    return f"{', '.join(parts)}; {method}"
 
 
 def _base(init: str) -> tuple[str, str | None]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 
 from grit_jax.cli.command import argument, command
-from grit_jax.errors import InputError
 
 
 @command(
@@ -20,16 +19,12 @@ from grit_jax.errors import InputError
 )
 def run(args: argparse.Namespace) -> int:
     """Imports a model."""
-    from etils import epath
-
-    from grit_jax.checkpoints.checkpoint import CheckpointMetadata, save_params
+    from grit_jax.checkpoints.checkpoint import CheckpointMetadata, refuse_used, save_params
     from grit_jax.checkpoints.opening import load_for_conversion
 
-    out = epath.Path(args.out)
-    if out.exists() and any(out.iterdir()):
-        raise InputError(f"{out} exists and is not empty; choose another folder")
+    refuse_used(args.out)
     pretrained, params = load_for_conversion(args.source)
     metadata = CheckpointMetadata(pretrained.architecture, pretrained.embedding, pretrained.tokenizer.files())
-    save_params(out, params, metadata)
-    print(f"{out}: a checkpoint of {args.source}; name it as model.init, or to encode and generate")
+    save_params(args.out, params, metadata)
+    print(f"{args.out}: a checkpoint of {args.source}; name it as model.init, or to encode and generate")
     return 0

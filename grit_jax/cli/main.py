@@ -17,7 +17,8 @@ from grit_jax.parallel.chips import DEVICE_FILES, LIBTPU_WITHOUT_TPU
 
 _NAMES = (
     "fetch", "data", "train", "status", "plot", "plan", "encode", "index", "search", "answer", "export-faiss",
-    "generate", "serve", "evaluate", "export-hf", "verify-export", "import-hf", "push-hf", "quickstart", "doctor",
+    "generate", "serve", "evaluate", "export-hf", "verify-export", "import-hf", "push-hf", "merge", "quickstart",
+    "doctor",
 )  # fmt: skip
 COMMANDS: dict[str, Command] = {
     name: importlib.import_module(f"grit_jax.cli.{name.replace('-', '_')}").run for name in _NAMES

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from grit_jax.config.architecture import Attention, EmbeddingConfig, Pooling, RopeScaling, TransformerConfig
+from grit_jax.config.architecture import (
+    Attention,
+    EmbeddingConfig,
+    Pooling,
+    RopeScaling,
+    TransformerConfig,
+    field_differences,
+)
 from grit_jax.config.parsing import (
     config_differences,
     dump_config,

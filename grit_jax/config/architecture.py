@@ -179,3 +179,15 @@ class EmbeddingConfig:
 
     def __post_init__(self):
         require_fields("model.embedding", self)
+
+
+def field_differences(
+    here: TransformerConfig | EmbeddingConfig, there: TransformerConfig | EmbeddingConfig
+) -> list[str]:
+    """Each field that differs between two configs of one type, as `name=value, there value`."""
+    names = [field.name for field in dataclasses.fields(here)]
+    return [
+        f"{name}={getattr(here, name)!r}, there {getattr(there, name)!r}"
+        for name in names
+        if getattr(here, name) != getattr(there, name)
+    ]

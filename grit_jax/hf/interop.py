@@ -53,6 +53,7 @@ class Origin:
       data: Names of the training files.
       step: Training steps.
       figures: Scores at the end, by name.
+      merged: For a merged model, its parts with their weights, and the method.
     """
 
     base_model: str | None = None
@@ -60,6 +61,7 @@ class Origin:
     data: tuple[str, ...] = ()
     step: int | None = None
     figures: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    merged: str | None = None
 
 
 UNKNOWN = Origin()
@@ -176,6 +178,7 @@ def model_card(
         "hub_base": is_hub_id(origin.base_model or ""),
         "origin": origin != UNKNOWN,
         "base": origin.base_model is not None,
+        "merged": origin.merged is not None,
         "step": origin.step is not None,
         "data": bool(origin.data),
         "figures": bool(origin.figures),
@@ -201,6 +204,7 @@ def model_card(
     values = {
         "licence": json.dumps(origin.licence),
         "base": origin.base_model,
+        "merged": origin.merged,
         "step": f"{origin.step:,}" if origin.step is not None else "",
         "data": ", ".join(f"`{file}`" for file in origin.data),
         "figures": "\n".join(f"| `{figure}` | {value:.4g} |" for figure, value in origin.figures.items()),

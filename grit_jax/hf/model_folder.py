@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from etils import epath
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.typing import DTypeLike
 
 from grit_jax import files
@@ -89,25 +90,22 @@ def _load(
     # Some folders repeat the tied table as the head.
     has_head = architecture.tie_embeddings and tensors.TIED_HEAD.name in stored
     tensors.check_tensors(str(folder), stored, [*wanted, tensors.TIED_HEAD] if has_head else wanted, shapes)
-    params: Params = {}
-    finite = {}
+    params, finite, asked = {}, {}, flatten_dict(shardings)
     for tensor in wanted:
-        parent = params
-        for key in tensor.path[:-1]:
-            parent = parent.setdefault(key, {})
-        shape = get(shapes, tensor.path).shape
-        parent[tensor.path[-1]], checked = tensors.load_param(tensor, stored, shape, get(shardings, tensor.path), dtype)
-        finite |= checked
+        if tensor.path in asked:
+            shape = get(shapes, tensor.path).shape
+            params[tensor.path], checked = tensors.load_param(tensor, stored, shape, asked[tensor.path], dtype)
+            finite |= checked
     tensors.check_finite(str(folder), finite)
-    if has_head:
-        table = get(params, tensors.TIED_HEAD.path)
+    if has_head and tensors.TIED_HEAD.path in asked:
+        table = params[tensors.TIED_HEAD.path]
         head, _ = tensors.load_param(tensors.TIED_HEAD, stored, table.shape, table.sharding, dtype)
         if not jnp.array_equal(head, table):
             raise InputError(
                 f"{folder}: {tensors.TIED_HEAD.name} is not the embedding table, though config.json says "
                 "tie_word_embeddings=true; set that to false to keep both, or remove the tensor"
             )
-    return params
+    return unflatten_dict(params)
 
 
 def save_folder(

@@ -18,8 +18,8 @@ class Pretrained:
       architecture: Resolved shape of the transformer.
       embedding: How it makes vectors.
       tokenizer: Its tokenizer.
-      load: `load(shardings, dtype)` reads the parameters in that dtype (float32 by default), nested as in
-        `abstract_params`, each placed by the sharding at the same path.
+      load: `load(shardings, dtype)` reads parameters in that dtype (float32 by default), each placed by the sharding at
+        the same path; those without one are not read. Both are nested as in `abstract_params`.
     """
 
     architecture: TransformerConfig

@@ -9,7 +9,15 @@ import jax
 from grit_jax import files
 from grit_jax.checkpoints.checkpoint import CheckpointMetadata
 from grit_jax.checkpoints.opening import open_tokenizer
-from grit_jax.config import Config, TransformerConfig, config_differences, flat_values, load_config, parse_config
+from grit_jax.config import (
+    Config,
+    TransformerConfig,
+    config_differences,
+    field_differences,
+    flat_values,
+    load_config,
+    parse_config,
+)
 from grit_jax.data.schedule import same_data
 from grit_jax.errors import InputError
 from grit_jax.model.pretrained import Pretrained
@@ -66,14 +74,9 @@ def resolve_architecture(config: Config, pretrained: Pretrained | None, tokenize
         return given.resolve(tokenizer.vocab_size)
     found = pretrained.architecture.resolve(tokenizer.vocab_size)
     if given != TransformerConfig() and (given := given.resolve(tokenizer.vocab_size)) != found:
-        names = [field.name for field in dataclasses.fields(found)]
-        differences = [
-            f"{name}={getattr(given, name)!r}, there {getattr(found, name)!r}"
-            for name in names
-            if getattr(given, name) != getattr(found, name)
-        ]
+        differences = "; ".join(field_differences(given, found))
         raise InputError(
-            f"model.architecture is not that of model.init={config.model.init!r} ({'; '.join(differences)}); "
+            f"model.architecture is not that of model.init={config.model.init!r} ({differences}); "
             "correct it or leave it out"
         )
     return found

@@ -2,6 +2,7 @@
 
 import json
 
+from grit_jax.checkpoints.checkpoint import CheckpointMetadata, save_params
 from grit_jax.cli.export_hf import read_origin
 from grit_jax.config import EmbeddingConfig, dump_config, parse_config
 from grit_jax.hf.interop import Origin, model_card
@@ -54,3 +55,13 @@ def test_a_model_card_says_what_is_known_and_nothing_else():
     ]
     assert all(line in body for line in told)
     assert "base_model:" not in card(Origin("/some folder"))
+    assert "- Merged from: a 20 (weight 0.5)" in card(Origin(merged="a 20 (weight 0.5), b (weight 0.5); linear"))
+
+
+def test_the_origin_of_a_merged_model_is_told_without_paths(tmp_path):
+    models_of = ["/secret/a/checkpoints/20", "gs://b/secret/base/0", "/secret/hf", "org/name@v1"]
+    merged = {"models": models_of, "weights": [0.1, 0.2, 0.3, 0.4], "method": "linear"}
+    about = CheckpointMetadata(models.shape(), EmbeddingConfig(), Tokenizer.load("bytes").files(), merged=merged)
+    save_params(tmp_path / "merged", models.weights(models.shape()), about)
+    parts = "a 20 (weight 0.1), base 0 (weight 0.2), hf (weight 0.3), org/name@v1 (weight 0.4); linear"
+    assert read_origin(str(tmp_path / "merged"), None) == Origin(merged=parts)
