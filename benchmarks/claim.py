@@ -7,6 +7,8 @@
 
     python benchmarks/claim.py --base FOLDER --models base      from a pretrained model: first it, BM25 and the margins
     python benchmarks/claim.py --base FOLDER --models unified   then each model: within two hours on two CPU cores
+    python benchmarks/claim.py --base FOLDER --models --gradients base unified    whether the objectives pull one way
+    python benchmarks/claim.py --base FOLDER --models --examples                  what both models find and write
 
 It needs the package's extra `evaluate`.
 A stopped run continues where it was, with the same settings. A twentieth of the records of each file in --data's
@@ -37,21 +39,35 @@ import dataclasses
 import functools
 import json
 import re
+import shutil
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from claim_data import digest, one_file, prepare, suite_of, training_files
+from claim_examples import write_examples
+from claim_gradients import BATCHES, gradient_cosines
 from claim_report import plot, summarize, tables
-from claim_results import KeywordSearch, Result, read_bm25, read_result, write_bm25, write_result
-from claim_setup import CONFIGS, MODELS, PRETRAINED, RANDOM, Claim, ablation
+from claim_results import (
+    Gradients,
+    KeywordSearch,
+    Result,
+    read_bm25,
+    read_gradients,
+    read_result,
+    write_bm25,
+    write_gradients,
+    write_result,
+)
+from claim_setup import CONFIGS, MERGE, MODELS, PRETRAINED, RANDOM, Claim, ablation
 from pages import print_tables, publish
 
 from grit_jax import files
+from grit_jax.checkpoints.merging import merge
 from grit_jax.config import config_differences, dump_config, load_config, parse_config
 from grit_jax.errors import InputError
 from grit_jax.evaluation.bm25 import Bm25
@@ -59,7 +75,7 @@ from grit_jax.evaluation.evaluate import evaluate
 from grit_jax.evaluation.report import fingerprint, interval
 from grit_jax.evaluation.retrieval import Ranking, Retrieval, outcome, read_collection
 from grit_jax.evaluation.suite import Suite
-from grit_jax.runs.folder import CONFIG
+from grit_jax.runs.folder import CHECKPOINTS, CONFIG, PARAMS, checkpoint_steps, last_checkpoint
 from grit_jax.runs.history import series
 from grit_jax.runs.logs import read_lines
 from grit_jax.train.loop import Trainer
@@ -98,14 +114,15 @@ class Study:
         *,
         train_data: str | None = None,
         trained: bool = True,
+        parts: Sequence[str] = (),
     ) -> None:
-        """Trains a model, or takes it as it is at the start, evaluates it and keeps the result; once.
+        """Trains a model, or takes it as it is at the start or merged from its parts; evaluates and keeps it; once.
 
         Raises:
-          InputError: The model was trained or measured with other settings, or started from another base.
+          InputError: The model was trained or measured with other settings, or started from another base, or a part of
+            it has not been trained.
         """
-        seeded = {} if seed is None else {"train.seed": seed}
-        text = dump_config(load_config(self.config, _options({**self.settings, **seeded, **changes})))
+        text = self._text(seed, changes)
         marks = {task.name: fingerprint(task, suite, "") for task in suite.tasks}
         earlier, shown = read_result(self.results, seed, name), name if seed is None else f"seed {seed}, {name}"
         if earlier:
@@ -116,7 +133,8 @@ class Study:
             print(f"{shown}: measured again, as tasks or their data have changed")
         folder = (self.output if seed is None else self.output / str(seed)) / name
         begun, is_new = time.monotonic(), not folder.exists()
-        given = parse_config(text, _options(self._paths(train_data, folder)))
+        init = self._merged(folder, seed, text, parts) if parts else self.base
+        given = parse_config(text, _options(self._paths(folder, init, train_data)))
         if (folder / CONFIG).exists():  # the trainer compares everything else
             steps = load_config(folder / CONFIG).train.steps
             if steps != given.train.steps:
@@ -125,7 +143,7 @@ class Study:
                     "or choose another --output"
                 )
         trainer = Trainer(given)
-        if trained and not trainer.fit():
+        if trained and not parts and not trainer.fit():
             raise SystemExit(75)
         folder.mkdir(parents=True, exist_ok=True)
         report = evaluate(
@@ -153,6 +171,60 @@ class Study:
         )  # fmt: skip
         write_result(self.results, seed, name, result)
 
+    def _merged(self, folder: Path, seed: int | None, config: str, parts: Sequence[str]) -> Path:
+        """The mean of trained models of a seed, which have the same steps as `config`, as a checkpoint in `folder`."""
+        runs = {part: self.output / str(seed) / part for part in parts}
+        steps = parse_config(config).train.steps
+        for part, run in runs.items():
+            result = read_result(self.results, seed, part)
+            if result is None or last_checkpoint(run) != steps:
+                raise InputError(
+                    f"{folder.name} is merged from {', '.join(parts)}, and {run} holds no model of {steps} steps that "
+                    f"has been measured; train it with --models {part}, as a published result does not have the weights"
+                )
+            self._check(part, result, self._text(seed, {"train.mode": part}))
+        merged = folder / "merged"
+        shutil.rmtree(merged, ignore_errors=True)
+        merge(list(runs.values()), merged)
+        return merged
+
+    def measure_gradients(self, name: str, seed: int) -> None:
+        """Measures the gradients' cosines of every checkpoint that a model has kept, or of the start; each once.
+
+        Raises:
+          InputError: The model has no checkpoint, or cosines were measured with other settings.
+        """
+        text = self._text(seed, {})
+        kept = read_gradients(self.results, seed) or Gradients(text, self.data, self.base_digest)
+        self._check("gradients", kept, text)
+        found = kept.cosines.setdefault(name, {})
+        for step, init in self._checkpoints(name, seed).items():
+            if str(step) in found:
+                print(f"seed {seed}, gradients of {name}, step {step}: kept")
+                continue
+            settings = self._paths(self.output / str(seed) / "gradients", init)
+            steps = parse_config(text).train.steps + BATCHES  # no model has been trained on the last ones
+            found[str(step)] = gradient_cosines(parse_config(text, _options({**settings, _STEPS: steps})))
+            write_gradients(self.results, seed, kept)
+
+    def _checkpoints(self, name: str, seed: int) -> dict[int, Path | None]:
+        """The checkpoints of a model by step; those of the start are what training begins with."""
+        if name == self.claim.start:
+            return {0: self.base}
+        run = self.output / str(seed) / name
+        found: dict[int, Path | None] = {
+            step: run / folder / str(step)
+            for folder in (PARAMS, CHECKPOINTS) for step in checkpoint_steps(run / folder)
+        }  # fmt: skip
+        if not found:
+            raise InputError(f"{run}: holds no checkpoint to measure gradients of; train it with --models {name}")
+        return dict(sorted(found.items()))
+
+    def _text(self, seed: int | None, changes: Mapping[str, Any]) -> str:
+        """The config of a model as YAML, without paths."""
+        seeded = {} if seed is None else {"train.seed": seed}
+        return dump_config(load_config(self.config, _options({**self.settings, **seeded, **changes})))
+
     @property
     def results(self) -> Path:
         """Folder of the results."""
@@ -168,17 +240,19 @@ class Study:
         """Digest of the pretrained model's weights, config and tokenizer."""
         return digest([*self.base.glob("*.safetensors"), *self.base.glob("*.json")]) if self.base else None
 
-    def _paths(self, train_data: str | None, folder: Path) -> dict[str, Any]:
+    def _paths(self, folder: Path, init: Path | None, train_data: str | None = None) -> dict[str, Any]:
         """What the config leaves open: `_PATHS`."""
         about = {
             "data.train": train_data or self.output / "data/train",
             "train.output": folder,
         }
+        if init:
+            about["model.init"] = init
         if self.base:
-            return about | {"model.init": self.base}
+            return about
         return about | {"model.tokenizer": self.output / "tokenizer", "data.validation": self.output / "data/held_out"}
 
-    def _check(self, what: str, earlier: Result, config: str) -> None:
+    def _check(self, what: str, earlier: Result | Gradients, config: str) -> None:
         differences = config_differences(parse_config(earlier.config), parse_config(config), ignore=_MAY_DIFFER)
         for name, there, here in (("data", earlier.data, self.data), ("base", earlier.base, self.base_digest)):
             if there != here:
@@ -235,6 +309,10 @@ def main() -> None:
         "--models", nargs="*", help="measure only these, of unified, embedding, generative and the start's"
     )
     parser.add_argument("--ablations", nargs="*", help="measure these ablations too; without names all of them")
+    parser.add_argument("--gradients", nargs="+", default=[], help="measure the angle between both gradients of these")
+    parser.add_argument(
+        "--examples", action="store_true", help="write what the base and the unified model find and write"
+    )
     parser.add_argument("--page", type=Path, help="page to fill with the tables; results and plots go beside it")
     args, overrides = parser.parse_known_args()
     claim = PRETRAINED if args.base else RANDOM
@@ -244,7 +322,9 @@ def main() -> None:
     changes, known = claim.known_ablations(), (*MODELS, claim.start)
     models = known if args.models is None else args.models
     ablations = [] if args.ablations is None else args.ablations or list(changes)
-    for option, given, there in (("--models", models, known), ("--ablations", ablations, changes)):
+    for option, given, there in (
+        ("--models", models, known), ("--ablations", ablations, changes), ("--gradients", args.gradients, known)
+    ):  # fmt: skip
         if unknown := [name for name in given if name not in there]:
             parser.error(f"{option}: no {', '.join(unknown)}; there are {', '.join(there)}")
     if fixed := more.keys() & {*_PATHS, "train.seed", "train.mode"}:
@@ -253,6 +333,8 @@ def main() -> None:
         parser.error(f"{', '.join(sorted(clashes))}: ablations change these; give them without --ablations")
     if args.base and not (args.base / "config.json").exists():
         parser.error(f"--base {args.base}: has no config.json; give a Hugging Face folder of a pretrained model")
+    if args.examples and not args.base:
+        parser.error("--examples: shows a model beside its base; give --base")
     config, output = args.config or CONFIGS / claim.config, args.output or Path(claim.output)
     baseline = load_config(config, _options(more)).train.steps if _STEPS in more else claim.ablation_steps
     prepare(claim, args.data, output)
@@ -267,16 +349,26 @@ def main() -> None:
     whole = suite_of(claim, claim.ablation_suite, args.data, output)
     figures = dataclasses.replace(whole, tasks=tuple(task for task in whole.tasks if task.name in claim.tasks))
     for name in ablations:
+        change: dict[str, Any] = {
+            **changes[name],
+            _STEPS: ablation_steps(changes[name], claim.ablation_steps, baseline),
+        }
+        parts = change.pop(MERGE, ())
         study.measure(
-            ablation(name), args.seeds[0], whole if ablation(name) == claim.baseline else figures,
-            {**changes[name], _STEPS: ablation_steps(changes[name], claim.ablation_steps, baseline)},
+            ablation(name), args.seeds[0], whole if ablation(name) == claim.baseline else figures, change,
             train_data=f"[{one_file(output)}, {output / 'data/train/generative'}]" if name == "one_file" else None,
+            parts=parts,
         )  # fmt: skip
+    for name in args.gradients:
+        study.measure_gradients(name, args.seeds[0])
     summary = summarize(claim, study.results, args.seeds)
     written = output / f"{claim.name}.json"
     files.write_text(written, json.dumps(summary, indent=2) + "\n")
     plots = plot(claim, study.results, summary, output)
     shown = tables(claim, summary)
+    if args.examples:
+        unified = output / str(args.seeds[0]) / "unified"
+        shown |= write_examples(claim, suite, output, {"base": args.base, "unified": unified})
     print_tables(shown)
     if args.page:
         publish(args.page, shown, output / "results", written, *plots)

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from claim_results import Result, read_bm25, read_result
+from claim_gradients import KINDS, summary_of
+from claim_results import Result, read_bm25, read_gradients, read_result
 from claim_setup import MARGIN, MODELS, Claim, Figure, ablation
 from pages import COLOURS, draw_differences, markdown_table, save_drawing
 
@@ -17,6 +18,7 @@ from grit_jax.errors import InputError
 from grit_jax.runs.history import running_mean
 
 _COLOURS = dict(zip(MODELS, COLOURS, strict=False))
+_COLOUR_OF_OTHERS = COLOURS[len(MODELS)]
 
 
 def summarize(claim: Claim, results: Path, seeds: Sequence[int]) -> dict[str, Any]:
@@ -89,6 +91,11 @@ def summarize(claim: Claim, results: Path, seeds: Sequence[int]) -> dict[str, An
     }
     if claim.has_base:
         summary["base"] = first.base
+    if gradients := read_gradients(results, seeds[0]):
+        summary["gradients"] = {
+            name: {step: summary_of(one) for step, one in by_step.items()}
+            for name, by_step in gradients.cosines.items()
+        }
     baseline = read_result(results, seeds[0], claim.baseline)
     measured = {name: read_result(results, seeds[0], ablation(name)) for name in claim.known_ablations()}
     known = {name: result for name, result in measured.items() if result}
@@ -98,6 +105,13 @@ def summarize(claim: Claim, results: Path, seeds: Sequence[int]) -> dict[str, An
         _refuse_different(results, named, set(claim.tasks))
         summary["ablations"] = {name: _ablation(result, baseline, claim.main_figures) for name, result in known.items()}
         summary["variants"] = _variants(baseline, claim.main_figures[0])
+    if claim.front:
+        points = {name: by_seed[seeds[0]] for name, by_seed in models.items() if seeds[0] in by_seed}
+        points |= {name: known[name] for name in claim.front if name in summary.get("ablations", ())}
+        summary["front"] = {
+            name: {figure.name: figure.estimate(result) for figure in claim.main_figures}
+            for name, result in points.items()
+        }
     return summary
 
 
@@ -163,8 +177,7 @@ def tables(claim: Claim, summary: Mapping[str, Any]) -> dict[str, str]:
     found["tasks"] = markdown_table(
         [
             f"task{f': mean of {seeds} seeds' if several else ''} (95 % interval over examples)", "metric", "BM25",
-            claim.start,
-            *(f"{name}{'' if name == 'unified' else '-only'}" for name in trained),
+            claim.start, *map(_label, trained),
         ],
         (
             [
@@ -186,6 +199,14 @@ def tables(claim: Claim, summary: Mapping[str, Any]) -> dict[str, str]:
             [name, *_against(one, figures[0]), *[""] * (len(head) - 3)] for name, one in summary["variants"].items()
         ]
         found["ablations"] = markdown_table(head, rows)
+    if "gradients" in summary:
+        found["gradients"] = markdown_table(
+            ["cosine of the two gradients, ± standard error", *KINDS],
+            (
+                [name if name == claim.start else f"{name}, step {step}", *(_cosine(one[kind]) for kind in KINDS)]
+                for name, by_step in summary["gradients"].items() for step, one in by_step.items()
+            ),
+        )  # fmt: skip
     return {f"{claim.prefix}{name}": table for name, table in found.items()}
 
 
@@ -214,6 +235,15 @@ def _against(one: Mapping[str, Any], figure: Figure) -> list[str]:
     return [f"{found['value']:.4f}", f"{shown} ({_bounds(found['interval'])})"]
 
 
+def _cosine(found: Mapping[str, float]) -> str:
+    return f"{found['mean']:+.3f} ± {found['standard_error']:.3f}"
+
+
+def _label(name: str) -> str:
+    """What tables and drawings call a model."""
+    return f"{name}-only" if name in MODELS and name != "unified" else name
+
+
 def _bounds(of: Sequence[float]) -> str:
     return f"{of[0]:+.1%} to {of[1]:+.1%}"
 
@@ -227,7 +257,7 @@ def _cell(found: Sequence[Mapping[str, Any]]) -> str:
 
 
 def plot(claim: Claim, results: Path, summary: Mapping[str, Any], folder: Path) -> list[Path]:
-    """Draws the losses of the models, the claim's differences and those of ablations; returns the files."""
+    """Draws losses, the claim's differences, those of ablations and the front of both skills; returns the files."""
     from matplotlib.figure import Figure as Drawing
 
     drawn: dict[str, Drawing] = {}
@@ -239,10 +269,9 @@ def plot(claim: Claim, results: Path, summary: Mapping[str, Any], folder: Path) 
                 known = [result for seed in summary["seeds"] if (result := read_result(results, seed, name))]
                 for number, result in enumerate(known):
                     steps, values = map(np.array, result.losses[stream])
-                    label = name if name == "unified" else f"{name}-only"
                     panel.plot(
                         steps, running_mean(values, max(1, len(values) // 15)), color=_COLOURS[name], linewidth=1.5,
-                        label=None if number else label,
+                        label=None if number else _label(name),
                     )  # fmt: skip
             panel.set_title(f"{title}, training", loc="left")
             panel.set_xlabel("step")
@@ -261,7 +290,22 @@ def plot(claim: Claim, results: Path, summary: Mapping[str, Any], folder: Path) 
             baseline, *others = [(name, one[figure.name] | margin) for name, one in some.items()]
             draw_differences(panel, dict(others))
             panel.set_title(f"{figure.name}, against {baseline[0]}", loc="left")
+    if len(summary.get("front", ())) > 1:
+        drawing = drawn[f"{claim.name}_front"] = Drawing(figsize=(7, 5), layout="constrained")
+        _draw_front(drawing.add_subplot(), claim, summary["front"])
     paths = [folder / f"{name}.png" for name in drawn]
     for path, drawing in zip(paths, drawn.values(), strict=True):
         save_drawing(path, drawing)
     return paths
+
+
+def _draw_front(panel: Any, claim: Claim, found: Mapping[str, Mapping[str, Any]]) -> None:
+    """Draws each model as a point of both main figures, with their intervals; the better corner is the upper right."""
+    up, right = claim.main_figures
+    for name, one in found.items():
+        (x, y), colour = (one[figure.name]["value"] for figure in (right, up)), _COLOURS.get(name, _COLOUR_OF_OTHERS)
+        (left, far), (low, high) = (one[figure.name]["interval"] for figure in (right, up))
+        panel.errorbar(x, y, xerr=[[x - left], [far - x]], yerr=[[y - low], [high - y]], fmt="o", color=colour)
+        panel.annotate(_label(name), (x, y), xytext=(6, 6), textcoords="offset points", color=colour)
+    panel.set(xlabel=right.name, ylabel=up.name)
+    panel.invert_xaxis()

@@ -1,6 +1,7 @@
 """The results that the claim's script keeps of each model.
 
 A folder of results has `SEED/MODEL.json` for every model, and `bm25.json`; a model that no seed changes is beside it.
+`SEED/gradients.json` has the cosines of the two gradients, of the models of which they were measured.
 Nothing else is needed to compute published figures again, or to continue on another machine, without the models.
 """
 
@@ -15,7 +16,7 @@ from typing import Any, TypeVar
 from grit_jax import files
 from grit_jax.errors import InputError
 
-_BM25 = "bm25.json"
+_BM25, _GRADIENTS = "bm25.json", "gradients.json"
 
 T = TypeVar("T")
 Scores = dict[str, dict[str, Any]]
@@ -60,6 +61,23 @@ class KeywordSearch:
     tasks: Scores
 
 
+@dataclasses.dataclass(frozen=True)
+class Gradients:
+    """The cosines of the gradients of both objectives.
+
+    Attributes:
+      config: Config of the batches as YAML, without paths.
+      data: Digest of their data, as in `Result`.
+      base: Digest of the pretrained model.
+      cosines: By model, step of its checkpoint and kind of weight, one for each batch.
+    """
+
+    config: str
+    data: str
+    base: str | None
+    cosines: dict[str, dict[str, dict[str, list[float]]]] = dataclasses.field(default_factory=dict)
+
+
 def read_result(results: Path, seed: int | None, name: str) -> Result | None:
     """A model's stored result; None if it has not been measured.
 
@@ -93,6 +111,20 @@ def write_bm25(results: Path, found: KeywordSearch) -> None:
     _write(results / _BM25, found)
 
 
+def read_gradients(results: Path, seed: int) -> Gradients | None:
+    """The stored cosines of a seed; None if none have been measured.
+
+    Raises:
+      InputError: The file is something else.
+    """
+    return _read(results / str(seed) / _GRADIENTS, Gradients)
+
+
+def write_gradients(results: Path, seed: int, found: Gradients) -> None:
+    """Stores the cosines of a seed."""
+    _write(results / str(seed) / _GRADIENTS, found)
+
+
 def _path(results: Path, seed: int | None, name: str) -> Path:
     return (results if seed is None else results / str(seed)) / f"{name}.json"
 
@@ -106,6 +138,6 @@ def _read(path: Path, kind: Callable[..., T]) -> T | None:
         raise InputError(f"{path}: is no result of this script; remove it to measure again") from error
 
 
-def _write(path: Path, kept: Result | KeywordSearch) -> None:
+def _write(path: Path, kept: Result | KeywordSearch | Gradients) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     files.write_text(path, json.dumps(dataclasses.asdict(kept), ensure_ascii=False) + "\n")

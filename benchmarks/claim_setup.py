@@ -15,13 +15,14 @@ from claim_results import Result
 
 from grit_jax.evaluation.compare import Comparison, compare
 from grit_jax.evaluation.likelihood import loss_per_token
-from grit_jax.evaluation.scores import BOOTSTRAP_DRAWS, spearman
+from grit_jax.evaluation.scores import BOOTSTRAP_DRAWS, percentile_interval, spearman
 from grit_jax.evaluation.task import mean
 
 CONFIGS = Path(__file__).parents[1] / "configs/claim"
 HELD_OUT, GSM8K = "held-out answers", "gsm8k"
 MODELS = ("unified", "embedding", "generative")
 MARGIN = 0.02
+MERGE = "merge"  # key of an ablation that is not trained: the models of which it is the mean
 
 _ABLATION = "ablation_"
 _DECIDED = NormalDist().inv_cdf(0.975) + NormalDist().inv_cdf(0.9)
@@ -66,13 +67,20 @@ class Figure:
         The spread between seeds is not in it: it needs trained models.
         """
         draws = self._draws([self._examples(base)])[:, 0]
-        value = float(np.mean([self.score(task) for task in self._examples(base)]))
-        relative_error = float(np.std(draws, ddof=1)) / abs(value)
+        relative_error = float(np.std(draws, ddof=1)) / abs(self._value(base))
         return max(MARGIN, _DECIDED * math.sqrt(2 * (1 - self.correlation)) * relative_error)
+
+    def estimate(self, result: Result) -> dict[str, Any]:
+        """A model's figure, `value`, and its 95 % `interval` over examples."""
+        draws = self._draws([self._examples(result)])[:, 0]
+        return {"value": self._value(result), "interval": percentile_interval(draws.tolist())}
 
     def measured_correlation(self, first: Result, second: Result) -> float:
         """The correlation of two models' figures over draws of examples, which are the same for both."""
         return float(np.corrcoef(self._draws([self._examples(first), self._examples(second)]).T)[0, 1])
+
+    def _value(self, result: Result) -> float:
+        return float(np.mean([self.score(task) for task in self._examples(result)]))
 
     def _examples(self, result: Result) -> list[np.ndarray]:
         return [np.array(result.examples[task]) for task in self.tasks]
@@ -110,6 +118,7 @@ class Claim:
       num_problems: Size of the sample of GSM8K's test; None for all.
       max_length: Most tokens of a text whose loss is measured; None for the model's limit.
       texts: Names of the tasks of loss on data that `claim_data` writes, besides held-out answers and GSM8K.
+      front: Ablations to draw by both main figures beside the models; none for no drawing.
     """
 
     name: str
@@ -128,6 +137,7 @@ class Claim:
     num_problems: int | None = None
     max_length: int | None = None
     texts: tuple[str, ...] = ()
+    front: tuple[str, ...] = ()
 
     @property
     def has_base(self) -> bool:
@@ -215,4 +225,5 @@ PRETRAINED = Claim(
     num_problems=400,
     max_length=512,
     texts=("xquad answers", "wikipedia", "shakespeare"),
+    front=("generative_weight_0.25", "generative_weight_4", "merged"),
 )  # fmt: skip

@@ -10,16 +10,22 @@ import time
 
 import claim
 import claim_data
+import claim_examples
+import claim_gradients
 import claim_report
 import claim_results
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.stats
-from claim_setup import CONFIGS, GSM8K, HELD_OUT, MODELS, PRETRAINED, RANDOM, Figure
+from claim_setup import CONFIGS, GSM8K, HELD_OUT, MERGE, MODELS, PRETRAINED, RANDOM, Figure
 
+from grit_jax.checkpoints.opening import load_for_conversion
 from grit_jax.data.sources import find_files, open_source
 from grit_jax.errors import InputError
 from grit_jax.evaluation.compare import compare
+from grit_jax.evaluation.retrieval import Retrieval
 from grit_jax.evaluation.suite import Suite
 from tests.commands import ROOT, environment
 
@@ -274,6 +280,8 @@ def test_ablations_see_as_many_samples_as_the_baseline():
         ("--train.seed=3", "train.seed: the script chooses these"),
         ("--models base", "--models: no base; there are unified, embedding, generative, untrained"),
         ("--base . --models base", "--base .: has no config.json; give a Hugging Face folder"),
+        ("--gradients base", "--gradients: no base; there are unified, embedding, generative, untrained"),
+        ("--examples", "--examples: shows a model beside its base; give --base"),
     ],
 )
 def test_options_that_cannot_be_are_refused_before_any_work(option, told, monkeypatch, tmp_path, capsys):
@@ -406,6 +414,143 @@ def test_models_from_a_base_are_compared_as_they_are_measured_by_margins_of_the_
     )
 
 
+def test_further_runs_from_a_base_are_six_at_most_and_a_merged_one_is_made_of_models_of_the_claim():
+    known = PRETRAINED.known_ablations()
+    assert len(known) <= 6 and set(PRETRAINED.front) <= known.keys()
+    assert known["merged"] == {MERGE: list(MODELS)}
+
+
+def test_a_model_is_not_merged_from_others_that_are_not_there(tmp_path):
+    study = claim.Study(PRETRAINED, CONFIGS / "pretrained.yaml", {"train.steps": 20}, tmp_path)
+    told = r"ablation_merged is merged from unified, embedding, and .*0/{} holds no model of 20 steps .*--models {}, as"
+    with pytest.raises(InputError, match=told.format("unified", "unified")):
+        study.measure("ablation_merged", 0, Suite((), 8, 0), {}, parts=["unified", "embedding"])
+    for stream in ("embedding", "generative"):
+        write(tmp_path / f"data/train/{stream}/gsm8k.jsonl", ['{"text": ["a", "b"]}\n'])
+    other = result({}, config="train: {steps: 20}\n")  # measured, and without its weights
+    for name in ("unified", "embedding"):
+        claim_results.write_result(study.results, 0, name, other)
+    (tmp_path / "0/unified/checkpoints/10").mkdir(parents=True)
+    with pytest.raises(InputError, match=told.format("unified", "unified")):
+        study.measure("ablation_merged", 0, Suite((), 8, 0), {}, parts=["unified", "embedding"])
+    (tmp_path / "0/unified/checkpoints/20").mkdir()
+    with pytest.raises(InputError, match=r"unified was trained with something else \(.*data.embedding_batch: \d+ -> 32"):
+        study.measure("ablation_merged", 0, Suite((), 8, 0), {}, parts=["unified", "embedding"])
+    with pytest.raises(InputError, match=r"0/unified/none: holds no checkpoint to measure gradients of; train it with"):
+        study.measure_gradients("unified/none", 0)
+
+
+class Pulls:
+    """Two objectives whose losses pull every parameter in given directions."""
+
+    names = ("embedding", "generative")
+
+    def __init__(self, **directions):
+        self.directions = directions
+
+    def __call__(self, params, batch):
+        (name,) = batch
+        products = jax.tree.map(lambda x, y: jnp.sum(x * y), params, self.directions[name])
+        return sum(jax.tree.leaves(products)) * batch[name], {}
+
+
+def test_the_cosine_of_two_gradients_is_that_of_each_kind_of_weight_and_leaves_out_what_only_one_trains():
+    def weights(attention, norm, final, mlp, table, head):
+        layers = {"attention": {"out": {"kernel": attention}}, "mlp": {"up": mlp}, "mlp_norm": {"scale": norm}}
+        return jax.tree.map(
+            lambda x: jnp.array(x, float),
+            {"embedding": table, "layers": layers, "final_norm": {"scale": final}, "head": head},
+        )
+
+    first = weights([1, 2], [1], [0], [3, 4], [1, 0], [5, 5])
+    second = weights([2, 4], [1], [1], [-4, 3], [-2, 0], [0, 0])
+    products = claim_gradients._products(
+        Pulls(embedding=first, generative=second), first, {"embedding": 2.0, "generative": 3.0}
+    )
+    assert products.keys() | {claim_gradients.ALL} == set(claim_gradients.KINDS)
+    cosines = {kind: product / (one * other) ** 0.5 for kind, (product, one, other) in products.items()}
+    assert cosines == pytest.approx({"attention": 1, "mlp": 0, "norms": 0.5**0.5, "token table": -1}, abs=1e-6)
+
+
+@pytest.fixture
+def measured_twice(started):
+    """`started`, with the third model, two further runs, and the gradients of the base and the unified model."""
+    unified = claim_results.read_result(started, 0, "unified")
+    rng = np.random.default_rng(3)
+    for name in ("generative", "ablation_merged", "ablation_rate_2e-5"):
+        examples = {
+            task: (np.array(values) * rng.uniform(0.9, 1.1)).tolist() for task, values in unified.examples.items()
+        }
+        claim_results.write_result(started, 0, name, dataclasses.replace(unified, examples=examples))
+    cosines = {kind: [0.1, 0.3] for kind in claim_gradients.KINDS}
+    by_model = {"base": {"0": cosines}, "unified": {"20": cosines, "120": cosines | {"mlp": [-0.5, -0.5]}}}
+    claim_results.write_gradients(started, 0, claim_results.Gradients("", "", "", by_model))
+    return started
+
+
+def test_gradients_and_the_front_of_both_skills_are_shown_of_what_was_measured(measured_twice, tmp_path):
+    summary = json.loads(json.dumps(claim_report.summarize(PRETRAINED, measured_twice, [0])))
+    table = claim_report.tables(PRETRAINED, summary)["pretrained gradients"].splitlines()
+    assert table[2].startswith("| base | +0.200 ± 0.100 | +0.200")
+    assert (
+        table[4] == "| unified, step 120 | +0.200 ± 0.100 | +0.200 ± 0.100 | -0.500 ± 0.000 |" + 2 * " +0.200 ± 0.100 |"
+    )
+    assert list(summary["front"]) == ["base", *MODELS, "merged"]  # of the ablations only those of the front
+    merged = claim_results.read_result(measured_twice, 0, "ablation_merged")
+    for figure in PRETRAINED.main_figures:
+        found = summary["front"]["merged"][figure.name]
+        assert found["value"] == pytest.approx(summary["ablations"]["merged"][figure.name]["value"])
+        assert found["interval"][0] < found["value"] < found["interval"][1]
+        assert found == pytest.approx(figure.estimate(merged))
+    plots = claim_report.plot(PRETRAINED, measured_twice, summary, tmp_path)
+    assert [path.name for path in plots] == ["pretrained.png", "pretrained_ablations.png", "pretrained_front.png"]
+    (measured_twice / "0/unified.json").unlink()  # without a baseline further runs are not compared
+    assert list(claim_report.summarize(PRETRAINED, measured_twice, [0])["front"]) == ["base", "embedding", "generative"]
+
+
+def test_examples_are_chosen_by_hash_spread_over_tasks_and_shown_as_they_are_in_a_line(tmp_path, monkeypatch):
+    class Fake:
+        """A model that finds a query's own document and repeats its name, or that finds the last one."""
+
+        def __init__(self, model, max_length):
+            self.name = model
+
+        def directions(self, texts, instruction):
+            which = [int(text.rpartition("d")[2]) % 8 if self.name == "good" else "about" in text for text in texts]
+            return np.eye(8, dtype=np.float32)[np.array(which, int)]
+
+        def completions(self, prompts, max_new_tokens):
+            return [None if prompt == "p3" else f"{self.name} | <b>*{prompt}*" for prompt in prompts]
+
+    monkeypatch.setattr(claim_examples, "Session", Fake)
+    monkeypatch.setattr(claim_examples.GritModel, "load", lambda path: path)
+    tasks = []
+    for name in ("medquad", "wordnet_wsd", "xquad_en"):
+        write_collection(tmp_path / name, [f"d{i}" for i in range(8)], [(f"d{i}", f"d{i}", 1) for i in range(8)])
+        tasks.append(Retrieval(name, str(tmp_path / name)))
+    records = [json.dumps({"text": [f"p{i}", "answer"]}) + "\n" for i in range(40)]
+    for order, rows in (("forward", records), ("backward", [*records[::-1], records[3]])):
+        write(tmp_path / order / "data/held_out/generative/a.jsonl", rows)
+
+    def written(order, tasks):
+        page = claim_examples.write_examples(
+            PRETRAINED, Suite(tuple(tasks), 8, 0), tmp_path / order, {"bad": "bad", "good": "good"}
+        )
+        return page, (tmp_path / order / "examples.md").read_text()
+
+    page, whole = written("forward", [*tasks, dataclasses.replace(tasks[0], name="another")])
+    assert (page, whole) == written("backward", tasks)
+    search, completions = whole.split("\n\n")
+    rows = search.splitlines()[2:]
+    assert [row.split(" | ")[0] for row in rows[:4]] == ["| medquad", "| wordnet_wsd", "| xquad_en", "| medquad"]
+    assert len(rows) == len(set(rows)) == 20 and all("✓ text of d" in row for row in rows)
+    assert len(completions.splitlines()[2:]) == 20 and "good \\| &lt;b&gt;\\*p" in completions
+    assert list(page) == ["pretrained examples"]
+    shown = page["pretrained examples"].split("\n\n")
+    assert [part.splitlines() for part in shown] == [part.splitlines()[:12] for part in (search, completions)]
+    assert claim_examples._line("a\n b" * 100) == ("a b" * 100)[:159] + "…"
+
+
 def test_models_from_another_base_are_refused(started):
     other = dataclasses.replace(claim_results.read_result(started, 0, "embedding"), base="other")
     claim_results.write_result(started, 0, "embedding", other)
@@ -512,7 +657,7 @@ def test_the_whole_comparison_at_toy_size_goes_on_where_it_was_and_its_tables_ar
 def test_the_comparison_from_a_base_goes_model_by_model_and_a_killed_one_ends_as_if_it_had_not_been(tmp_path):
     smaller(SHARED, tmp_path / "data")
     page = tmp_path / "claim.md"
-    names = ("margins", "claim", "tasks", "ablations")
+    names = ("margins", "claim", "tasks", "ablations", "gradients", "examples")
     page.write_text("".join(f"<!-- pretrained {name} -->\n<!-- end of pretrained {name} -->\n" for name in names))
     steps, results = 40, "results/pretrained"
 
@@ -551,10 +696,22 @@ def test_the_comparison_from_a_base_goes_model_by_model_and_a_killed_one_ends_as
     assert (again.losses, again.examples, again.base) == (once.losses, once.examples, once.base)
     assert len(once.losses["embedding"][0]) == steps and once.base
 
-    tables = run(killed, "--ablations", "generative_weight_4").split("\npretrained margins\n")[1]
+    more = ("--gradients", "base", "unified", "--examples")
+    tables = run(killed, "--ablations", "generative_weight_4", "merged", *more).split("\npretrained margins\n")[1]
     summary = json.loads((tmp_path / "claim/pretrained.json").read_text())
     assert set(summary["claim"]) == {figure.name for figure in PRETRAINED.figures}
-    assert list(summary["ablations"]) == ["unified", "generative_weight_4"]
+    assert list(summary["ablations"]) == ["unified", "generative_weight_4", "merged"]
+    assert list(summary["front"]) == ["base", *MODELS, "generative_weight_4", "merged"]
+    assert (tmp_path / "claim/pretrained_front.png").stat().st_size > 10_000
+    cosines = claim_results.read_gradients(tmp_path / "claim" / results, 0).cosines
+    assert {name: list(by_step) for name, by_step in cosines.items()} == {"base": ["0"], "unified": [str(steps)]}
+    everywhere = [one for by_step in cosines.values() for kinds in by_step.values() for one in kinds.values()]
+    assert all(len(one) == claim_gradients.BATCHES and max(map(abs, one)) < 1 for one in everywhere)
+    runs = [load_for_conversion(killed / f"0/{name}")[1] for name in MODELS]
+    merged = load_for_conversion(killed / "0/ablation_merged/merged")[1]
+    jax.tree.map(lambda found, *x: np.testing.assert_allclose(found, sum(x) / 3, rtol=1e-5, atol=1e-7), merged, *runs)
+    assert claim_results.read_result(killed / results, 0, "ablation_merged").tokens == 0
+    assert page.read_text().count("✓ relevant") == 2 and (killed / "examples.md").read_text().count("\n| ") == 43
     for table in claim_report.tables(PRETRAINED, summary).values():
         assert table in f"\n{tables}" and table in page.read_text()
     assert (tmp_path / "claim" / results / "0/generative.json").exists()

@@ -18,6 +18,7 @@ ABLATIONS = [
     (config, steps, name, changes)
     for config, (file, steps) in ABLATED.items()
     for name, changes in yaml.safe_load((ROOT / f"configs/claim/{file}.yaml").read_text()).items()
+    if "merge" not in changes  # is not trained
 ]
 PAPER = [path for path in FILES if path.name.startswith("gritlm_")]
 PLANNED = [*PAPER, ROOT / "configs/first_pod.yaml"]
