@@ -18,7 +18,7 @@ from grit_jax.errors import InputError
 from grit_jax.runs.history import running_mean
 
 _COLOURS = dict(zip(MODELS, COLOURS, strict=False))
-_COLOUR_OF_OTHERS = COLOURS[len(MODELS)]
+_COLOUR_OF_OTHERS, _MARKERS = COLOURS[len(MODELS)], "s^vDPX*"
 
 
 def summarize(claim: Claim, results: Path, seeds: Sequence[int]) -> dict[str, Any]:
@@ -92,6 +92,11 @@ def summarize(claim: Claim, results: Path, seeds: Sequence[int]) -> dict[str, An
     if claim.has_base:
         summary["base"] = first.base
     if gradients := read_gradients(results, seeds[0]):
+        if (gradients.base, gradients.data) != (first.base, first.data):
+            raise InputError(
+                f"{results}: gradients of seed {seeds[0]} are those of another base or of other data; remove "
+                "gradients.json and run the script again"
+            )
         summary["gradients"] = {
             name: {step: summary_of(one) for step, one in by_step.items()}
             for name, by_step in gradients.cosines.items()
@@ -291,7 +296,7 @@ def plot(claim: Claim, results: Path, summary: Mapping[str, Any], folder: Path) 
             draw_differences(panel, dict(others))
             panel.set_title(f"{figure.name}, against {baseline[0]}", loc="left")
     if len(summary.get("front", ())) > 1:
-        drawing = drawn[f"{claim.name}_front"] = Drawing(figsize=(7, 5), layout="constrained")
+        drawing = drawn[f"{claim.name}_front"] = Drawing(figsize=(9, 5), layout="constrained")
         _draw_front(drawing.add_subplot(), claim, summary["front"])
     paths = [folder / f"{name}.png" for name in drawn]
     for path, drawing in zip(paths, drawn.values(), strict=True):
@@ -302,10 +307,14 @@ def plot(claim: Claim, results: Path, summary: Mapping[str, Any], folder: Path) 
 def _draw_front(panel: Any, claim: Claim, found: Mapping[str, Mapping[str, Any]]) -> None:
     """Draws each model as a point of both main figures, with their intervals; the better corner is the upper right."""
     up, right = claim.main_figures
+    markers = iter(_MARKERS)
     for name, one in found.items():
         (x, y), colour = (one[figure.name]["value"] for figure in (right, up)), _COLOURS.get(name, _COLOUR_OF_OTHERS)
         (left, far), (low, high) = (one[figure.name]["interval"] for figure in (right, up))
-        panel.errorbar(x, y, xerr=[[x - left], [far - x]], yerr=[[y - low], [high - y]], fmt="o", color=colour)
-        panel.annotate(_label(name), (x, y), xytext=(6, 6), textcoords="offset points", color=colour)
+        panel.errorbar(
+            x, y, xerr=[[x - left], [far - x]], yerr=[[y - low], [high - y]], color=colour, markersize=8,
+            fmt="o" if name in _COLOURS else next(markers), label=_label(name),
+        )  # fmt: skip
     panel.set(xlabel=right.name, ylabel=up.name)
     panel.invert_xaxis()
+    panel.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))

@@ -485,7 +485,7 @@ def measured_twice(started):
         claim_results.write_result(started, 0, name, dataclasses.replace(unified, examples=examples))
     cosines = {kind: [0.1, 0.3] for kind in claim_gradients.KINDS}
     by_model = {"base": {"0": cosines}, "unified": {"20": cosines, "120": cosines | {"mlp": [-0.5, -0.5]}}}
-    claim_results.write_gradients(started, 0, claim_results.Gradients("", "", "", by_model))
+    claim_results.write_gradients(started, 0, claim_results.Gradients("", "d", "weights", by_model))
     return started
 
 
@@ -505,6 +505,11 @@ def test_gradients_and_the_front_of_both_skills_are_shown_of_what_was_measured(m
         assert found == json.loads(json.dumps(figure.estimate(merged)))
     plots = claim_report.plot(PRETRAINED, measured_twice, summary, tmp_path)
     assert [path.name for path in plots] == ["pretrained.png", "pretrained_ablations.png", "pretrained_front.png"]
+    others = claim_results.Gradients("", "d", "other weights", {})
+    claim_results.write_gradients(measured_twice, 0, others)
+    with pytest.raises(InputError, match="gradients of seed 0 are those of another base or of other data; remove"):
+        claim_report.summarize(PRETRAINED, measured_twice, [0])
+    (measured_twice / "0/gradients.json").unlink()
     (measured_twice / "0/unified.json").unlink()  # without a baseline further runs are not compared
     assert list(claim_report.summarize(PRETRAINED, measured_twice, [0])["front"]) == ["base", "embedding", "generative"]
 
