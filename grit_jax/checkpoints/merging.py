@@ -16,6 +16,7 @@ from grit_jax.checkpoints.checkpoint import CheckpointMetadata, save_params
 from grit_jax.checkpoints.opening import open_model
 from grit_jax.config import MeshConfig, field_differences
 from grit_jax.errors import InputError
+from grit_jax.families.family import Tensor
 from grit_jax.hf.tensors import get, model_tensors
 from grit_jax.model.pretrained import Pretrained
 from grit_jax.model.transformer import abstract_model, abstract_params
@@ -59,14 +60,16 @@ def merge(
     mesh = sharding.make_mesh(MeshConfig(), jax.local_devices(backend="cpu")[:1])
     whole = sharding.replicated(mesh)
     shapes = abstract_params(abstract_model(first.architecture, first.embedding.projection_dim))
-    params = {}
-    for tensor in model_tensors(first.architecture, first.embedding):
+
+    def merged(tensor: Tensor) -> jax.Array:
         asked = unflatten_dict({tensor.path: whole})
         values = [np.asarray(get(pretrained.load(asked), tensor.path)) for pretrained in opened]
-        merged = np.empty(get(shapes, tensor.path).shape, np.float32)
-        for _, index in tensor.stored(merged.shape):
-            merged[index] = combine([value[index] for value in values], weights)
-        params[tensor.path] = jax.device_put(merged, whole)
+        out = np.empty(get(shapes, tensor.path).shape, np.float32)
+        for _, index in tensor.stored(out.shape):
+            out[index] = combine([value[index] for value in values], weights)
+        return jax.device_put(out, whole)
+
+    params = {tensor.path: merged(tensor) for tensor in model_tensors(first.architecture, first.embedding)}
     record = {"models": sources, "weights": list(weights), "method": method}
     metadata = CheckpointMetadata(first.architecture, first.embedding, first.tokenizer.files(), merged=record)
     save_params(output, unflatten_dict(params), metadata)
