@@ -45,14 +45,14 @@ def show_summary(report: dict[str, Any]) -> None:
         hits = [_hit(hit) for hit in search["hits"]]
         if base:
             earlier = [_hit(hit) for hit in report["base_searches"][number]["hits"]]
-            _side_by_side(console, zip(earlier, hits, strict=True), no_wrap=True)
+            _side_by_side(console, zip(earlier, hits, strict=True))
         else:
             for hit in hits:
                 console.print(hit, soft_wrap=True, markup=False)
     for number, answer in enumerate(report["answers"]):
         console.print(f"\n[bold]prompt[/bold] {escape(answer['prompt'])}", soft_wrap=True)
         if base:
-            _side_by_side(console, [(report["base_answers"][number]["answer"], answer["answer"])], no_wrap=False)
+            _side_by_side(console, [(report["base_answers"][number]["answer"], answer["answer"])])
         else:
             console.print(f"  {answer['answer']}", soft_wrap=True, markup=False)
     console.print()
@@ -72,11 +72,11 @@ def _hit(hit: dict[str, Any]) -> str:
     return f"  {'*' if hit['relevant'] else ' '} {hit['score']:.3f}  {first_line}"
 
 
-def _side_by_side(console: rich.console.Console, pairs: Iterable[tuple[str, str]], *, no_wrap: bool) -> None:
-    """Prints texts of the base and of the trained model in two columns, cut or wrapped to their width."""
+def _side_by_side(console: rich.console.Console, pairs: Iterable[tuple[str, str]]) -> None:
+    """Prints texts of the base and of the trained model in two columns."""
     table = rich.table.Table(expand=True)
     for name in ("base", "trained"):
-        table.add_column(name, ratio=1, no_wrap=no_wrap, overflow="ellipsis" if no_wrap else "fold")
+        table.add_column(name, ratio=1, overflow="fold")
     for pair in pairs:
         table.add_row(*map(Text, pair))
     console.print(table)
