@@ -96,8 +96,16 @@ _MULTISLICE_OPTIONS = {
     "xla_tpu_data_parallel_opt_different_sized_ops": "true",
 }
 
-# Dense bfloat16 FLOP/s of one device, by the start of its `device_kind`.
+# Dense bfloat16 FLOP/s of one device, by the start of its `device_kind`. Each of the two cores of a TPU v2 or v3 is a
+# device. A T4 has no bfloat16 units: its number is that of float32.
 _PEAK_FLOPS = {chip.device_kind: chip.peak_flops for chip in CHIPS.values()} | {
+    "TPU v2": 22.5e12,
+    "TPU v3": 61.5e12,
+    "Tesla T4": 8.1e12,
+    "NVIDIA L4": 121e12,
+    "NVIDIA L40": 181e12,
+    "NVIDIA L40S": 362e12,
+    "NVIDIA A100": 312e12,
     "NVIDIA H100": 989e12,
     "NVIDIA H200": 989e12,
 }

@@ -77,7 +77,9 @@ class DocumentedObject(NamedTuple):
         return int.from_bytes(digest[:4]) < _HELD_OUT * 2**32
 
 
-def write_corpus(folder: Path, roots: Iterable[tuple[str, Path]] | None = None) -> dict[str, int]:
+def write_corpus(
+    folder: Path, roots: Iterable[tuple[str, Path]] | None = None, *, most_queries: int | None = None
+) -> dict[str, int]:
     """Writes GRIT data and a retrieval task, and returns their counts.
 
     `train/` and `validation/` hold embedding and generative JSONL; `retrieval/` is in BEIR layout: held-out
@@ -86,18 +88,24 @@ def write_corpus(folder: Path, roots: Iterable[tuple[str, Path]] | None = None) 
     Args:
       folder: The folder to write.
       roots: As in `collect_objects`.
+      most_queries: Most held-out queries; `validation/` and `retrieval/` then hold only their objects, chosen by name.
+        None takes all held-out objects.
     """
     objects = collect_objects(roots)
     train = [thing for thing in objects if not thing.held_out]
     held_out = [thing for thing in objects if thing.held_out]
     counts = {"objects": len(objects), "held_out_objects": len(held_out)}
+    searched = [thing for thing in held_out if thing.searchable]
+    if most_queries is not None and len(searched) > most_queries:
+        counts["held_out_queries_in_all"] = len(searched)
+        sample = sorted(_stable(thing.name) for thing in searched)[:most_queries]
+        held_out = searched = [thing for thing in searched if _stable(thing.name) <= sample[-1]]
     for split, things in (("train", train), ("validation", held_out)):
         for stream, files in (("embedding", _embedding_files(things)), ("generative", _generative_files(things))):
             for name, rows in files.items():
                 if split == "train" or name in ("describe", "answers"):
                     counts[f"{split}_{stream}_samples"] = counts.get(f"{split}_{stream}_samples", 0) + len(rows)
                     _write_jsonl(folder / split / stream / f"{name}.jsonl", rows)
-    searched = [thing for thing in held_out if thing.searchable]
     _write_jsonl(
         folder / "retrieval/corpus.jsonl", ({"_id": t.name, "title": "", "text": t.document} for t in searched)
     )

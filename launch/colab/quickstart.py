@@ -77,6 +77,8 @@ PACKAGES = None  # a list of installed packages; None is the standard library an
 STEPS = 260
 WIDTH = 256  # of the residual stream
 BATCH = 64  # queries in a step, each of which has the documents of all others as negatives
+BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"  # of the last section: a name on the Hub, or a folder; None leaves it out
+BASE_OPTIONS = []  # of its config, such as "--train.steps=100"; what they leave open is sized for the device
 
 # %% [markdown]
 # ## Train
@@ -197,3 +199,25 @@ for piece in model.stream([question, answer, follow_up], max_new_tokens=40, temp
 # %% [markdown]
 # The run folder holds a Hugging Face folder of the model too, `runs/quickstart/hf`: the notebook *export* uses one from
 # PyTorch.
+#
+# ## From a pretrained model
+#
+# A model that has read the web before knows what the docstrings are about. This fetches one from the Hugging Face Hub and
+# fine-tunes it on the same data, with batch and steps chosen for the device; the first line says which. It measures the
+# model before and after, and shows both side by side.
+
+# %%
+if BASE:
+    model = None  # makes room
+    BASE_RUN = Path("runs/quickstart_base")
+    run_quickstart(BASE_RUN, base=BASE, packages=PACKAGES, overrides=BASE_OPTIONS)
+
+# %% [markdown]
+# Now search and ask for yourself.
+
+# %%
+if BASE:
+    model, task = GritModel.load(BASE_RUN), read_task(BASE_RUN / "data/retrieval")
+    documents = model.encode(task.documents)
+    search("Sort a sequence and return the order")
+    print(model.generate("How do I join two paths in Python?", max_new_tokens=60))

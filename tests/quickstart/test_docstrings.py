@@ -190,6 +190,17 @@ def test_writing_again_gives_the_same_bytes(orchard):
     assert data == again and len(data) == 9
 
 
+def test_a_sample_of_the_held_out_queries_leaves_the_training_data_as_they_are(orchard, tmp_path):
+    whole, sample = orchard / "data", tmp_path / "sample"
+    counts = write_corpus(sample, [("", orchard)], most_queries=3)
+    queries, all_queries = (read_rows(folder / "retrieval/queries.jsonl") for folder in (sample, whole))
+    assert counts["held_out_queries"] == len(queries) == 3 < counts["held_out_queries_in_all"] == len(all_queries)
+    assert [row for row in all_queries if row in queries] == queries
+    assert {row["_id"] for row in read_rows(sample / "retrieval/corpus.jsonl")} == {row["_id"] for row in queries}
+    for path in (whole / "train").rglob("*.jsonl"):
+        assert (sample / path.relative_to(whole)).read_bytes() == path.read_bytes()
+
+
 def test_the_standard_library_and_the_run_time_packages_are_read():
     roots = dict(docstrings._installed_roots())
     assert {"", "numpy", "jax", "flax", "optax"} <= roots.keys() <= {"", *docstrings.PACKAGES}

@@ -7,8 +7,8 @@ import pytest
 from grit_jax.cli.main import main
 from grit_jax.errors import InputError
 from grit_jax.quickstart import docstrings
-from grit_jax.quickstart.docstrings import DocumentedObject
 from grit_jax.quickstart.job import run_quickstart
+from tests.quickstart.objects import documented
 
 SMALL = [
     "--train.steps=3", "--data.embedding_batch=8", "--data.generative_batch=8", "--model.architecture.embed_dim=32",
@@ -19,16 +19,8 @@ SMALL = [
 @pytest.fixture(scope="module")
 def output(tmp_path_factory):
     output = tmp_path_factory.mktemp("quickstart") / "run"
-    kinds = ("sorts numbers", "opens files", "draws lines")
-    objects = [
-        DocumentedObject(
-            f"m{number % 5}.f{number}", f"m{number % 5}.f{number}(x)", f"This {kinds[number % 3]} for case {number}.",
-            f"In case {number} it {kinds[number % 3]} with care. Case {number} is special in many ways.",
-        )
-        for number in range(300)
-    ]  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(docstrings, "collect_objects", lambda _: objects)
+        patch.setattr(docstrings, "collect_objects", lambda _: documented(300))
         assert run_quickstart(output, overrides=SMALL)
     return output
 

@@ -63,3 +63,26 @@ def test_both_losses_are_drawn_to_a_png(tmp_path, steps, evaluated):
 
 def test_the_config_is_found_where_the_package_is():
     assert "architecture" in config_file("quickstart.yaml").read_text()
+
+
+def test_a_base_stands_beside_the_trained_model(capsys):
+    base = {name: {"bm25": 0.5, "base": 0.123, "trained": 0.456} for name in REPORT["retrieval"]}
+    loss = {"base": 3.21, "trained": 2.1, "unigram": 6.5}
+    hits = [{"document": "os.[/]join(p)\nMore.", "score": 0.25, "relevant": False}]
+    report = REPORT | {
+        "base": "org/[base]",
+        "retrieval": base,
+        "generation": {"loss_per_token": loss},
+        "base_searches": [{"query": REPORT["searches"][0]["query"], "hits": hits}],
+        "base_answers": [{"prompt": REPORT["answers"][0]["prompt"], "answer": "It said [/c]."}],
+        "corpus": REPORT["corpus"] | {"held_out_queries_in_all": 4567},
+    }
+    show_summary(report)
+    shown = capsys.readouterr().out
+    for text in ("org/[base]", "trained further", "0.123", "3.210", "123 of 4,567 held-out queries"):
+        assert text in shown
+    assert "untrained" not in shown and "from scratch" not in shown
+    (beside,) = (line for line in shown.splitlines() if "os.split[/](p)" in line)
+    assert beside.index("0.250") < beside.index("os.[/]join(p)") < beside.index("0.750")
+    (beside,) = (line for line in shown.splitlines() if "It [/b] does." in line)
+    assert beside.index("It said [/c].") < beside.index("It [/b] does.")
