@@ -128,7 +128,8 @@ def sent(address, head, body):
     with connection, contextlib.suppress(BrokenPipeError, ConnectionResetError):
         connection.sendall(head + body)
         if not ends:  # the server would wait for more of it, or for another request
-            connection.shutdown(socket.SHUT_WR)
+            with contextlib.suppress(OSError):  # the server may have ended the connection
+                connection.shutdown(socket.SHUT_WR)
         while piece := connection.recv(1 << 16):
             found += piece
     return found
