@@ -15,7 +15,7 @@ from grit_jax.config import MeshConfig
 from grit_jax.errors import InputError
 from grit_jax.hf import hub, model_folder
 from grit_jax.model.pretrained import Pretrained
-from grit_jax.model.transformer import Params, abstract_model, abstract_params, param_axes
+from grit_jax.model.transformer import Params, abstract_params, param_axes
 from grit_jax.parallel import sharding
 from grit_jax.text.tokenizer import Tokenizer
 
@@ -32,7 +32,7 @@ def open_model(path: str | os.PathLike[str], step: int | None = None) -> Pretrai
     """
     path = epath.Path(hub.snapshot(str(path)) if hub.is_hub_id(path) else path)
     if checkpoint.is_checkpoint(path):
-        return checkpoint.open_checkpoint(path, step)
+        return checkpoint.open_checkpoint(path, step, open_base=open_model)
     if model_folder.is_folder(path):
         if step is not None:
             raise InputError(f"{path} is a Hugging Face folder and has no steps; leave the step out")
@@ -58,15 +58,14 @@ def load_params(pretrained: Pretrained, mesh: Mesh, dtype: DTypeLike = jnp.float
     Raises:
       InputError: The stored weights are not this model's, or the mesh does not divide them.
     """
-    model = abstract_model(pretrained.architecture, pretrained.embedding.projection_dim)
+    model = pretrained.model
     return pretrained.load(sharding.shardings(mesh, abstract_params(model), param_axes(model)), dtype)
 
 
 def load_for_conversion(
     path: str | os.PathLike[str], step: int | None = None, dtype: DTypeLike = jnp.float32
 ) -> tuple[Pretrained, Params]:
-    """Opens a model and reads its parameters, one copy over all devices."""
-    pretrained = open_model(path, step)
-    model = abstract_model(pretrained.architecture, pretrained.embedding.projection_dim)
+    """Opens a model, adapters merged, and reads its parameters, one copy over all devices."""
+    pretrained = open_model(path, step).merged()
     mesh = sharding.make_mesh(MeshConfig())
-    return pretrained, pretrained.load(sharding.spread(mesh, abstract_params(model)), dtype)
+    return pretrained, pretrained.load(sharding.spread(mesh, abstract_params(pretrained.model)), dtype)
