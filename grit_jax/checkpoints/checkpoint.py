@@ -370,7 +370,7 @@ def open_checkpoint(
         base = open_base(adapter.base).merged()
     except InputError as error:
         raise InputError(f"{path}: its adapters need their base {adapter.base}: {error}") from error
-    return on_base(folder.parent, Pretrained(*about, adapter, checkpoints.parameter_names(step)), base)
+    return on_base(path, Pretrained(*about, adapter, checkpoints.parameter_names(step)), base)
 
 
 def save_params(folder: str | PathLike[str], params: Params, metadata: CheckpointMetadata) -> None:
