@@ -23,13 +23,15 @@ def run(args: argparse.Namespace) -> int:
     from etils import epath
 
     from grit_jax.checkpoints.checkpoint import CheckpointMetadata, save_params
-    from grit_jax.checkpoints.opening import load_for_conversion
+    from grit_jax.checkpoints.opening import load_adapters, load_for_conversion
+    from grit_jax.hf.adapter_folder import is_folder
 
     out = epath.Path(args.out)
     if out.exists() and any(out.iterdir()):
         raise InputError(f"{out} exists and is not empty; choose another folder")
-    pretrained, params = load_for_conversion(args.source)
-    metadata = CheckpointMetadata(pretrained.architecture, pretrained.embedding, pretrained.tokenizer.files())
+    pretrained, params = load_adapters(args.source) if is_folder(args.source) else load_for_conversion(args.source)
+    about = pretrained.architecture, pretrained.embedding, pretrained.tokenizer.files()
+    metadata = CheckpointMetadata(*about, adapter=pretrained.adapter)
     save_params(out, params, metadata)
     print(f"{out}: a checkpoint of {args.source}; name it as model.init, or to encode and generate")
     return 0

@@ -24,13 +24,13 @@ def base_fingerprint(base: Pretrained, params: Params) -> str:
     return fingerprint(params, base.architecture, base.embedding, base.tokenizer, rounded=True)
 
 
-def check_base(source: Any, recorded: AdapterMetadata, found: str) -> None:
+def check_base(source: Any, recorded: AdapterMetadata, found: str | None) -> None:
     """Checks that adapters belong to the base whose fingerprint is `found`.
 
     Raises:
       InputError: They were trained on another one; the message begins with `source`.
     """
-    if found != recorded.fingerprint:
+    if recorded.fingerprint not in (None, found):
         raise InputError(
             f"{source}: its adapters were trained on {recorded.base} when that had the fingerprint "
             f"{recorded.fingerprint}; now it has {found}: put the old base back, or train new adapters"

@@ -24,12 +24,12 @@ class AdapterMetadata:
 
     Attributes:
       base: Where the base is, as in `model.init`.
-      fingerprint: Identifies its weights (`base_fingerprint`).
+      fingerprint: Identifies its weights (`base_fingerprint`); None if that is not known, as of PEFT's adapters.
       lora: Settings of the adapters.
     """
 
     base: str
-    fingerprint: str
+    fingerprint: str | None
     lora: LoRAConfig
 
 
