@@ -19,9 +19,11 @@ from orbax.checkpoint import v1 as ocp
 
 from grit_jax import files
 from grit_jax.checkpoints import integrity
-from grit_jax.config import CheckpointConfig, EmbeddingConfig, TransformerConfig
+from grit_jax.config import CheckpointConfig, EmbeddingConfig, LoRAConfig, TransformerConfig
 from grit_jax.errors import InputError, listed
-from grit_jax.model.pretrained import Pretrained
+from grit_jax.model.adapter import on_base
+from grit_jax.model.lora import NO_ADAPTERS
+from grit_jax.model.pretrained import AdapterMetadata, Pretrained
 from grit_jax.model.transformer import Params, abstract_model, abstract_params
 from grit_jax.parallel.memory import ran_out
 from grit_jax.runs import folder as run_folder
@@ -43,6 +45,7 @@ class CheckpointMetadata:
       config: Resolved config of the run as YAML; None for an imported model.
       data: Position in the training data.
       merged: How a merged model was made, as `merging.merge` records it; empty for any other.
+      adapter: The base of the parameters, which are then adapters and what else was trained; None for a whole model.
     """
 
     architecture: TransformerConfig
@@ -51,6 +54,23 @@ class CheckpointMetadata:
     config: str | None = None
     data: dict[str, Any] = dataclasses.field(default_factory=dict)
     merged: dict[str, Any] = dataclasses.field(default_factory=dict)
+    adapter: AdapterMetadata | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        """JSON values, without `adapter` for a whole model."""
+        values = dataclasses.asdict(self)
+        return values if self.adapter else {key: value for key, value in values.items() if key != "adapter"}
+
+    @classmethod
+    def from_json(cls, stored: dict[str, Any]) -> CheckpointMetadata:
+        """The inverse of `as_json`."""
+        nested: dict[str, Any] = {
+            "architecture": TransformerConfig(**stored["architecture"]),
+            "embedding": EmbeddingConfig(**stored["embedding"]),
+        }
+        if adapter := stored.get("adapter"):
+            nested["adapter"] = AdapterMetadata(**adapter | {"lora": LoRAConfig(**adapter["lora"])})
+        return cls(**stored | nested)
 
 
 class DamagedCheckpointError(OSError):
@@ -115,7 +135,7 @@ class Checkpoints:
         if run_folder.is_complete(self.folder / str(step)):
             return
         parts = {_PARAMS: params} | ({} if opt_state is None else {_OPTIMIZER: opt_state})
-        about, ranked_by = dataclasses.asdict(metadata), cast(Any, metrics and dict(metrics))
+        about, ranked_by = metadata.as_json(), cast(Any, metrics and dict(metrics))
         # Without `force` Orbax refuses steps below the newest one. `overwrite`, with nothing to delete here, keeps it
         # from reading when every checkpoint was made, which fails if one is damaged.
         save = functools.partial(
@@ -165,11 +185,18 @@ class Checkpoints:
             digest = self._check_digests(step)
             stored: Any = ocp.checkpointables_metadata(self.folder / str(step)).custom_metadata
             integrity.check_metadata(stored, digest)
-            nested = {
-                "architecture": TransformerConfig(**stored["architecture"]),
-                "embedding": EmbeddingConfig(**stored["embedding"]),
-            }
-            return CheckpointMetadata(**stored | nested)
+            return CheckpointMetadata.from_json(stored)
+
+    def parameter_names(self, step: int) -> frozenset[str]:
+        """Dotted paths of the parameters in the checkpoint of `step`.
+
+        Raises:
+          DamagedCheckpointError: It cannot be read.
+        """
+        with self._readable(step):
+            self._check_digests(step)
+            stored: Any = ocp.checkpointables_metadata(self.folder / str(step)).metadata
+            return frozenset(flatten_dict(stored[_PARAMS], sep="."))
 
     def restore(self, step: int, params: Params, opt_state: Any) -> tuple[Params, Any]:
         """Reads parameters and optimizer state.
@@ -345,24 +372,45 @@ def read_metadata(path: str | PathLike[str], step: int | None = None) -> Checkpo
     return Checkpoints(found.parent, read_only=True).metadata(int(found.name))
 
 
-def open_checkpoint(path: str | PathLike[str], step: int | None = None) -> Pretrained:
-    """The model of the checkpoint of `find_checkpoint`; raises as that does."""
+def open_checkpoint(
+    path: str | PathLike[str], step: int | None = None, *, open_base: Callable[[str], Pretrained] | None = None
+) -> Pretrained:
+    """The model of the checkpoint of `find_checkpoint`.
+
+    Args:
+      path: Where it is.
+      step: Checkpoint to take; None takes the newest.
+      open_base: Opens the base of adapters.
+
+    Raises:
+      InputError: There is no such checkpoint, or its base cannot be opened.
+    """
     found = find_checkpoint(path, step)
     checkpoints, step = Checkpoints(found.parent, read_only=True), int(found.name)
     metadata = checkpoints.metadata(step)
-    model = abstract_model(metadata.architecture, metadata.embedding.projection_dim)
+    adapter = metadata.adapter
+    lora = adapter.lora if adapter else NO_ADAPTERS
+    shapes = flatten_dict(
+        abstract_params(abstract_model(metadata.architecture, metadata.embedding.projection_dim, lora))
+    )
 
     def load(shardings: Any, dtype: Any = jnp.float32) -> Params:
-        asked = flatten_dict(shardings)
         wanted = {
-            name: jax.ShapeDtypeStruct(shape.shape, dtype, sharding=asked.get(name))
-            for name, shape in flatten_dict(abstract_params(model)).items()
+            path: jax.ShapeDtypeStruct(shapes[path].shape, dtype, sharding=sharding)
+            for path, sharding in flatten_dict(shardings).items()
         }
-        params = flatten_dict(checkpoints.restore(step, unflatten_dict(wanted), None)[0])
-        return unflatten_dict({name: params[name] for name in asked})
+        return checkpoints.restore(step, unflatten_dict(wanted), None)[0]
 
     tokenizer = Tokenizer.from_files(metadata.tokenizer_files)
-    return Pretrained(metadata.architecture, metadata.embedding, tokenizer, load)
+    about = metadata.architecture, metadata.embedding, tokenizer, load
+    if adapter is None:
+        return Pretrained(*about)
+    assert open_base
+    try:
+        base = open_base(adapter.base).merged()
+    except InputError as error:
+        raise InputError(f"{path}: its adapters need their base {adapter.base}: {error}") from error
+    return on_base(path, Pretrained(*about, adapter, checkpoints.parameter_names(step)), base)
 
 
 def refuse_used(folder: str | PathLike[str]) -> None:

@@ -52,7 +52,7 @@ def merge(
     checkpoint.refuse_used(output)
     weights = _checked(weights, len(models), method)
     sources = [_source(model) for model in models]
-    opened = [open_model(source) for source in sources]
+    opened = [_whole(source) for source in sources]
     first = opened[0]
     for source, pretrained in zip(sources[1:], opened[1:], strict=True):
         _refuse_different(source, pretrained, sources[0], first)
@@ -115,6 +115,14 @@ def _checked(weights: Sequence[float] | None, count: int, method: Method) -> tup
 def _source(model: str | os.PathLike[str]) -> str:
     """Where exactly a model is read from: of a run, the checkpoint."""
     return str(checkpoint.find_checkpoint(model) if checkpoint.is_checkpoint(model) else model)
+
+
+def _whole(source: str) -> Pretrained:
+    """The model there, which has no adapters."""
+    model = open_model(source)
+    if model.adapter:
+        raise InputError(f"{source} is adapters; merge the folder of the whole model that `grit-jax export-hf` writes")
+    return model
 
 
 def _refuse_different(source: str, model: Pretrained, first_source: str, first: Pretrained) -> None:

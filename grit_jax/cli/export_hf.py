@@ -30,10 +30,12 @@ if TYPE_CHECKING:
         "--prompt", action="append", default=[], metavar="NAME=INSTRUCTION",
         help="instruction of a named prompt of sentence-transformers, besides query and document; may be repeated",
     ),
+    flag("--adapter", "write only the adapters, in PEFT's layout, rather than a model with them merged in"),
     flag("--no-verify", "do not compare with PyTorch's numbers"),
     examples="""\
   grit-jax export-hf runs/quickstart my-model
   grit-jax export-hf runs/quickstart my-model --step 200 --dtype bfloat16
+  grit-jax export-hf runs/adapters my-adapters --adapter
   grit-jax export-hf runs/quickstart my-model --prompt query="Given a question, retrieve passages that answer it"
 """,
 )  # fmt: skip
@@ -43,11 +45,18 @@ def run(args: argparse.Namespace) -> int:
 
     import jax.numpy as jnp
 
-    from grit_jax.checkpoints.opening import load_for_conversion
+    from grit_jax.checkpoints.opening import load_adapters, load_for_conversion
     from grit_jax.doctor.verify import missing_packages, verify
+    from grit_jax.hf import adapter_folder
     from grit_jax.hf.interop import has_sentence_pooling
     from grit_jax.hf.model_folder import save_folder
 
+    if args.adapter:
+        pretrained, params = load_adapters(args.source, args.step, jnp.dtype(args.dtype))
+        adapter_folder.save_folder(args.out, pretrained, params, dtype=args.dtype)
+        base = pretrained.adapter and pretrained.adapter.base
+        print(f"{args.out}: adapters in {args.dtype}, in PEFT's layout; they belong to {base}")
+        return 0
     pretrained, params = load_for_conversion(args.source, args.step, jnp.dtype(args.dtype))
     origin = read_origin(args.source, args.step)
     save_folder(args.out, pretrained, params, dtype=args.dtype, instructions=instructions, origin=origin)

@@ -20,11 +20,13 @@ from grit_jax.cli.command import argument, command
 def run(args: argparse.Namespace) -> int:
     """Imports a model."""
     from grit_jax.checkpoints.checkpoint import CheckpointMetadata, refuse_used, save_params
-    from grit_jax.checkpoints.opening import load_for_conversion
+    from grit_jax.checkpoints.opening import load_adapters, load_for_conversion
+    from grit_jax.hf.adapter_folder import is_folder
 
     refuse_used(args.out)
-    pretrained, params = load_for_conversion(args.source)
-    metadata = CheckpointMetadata(pretrained.architecture, pretrained.embedding, pretrained.tokenizer.files())
+    pretrained, params = load_adapters(args.source) if is_folder(args.source) else load_for_conversion(args.source)
+    about = pretrained.architecture, pretrained.embedding, pretrained.tokenizer.files()
+    metadata = CheckpointMetadata(*about, adapter=pretrained.adapter)
     save_params(args.out, params, metadata)
     print(f"{args.out}: a checkpoint of {args.source}; name it as model.init, or to encode and generate")
     return 0

@@ -20,7 +20,9 @@ from grit_jax.config.parsing import (
     parse_mapping,
 )
 from grit_jax.config.settings import (
+    ALL_LINEAR,
     COPIES,
+    TRAIN_ALL,
     AttentionKernel,
     CheckpointConfig,
     CompilerOption,
@@ -29,6 +31,7 @@ from grit_jax.config.settings import (
     DistributedConfig,
     ExpertKernel,
     LoggingConfig,
+    LoRAConfig,
     LossConfig,
     MeshConfig,
     ModelConfig,

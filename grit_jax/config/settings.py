@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass, field, fields
 from typing import Annotated, Literal
 
 from grit_jax.config.architecture import EmbeddingConfig, TransformerConfig
@@ -25,6 +26,8 @@ AttentionKernel = Literal["dense", "blockwise", "splash", "cudnn", "cudnn_packed
 ExpertKernel = Literal["ragged_dot", "megablox"]
 Remat = Literal["none", "full", "dots", "offload"]
 Negatives = Literal["auto", "dense", "gathered", "ring"]
+TRAIN_ALL = ("*",)  # the default of `train.trainable`
+ALL_LINEAR = "all-linear"  # every matrix of a layer that PEFT adapts under this name
 CompilerOption = bool | int | str  # the compiler takes `true` of a flag, but not its text
 
 
@@ -204,6 +207,45 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True)
+class LoRAConfig:
+    """Low-rank adapters beside the frozen matrices of `model.init`, with the meanings of PEFT's `LoraConfig`.
+
+    Attributes:
+      r: Rank of the adapters; null trains without them.
+      alpha: An adapter's output is multiplied by `alpha / r`.
+      dropout: Share of an adapter's inputs that a training step drops.
+      target_modules: Modules that get an adapter: `all-linear`, or a list such as `[q_proj, v_proj]`.
+      use_rslora: Whether to multiply by `alpha / sqrt(r)` instead (rsLoRA, arXiv 2312.03732).
+    """
+
+    r: PositiveInt | None = None
+    alpha: PositiveFloat = 8.0
+    dropout: Fraction = 0.0
+    target_modules: str | list[str] = ALL_LINEAR
+    use_rslora: bool = False
+
+    def __post_init__(self):
+        require_fields("lora", self)
+        if isinstance(self.target_modules, str) and self.target_modules != ALL_LINEAR:
+            raise InputError(
+                f"lora.target_modules={self.target_modules!r} is neither {ALL_LINEAR} nor a list; "
+                f"write [{self.target_modules}]"
+            )
+        if not self.target_modules:
+            raise InputError(f"lora.target_modules=[] adapts nothing; name modules, or use {ALL_LINEAR}")
+        changed = [each.name for each in fields(self) if getattr(self, each.name) != each.default]
+        if self.r is None and changed:
+            key = changed[0]
+            raise InputError(f"lora.{key}={getattr(self, key)} without lora.r; set lora.r, or remove the key")
+
+    @property
+    def scale(self) -> float:
+        """The factor of the adapters' output."""
+        assert self.r
+        return self.alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """The loop.
 
@@ -213,8 +255,10 @@ class TrainConfig:
       seed: Seed of weights and data order; from 0 to 4294967295.
       mode: Streams to train: `unified`, `embedding` or `generative`.
       trainable: Patterns of the paths of trained parameters, such as `layers.mlp.*`; the others are frozen, and need
-        neither gradient nor optimizer state.
-      frozen_dtype: Dtype of frozen parameters, in memory and in checkpoints.
+        neither gradient nor optimizer state. With `lora.r` adapters are always trained, and these patterns name what
+        else is, such as `*norm*`; the default names nothing then.
+      frozen_dtype: Dtype of frozen parameters, in memory and in checkpoints; `auto` is float32, or with `lora.r` the
+        dtype of activations (bfloat16, on CPU float32).
       embedding_chunks: Chunks in which a device processes its embedding rows; changes memory, not numbers.
       generative_chunks: The same for the generative rows.
       eval_every: Steps between evaluation losses on `data.validation`; null evaluates after the last step only.
@@ -228,8 +272,8 @@ class TrainConfig:
     steps: PositiveInt = 1000
     seed: Seed = 0
     mode: Literal["unified", "embedding", "generative"] = "unified"
-    trainable: list[str] = field(default_factory=lambda: ["*"])
-    frozen_dtype: Literal["float32", "bfloat16"] = "float32"
+    trainable: list[str] = field(default_factory=lambda: list(TRAIN_ALL))
+    frozen_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     embedding_chunks: PositiveInt = 1
     generative_chunks: PositiveInt = 1
     eval_every: PositiveInt | None = None
@@ -392,6 +436,7 @@ class Config:
     loss: LossConfig = field(default_factory=LossConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
     scorecard: ScorecardConfig = field(default_factory=ScorecardConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
@@ -408,6 +453,10 @@ class Config:
         if not any(weights.values()):
             given = " and ".join(f"{key}={weight}" for key, weight in weights.items())
             raise InputError(f"{given} with train.mode={self.train.mode}: nothing would be trained; raise one of them")
+        if self.lora.r is not None and not self.model.init:
+            raise InputError(
+                f"lora.r={self.lora.r} without model.init: adapters need a base; name it, or remove lora.r"
+            )
 
 
 def _require_counts(key: str, counts: dict[str, int]) -> None:

@@ -24,6 +24,11 @@ class Tensor:
     path: tuple[str, ...]
     in_dims: int | None = None
 
+    @property
+    def module(self) -> str:
+        """Name of its module in the layer, such as `q_proj`."""
+        return self.name.split(".")[-2]
+
     def stored(self, shape: tuple[int, ...]) -> Iterator[tuple[str, tuple[int, ...]]]:
         """The name of each stored tensor and its index in a parameter of `shape`."""
         keys = [key for key in ("layer", "expert") if f"{{{key}}}" in self.name]
@@ -91,6 +96,15 @@ class Family:
     eager: bool = False
     vllm_gritlm: bool = False
     vllm_is_causal: bool = True
+
+    @property
+    def modules(self) -> dict[str, tuple[str, ...]]:
+        """Paths of a layer's linear modules by their names, such as `q_proj`: those that PEFT adapts."""
+        return {
+            row.module: row.path[1:-1]
+            for row in self.tensors
+            if row.path[0] == "layers" and row.in_dims and row.path[-1] == "kernel" and "router" not in row.path
+        }
 
     @property
     def feature_keys(self) -> set[str]:

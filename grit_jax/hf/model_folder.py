@@ -7,16 +7,14 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import jax.numpy as jnp
-import ml_dtypes
-import numpy as np
 from etils import epath
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.traverse_util import flatten_dict
 from jax.typing import DTypeLike
 
 from grit_jax import files
@@ -30,8 +28,6 @@ from grit_jax.model.transformer import Params, abstract_model, abstract_params
 from grit_jax.text.tokenizer import Tokenizer
 
 CONFIG_FILE, GRIT_CONFIG_FILE = "config.json", "grit_config.json"
-
-Dtype = Literal["float32", "bfloat16", "float16"]
 
 
 def is_folder(path: str | os.PathLike[str]) -> bool:
@@ -52,7 +48,7 @@ def open_folder(path: str | os.PathLike[str]) -> Pretrained:
     architecture = read_config(config.values, source=config.source)
     embedding = EmbeddingConfig()
     if files.exists(folder / GRIT_CONFIG_FILE):
-        embedding = _read_embedding(jsonfile.read(folder / GRIT_CONFIG_FILE))
+        embedding = read_embedding(jsonfile.read(folder / GRIT_CONFIG_FILE))
     tensors.weight_files(folder)
     try:
         # Some tokenizers, such as Gemma 3's, have more entries than the model has rows.
@@ -68,7 +64,8 @@ def open_folder(path: str | os.PathLike[str]) -> Pretrained:
     return Pretrained(architecture, embedding, tokenizer, load)
 
 
-def _read_embedding(section: jsonfile.Section) -> EmbeddingConfig:
+def read_embedding(section: jsonfile.Section) -> EmbeddingConfig:
+    """What `grit_config.json` holds."""
     names = [field.name for field in dataclasses.fields(EmbeddingConfig)]
     if unknown := sorted(section.values.keys() - names):
         raise section.error(unknown[0], f"is not known; keys are {', '.join(names)}")
@@ -83,29 +80,22 @@ def _read_embedding(section: jsonfile.Section) -> EmbeddingConfig:
 def _load(
     folder: epath.Path, architecture: TransformerConfig, embedding: EmbeddingConfig, shardings: Any, dtype: DTypeLike
 ) -> Params:
-    get = tensors.get
     shapes = abstract_params(abstract_model(architecture, embedding.projection_dim))
     wanted = tensors.model_tensors(architecture, embedding)
     stored = tensors.stored_tensors(folder, projection=embedding.projection_dim is not None)
     # Some folders repeat the tied table as the head.
     has_head = architecture.tie_embeddings and tensors.TIED_HEAD.name in stored
     tensors.check_tensors(str(folder), stored, [*wanted, tensors.TIED_HEAD] if has_head else wanted, shapes)
-    params, finite, asked = {}, {}, flatten_dict(shardings)
-    for tensor in wanted:
-        if tensor.path in asked:
-            shape = get(shapes, tensor.path).shape
-            params[tensor.path], checked = tensors.load_param(tensor, stored, shape, asked[tensor.path], dtype)
-            finite |= checked
-    tensors.check_finite(str(folder), finite)
-    if has_head and tensors.TIED_HEAD.path in asked:
-        table = params[tensors.TIED_HEAD.path]
+    params = tensors.load_params(str(folder), wanted, stored, shapes, shardings, dtype)
+    if has_head and tensors.TIED_HEAD.path in flatten_dict(shardings):
+        table = tensors.get(params, tensors.TIED_HEAD.path)
         head, _ = tensors.load_param(tensors.TIED_HEAD, stored, table.shape, table.sharding, dtype)
         if not jnp.array_equal(head, table):
             raise InputError(
                 f"{folder}: {tensors.TIED_HEAD.name} is not the embedding table, though config.json says "
                 "tie_word_embeddings=true; set that to false to keep both, or remove the tensor"
             )
-    return unflatten_dict(params)
+    return params
 
 
 def save_folder(
@@ -113,7 +103,7 @@ def save_folder(
     pretrained: Pretrained,
     params: Params,
     *,
-    dtype: Dtype = "float32",
+    dtype: tensors.Dtype = "float32",
     max_shard_bytes: int = 2 << 30,
     instructions: Mapping[str, str] = MappingProxyType({}),
     origin: interop.Origin = interop.UNKNOWN,
@@ -126,7 +116,7 @@ def save_folder(
       out: New folder; an earlier export there is replaced.
       pretrained: The model.
       params: Its parameters.
-      dtype: Dtype of the stored weights.
+      dtype: tensors.Dtype of the stored weights.
       max_shard_bytes: Size limit of a safetensors file.
       instructions: Instructions of sentence-transformers' named prompts; `query` and `document` have none by default.
       origin: How the model was made, for the model card.
@@ -145,17 +135,17 @@ def save_folder(
     if code := interop.remote_code(architecture):
         config["auto_map"], text = code
         (partial / interop.REMOTE_CODE_FILE).write_text(text)
-    _write_json(partial / CONFIG_FILE, config)
+    write_json(partial / CONFIG_FILE, config)
 
     def write(folder: Path, stem: str, rows: Iterable[Tensor], max_shard_bytes: int = sys.maxsize) -> None:
-        tensors.write_tensors(folder, stem, _stored(rows, params, dtype), max_shard_bytes=max_shard_bytes)
+        tensors.write_tensors(folder, stem, tensors.stored_values(rows, params, dtype), max_shard_bytes=max_shard_bytes)
 
     write(partial, "model", tensors.model_tensors(architecture, EmbeddingConfig()), max_shard_bytes)
     if pretrained.embedding.projection_dim:
         write(partial, "projection", tensors.PROJECTION)
-    _write_json(partial / GRIT_CONFIG_FILE, dataclasses.asdict(pretrained.embedding))
+    write_json(partial / GRIT_CONFIG_FILE, dataclasses.asdict(pretrained.embedding))
     special = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.padding_id}
-    _write_json(partial / "generation_config.json", special)
+    write_json(partial / "generation_config.json", special)
     tokenizer_files = tokenizer.files()
     settings = json.loads(tokenizer_files["tokenizer_config.json"]) | {
         "pad_token": tokenizer.padding,
@@ -164,11 +154,11 @@ def save_folder(
         "chat_template": interop.CHAT_TEMPLATE,
     }
     (partial / "tokenizer.json").write_text(interop.older_tokenizer(tokenizer_files["tokenizer.json"]))
-    _write_json(partial / "tokenizer_config.json", settings)
+    write_json(partial / "tokenizer_config.json", settings)
     (partial / "chat_template.jinja").write_text(interop.CHAT_TEMPLATE)
     for name, value in interop.sentence_files(architecture, pretrained.embedding, instructions).items():
         (partial / name).parent.mkdir(exist_ok=True)
-        _write_json(partial / name, value)
+        write_json(partial / name, value)
     if (dense := partial / interop.DENSE_FOLDER).exists():
         write(dense, "model", interop.DENSE)
     card = interop.model_card(out.name, architecture, pretrained.embedding, tokenizer, instructions, origin)
@@ -177,23 +167,6 @@ def save_folder(
     partial.rename(out)
 
 
-def _stored(rows: Iterable[Tensor], params: Params, dtype: Dtype) -> Iterator[tuple[str, np.ndarray]]:
-    """Names and values of the stored tensors, one at a time.
-
-    Raises:
-      InputError: A finite weight is too large for `dtype`.
-    """
-    np_dtype = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
-    for row in rows:
-        param = tensors.get(params, row.path)
-        for name, index in row.stored(param.shape):
-            value = np.asarray(param[index] if index else param)
-            with np.errstate(over="ignore"):
-                stored = np.ascontiguousarray(row.to_stored(value).astype(np_dtype))
-            if dtype == "float16" and np.any(np.isinf(stored)) and np.all(np.isfinite(value)):
-                raise InputError(f"{name} has values over float16's 65504; export in bfloat16 or float32")
-            yield name, stored
-
-
-def _write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any) -> None:
+    """Writes JSON for people to read."""
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")

@@ -11,9 +11,9 @@ import math
 import os
 import re
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,7 @@ import ml_dtypes
 import numpy as np
 import safetensors.numpy
 from etils import epath
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.typing import DTypeLike
 
 from grit_jax import files
@@ -44,6 +45,8 @@ PROJECTION = (
     Tensor("projection.weight", ("projection", "kernel"), 1),
     Tensor("projection.bias", ("projection", "bias"), 0),
 )
+
+Dtype = Literal["float32", "bfloat16", "float16"]  # of written weights
 
 _IGNORED_SUFFIXES = ("rotary_emb.inv_freq",)  # buffers in older folders, which the config determines
 _FILE_NAME = re.compile(r"[\w-][\w.-]*\.safetensors")
@@ -144,9 +147,7 @@ def stored_tensors(folder: epath.Path, *, projection: bool = False) -> dict[str,
     Raises:
       InputError: A file is missing, cut short or not safetensors, or two hold the same tensor.
     """
-    tensors: dict[str, StoredTensor] = {}
-    for name in weight_files(folder):
-        _add(tensors, _read_header(folder / name))
+    tensors = file_tensors(folder, *weight_files(folder))
     if any(name.startswith("model.model.") for name in tensors):
         tensors = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
     elif not any(name.startswith("model.") for name in tensors):
@@ -154,6 +155,14 @@ def stored_tensors(folder: epath.Path, *, projection: bool = False) -> dict[str,
     if projection and files.exists(folder / PROJECTION_FILE):
         _add(tensors, _read_header(folder / PROJECTION_FILE))
     return {name: tensor for name, tensor in tensors.items() if not name.endswith(_IGNORED_SUFFIXES)}
+
+
+def file_tensors(folder: epath.Path, *names: str) -> dict[str, StoredTensor]:
+    """Every tensor of some files, from their headers; raises as `stored_tensors`."""
+    tensors: dict[str, StoredTensor] = {}
+    for name in names:
+        _add(tensors, _read_header(folder / name))
+    return tensors
 
 
 def _add(tensors: dict[str, StoredTensor], more: dict[str, StoredTensor]) -> None:
@@ -211,8 +220,15 @@ def _read_entries(header: jsonfile.Section, file: epath.Path, begin: int, size: 
     return tensors
 
 
-def check_tensors(source: str, tensors: dict[str, StoredTensor], wanted: Sequence[Tensor], shapes: Params) -> None:
-    """Compares the stored tensors with those that a model needs.
+def check_tensors(
+    source: str,
+    tensors: dict[str, StoredTensor],
+    wanted: Sequence[Tensor],
+    shapes: Params,
+    *,
+    described_by: str = "config.json",
+) -> None:
+    """Compares the stored tensors with those that the model of the file `described_by` needs.
 
     Raises:
       InputError: Tensors are missing, unknown or of another shape; the message names them.
@@ -220,7 +236,7 @@ def check_tensors(source: str, tensors: dict[str, StoredTensor], wanted: Sequenc
     count = sum(tensor.num_stored(get(shapes, tensor.path).shape) for tensor in wanted)
     if count > 2 * len(tensors) + _FEW:  # a damaged file may describe millions of tensors
         raise InputError(
-            f"{source}: config.json describes {count} tensors, the weights are {len(tensors)}; copy both again"
+            f"{source}: {described_by} describes {count} tensors, the weights are {len(tensors)}; copy both again"
         )
     expected = {}
     for tensor in wanted:
@@ -235,7 +251,30 @@ def check_tensors(source: str, tensors: dict[str, StoredTensor], wanted: Sequenc
         if name in tensors and tensors[name].shape != shape
     ]
     if problems:
-        raise InputError(f"{source}: weights do not match config.json: {listed(problems)}")
+        raise InputError(f"{source}: weights do not match {described_by}: {listed(problems)}")
+
+
+def load_params(
+    source: str,
+    wanted: Iterable[Tensor],
+    stored: dict[str, StoredTensor],
+    shapes: Params,
+    shardings: Any,
+    dtype: DTypeLike,
+) -> Params:
+    """The parameters of those tensors, which `check_tensors` found, that have a sharding; each as in `load_param`.
+
+    Raises:
+      InputError: A value is not finite.
+    """
+    placed, params, finite = flatten_dict(shardings), {}, {}
+    for tensor in wanted:
+        if tensor.path in placed:
+            shape = get(shapes, tensor.path).shape
+            params[tensor.path], checked = load_param(tensor, stored, shape, placed[tensor.path], dtype)
+            finite |= checked
+    check_finite(source, finite)
+    return unflatten_dict(params)
 
 
 def load_param(
@@ -279,6 +318,24 @@ def check_finite(source: str, finite: dict[str, jax.Array]) -> None:
     """Raises InputError with the names of tensors whose values are not all finite."""
     if bad := [name for name, value in jax.device_get(finite).items() if not value]:
         raise InputError(f"{source}: NaN or infinite values in {listed(bad)}; the folder is damaged")
+
+
+def stored_values(rows: Iterable[Tensor], params: Params, dtype: Dtype) -> Iterator[tuple[str, np.ndarray]]:
+    """Names and values of the stored tensors, one at a time.
+
+    Raises:
+      InputError: A finite weight is too large for `dtype`.
+    """
+    np_dtype = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
+    for row in rows:
+        param = get(params, row.path)
+        for name, index in row.stored(param.shape):
+            value = np.asarray(param[index] if index else param)
+            with np.errstate(over="ignore"):
+                stored = np.ascontiguousarray(row.to_stored(value).astype(np_dtype))
+            if dtype == "float16" and np.any(np.isinf(stored)) and np.all(np.isfinite(value)):
+                raise InputError(f"{name} has values over float16's 65504; export in bfloat16 or float32")
+            yield name, stored
 
 
 def write_tensors(folder: Path, stem: str, tensors: Iterator[tuple[str, np.ndarray]], *, max_shard_bytes: int) -> None:

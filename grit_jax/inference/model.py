@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -13,7 +11,15 @@ import numpy as np
 from jax.sharding import Mesh
 
 from grit_jax.checkpoints.opening import load_params, open_model
-from grit_jax.config import COPIES, Attention, EmbeddingConfig, MeshConfig, ModelConfig, TransformerConfig
+from grit_jax.config import (
+    COPIES,
+    Attention,
+    EmbeddingConfig,
+    LoRAConfig,
+    MeshConfig,
+    ModelConfig,
+    TransformerConfig,
+)
 from grit_jax.config.ranges import require_positive
 from grit_jax.errors import InputError
 from grit_jax.inference import writing
@@ -21,6 +27,8 @@ from grit_jax.inference.embedder import Cached, Embedder, Encoded, StartedEmbedd
 from grit_jax.inference.engine import Continuation, Engine, LaneSize
 from grit_jax.inference.runner import ModelRunner, bucket
 from grit_jax.inference.scorer import Likelihoods, Scorer
+from grit_jax.model.fingerprint import fingerprint
+from grit_jax.model.lora import NO_ADAPTERS
 from grit_jax.model.transformer import Params, abstract_model
 from grit_jax.parallel import sharding
 from grit_jax.parallel.execution import Execution, execution
@@ -46,6 +54,7 @@ class GritModel:
       tokenizer: The model's tokenizer.
       mesh: Where it runs.
       execution: How it computes.
+      lora: Its adapters.
 
     Attributes:
       architecture: Resolved shape.
@@ -63,9 +72,10 @@ class GritModel:
         *,
         mesh: Mesh,
         execution: Execution,
+        lora: LoRAConfig = NO_ADAPTERS,
     ):
-        self.architecture, self.embedding, self.tokenizer = architecture, embedding, tokenizer
-        self.runner = ModelRunner(params, abstract_model(architecture, embedding.projection_dim), mesh, execution)
+        self.architecture, self.embedding, self.tokenizer, self._lora = architecture, embedding, tokenizer, lora
+        self.runner = ModelRunner(params, abstract_model(architecture, embedding.projection_dim, lora), mesh, execution)
         self._embedder, self._scorer = Embedder(self.runner, embedding), Scorer(self.runner)
 
     @classmethod
@@ -78,7 +88,7 @@ class GritModel:
         devices: Sequence[jax.Device] | None = None,
         dtype: Literal["auto", "float32", "bfloat16"] = "auto",
     ) -> Self:
-        """Loads a run folder, a checkpoint or a Hugging Face folder.
+        """Loads a run folder, a checkpoint or a Hugging Face folder; with adapters also the base that they belong to.
 
         Args:
           path: Where the model is.
@@ -88,14 +98,14 @@ class GritModel:
           dtype: Dtype of weights and activations; `auto` is float32 on CPU and bfloat16 elsewhere.
 
         Raises:
-          InputError: There is no model, or it does not fit the mesh.
+          InputError: There is no model, it does not fit the mesh, or the base of its adapters has changed.
         """
         pretrained = open_model(path, step)
         placed_on = sharding.make_mesh(mesh or COPIES, devices)
         settings = execution(ModelConfig(compute_dtype=dtype, remat="none"), sharding.platform(placed_on))
         params = load_params(pretrained, placed_on, settings.dtype)
         about = pretrained.architecture, pretrained.embedding, pretrained.tokenizer
-        return cls(params, *about, mesh=placed_on, execution=settings)
+        return cls(params, *about, mesh=placed_on, execution=settings, lora=pretrained.lora)
 
     @property
     def params(self) -> Params:
@@ -429,9 +439,9 @@ class GritModel:
           rounded: Whether to compare weights in bfloat16. The fingerprint is then equal on devices of every type, and
             for weights that differ by less.
         """
-        sums = self.runner.checksums(rounded=rounded)
-        about = [repr(self.architecture), repr(self.embedding), self.tokenizer.fingerprint, *sums]
-        return hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
+        about = self.architecture, self.embedding, self.tokenizer, self._lora
+        with jax.set_mesh(self.runner.mesh):
+            return fingerprint(self.params, *about, rounded=rounded)
 
 
 def _require_list(texts: Any, what: str) -> None:

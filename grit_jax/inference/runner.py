@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple, TypeVar
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 from grit_jax.config.ranges import require_positive
 from grit_jax.data.batch import max_segments, sizes
 from grit_jax.data.packing import FilledRows, Packing, fill_rows, pack
-from grit_jax.model.transformer import Params, Transformer, split_layers, stack_layers
+from grit_jax.model.transformer import Params, Transformer, split_layers
 from grit_jax.parallel import sharding
 from grit_jax.parallel.execution import Execution
 
@@ -96,26 +93,6 @@ class ModelRunner:
                     fill_rows(tokens, lengths[indices], placed, row_length=row_length), indices,
                     placed.row * row_length + offset, placed.row * most + segment - 1,
                 )  # fmt: skip
-
-    def checksums(self, *, rounded: bool) -> list[int]:
-        """A number for each parameter that changes with any bit and the order of its values; `rounded` to bfloat16."""
-        with jax.set_mesh(self.mesh):
-            return [int(leaf) for leaf in jax.tree.leaves(jax.device_get(_checksums(self.params, rounded=rounded)))]
-
-
-@functools.partial(jax.jit, static_argnames="rounded")
-def _checksums(params: Params, *, rounded: bool) -> Params:
-    def checksum(x):
-        x = x.astype(jnp.bfloat16) if rounded else x
-        bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}")).astype(jnp.uint32)
-        index = sum(
-            jax.lax.broadcasted_iota(jnp.uint32, x.shape, dim) * np.uint32(factor)
-            for dim, factor in enumerate((0x9E3779B1, 0x85EBCA77, 0xC2B2AE3D, 0x27D4EB2F)[: x.ndim])
-        )
-        mixed = (bits ^ (index + np.uint32(1))) * np.uint32(0x2545F491)
-        return jnp.sum(mixed ^ (mixed >> 15), dtype=jnp.uint32)
-
-    return jax.tree.map(checksum, stack_layers(params))
 
 
 def bucket(size: int, *, at_least: int) -> int:

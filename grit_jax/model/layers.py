@@ -14,6 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from grit_jax.config import RopeScaling, TransformerConfig
+from grit_jax.model.lora import LoRA, Noise
 from grit_jax.parallel.execution import Execution, wide
 from grit_jax.parallel.sharding import constrain, gather
 
@@ -22,8 +23,10 @@ class Linear(nnx.Module):
     """A matrix product over the last dims of the input, with float32 weights, computed in the input's dtype.
 
     `in_dims` and `out_dims` map each dim's logical axis to its size. Initial weights are normal with
-    variance `scale**2 / fan_in`.
+    variance `scale**2 / fan_in`. `lora` is the adapter beside the matrix, if it gets one (`add_adapters`).
     """
+
+    lora: LoRA | None = None
 
     def __init__(
         self,
@@ -40,13 +43,17 @@ class Linear(nnx.Module):
         self.kernel = nnx.Param(std * jax.random.normal(key, shape, jnp.float32), axes=(*in_dims, *out_dims))
         self.bias = nnx.Param(jnp.zeros(tuple(out_dims.values()), jnp.float32), axes=tuple(out_dims)) if bias else None
 
-    def __call__(self, x: Float[Array, "*in_dims"]) -> Float[Array, "*out_dims"]:
-        """Replaces the last dims of `x` by the output dims."""
+    def __call__(self, x: Float[Array, "*in_dims"], noise: Noise | None = None) -> Float[Array, "*out_dims"]:
+        """Replaces the last dims of `x` by the output dims; `noise` is for the dropout of an adapter's input."""
         kernel = self.kernel[...].astype(x.dtype)
         out_shape = (*x.shape[: x.ndim - self.num_in_dims], *kernel.shape[self.num_in_dims :])
         fan_in = math.prod(kernel.shape[: self.num_in_dims])
         # One plain matrix product over all tokens: weight gradients that contract over two dims are slower.
-        out = (x.reshape(-1, fan_in) @ kernel.reshape(fan_in, -1)).reshape(out_shape)
+        flat = x.reshape(-1, fan_in)
+        out = flat @ kernel.reshape(fan_in, -1)
+        if self.lora is not None:
+            out = out + self.lora(flat, None if noise is None else noise.reshape(-1))
+        out = out.reshape(out_shape)
         if self.bias is None:
             return out
         # Added in float32, so that its gradient, a sum over all tokens, is float32 too.
@@ -87,12 +94,16 @@ class GatedMLP(nnx.Module):
         self.down = Linear(mlp, embed, key=down_key, scale=out_scale)
 
     def __call__(
-        self, x: Float[Array, "batch length embed"], real: Bool[Array, "batch length"], execution: Execution
+        self,
+        x: Float[Array, "batch length embed"],
+        real: Bool[Array, "batch length"],
+        execution: Execution,
+        noise: Noise | None = None,
     ) -> tuple[Float[Array, "batch length embed"], None]:
         """The addition to the residual stream; None in place of `ExpertMLP`'s router sums."""
         del real, execution  # for experts only
-        hidden = constrain(self.activation(self.gate(x)) * self.up(x), "batch", "length", "activation_mlp")
-        return self.down(hidden), None
+        hidden = self.activation(self.gate(x, noise)) * self.up(x, noise)
+        return self.down(constrain(hidden, "batch", "length", "activation_mlp"), noise), None
 
 
 def gathered(module: Any, dtype: jnp.dtype) -> Any:

@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from grit_jax.config import TransformerConfig
 from grit_jax.errors import InputError
 from grit_jax.model.layers import Linear, activation
+from grit_jax.model.lora import Noise
 from grit_jax.parallel.execution import PLAIN, Execution, wide
 from grit_jax.parallel.sharding import on_devices, split_axes
 
@@ -55,11 +56,13 @@ class ExpertMLP(nnx.Module):
         x: Float[Array, "batch length embed"],
         real: Bool[Array, "batch length"],
         execution: Execution = PLAIN,
+        noise: Noise | None = None,
     ) -> tuple[Float[Array, "batch length embed"], RouterStats]:
         """What the experts add to the residual stream, and the router's sums over the `real` tokens.
 
         Padding goes to no expert. The router computes in float32, like its softmax.
         """
+        del noise  # experts have no adapters
         with jax.default_matmul_precision("highest"):
             logits = self.router(x.astype(wide(x)))
         probabilities, num_experts = jax.nn.softmax(logits), logits.shape[-1]

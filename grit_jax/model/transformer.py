@@ -13,9 +13,10 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from grit_jax.config import TransformerConfig
+from grit_jax.config import LoRAConfig, TransformerConfig
 from grit_jax.model.attention import AttentionMask, attention
 from grit_jax.model.layers import GatedMLP, Linear, RMSNorm, Rotation, gathered, rotate, rotation
+from grit_jax.model.lora import NO_ADAPTERS, Noise, add_adapters, mixed
 from grit_jax.model.moe import ExpertMLP, RouterStats
 from grit_jax.parallel.execution import LAYER_INPUT, PLAIN, Execution, map_chunks, num_chunks, rematerialized, wide
 from grit_jax.parallel.sharding import constrain
@@ -51,6 +52,7 @@ class Context:
       real: Which tokens are not padding.
       full: Rotation of layers without the window.
       local: Rotation of layers with the window; None if it is the same.
+      noise: The tokens' bits for the dropout of adapters; None for no dropout.
       execution: How the call computes.
     """
 
@@ -58,7 +60,12 @@ class Context:
     real: Bool[Array, "*pieces batch length"]
     full: Rotation
     local: Rotation | None
+    noise: Noise | None
     execution: Execution = dataclasses.field(metadata={"static": True})
+
+    def of_layer(self, index: Any) -> Context:
+        """The context of the layer at an index, with noise of its own."""
+        return self if self.noise is None else dataclasses.replace(self, noise=mixed(self.noise, index))
 
     def rotation(self, windowed: Windowed) -> Rotation:
         """The rotation of one layer."""
@@ -97,19 +104,19 @@ class SelfAttention(nnx.Module):
         self, x: Float[Array, "batch length embed"], context: Context, windowed: Windowed, cache: KVCache | None
     ) -> tuple[Float[Array, "batch length embed"], KVCache | None]:
         """The addition to the residual stream, and the cache with the new keys and values written in."""
-        mask, by = context.mask, context.rotation(windowed)
+        mask, by, noise = context.mask, context.rotation(windowed), context.noise
         dims = ("batch", "length", "activation_heads", "head_dim")
-        query, key = self.query(x), self.key(x)
+        query, key = self.query(x, noise), self.key(x, noise)
         if self.config.qk_norm:
             query, key = self.query_norm(query), self.key_norm(key)
         query, key = constrain(rotate(query, by), *dims), constrain(rotate(key, by), *dims)
-        value = constrain(self.value(x), *dims)
+        value = constrain(self.value(x, noise), *dims)
         if cache is not None:
             rows = jnp.arange(x.shape[0])[:, None]
             key = cache.keys.at[rows, mask.query_positions].set(key)
             value = cache.values.at[rows, mask.query_positions].set(value)
             cache = KVCache(key, value)
-        return self.out(self._attend(query, key, value, context, windowed)), cache
+        return self.out(self._attend(query, key, value, context, windowed), noise), cache
 
     def _attend(self, query: Array, key: Array, value: Array, context: Context, windowed: Windowed) -> Array:
         config = self.config
@@ -154,7 +161,7 @@ class Block(nnx.Module):
         if self.config.post_norms:
             added = self.attention_post_norm(added)
         x = constrain(x + added, "batch", "length", "activation_embed")
-        added, stats = self.mlp(self.mlp_norm(x), context.real, context.execution)
+        added, stats = self.mlp(self.mlp_norm(x), context.real, context.execution, context.noise)
         if self.config.post_norms:
             added = self.mlp_post_norm(added)
         return constrain(x + added, "batch", "length", "activation_embed"), cache, stats
@@ -167,9 +174,17 @@ class Transformer(nnx.Module):
       config: Resolved architecture (`TransformerConfig.resolve`).
       key: Seed of the initial weights.
       projection_dim: Width of the linear embedding head; None for none.
+      lora: Adapters; other weights are the same with and without them.
     """
 
-    def __init__(self, config: TransformerConfig, *, key: PRNGKeyArray, projection_dim: int | None = None):
+    def __init__(
+        self,
+        config: TransformerConfig,
+        *,
+        key: PRNGKeyArray,
+        projection_dim: int | None = None,
+        lora: LoRAConfig = NO_ADAPTERS,
+    ):
         self.config = config
         embedding_key, layers_key, head_key, projection_key = jax.random.split(key, 4)
         table = (config.vocab_size, config.embed_dim)
@@ -179,8 +194,14 @@ class Transformer(nnx.Module):
             embedding_std * jax.random.normal(embedding_key, table, jnp.float32), axes=("vocab", "embed")
         )
         layer_keys = jax.random.split(layers_key, config.num_layers)
+
+        def block(layer_key: PRNGKeyArray) -> Block:
+            block = Block(config, key=layer_key)
+            add_adapters(block, config, lora, key=layer_key)
+            return block
+
         # One block with stacked weights; a list of blocks after `split_layers`.
-        self.layers: Any = jax.vmap(lambda layer_key: Block(config, key=layer_key))(layer_keys)
+        self.layers: Any = jax.vmap(block)(layer_keys)
         self.final_norm = RMSNorm(config, config.embed_dim)
         if not config.tie_embeddings:
             self.head = nnx.Param(std * jax.random.normal(head_key, table, jnp.float32), axes=("vocab", "embed"))
@@ -237,11 +258,15 @@ class Transformer(nnx.Module):
         return self.hidden(self.embed(tokens, execution.dtype), mask, execution)
 
     def hidden(
-        self, x: Float[Array, "batch length embed"], mask: AttentionMask, execution: Execution = PLAIN
+        self,
+        x: Float[Array, "batch length embed"],
+        mask: AttentionMask,
+        execution: Execution = PLAIN,
+        noise: Noise | None = None,
     ) -> tuple[Float[Array, "batch length embed"], RouterStats | None]:
         """Hidden states, after the final norm, of embedded tokens, and the routers' sums if there are experts.
 
-        The mask's query positions are the tokens' rotary positions.
+        The mask's query positions are the tokens' rotary positions. `noise`, in training, is their `token_noise`.
         """
 
         def step(x, layer, context, windowed):
@@ -256,7 +281,7 @@ class Transformer(nnx.Module):
             return out.reshape(x.shape), _summed(stats)
 
         layers: Any = list(self.layers) if self.is_split else self.layers
-        x, stats = self._scan(rematerialized(step, execution.remat), x, layers, mask, execution)
+        x, stats = self._scan(rematerialized(step, execution.remat), x, layers, mask, execution, noise)
         if self.is_split:
             stats = jax.tree.map(lambda *per_layer: jnp.stack(per_layer), *stats)
         return self.final_norm(x), _summed(stats)
@@ -275,22 +300,28 @@ class Transformer(nnx.Module):
         x, cache = self._scan(step, self.embed(tokens, execution.dtype), layers, mask, execution)
         return self.final_norm(x), cache
 
-    def _scan(self, step, x: Array, layers: Any, mask: AttentionMask, execution: Execution) -> tuple[Array, Any]:
+    def _scan(
+        self, step, x: Array, layers: Any, mask: AttentionMask, execution: Execution, noise: Noise | None = None
+    ) -> tuple[Array, Any]:
         """Takes `x` through `step(x, layer, context, windowed)`; other results are stacked or listed like `layers`."""
         segments = mask.query_segments
         real = jnp.ones(x.shape[:2], bool) if segments is None else segments > 0
-        context = Context(mask, real, *rotations(mask.query_positions, self.config), execution)
+        context = Context(mask, real, *rotations(mask.query_positions, self.config), noise, execution)
         windows = self.config.layer_windows
         if isinstance(layers, list):
             outs = []
-            for layer, windowed in zip(layers, windows, strict=True):
-                x, out = step(x, layer, context, windowed)
+            for index, (layer, windowed) in enumerate(zip(layers, windows, strict=True)):
+                x, out = step(x, layer, context.of_layer(index), windowed)
                 outs.append(out)
             return x, outs
-        if len(set(windows)) == 1:
-            return jax.lax.scan(lambda x, layer: step(x, layer, context, windows[0]), x, layers)
-        flags = jnp.array(windows)
-        return jax.lax.scan(lambda x, each: step(x, each[0], context, each[1]), x, (layers, flags))
+
+        def one(x, each):
+            layer, index, flag = each
+            return step(x, layer, context.of_layer(index), windows[0] if flag is None else flag)
+
+        indices = None if noise is None else jnp.arange(len(windows))
+        flags = None if len(set(windows)) == 1 else jnp.array(windows)
+        return jax.lax.scan(one, x, (layers, indices, flags))
 
 
 def _summed(stats: RouterStats | None) -> RouterStats | None:
@@ -298,9 +329,11 @@ def _summed(stats: RouterStats | None) -> RouterStats | None:
     return jax.tree.map(lambda x: jnp.sum(x, axis=0), stats)
 
 
-def abstract_model(config: TransformerConfig, projection_dim: int | None = None) -> Transformer:
+def abstract_model(
+    config: TransformerConfig, projection_dim: int | None = None, lora: LoRAConfig = NO_ADAPTERS
+) -> Transformer:
     """The model with shapes in place of arrays."""
-    return jax.eval_shape(lambda: Transformer(config, key=jax.random.key(0), projection_dim=projection_dim))
+    return jax.eval_shape(lambda: Transformer(config, key=jax.random.key(0), projection_dim=projection_dim, lora=lora))
 
 
 def abstract_params(model: Transformer) -> Params:
@@ -319,9 +352,14 @@ def param_axes(model: Transformer) -> Params:
     return nnx.to_pure_dict(jax.tree.map(axes, state, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable)))
 
 
-def init_params(config: TransformerConfig, key: PRNGKeyArray, projection_dim: int | None = None) -> Params:
+def init_params(
+    config: TransformerConfig,
+    key: PRNGKeyArray,
+    projection_dim: int | None = None,
+    lora: LoRAConfig = NO_ADAPTERS,
+) -> Params:
     """Initial parameters, float32; jit with `out_shardings` to create them on a mesh."""
-    return nnx.to_pure_dict(nnx.state(Transformer(config, key=key, projection_dim=projection_dim)))
+    return nnx.to_pure_dict(nnx.state(Transformer(config, key=key, projection_dim=projection_dim, lora=lora)))
 
 
 def split_layers(params: Params) -> Params:

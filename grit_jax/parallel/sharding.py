@@ -31,6 +31,7 @@ LOGICAL_AXES: Mapping[str, str | tuple[str, ...] | None] = {
     "vocab": "tensor",
     "projection": None,
     "norm": None,
+    "rank": None,
     "experts": "expert",
     "expert_embed": "fsdp",
     "router": None,

@@ -20,7 +20,7 @@ from grit_jax.parallel import sharding
 from grit_jax.parallel.chips import peak_flops
 from grit_jax.parallel.memory import device_memory
 from grit_jax.train.memory import gib, state_and_gradient_bytes
-from grit_jax.train.resolve import with_architecture
+from grit_jax.train.resolve import resolved
 from grit_jax.train.setup import set_up
 
 # Training, and each measurement of the model, may take this long on devices as fast as `assumed_flops`.
@@ -134,7 +134,7 @@ def _file(output: Path) -> Path:
 
 def _fitting_size(base: str, config: Config) -> Size:
     pretrained = open_model(base)
-    config = with_architecture(config, pretrained, pretrained.tokenizer)
+    config = resolved(config, pretrained, pretrained.tokenizer)
     mesh = sharding.make_mesh(config.mesh)
     devices: list[jax.Device] = list(mesh.devices.flat)
     abstract = set_up(config, mesh).abstract

@@ -49,7 +49,7 @@ from grit_jax.train.resolve import (
     check_folder,
     embedding_changes,
     resolve_tokenizer,
-    with_architecture,
+    resolved,
 )
 from grit_jax.train.setup import Setup, lower_step, option_problem, set_up
 from grit_jax.train.state import TrainState
@@ -65,7 +65,7 @@ def dry_run(config: Config) -> Iterator[Check]:
     yield from _data_checks(config)
     init, pretrained, tokenizer, ready = config.model.init, None, None, None
     if init:
-        check, pretrained = checked("model.init", lambda: open_model(init), lambda _: f"{init} can be read")
+        check, pretrained = checked("model.init", lambda: open_model(init).merged(), lambda _: f"{init} can be read")
         yield check
     if pretrained or not init:
         check, tokenizer = checked(
@@ -136,17 +136,17 @@ def _setup_checks(
 ) -> Generator[Check, None, tuple[Config, Setup] | None]:
     """Checks the step's parts; returns them if a device's memory holds the state."""
 
-    def resolved() -> tuple[Config, Setup]:
-        found = with_architecture(config, pretrained, tokenizer)
+    def ready() -> tuple[Config, Setup]:
+        found = resolved(config, pretrained, tokenizer)
         return found, set_up(found, mesh)
 
-    check, found = checked("shapes", resolved, lambda _: "batch, lengths and parameters fit the mesh and the model")
+    check, found = checked("shapes", ready, lambda _: "batch, lengths and parameters fit the mesh and the model")
     yield check
     if found is None:
         return None
     config, setup = found
     yield (memory := _memory_check(setup.abstract, mesh))
-    yield _space_check(config, setup.abstract)
+    yield _space_check(config, setup)
     check, _ = checked(
         "resume", lambda: _check_resume(config, tokenizer), lambda _: "train.output is new, or holds this run"
     )
@@ -221,8 +221,9 @@ def _step_check(config: Config, setup: Setup, mesh: jax.sharding.Mesh) -> Check:
     return verdict("step", True, text)
 
 
-def _space_check(config: Config, abstract: TrainState) -> Check:
-    size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract))
+def _space_check(config: Config, setup: Setup) -> Check:
+    stored = setup.partition.stored(setup.abstract), setup.abstract.opt_state, setup.abstract.step
+    size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(stored))
     number = config.checkpoint.keep + config.checkpoint.keep_best + 1  # one more: old ones go after a new one
     needed = f"{number} checkpoints of {gib(size)}"
     if files.is_bucket(config.train.output):

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 
 import grain
 import jax
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 
 from grit_jax import files
@@ -20,8 +23,9 @@ from grit_jax.data.batch import Batch
 from grit_jax.data.pipeline import Pipeline
 from grit_jax.errors import InputError
 from grit_jax.inference.model import GritModel
-from grit_jax.model.pretrained import Pretrained
-from grit_jax.model.transformer import Params, init_params
+from grit_jax.model.adapter import base_fingerprint
+from grit_jax.model.pretrained import AdapterMetadata, Pretrained
+from grit_jax.model.transformer import Params, abstract_params, init_params
 from grit_jax.parallel import distributed, sharding
 from grit_jax.parallel.distributed import JointStop
 from grit_jax.parallel.execution import execution
@@ -36,14 +40,12 @@ from grit_jax.train.callbacks.trackers import check_trackers
 from grit_jax.train.memory import lack_of_memory, rows_at_once
 from grit_jax.train.objectives import trained_objectives
 from grit_jax.train.objectives.objective import Objective
-from grit_jax.train.resolve import check_folder, embedding_changes, host_facts, resolve_tokenizer, with_architecture
+from grit_jax.train.resolve import check_folder, embedding_changes, host_facts, resolve_tokenizer, resolved
 from grit_jax.train.resume import newest_state, taken_over
 from grit_jax.train.setup import Setup, option_problem, set_up
 from grit_jax.train.state import TrainState, new_state, shardings_of
 from grit_jax.train.step import make_eval_step, make_gradient_norm
 from grit_jax.train.stopping import stop_signals, wait_for_turn
-
-_HEAD = "projection"  # parameters that either a run or its `model.init` may lack
 
 
 def _open(
@@ -51,9 +53,9 @@ def _open(
 ) -> tuple[Config, Pretrained | None, Tokenizer, Mesh, Setup, list[str]]:
     """Opens what a config refers to: the resolved config, `model.init`, and what follows from both."""
     check_trackers(config.logging)
-    pretrained = open_model(config.model.init) if config.model.init else None
+    pretrained = open_model(config.model.init).merged() if config.model.init else None
     tokenizer = resolve_tokenizer(config, pretrained)
-    config = with_architecture(config, pretrained, tokenizer)
+    config = resolved(config, pretrained, tokenizer)
     changes = embedding_changes(config, pretrained) if pretrained else []
     mesh = sharding.make_mesh(config.mesh)
     setup = set_up(config, mesh, objectives)
@@ -112,30 +114,44 @@ class Trainer:
         self.data = distributed.in_every_process(lambda: Pipeline(config, self.tokenizer, trained, host_share=share))
         distributed.require_same(self.data.host_facts())
         self._objectives, self._abstract, self._rows = setup.objective.objectives, setup.abstract, {}
+        self._partition = setup.partition
         with self._explained(), jax.set_mesh(self.mesh):
-            restored, self._damaged = newest_state(self.folder, setup.abstract, setup.partition, self.data.fingerprint)
-            self.state = restored or self._initial(setup, pretrained)
+            initial, self._adapter = self._initial(setup, pretrained) if setup.partition.frozen_apart else (None, None)
+            base = (self._adapter, initial.frozen) if initial and self._adapter else None
+            restored, self._damaged = newest_state(
+                self.folder, setup.abstract, setup.partition, self.data.fingerprint, base
+            )
+            self.state = restored or initial or self._initial(setup, pretrained)[0]
 
-    def _initial(self, setup: Setup, pretrained: Pretrained | None) -> TrainState:
-        placed, config = shardings_of(setup.abstract), self.config
-        architecture, width = config.model.architecture, config.model.embedding.projection_dim
-        key = jax.random.key(config.train.seed)
-
-        def init(key: jax.Array) -> Params:
-            return init_params(architecture, key, width)
-
-        if pretrained is None:
-            params = jax.jit(init, out_shardings=placed.params)(key)
-        else:
-            params = load_params(pretrained, self.mesh)
-            head = placed.params.get(_HEAD)
-            if head is None:
-                params.pop(_HEAD, None)
-            elif _HEAD not in params:
-                params[_HEAD] = jax.jit(lambda key: init(key)[_HEAD], out_shardings=head)(key)
-        params = jax.tree.map(lambda param, stored: param.astype(stored.dtype), params, setup.abstract.params)
+    def _initial(self, setup: Setup, pretrained: Pretrained | None) -> tuple[TrainState, AdapterMetadata | None]:
+        """The state before the first step, and the base of the run's adapters."""
+        placed, key = shardings_of(setup.abstract), jax.random.key(self.config.train.seed)
+        params, adapter = ({}, None) if pretrained is None else self._pretrained(pretrained, setup)
+        new = {path: split for path, split in flatten_dict(placed.params).items() if path not in params}
+        if new:
+            params |= jax.jit(functools.partial(self._drawn, tuple(new)), out_shardings=new)(key)
         make_state = jax.jit(new_state, static_argnums=(1, 2), donate_argnums=0, out_shardings=placed)
-        return make_state(params, setup.optimizer, setup.partition)
+        return make_state(unflatten_dict(params), setup.optimizer, setup.partition), adapter
+
+    def _pretrained(
+        self, pretrained: Pretrained, setup: Setup
+    ) -> tuple[dict[tuple[str, ...], jax.Array], AdapterMetadata | None]:
+        """The parameters of `model.init` that the run has too, by path, in the state's dtypes; the base of adapters."""
+        wanted = flatten_dict(setup.abstract.params)
+        dtypes = {wanted[path].dtype for path in flatten_dict(abstract_params(pretrained.model)) if path in wanted}
+        params = load_params(pretrained, self.mesh, dtypes.pop() if len(dtypes) == 1 else jnp.float32)
+        adapter = None
+        if setup.partition.frozen_apart:
+            found = base_fingerprint(pretrained, params)
+            adapter = AdapterMetadata(str(self.config.model.init), found, self.config.lora)
+        loaded = {path: leaf for path, leaf in flatten_dict(params).items() if path in wanted}
+        return {path: leaf.astype(wanted[path].dtype) for path, leaf in loaded.items()}, adapter
+
+    def _drawn(self, paths: Sequence[tuple[str, ...]], key: jax.Array) -> dict[tuple[str, ...], jax.Array]:
+        """New parameters at some paths."""
+        model = self.config.model
+        drawn = flatten_dict(init_params(model.architecture, key, model.embedding.projection_dim, self.config.lora))
+        return {path: drawn[path].astype(flatten_dict(self._abstract.params)[path].dtype) for path in paths}
 
     @contextmanager
     def _explained(self) -> Generator[None]:
@@ -158,6 +174,11 @@ class Trainer:
             for each in self._objectives
             if each.name in batch
         }
+
+    @property
+    def stored_params(self) -> Params:
+        """The parameters that the run's checkpoints hold."""
+        return self._partition.stored(self.state)
 
     @property
     def step(self) -> int:
@@ -231,6 +252,7 @@ class Trainer:
             self.tokenizer,
             mesh=self.mesh,
             execution=execution(self.config.model, sharding.platform(self.mesh)),
+            lora=self.config.lora,
         )
 
     def metadata(self, step: int) -> CheckpointMetadata:
@@ -241,4 +263,5 @@ class Trainer:
             tokenizer_files=self.tokenizer.files(),
             config=dump_config(self.config),
             data={"step": step, "fingerprint": self.data.fingerprint},
+            adapter=self._adapter,
         )

@@ -10,6 +10,7 @@ from grit_jax import files
 from grit_jax.checkpoints.checkpoint import CheckpointMetadata
 from grit_jax.checkpoints.opening import open_tokenizer
 from grit_jax.config import (
+    TRAIN_ALL,
     Config,
     TransformerConfig,
     config_differences,
@@ -37,6 +38,8 @@ _MAY_DIFFER_BY_HOST = (
     "model.init", "model.tokenizer", "data.train", "data.validation", "train.output", "scorecard.suite",
     "scorecard.data", "distributed.coordinator", "distributed.process_id",
 )  # fmt: skip
+
+_HEAD = "projection.*"  # pattern of the parameters that a run may have and its `model.init` lack
 
 
 def host_facts(config: Config, tokenizer: Tokenizer) -> dict[str, str]:
@@ -82,10 +85,17 @@ def resolve_architecture(config: Config, pretrained: Pretrained | None, tokenize
     return found
 
 
-def with_architecture(config: Config, pretrained: Pretrained | None, tokenizer: Tokenizer) -> Config:
-    """The config with the architecture of `resolve_architecture`; raises as that does."""
-    architecture = resolve_architecture(config, pretrained, tokenizer)
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, architecture=architecture))
+def resolved(config: Config, pretrained: Pretrained | None, tokenizer: Tokenizer) -> Config:
+    """The config with the architecture of `resolve_architecture`, which raises.
+
+    With adapters, a projection head that `model.init` lacks is among the trained parameters.
+    """
+    architecture, train = resolve_architecture(config, pretrained, tokenizer), config.train
+    has_head = config.model.embedding.projection_dim is not None
+    if config.lora.r is not None and has_head and pretrained and pretrained.embedding.projection_dim is None:
+        others = [pattern for pattern in train.trainable if pattern not in (*TRAIN_ALL, _HEAD)]
+        train = dataclasses.replace(train, trainable=[*others, _HEAD])
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, architecture=architecture), train=train)
 
 
 def embedding_changes(config: Config, pretrained: Pretrained) -> list[str]:
@@ -126,7 +136,7 @@ def check_folder(config: Config) -> None:
     saved = files.join(output, folder.CONFIG)
     if folder.last_checkpoint(output) is None or not files.exists(saved):
         return
-    changed = config_differences(load_config(saved), config, ignore=MAY_DIFFER)
+    changed = _differences(load_config(saved), config, ignore=MAY_DIFFER)
     if changed:
         raise InputError(
             f"{output} holds a run with another config ({'; '.join(changed)}); "
@@ -157,5 +167,16 @@ def same_run(saved: CheckpointMetadata, about: CheckpointMetadata) -> bool:
     if saved.config is None or about.config is None:
         return False
     old, new = parse_config(saved.config), parse_config(about.config)
-    same_config = not config_differences(old, new, ignore=_CHANGES_NO_UPDATE)
+    same_config = not _differences(old, new, ignore=_CHANGES_NO_UPDATE)
     return same_config and same_data(saved.data["fingerprint"], about.data["fingerprint"])
+
+
+def _differences(old: Config, new: Config, *, ignore: tuple[str, ...]) -> list[str]:
+    """`config_differences`, in which `auto` is what it means without adapters: earlier configs say `float32`."""
+
+    def written_out(config: Config) -> Config:
+        if config.lora.r is not None or config.train.frozen_dtype != "auto":
+            return config
+        return dataclasses.replace(config, train=dataclasses.replace(config.train, frozen_dtype="float32"))
+
+    return config_differences(written_out(old), written_out(new), ignore=ignore)

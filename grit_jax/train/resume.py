@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -13,6 +13,8 @@ import numpy as np
 from grit_jax import files
 from grit_jax.checkpoints.checkpoint import CheckpointMetadata, Checkpoints, DamagedCheckpointError
 from grit_jax.errors import InputError
+from grit_jax.model.adapter import check_base
+from grit_jax.model.pretrained import AdapterMetadata
 from grit_jax.parallel import distributed
 from grit_jax.parallel.sole_writer import SoleWriter, sole_writer
 from grit_jax.runs import folder
@@ -32,7 +34,13 @@ class Restored(NamedTuple):
     damaged: dict[int, str]
 
 
-def newest_state(output: files.PathLike, abstract: TrainState, partition: Partition, fingerprint: str) -> Restored:
+def newest_state(
+    output: files.PathLike,
+    abstract: TrainState,
+    partition: Partition,
+    fingerprint: str,
+    base: tuple[AdapterMetadata, Any] | None = None,
+) -> Restored:
     """The newest state of a run folder that every process can read.
 
     Args:
@@ -40,9 +48,10 @@ def newest_state(output: files.PathLike, abstract: TrainState, partition: Partit
       abstract: Shapes and shardings of the state.
       partition: Which parameters are trained.
       fingerprint: The data's, `Pipeline.fingerprint`.
+      base: The base of the run's adapters and its frozen parameters, which checkpoints lack; None without adapters.
 
     Raises:
-      InputError: No checkpoint can be read, the data have changed, or processes see different checkpoints.
+      InputError: No checkpoint can be read, data or base have changed, or processes see different checkpoints.
     """
     checkpoints = Checkpoints(files.join(output, folder.CHECKPOINTS), read_only=True)
     steps, damaged = checkpoints.steps(), {}
@@ -50,7 +59,7 @@ def newest_state(output: files.PathLike, abstract: TrainState, partition: Partit
     for step in reversed(steps):
         state, problem = None, ""
         try:
-            state = _read(checkpoints, step, abstract, partition, fingerprint)
+            state = _read(checkpoints, step, abstract, partition, fingerprint, base)
         except DamagedCheckpointError as error:
             problem = str(error)
         problems = [text for text in distributed.gathered_texts(problem) if text]
@@ -63,11 +72,23 @@ def newest_state(output: files.PathLike, abstract: TrainState, partition: Partit
 
 
 def _read(
-    checkpoints: Checkpoints, step: int, abstract: TrainState, partition: Partition, fingerprint: str
+    checkpoints: Checkpoints,
+    step: int,
+    abstract: TrainState,
+    partition: Partition,
+    fingerprint: str,
+    base: tuple[AdapterMetadata, Any] | None,
 ) -> TrainState:
-    check_data(checkpoints.folder.parent, checkpoints.metadata(step).data["fingerprint"], fingerprint)
-    params, opt_state = checkpoints.restore(step, abstract.params, abstract.opt_state)
-    return TrainState(jax.device_put(np.int32(step), abstract.step.sharding), *partition.split(params), opt_state)
+    output, metadata = checkpoints.folder.parent, checkpoints.metadata(step)
+    check_data(output, metadata.data["fingerprint"], fingerprint)
+    params, opt_state = checkpoints.restore(step, partition.stored(abstract), abstract.opt_state)
+    if base is None:
+        trainable, frozen = partition.split(params)
+    else:
+        adapter, frozen = base
+        check_base(output, metadata.adapter or adapter, adapter.fingerprint)
+        trainable = params
+    return TrainState(jax.device_put(np.int32(step), abstract.step.sharding), trainable, frozen, opt_state)
 
 
 @contextmanager

@@ -10,13 +10,14 @@ import jax
 import optax
 from jax.sharding import Mesh
 
-from grit_jax.config import CompilerOption, Config, ModelConfig
+from grit_jax.config import TRAIN_ALL, CompilerOption, Config, ModelConfig
 from grit_jax.data.streams.stream import Stream
 from grit_jax.errors import InputError
+from grit_jax.model.lora import ADAPTERS
 from grit_jax.model.transformer import abstract_model, param_axes
 from grit_jax.parallel import sharding
 from grit_jax.parallel.chips import compiler_options
-from grit_jax.parallel.execution import execution
+from grit_jax.parallel.execution import compute_dtype, execution
 from grit_jax.train.objectives import trained_objectives
 from grit_jax.train.objectives.objective import Objective
 from grit_jax.train.optimizer import learning_rate, make_optimizer
@@ -58,20 +59,21 @@ def set_up(config: Config, mesh: Mesh, objectives: Sequence[Objective] | None = 
       objectives: What to train; None for those of `train.mode`.
 
     Raises:
-      InputError: The mesh does not divide a parameter or the batch, a limit of texts is over the model's, or
-        `train.trainable` matches no parameter.
+      InputError: The mesh does not divide a parameter or the batch, a limit of texts is over the model's,
+        `train.trainable` matches no parameter, or the model cannot have the adapters.
     """
     objectives = trained_objectives(config) if objectives is None else objectives
     for objective in objectives:
         _check_lengths(objective.stream, config.model.architecture.max_length)
         if problem := objective.problem({axis: mesh.shape[axis] for axis in sharding.mesh_axes("batch")}):
             raise InputError(problem)
-    model = abstract_model(config.model.architecture, config.model.embedding.projection_dim)
-    partition = partition_of(config)
+    model = abstract_model(config.model.architecture, config.model.embedding.projection_dim, config.lora)
+    partition = partition_of(config, sharding.platform(mesh))
     trained_axes, _ = partition.split(param_axes(model))
     optimizer = make_optimizer(config.optimizer, config.train.steps, trained_axes)
     abstract = abstract_state(model, optimizer, mesh, partition)
-    joint = JointObjective(model, objectives, execution(config.model, sharding.platform(mesh)))
+    seed = config.train.seed if config.lora.dropout else None
+    joint = JointObjective(model, objectives, execution(config.model, sharding.platform(mesh)), dropout_seed=seed)
     rate = learning_rate(config.optimizer, config.train.steps)
     train_step = make_train_step(
         joint, optimizer, rate, shardings_of(abstract), compiler_options=step_options(config.model, mesh)
@@ -86,9 +88,14 @@ def lower_step(setup: Setup, mesh: Mesh, rows: Mapping[str, int]) -> jax.stages.
         return setup.train_step.lower(setup.abstract, sharding.abstract_batch(mesh, batch))
 
 
-def partition_of(config: Config) -> Partition:
-    """Which parameters a config trains."""
-    return Partition(tuple(config.train.trainable), config.train.frozen_dtype)
+def partition_of(config: Config, platform: str) -> Partition:
+    """Which parameters a config trains on a platform: `tpu`, `gpu` or `cpu`."""
+    patterns, dtype = tuple(config.train.trainable), config.train.frozen_dtype
+    if config.lora.r is None:
+        return Partition(patterns, "float32" if dtype == "auto" else dtype)
+    patterns = (ADAPTERS, *(() if patterns == TRAIN_ALL else patterns))
+    narrow = compute_dtype(config.model.compute_dtype, platform)
+    return Partition(patterns, narrow if dtype == "auto" else dtype, frozen_apart=True)
 
 
 def step_options(config: ModelConfig, mesh: Mesh) -> dict[str, CompilerOption]:

@@ -14,6 +14,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
+from grit_jax.config import TRAIN_ALL
 from grit_jax.errors import InputError
 from grit_jax.model.transformer import Params, Transformer, abstract_params, param_axes
 from grit_jax.parallel import sharding
@@ -26,10 +27,16 @@ class Partition:
     Attributes:
       trainable: `fnmatch` patterns of the paths of trained parameters, such as `layers.mlp.*`.
       frozen_dtype: Type of the others.
+      frozen_apart: Whether the others are those of a base, so that checkpoints hold only what is trained.
     """
 
-    trainable: tuple[str, ...] = ("*",)
+    trainable: tuple[str, ...] = TRAIN_ALL
     frozen_dtype: DTypeLike = jnp.float32
+    frozen_apart: bool = False
+
+    def stored(self, state: TrainState) -> Any:
+        """The parameters of a state that its checkpoint holds."""
+        return state.trainable if self.frozen_apart else state.params
 
     def split(self, tree: Any) -> tuple[Any, Any]:
         """Splits a nested dict by parameter, of arrays or anything else, into the trained part and the frozen one.

@@ -13,6 +13,7 @@ import optax
 from grit_jax.config import CompilerOption
 from grit_jax.data.batch import Batch
 from grit_jax.losses.balance import balance_loss
+from grit_jax.model.lora import token_noise
 from grit_jax.model.moe import RouterStats
 from grit_jax.model.transformer import Params, Transformer, bind, param_axes
 from grit_jax.parallel.execution import Execution, map_chunks
@@ -39,27 +40,34 @@ class JointObjective:
       model: Abstract model; parameters are bound to it in every call.
       objectives: One for each trained stream.
       execution: How the model computes.
+      dropout_seed: Seed of the adapters' dropout; None if they have none.
     """
 
     model: Transformer
     objectives: Sequence[Objective]
     execution: Execution
+    dropout_seed: int | None = None
 
-    def stream_losses(self, objective: Objective, params: Params, batch: Any) -> tuple[Losses, RouterStats | None]:
-        """The losses of one stream's batch, and the sums of its routers."""
+    def stream_losses(
+        self, objective: Objective, params: Params, batch: Any, step: Any = None
+    ) -> tuple[Losses, RouterStats | None]:
+        """The losses of one stream's batch, and the sums of its routers; arguments as in `losses`."""
+        seed = None if step is None else self.dropout_seed
+        step = None if seed is None else step
 
-        def on_device(params, batch):
+        def on_device(params, batch, step):
             model = bind(self.model, params)
             tokens, segment_ids, positions, extras = objective.inputs(batch)
+            noise = None if seed is None else token_noise(tokens, segment_ids, positions, seed=seed, step=step)
 
             def kept(rows):
-                x, segment_ids, positions, extras = rows
+                x, segment_ids, positions, extras, noise = rows
                 mask = model.mask(segment_ids, positions, causal=objective.causal)
-                hidden, stats = model.hidden(x, mask, self.execution)
+                hidden, stats = model.hidden(x, mask, self.execution, noise)
                 return objective.kept(model, hidden, segment_ids, extras), stats
 
             # The token table is gathered once, outside the chunks.
-            rows = (model.embed(tokens, self.execution.dtype), segment_ids, positions, extras)
+            rows = (model.embed(tokens, self.execution.dtype), segment_ids, positions, extras, noise)
             pieces, stats = map_chunks(kept, rows, objective.stream.num_chunks)
             whole = pieces.reshape(len(tokens), *pieces.shape[2:])
             split, sums = objective.parts(model, whole, batch, self.execution.dtype)
@@ -68,22 +76,23 @@ class JointObjective:
         fields = type(batch)(*(_ROWS if field in batch.per_row else ("whole",) for field in batch._fields))
         split = on_devices(
             on_device,
-            in_axes=(param_axes(self.model), fields),
+            in_axes=(param_axes(self.model), fields, ()),
             out_axes=Parts(objective.split_axes, ()),
             over=mesh_axes("batch"),
         )
-        split, (sums, stats) = split(params, batch)
+        split, (sums, stats) = split(params, batch, step)
         return objective.losses(split, sums, batch), stats
 
-    def losses(self, params: Params, batch: Batch) -> tuple[Metrics, Metrics]:
+    def losses(self, params: Params, batch: Batch, step: Any = None) -> tuple[Metrics, Metrics]:
         """The losses of the batch's streams, and further measurements.
 
+        `step` is the number of the training step, int32, of whose dropout the losses are; None is without dropout.
         Losses are `loss/STREAM` and, with experts, the balance losses `loss/router` (generative) or
         `loss/router_STREAM`. Measurements include the losses of a stream's tokens as `tokens/STREAM`.
         """
         losses, measured = {}, {}
         for objective in self._of(batch):
-            found, stats = self.stream_losses(objective, params, batch[objective.name])
+            found, stats = self.stream_losses(objective, params, batch[objective.name], step)
             losses[f"loss/{objective.name}"] = found.loss
             if stats is not None:
                 losses[objective.router_metric] = balance_loss(*stats)
@@ -103,9 +112,9 @@ class JointObjective:
             through_head += count if objective.uses_head else 0
         return {"tokens": tokens, "tokens_through_head": through_head, "attention_pairs": pairs}
 
-    def __call__(self, params: Params, batch: Batch) -> tuple[jax.Array, Metrics]:
-        """The minimised sum; its parts and further measurements."""
-        losses, measured = self.losses(params, batch)
+    def __call__(self, params: Params, batch: Batch, step: Any = None) -> tuple[jax.Array, Metrics]:
+        """The minimised sum; its parts and further measurements. Arguments as in `losses`."""
+        losses, measured = self.losses(params, batch, step)
         weights = {f"loss/{objective.name}": objective.weight for objective in self.objectives}
         weights |= {objective.router_metric: objective.router_weight for objective in self.objectives}
         weighted = [weights[name] * value for name, value in losses.items()]
@@ -129,9 +138,11 @@ class JointObjective:
         return [objective for objective in self.objectives if objective.name in batch]
 
 
-def _by_trainable(objective: JointObjective, frozen: Params) -> Callable[[Params, Batch], tuple[jax.Array, Metrics]]:
+def _by_trainable(
+    objective: JointObjective, frozen: Params, step: Any = None
+) -> Callable[[Params, Batch], tuple[jax.Array, Metrics]]:
     """The objective as a function of the trainable parameters and a batch."""
-    return lambda trainable, batch: objective(merged(trainable, frozen), batch)
+    return lambda trainable, batch: objective(merged(trainable, frozen), batch, step)
 
 
 def _all_finite(tree: Any) -> jax.Array:
@@ -158,7 +169,7 @@ def make_train_step(
     """
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        differentiate = jax.value_and_grad(_by_trainable(objective, state.frozen), has_aux=True)
+        differentiate = jax.value_and_grad(_by_trainable(objective, state.frozen, state.step), has_aux=True)
         (loss, parts), gradient = differentiate(state.trainable, batch)
         norm = jnp.asarray(optax.tree.norm(gradient))
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.trainable)
@@ -187,7 +198,7 @@ def make_gradient_norm(objective: JointObjective) -> Callable[[Params, Params, B
     """Compiles `gradient_norm(trainable, frozen, batch)` of the weighted objective.
 
     Given one stream of a batch, it shows how strongly that objective moves the shared weights, with one gradient's
-    memory and that stream's share of a step's time.
+    memory and that stream's share of a step's time. It is measured without dropout.
     """
 
     def gradient_norm(trainable: Params, frozen: Params, batch: Batch) -> jax.Array:

@@ -18,6 +18,7 @@ from grit_jax.config import (
     DistributedConfig,
     EmbeddingConfig,
     LoggingConfig,
+    LoRAConfig,
     LossConfig,
     ModelConfig,
     OptimizerConfig,
@@ -105,6 +106,16 @@ def test_a_curriculum_survives_a_round_trip():
         ("model: {architecture: {sliding_window: 0}}", [], "model.architecture.sliding_window=0 must be positive"),
         ("data: {num_samples: {a.jsonl: -1}}", [], "data.num_samples.a.jsonl=-1 must be 0 or more; use 0 to leave"),
         ("data: {curriculum: [{num_samples: {a.jsonl: -1}}]}", [], r"data.curriculum\[0\].num_samples.a.jsonl=-1 must"),
+        ("lora: {alpha: 16}", [], "lora.alpha=16.0 without lora.r; set lora.r, or remove the key"),
+        ("lora: {target_modules: [q_proj]}", [], r"lora.target_modules=\['q_proj'\] without lora.r; set lora.r"),
+        ("lora: {r: 0}", ["--model.init=base"], "lora.r=0 must be positive; null is allowed too"),
+        ("lora: {r: 8}", [], "lora.r=8 without model.init: adapters need a base; name it, or remove lora.r"),
+        ("lora: {r: 8, dropout: 1}", [], "lora.dropout=1.0 must be 0 or more, and less than 1"),
+        ("lora: {r: 8, alpha: -1}", [], "lora.alpha=-1.0 must be positive"),
+        ("lora: {r: 8, target_modules: q_proj}", [],
+         r"lora.target_modules='q_proj' is neither all-linear nor a list; write \[q_proj\]"),
+        ("lora: {r: 8, target_modules: []}", [], r"lora.target_modules=\[\] adapts nothing; name modules, or use all-"),
+        ("lora: {rank: 8}", [], "unknown key 'lora.rank'"),
         ("scorecard: {embedding_weight: 2}", [], "scorecard.embedding_weight=2.0 must be from 0 to 1"),
     ],
 )  # fmt: skip
@@ -116,8 +127,8 @@ def test_bad_input_is_refused_with_key_value_and_remedy(text, overrides, message
 SECTIONS = {
     "model": ModelConfig, "model.architecture": TransformerConfig, "model.architecture.rope_scaling": RopeScaling,
     "model.embedding": EmbeddingConfig, "data": DataConfig, "loss": LossConfig, "optimizer": OptimizerConfig,
-    "train": TrainConfig, "scorecard": ScorecardConfig, "checkpoint": CheckpointConfig, "logging": LoggingConfig,
-    "distributed": DistributedConfig,
+    "train": TrainConfig, "lora": LoRAConfig, "scorecard": ScorecardConfig, "checkpoint": CheckpointConfig,
+    "logging": LoggingConfig, "distributed": DistributedConfig,
 }  # fmt: skip
 
 

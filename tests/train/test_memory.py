@@ -14,7 +14,7 @@ from grit_jax.train import loop
 from grit_jax.train.loop import Trainer
 from grit_jax.train.memory import packed_rows, rows_at_once, step_memory
 from grit_jax.train.objectives import trained_objectives
-from grit_jax.train.resolve import check_folder, with_architecture
+from grit_jax.train.resolve import check_folder, resolved
 from grit_jax.train.setup import lower_step, set_up
 from tests.commands import ROOT, TINY, train_arguments, write_data
 
@@ -139,7 +139,7 @@ def test_the_compiler_tells_more_memory_for_more_rows_of_a_layer(data, tmp_path)
     def temporaries(layer_rows):
         wide = ["--model.architecture.mlp_dim=4096", "--train.mode=generative", f"--model.layer_rows={layer_rows}"]
         settings = config(data, tmp_path / "run", *wide)
-        settings = with_architecture(settings, None, trainer.tokenizer)
+        settings = resolved(settings, None, trainer.tokenizer)
         setup = set_up(settings, trainer.mesh)
         found = step_memory(lower_step(setup, trainer.mesh, {"generative": 64}).compile(), "cpu")
         assert found.peak_bytes == found.argument_bytes + found.temporary_bytes

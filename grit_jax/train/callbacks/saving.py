@@ -68,7 +68,7 @@ class Saving(Callback):
         with run.aside("checkpoint"):
             self._states.wait()
             in_first_process(run.confirm)
-            self._params.save(step, run.trainer.state.params, None, run.trainer.metadata(step))
+            self._params.save(step, run.trainer.stored_params, None, run.trainer.metadata(step))
 
     def _save(self, run: Run, step: int) -> None:
         """Saves the state, with `best_metric` where the step has it."""
@@ -78,5 +78,5 @@ class Saving(Callback):
                 self._params.wait()
             in_first_process(run.confirm)
             ranked_by = {metric: self._values[metric]} if metric and metric in self._values else None
-            self._states.save(step, state.params, state.opt_state, run.trainer.metadata(step), ranked_by)
+            self._states.save(step, run.trainer.stored_params, state.opt_state, run.trainer.metadata(step), ranked_by)
         self._saved = step
