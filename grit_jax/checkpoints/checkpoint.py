@@ -390,16 +390,15 @@ def open_checkpoint(
     metadata = checkpoints.metadata(step)
     adapter = metadata.adapter
     lora = adapter.lora if adapter else NO_ADAPTERS
-    shapes = flatten_dict(
-        abstract_params(abstract_model(metadata.architecture, metadata.embedding.projection_dim, lora))
-    )
+    model = abstract_model(metadata.architecture, metadata.embedding.projection_dim, lora)
+    shapes = flatten_dict(abstract_params(model), sep=".")
+    held = checkpoints.parameter_names(step) if adapter else frozenset(shapes)
 
     def load(shardings: Any, dtype: Any = jnp.float32) -> Params:
-        wanted = {
-            path: jax.ShapeDtypeStruct(shapes[path].shape, dtype, sharding=sharding)
-            for path, sharding in flatten_dict(shardings).items()
-        }
-        return checkpoints.restore(step, unflatten_dict(wanted), None)[0]
+        asked = flatten_dict(shardings, sep=".")
+        wanted = {name: jax.ShapeDtypeStruct(shapes[name].shape, dtype, sharding=asked.get(name)) for name in held}
+        params = flatten_dict(checkpoints.restore(step, unflatten_dict(wanted, sep="."), None)[0], sep=".")
+        return unflatten_dict({name: params[name] for name in asked}, sep=".")
 
     tokenizer = Tokenizer.from_files(metadata.tokenizer_files)
     about = metadata.architecture, metadata.embedding, tokenizer, load
@@ -410,7 +409,7 @@ def open_checkpoint(
         base = open_base(adapter.base).merged()
     except InputError as error:
         raise InputError(f"{path}: its adapters need their base {adapter.base}: {error}") from error
-    return on_base(path, Pretrained(*about, adapter, checkpoints.parameter_names(step)), base)
+    return on_base(path, Pretrained(*about, adapter, held), base)
 
 
 def refuse_used(folder: str | PathLike[str]) -> None:
