@@ -114,3 +114,12 @@ def test_what_peft_has_no_place_for_is_refused(tmp_path, capsys):
     assert "final_norm.scale was trained too, for which PEFT's layout has no place" in capsys.readouterr().err
     assert main(["export-hf", str(tmp_path / "base"), str(tmp_path / "out"), "--adapter"]) == 2
     assert "base: has no adapters; leave --adapter out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("adapters", ["own", "peft"])
+def test_adapters_are_not_merged_with_models(exported, tmp_path, adapters, capsys):
+    folder, _ = exported
+    assert main(["merge", str(folder / "base"), str(folder / adapters), "--output", str(tmp_path / "out")]) == 2
+    assert f"{folder / adapters}" in (told := capsys.readouterr().err)
+    assert "is adapters; merge the folder of the whole model that `grit-jax export-hf` writes" in told
+    assert not (tmp_path / "out").exists()
