@@ -66,7 +66,8 @@ def on_base(source: Any, adapters: Pretrained, base: Pretrained) -> Pretrained:
         # The fingerprint is of weights rounded to bfloat16, from float32 or from that.
         exact = dtype if jnp.dtype(dtype) == jnp.bfloat16 else jnp.float32
         params = base.load(placed, exact)
-        check_base(source, recorded, base_fingerprint(base, params))
+        if recorded.fingerprint is not None:
+            check_base(source, recorded, base_fingerprint(base, params))
         own = adapters.load(unflatten_dict({path: wanted[path] for path in names & wanted.keys()}, sep="."), dtype)
         held = flatten_dict(params, sep=".") | flatten_dict(own, sep=".")
         return unflatten_dict({path: held[path].astype(dtype) for path in wanted}, sep=".")

@@ -72,7 +72,9 @@ class Pretrained:
         def load(shardings: Any, dtype: DTypeLike = jnp.float32) -> Params:
             whole = sharding.replicated(jax.tree.leaves(shardings)[0].mesh)
             everywhere = dict.fromkeys(flatten_dict(abstract_params(self.model)), whole)
-            placed = unflatten_dict(everywhere | flatten_dict(shardings))
-            return merged(self.load(placed, dtype), self.architecture, self.lora)
+            asked = flatten_dict(shardings)
+            params = self.load(unflatten_dict(everywhere | asked), dtype)
+            without = flatten_dict(merged(params, self.architecture, self.lora))
+            return unflatten_dict({path: without[path] for path in asked})
 
         return dataclasses.replace(self, load=load, adapter=None, own=frozenset())

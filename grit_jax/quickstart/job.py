@@ -30,7 +30,7 @@ from grit_jax.quickstart.measuring import (
     retrieval_scores,
     unigram_loss,
 )
-from grit_jax.quickstart.sizing import Size, check_base, resolved_base, saved_size, size_of_run
+from grit_jax.quickstart.sizing import Size, refuse_other_base, resolved_base, saved_size, size_of_run
 from grit_jax.quickstart.summary import sampled, show_summary
 from grit_jax.runs.logs import read_lines
 from grit_jax.runs.plot import plot_losses
@@ -74,7 +74,7 @@ def run_quickstart(
     base = base and resolved_base(base)
     if fresh and output.exists():
         _remove(output)
-    check_base(output, base)
+    refuse_other_base(output, base)
     if report_file.exists():
         show_summary(json.loads(report_file.read_text()))
         console.print(f"finished earlier; --fresh trains again in {output}")

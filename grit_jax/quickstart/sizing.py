@@ -84,8 +84,8 @@ def resolved_base(base: str) -> str:
     return base if hub.is_hub_id(base) or files.is_bucket(base) else str(Path(base).resolve())
 
 
-def check_base(output: Path, base: str | None) -> None:
-    """Checks that a folder holds no quickstart, or one of this base.
+def refuse_other_base(output: Path, base: str | None) -> None:
+    """Refuses a folder with the quickstart of another base.
 
     Args:
       output: Run folder.
